@@ -1,0 +1,88 @@
+"""Local training: batches through the step graphs of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_sdk.bundle import Manifest
+from edge_sdk.data import Examples
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime import Runtime
+
+Emit = Callable[[int, dict[str, Array], Array], None]
+"""Takes a batch number, its packed activations and its labels; may block to slow training down."""
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """How to train in one round; field by field what the ``round`` message says."""
+
+    epochs: int
+    batch_size: int
+    hyper: Mapping[str, float]
+    activations: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """Outcome of local training.
+
+    Attributes:
+        parameters: the trained parameters by name.
+        samples: number of local examples.
+        metrics: ``loss`` and ``accuracy`` of the last epoch, before each step, weighted by rows.
+    """
+
+    parameters: dict[str, Array]
+    samples: int
+    metrics: dict[str, float]
+
+
+class Learner:
+    """Trains and predicts with the step graphs of one bundle."""
+
+    def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
+        self.manifest = manifest
+        self.runtime = runtime
+
+    def train(
+        self, state: Mapping[str, Array], data: Examples, plan: LocalPlan, emit: Emit
+    ) -> LocalResult:
+        """Run the local epochs of one round.
+
+        Every example's activations are emitted exactly once: by the training steps of the first
+        epoch (``plan.activations == "train"``, no extra compute), by a pass before training
+        (``"forward"``, what FedSplitX's paper does), or not at all (``"none"``).
+
+        Args:
+            state: parameters to start from; optimizer slots start at zero.
+            data: examples that fit the manifest, see :meth:`Examples.fitted`.
+            plan: epochs, batch size, hyper-parameters.
+            emit: receives the packed activations of each batch.
+        """
+        runtime, rng = self.runtime, np.random.default_rng(plan.seed)
+        runtime.set_state(state)
+        hyper = {name: np.asarray(value, np.float32) for name, value in plan.hyper.items()}
+        if plan.activations == "forward":
+            for number, batch in enumerate(data.batches(plan.batch_size, rng)):
+                emit(number, runtime.run("forward", {"x": batch.x}), batch.y)
+        loss = correct = 0.0
+        for epoch in range(plan.epochs):
+            loss = correct = 0.0
+            for number, batch in enumerate(data.batches(plan.batch_size, rng)):
+                outputs = runtime.run("train", {"x": batch.x, "y": batch.y, **hyper})
+                loss += float(outputs.pop("loss")) * len(batch)
+                correct += float(outputs.pop("correct"))
+                if epoch == 0 and plan.activations == "train":
+                    emit(number, outputs, batch.y)
+        metrics = {"loss": loss / len(data), "accuracy": correct / len(data)}
+        return LocalResult(runtime.get_state(), len(data), metrics)
+
+    def predict(self, x: Array) -> tuple[Array, dict[str, Array]]:
+        """Logits (heads, batch, classes) of the device's heads, and the packed activations."""
+        outputs = self.runtime.run("predict", {"x": x})
+        return outputs.pop("logits"), outputs

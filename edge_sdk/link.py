@@ -1,0 +1,110 @@
+"""Links carry frames between a device and a hub: a websocket, or two queues in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from websockets.asyncio.client import connect
+from websockets.asyncio.connection import Connection
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+
+from edge_sdk.errors import ConfigError, LinkClosed
+from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
+from edge_sdk.protocol.messages import SUBPROTOCOL
+
+
+class Link(Protocol):
+    """Carries frames in order until it breaks."""
+
+    async def send(self, frame: bytes) -> None:
+        """Send one frame; raises :class:`LinkClosed`."""
+
+    async def receive(self) -> bytes | str:
+        """The next frame; raises :class:`LinkClosed` when there will be none."""
+
+    async def close(self) -> None:
+        """Close the link; closing twice does nothing."""
+
+
+class WebSocketLink:
+    """A link over a websocket, either end."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def send(self, frame: bytes) -> None:
+        try:
+            await self._connection.send(frame)
+        except ConnectionClosed as error:
+            raise LinkClosed(f"the connection closed: {error}") from error
+
+    async def receive(self) -> bytes | str:
+        try:
+            return await self._connection.recv()
+        except ConnectionClosed as error:
+            raise LinkClosed(f"the connection closed: {error}") from error
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+async def open_websocket(url: str, max_frame: int = DEFAULT_MAX_FRAME) -> WebSocketLink:
+    """Connect to a hub at ``ws://`` or ``wss://``.
+
+    Raises:
+        ConfigError: the URL is not one.
+        LinkClosed: nothing answers there, or not with this protocol; trying again may help.
+    """
+    try:
+        connection = await connect(
+            url,
+            subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
+            compression=None,
+            max_size=max_frame,
+            open_timeout=10,
+        )
+    except InvalidURI as error:
+        raise ConfigError(f"{url!r} is not a websocket address; use ws://HOST:PORT") from error
+    except (OSError, TimeoutError, InvalidHandshake, ConnectionClosed, EOFError) as error:
+        raise LinkClosed(f"cannot connect to {url}: {error}") from error
+    if connection.subprotocol != SUBPROTOCOL:
+        await connection.close()
+        raise LinkClosed(f"{url} does not speak {SUBPROTOCOL}")
+    return WebSocketLink(connection)
+
+
+class MemoryLink:
+    """One end of a link in memory; :meth:`pair` makes both."""
+
+    def __init__(
+        self, outgoing: asyncio.Queue[bytes | None], incoming: asyncio.Queue[bytes | None]
+    ):
+        self._outgoing = outgoing
+        self._incoming = incoming
+        self._closed = False
+
+    @classmethod
+    def pair(cls) -> tuple[MemoryLink, MemoryLink]:
+        """Two connected ends. What is in flight is bounded by the channel's window."""
+        there: asyncio.Queue[bytes | None] = asyncio.Queue()
+        back: asyncio.Queue[bytes | None] = asyncio.Queue()
+        return cls(there, back), cls(back, there)
+
+    async def send(self, frame: bytes) -> None:
+        if self._closed:
+            raise LinkClosed("the link was closed")
+        await asyncio.sleep(0)
+        self._outgoing.put_nowait(frame)
+
+    async def receive(self) -> bytes | str:
+        frame = None if self._closed else await self._incoming.get()
+        if frame is None:
+            self._closed = True
+            raise LinkClosed("the link was closed")
+        return frame
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._outgoing.put_nowait(None)

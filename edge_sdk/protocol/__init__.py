@@ -1,0 +1,1 @@
+"""Protocol version 1, without I/O: tensors, messages, frames and the exactly-once channel."""

@@ -1,0 +1,173 @@
+"""Exactly-once delivery over a link that breaks: a state machine without I/O.
+
+Both sides of a session hold a :class:`Channel`. Reliable messages are numbered from 1; a number
+is acknowledged once the receiver has *settled* the message, that is, once its effect is complete
+(and, on a hub that keeps a journal, on disk). After a break both sides say which number they have
+settled (``hello.last_seq`` and ``welcome.last_seq``), the rest is sent again, and what was already
+delivered is recognised and dropped.
+
+The number of unsettled messages is the window. A sender that is at the window waits, so a slow
+receiver slows the sender down and neither side's memory grows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME, Frame, decode, encode
+from edge_sdk.protocol.messages import Message, from_body
+
+
+class SequenceGap(ProtocolError):
+    """A frame came whose predecessor did not. The connection is useless; the session is not."""
+
+
+class CannotResume(ProtocolError):
+    """The two sides do not agree on what was settled; only a new session helps."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A message to act on. Reliable ones (``seq`` > 0) are settled with :meth:`Channel.settle`."""
+
+    message: Message
+    seq: int
+
+
+@dataclass
+class Channel:
+    """One side of a session.
+
+    Args:
+        window: how many messages the peer may leave unsettled, and we ourselves.
+        max_frame: limit of a received frame, in bytes.
+    """
+
+    window: int = 64
+    max_frame: int = DEFAULT_MAX_FRAME
+    settled: int = 0
+    """Every received number up to this one is settled; travels as ``ack``."""
+    _sent: int = 0
+    _unacked: deque[tuple[int, Message]] = field(default_factory=deque)
+    _received: int = 0
+    _out_of_order: set[int] = field(default_factory=set)
+
+    @property
+    def unacked(self) -> int:
+        """Reliable messages that were sent and not settled by the peer."""
+        return len(self._unacked)
+
+    @property
+    def full(self) -> bool:
+        """Whether the window is used up, so that the next reliable message has to wait."""
+        return len(self._unacked) >= self.window
+
+    def send(self, message: Message) -> bytes:
+        """Number a message, keep it until the peer settles it, and return its frame."""
+        if not message.RELIABLE:
+            return encode(message, 0, self.settled)
+        self._sent += 1
+        self._unacked.append((self._sent, message))
+        return encode(message, self._sent, self.settled)
+
+    def receive(self, data: bytes | str) -> Delivery | None:
+        """Take in a frame; None if there is nothing to act on (an ack, or a duplicate).
+
+        Raises:
+            SequenceGap: a predecessor is missing; nothing has changed, the frame is not kept.
+            ProtocolError: the frame is invalid, acknowledges what was never sent, or exceeds the
+                window.
+        """
+        return self.accept(decode(data, self.max_frame))
+
+    def accept(self, frame: Frame) -> Delivery | None:
+        """:meth:`receive` for a frame that is already decoded."""
+        if frame.ack > self._sent:
+            raise ProtocolError(
+                "bad_frame", f"ack {frame.ack} is for a frame that was never sent", "ack"
+            )
+        if frame.seq > self._received + 1:
+            raise SequenceGap(
+                "sequence_gap",
+                f"frame {frame.seq} came after {self._received}; reconnect and resume",
+                "seq",
+            )
+        if frame.seq > self.settled + self.window:
+            raise ProtocolError(
+                "window_exceeded",
+                f"more than {self.window} messages are unsettled; wait for acknowledgements",
+                "seq",
+            )
+        self._forget(frame.ack)
+        if frame.seq == 0:
+            return Delivery(frame.message, 0)
+        if frame.seq <= self._received:
+            return None
+        self._received = frame.seq
+        if frame.seq <= self.settled or frame.seq in self._out_of_order:
+            return None  # settled before a restart
+        return Delivery(frame.message, frame.seq)
+
+    def settle(self, seq: int) -> bool:
+        """Say that the effect of a delivered message is complete; True if ``settled`` moved."""
+        if not self.settled < seq <= self._received:
+            return False
+        self._out_of_order.add(seq)
+        before = self.settled
+        while self.settled + 1 in self._out_of_order:
+            self.settled += 1
+            self._out_of_order.remove(self.settled)
+        return self.settled > before
+
+    def resume(self, last_seq: int) -> list[bytes]:
+        """After a reconnect: the peer settled up to ``last_seq``; the frames to send again.
+
+        Raises:
+            CannotResume: the peer has settled what was never sent, or lost what it had settled.
+        """
+        if last_seq > self._sent:
+            raise CannotResume(
+                "cannot_resume", f"the peer settled {last_seq}, only {self._sent} were sent"
+            )
+        if last_seq < self._sent - len(self._unacked):
+            raise CannotResume(
+                "cannot_resume",
+                f"the peer settled only {last_seq}, frames up to "
+                f"{self._sent - len(self._unacked)} are already forgotten",
+            )
+        self._forget(last_seq)
+        return [encode(message, seq, self.settled) for seq, message in self._unacked]
+
+    def snapshot(self) -> dict[str, Any]:
+        """What must be on disk for the session to survive a restart of this side.
+
+        Taken together with the effects of what was settled, delivery stays exactly once across
+        the restart. A message that was delivered and not settled is delivered again.
+        """
+        return {
+            "settled": self.settled,
+            "out_of_order": sorted(self._out_of_order),
+            "sent": self._sent,
+            "unacked": [[seq, m.TYPE, m.body()] for seq, m in self._unacked],
+        }
+
+    @classmethod
+    def restore(
+        cls, saved: dict[str, Any], window: int = 64, max_frame: int = DEFAULT_MAX_FRAME
+    ) -> Channel:
+        """A channel as it was at :meth:`snapshot`."""
+        channel = cls(window, max_frame, settled=saved["settled"])
+        channel._received = saved["settled"]
+        channel._out_of_order.update(saved["out_of_order"])
+        channel._sent = saved["sent"]
+        channel._unacked.extend(
+            (seq, from_body(kind, body)) for seq, kind, body in saved["unacked"]
+        )
+        return channel
+
+    def _forget(self, ack: int) -> None:
+        while self._unacked and self._unacked[0][0] <= ack:
+            self._unacked.popleft()

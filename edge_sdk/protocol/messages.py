@@ -1,0 +1,347 @@
+"""The messages of protocol version 1, each a frozen dataclass that is validated on decode.
+
+``docs/protocol.md`` says when each is sent. A message's body is a msgpack map from field name to
+value; a field that is unknown, missing or of the wrong type is a :class:`ProtocolError` that
+names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.tensors import Array
+
+VERSION = 1
+SUBPROTOCOL = "cutlayer.v1"
+
+MAX_TENSORS = 65_536
+MAX_TEXT = 4_096
+MAX_INT = 2**63 - 1
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+Check = Callable[[object], str | None]
+"""Returns what a value must be, or None when it is that."""
+
+
+def _integer(low: int = 0, high: int = MAX_INT) -> Check:
+    def check(value: object) -> str | None:
+        ok = type(value) is int and low <= value <= high
+        return None if ok else f"an integer from {low} to {high}"
+
+    return check
+
+
+def _text(limit: int = MAX_TEXT) -> Check:
+    def check(value: object) -> str | None:
+        ok = isinstance(value, str) and len(value) <= limit
+        return None if ok else f"text of at most {limit} characters"
+
+    return check
+
+
+def _choice(*choices: str) -> Check:
+    return lambda value: None if value in choices else f"one of {', '.join(choices)}"
+
+
+def _optional(inner: Check) -> Check:
+    def check(value: object) -> str | None:
+        wanted = None if value is None else inner(value)
+        return None if wanted is None else f"nil or {wanted}"
+
+    return check
+
+
+def _flag(value: object) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
+def _hash(value: object) -> str | None:
+    ok = isinstance(value, str) and _HASH.fullmatch(value)
+    return None if ok else "a sha256 as 64 lower-case hexadecimal digits"
+
+
+def _data(value: object) -> str | None:
+    return None if isinstance(value, bytes) else "binary data"
+
+
+def _tensor(value: object) -> str | None:
+    return None if isinstance(value, np.ndarray) else "a tensor"
+
+
+def _map_of(what: str, kind: Callable[[object], bool], limit: int) -> Check:
+    def check(value: object) -> str | None:
+        ok = (
+            isinstance(value, dict)
+            and len(value) <= limit
+            and all(isinstance(k, str) and len(k) <= 512 and kind(v) for k, v in value.items())
+        )
+        return None if ok else f"a map from text to {what}, of at most {limit} entries"
+
+    return check
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+_tensors = _map_of("tensors", lambda v: isinstance(v, np.ndarray), MAX_TENSORS)
+_numbers = _map_of("finite numbers", _finite, 64)
+
+
+def _names(value: object) -> str | None:
+    ok = (
+        isinstance(value, list)
+        and len(value) <= 1024
+        and all(isinstance(name, str) and len(name) <= 512 for name in value)
+    )
+    return None if ok else "a list of at most 1024 names"
+
+
+def _must(check: Check, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field with a check; a field with a default may be left out on the wire."""
+    return field(default=default, metadata={"check": check})
+
+
+class Message:
+    """Base of all messages.
+
+    Attributes:
+        TYPE: the name of the message on the wire.
+        RELIABLE: whether it carries a sequence number and is delivered exactly once.
+    """
+
+    TYPE: ClassVar[str]
+    RELIABLE: ClassVar[bool] = True
+
+    def body(self) -> dict[str, Any]:
+        """The map that travels. Fields that have their default are left out."""
+        return {
+            f.name: value
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if (value := getattr(self, f.name)) is not f.default
+        }
+
+
+# --- device -> hub ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hello(Message):
+    """First frame of a connection: who the device is, and the session it wants to resume."""
+
+    TYPE = "hello"
+    RELIABLE = False
+    version: int = _must(_integer(0, 1_000_000))
+    device: str = _must(_text(128))
+    token: str = _must(_text(512))
+    tier: str = _must(_text(128))
+    session: str | None = _must(_optional(_text(64)), None)
+    last_seq: int = _must(_integer(), 0)
+
+
+@dataclass(frozen=True)
+class Ready(Message):
+    """The bundle is loaded; the device can be picked for rounds."""
+
+    TYPE = "ready"
+    samples: int = _must(_integer(1))
+
+
+@dataclass(frozen=True)
+class Decline(Message):
+    """The device will not take part in this round."""
+
+    TYPE = "decline"
+    round: int = _must(_integer(1))
+    reason: str = _must(_text())
+
+
+@dataclass(frozen=True)
+class BlobGet(Message):
+    """Asks for a piece of a blob; the answer is one ``blob``."""
+
+    TYPE = "blob_get"
+    RELIABLE = False
+    hash: str = _must(_hash)
+    offset: int = _must(_integer())
+
+
+@dataclass(frozen=True)
+class Activations(Message):
+    """Packed activations of one batch at the device's cut, with their labels."""
+
+    TYPE = "activations"
+    round: int = _must(_integer(1))
+    batch: int = _must(_integer())
+    parts: dict[str, Array] = _must(_tensors)
+    labels: Array = _must(_tensor)
+
+
+@dataclass(frozen=True)
+class Update(Message):
+    """Trained parameters, in as many messages as the frame limit needs; ``done`` in the last."""
+
+    TYPE = "update"
+    round: int = _must(_integer(1))
+    tensors: dict[str, Array] = _must(_tensors)
+    done: bool = _must(_flag)
+    samples: int = _must(_integer(1))
+    metrics: dict[str, float] = _must(_numbers)
+
+
+@dataclass(frozen=True)
+class Infer(Message):
+    """Asks the hub to finish an answer from packed activations."""
+
+    TYPE = "infer"
+    request: int = _must(_integer(1))
+    parts: dict[str, Array] = _must(_tensors)
+
+
+@dataclass(frozen=True)
+class Bye(Message):
+    """The device leaves for good; its session ends."""
+
+    TYPE = "bye"
+    reason: str = _must(_text())
+
+
+# --- hub -> device ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Welcome(Message):
+    """Answer to ``hello``. ``resumed`` says whether the session of the hello goes on."""
+
+    TYPE = "welcome"
+    RELIABLE = False
+    version: int = _must(_integer(0, 1_000_000))
+    session: str = _must(_text(64))
+    resumed: bool = _must(_flag)
+    last_seq: int = _must(_integer())
+    manifest: str = _must(_hash)
+    window: int = _must(_integer(1))
+    max_frame: int = _must(_integer(1024))
+
+
+@dataclass(frozen=True)
+class Blob(Message):
+    """A piece of a blob, from ``offset`` on; the blob has ``size`` bytes in all."""
+
+    TYPE = "blob"
+    RELIABLE = False
+    hash: str = _must(_hash)
+    offset: int = _must(_integer())
+    size: int = _must(_integer())
+    data: bytes = _must(_data)
+
+
+@dataclass(frozen=True)
+class Round(Message):
+    """Start of a round: where the state is, and how to train."""
+
+    TYPE = "round"
+    round: int = _must(_integer(1))
+    state: str = _must(_hash)
+    epochs: int = _must(_integer(1))
+    batch_size: int = _must(_integer(1))
+    hyper: dict[str, float] = _must(_numbers)
+    activations: str = _must(_choice("train", "forward", "none"))
+    seed: int = _must(_integer())
+
+
+@dataclass(frozen=True)
+class Gradient(Message):
+    """Packed gradient of the activations of one batch, for bundles with a ``backward`` graph."""
+
+    TYPE = "gradient"
+    round: int = _must(_integer(1))
+    batch: int = _must(_integer())
+    parts: dict[str, Array] = _must(_tensors)
+
+
+@dataclass(frozen=True)
+class Stop(Message):
+    """The job is over. ``state`` is the final state, if there is one to fetch."""
+
+    TYPE = "stop"
+    reason: str = _must(_text())
+    state: str | None = _must(_optional(_hash), None)
+
+
+@dataclass(frozen=True)
+class Answer(Message):
+    """The hub's half of an answer: logits (heads, batch, classes) of the heads it holds."""
+
+    TYPE = "answer"
+    request: int = _must(_integer(1))
+    heads: list[str] = _must(_names)
+    logits: Array = _must(_tensor)
+
+
+@dataclass(frozen=True)
+class Error(Message):
+    """What was wrong. After a fatal one the sender closes the connection and ends the session."""
+
+    TYPE = "error"
+    RELIABLE = False
+    code: str = _must(_text(64))
+    message: str = _must(_text())
+    fatal: bool = _must(_flag)
+    field: str | None = _must(_optional(_text(512)), None)
+
+
+# --- both ways ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ack(Message):
+    """Carries an acknowledgement when nothing else is going that way."""
+
+    TYPE = "ack"
+    RELIABLE = False
+
+
+MESSAGES: dict[str, type[Message]] = {
+    cls.TYPE: cls
+    for cls in (
+        Hello, Ready, Decline, BlobGet, Activations, Update, Infer, Bye,
+        Welcome, Blob, Round, Gradient, Stop, Answer, Error, Ack,
+    )
+}  # fmt: skip
+
+
+def from_body(kind: object, body: object) -> Message:
+    """Build the message of type ``kind`` from its decoded body.
+
+    Raises:
+        ProtocolError: unknown type, or a field that is unknown, missing or wrong.
+    """
+    cls = MESSAGES.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ProtocolError("unknown_type", f"unknown message type {str(kind)[:64]!r}")
+    if not isinstance(body, dict):
+        raise ProtocolError("bad_message", f"the body of {kind} must be a map")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in body:
+        if name not in fields:
+            shown = str(name)[:64]
+            raise ProtocolError("bad_message", f"{kind} has no field {shown!r}", shown)
+    for name, spec in fields.items():
+        if name not in body:
+            if spec.default is dataclasses.MISSING:
+                raise ProtocolError("bad_message", f"{kind} lacks the field {name!r}", name)
+            continue
+        wanted = spec.metadata["check"](body[name])
+        if wanted is not None:
+            raise ProtocolError("bad_message", f"{kind}.{name} must be {wanted}", name)
+    return cls(**body)

@@ -1,0 +1,48 @@
+"""Runtimes that run step graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import BundleError
+from edge_sdk.protocol.tensors import Array
+
+
+class Runtime(Protocol):
+    """Runs the step graphs of one bundle and owns its state.
+
+    The state stays inside the runtime between steps; :meth:`get_state` copies it out.
+    """
+
+    def set_state(self, tensors: Mapping[str, Array]) -> None:
+        """Replace the parameters and set every optimizer slot to zero."""
+
+    def get_state(self) -> dict[str, Array]:
+        """A copy of the parameters by name."""
+
+    def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph on ``batch`` (inputs other than state); outputs other than state.
+
+        State outputs become the state.
+        """
+
+
+def load_runtime(bundle: Bundle, threads: int = 1) -> Runtime:
+    """The runtime that a bundle was exported for.
+
+    Args:
+        bundle: a verified bundle.
+        threads: threads within one operator.
+
+    Raises:
+        BundleError: the bundle is for a runtime that this version does not have.
+    """
+    if bundle.manifest.runtime != "onnx":
+        raise BundleError(
+            f"the bundle is for the runtime {bundle.manifest.runtime!r}; this version runs 'onnx'"
+        )
+    from edge_sdk.runtime.onnx import OnnxRuntime
+
+    return OnnxRuntime(bundle, threads)

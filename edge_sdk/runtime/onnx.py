@@ -1,0 +1,116 @@
+"""Step graphs on ONNX Runtime, with the state kept in OrtValues between steps."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import BundleError, DataError
+from edge_sdk.protocol.tensors import DTYPES, Array
+
+ort.set_default_logger_severity(3)
+
+
+class OnnxRuntime:
+    """Implements :class:`edge_sdk.runtime.Runtime`.
+
+    Two sets of buffers hold the state. A step reads one and writes the other, bound once through
+    I/O binding, so no parameter is copied or allocated per step. Calls from several threads (a
+    prediction while training goes on) take turns, step by step.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        self.manifest = bundle.manifest
+        self._names = [entry.spec.name for entry in self.manifest.state]
+        self._sessions: dict[str, Any] = {}
+        for name, blob in bundle.graphs.items():
+            try:
+                self._sessions[name] = ort.InferenceSession(
+                    blob, options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # onnxruntime raises bare pybind exceptions
+                raise BundleError(
+                    f"ONNX Runtime cannot load the graph {name!r}: {error}"
+                ) from error
+        self._buffers = [
+            {
+                entry.spec.name: ort.OrtValue.ortvalue_from_numpy(entry.zeros())
+                for entry in self.manifest.state
+            }
+            for _ in range(2)
+        ]
+        self._current = 0
+        self._turn = threading.Lock()
+        self._bindings = {
+            name: [self._bind(name, side) for side in range(2)] for name in self._sessions
+        }
+        self.set_state(bundle.initial_state)
+
+    def _bind(self, graph: str, side: int) -> Any:
+        """An I/O binding that reads the state from one set of buffers and writes the other."""
+        spec = self.manifest.graphs[graph]
+        binding = self._sessions[graph].io_binding()
+        for port in spec.inputs:
+            if port.role == "state":
+                binding.bind_ortvalue_input(port.spec.name, self._buffers[side][port.spec.name])
+        states = iter(self._names)
+        for port in spec.outputs:
+            if port.role == "state":
+                binding.bind_ortvalue_output(port.spec.name, self._buffers[1 - side][next(states)])
+            else:
+                binding.bind_output(port.spec.name, "cpu")
+        return binding
+
+    def set_state(self, tensors: Mapping[str, Array]) -> None:
+        with self._turn:
+            self._set_state(tensors)
+
+    def _set_state(self, tensors: Mapping[str, Array]) -> None:
+        buffers = self._buffers[self._current]
+        for entry in self.manifest.state:
+            name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
+            if entry.kind != "parameter":
+                value = entry.zeros()
+            elif name in tensors and tensors[name].shape == entry.spec.shape:
+                value = np.ascontiguousarray(tensors[name], dtype)
+            else:
+                found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
+                raise BundleError(f"state tensor {name} {found}, must be {entry.spec.shape}")
+            buffers[name].update_inplace(value)
+
+    def get_state(self) -> dict[str, Array]:
+        with self._turn:
+            buffers = self._buffers[self._current]
+            return {
+                spec.name: buffers[spec.name].numpy().copy() for spec in self.manifest.parameters
+            }
+
+    def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
+        with self._turn:
+            return self._run(graph, batch)
+
+    def _run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
+        spec = self.manifest.graphs[graph]
+        binding = self._bindings[graph][self._current]
+        for port in spec.inputs:
+            if port.role != "state":
+                if port.spec.name not in batch:
+                    raise DataError(f"the graph {graph!r} needs the input {port.spec.name!r}")
+                binding.bind_cpu_input(port.spec.name, batch[port.spec.name])
+        self._sessions[graph].run_with_iobinding(binding)
+        results = {
+            port.spec.name: value
+            for port, value in zip(spec.outputs, binding.get_outputs(), strict=True)
+            if port.role != "state"
+        }
+        if len(results) < len(spec.outputs):
+            self._current = 1 - self._current
+        return {name: value.numpy() for name, value in results.items()}

@@ -1,0 +1,149 @@
+"""A session: one channel over successive links. Both device and hub run it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+
+from edge_sdk.errors import CutlayerError, ProtocolError
+from edge_sdk.link import Link
+from edge_sdk.protocol.channel import Channel, Delivery
+from edge_sdk.protocol.messages import Ack, Error, Message
+
+
+class SessionLost(CutlayerError):
+    """The session ended; what its channel still held will not be delivered."""
+
+
+class Session:
+    """Sends messages over whatever link there is, and waits when the channel's window is full.
+
+    Messages are queued in order and written by one task per link. The queue holds at most the
+    window's reliable messages and a few small unreliable ones, so it needs no bound of its own.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self._frames: deque[bytes] = deque()
+        self._wake = asyncio.Event()
+        self._room = asyncio.Condition()
+        self._link: Link | None = None
+        self._ack_due = False
+        self._lost: str | None = None
+
+    @property
+    def linked(self) -> bool:
+        """Whether a link is up."""
+        return self._link is not None
+
+    def post(self, message: Message) -> None:
+        """Queue a message now.
+
+        Reliable messages survive a broken link; unreliable ones are for the present link only.
+
+        Raises:
+            ProtocolError: the peer has left a whole window of messages unsettled.
+            SessionLost: the session has ended.
+        """
+        if self._lost is not None:
+            raise SessionLost(self._lost)
+        if message.RELIABLE and self.channel.full:
+            raise ProtocolError(
+                "window_exceeded", f"{self.channel.window} messages wait to be acknowledged"
+            )
+        frame = self.channel.send(message)
+        if self._link is not None:
+            self._frames.append(frame)
+            self._wake.set()
+
+    async def send(self, message: Message) -> None:
+        """:meth:`post`, but wait while the window is full."""
+        if message.RELIABLE:
+            async with self._room:
+                await self._room.wait_for(lambda: self._lost or not self.channel.full)
+                self.post(message)
+        else:
+            self.post(message)
+
+    def settle(self, seq: int) -> None:
+        """Say that a delivered message has had its effect; the peer is told."""
+        if self.channel.settle(seq) and self._link is not None:
+            self._ack_due = True
+            self._wake.set()
+
+    async def lose(self, reason: str) -> None:
+        """End the session: waiting senders get :class:`SessionLost`."""
+        self._lost = reason
+        await self._notify()
+        await self.unlink()
+
+    async def unlink(self) -> None:
+        """Close the present link, if any; :meth:`run` then raises :class:`LinkClosed`."""
+        if self._link is not None:
+            await self._link.close()
+
+    async def run(
+        self, link: Link, last_seq: int, handle: Callable[[Delivery], None], first: bytes = b""
+    ) -> None:
+        """Serve the session over one link until it breaks.
+
+        Args:
+            link: a link whose handshake is done.
+            last_seq: what the peer said that it has settled.
+            handle: called for each delivery; must not block.
+            first: a frame that goes before all others (the hub's ``welcome``).
+
+        Raises:
+            LinkClosed: the link ended.
+            ProtocolError: the peer broke the protocol; it was told so, and the link is closed.
+        """
+        if self._link is not None:
+            await self._link.close()  # the peer came back before we saw the old link break
+            self._link = None
+        self._frames.clear()
+        if first:
+            self._frames.append(first)
+        self._frames.extend(self.channel.resume(last_seq))
+        self._wake.set()
+        self._link = link
+        await self._notify()
+        writer = asyncio.create_task(self._write(link))
+        try:
+            while True:
+                delivery = self.channel.receive(await link.receive())
+                await self._notify()
+                if delivery is not None:
+                    handle(delivery)
+        except ProtocolError as error:
+            await self.tell(link, error, fatal=True)
+            raise
+        finally:
+            writer.cancel()
+            if self._link is link:
+                self._link = None
+                self._frames.clear()
+            await link.close()
+
+    async def tell(self, link: Link, error: ProtocolError, fatal: bool) -> None:
+        """Tell the peer directly what it did wrong, past everything that is queued."""
+        message = Error(code=error.code, message=str(error)[:4096], fatal=fatal, field=error.field)
+        with contextlib.suppress(CutlayerError, TimeoutError):  # gone already is as good
+            await asyncio.wait_for(link.send(self.channel.send(message)), 5)
+
+    async def _notify(self) -> None:
+        async with self._room:
+            self._room.notify_all()
+
+    async def _write(self, link: Link) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._frames or self._ack_due:
+                frame = self._frames.popleft() if self._frames else self.channel.send(Ack())
+                self._ack_due = False
+                try:
+                    await link.send(frame)
+                except CutlayerError:
+                    return  # the reader of this link sees it close, too
