@@ -93,7 +93,7 @@ class Evaluation:
 
 
 class Device:
-    """A device that is joined to a hub. Create it with :meth:`connect`, use it in ``async with``."""
+    """A device that is joined to a hub. Made by :meth:`connect`, used in ``async with``."""
 
     def __init__(
         self,

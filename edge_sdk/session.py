@@ -7,10 +7,14 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 
-from edge_sdk.errors import CutlayerError, ProtocolError
+from edge_sdk.errors import CutlayerError, LinkClosed, ProtocolError
 from edge_sdk.link import Link
-from edge_sdk.protocol.channel import Channel, Delivery
+from edge_sdk.protocol.channel import Channel, Delivery, SequenceGap
+from edge_sdk.protocol.frames import decode, kind_of
 from edge_sdk.protocol.messages import Ack, Error, Message
+
+Count = Callable[[str, int, int], None]
+"""Told of every frame: message type, bytes received, bytes sent."""
 
 
 class SessionLost(CutlayerError):
@@ -22,14 +26,21 @@ class Session:
 
     Messages are queued in order and written by one task per link. The queue holds at most the
     window's reliable messages and a few small unreliable ones, so it needs no bound of its own.
+
+    Args:
+        channel: the channel that goes over the links.
+        count: told of every frame, to account for traffic.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, count: Count = lambda kind, up, down: None) -> None:
         self.channel = channel
+        self._count = count
         self._frames: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self._room = asyncio.Condition()
         self._link: Link | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._ack_due = False
         self._lost: str | None = None
 
@@ -56,6 +67,7 @@ class Session:
         frame = self.channel.send(message)
         if self._link is not None:
             self._frames.append(frame)
+            self._ack_due = False  # the frame carries it
             self._wake.set()
 
     async def send(self, message: Message) -> None:
@@ -96,27 +108,39 @@ class Session:
             first: a frame that goes before all others (the hub's ``welcome``).
 
         Raises:
-            LinkClosed: the link ended.
+            LinkClosed: the link ended, or lost frames, or another one took its place.
             ProtocolError: the peer broke the protocol; it was told so, and the link is closed.
         """
-        if self._link is not None:
-            await self._link.close()  # the peer came back before we saw the old link break
-            self._link = None
+        if self._link is not None:  # the peer came back before we saw the old link break
+            if self._writer is not None:
+                self._writer.cancel()
+            self._closing = asyncio.create_task(self._link.close())
         self._frames.clear()
         if first:
             self._frames.append(first)
-        self._frames.extend(self.channel.resume(last_seq))
-        self._wake.set()
         self._link = link
-        await self._notify()
-        writer = asyncio.create_task(self._write(link))
+        self._ack_due = self.channel.settled > 0  # of what was settled while there was no link
+        self._wake.set()
+        writer = self._writer = asyncio.create_task(self._write(link))
         try:
+            self._frames.extend(self.channel.resume(last_seq))
+            await self._notify()
             while True:
-                delivery = self.channel.receive(await link.receive())
+                data = await link.receive()
+                if self._link is not link:
+                    raise LinkClosed("the peer came back over another link")
+                frame = decode(data, self.channel.max_frame)
+                self._count(frame.message.TYPE, len(data), 0)
+                delivery = self.channel.accept(frame)
                 await self._notify()
                 if delivery is not None:
                     handle(delivery)
+        except SequenceGap as error:  # this link is of no more use; the session is
+            writer.cancel()
+            await self.tell(link, error, fatal=False)
+            raise LinkClosed(str(error)) from error
         except ProtocolError as error:
+            writer.cancel()
             await self.tell(link, error, fatal=True)
             raise
         finally:
@@ -141,8 +165,12 @@ class Session:
             await self._wake.wait()
             self._wake.clear()
             while self._frames or self._ack_due:
-                frame = self._frames.popleft() if self._frames else self.channel.send(Ack())
-                self._ack_due = False
+                if self._frames:
+                    frame = self._frames.popleft()
+                else:
+                    frame = self.channel.send(Ack())
+                    self._ack_due = False
+                self._count(kind_of(frame), 0, len(frame))
                 try:
                     await link.send(frame)
                 except CutlayerError:

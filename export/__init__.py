@@ -1,0 +1,30 @@
+"""From a PyTorch model to bundles: cut it per tier and export its training steps.
+
+Names are imported when they are used: ``cutlayer --help`` works without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from export.errors import ExportError
+    from export.split import SplitModel
+    from export.writer import BundleIndex, Tier, export_bundles
+
+__all__ = ["BundleIndex", "ExportError", "SplitModel", "Tier", "export_bundles"]
+
+_HOME = {
+    "ExportError": "export.errors",
+    "SplitModel": "export.split",
+    "BundleIndex": "export.writer",
+    "Tier": "export.writer",
+    "export_bundles": "export.writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'export' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -107,7 +107,7 @@ class Channel:
         if frame.seq <= self._received:
             return None
         self._received = frame.seq
-        if frame.seq <= self.settled or frame.seq in self._out_of_order:
+        if frame.seq in self._out_of_order:
             return None  # settled before a restart
         return Delivery(frame.message, frame.seq)
 
@@ -120,6 +120,8 @@ class Channel:
         while self.settled + 1 in self._out_of_order:
             self.settled += 1
             self._out_of_order.remove(self.settled)
+        # What was settled before a restart need not come again: the peer may forget it now.
+        self._received = max(self._received, self.settled)
         return self.settled > before
 
     def resume(self, last_seq: int) -> list[bytes]:

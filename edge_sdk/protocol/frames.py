@@ -37,6 +37,11 @@ def encode(message: Message, seq: int, ack: int) -> bytes:
     return packed
 
 
+def kind_of(frame: bytes) -> str:
+    """The message type of a frame that :func:`encode` made, without decoding it."""
+    return frame[2 : 2 + (frame[1] & 0x1F)].decode()
+
+
 def decode(data: bytes | str, max_frame: int = DEFAULT_MAX_FRAME) -> Frame:
     """Decode and validate one frame.
 
@@ -88,7 +93,7 @@ def pack_tensors(tensors: dict[str, Array]) -> bytes:
 def unpack_tensors(data: bytes) -> dict[str, Array]:
     """Inverse of :func:`pack_tensors`; raises :class:`ProtocolError` for anything else."""
     try:
-        tensors = msgpack.unpackb(data, ext_hook=_unpack, max_map_len=MAX_TENSORS)
+        tensors = msgpack.unpackb(data, ext_hook=_unpack, max_array_len=0, max_map_len=MAX_TENSORS)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError("bad_tensor", "the blob is not a map of tensors") from error
     if not isinstance(tensors, dict) or not all(

@@ -49,7 +49,11 @@ def _text(limit: int = MAX_TEXT) -> Check:
 
 
 def _choice(*choices: str) -> Check:
-    return lambda value: None if value in choices else f"one of {', '.join(choices)}"
+    def check(value: object) -> str | None:
+        ok = isinstance(value, str) and value in choices
+        return None if ok else f"one of {', '.join(choices)}"
+
+    return check
 
 
 def _optional(inner: Check) -> Check:
@@ -328,7 +332,8 @@ def from_body(kind: object, body: object) -> Message:
     """
     cls = MESSAGES.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ProtocolError("unknown_type", f"unknown message type {str(kind)[:64]!r}")
+        shown = repr(kind[:64]) if isinstance(kind, str) else f"of type {type(kind).__name__}"
+        raise ProtocolError("unknown_type", f"unknown message type {shown}")
     if not isinstance(body, dict):
         raise ProtocolError("bad_message", f"the body of {kind} must be a map")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

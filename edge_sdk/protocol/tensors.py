@@ -81,7 +81,10 @@ def unpack_tensor(data: bytes) -> Array:
             f"a {name} tensor of shape {shape} has {math.prod(shape) * dtype.itemsize} bytes, "
             f"but {len(data) - start} came",
         )
-    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype, offset=start).reshape(shape)
+    except ValueError as error:  # no elements, and the other dimensions beyond what numpy can hold
+        raise ProtocolError("bad_tensor", f"a tensor cannot have the shape {shape}") from error
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,6 @@ class OnnxRuntime:
         for port in spec.outputs:
             if port.role == "state":
                 binding.bind_ortvalue_output(port.spec.name, self._buffers[1 - side][next(states)])
-            else:
-                binding.bind_output(port.spec.name, "cpu")
         return binding
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
@@ -105,6 +103,9 @@ class OnnxRuntime:
                 if port.spec.name not in batch:
                     raise DataError(f"the graph {graph!r} needs the input {port.spec.name!r}")
                 binding.bind_cpu_input(port.spec.name, batch[port.spec.name])
+        for port in spec.outputs:
+            if port.role != "state":  # bound anew: the last step's outputs belong to the caller
+                binding.bind_output(port.spec.name, "cpu")
         self._sessions[graph].run_with_iobinding(binding)
         results = {
             port.spec.name: value

@@ -1,0 +1,170 @@
+"""Verification: every exported graph is run and compared with eager PyTorch before it is written.
+
+The reference shares nothing with the exported step but the module: it calls the module itself, in
+float64, lets autograd and ``torch.optim`` do the rest, and packs nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from edge_sdk.protocol.tensors import Array
+from export.errors import ExportError
+from export.split import layer_of
+from export.steps import ClientSteps, Step
+
+Run = Callable[[dict[str, Array]], dict[str, Array]]
+"""Runs a lowered graph: inputs by name to outputs by name."""
+
+BATCHES = (1, 3, 8)
+SEEDS = (0, 1)
+
+_RELATIVE, _ROUNDING, _GLOBAL = 1e-3, 1e-6, 1e-5
+_VERIFY_HYPER = {
+    "sgd": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01},
+    # a large eps: with a small one, AdamW's first step is the sign of gradients that are rounding
+    "adamw": {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-2, "weight_decay": 0.01},
+}
+
+
+def verify(steps: ClientSteps, step: Step, run: Run, example: Tensor) -> None:
+    """Compare a lowered graph with eager PyTorch for several batch sizes and seeds.
+
+    A rounding error on the other side of a ReLU's kink changes a gradient for good reason, about
+    once in some hundred draws; so a draw that differs is repeated with other data, and a graph is
+    refused when the second differs as well.
+
+    Raises:
+        ExportError: the graph differs; names the first tensor that does, and its layer.
+    """
+    for batch in BATCHES:
+        for seed in SEEDS:
+            if _compare(steps, step, run, example, batch, seed) is None:
+                continue
+            wrong = _compare(steps, step, run, example, batch, seed + 1000)
+            if wrong is not None:
+                name, error = wrong
+                raise ExportError(
+                    f"the graph {step.name!r} differs from eager PyTorch in {name} of layer "
+                    f"{layer_of(name.split('/')[-1])} by {error:.2g} (batch {batch}, seed {seed}); "
+                    "nothing was written"
+                )
+
+
+def _compare(
+    steps: ClientSteps, step: Step, run: Run, example: Tensor, batch: int, seed: int
+) -> tuple[str, float] | None:
+    """The first tensor that differs in this draw, with its error; None if none does."""
+    generator = torch.Generator().manual_seed(seed)
+    x = draw_like(example, batch, generator)
+    if step.name != "train":
+        reference = copy.deepcopy(steps.segment).double()
+        with torch.no_grad():
+            h, logits = reference(x.double() if x.is_floating_point() else x)
+        feeds = {name: _numpy(p) for name, p in steps.parameters.items()} | {"x": _numpy(x)}
+        got = run(feeds)
+        wanted = {"logits": logits} if step.name == "predict" else {}
+        return _first(_differences(got, wanted, {})) or _packed(steps, got, h)
+    return _compare_training(steps, run, x, generator)
+
+
+def _compare_training(
+    steps: ClientSteps, run: Run, x: Tensor, generator: torch.Generator
+) -> tuple[str, float] | None:
+    """Two steps of training, so that the second starts from optimizer slots that are not zero."""
+    name = steps.optimizer.name
+    hyper = _VERIFY_HYPER[name]
+    reference = copy.deepcopy(steps.segment).double()
+    parameters = dict(reference.named_parameters())
+    optimizer = steps.optimizer.reference(list(parameters.values()), hyper)
+    state = {n: _numpy(t) for n, t in (steps.parameters | steps.slots).items()}
+    scalars = {key: np.asarray(value, np.float32) for key, value in hyper.items()}
+    for _ in range(2):
+        y = torch.randint(steps.classes, (len(x),), generator=generator)
+        before = {n: p.detach().clone() for n, p in parameters.items()}
+        h, logits_HBC = reference(x.double() if x.is_floating_point() else x)
+        loss = torch.stack([cross_entropy(logits, y) for logits in logits_HBC]).sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        got = run({**state, "x": _numpy(x), "y": _numpy(y), **scalars})
+        answers = logits_HBC.detach().softmax(-1).mean(0).argmax(-1)
+        wanted = {"loss": loss.detach(), "correct": (answers == y).double().sum()}
+        wanted |= {f"next/{n}": p.detach() for n, p in parameters.items()}
+        wanted |= {f"next/{n}": s for n, s in _slots(name, parameters, optimizer)}
+        old = {f"next/{n}": p for n, p in before.items()}
+        wrong = _first(_differences(got, wanted, old)) or _packed(steps, got, h.detach())
+        if wrong is not None:
+            return wrong
+        state = {n: got[f"next/{n}"] for n in state}
+    return None
+
+
+def _slots(
+    optimizer_name: str, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, Tensor]]:
+    """The slots of a torch optimizer under the names that the step graph gives them."""
+    ours = {
+        "sgd": {"momentum": "momentum_buffer"},
+        "adamw": {"mean": "exp_avg", "square": "exp_avg_sq"},
+    }
+    for name, p in parameters.items():
+        for slot, theirs in ours[optimizer_name].items():
+            yield f"{slot}/{name}", optimizer.state[p][theirs]
+    if optimizer_name == "adamw":
+        yield "steps", optimizer.state[next(iter(parameters.values()))]["step"]
+
+
+def _differences(
+    got: dict[str, Array], wanted: dict[str, Tensor], old: dict[str, Tensor]
+) -> Iterator[tuple[str, float]]:
+    """Tensors that differ by more than rounding explains.
+
+    What counts is the change of a parameter, not the parameter: the bound is relative to the
+    largest change in this tensor, plus float32 rounding of the values, plus a little of the
+    largest change anywhere (a gradient that is zero but for rounding has no scale of its own).
+    """
+    change = {n: (w - old[n] if n in old else w).abs().max().item() for n, w in wanted.items()}
+    largest = max((c for n, c in change.items() if n in old), default=0.0)
+    for name, want in wanted.items():
+        error = np.abs(got[name].astype(np.float64) - want.double().numpy()).max(initial=0.0)
+        bound = (
+            _RELATIVE * change[name]
+            + _ROUNDING * (want.abs().max().item() + 1e-3)
+            + _GLOBAL * largest
+        )
+        if not error <= bound:
+            yield name, float(error)
+
+
+def _packed(steps: ClientSteps, got: dict[str, Array], h: Tensor) -> tuple[str, float] | None:
+    """Whether what was packed unpacks to the activations, within the codec's own error."""
+    parts = {spec.name: torch.from_numpy(got[spec.name]) for spec in steps.packed}
+    slack = 1e-5 * h.abs().max().item() + 1e-6
+    bound = steps.codec.error_bound(parts).double() * (1 + 1e-3) + slack
+    excess = ((steps.codec.unpack(parts).double() - h).abs() - bound).max().item()
+    return None if excess <= 0 else ("packed activations", excess)
+
+
+def _first(differences: Iterator[tuple[str, float]]) -> tuple[str, float] | None:
+    return next(differences, None)
+
+
+def draw_like(example: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Random inputs like ``example``: the same mean and deviation, or range of integers."""
+    shape = (batch, *example.shape[1:])
+    if example.is_floating_point():
+        deviation = example.std().clamp(min=1e-3) if example.numel() > 1 else torch.tensor(1.0)
+        return example.mean() + deviation * torch.randn(shape, generator=generator)
+    low, high = int(example.min()), int(example.max())
+    return torch.randint(low, high + 1, shape, generator=generator, dtype=example.dtype)
+
+
+def _numpy(tensor: Tensor) -> Array:
+    return tensor.detach().contiguous().numpy()

@@ -1,0 +1,128 @@
+"""Optimizers as functions, to be traced into step graphs. The rules are those of torch.optim."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from export.errors import ExportError
+
+Tensors = dict[str, Tensor]
+
+
+class Optimizer(Protocol):
+    """One update rule.
+
+    Attributes:
+        hyper: hyper-parameters with their defaults; scalars that the graph takes as inputs.
+    """
+
+    name: str
+    hyper: dict[str, float]
+
+    def slots(self, parameters: Tensors) -> Tensors:
+        """The optimizer's own state before the first step; all zeros."""
+
+    def step(
+        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        """New parameters and new slots."""
+
+    def reference(self, parameters: list[Tensor], hyper: dict[str, float]) -> torch.optim.Optimizer:
+        """The same optimizer from torch.optim, which exported graphs are compared with."""
+
+
+class Sgd:
+    """SGD with momentum and weight decay (coupled, as in torch.optim.SGD)."""
+
+    name = "sgd"
+    hyper: dict[str, float] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+
+    def slots(self, parameters: Tensors) -> Tensors:
+        return {f"momentum/{n}": torch.zeros_like(p) for n, p in parameters.items()}
+
+    def step(
+        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        new_parameters, new_slots = {}, {}
+        for name, p in parameters.items():
+            g = gradients[name] + hyper["weight_decay"] * p
+            v = hyper["momentum"] * slots[f"momentum/{name}"] + g
+            new_parameters[name] = p - hyper["lr"] * v
+            new_slots[f"momentum/{name}"] = v
+        return new_parameters, new_slots
+
+    def reference(self, parameters: list[Tensor], hyper: dict[str, float]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            parameters,
+            lr=hyper["lr"],
+            momentum=hyper["momentum"],
+            weight_decay=hyper["weight_decay"],
+        )
+
+
+class AdamW:
+    """AdamW with bias correction and decoupled weight decay (torch.optim.AdamW)."""
+
+    name = "adamw"
+    hyper: dict[str, float] = {
+        "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01,
+    }  # fmt: skip
+
+    def slots(self, parameters: Tensors) -> Tensors:
+        slots = {"steps": torch.zeros(())}
+        for name, p in parameters.items():
+            slots[f"mean/{name}"] = torch.zeros_like(p)
+            slots[f"square/{name}"] = torch.zeros_like(p)
+        return slots
+
+    def step(
+        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        beta1, beta2 = hyper["beta1"], hyper["beta2"]
+        steps = slots["steps"] + 1
+        correction1 = 1 - torch.pow(beta1, steps)
+        correction2 = 1 - torch.pow(beta2, steps)
+        new_parameters: Tensors = {}
+        new_slots: Tensors = {"steps": steps}
+        for name, p in parameters.items():
+            g = gradients[name]
+            m = beta1 * slots[f"mean/{name}"] + (1 - beta1) * g
+            v = beta2 * slots[f"square/{name}"] + (1 - beta2) * g * g
+            change = (m / correction1) / ((v / correction2).sqrt() + hyper["eps"])
+            new_parameters[name] = p * (1 - hyper["lr"] * hyper["weight_decay"]) - (
+                hyper["lr"] * change
+            )
+            new_slots[f"mean/{name}"] = m
+            new_slots[f"square/{name}"] = v
+        return new_parameters, new_slots
+
+    def reference(self, parameters: list[Tensor], hyper: dict[str, float]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            parameters,
+            lr=hyper["lr"],
+            betas=(hyper["beta1"], hyper["beta2"]),
+            eps=hyper["eps"],
+            weight_decay=hyper["weight_decay"],
+        )
+
+
+OPTIMIZERS: dict[str, Optimizer] = {rule.name: rule for rule in (Sgd(), AdamW())}
+
+
+def get_optimizer(name: str) -> Optimizer:
+    """The optimizer called ``name``. Raises :class:`ExportError`."""
+    if name not in OPTIMIZERS:
+        raise ExportError(f"unknown optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
+
+
+def check_hyper(name: str, given: dict[str, float]) -> dict[str, float]:
+    """The optimizer's hyper-parameters with ``given`` in place of defaults."""
+    known = get_optimizer(name).hyper
+    for key in given:
+        if key not in known:
+            raise ExportError(f"{name} has no hyper-parameter {key!r}; it has {', '.join(known)}")
+    return {**known, **given}

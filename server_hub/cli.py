@@ -1,0 +1,141 @@
+"""``cutlayer hub`` and ``cutlayer token``."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from edge_sdk import config
+
+if TYPE_CHECKING:
+    from server_hub.hub import Hub
+    from server_hub.run import RoundRecord
+
+
+def hub(
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="TOML file, see docs/hub.md for its keys.")
+    ] = None,
+    bundles: Annotated[Path | None, typer.Option(help="Folder written by cutlayer export.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="File written by cutlayer token.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder for metrics, report and model.")] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help=".npz with x and y to measure accuracy on.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
+    min_devices: Annotated[int | None, typer.Option(help="Devices a round waits for.")] = None,
+    keep_serving: Annotated[
+        bool, typer.Option("--keep-serving", help="Go on answering after the last round.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print events as JSON, one a line.")
+    ] = False,
+) -> None:
+    """Serve a job: let devices in, train the deep part, average every layer."""
+    raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
+    top = {"bundles": bundles, "tokens": tokens, "run": run, "held_out": held_out}
+    raw |= {key: str(value) for key, value in top.items() if value is not None}
+    if keep_serving:
+        raw["keep_serving"] = True
+    for table, key, value in (
+        ("listen", "host", host),
+        ("listen", "port", port),
+        ("rounds", "count", rounds),
+        ("rounds", "min_devices", min_devices),
+    ):
+        if value is not None:
+            raw[table] = {**raw.get(table, {}), key: value}
+    from server_hub.config import HubConfig
+    from server_hub.hub import Hub
+
+    logging.basicConfig(
+        level=logging.INFO if not as_json else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)
+    settings = config.build(HubConfig, raw, str(config_file or "options of cutlayer hub"))
+    console = Console(stderr=as_json, highlight=False)
+
+    def emit(event: str, **fields: Any) -> None:
+        if as_json:
+            print(json.dumps({"event": event, **fields}), flush=True)
+
+    def on_round(record: RoundRecord) -> None:
+        emit("round", **dataclasses.asdict(record))
+        console.print(_line(record))
+
+    job = Hub(settings, on_round=on_round)
+
+    def ready(address: str) -> None:
+        emit("ready", address=address)
+        tiers = ", ".join(f"{name} (cut {t.cut})" for name, t in job.index.tiers.items())
+        console.print(f"hub at {address}; tiers {tiers}")
+
+    interrupted = asyncio.run(_serve(job, ready))
+    job.run.write_report(f"{job.method.name}: {len(job.run.records)} rounds")
+    emit("done", run=str(settings.run), rounds=len(job.run.records))
+    console.print(f"model, metrics and report in {settings.run}")
+    if interrupted:
+        raise typer.Exit(130)
+
+
+async def _serve(job: Hub, ready: Any) -> bool:
+    """Serve until done or interrupted; True if interrupted. The last round's model is kept."""
+    task = asyncio.create_task(job.serve(ready))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return True
+    return False
+
+
+def _line(record: RoundRecord) -> str:
+    accuracy = "  ".join(f"{t} {a['ensemble']:.1%}" for t, a in record.accuracy.items())
+    trunk = "" if record.trunk_loss is None else f"  trunk loss {record.trunk_loss:.3f}"
+    return (
+        f"round {record.round:3d}  {record.devices} devices  loss {record.local_loss:.3f}"
+        f"{trunk}  {accuracy}  {record.seconds:.1f} s"
+    )
+
+
+token = typer.Typer(help="Give devices their tokens, and take them back.", no_args_is_help=True)
+
+TokensOption = Annotated[Path, typer.Option("--tokens", help="File that keeps the hashes.")]
+
+
+@token.command()
+def new(
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    tokens: TokensOption = Path("tokens.toml"),
+) -> None:
+    """Print a new token for a device; only its hash is stored."""
+    from server_hub.tokens import TokenFile
+
+    print(TokenFile(tokens).issue(device))
+
+
+@token.command()
+def revoke(
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    tokens: TokensOption = Path("tokens.toml"),
+) -> None:
+    """Make a device's token worthless from its next connection on."""
+    from server_hub.tokens import TokenFile
+
+    TokenFile(tokens).revoke(device)
+    print(f"{device} can no longer connect")

@@ -1,0 +1,128 @@
+"""Configuration of the hub: what ``hub.toml`` may say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from server_hub.methods.fedsplitx import Form
+from server_hub.rounds import RoundRules
+
+Schedule = Literal["constant", "cosine", "step"]
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where to listen. Port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The training method and its form."""
+
+    name: Literal["fedsplitx"] = "fedsplitx"
+    form: Form = "merged"
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """Training on the devices.
+
+    Attributes:
+        epochs: local epochs per round.
+        batch_size: rows per local step.
+        hyper: hyper-parameters of the optimizer that the bundles were exported with.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    hyper: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError("epochs and batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrunkTraining:
+    """Training of the trunk.
+
+    Attributes:
+        device: torch device; ``auto`` takes a GPU if there is one.
+        optimizer: ``sgd`` or ``adamw``.
+        hyper: its hyper-parameters.
+        max_rows: rows of one merged step at most; a merged batch is a larger batch.
+        wait_s: how long a step waits for more rows to merge, in seconds.
+        threads: torch threads, 0 for torch's default.
+        arena_mb: shared memory for the payloads of one step, in MiB.
+    """
+
+    device: str = "auto"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    hyper: dict[str, float] = field(default_factory=dict)
+    max_rows: int = 256
+    wait_s: float = 0.02
+    threads: int = 0
+    arena_mb: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1 or self.arena_mb < 1:
+            raise ValueError("max_rows and arena_mb must be at least 1")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a peer may do.
+
+    Attributes:
+        max_frame: bytes of one frame.
+        window: messages that a device may leave unacknowledged.
+        session_s: seconds that a session without a connection is kept.
+        hello_s: seconds that a new connection has for its hello.
+        connections: open connections at most.
+        blob_piece: bytes of one piece of a blob.
+    """
+
+    max_frame: int = 64 * 2**20
+    window: int = 16
+    session_s: float = 60.0
+    hello_s: float = 10.0
+    connections: int = 1024
+    blob_piece: int = 256 * 1024
+
+    def __post_init__(self) -> None:
+        if self.window < 2 or self.max_frame < 2 * self.blob_piece:
+            raise ValueError("window must be at least 2, max_frame at least twice blob_piece")
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """Everything that a hub needs to know.
+
+    Attributes:
+        bundles: folder written by ``cutlayer export``.
+        tokens: file written by ``cutlayer token``.
+        run: folder for metrics, report and the trained model.
+        model: ``module:function`` that builds the model; that of the export if not given.
+        held_out: ``.npz`` with x and y to measure accuracy on after every round.
+        schedule: how the learning rates of devices and trunk go over the rounds.
+        keep_serving: go on answering after the last round, until interrupted.
+    """
+
+    bundles: Path
+    tokens: Path
+    run: Path = Path("runs/hub")
+    model: str | None = None
+    held_out: Path | None = None
+    schedule: Schedule = "cosine"
+    keep_serving: bool = False
+    listen: Listen = field(default_factory=Listen)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    rounds: RoundRules = field(default_factory=RoundRules)
+    local: LocalTraining = field(default_factory=LocalTraining)
+    trunk: TrunkTraining = field(default_factory=TrunkTraining)
+    limits: Limits = field(default_factory=Limits)

@@ -1,0 +1,1 @@
+"""``cutlayer demo``: the main job on real data, with real processes, on one machine."""

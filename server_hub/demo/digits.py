@@ -1,0 +1,86 @@
+"""The demo's model and data: scikit-learn's bundled handwritten digits, 1,797 images of 8 x 8."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edge_sdk.data import Examples
+from export.split import SplitModel
+
+CLASSES = 10
+MODEL = "server_hub.demo.digits:build"
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with GroupNorm and a skip connection."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(4, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(4, channels)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            self.skip = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        inner = torch.relu(self.norm1(self.conv1(h)))
+        return torch.relu(self.norm2(self.conv2(inner)) + self.skip(h))
+
+
+class PooledHead(nn.Module):
+    """Global average pool and a linear layer."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(channels, classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        logits: Tensor = self.out(h.mean((2, 3)))
+        return logits
+
+
+def build() -> SplitModel:
+    """A residual network for digits: a stem, 6 blocks, a head; inputs (batch, 1, 8, 8)."""
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.GroupNorm(4, 16), nn.ReLU())
+    blocks = [
+        ResidualBlock(16, 16),
+        ResidualBlock(16, 24, 2),
+        ResidualBlock(24, 24),
+        ResidualBlock(24, 32, 2),
+        ResidualBlock(32, 32),
+        ResidualBlock(32, 32),
+    ]
+    return SplitModel(stem, blocks, PooledHead(32, CLASSES))
+
+
+def load() -> tuple[Examples, Examples]:
+    """Training and held-out digits, 80 % and 20 %, pixels in [0, 1], the same split every time."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    images = (x / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+    order = np.random.default_rng(0).permutation(len(y))
+    cut = len(y) // 5
+    test, train = order[:cut], order[cut:]
+    return Examples(images[train], y[train]), Examples(images[test], y[test])
+
+
+def partition(data: Examples, devices: int, alpha: float, seed: int = 0) -> list[Examples]:
+    """Share examples out so that every device has its own mix of classes.
+
+    For each class the shares of the devices are drawn from a Dirichlet distribution; small
+    ``alpha`` is skewed, large is even. Every example goes to exactly one device.
+    """
+    rng = np.random.default_rng(seed)
+    owner = np.zeros(len(data), np.int64)
+    for label in range(CLASSES):
+        rows = rng.permutation(np.flatnonzero(data.y == label))
+        edges = np.cumsum(rng.dirichlet([alpha] * devices))[:-1] * len(rows)
+        for device, part in enumerate(np.split(rows, edges.round().astype(int))):
+            owner[part] = device
+    return [Examples(data.x[owner == d], data.y[owner == d]) for d in range(devices)]

@@ -1,0 +1,367 @@
+"""The demo's job: export, hub and devices as processes, the same without a hub, and the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from edge_sdk.data import Examples
+from edge_sdk.errors import CutlayerError
+from export.split import SplitModel
+from export.writer import WEIGHTS, BundleIndex, Tier, export_bundles
+from server_hub.demo import digits
+from server_hub.demo.no_hub import federated_averaging
+from server_hub.run import PATHS, RoundRecord, RunFolder, markdown_table, megabytes
+from server_hub.tokens import TokenFile
+
+TIERS = {"small": Tier(cut=2), "medium": Tier(cut=3), "large": Tier(cut=5)}
+DEVICES_PER_TIER = 2
+ALPHA = 1.0
+"""Dirichlet parameter of the partition: devices have unequal amounts and mixes of classes."""
+
+HYPER = {"lr": 0.05}
+BATCH = 16
+MERGED_ROWS = 64
+HUB_TOML = """\
+bundles = "{bundles}"
+tokens = "{tokens}"
+run = "{run}"
+held_out = "{held_out}"
+
+[listen]
+port = 0
+
+[rounds]
+count = {rounds}
+min_devices = {devices}
+
+[local]
+batch_size = {batch}
+hyper = {{ lr = {lr} }}
+
+[trunk]
+max_rows = {max_rows}
+hyper = {{ lr = {lr} }}
+threads = 1
+"""
+
+
+@dataclass
+class DeviceProcess:
+    """A device of the demo: its name, tier and process."""
+
+    name: str
+    tier: str
+    process: subprocess.Popen[str]
+
+
+def run_demo(folder: Path, rounds: int, console: Console) -> dict[str, Any]:
+    """Run the demo in ``folder``; returns what ``--json`` writes.
+
+    Raises:
+        CutlayerError: a process ended before its time; says which, and what it printed last.
+    """
+    started = time.monotonic()
+    folder = folder.absolute()
+    run_folder = RunFolder(folder)
+    train, held_out = digits.load()
+    console.print(
+        f"[bold]1[/]  data: {len(train)} digits on {DEVICES_PER_TIER * len(TIERS)} devices, "
+        f"{len(held_out)} held out"
+    )
+    shares = digits.partition(train, DEVICES_PER_TIER * len(TIERS), ALPHA)
+    inputs = folder / "input"
+    inputs.mkdir(parents=True)
+    save_npz(inputs / "held_out.npz", held_out)
+
+    console.print("[bold]2[/]  export: each tier's training steps to ONNX, checked against PyTorch")
+    model = digits.build()
+    with console.status("") as status:
+        index = export_bundles(
+            model,
+            TIERS,
+            folder / "bundles",
+            example=torch.from_numpy(train.x[:64]),
+            classes=digits.CLASSES,
+            model_path=digits.MODEL,
+            progress=lambda line: status.update(line),
+        )
+    for name, entry in index.tiers.items():
+        size = sum(index.manifest(name).blobs.values())
+        console.print(f"   {name:7s} cut {entry.cut} of {model.depth}, bundle {size / 1e3:.0f} kB")
+
+    console.print("[bold]3[/]  train: a hub and six devices, a process each, over websockets")
+    trained_at = time.monotonic()
+    with ExitStack() as stack:
+        devices, records = _federate(stack, folder, inputs, shares, rounds, console)
+        training_seconds = time.monotonic() - trained_at
+        reports = [_report(device, console) for device in devices]
+
+    console.print("[bold]4[/]  the same devices without a hub: the model of the poorest, FedAvg")
+    with console.status("training") as status:
+        no_hub = federated_averaging(
+            model,
+            index,
+            min(TIERS, key=lambda name: TIERS[name].cut),
+            shares,
+            held_out,
+            rounds,
+            HYPER,
+            BATCH,
+            progress=lambda n: status.update(f"round {n} of {rounds}"),
+        )
+    result = _result(index, reports, records, no_hub, training_seconds, started)
+    _check_saved_model(folder, result, held_out)
+    console.print(accuracy_table(result))
+    console.print(traffic_table(result))
+    rate = 60 * len(records) / result["training_seconds"]
+    console.print(
+        f"{len(records)} rounds, {rate:.0f} rounds a minute, {result['seconds']:.0f} s in all; "
+        f"largest device process {result['device_rss_mb']:.0f} MB, without torch"
+    )
+    run_folder.records.extend(records)
+    _write_report(run_folder, result)
+    console.print(f"report, curves, metrics and model in {folder}")
+    return result
+
+
+def _federate(
+    stack: ExitStack,
+    folder: Path,
+    inputs: Path,
+    shares: Sequence[Examples],
+    rounds: int,
+    console: Console,
+) -> tuple[list[DeviceProcess], list[RoundRecord]]:
+    """Start hub and devices, show the rounds as they come, until the job is done."""
+    tokens = TokenFile(folder / "tokens.toml")
+    tiers = [tier for tier in TIERS for _ in range(DEVICES_PER_TIER)]
+    names = [f"{tier}-{i % DEVICES_PER_TIER + 1}" for i, tier in enumerate(tiers)]
+    secrets = {name: tokens.issue(name) for name in names}
+    (folder / "hub.toml").write_text(
+        HUB_TOML.format(
+            bundles=folder / "bundles",
+            tokens=tokens.path,
+            run=folder,
+            held_out=inputs / "held_out.npz",
+            rounds=rounds,
+            devices=len(names),
+            batch=BATCH,
+            max_rows=MERGED_ROWS,
+            lr=HYPER["lr"],
+        )
+    )
+    hub = stack.enter_context(_process(folder, "hub", "hub", "--config", str(folder / "hub.toml")))
+    events = _events(hub, folder)
+    address = next(event["address"] for event in events if event["event"] == "ready")
+    devices = []
+    for name, tier, share in zip(names, tiers, shares, strict=True):
+        save_npz(inputs / f"{name}.npz", share)
+        arguments = [
+            "device", "--url", address, "--tier", tier, "--name", name,
+            "--data", str(inputs / f"{name}.npz"),
+            "--evaluate", str(inputs / "held_out.npz"),
+            "--cache", str(folder / "cache" / name),
+        ]  # fmt: skip
+        process = _process(folder, name, *arguments, token=secrets[name])
+        devices.append(DeviceProcess(name, tier, stack.enter_context(process)))
+    records = []
+    with Live(_live_view([], rounds), console=console, refresh_per_second=4) as live:
+        for event in events:
+            if event.pop("event") == "round":
+                records.append(RoundRecord(**event))
+                live.update(_live_view(records, rounds))
+                if len(records) == rounds:
+                    break
+    if len(records) < rounds:
+        raise CutlayerError(f"the hub ended after {len(records)} rounds:\n{_tail(folder, 'hub')}")
+    return devices, records
+
+
+@contextmanager
+def _process(
+    folder: Path, name: str, *arguments: str, token: str = ""
+) -> Iterator[subprocess.Popen[str]]:
+    """A ``cutlayer`` command with JSON on its stdout, its log in a file; ended on leaving."""
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    with open(logs / f"{name}.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edge_sdk.main", *arguments, "--json"],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "CUTLAYER_TOKEN": token, "PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            yield process
+        finally:
+            try:
+                process.wait(15 if sys.exc_info()[0] is None else 0)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def _events(hub: subprocess.Popen[str], folder: Path) -> Iterator[dict[str, Any]]:
+    assert hub.stdout is not None
+    for line in hub.stdout:
+        yield json.loads(line)
+    if hub.wait() != 0:
+        raise CutlayerError(f"the hub failed:\n{_tail(folder, 'hub')}")
+
+
+def _report(device: DeviceProcess, console: Console) -> dict[str, Any]:
+    """What a device printed at its end."""
+    with console.status(f"{device.name} measures its accuracy"):
+        out, _ = device.process.communicate(timeout=120)
+    if device.process.returncode != 0:
+        raise CutlayerError(f"the device {device.name} failed with {device.process.returncode}")
+    report: dict[str, Any] = json.loads(out)
+    if report["torch_imported"]:
+        raise CutlayerError(f"the device {device.name} imported torch; a device must not need it")
+    return report
+
+
+def _tail(folder: Path, name: str) -> str:
+    lines = (folder / "logs" / f"{name}.log").read_text("utf-8").splitlines()
+    return "\n".join(lines[-5:])
+
+
+def _result(
+    index: BundleIndex,
+    reports: Sequence[dict[str, Any]],
+    records: Sequence[RoundRecord],
+    no_hub: float,
+    training_seconds: float,
+    started: float,
+) -> dict[str, Any]:
+    tiers = {}
+    for name, entry in index.tiers.items():
+        mine = [r["evaluation"] for r in reports if r["tier"] == name]
+        tiers[name] = {"cut": entry.cut} | {
+            path: float(np.mean([evaluation[path] for evaluation in mine])) for path in PATHS
+        }
+    return {
+        "tiers": tiers,
+        "no_hub": no_hub,
+        "rounds": len(records),
+        "seconds": round(time.monotonic() - started, 1),
+        "training_seconds": round(training_seconds, 1),
+        "bytes": records[-1].bytes,
+        "device_rss_mb": max(r["rss_mb"] for r in reports),
+    }
+
+
+def _check_saved_model(folder: Path, result: dict[str, Any], held_out: Examples) -> None:
+    """Load the trained model into a fresh PyTorch model and measure it: nothing may be lost.
+
+    The paths through the hub quantise the activations at the cut, so that they may differ from
+    the uncut model by a few examples.
+    """
+    model: SplitModel = digits.build()
+    model.load(folder / WEIGHTS)
+    with torch.no_grad():
+        answers = model.eval()(torch.from_numpy(held_out.x)).argmax(1).numpy()
+    result["saved_model"] = float((answers == held_out.y).mean())
+    for name, tier in result["tiers"].items():
+        if abs(tier["through_hub"] - result["saved_model"]) > 0.02:
+            raise CutlayerError(
+                f"the saved model has an accuracy of {result['saved_model']:.1%}, the path "
+                f"through the hub from tier {name} {tier['through_hub']:.1%}; they must agree"
+            )
+
+
+def _live_view(records: Sequence[RoundRecord], rounds: int) -> Group:
+    """Progress bar and the last rounds."""
+    bar = Progress(TextColumn("   rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar.add_task("", total=rounds, completed=len(records))
+    table = Table(box=None, padding=(0, 2))
+    for column in ("round", "s", "loss", "trunk loss", *TIERS, "MB up", "MB down"):
+        table.add_column(column, justify="right")
+    for r in records[-6:]:
+        up, down = (sum(kind[way] for kind in r.bytes.values()) for way in ("up", "down"))
+        table.add_row(
+            str(r.round),
+            f"{r.seconds:.1f}",
+            f"{r.local_loss:.3f}",
+            "" if r.trunk_loss is None else f"{r.trunk_loss:.3f}",
+            *(f"{r.accuracy[tier]['ensemble']:.1%}" for tier in TIERS),
+            f"{up / 1e6:.1f}",
+            f"{down / 1e6:.1f}",
+        )
+    return Group(bar, table)
+
+
+def accuracy_table(result: dict[str, Any]) -> Table:
+    """Accuracy by tier and path, and without a hub."""
+    table = Table(title="accuracy on held-out digits")
+    for column in ("tier", "cut", *PATHS.values(), "without a hub"):
+        table.add_column(column, justify="left" if column == "tier" else "right")
+    for row in _accuracy_rows(result):
+        table.add_row(*row)
+    return table
+
+
+def _accuracy_rows(result: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            name,
+            str(tier["cut"]),
+            *(f"{tier[path]:.1%}" for path in PATHS),
+            f"{result['no_hub']:.1%}",
+        ]
+        for name, tier in result["tiers"].items()
+    ]
+
+
+def traffic_table(result: dict[str, Any]) -> Table:
+    """Bytes up and down by kind of message."""
+    table = Table(title="traffic of the whole job, MB")
+    for column in ("message", "up", "down"):
+        table.add_column(column, justify="left" if column == "message" else "right")
+    for kind, size in sorted(result["bytes"].items(), key=lambda k: -sum(k[1].values())):
+        table.add_row(kind, megabytes(size["up"]), megabytes(size["down"]))
+    total = {way: sum(s[way] for s in result["bytes"].values()) for way in ("up", "down")}
+    table.add_section()
+    table.add_row("all", megabytes(total["up"]), megabytes(total["down"]))
+    return table
+
+
+def _write_report(run: RunFolder, result: dict[str, Any]) -> None:
+    header = ["tier", "cut", *PATHS.values(), "without a hub"]
+    run.write_report(
+        "FedSplitX over six devices of three tiers, on digits",
+        [
+            "## Accuracy on held-out digits\n\n" + markdown_table(header, _accuracy_rows(result)),
+            "*Without a hub*: the model that fits the poorest tier, trained by federated "
+            "averaging on the same devices for the same rounds.\n\n"
+            f"{result['rounds']} rounds in {result['training_seconds']:.0f} s. "
+            f"Largest device process: {result['device_rss_mb']:.0f} MB. "
+            f"The saved model, uncut, in PyTorch: {result['saved_model']:.1%}.",
+        ],
+    )
+
+
+def save_npz(path: Path, examples: Examples) -> None:
+    """Write examples as ``Examples.from_npz`` reads them."""
+    np.savez(path, x=examples.x, y=examples.y)

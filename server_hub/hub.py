@@ -1,0 +1,500 @@
+"""The hub: runs the rounds of a job with whatever devices there are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge_sdk.bundle import Manifest, sha256
+from edge_sdk.data import Examples
+from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.channel import Delivery
+from edge_sdk.protocol.frames import pack_tensors
+from edge_sdk.protocol.messages import (
+    Activations,
+    Answer,
+    Decline,
+    Infer,
+    Ready,
+    Round,
+    Stop,
+    Update,
+)
+from edge_sdk.protocol.tensors import check_tensors
+from export.build import build_model
+from export.optimizers import check_hyper
+from export.split import SplitModel
+from export.writer import WEIGHTS, BundleIndex
+from server_hub.config import HubConfig, Schedule
+from server_hub.gateway import Gateway, Peer
+from server_hub.layers import NotFinite, State, check_finite
+from server_hub.methods.fedsplitx import fedsplitx
+from server_hub.methods.parts import DeviceUpdate
+from server_hub.rounds import Phase, Rounds
+from server_hub.run import RoundRecord, RunFolder
+from server_hub.tokens import TokenFile
+from server_hub.trunk import Arrival, Trunk, TrunkPlan
+from server_hub.worker import TrunkFailed, WorkerTrunk
+
+log = logging.getLogger("cutlayer.hub")
+
+
+@dataclass
+class _Member:
+    """What the hub knows of a device beyond its session."""
+
+    samples: int
+    activation_rows: int = 0
+    state: State = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Forget what belonged to the last round."""
+        self.activation_rows = 0
+        self.state = {}
+        self.metrics = {}
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An arrival in the trunk's queue, to be settled once it was trained on."""
+
+    arrival: Arrival
+    peer: Peer
+    seq: int
+
+
+class Hub:
+    """Serves one job: lets devices in, runs the rounds, keeps the model.
+
+    Args:
+        config: see :class:`HubConfig`.
+        model: the model; built from the configuration's ``module:function`` if not given.
+        trunk: where the deep part is trained; a process of its own if not given.
+        on_round: called after every round.
+
+    Raises:
+        ConfigError, BundleError: something named by the configuration is missing or wrong.
+    """
+
+    def __init__(
+        self,
+        config: HubConfig,
+        model: SplitModel | None = None,
+        trunk: Trunk | None = None,
+        on_round: Callable[[RoundRecord], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.index = BundleIndex.read(config.bundles)
+        self.manifests: dict[str, Manifest] = {t: self.index.manifest(t) for t in self.index.tiers}
+        self.model = model if model is not None else build_model(config.model or self.index.model)
+        self.model.load(config.bundles / WEIGHTS)
+        initial = {n: p.detach().cpu().numpy() for n, p in self.model.named_parameters()}
+        self.method = fedsplitx(initial, config.method.form, config.local.epochs)
+        self.local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
+        self.trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
+        held_out = self._held_out()
+        self.trunk = trunk if trunk is not None else self._worker(held_out)
+        self._evaluates = held_out is not None
+        self.rounds = Rounds(config.rounds)
+        tokens = TokenFile(config.tokens)
+        tokens.read()  # a broken file is the operator's mistake, to be told now
+        self.gateway = Gateway(
+            config.limits,
+            tokens,
+            {name: entry.manifest for name, entry in self.index.tiers.items()},
+            self.index.blobs(),
+            self._handle,
+            self._gone,
+        )
+        self.run = RunFolder(config.run)
+        self.address: str | None = None
+        self._on_round = on_round
+        self._members: dict[str, _Member] = {}
+        self._queue: deque[_Waiting] = deque()
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._idle = asyncio.Event()
+        self._trunk_losses: list[tuple[float, int]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._final: dict[str, str] = {}
+
+    # --- the job --------------------------------------------------------------------------------
+
+    async def serve(self, ready: Callable[[str], None] | None = None) -> None:
+        """Run the job to its end, then wait until the devices have left.
+
+        Args:
+            ready: called with the address once devices can connect.
+
+        Raises:
+            ConfigError: the port is taken.
+            TrunkFailed: the trunk's process ended.
+        """
+        await self.trunk.start()
+        try:
+            await self._publish_states()
+            async with self.gateway.listen(self.config.listen) as address:
+                self.address = address
+                feed = asyncio.create_task(self._feed_trunk())
+                job = asyncio.create_task(self._job(ready))
+                done, _ = await asyncio.wait([feed, job], return_when=asyncio.FIRST_COMPLETED)
+                for task in (feed, job):
+                    task.cancel()
+                await asyncio.gather(feed, job, return_exceptions=True)
+                for task in done:
+                    task.result()
+        finally:
+            await self.trunk.close()
+
+    async def _job(self, ready: Callable[[str], None] | None) -> None:
+        if ready is not None:
+            assert self.address is not None
+            ready(self.address)
+        while self.rounds.phase is not Phase.DONE:
+            await self._until(self.rounds.can_start)
+            await self._round()
+        log.info("all %d rounds done", self.rounds.number)
+        for peer in list(self.gateway.peers.values()):
+            self._stop(peer)
+        while self.config.keep_serving or self.gateway.peers:
+            await self._until(lambda: not self.gateway.peers and not self.config.keep_serving)
+
+    async def _round(self) -> None:
+        """One round: states down, local training and trunk at the same time, average, measure."""
+        started = time.monotonic()
+        config, method = self.config, self.method
+        number = self.rounds.number + 1
+        rate = learning_rate_factor(config.schedule, number, config.rounds.count)
+        plan = TrunkPlan(
+            config.trunk.optimizer,
+            {**self.trunk_hyper, "lr": self.trunk_hyper["lr"] * rate},
+            method.trunk_epochs,
+            config.trunk.max_rows,
+            seed=number,
+        )
+        await self.trunk.begin(method.aggregation.trunk_state(), plan)
+        states = self._device_states()
+        members = self.rounds.start(time.monotonic())
+        log.info("round %d with %d devices", number, len(members))
+        for order, device in enumerate(sorted(members)):
+            self._members[device].reset()
+            peer = self.gateway.peers[device]
+            self.gateway.post(
+                peer,
+                Round(
+                    round=number,
+                    state=states[peer.tier],
+                    epochs=config.local.epochs,
+                    batch_size=config.local.batch_size,
+                    hyper={**self.local_hyper, "lr": self.local_hyper["lr"] * rate},
+                    activations=method.activations,
+                    seed=number * 1_000_003 + order,
+                ),
+            )
+        trunk_losses = self._trunk_losses = []
+        await self._until(lambda: self.rounds.is_over(time.monotonic()), self.rounds.deadline)
+        useful = self.rounds.finish()
+        for device, reason in self.rounds.dropped.items():
+            log.warning("round %d goes on without %s: %s", number, device, reason)
+        await self._idle.wait()
+        copies = await self.trunk.finish()
+        if not useful:
+            log.warning("nobody delivered in round %d; it is repeated", number)
+            return
+        delivered = sorted(self.rounds.delivered)
+        updates = [
+            DeviceUpdate(d, self._members[d].state, self._members[d].samples) for d in delivered
+        ]
+        loss, accuracy = self._local_means(delivered)
+        await asyncio.to_thread(method.aggregation.commit, updates, copies)
+        await self._publish_states()
+        self._save()
+        rows = sum(n for _, n in trunk_losses)
+        record = RoundRecord(
+            round=number,
+            seconds=time.monotonic() - started,
+            devices=len(delivered),
+            dropped=dict(self.rounds.dropped),
+            local_loss=loss,
+            local_accuracy=accuracy,
+            trunk_loss=sum(x * n for x, n in trunk_losses) / rows if rows else None,
+            trunk_steps=len(trunk_losses),
+            accuracy=await self.trunk.evaluate(self._tier_cuts()) if self._evaluates else {},
+            bytes=self.gateway.traffic.by_kind(),
+        )
+        self.run.append(record)
+        if self._on_round is not None:
+            self._on_round(record)
+
+    def _local_means(self, delivered: list[str]) -> tuple[float, float]:
+        """Mean local loss and accuracy of a round, weighted by samples."""
+        members = [self._members[d] for d in delivered]
+        total = sum(m.samples for m in members)
+        loss, accuracy = (
+            sum(m.metrics.get(key, math.nan) * m.samples for m in members) / total
+            for key in ("loss", "accuracy")
+        )
+        return loss, accuracy
+
+    def _device_states(self) -> dict[str, str]:
+        """Publish what each tier starts from; returns the blob's hash by tier."""
+        blobs = {}
+        hashes = {}
+        for tier, entry in self.index.tiers.items():
+            state = self.method.aggregation.device_state(self.model.client_layers(entry.cut))
+            names = [spec.name for spec in self.manifests[tier].parameters]
+            data = pack_tensors({name: state[name] for name in names})
+            hashes[tier] = sha256(data)
+            blobs[hashes[tier]] = data
+        self.gateway.states = blobs
+        return hashes
+
+    async def _publish_states(self) -> None:
+        """Give the trunk the present model to answer and evaluate with."""
+        cuts = {entry.cut for entry in self.index.tiers.values()}
+        path = self.method.aggregation.path_state
+        await self.trunk.serve({cut: path(self.model, cut) for cut in cuts})
+
+    def _save(self) -> None:
+        """Write the present model; one file, or one per tier where tiers have different layers."""
+        aggregation = self.method.aggregation
+        states = {
+            tier: aggregation.path_state(self.model, entry.cut)
+            for tier, entry in self.index.tiers.items()
+        }
+        shared = len({id(state) for state in states.values()}) == 1
+        for tier, state in states.items():
+            self.run.save_model(state, None if shared else tier)
+            if shared:
+                break
+
+    def _stop(self, peer: Peer) -> None:
+        """Tell a device that the job is over, and where the final state is."""
+        if not self._final:
+            self._final = self._device_states()
+        self.gateway.post(peer, Stop(reason="the job is finished", state=self._final[peer.tier]))
+
+    def _tier_cuts(self) -> dict[str, tuple[int, str]]:
+        return {name: (entry.cut, entry.codec) for name, entry in self.index.tiers.items()}
+
+    # --- the trunk's queue ----------------------------------------------------------------------
+
+    async def _feed_trunk(self) -> None:
+        """Merge what waits, up to ``max_rows``, and step; settle what was used.
+
+        A device has at most a window of unsettled batches, so the queue is bounded, and a trunk
+        that is slow slows the devices down.
+        """
+        while True:
+            if not self._queue:
+                self._idle.set()
+                await self._until(lambda: bool(self._queue))
+            if self._queued_rows() < self.config.trunk.max_rows:
+                await asyncio.sleep(self.config.trunk.wait_s)
+            group: list[_Waiting] = []
+            rows = 0
+            while self._queue and (
+                not group or rows + self._queue[0].arrival.rows <= self.config.trunk.max_rows
+            ):
+                group.append(self._queue.popleft())
+                rows += group[-1].arrival.rows
+            report = await self.trunk.step([w.arrival for w in group])
+            for waiting in group:
+                waiting.peer.session.settle(waiting.seq)
+            if report.rows:
+                self._trunk_losses.append((report.loss, report.rows))
+            for device, reason in report.refused.items():
+                peer = next(w.peer for w in group if w.peer.device == device)
+                self._spawn(self.gateway.refuse(peer, ProtocolError("not_finite", reason, "parts")))
+
+    def _queued_rows(self) -> int:
+        return sum(waiting.arrival.rows for waiting in self._queue)
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def _handle(self, peer: Peer, delivery: Delivery) -> None:
+        """Act on a device's message; a :class:`ProtocolError` goes back to it."""
+        message = delivery.message
+        if isinstance(message, Activations):
+            self._activations(peer, message, delivery.seq)
+            return  # settled once the trunk has used it
+        if isinstance(message, Infer):
+            self._infer(peer, message, delivery.seq)
+            return  # settled once it is answered
+        if isinstance(message, Ready):
+            self._members[peer.device] = _Member(message.samples)
+            if self.rounds.phase is Phase.DONE:
+                self._stop(peer)
+            else:
+                self.rounds.join(peer.device)
+        elif isinstance(message, Decline):
+            if self.rounds.expects(peer.device, message.round):
+                self.rounds.drop(peer.device, f"declined: {message.reason}")
+        elif isinstance(message, Update):
+            self._update(peer, message)
+        else:
+            raise ProtocolError("bad_message", f"a device does not send {message.TYPE}")
+        peer.session.settle(delivery.seq)
+        self._wake()
+
+    def _activations(self, peer: Peer, message: Activations, seq: int) -> None:
+        if not self.rounds.expects(peer.device, message.round):
+            peer.session.settle(seq)  # late, or from a device that is not in this round
+            return
+        manifest, member = self.manifests[peer.tier], self._members[peer.device]
+        symbols: dict[str, int] = {}
+        check_tensors(message.parts, manifest.packed, symbols)
+        labels = message.labels
+        if labels.dtype != np.int64 or labels.shape != (symbols["batch"],):
+            raise ProtocolError(
+                "bad_labels",
+                f"labels are {labels.dtype} {list(labels.shape)}, "
+                f"must be int64 [{symbols['batch']}]",
+                "labels",
+            )
+        if labels.min() < 0 or labels.max() >= manifest.classes:
+            raise ProtocolError(
+                "bad_labels",
+                f"labels reach from {labels.min()} to {labels.max()}, "
+                f"must be from 0 to {manifest.classes - 1}",
+                "labels",
+            )
+        member.activation_rows += len(labels)
+        if len(labels) > self.config.local.batch_size or member.activation_rows > member.samples:
+            raise ProtocolError(
+                "bad_message",
+                f"{member.activation_rows} rows of activations in batches of {len(labels)}; a "
+                f"round takes each of {member.samples} examples once, in batches of at most "
+                f"{self.config.local.batch_size}",
+                "parts",
+            )
+        arrival = Arrival(
+            peer.device,
+            self.method.copies.replica_of(peer.device),
+            manifest.cut,
+            manifest.codec,
+            message.parts,
+            labels,
+        )
+        self._queue.append(_Waiting(arrival, peer, seq))
+        self._idle.clear()
+        self._wake()
+
+    def _update(self, peer: Peer, message: Update) -> None:
+        if not self.rounds.expects(peer.device, message.round):
+            return
+        member = self._members[peer.device]
+        specs = {spec.name: spec for spec in self.manifests[peer.tier].parameters}
+        for name, tensor in message.tensors.items():
+            if name not in specs or name in member.state:
+                what = "is not a parameter of the tier" if name not in specs else "came twice"
+                raise ProtocolError("bad_tensor", f"tensor {name!r} {what}", name)
+            specs[name].check(tensor, {})
+        try:
+            check_finite(message.tensors)
+        except NotFinite as error:
+            raise ProtocolError("not_finite", str(error), error.tensor) from error
+        member.state.update(message.tensors)
+        if not message.done:
+            return
+        missing = [name for name in specs if name not in member.state]
+        if missing:
+            raise ProtocolError("bad_tensor", f"tensor {missing[0]!r} is missing", missing[0])
+        if message.samples != member.samples:
+            raise ProtocolError(
+                "bad_message",
+                f"the update counts {message.samples} samples, ready said {member.samples}",
+                "samples",
+            )
+        member.metrics = message.metrics
+        self.rounds.deliver(peer.device)
+
+    def _infer(self, peer: Peer, message: Infer, seq: int) -> None:
+        manifest = self.manifests[peer.tier]
+        symbols: dict[str, int] = {}
+        check_tensors(message.parts, manifest.packed, symbols)
+        labels = np.zeros(symbols["batch"], np.int64)
+        arrival = Arrival(peer.device, "", manifest.cut, manifest.codec, message.parts, labels)
+        depths = [d for d in self.model.head_depths if d > manifest.cut]
+        heads = [*(f"aux.{d}" for d in depths), "head"]
+
+        async def answer() -> None:
+            logits = await self.trunk.answer(arrival)
+            self.gateway.post(peer, Answer(request=message.request, heads=heads, logits=logits))
+            peer.session.settle(seq)
+
+        self._spawn(answer())
+
+    def _gone(self, peer: Peer, reason: str) -> None:
+        log.info("%s %s", peer.device, reason)
+        self.rounds.leave(peer.device, reason)
+        self._wake()
+
+    # --- waiting --------------------------------------------------------------------------------
+
+    async def _until(self, condition: Callable[[], bool], deadline: float | None = None) -> None:
+        """Wait until ``condition`` holds; looked at whenever something happens, and at the
+        deadline (monotonic seconds)."""
+        while not condition():
+            changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.add(changed)
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            try:
+                await asyncio.wait([changed], timeout=left)
+            finally:
+                self._waiters.discard(changed)
+
+    def _wake(self) -> None:
+        """Something happened: whoever waits looks again."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            level = logging.WARNING if isinstance(task.exception(), TrunkFailed) else logging.ERROR
+            log.log(level, "%s", task.exception())
+
+    def _held_out(self) -> tuple[Any, Any] | None:
+        if self.config.held_out is None:
+            return None
+        manifest = next(iter(self.manifests.values()))
+        examples = Examples.from_npz(self.config.held_out).fitted(manifest)
+        return examples.x, examples.y
+
+    def _worker(self, held_out: tuple[Any, Any] | None) -> WorkerTrunk:
+        settings = self.config.trunk
+        device = settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return WorkerTrunk(
+            self.model, device, held_out, settings.arena_mb * 2**20, settings.threads
+        )
+
+
+def learning_rate_factor(schedule: Schedule, number: int, count: int) -> float:
+    """What the learning rate is multiplied with in round ``number`` of ``count``, from 1 on.
+
+    ``step`` is FedSplitX's: a tenth from half of the rounds on, a hundredth from three quarters.
+    """
+    done = (number - 1) / count
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "step":
+        return 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01
+    return 1.0

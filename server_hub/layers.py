@@ -1,0 +1,108 @@
+"""LayerStore: one versioned entry per layer; averages every copy that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edge_sdk.errors import CutlayerError
+from edge_sdk.protocol.tensors import Array
+from export.split import layer_of
+
+State = dict[str, Array]
+
+
+class NotFinite(CutlayerError):
+    """A copy holds NaN or infinity. Attribute ``tensor`` names the first tensor that does."""
+
+    def __init__(self, tensor: str) -> None:
+        super().__init__(f"tensor {tensor} holds values that are not finite")
+        self.tensor = tensor
+
+
+@dataclass(frozen=True)
+class LayerCopy:
+    """A layer as somebody has trained it.
+
+    Attributes:
+        layer: ``stem``, ``block.3``, ``aux.2``, ``head``.
+        tensors: its tensors by full name.
+        weight: how much it counts, usually the number of samples it was trained on.
+        source: who trained it.
+    """
+
+    layer: str
+    tensors: Mapping[str, Array]
+    weight: float
+    source: str
+
+
+@dataclass
+class LayerEntry:
+    """A layer in the store; ``trained_by`` says whose copies the present version averages."""
+
+    tensors: State
+    version: int = 0
+    trained_by: list[str] = field(default_factory=list)
+
+
+def check_finite(tensors: Mapping[str, Array]) -> None:
+    """Raise :class:`NotFinite` for the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise NotFinite(name)
+
+
+def split_by_layer(state: Mapping[str, Array]) -> dict[str, State]:
+    """Group tensors by the layer that they belong to."""
+    layers: dict[str, State] = {}
+    for name, tensor in state.items():
+        layers.setdefault(layer_of(name), {})[name] = tensor
+    return layers
+
+
+class LayerStore:
+    """The global model, layer by layer.
+
+    Args:
+        state: initial tensors by name.
+    """
+
+    def __init__(self, state: Mapping[str, Array]) -> None:
+        self.entries = {
+            layer: LayerEntry({n: np.array(t) for n, t in tensors.items()})
+            for layer, tensors in split_by_layer(state).items()
+        }
+
+    def commit(self, copies: Iterable[LayerCopy]) -> None:
+        """Replace each layer by the weighted mean of its copies; the others keep their value.
+
+        Sums are in float64, so the result does not depend on the order of the copies by more
+        than rounding.
+
+        Raises:
+            NotFinite: a copy holds NaN or infinity; nothing was changed.
+        """
+        by_layer: dict[str, list[LayerCopy]] = {}
+        for copy in copies:
+            if copy.weight <= 0:
+                continue
+            check_finite(copy.tensors)
+            by_layer.setdefault(copy.layer, []).append(copy)
+        for layer, group in by_layer.items():
+            entry = self.entries[layer]
+            total = sum(copy.weight for copy in group)
+            for name, old in entry.tensors.items():
+                mean = np.zeros(old.shape, np.float64)
+                for copy in group:
+                    mean += copy.tensors[name] * (copy.weight / total)
+                entry.tensors[name] = mean.astype(old.dtype)
+            entry.version += 1
+            entry.trained_by = [copy.source for copy in group]
+
+    def state(self, layers: Iterable[str] | None = None) -> State:
+        """Tensors of some layers, or of all."""
+        wanted = self.entries if layers is None else layers
+        return {name: t for layer in wanted for name, t in self.entries[layer].tensors.items()}

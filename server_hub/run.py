@@ -1,0 +1,150 @@
+"""The run folder: metrics, the trained model, a report and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.numpy import save
+
+from edge_sdk.bundle import write_atomically
+from edge_sdk.errors import ConfigError
+from edge_sdk.protocol.tensors import Array
+
+PATHS = {
+    "device_alone": "device alone",
+    "through_hub": "through hub",
+    "ensemble": "ensemble",
+}
+"""The three ways to answer, and how tables call them."""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What a round was like; a line of ``metrics.jsonl``.
+
+    Attributes:
+        round: its number, from 1 on.
+        seconds: wall time, measuring included.
+        devices: devices whose update counted.
+        dropped: members that did not deliver, with the reason.
+        local_loss: mean loss on the devices, weighted by samples.
+        local_accuracy: mean accuracy on the devices' own examples, during training.
+        trunk_loss: mean loss per row on the trunk; None if no row came.
+        trunk_steps: depth-merged steps.
+        accuracy: by tier and path on the held-out examples; empty without any.
+        bytes: traffic since the start, by kind of message.
+    """
+
+    round: int
+    seconds: float
+    devices: int
+    dropped: dict[str, str]
+    local_loss: float
+    local_accuracy: float
+    trunk_loss: float | None
+    trunk_steps: int
+    accuracy: dict[str, dict[str, float]]
+    bytes: dict[str, dict[str, int]]
+
+
+class RunFolder:
+    """Writes the files of one run.
+
+    Raises:
+        ConfigError: the folder holds another run already, or cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: list[RoundRecord] = []
+        if (folder / "metrics.jsonl").exists():
+            raise ConfigError(f"{folder} holds a run already; choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+
+    def append(self, record: RoundRecord) -> None:
+        """Add a round to ``metrics.jsonl``."""
+        self.records.append(record)
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+    def save_model(self, state: Mapping[str, Array], tier: str | None) -> Path:
+        """Write the whole model as safetensors; ``SplitModel.load`` reads it."""
+        path = self.folder / ("model.safetensors" if tier is None else f"model.{tier}.safetensors")
+        write_atomically(path, save(dict(state)))
+        return path
+
+    def write_report(self, title: str, sections: Sequence[str] = ()) -> None:
+        """Write ``report.md`` and ``curves.png``."""
+        draw_curves(self.records, self.folder / "curves.png")
+        parts = [f"# {title}", *sections]
+        if self.records:
+            parts += [rounds_table(self.records), traffic_table(self.records[-1].bytes)]
+        parts.append("![accuracy and traffic over the rounds](curves.png)")
+        write_atomically(self.folder / "report.md", "\n\n".join([*parts, ""]).encode())
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, first column to the left, the others to the right."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def rounds_table(records: Sequence[RoundRecord]) -> str:
+    """The rounds, with the ensemble's accuracy of each tier."""
+    tiers = list(records[-1].accuracy)
+    header = ["round", "devices", "local loss", "trunk loss", *(f"{t}: ensemble" for t in tiers)]
+    rows = [
+        [
+            str(r.round),
+            str(r.devices),
+            f"{r.local_loss:.3f}",
+            "" if r.trunk_loss is None else f"{r.trunk_loss:.3f}",
+            *(f"{r.accuracy[t]['ensemble']:.1%}" for t in tiers),
+        ]
+        for r in records
+    ]
+    return "## Rounds\n\n" + markdown_table(header, rows)
+
+
+def traffic_table(traffic: Mapping[str, Mapping[str, int]]) -> str:
+    """Bytes by kind of message."""
+    kinds = sorted(traffic, key=lambda kind: -sum(traffic[kind].values()))
+    rows = [
+        [kind, megabytes(traffic[kind]["up"]), megabytes(traffic[kind]["down"])] for kind in kinds
+    ]
+    return "## Traffic in MB\n\n" + markdown_table(["message", "up", "down"], rows)
+
+
+def megabytes(size: int) -> str:
+    """Bytes as millions of bytes, for tables."""
+    return f"{size / 1e6:.3f}"
+
+
+def draw_curves(records: Sequence[RoundRecord], path: Path) -> None:
+    """Accuracy per tier and path over the rounds, and traffic, as a picture."""
+    from matplotlib.figure import Figure
+
+    rounds = [r.round for r in records]
+    tiers = list(records[-1].accuracy) if records else []
+    figure = Figure(figsize=(4.2 * (len(tiers) + 1), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(tiers) + 1, squeeze=False)[0]
+    for axis, tier in zip(axes, tiers, strict=False):
+        for name, label in PATHS.items():
+            axis.plot(rounds, [100 * r.accuracy[tier][name] for r in records], label=label)
+        axis.set(title=tier, xlabel="round", ylabel="accuracy (%)")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right")
+    traffic = axes[-1]
+    for way, style in (("up", "-"), ("down", "--")):
+        total = [sum(kind[way] for kind in r.bytes.values()) / 1e6 for r in records]
+        traffic.plot(rounds, total, style, label=way)
+    traffic.set(title="traffic, cumulative", xlabel="round", ylabel="MB")
+    traffic.grid(alpha=0.3)
+    traffic.legend(loc="upper left")
+    figure.savefig(path, dpi=110)

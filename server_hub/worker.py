@@ -1,0 +1,256 @@
+"""The trunk in a process of its own, so that a long step never blocks the hub's event loop.
+
+Commands and weights go over a pipe; the payloads of activations lie in shared memory, which the
+worker maps: they are copied once into it, and from there to the trunk's device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import multiprocessing as mp
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.errors import CutlayerError
+from edge_sdk.protocol.tensors import Array
+from export.split import SplitModel
+from server_hub.trunk import Arrival, State, StepReport, TrunkCopy, TrunkCore, TrunkPlan
+
+_ALIGN = 64
+
+
+class TrunkFailed(CutlayerError):
+    """The trunk's process ended or raised; the job cannot go on."""
+
+
+class Arena:
+    """One block of shared memory that arrays are laid into, and read from without a copy.
+
+    Args:
+        name: of an arena that exists, to map it; None makes one.
+        size: bytes, of a new one.
+    """
+
+    def __init__(self, size: int = 0, name: str | None = None) -> None:
+        self._memory = SharedMemory(name, create=name is None, size=size)
+        self._owner = name is None
+
+    @property
+    def name(self) -> str:
+        """Name to map it by."""
+        return self._memory.name
+
+    def write(self, arrays: Sequence[Array]) -> list[tuple[int, str, tuple[int, ...]]] | None:
+        """Lay arrays one after the other from the start; None if they do not fit."""
+        places, offset = [], 0
+        for array in arrays:
+            if offset + array.nbytes > self._memory.size:
+                return None
+            target: Array = np.ndarray(array.shape, array.dtype, self._memory.buf, offset)
+            target[...] = array
+            places.append((offset, array.dtype.str, array.shape))
+            offset += -(-array.nbytes // _ALIGN) * _ALIGN
+        return places
+
+    def read(self, place: tuple[int, str, tuple[int, ...]]) -> Array:
+        """An array that shares the arena's memory."""
+        offset, dtype, shape = place
+        return np.ndarray(shape, dtype, self._memory.buf, offset)
+
+    def close(self) -> None:
+        """Unmap it; the side that made it also removes it."""
+        with contextlib.suppress(BufferError):  # an array in an exception's trace still maps it
+            self._memory.close()
+        if self._owner:
+            self._memory.unlink()
+
+
+class WorkerTrunk:
+    """Implements :class:`server_hub.trunk.Trunk` with a worker process.
+
+    Calls take turns: the trunk does one thing at a time.
+
+    Args:
+        model: the model; sent to the worker once.
+        device: torch device of the worker.
+        held_out: examples to evaluate on.
+        arena_bytes: shared memory for the payloads of one step.
+        threads: torch threads of the worker, 0 for torch's default.
+    """
+
+    def __init__(
+        self,
+        model: SplitModel,
+        device: str,
+        held_out: tuple[Array, Array] | None = None,
+        arena_bytes: int = 256 * 2**20,
+        threads: int = 0,
+    ) -> None:
+        self._arguments = (model, device, held_out, threads)
+        self._arena_bytes = arena_bytes
+        self._turn = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "trunk")
+        self._arena: Arena | None = None
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    async def start(self) -> None:
+        context = mp.get_context("spawn")
+        self._arena = Arena(self._arena_bytes)
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_work, args=(theirs, self._arena.name, *self._arguments), name="trunk"
+        )
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._process.start)
+        theirs.close()
+        await self._call("hello")
+
+    async def begin(self, state: State, plan: TrunkPlan) -> None:
+        await self._call("begin", state, plan)
+
+    async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
+        report: StepReport = await self._call_with_arrivals("step", arrivals)
+        return report
+
+    async def finish(self) -> list[TrunkCopy]:
+        copies: list[TrunkCopy] = await self._call("finish")
+        return copies
+
+    async def serve(self, states: Mapping[int, State]) -> None:
+        await self._call("serve", dict(states))
+
+    async def answer(self, arrival: Arrival) -> Array:
+        logits: Array = await self._call_with_arrivals("answer", [arrival])
+        return logits
+
+    async def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
+        accuracy: dict[str, dict[str, float]] = await self._call("evaluate", dict(tiers))
+        return accuracy
+
+    async def close(self) -> None:
+        if self._pipe is not None:
+            with contextlib.suppress(TrunkFailed, TimeoutError):
+                await asyncio.wait_for(self._call("stop"), 5)
+        if self._process is not None and self._process.pid is not None:
+            await asyncio.to_thread(self._process.join, 5)
+            if self._process.is_alive():
+                self._process.kill()
+                await asyncio.to_thread(self._process.join)
+        self._thread.shutdown(wait=False)
+        if self._arena is not None:
+            self._arena.close()
+
+    async def _call(self, command: str, *arguments: Any) -> Any:
+        async with self._turn:
+            return await self._exchange(command, arguments)
+
+    async def _call_with_arrivals(self, command: str, arrivals: Sequence[Arrival]) -> Any:
+        """Like :meth:`_call`; the payloads go through the arena."""
+        async with self._turn:
+            assert self._arena is not None
+            arrays = [part for a in arrivals for part in (*a.parts.values(), a.labels)]
+            places = self._arena.write(arrays)
+            if places is None:
+                needed = sum(array.nbytes for array in arrays)
+                raise TrunkFailed(
+                    f"a merged step of {needed} bytes does not fit the shared memory of "
+                    f"{self._arena_bytes}; raise trunk.arena_mb or lower trunk.max_rows"
+                )
+            rest = iter(places)
+            described = []
+            for a in arrivals:
+                where = {name: next(rest) for name in a.parts}
+                described.append((dataclasses.replace(a, parts={}, labels=None), where, next(rest)))  # type: ignore[arg-type]
+            return await self._exchange(command, (described,))
+
+    async def _exchange(self, command: str, arguments: Any) -> Any:
+        """Send a command, wait for the result in a thread of its own.
+
+        A caller that is cancelled still leaves the pipe in step: the answer is awaited first.
+        """
+        future = asyncio.get_running_loop().run_in_executor(
+            self._thread, self._blocking, command, arguments
+        )
+        try:
+            failure, result = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            with contextlib.suppress(TrunkFailed):
+                await future
+            raise
+        if failure is not None:
+            raise TrunkFailed(f"the trunk failed in {command}: {failure}")
+        return result
+
+    def _blocking(self, command: str, arguments: Any) -> Any:
+        assert self._pipe is not None
+        try:
+            self._pipe.send((command, arguments))
+            return self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(5)
+            raise TrunkFailed(
+                f"the trunk's process ended with exit code {self._process.exitcode} in {command}"
+            ) from error
+
+
+def _work(
+    pipe: Connection,
+    arena_name: str,
+    model: SplitModel,
+    device: str,
+    held_out: tuple[Array, Array] | None,
+    threads: int,
+) -> None:
+    """The worker's loop: one command, one answer ``(failure or None, result)``."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the hub, which then stops us
+    if threads:
+        torch.set_num_threads(threads)
+    arena = Arena(name=arena_name)
+    core = TrunkCore(model, device, held_out)
+
+    def arrivals(described: list[Any]) -> Iterator[Arrival]:
+        for arrival, where, labels in described:
+            parts = {name: arena.read(place) for name, place in where.items()}
+            yield dataclasses.replace(arrival, parts=parts, labels=arena.read(labels))
+
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # the hub has gone
+        while True:
+            command, arguments = pipe.recv()
+            if command == "stop":
+                pipe.send((None, None))
+                break
+            try:
+                if command == "step":
+                    result: Any = core.step(_owned(core, arrivals(*arguments)))
+                elif command == "answer":
+                    result = core.answer(next(arrivals(*arguments)))
+                elif command == "hello":
+                    result = None
+                else:
+                    result = getattr(core, command)(*arguments)
+                pipe.send((None, result))
+            except Exception as error:
+                pipe.send((f"{type(error).__name__}: {error}", None))
+    arena.close()
+
+
+def _owned(core: TrunkCore, arrivals: Iterator[Arrival]) -> list[Arrival]:
+    """Arrivals that outlive this step, where the trunk keeps them for later passes on the CPU."""
+    if not core.keeps_memory:
+        return list(arrivals)
+    return [
+        dataclasses.replace(
+            a, parts={n: p.copy() for n, p in a.parts.items()}, labels=a.labels.copy()
+        )
+        for a in arrivals
+    ]

@@ -1,0 +1,675 @@
+"""Tensors and frames: round trips, and what a peer can do with bytes that are wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import tracemalloc
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
+from edge_sdk.protocol.messages import (
+    MAX_INT,
+    MAX_TEXT,
+    MESSAGES,
+    Ack,
+    Activations,
+    Answer,
+    Blob,
+    BlobGet,
+    Bye,
+    Decline,
+    Error,
+    Gradient,
+    Hello,
+    Infer,
+    Message,
+    Ready,
+    Round,
+    Stop,
+    Update,
+    Welcome,
+    from_body,
+)
+from edge_sdk.protocol.tensors import (
+    DTYPES,
+    MAX_DIMS,
+    TENSOR_EXT,
+    TensorSpec,
+    check_tensors,
+    pack_tensor,
+    unpack_tensor,
+)
+
+FLOAT = np.arange(6, dtype=np.float32).reshape(2, 3)
+HASH = "0123456789abcdef" * 4
+
+# --- strategies ---------------------------------------------------------------------------------
+
+shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
+arrays = st.sampled_from(sorted(DTYPES)).flatmap(lambda name: hnp.arrays(DTYPES[name], shapes))
+small_arrays = st.sampled_from(sorted(DTYPES)).flatmap(
+    lambda name: hnp.arrays(DTYPES[name], hnp.array_shapes(min_dims=0, max_dims=2, max_side=3))
+)
+names = st.text(max_size=20)
+hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
+parts = st.dictionaries(names, small_arrays, max_size=3)
+numbers = st.dictionaries(
+    names,
+    st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**64 - 1),
+    max_size=4,
+)
+versions = st.integers(0, 1_000_000)
+from_0 = st.integers(0, MAX_INT)
+from_1 = st.integers(1, MAX_INT)
+texts = st.text(max_size=100)
+
+STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
+    Hello: st.builds(
+        Hello, versions, texts, texts, texts, st.none() | st.text(max_size=64), from_0
+    ),
+    Ready: st.builds(Ready, from_1),
+    Decline: st.builds(Decline, from_1, texts),
+    BlobGet: st.builds(BlobGet, hashes, from_0),
+    Activations: st.builds(Activations, from_1, from_0, parts, small_arrays),
+    Update: st.builds(Update, from_1, parts, st.booleans(), from_1, numbers),
+    Infer: st.builds(Infer, from_1, parts),
+    Bye: st.builds(Bye, texts),
+    Welcome: st.builds(
+        Welcome,
+        versions,
+        st.text(max_size=64),
+        st.booleans(),
+        from_0,
+        hashes,
+        from_1,
+        st.integers(1024, MAX_INT),
+    ),
+    Blob: st.builds(Blob, hashes, from_0, from_0, st.binary(max_size=50)),
+    Round: st.builds(
+        Round,
+        from_1,
+        hashes,
+        from_1,
+        from_1,
+        numbers,
+        st.sampled_from(["train", "forward", "none"]),
+        from_0,
+    ),
+    Gradient: st.builds(Gradient, from_1, from_0, parts),
+    Stop: st.builds(Stop, texts, st.none() | hashes),
+    Answer: st.builds(Answer, from_1, st.lists(names, max_size=3), small_arrays),
+    Error: st.builds(Error, st.text(max_size=64), texts, st.booleans(), st.none() | texts),
+    Ack: st.builds(Ack),
+}
+frames = st.one_of(*STRATEGIES.values()).flatmap(
+    lambda message: st.builds(
+        Frame, st.just(message), from_1 if message.RELIABLE else st.just(0), from_0
+    )
+)
+
+GOOD: list[Message] = [
+    Hello(1, "phone", "secret", "small", "s1", 7),
+    Ready(100),
+    Decline(3, "battery low"),
+    BlobGet(HASH, 0),
+    Activations(1, 0, {"h": FLOAT}, np.array([1, 2])),
+    Update(1, {"stem.weight": FLOAT}, True, 100, {"loss": 0.5}),
+    Infer(1, {"h": FLOAT}),
+    Bye("done"),
+    Welcome(1, "s1", True, 3, HASH, 64, 2**26),
+    Blob(HASH, 0, 3, b"abc"),
+    Round(1, HASH, 1, 32, {"lr": 0.05}, "train", 0),
+    Gradient(1, 0, {"g": FLOAT}),
+    Stop("finished", HASH),
+    Answer(1, ["head"], FLOAT),
+    Error("bad_frame", "no", True, "seq"),
+    Ack(),
+]
+"""One valid message of each type, with no field left at its default."""
+
+
+def raw(message: Message) -> dict[str, Any]:
+    """The body of a message, to be spoiled."""
+    return dict(message.body())
+
+
+def frame_bytes(kind: object, body: object, seq: object = 1, ack: object = 0) -> bytes:
+    """A frame of anything at all."""
+    packed: bytes = msgpack.packb(
+        [kind, seq, ack, body],
+        default=lambda v: pack_tensor(v) if isinstance(v, np.ndarray) else None,
+    )
+    return packed
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality that looks into arrays, bit by bit, so that NaN equals itself."""
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return (
+            isinstance(a, np.ndarray)
+            and isinstance(b, np.ndarray)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.tobytes() == b.tobytes()
+        )
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return type(a) is type(b) and bool(a == b)
+
+
+def same_message(a: Message, b: Message) -> bool:
+    """Equality of two messages, arrays included."""
+    return type(a) is type(b) and all(
+        same(getattr(a, f.name), getattr(b, f.name))
+        for f in dataclasses.fields(a)  # type: ignore[arg-type]
+    )
+
+
+def refusal(data: bytes | str, **options: int) -> ProtocolError:
+    """The error that a frame gives."""
+    with pytest.raises(ProtocolError) as caught:
+        decode(data, **options)
+    return caught.value
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+
+@given(arrays)
+def test_a_tensor_comes_back_as_it_was(array: np.ndarray) -> None:
+    packed = pack_tensor(array)
+    back = unpack_tensor(packed.data)
+    assert packed.code == TENSOR_EXT
+    assert same(back, array)
+    assert not back.flags.writeable
+
+
+@given(arrays, st.data())
+def test_memory_layout_and_byte_order_do_not_travel(array: np.ndarray, data: st.DataObject) -> None:
+    steps = st.sampled_from([slice(None), slice(None, None, -1), slice(None, None, 2)])
+    view = array.T[tuple(data.draw(steps) for _ in array.shape)]
+    if data.draw(st.booleans()):
+        view = view.astype(view.dtype.newbyteorder(">"))
+    back = unpack_tensor(pack_tensor(view).data)
+    assert back.dtype == DTYPES[view.dtype.name]
+    assert back.tobytes() == np.ascontiguousarray(view, back.dtype).tobytes()
+    assert back.shape == view.shape
+
+
+def test_a_decoded_tensor_shares_the_memory_of_its_bytes() -> None:
+    data = pack_tensor(np.zeros(1000, np.float32)).data
+    assert np.shares_memory(unpack_tensor(data), np.frombuffer(data, np.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float64", "uint16", "complex64", "U3", "O", "i4,i4"])
+def test_other_dtypes_do_not_travel(dtype: str) -> None:
+    with pytest.raises(ProtocolError, match="cannot travel") as caught:
+        pack_tensor(np.zeros(1, dtype))
+    assert caught.value.code == "bad_tensor"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(["float64", [1], bytes(8)], id="unknown dtype"),
+        pytest.param([b"int8", [1], bytes(1)], id="dtype not text"),
+        pytest.param(["x" * 1000, [1], bytes(1)], id="long dtype"),
+        pytest.param(["int8", 1, bytes(1)], id="shape not a list"),
+        pytest.param(["int8", [-1], bytes(1)], id="negative"),
+        pytest.param(["int8", [1.0], bytes(1)], id="float in shape"),
+        pytest.param(["int8", [True], bytes(1)], id="bool in shape"),
+        pytest.param(["int8", [1] * (MAX_DIMS + 1), bytes(1)], id="too many dimensions"),
+        pytest.param(["int8", [2], bytes(1)], id="too few bytes"),
+        pytest.param(["int8", [2], bytes(3)], id="too many bytes"),
+        pytest.param(["float32", [2], bytes(2)], id="wrong item size"),
+        pytest.param(["int8", [], b""], id="scalar without bytes"),
+        pytest.param(["int8", [1]], id="two elements"),
+        pytest.param(["int8", [1], bytes(1), 0], id="four elements"),
+        pytest.param(["int8", [1], "a"], id="text for bytes"),
+        pytest.param({"int8": [1]}, id="a map"),
+        pytest.param(["int8", [2**63, 2**63], bytes(1)], id="claims 2**126"),
+        pytest.param(["int8", [0, 2**64 - 1], b""], id="empty, but huge"),
+        pytest.param(["int64", [0, 2**60], b""], id="empty, but the rest overflows"),
+        pytest.param(["int8", [2**62, 0, 2**62], b""], id="empty in the middle"),
+    ],
+)
+def test_bad_tensors(payload: object) -> None:
+    data = msgpack.packb(payload)
+    with pytest.raises(ProtocolError) as caught:
+        unpack_tensor(data)
+    assert caught.value.code == "bad_tensor"
+    spoiled = frame_bytes("infer", {"request": 1, "parts": {"h": msgpack.ExtType(1, data)}})
+    assert refusal(spoiled).code == "bad_tensor"
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_as_a_tensor(data: bytes) -> None:
+    try:
+        array = unpack_tensor(data)
+    except ProtocolError as error:
+        assert error.code == "bad_tensor"
+    else:
+        assert array.nbytes <= len(data)
+
+
+# --- what a tensor must be ----------------------------------------------------------------------
+
+SPECS = (TensorSpec("q", "int8", ("batch", 4)), TensorSpec("scale", "float32", ("batch",)))
+
+
+def checked(tensors: dict[str, np.ndarray], **symbols: int) -> str | None:
+    """The name of the tensor that is wrong, or None."""
+    try:
+        check_tensors(tensors, SPECS, symbols)
+    except ProtocolError as error:
+        assert error.code == "bad_tensor"
+        assert error.field is not None
+        assert error.field in str(error)
+        return error.field
+    return None
+
+
+def test_check_tensors_names_what_is_wrong() -> None:
+    q, scale = np.zeros((2, 4), np.int8), np.zeros(2, np.float32)
+    assert checked({"q": q, "scale": scale}) is None
+    assert checked({"scale": scale, "q": q}, batch=2) is None
+    assert checked({"q": q, "scale": scale}, batch=3) == "q"
+    assert checked({"q": q}) == "scale"
+    assert checked({"q": q, "scale": scale, "more": q}) == "more"
+    assert checked({"q": q.astype(np.uint8), "scale": scale}) == "q"
+    assert checked({"q": q[:, :3], "scale": scale}) == "q"
+    assert checked({"q": q[0], "scale": scale}) == "q"
+    assert checked({"q": q[:, :, None], "scale": scale}) == "q"
+    assert checked({"q": q, "scale": np.zeros(3, np.float32)}) == "scale"
+    assert checked({"q": q[:0], "scale": scale[:0]}) == "q", "a symbol is at least 1"
+
+
+def test_a_symbol_gets_its_value_from_the_first_tensor() -> None:
+    symbols: dict[str, int] = {}
+    SPECS[0].check(np.zeros((5, 4), np.int8), symbols)
+    assert symbols == {"batch": 5}
+    with pytest.raises(ProtocolError, match="batch=5"):
+        SPECS[1].check(np.zeros(6, np.float32), symbols)
+
+
+@given(arrays)
+def test_a_spec_knows_its_size(array: np.ndarray) -> None:
+    spec = TensorSpec("a", array.dtype.name, tuple(array.shape))
+    spec.check(array, {})
+    assert spec.nbytes() == array.nbytes
+    symbolic = TensorSpec("a", array.dtype.name, ("n", *array.shape))
+    assert symbolic.nbytes(n=3) == 3 * array.nbytes
+
+
+# --- frames -------------------------------------------------------------------------------------
+
+
+def test_every_message_is_covered_here() -> None:
+    assert set(STRATEGIES) == set(MESSAGES.values()) == {type(message) for message in GOOD}
+    assert all(len(m.body()) == len(dataclasses.fields(m)) for m in GOOD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", STRATEGIES, ids=lambda kind: kind.TYPE)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_frame_comes_back_as_it_was(kind: type[Message], data: st.DataObject) -> None:
+    message = data.draw(STRATEGIES[kind])
+    seq = data.draw(from_1) if kind.RELIABLE else 0
+    ack = data.draw(from_0)
+    frame = decode(encode(message, seq, ack))
+    assert (frame.seq, frame.ack) == (seq, ack)
+    assert same_message(frame.message, message)
+    assert same_message(from_body(kind.TYPE, message.body()), message)
+
+
+def test_defaults_are_left_out_and_may_be_sent() -> None:
+    hello = Hello(1, "phone", "secret", "small")
+    assert hello.body().keys() == {"version", "device", "token", "tier"}
+    spelled = {**hello.body(), "session": None, "last_seq": 0}
+    assert decode(frame_bytes("hello", spelled, 0)).message == hello
+
+
+@pytest.mark.parametrize("message", GOOD, ids=lambda message: message.TYPE)
+def test_missing_and_unknown_fields(message: Message) -> None:
+    seq = int(message.RELIABLE)
+    optional = {
+        f.name
+        for f in dataclasses.fields(message)  # type: ignore[arg-type]
+        if f.default is not dataclasses.MISSING
+    }
+    body = raw(message)
+    for name in body:
+        short = {key: value for key, value in body.items() if key != name}
+        if name in optional:
+            assert isinstance(decode(frame_bytes(message.TYPE, short, seq)).message, type(message))
+        else:
+            error = refusal(frame_bytes(message.TYPE, short, seq))
+            assert (error.code, error.field) == ("bad_message", name)
+    for extra in ("nonsense", "Version", ""):
+        error = refusal(frame_bytes(message.TYPE, {**body, extra: 1}, seq))
+        assert (error.code, error.field) == ("bad_message", extra)
+
+
+WRONG: dict[str, list[object]] = {
+    "version": [-1, 1_000_001, 1.0, "1", True, None],
+    "device": ["x" * 129, 5, None, b"phone"],
+    "token": ["x" * 513, 5, None],
+    "tier": ["x" * 129, 5, None],
+    "session": ["x" * 65, 5],
+    "last_seq": [-1, MAX_INT + 1, 1.5, None, False],
+    "samples": [0, -1, 2.0, "9", None],
+    "round": [0, -1, MAX_INT + 1, True, None],
+    "reason": ["x" * (MAX_TEXT + 1), 1, None],
+    "hash": ["0" * 63, "0" * 65, "A" * 64, HASH + "\n", bytes(32), None],
+    "offset": [-1, "0", None],
+    "batch": [-1, 0.0, None],
+    "parts": [None, [FLOAT], {"h": 1}, {"h": b"bytes"}, {"x" * 513: FLOAT}, {b"h": FLOAT}],
+    "labels": [None, [1, 2], b"", 3],
+    "tensors": [None, [], {"w": 0.5}],
+    "done": [0, 1, None, "true", FLOAT],
+    "metrics": [
+        None,
+        {"loss": math.nan},
+        {"loss": math.inf},
+        {"loss": "0"},
+        {"loss": True},
+        {"x" * 513: 1.0},
+        {str(i): 0.0 for i in range(65)},
+    ],
+    "request": [0, None],
+    "resumed": [0, None],
+    "manifest": ["0" * 10, None],
+    "window": [0, -1, None],
+    "max_frame": [1023, None],
+    "size": [-1, None],
+    "data": ["text", None, FLOAT],
+    "state": ["0" * 63, 5, FLOAT],
+    "epochs": [0, None],
+    "batch_size": [0, None],
+    "hyper": [None, {"lr": math.nan}, {"lr": None}, FLOAT],
+    "activations": ["all", "", None, 1, ["train"], FLOAT, np.array(["train" == "x"], np.int8)],
+    "seed": [-1, None],
+    "heads": [None, "head", [1], ["x" * 513], {"head": 1}],
+    "logits": [None, [0.5], b""],
+    "code": ["x" * 65, None],
+    "message": ["x" * (MAX_TEXT + 1), None],
+    "fatal": [None, 1],
+    "field": ["x" * 513, 3],
+}
+
+
+@pytest.mark.parametrize("message", GOOD, ids=lambda message: message.TYPE)
+def test_a_wrong_field_is_named(message: Message) -> None:
+    for name in message.body():
+        assert WRONG[name]
+        for value in WRONG[name]:
+            data = frame_bytes(message.TYPE, {**raw(message), name: value}, int(message.RELIABLE))
+            error = refusal(data)
+            assert (error.code, error.field) == ("bad_message", name), value
+            assert f"{message.TYPE}.{name}" in str(error)
+
+
+def test_limits_are_inclusive() -> None:
+    for body in (
+        {"version": 1_000_000, "device": "x" * 128, "token": "t" * 512, "tier": "y" * 128},
+        {"version": 0, "device": "", "token": "", "tier": "", "session": "s" * 64},
+    ):
+        assert isinstance(decode(frame_bytes("hello", body, 0)).message, Hello)
+    metrics = {"m" * 500 + str(i): i for i in range(64)}
+    update = {**raw(GOOD[5]), "metrics": metrics, "round": MAX_INT}
+    assert decode(frame_bytes("update", update)).message.body()["metrics"] == metrics
+    answer = decode(frame_bytes("answer", {**raw(GOOD[13]), "heads": ["h"] * 1024})).message
+    assert len(answer.body()["heads"]) == 1024
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "field"),
+    [
+        pytest.param("ready", "bad_frame", None, id="text"),
+        pytest.param(b"", "bad_frame", None, id="empty"),
+        pytest.param(msgpack.packb({"type": "ack"}), "bad_frame", None, id="map"),
+        pytest.param(msgpack.packb(["ack", 0, 0]), "bad_frame", None, id="three"),
+        pytest.param(msgpack.packb(["ack", 0, 0, {}, 0]), "bad_frame", None, id="five"),
+        pytest.param(encode(Ack(), 0, 0) + b"\x00", "bad_frame", None, id="trailing byte"),
+        pytest.param(frame_bytes("ack", {}, "0"), "bad_frame", "seq", id="seq text"),
+        pytest.param(frame_bytes("ack", {}, -1), "bad_frame", "seq", id="seq negative"),
+        pytest.param(frame_bytes("ack", {}, False), "bad_frame", "seq", id="seq bool"),
+        pytest.param(frame_bytes("ack", {}, 2**63), "bad_frame", "seq", id="seq huge"),
+        pytest.param(frame_bytes("ack", {}, 0, None), "bad_frame", "ack", id="ack nil"),
+        pytest.param(frame_bytes("ack", {}, 0, 1.0), "bad_frame", "ack", id="ack float"),
+        pytest.param(frame_bytes("nonsense", {}), "unknown_type", None, id="unknown type"),
+        pytest.param(frame_bytes(b"ready", {}), "unknown_type", None, id="type as bytes"),
+        pytest.param(frame_bytes(None, {}), "unknown_type", None, id="type nil"),
+        pytest.param(frame_bytes(FLOAT, {}), "unknown_type", None, id="type tensor"),
+        pytest.param(
+            b"\x94" + b"\x91" * 1000 + b"\x00\x01\x00\x80", "unknown_type", None, id="type nested"
+        ),
+        pytest.param(frame_bytes("ready", []), "bad_message", None, id="body list"),
+        pytest.param(frame_bytes("ready", None), "bad_message", None, id="body nil"),
+        pytest.param(frame_bytes("ready", {1: 1}), "bad_frame", None, id="integer key"),
+        pytest.param(
+            frame_bytes("bye", {"reason": msgpack.ExtType(2, b"abc")}),
+            "bad_frame",
+            None,
+            id="other extension type",
+        ),
+        pytest.param(
+            frame_bytes("bye", {"reason": msgpack.Timestamp(1)}),
+            "bad_message",
+            "reason",
+            id="timestamp",
+        ),
+        pytest.param(
+            b"\x94\xa3bye\x01\x00\x81\xa6reason\xa1\xff", "bad_frame", None, id="not UTF-8"
+        ),
+        pytest.param(b"\x94\xa3bye\x01\x00\xc1", "bad_frame", None, id="reserved byte"),
+        pytest.param(b"\x94" + b"\x91" * 100_000, "bad_frame", None, id="nested too deep"),
+    ],
+)
+def test_bad_frames(data: bytes | str, code: str, field: str | None) -> None:
+    error = refusal(data)
+    assert (error.code, error.field) == (code, field)
+
+
+@pytest.mark.parametrize("message", GOOD, ids=lambda message: message.TYPE)
+def test_reliable_messages_have_a_seq_and_others_none(message: Message) -> None:
+    for seq in (0, 1):
+        data = encode(message, seq, 0)
+        if message.RELIABLE == (seq > 0):
+            assert decode(data).seq == seq
+        else:
+            error = refusal(data)
+            assert (error.code, error.field) == ("bad_frame", "seq")
+
+
+def test_a_frame_at_the_limit_and_one_over_it() -> None:
+    data = encode(Blob(HASH, 0, 1000, bytes(1000)), 0, 0)
+    assert decode(data, max_frame=len(data)).seq == 0
+    assert refusal(data, max_frame=len(data) - 1).code == "frame_too_big"
+
+
+# --- bytes from anywhere ------------------------------------------------------------------------
+
+MSGPACK_CHUNKS = st.sampled_from(
+    [
+        *(encode(message, int(message.RELIABLE), 0) for message in GOOD),
+        *(message.TYPE.encode() for message in GOOD),
+        b"\x94",
+        b"\xa5ready\x01\x00\x81\xa7samples",
+        b"\xdd\x7f\xff\xff\xff",
+        b"\xdf\x7f\xff\xff\xff",
+        b"\xc6\x7f\xff\xff\xff",
+        b"\xdb\x7f\xff\xff\xff",
+        b"\xc9\x7f\xff\xff\xff\x01",
+        b"\xd6\xff\x00\x00\x00\x00",
+        b"\xc7\x04\x01\x93\xa4int8",
+        b"\xd4\x01",
+        b"\x81\xa1a",
+        b"\x91",
+        b"\xc0",
+        b"\xcb\x7f\xf8\x00\x00\x00\x00\x00\x00",
+    ]
+)
+junk = st.binary(max_size=200) | st.lists(MSGPACK_CHUNKS | st.binary(max_size=8), max_size=12).map(
+    b"".join
+)
+
+
+def survives(data: bytes) -> None:
+    """Decoding gives a frame that can be encoded again, or a ProtocolError; nothing else."""
+    try:
+        frame = decode(data)
+    except ProtocolError as error:
+        assert error.code in {
+            "bad_frame",
+            "unknown_type",
+            "bad_message",
+            "bad_tensor",
+        }
+        assert len(str(error)) <= MAX_TEXT, "an error message must fit the error frame"
+        assert error.field is None or len(error.field) <= 512
+    else:
+        again = decode(encode(frame.message, frame.seq, frame.ack))
+        assert same_message(again.message, frame.message)
+
+
+@settings(max_examples=400)
+@given(junk)
+def test_any_bytes_as_a_frame(data: bytes) -> None:
+    survives(data)
+
+
+@settings(max_examples=200)
+@given(junk)
+def test_any_bytes_as_named_tensors(data: bytes) -> None:
+    try:
+        tensors = unpack_tensors(data)
+    except ProtocolError:
+        return
+    assert all(isinstance(array, np.ndarray) for array in tensors.values())
+
+
+@settings(max_examples=300)
+@given(frames, st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4))
+def test_valid_frames_with_some_bytes_changed(
+    frame: Frame, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(encode(frame.message, frame.seq, frame.ack))
+    for position, value in changes:
+        data[position % len(data)] = value
+    survives(bytes(data))
+
+
+@pytest.mark.parametrize("message", GOOD, ids=lambda message: message.TYPE)
+def test_every_byte_changed_and_every_truncation(message: Message) -> None:
+    data = encode(message, int(message.RELIABLE), 0)
+    rng = random.Random(1)
+    for position in range(len(data)):
+        changed = bytearray(data)
+        for value in (0xC1, 0xDD, 0xFF, rng.randrange(256)):
+            changed[position] = value
+            survives(bytes(changed))
+        assert refusal(data[:position]).code in ("bad_frame", "bad_tensor")
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | texts
+    | st.binary(max_size=20) | small_arrays,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=8,
+), st.sampled_from(GOOD), st.data())  # fmt: skip
+def test_any_value_in_any_field(value: object, message: Message, data: st.DataObject) -> None:
+    body = raw(message)
+    assume(body)
+    name = data.draw(st.sampled_from(sorted(body)))
+    survives(frame_bytes(message.TYPE, {**body, name: value}, int(message.RELIABLE)))
+    survives(frame_bytes(message.TYPE, value, int(message.RELIABLE)))
+    survives(frame_bytes(value, body, int(message.RELIABLE)))
+
+
+CLAIMS = {
+    "array": b"\xdd\x80\x00\x00\x00",
+    "map": b"\xdf\x80\x00\x00\x00",
+    "bin": b"\xc6\x80\x00\x00\x00",
+    "str": b"\xdb\x80\x00\x00\x00",
+    "ext": b"\xc9\x80\x00\x00\x00\x01",
+}
+"""Headers that claim 2**31 elements or bytes."""
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_a_claimed_length_takes_no_memory(claim: bytes) -> None:
+    nested = claim * 200
+    tail = bytes(64)
+    around: list[bytes] = [
+        claim,
+        claim + tail,
+        nested + tail,
+        b"\x94\xa5ready\x01\x00" + claim + tail,
+        b"\x94\xa5infer\x01\x00\x82\xa7request\x01\xa5parts" + claim + tail,
+        b"\x94\xa5infer\x01\x00\x82\xa7request\x01\xa5parts\x81\xa1h\xc8\x00\x45\x01" + claim + tail,
+    ]
+    payloads = [claim, b"\x93" + claim, b"\x93\xa4int8" + claim, b"\x93\xa4int8\x91\x01" + claim]
+    tracemalloc.start()
+    try:
+        for data in around:
+            assert refusal(data).code in ("bad_frame", "bad_tensor")
+            with pytest.raises(ProtocolError):
+                unpack_tensors(data)
+        for data in payloads:
+            with pytest.raises(ProtocolError):
+                unpack_tensor(data + tail)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 2**20
+
+
+@pytest.mark.parametrize("parse", [decode, unpack_tensors])
+def test_nested_arrays_take_memory_in_proportion(parse: Any) -> None:
+    """Arrays may claim as many elements as there are bytes; hundreds of them must not add up."""
+    length = 2**20
+    data = (b"\xdd" + (length // 2).to_bytes(4, "big")) * 400
+    data += bytes(length - len(data))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            parse(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * length
+
+
+# --- named tensors ------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(names, arrays, max_size=4))
+def test_named_tensors_come_back_as_they_were(tensors: dict[str, np.ndarray]) -> None:
+    back = unpack_tensors(pack_tensors(tensors))
+    assert list(back) == list(tensors)
+    assert same(back, tensors)
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], {"a": 1}, {"a": b""}, {"a": {}}, "a", {1: 2}, {b"a": 1}]
+)
+def test_other_values_are_not_named_tensors(value: object) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        unpack_tensors(msgpack.packb(value))
+    assert caught.value.code == "bad_tensor"
+
+
+def test_only_arrays_can_be_sent() -> None:
+    with pytest.raises(TypeError, match="cannot send"):
+        encode(Infer(1, {"h": object()}), 1, 0)  # type: ignore[dict-item]
