@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 import resource
 import sys
 from pathlib import Path
@@ -122,9 +123,22 @@ def _summary(
         "rounds": [dataclasses.asdict(r) for r in training.rounds] if training else [],
         "stopped": training.reason if training else None,
         "evaluation": dataclasses.asdict(evaluation) if evaluation else None,
-        "rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "rss_mb": round(peak_rss_mb(), 1),
         "torch_imported": "torch" in sys.modules,
     }
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MiB.
+
+    Linux says it in /proc; ``getrusage`` there counts the process that we were forked from, too.
+    """
+    try:
+        status = Path("/proc/self/status").read_text("ascii")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return size / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def _table(evaluation: Evaluation) -> Table:

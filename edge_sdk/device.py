@@ -19,7 +19,7 @@ from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError, LinkClosed
 from edge_sdk.learner import Learner, LocalPlan, LocalResult
 from edge_sdk.link import Link, open_websocket
-from edge_sdk.protocol.channel import Channel, Delivery
+from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.frames import decode, encode, unpack_tensors
 from edge_sdk.protocol.messages import (
     VERSION,
@@ -119,6 +119,7 @@ class Device:
         self._linked = asyncio.Event()
         self._failure: CutlayerError | None = None
         self._blob: asyncio.Future[Blob] | None = None
+        self._wanted: tuple[str, int] | None = None
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._requests = 0
         self._work: asyncio.Queue[tuple[Session, Delivery] | CutlayerError] = asyncio.Queue()
@@ -441,12 +442,18 @@ class Device:
             if old is not None:
                 await old.lose("the hub does not know this session any more")
                 self._forget_session()
-            self._session = Session(Channel(answer.window))
+            self._session = Session(Channel(answer.window, peer_max_frame=answer.max_frame))
             self._session_id = answer.session
         session = self._session
         assert session is not None
         self._linked.set()
-        await session.run(link, answer.last_seq, self._handle)
+        try:
+            await session.run(link, answer.last_seq, self._handle)
+        except CannotResume as error:
+            await session.lose(str(error))
+            self._forget_session()
+            self._session = self._session_id = None  # the next hello starts over
+            raise LinkClosed(str(error)) from error
 
     def _handle(self, delivery: Delivery) -> None:
         message = delivery.message
@@ -459,8 +466,10 @@ class Device:
                 future.set_result(message)
             self._settle(delivery)
         elif isinstance(message, Blob):
-            if self._blob is not None and not self._blob.done():
-                self._blob.set_result(message)
+            # a piece that was asked for twice, because the first took long, may come twice
+            if self._blob is not None and (message.hash, message.offset) == self._wanted:
+                if not self._blob.done():
+                    self._blob.set_result(message)
         elif isinstance(message, Error):
             error = HubError(message.code, message.message, message.field)
             if message.fatal:
@@ -552,17 +561,16 @@ class Device:
                 await self._linked.wait()
                 self._raise_failure()
                 self._blob = asyncio.get_running_loop().create_future()
+                self._wanted = (name, offset)
                 try:
                     await self._send(BlobGet(hash=name, offset=offset))
                     piece = await asyncio.wait_for(self._blob, 30)
-                except (LinkClosed, TimeoutError):
+                except (LinkClosed, SessionLost, TimeoutError):
                     self._raise_failure()
                     await asyncio.sleep(0.05)
                     continue
                 finally:
                     self._blob = None
-                if piece.hash != name or piece.offset != offset:
-                    raise BundleError(f"the hub sent another piece than was asked for of {name}")
                 append(piece.data)
                 offset += len(piece.data)
                 if offset >= piece.size:

@@ -108,3 +108,4 @@ class MemoryLink:
         if not self._closed:
             self._closed = True
             self._outgoing.put_nowait(None)
+            self._incoming.put_nowait(None)  # wakes a receive() of our own

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from export.errors import ExportError
-from export.split import ClientSegment
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from edge_sdk.bundle import Port
+from edge_sdk.protocol.tensors import TensorSpec
+from export.errors import ExportError, reason
+from export.lowering.onnx import lower
+from export.split import ClientSegment, SplitModel
+from export.steps import Step
 
 _GROUP_NORM = "its running statistics are not part of the state; use nn.GroupNorm"
 _RECURRENT = "its backward pass has no exact translation; use nn.Conv1d or attention"
@@ -28,14 +40,174 @@ REPLACEMENTS: dict[type[nn.Module], str] = {
 """Modules that are refused in a client segment, with the reason and what to use instead."""
 
 
-def check_modules(segment: ClientSegment) -> None:
+def check_modules(root: nn.Module, prefix: str = "") -> None:
     """Raise :class:`ExportError` for the first module that has no exact translation."""
-    for name, module in segment.named_modules():
-        for kind, reason in REPLACEMENTS.items():
+    for name, module in root.named_modules(prefix=prefix):
+        for kind, why in REPLACEMENTS.items():
             if isinstance(module, kind):
-                raise ExportError(f"{name} is a {type(module).__name__}: {reason}")
-        if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
+                raise ExportError(f"{_called(name, module)}: {why}")
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
             raise ExportError(
-                f"{name} is a Dropout with p={module.p}: a graph has no random numbers; "
-                "set p=0 in the client segment"
+                f"{name} is a {type(module).__name__} with p={module.p}: a graph has no random "
+                "numbers; set p=0 in the client segment"
             )
+
+
+def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
+    """Check the stem and the first blocks, and run them on batches of several sizes.
+
+    Raises:
+        ExportError: a module has no exact translation, fails, fixes the batch size, or keeps
+            something between calls; or a stage does not return one float32 tensor with a row for
+            each example.
+    """
+    stages = {"stem": model.stem, **{f"block.{i}": b for i, b in enumerate(model.block[:cut])}}
+    for name, stage in stages.items():
+        check_modules(stage, name)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    for rows in (len(example), 1, 2):
+        h = example[:rows]
+        for name, stage in stages.items():
+            with torch.no_grad(), _recorded(stage, name) as calls:
+                try:
+                    h = stage(h)
+                except Exception as error:
+                    fails = f"{calls.unfinished()} and fails on a batch of {rows}: {reason(error)}"
+                    if rows < len(example):
+                        fails += "; it must take any batch: use x.shape[0] in place of a number"
+                    raise ExportError(fails) from error
+            if not isinstance(h, Tensor) or h.dtype != torch.float32 or h.shape[:1] != (rows,):
+                found = f"{h.dtype} {list(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+                raise ExportError(
+                    f"{_called(name, stage)} and returns {found} for a batch of {rows}; it must "
+                    f"return one float32 tensor of shape [{rows}, ...]"
+                )
+    for name, buffer in model.named_buffers():
+        if not torch.equal(buffer, buffers[name]):
+            raise ExportError(
+                f"{name} changes when the model is called: a device's state is parameters only; "
+                "use a module without running statistics, such as nn.GroupNorm"
+            )
+
+
+def check_parameters(segment: ClientSegment, example: Tensor) -> None:
+    """Raise :class:`ExportError` for the first parameter that a training step cannot train."""
+    parameters = dict(segment.named_parameters())
+    first = {id(p): name for name, p in parameters.items()}
+    for name, p in segment.named_parameters(remove_duplicate=False):
+        if name != first[id(p)]:
+            raise ExportError(f"{name} and {first[id(p)]} are one parameter; make them two")
+        if p.dtype != torch.float32:
+            raise ExportError(f"{name} is {p.dtype}; parameters must be float32")
+        if not p.requires_grad:
+            raise ExportError(
+                f"{name} is frozen (requires_grad is False): devices train all parameters; "
+                "register it as a buffer"
+            )
+    _, logits_HBC = segment(example)
+    gradients = torch.autograd.grad(
+        logits_HBC.sum(), list(parameters.values()), allow_unused=True, materialize_grads=False
+    )
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            raise ExportError(f"{name} has no part in what the segment answers; remove it")
+
+
+def find_culprit(segment: ClientSegment, example: Tensor) -> str | None:
+    """The first module whose training step cannot be lowered alone, as ``block.2.pool is a Pool``.
+
+    Modules are tried in the order in which they finish, so a module is blamed for what it does
+    itself before the modules around it are.
+    """
+    with torch.no_grad(), _recorded(segment) as calls:
+        segment(example)
+    for name in calls.finished:
+        module, arguments = calls.entered[name]
+        if name:
+            try:
+                lower(_alone(module, arguments, len(example)))
+            except ExportError:
+                return _called(name, module)
+    return None
+
+
+def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) -> Step:
+    """A step that runs one module forward and backward, for inputs like those that it had."""
+    leaves, layout = tree_flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    parameters = dict(module.named_parameters())
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        tensors = tuple(
+            t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors
+        )
+        given = list(leaves)
+        for place, tensor in zip(places, tensors[len(parameters) :], strict=True):
+            given[place] = tensor
+        args, kwargs = tree_unflatten(given, layout)
+        result = functional_call(
+            module, dict(zip(parameters, tensors, strict=False)), tuple(args), kwargs
+        )
+        results = [
+            torch.view_as_real(t) if t.is_complex() else t
+            for t in tree_flatten(result)[0]
+            if isinstance(t, Tensor)
+        ]
+        loss = torch.stack([(t * t).sum() for t in results]).sum()
+        wanted = [t for t in tensors if t.requires_grad]
+        if not loss.requires_grad or not wanted:
+            return (loss,)
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        return (loss.detach(), *(g for g in gradients if g is not None))
+
+    def port(number: int, tensor: Tensor, shape: tuple[int | str, ...]) -> Port:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return Port(TensorSpec(f"t{number}", dtype, shape), "batch")
+
+    inputs = [port(i, p, tuple(p.shape)) for i, p in enumerate(parameters.values())]
+    for place in places:
+        leaf = leaves[place]
+        batched = leaf.dim() > 0 and leaf.shape[0] == rows
+        shape = ("batch", *leaf.shape[1:]) if batched else tuple(leaf.shape)
+        inputs.append(port(len(inputs), leaf, shape))
+    return Step("module", function, tuple(inputs), ())
+
+
+@dataclass
+class _Calls:
+    """The modules that were called: with what, and which of them returned, in order."""
+
+    entered: dict[str, tuple[nn.Module, tuple[Any, dict[str, Any]]]] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list)
+
+    def unfinished(self) -> str:
+        """The innermost module that did not return."""
+        name = next(n for n in reversed(self.entered) if n not in self.finished)
+        return _called(name, self.entered[name][0])
+
+
+@contextmanager
+def _recorded(root: nn.Module, prefix: str = "") -> Iterator[_Calls]:
+    """Record the first call of every module in ``root``."""
+    calls = _Calls()
+    handles = []
+    for name, module in root.named_modules(prefix=prefix):
+
+        def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            calls.entered.setdefault(name, (module, (args, kwargs)))
+
+        def leave(module: nn.Module, args: Any, result: Any, name: str = name) -> None:
+            if name not in calls.finished:
+                calls.finished.append(name)
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _called(name: str, module: nn.Module) -> str:
+    return f"{name} is a {type(module).__name__}"

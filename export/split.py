@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class SplitModel(nn.Module):
             )
 
     def add_heads(self, cuts: Iterable[int], example: Tensor, classes: int) -> None:
-        """Put an auxiliary head at every cut that has none yet.
+        """Put an auxiliary head at every cut that has none yet, always the same one.
 
         Args:
             cuts: depths.
@@ -68,7 +69,9 @@ class SplitModel(nn.Module):
             if str(cut) not in self.aux:
                 with torch.no_grad():
                     h = self.segment(example, cut)
-                self.aux[str(cut)] = AuxiliaryHead(width_of(h), classes)
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(cut)  # the same model gives the same bundles
+                    self.aux[str(cut)] = AuxiliaryHead(width_of(h), classes)
 
     def segment(self, x: Tensor, cut: int) -> Tensor:
         """Activations at ``cut``: the stem and blocks ``0..cut-1``."""
@@ -106,10 +109,10 @@ class SplitModel(nn.Module):
         except (OSError, SafetensorError) as error:
             raise BundleError(f"cannot read the weights {path}: {error}") from error
         for name, tensor in tensors.items():
-            kind, depth = name.split(".")[:2]
-            if kind == "aux" and name.endswith("hidden.weight") and depth not in self.aux:
-                classes = len(tensors[f"aux.{depth}.out.bias"])
-                self.aux[depth] = AuxiliaryHead(tensor.shape[1], classes)
+            head = re.fullmatch(r"aux\.([1-9]\d*)\.hidden\.weight", name)
+            if head and head[1] not in self.aux and f"aux.{head[1]}.out.bias" in tensors:
+                classes = len(tensors[f"aux.{head[1]}.out.bias"])
+                self.aux[head[1]] = AuxiliaryHead(tensor.shape[1], classes)
         own = self.state_dict()
         wrong = [
             f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing in the file'}"
@@ -161,5 +164,14 @@ def layer_of(name: str) -> str:
 
 
 def width_of(h: Tensor) -> int:
-    """Feature width of activations: channels of (B, C, H, W) or (B, C), last axis of (B, T, C)."""
+    """Feature width of activations: channels of (B, C, H, W) or (B, C), last axis of (B, T, C).
+
+    Raises:
+        ExportError: activations of another form.
+    """
+    if h.dim() not in (2, 3, 4):
+        raise ExportError(
+            f"activations of shape {list(h.shape)} at a cut; they must be (batch, channels), "
+            "(batch, positions, channels) or (batch, channels, height, width)"
+        )
     return h.shape[2] if h.dim() == 3 else h.shape[1]

@@ -15,9 +15,9 @@ from torch import Tensor
 from edge_sdk.bundle import FORMAT, BlobStore, Graph, Manifest
 from edge_sdk.errors import BundleError
 from edge_sdk.protocol.frames import pack_tensors
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import DTYPES, Array
 from export.errors import ExportError
-from export.exact import check_modules
+from export.exact import check_parameters, check_stages, find_culprit
 from export.lowering import onnx as lower_onnx
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
@@ -135,9 +135,14 @@ def export_bundles(
         raise ExportError(f"{out} exists; choose another folder, or overwrite an earlier export")
     if len(example) < 2:
         raise ExportError("the example needs at least 2 rows, to see what inputs look like")
+    if str(example.dtype).removeprefix("torch.") not in DTYPES:
+        raise ExportError(f"the example is {example.dtype}; inputs are one of {', '.join(DTYPES)}")
     model = model.cpu()
     for tier in tiers.values():
         model.check_cut(tier.cut)
+        get_codec(tier.codec)
+    get_optimizer(optimizer)
+    check_stages(model, max(tier.cut for tier in tiers.values()), example)
     model.add_heads([tier.cut for tier in tiers.values()], example, classes)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
@@ -156,10 +161,8 @@ def export_bundles(
             "tiers": {name: vars(entry) for name, entry in entries.items()},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
-        if out.exists():
-            shutil.rmtree(out)
         folder.chmod(0o755)
-        folder.rename(out)
+        _put(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -173,6 +176,21 @@ def _replaceable(out: Path, overwrite: bool) -> bool:
     return not any(out.iterdir()) or (overwrite and (out / INDEX).is_file())
 
 
+def _put(folder: Path, out: Path) -> None:
+    """Rename ``folder`` to ``out``; an earlier export there goes when the new one is in place."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    earlier = folder.with_name(f"{folder.name}-earlier")
+    out.rename(earlier)
+    try:
+        folder.rename(out)
+    except BaseException:
+        earlier.rename(out)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
 def _export_tier(
     model: SplitModel,
     name: str,
@@ -184,7 +202,7 @@ def _export_tier(
     progress: Progress,
 ) -> Manifest:
     segment = ClientSegment(model, tier.cut)
-    check_modules(segment)
+    check_parameters(segment, example)
     rule, codec = get_optimizer(optimizer), get_codec(tier.codec)
     steps = ClientSteps(segment, rule, codec, example, classes)
     graphs, sizes = {}, {}
@@ -196,7 +214,7 @@ def _export_tier(
 
     for step in steps.all():
         progress(f"{name}: cut {tier.cut}, graph {step.name}")
-        data = lower_onnx.lower(step)
+        data = _lower(step, segment, example)
         verify(steps, step, _runner(data, step), example)
         graphs[step.name] = Graph(store(data), step.inputs, step.outputs)
     initial = store(pack_tensors({n: p.numpy() for n, p in steps.parameters.items()}))
@@ -216,10 +234,19 @@ def _export_tier(
     )
 
 
+def _lower(step: Step, segment: ClientSegment, example: Tensor) -> bytes:
+    try:
+        return lower_onnx.lower(step)
+    except ExportError as error:
+        culprit = find_culprit(segment, example)
+        raise ExportError(f"{culprit or f'the graph {step.name!r}'}: {error}") from error
+
+
 def _runner(data: bytes, step: Step) -> Callable[[dict[str, Array]], dict[str, Array]]:
     """Runs an ONNX file as a device would: the names are the ports'."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    options.log_severity_level = 3
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [port.spec.name for port in step.outputs]
 

@@ -19,6 +19,10 @@ class Listen:
     host: str = "127.0.0.1"
     port: int = 8765
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}, must be from 0 to 65535")
+
 
 @dataclass(frozen=True)
 class MethodConfig:

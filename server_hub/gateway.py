@@ -232,7 +232,12 @@ class Gateway:
             except CannotResume as error:
                 log.warning("%s cannot resume: %s", hello.device, error)
         if old is not None:
-            await self.end(old, "the device started over")
+            if old.session.linked and hello.session != old.session_id:
+                # a device that crashed is not there to hear it; a second one of that name is
+                taken = ProtocolError("replaced", f"another {hello.device!r} joined")
+                await self.refuse(old, taken)
+            else:
+                await self.end(old, "the device started over")
         channel = Channel(self._limits.window, self._limits.max_frame)
         peer = Peer(
             hello.device, hello.tier, secrets.token_hex(16), Session(channel, self.traffic.count)

@@ -96,6 +96,9 @@ class Hub:
         self.config = config
         self.index = BundleIndex.read(config.bundles)
         self.manifests: dict[str, Manifest] = {t: self.index.manifest(t) for t in self.index.tiers}
+        for manifest in self.manifests.values():
+            for blob in manifest.blobs:
+                self.index.blobs().read(blob)  # verified now, not when a device asks for it
         self.model = model if model is not None else build_model(config.model or self.index.model)
         self.model.load(config.bundles / WEIGHTS)
         initial = {n: p.detach().cpu().numpy() for n, p in self.model.named_parameters()}
@@ -125,6 +128,7 @@ class Hub:
         self._idle = asyncio.Event()
         self._trunk_losses: list[tuple[float, int]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._over = False
         self._final: dict[str, str] = {}
 
     # --- the job --------------------------------------------------------------------------------
@@ -139,8 +143,8 @@ class Hub:
             ConfigError: the port is taken.
             TrunkFailed: the trunk's process ended.
         """
-        await self.trunk.start()
         try:
+            await self.trunk.start()
             await self._publish_states()
             async with self.gateway.listen(self.config.listen) as address:
                 self.address = address
@@ -163,6 +167,7 @@ class Hub:
             await self._until(self.rounds.can_start)
             await self._round()
         log.info("all %d rounds done", self.rounds.number)
+        self._over = True
         for peer in list(self.gateway.peers.values()):
             self._stop(peer)
         while self.config.keep_serving or self.gateway.peers:
@@ -205,16 +210,17 @@ class Hub:
         useful = self.rounds.finish()
         for device, reason in self.rounds.dropped.items():
             log.warning("round %d goes on without %s: %s", number, device, reason)
+        delivered = sorted(self.rounds.delivered)
+        updates = [  # taken now: a device that joins anew starts with nothing
+            DeviceUpdate(d, self._members[d].state, self._members[d].samples) for d in delivered
+        ]
+        if useful:
+            loss, accuracy = self._local_means(delivered)
         await self._idle.wait()
         copies = await self.trunk.finish()
         if not useful:
             log.warning("nobody delivered in round %d; it is repeated", number)
             return
-        delivered = sorted(self.rounds.delivered)
-        updates = [
-            DeviceUpdate(d, self._members[d].state, self._members[d].samples) for d in delivered
-        ]
-        loss, accuracy = self._local_means(delivered)
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
         await self._publish_states()
         self._save()
@@ -331,10 +337,11 @@ class Hub:
             self._infer(peer, message, delivery.seq)
             return  # settled once it is answered
         if isinstance(message, Ready):
+            self.rounds.drop(peer.device, "it joined anew")
             self._members[peer.device] = _Member(message.samples)
-            if self.rounds.phase is Phase.DONE:
+            if self._over:
                 self._stop(peer)
-            else:
+            else:  # in the last round, too: its result has to be averaged first
                 self.rounds.join(peer.device)
         elif isinstance(message, Decline):
             if self.rounds.expects(peer.device, message.round):

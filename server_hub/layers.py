@@ -91,14 +91,19 @@ class LayerStore:
                 continue
             check_finite(copy.tensors)
             by_layer.setdefault(copy.layer, []).append(copy)
+        means: dict[str, State] = {}
         for layer, group in by_layer.items():
-            entry = self.entries[layer]
             total = sum(copy.weight for copy in group)
-            for name, old in entry.tensors.items():
+            means[layer] = {}
+            for name, old in self.entries[layer].tensors.items():
                 mean = np.zeros(old.shape, np.float64)
                 for copy in group:
-                    mean += copy.tensors[name] * (copy.weight / total)
-                entry.tensors[name] = mean.astype(old.dtype)
+                    # a product of float32 and a Python float would be rounded to float32
+                    mean += np.multiply(copy.tensors[name], copy.weight / total, dtype=np.float64)
+                means[layer][name] = mean.astype(old.dtype)
+        for layer, group in by_layer.items():
+            entry = self.entries[layer]
+            entry.tensors = means[layer]
             entry.version += 1
             entry.trained_by = [copy.source for copy in group]
 

@@ -24,6 +24,11 @@ class TokenFile:
 
     def read(self) -> dict[str, str]:
         """Hashes by device name. Raises :class:`ConfigError`."""
+        if not self.path.exists():
+            raise ConfigError(
+                f"no tokens at {self.path}; make one with: "
+                f"cutlayer token new DEVICE --tokens {self.path}"
+            )
         devices = read_toml(self.path).get("devices")
         if not isinstance(devices, dict) or not all(isinstance(v, str) for v in devices.values()):
             raise ConfigError(f"{self.path} needs a table [devices] of name = 'sha256:...'")
@@ -32,7 +37,7 @@ class TokenFile:
     def allows(self, device: str, token: str) -> bool:
         """Whether ``token`` is the device's. Reads the file, so that a revocation counts now."""
         stored = self.read().get(device, "")
-        return hmac.compare_digest(stored, _digest(token)) and bool(stored)
+        return hmac.compare_digest(stored.encode(), _digest(token).encode())
 
     def issue(self, device: str) -> str:
         """A new token for a device, in place of any it had. Only its hash is stored."""
@@ -49,9 +54,14 @@ class TokenFile:
         self._write({name: digest for name, digest in devices.items() if name != device})
 
     def _write(self, devices: dict[str, str]) -> None:
-        lines = [f"{json.dumps(name)} = {json.dumps(devices[name])}" for name in sorted(devices)]
+        lines = [f"{_quoted(name)} = {_quoted(devices[name])}" for name in sorted(devices)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, "\n".join(["[devices]", *lines, ""]).encode())
+
+
+def _quoted(text: str) -> str:
+    """A TOML string. JSON's, but for surrogate pairs and DEL, which TOML does not allow."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _digest(token: str) -> str:

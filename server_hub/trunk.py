@@ -259,11 +259,11 @@ class TrunkCore:
         return copies
 
     def _receive(self, arrival: Arrival) -> _Packed:
-        parts = {
-            name: torch.from_numpy(np.asarray(part)).to(self.device)
-            for name, part in arrival.parts.items()
-        }
-        return _Packed(arrival, parts, torch.from_numpy(arrival.labels).to(self.device))
+        def move(array: Array) -> Tensor:  # torch warns of read-only memory; the worker's is not
+            return torch.from_numpy(np.require(array, requirements="W")).to(self.device)
+
+        parts = {name: move(part) for name, part in arrival.parts.items()}
+        return _Packed(arrival, parts, move(arrival.labels))
 
     def _train(self, packed: Sequence[_Packed]) -> StepReport:
         refused: dict[str, str] = {}
@@ -297,12 +297,13 @@ class TrunkCore:
                 replica.optimizer.step()
                 self._count(replica, unpacked)
                 return mean, sum(p.source.rows for p, _ in unpacked)
-            bad = [u for u in unpacked if not self._gradients(replica, [u])[1]]
-            if not bad:  # finite alone, not together: too large for all of them
-                bad = list(unpacked)
-            for p, _ in bad:
-                refused[p.source.device] = "the activations make the loss overflow"
-            unpacked = [u for u in unpacked if u not in bad]
+            fine = [self._gradients(replica, [u])[1] for u in unpacked]
+            if all(fine):  # finite alone, not together: too large for all of them
+                fine = [False] * len(unpacked)
+            for (p, _), kept in zip(unpacked, fine, strict=True):
+                if not kept:
+                    refused[p.source.device] = "the activations make the loss overflow"
+            unpacked = [u for u, kept in zip(unpacked, fine, strict=True) if kept]
         return 0.0, 0
 
     def _gradients(

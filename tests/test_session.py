@@ -413,25 +413,39 @@ def test_everything_arrives_once_and_in_order_over_websockets_that_break(seed: i
     run(test())
 
 
-def test_a_new_link_takes_over_from_one_that_nobody_serves_any_more() -> None:
+class StuckLink(LossyLink):
+    """A link to a peer that is gone: what is sent waits for ever, and nobody closes it."""
+
+    async def send(self, frame: bytes) -> None:
+        await asyncio.Event().wait()
+
+
+def test_a_new_link_takes_over_from_one_that_is_stuck() -> None:
     async def test() -> None:
         sides = Sides(window=8)
-        dead, other_end = MemoryLink.pair()
-        old = asyncio.create_task(sides.a.run(dead, 0, sides.at_a))
+        end, other_end = MemoryLink.pair()
+        stuck = StuckLink(end, 0, asyncio.Event())
+        old = asyncio.create_task(sides.a.run(stuck, 0, sides.at_a))
         await settled_down()
-        sides.a.post(numbered(1))
+        for number in (1, 2, 3):
+            sides.a.post(numbered(number))
         await settled_down()
-        await sides.link()
-        sides.a.post(numbered(2))
-        await until(lambda: sides.at_b.got == [1, 2])
+        here, there = MemoryLink.pair()
+        welcome = encode(Welcome(1, "s", True, 0, HASH, 8, 2**20), 0, 0)
+        new = asyncio.create_task(sides.a.run(here, 0, sides.at_a, welcome))
+        assert await there.receive() == welcome, "nothing goes before the welcome"
+        serving = asyncio.create_task(sides.b.run(there, 0, sides.at_b))
+        sides.a.post(numbered(4))
+        await until(lambda: sides.at_b.got == [1, 2, 3, 4])
         await other_end.send(encode(numbered(7), 1, 0))
         await other_end.close()
         with pytest.raises(LinkClosed):
             await old
         assert sides.at_a.got == [], "what comes over the old link is too late"
         assert sides.a.linked
-        sides.a.post(numbered(3))
-        await until(lambda: sides.at_b.got == [1, 2, 3])
+        sides.a.post(numbered(5))
+        await until(lambda: sides.at_b.got == [1, 2, 3, 4, 5])
+        sides.links, sides.tasks = [here, there], [new, serving]
         await sides.cut()
 
     run(test())

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import random
 import tracemalloc
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
@@ -49,6 +50,11 @@ from edge_sdk.protocol.tensors import (
     pack_tensor,
     unpack_tensor,
 )
+
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
+T = TypeVar("T")
 
 FLOAT = np.arange(6, dtype=np.float32).reshape(2, 3)
 HASH = "0123456789abcdef" * 4
@@ -182,6 +188,14 @@ def refusal(data: bytes | str, **options: int) -> ProtocolError:
     return caught.value
 
 
+def attempt(parse: Callable[..., T], *args: Any) -> T | ProtocolError:
+    """What a function returns, or the only error that it may raise."""
+    try:
+        return parse(*args)
+    except ProtocolError as error:
+        return error
+
+
 # --- tensors ------------------------------------------------------------------------------------
 
 
@@ -254,12 +268,11 @@ def test_bad_tensors(payload: object) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_tensor(data: bytes) -> None:
-    try:
-        array = unpack_tensor(data)
-    except ProtocolError as error:
-        assert error.code == "bad_tensor"
+    result = attempt(unpack_tensor, data)
+    if isinstance(result, ProtocolError):
+        assert result.code == "bad_tensor"
     else:
-        assert array.nbytes <= len(data)
+        assert result.nbytes <= len(data)
 
 
 # --- what a tensor must be ----------------------------------------------------------------------
@@ -269,14 +282,13 @@ SPECS = (TensorSpec("q", "int8", ("batch", 4)), TensorSpec("scale", "float32", (
 
 def checked(tensors: dict[str, np.ndarray], **symbols: int) -> str | None:
     """The name of the tensor that is wrong, or None."""
-    try:
-        check_tensors(tensors, SPECS, symbols)
-    except ProtocolError as error:
-        assert error.code == "bad_tensor"
-        assert error.field is not None
-        assert error.field in str(error)
-        return error.field
-    return None
+    error = attempt(check_tensors, tensors, SPECS, symbols)
+    if error is None:
+        return None
+    assert error.code == "bad_tensor"
+    assert error.field is not None
+    assert error.field in str(error)
+    return error.field
 
 
 def test_check_tensors_names_what_is_wrong() -> None:
@@ -397,7 +409,7 @@ WRONG: dict[str, list[object]] = {
     "epochs": [0, None],
     "batch_size": [0, None],
     "hyper": [None, {"lr": math.nan}, {"lr": None}, FLOAT],
-    "activations": ["all", "", None, 1, ["train"], FLOAT, np.array(["train" == "x"], np.int8)],
+    "activations": ["all", "", None, 1, ["train"], FLOAT, np.array([1], np.int8)],
     "seed": [-1, None],
     "heads": [None, "head", [1], ["x" * 513], {"head": 1}],
     "logits": [None, [0.5], b""],
@@ -527,20 +539,14 @@ junk = st.binary(max_size=200) | st.lists(MSGPACK_CHUNKS | st.binary(max_size=8)
 
 def survives(data: bytes) -> None:
     """Decoding gives a frame that can be encoded again, or a ProtocolError; nothing else."""
-    try:
-        frame = decode(data)
-    except ProtocolError as error:
-        assert error.code in {
-            "bad_frame",
-            "unknown_type",
-            "bad_message",
-            "bad_tensor",
-        }
-        assert len(str(error)) <= MAX_TEXT, "an error message must fit the error frame"
-        assert error.field is None or len(error.field) <= 512
+    result = attempt(decode, data)
+    if isinstance(result, ProtocolError):
+        assert result.code in {"bad_frame", "unknown_type", "bad_message", "bad_tensor"}
+        assert len(str(result)) <= MAX_TEXT, "an error message must fit the error frame"
+        assert result.field is None or len(result.field) <= 512
     else:
-        again = decode(encode(frame.message, frame.seq, frame.ack))
-        assert same_message(again.message, frame.message)
+        again = decode(encode(result.message, result.seq, result.ack))
+        assert same_message(again.message, result.message)
 
 
 @settings(max_examples=400)
@@ -552,18 +558,16 @@ def test_any_bytes_as_a_frame(data: bytes) -> None:
 @settings(max_examples=200)
 @given(junk)
 def test_any_bytes_as_named_tensors(data: bytes) -> None:
-    try:
-        tensors = unpack_tensors(data)
-    except ProtocolError:
-        return
-    assert all(isinstance(array, np.ndarray) for array in tensors.values())
+    result = attempt(unpack_tensors, data)
+    if isinstance(result, ProtocolError):
+        assert result.code in {"bad_frame", "bad_tensor"}
+    else:
+        assert same(unpack_tensors(pack_tensors(result)), result)
 
 
 @settings(max_examples=300)
 @given(frames, st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4))
-def test_valid_frames_with_some_bytes_changed(
-    frame: Frame, changes: list[tuple[int, int]]
-) -> None:
+def test_valid_frames_with_some_bytes_changed(frame: Frame, changes: list[tuple[int, int]]) -> None:
     data = bytearray(encode(frame.message, frame.seq, frame.ack))
     for position, value in changes:
         data[position % len(data)] = value
@@ -617,7 +621,9 @@ def test_a_claimed_length_takes_no_memory(claim: bytes) -> None:
         nested + tail,
         b"\x94\xa5ready\x01\x00" + claim + tail,
         b"\x94\xa5infer\x01\x00\x82\xa7request\x01\xa5parts" + claim + tail,
-        b"\x94\xa5infer\x01\x00\x82\xa7request\x01\xa5parts\x81\xa1h\xc8\x00\x45\x01" + claim + tail,
+        b"\x94\xa5infer\x01\x00\x82\xa7request\x01\xa5parts\x81\xa1h\xc8\x00\x45\x01"
+        + claim
+        + tail,
     ]
     payloads = [claim, b"\x93" + claim, b"\x93\xa4int8" + claim, b"\x93\xa4int8\x91\x01" + claim]
     tracemalloc.start()

@@ -44,10 +44,12 @@ class Channel:
     Args:
         window: how many messages the peer may leave unsettled, and we ourselves.
         max_frame: limit of a received frame, in bytes.
+        peer_max_frame: the peer's limit, which our frames must keep.
     """
 
     window: int = 64
     max_frame: int = DEFAULT_MAX_FRAME
+    peer_max_frame: int = DEFAULT_MAX_FRAME
     settled: int = 0
     """Every received number up to this one is settled; travels as ``ack``."""
     _sent: int = 0
@@ -66,12 +68,23 @@ class Channel:
         return len(self._unacked) >= self.window
 
     def send(self, message: Message) -> bytes:
-        """Number a message, keep it until the peer settles it, and return its frame."""
-        if not message.RELIABLE:
-            return encode(message, 0, self.settled)
-        self._sent += 1
-        self._unacked.append((self._sent, message))
-        return encode(message, self._sent, self.settled)
+        """Number a message, keep it until the peer settles it, and return its frame.
+
+        Raises:
+            ProtocolError: the frame is over the peer's limit; nothing has changed.
+        """
+        seq = self._sent + 1 if message.RELIABLE else 0
+        frame = encode(message, seq, self.settled)
+        if len(frame) > self.peer_max_frame:
+            raise ProtocolError(
+                "frame_too_big",
+                f"a frame with {message.TYPE} has {len(frame)} bytes, the peer takes "
+                f"{self.peer_max_frame}; send fewer rows at a time, or raise the peer's max_frame",
+            )
+        if message.RELIABLE:
+            self._sent = seq
+            self._unacked.append((seq, message))
+        return frame
 
     def receive(self, data: bytes | str) -> Delivery | None:
         """Take in a frame; None if there is nothing to act on (an ack, or a duplicate).
@@ -148,6 +161,8 @@ class Channel:
 
         Taken together with the effects of what was settled, delivery stays exactly once across
         the restart. A message that was delivered and not settled is delivered again.
+        It must be on disk before a frame leaves that says any of it (a new number, a larger ack):
+        the peer must never know more of this side than this side does after a restart.
         """
         return {
             "settled": self.settled,

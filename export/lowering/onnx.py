@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 
 import torch
 
-from export.errors import ExportError
+from export.errors import ExportError, reason
 from export.lowering.trace import trace
 from export.steps import Step
 
 logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+
+_MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
 def lower(step: Step) -> bytes:
     """An ONNX file of standard operators whose inputs and outputs are the step's ports.
 
     Raises:
-        ExportError: an operator has no translation.
+        ExportError: what is traced fixes the batch size, cannot be traced, or has an operator
+            without a translation. The message is about the module that is to blame, which
+            :func:`export.exact.find_culprit` finds.
     """
-    program = trace(step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             exported = torch.onnx.export(
-                program,
+                trace(step),
                 dynamo=True,
                 optimize=False,
                 verbose=False,
                 input_names=[port.spec.name for port in step.inputs],
                 output_names=[port.spec.name for port in step.outputs],
             )
-        except torch.onnx.OnnxExporterError as error:
-            raise ExportError(f"no ONNX translation: {_reason(error)}") from error
+        except ExportError:
+            raise
+        except Exception as error:  # a model's code is traced: anything can come out
+            missing = _MISSING.search(reason(error))
+            why = f"{missing[1]} has none" if missing else reason(error)
+            raise ExportError(
+                f"no ONNX translation for its training step ({why}); replace it by convolutions, "
+                "linear layers, norms, attention and elementwise functions, or cut before it"
+            ) from error
     assert exported is not None
     model = exported.model_proto
     # What the exporter notes for debugging makes the file about ten times larger.
@@ -48,11 +59,3 @@ def lower(step: Step) -> bytes:
         value.ClearField("doc_string")
     data: bytes = model.SerializeToString(deterministic=True)
     return data
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line: exporter errors wrap the useful one several times."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

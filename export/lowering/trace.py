@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edge_sdk.bundle import Port
 from export.errors import ExportError
@@ -49,14 +50,14 @@ def trace(step: Step) -> ExportedProgram:
     )
     batch = shapes.create_symintnode(symbol, hint=_HINT)
     fake = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
-    with fake, enable_python_dispatcher():
+    # attention in terms of matrix products: the backward of its fused kernels has no translation
+    with fake, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):
         graph = make_fx(step.function, decomposition_table=decompositions())(
             *(_empty(port, batch) for port in step.inputs)
         )
     if isinstance(shapes.replacements.get(symbol), int) or symbol in shapes.replacements:
         raise ExportError(
-            f"the step {step.name!r} only works for a batch of {_HINT}: a module fixes the batch "
-            "size; use reshape(x.shape[0], ...) instead of a number"
+            "it fixes the batch size; use x.shape[0], not a number, len(x) or int(x.shape[0])"
         )
     _drop_aliases(graph)
     dimension = Dim("batch", min=1, max=MAX_BATCH)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.tensors import Array
-from export.errors import ExportError
+from export.errors import ExportError, reason
 from export.split import layer_of
 from export.steps import ClientSteps, Step
 
@@ -41,19 +41,26 @@ def verify(steps: ClientSteps, step: Step, run: Run, example: Tensor) -> None:
     refused when the second differs as well.
 
     Raises:
-        ExportError: the graph differs; names the first tensor that does, and its layer.
+        ExportError: the graph fails or differs; names the first tensor that does, and its layer.
     """
     for batch in BATCHES:
         for seed in SEEDS:
-            if _compare(steps, step, run, example, batch, seed) is None:
-                continue
-            wrong = _compare(steps, step, run, example, batch, seed + 1000)
-            if wrong is not None:
-                name, error = wrong
+            try:
+                wrong = _compare(steps, step, run, example, batch, seed)
+                if wrong is not None:
+                    wrong = _compare(steps, step, run, example, batch, seed + 1000)
+            except Exception as error:  # onnxruntime raises bare pybind exceptions
                 raise ExportError(
-                    f"the graph {step.name!r} differs from eager PyTorch in {name} of layer "
-                    f"{layer_of(name.split('/')[-1])} by {error:.2g} (batch {batch}, seed {seed}); "
+                    f"the graph {step.name!r} fails for a batch of {batch} ({reason(error)}); "
                     "nothing was written"
+                ) from error
+            if wrong is not None:
+                name, difference = wrong
+                parameter = name.split("/")[-1]
+                layer = f" of layer {layer_of(parameter)}" if parameter in steps.parameters else ""
+                raise ExportError(
+                    f"the graph {step.name!r} differs from eager PyTorch in {name}{layer} by "
+                    f"{difference:.2g} (batch {batch}, seed {seed}); nothing was written"
                 )
 
 

@@ -46,11 +46,11 @@ class PooledHead(nn.Module):
 def build() -> SplitModel:
     """A residual network for digits: a stem, 6 blocks, a head; inputs (batch, 1, 8, 8)."""
     torch.manual_seed(0)
-    stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.GroupNorm(4, 16), nn.ReLU())
+    stem = nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1, bias=False), nn.GroupNorm(4, 8), nn.ReLU())
     blocks = [
-        ResidualBlock(16, 16),
-        ResidualBlock(16, 24, 2),
-        ResidualBlock(24, 24),
+        ResidualBlock(8, 8, 2),
+        ResidualBlock(8, 16),
+        ResidualBlock(16, 24),
         ResidualBlock(24, 32, 2),
         ResidualBlock(32, 32),
         ResidualBlock(32, 32),

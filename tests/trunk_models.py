@@ -1,0 +1,205 @@
+"""Small models for the tests of the trunk, and plain PyTorch to compare it with.
+
+They live in a module of their own so that a worker process can import them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from edge_sdk.protocol.tensors import Array
+from export.packing import get_codec
+from export.split import SplitModel
+from server_hub.trunk import Arrival, TrunkCopy
+
+DEPTH = 4
+WIDTH = 6
+CLASSES = 3
+
+
+class DenseBlock(nn.Module):
+    """A linear layer with a skip connection, so that large values pass through."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(self.linear(h))
+
+
+class ConvBlock(nn.Module):
+    """A 3x3 convolution with GroupNorm and a skip connection."""
+
+    def __init__(self, channels: int = WIDTH) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm = nn.GroupNorm(2, channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.relu(self.norm(self.conv(h)))
+
+
+class PooledHead(nn.Module):
+    """Global average pool and a linear layer."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(channels, classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        logits: Tensor = self.out(h.mean((2, 3)))
+        return logits
+
+
+class SleepingBlock(DenseBlock):
+    """A block that takes its time without using the processor."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, h: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return super().forward(h)
+
+
+class BusyBlock(DenseBlock):
+    """A block that keeps the processor busy, in torch and in Python."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, h: Tensor) -> Tensor:
+        matrix = torch.eye(256)
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            matrix = matrix @ matrix
+            sum(range(10_000))
+        return super().forward(h)
+
+
+def dense_model(heads: Iterable[int] = (1, 2, 3), seed: int = 0) -> SplitModel:
+    """Inputs (batch, 5), 4 blocks of width 6, 3 classes."""
+    torch.manual_seed(seed)
+    stem = nn.Sequential(nn.Linear(5, WIDTH), nn.Tanh())
+    model = SplitModel(stem, [DenseBlock() for _ in range(DEPTH)], nn.Linear(WIDTH, CLASSES))
+    model.add_heads(heads, torch.zeros(1, 5), CLASSES)
+    return model
+
+
+def conv_model(heads: Iterable[int] = (1, 2, 3), seed: int = 0) -> SplitModel:
+    """Inputs (batch, 1, 6, 6), 4 blocks of 6 channels, 3 classes."""
+    torch.manual_seed(seed)
+    stem = nn.Sequential(nn.Conv2d(1, WIDTH, 3, 1, 1), nn.ReLU())
+    model = SplitModel(stem, [ConvBlock() for _ in range(DEPTH)], PooledHead(WIDTH, CLASSES))
+    model.add_heads(heads, torch.zeros(1, 1, 6, 6), CLASSES)
+    return model
+
+
+def slow_model(block: DenseBlock) -> SplitModel:
+    """Like :func:`dense_model` without auxiliary heads, with a slow last block."""
+    torch.manual_seed(0)
+    blocks = [*(DenseBlock() for _ in range(DEPTH - 1)), block]
+    return SplitModel(nn.Linear(5, WIDTH), blocks, nn.Linear(WIDTH, CLASSES))
+
+
+def state_of(model: nn.Module) -> dict[str, Array]:
+    """A copy of a model's parameters."""
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+
+
+def inputs(model: SplitModel, rows: int, seed: int) -> tuple[Array, Array]:
+    """Random inputs for a model of this module, and labels."""
+    rng = np.random.default_rng(seed)
+    shape = (5,) if isinstance(model.head, nn.Linear) else (1, 6, 6)
+    x = rng.standard_normal((rows, *shape)).astype(np.float32)
+    x += rng.standard_normal((rows, *(1 for _ in shape))).astype(np.float32)
+    return x, rng.integers(0, CLASSES, rows)
+
+
+def activations(model: SplitModel, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random activations that fit every cut of a model of this module, and labels."""
+    rng = np.random.default_rng(seed)
+    shape = (WIDTH,) if isinstance(model.head, nn.Linear) else (WIDTH, 6, 6)
+    h = torch.from_numpy(rng.standard_normal((rows, *shape)).astype(np.float32))
+    return h, torch.from_numpy(rng.integers(0, CLASSES, rows))
+
+
+def arrival_of(
+    model: SplitModel,
+    cut: int,
+    rows: int,
+    seed: int,
+    device: str = "",
+    replica: str = "shared",
+    codec: str = "int8",
+    weight: float = 1.0,
+) -> Arrival:
+    """An arrival with random activations."""
+    h, labels = activations(model, rows, seed)
+    parts = {name: part.numpy() for name, part in get_codec(codec).pack(h).items()}
+    return Arrival(
+        device or f"device-{seed}", replica, cut, codec, parts, labels.numpy(), weight
+    )  # fmt: skip
+
+
+def unpacked(arrival: Arrival) -> tuple[Tensor, Tensor]:
+    """The activations of an arrival as the trunk sees them, and the labels."""
+    parts = {name: torch.from_numpy(part) for name, part in arrival.parts.items()}
+    return get_codec(arrival.codec).unpack(parts), torch.from_numpy(arrival.labels)
+
+
+def plain_logits(model: SplitModel, h: Tensor, cut: int) -> list[Tensor]:
+    """Logits of the auxiliary heads above ``cut``, then of the head: one loop, nothing merged."""
+    logits = []
+    for depth in range(cut, len(model.block)):
+        h = model.block[depth](h)
+        if str(depth + 1) in model.aux:
+            logits.append(model.aux[str(depth + 1)](h))
+    return [*logits, model.head(h)]
+
+
+def plain_row_losses(model: SplitModel, h: Tensor, labels: Tensor, cut: int) -> Tensor:
+    """Summed cross-entropy of the heads above ``cut`` of each row."""
+    losses = [cross_entropy(z, labels, reduction="none") for z in plain_logits(model, h, cut)]
+    return torch.stack(losses).sum(0)
+
+
+def plain_step(
+    model: SplitModel, optimizer: torch.optim.Optimizer, arrivals: Sequence[Arrival]
+) -> float:
+    """One step on the arrivals, a backward pass for each; returns the mean loss of a row."""
+    rows = sum(a.rows for a in arrivals)
+    optimizer.zero_grad()
+    total = 0.0
+    for arrival in arrivals:
+        losses = plain_row_losses(model, *unpacked(arrival), arrival.cut)
+        (losses.sum() * arrival.weight / rows).backward()
+        total += losses.sum().item()
+    optimizer.step()
+    return total / rows
+
+
+def layers_above(model: SplitModel, cut: int) -> set[str]:
+    """Layers that rows entering at ``cut`` pass."""
+    blocks = {f"block.{i}" for i in range(cut, len(model.block))}
+    return blocks | {f"aux.{d}" for d in map(int, model.aux) if d > cut} | {"head"}
+
+
+def by_layer(copies: Iterable[TrunkCopy], replica: str = "shared") -> dict[str, TrunkCopy]:
+    """The copies of one replica by layer."""
+    return {copy.layer: copy for copy in copies if copy.replica == replica}
+
+
+def tensors_of(copies: Iterable[TrunkCopy], replica: str = "shared") -> dict[str, Array]:
+    """All tensors that one replica trained."""
+    mine = by_layer(copies, replica).values()
+    return {name: tensor for copy in mine for name, tensor in copy.tensors.items()}
