@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 
 FORMAT = 1
 """Version of the manifest format."""
+
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 GRAPHS = ("predict", "train", "forward")
 ROLES = ("state", "batch", "hyper", "packed", "result")
@@ -134,7 +137,7 @@ class Manifest:
                 "upgrade cutlayer on the device"
             )
         try:
-            return cls(
+            manifest = cls(
                 tier=str(raw["tier"]),
                 cut=int(raw["cut"]),
                 runtime=str(raw["runtime"]),
@@ -150,6 +153,16 @@ class Manifest:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is damaged ({error}); export again") from error
+        for name in manifest.blobs:
+            if not _HASH.fullmatch(name):  # it becomes a file name
+                raise BundleError(f"the manifest names a blob {name[:80]!r}, which is no sha256")
+        for name in (manifest.initial_state, *(g.blob for g in manifest.graphs.values())):
+            if name not in manifest.blobs:
+                raise BundleError(f"the manifest does not list its blob {name[:80]!r}")
+        for name in GRAPHS:
+            if name not in manifest.graphs:
+                raise BundleError(f"the bundle lacks the graph {name!r}; export again")
+        return manifest
 
 
 def _spec(raw: dict[str, Any]) -> TensorSpec:

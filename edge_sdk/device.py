@@ -467,9 +467,9 @@ class Device:
             self._settle(delivery)
         elif isinstance(message, Blob):
             # a piece that was asked for twice, because the first took long, may come twice
-            if self._blob is not None and (message.hash, message.offset) == self._wanted:
-                if not self._blob.done():
-                    self._blob.set_result(message)
+            expected = (message.hash, message.offset) == self._wanted
+            if expected and self._blob is not None and not self._blob.done():
+                self._blob.set_result(message)
         elif isinstance(message, Error):
             error = HubError(message.code, message.message, message.field)
             if message.fatal:

@@ -54,7 +54,7 @@ def manifest() -> Manifest:
         codec="int8",
         packed=packed,
         state=(StateSpec(weight, "parameter"), StateSpec(weight, "slot")),
-        graphs={"train": graph, "predict": graph},
+        graphs=dict.fromkeys(GRAPHS, graph),
         initial_state="cd" * 32,
         blobs={"ab" * 32: 10, "cd" * 32: 24},
     )
@@ -72,6 +72,23 @@ def test_manifest_round_trip() -> None:
     assert read.to_bytes() == manifest().to_bytes()
     assert read.x == TensorSpec("x", "int64", ("batch", 5))
     assert [spec.name for spec in read.parameters] == ["stem.weight"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"blobs": {"../../home/user/file": 3}}, "no sha256"),
+        ({"blobs": {"/etc/passwd": 3}}, "no sha256"),
+        ({"blobs": {"AB" * 32: 3}}, "no sha256"),
+        ({"initial_state": "ef" * 32}, "does not list its blob"),
+        ({"blobs": {"cd" * 32: 24}}, "does not list its blob"),
+        ({"graphs": {}}, "lacks the graph"),
+    ],
+)
+def test_manifest_names_only_its_own_blobs(fields: dict[str, Any], message: str) -> None:
+    """A blob's name becomes a file name on the device: nothing but a hash will do."""
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_bytes(changed(**fields))
 
 
 def test_manifest_bytes_are_canonical() -> None:

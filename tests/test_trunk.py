@@ -322,6 +322,8 @@ def test_a_bad_arrival_is_refused_and_the_others_step_as_without_it(what: str, k
         if number in (0, 2, 3):
             report = with_it.step([*good[:1], bad, *good[1:]])
             assert report.refused.keys() == {"bad"}
+            reason = "loss overflow" if "overflows" in what else "not finite"
+            assert reason in report.refused["bad"]
         else:
             report = with_it.step(good)
             assert report.refused == {}
@@ -512,6 +514,7 @@ def test_a_round_keeps_nothing_of_the_one_before() -> None:
     core.begin(state_of(model), with_epochs(2))
     core.step(steps[1])
     assert_same(tensors_of(core.finish()), tensors_of(replayed(model, with_epochs(2), steps[1:2])))
+    assert core.finish() == []
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

@@ -72,17 +72,18 @@ class OnnxRuntime:
             self._set_state(tensors)
 
     def _set_state(self, tensors: Mapping[str, Array]) -> None:
-        buffers = self._buffers[self._current]
+        values = {}
         for entry in self.manifest.state:
             name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
             if entry.kind != "parameter":
-                value = entry.zeros()
+                values[name] = entry.zeros()
             elif name in tensors and tensors[name].shape == entry.spec.shape:
-                value = np.ascontiguousarray(tensors[name], dtype)
+                values[name] = np.ascontiguousarray(tensors[name], dtype)
             else:
                 found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
                 raise BundleError(f"state tensor {name} {found}, must be {entry.spec.shape}")
-            buffers[name].update_inplace(value)
+        for name, value in values.items():
+            self._buffers[self._current][name].update_inplace(value)
 
     def get_state(self) -> dict[str, Array]:
         with self._turn:

@@ -1,0 +1,58 @@
+"""Imports run one way: server_hub -> export -> edge_sdk; and a device needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "edge_sdk": {"torch", "onnx", "safetensors", "sklearn", "matplotlib", "export", "server_hub"},
+    "export": {"server_hub"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_run_one_way(package: str) -> None:
+    """No file of a package imports what lies above it."""
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        wrong = imports(path) & FORBIDDEN[package]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_the_protocol_does_no_io() -> None:
+    """The protocol imports neither sockets nor an event loop nor a clock."""
+    for path in (ROOT / "edge_sdk" / "protocol").glob("*.py"):
+        assert not imports(path) & {"asyncio", "socket", "websockets", "time", "threading"}, path
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import edge_sdk, edge_sdk.cli, edge_sdk.runtime.onnx",
+        "import edge_sdk.main; import sys; sys.argv = ['cutlayer', '--help']\n"
+        "try: edge_sdk.main.main()\nexcept SystemExit: pass",
+    ],
+)
+def test_a_device_never_imports_torch(code: str) -> None:
+    """Neither the SDK nor the command's help pull in torch."""
+    check = f"{code}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
