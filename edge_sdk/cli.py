@@ -88,7 +88,8 @@ async def _run(
     def show(report: RoundReport) -> None:
         console.print(
             f"round {report.round:3d}  loss {report.loss:.3f}  "
-            f"accuracy {report.accuracy:6.1%}  {report.seconds:.1f} s"
+            f"accuracy {report.accuracy:6.1%}  {report.seconds:.1f} s",
+            soft_wrap=True,
         )
 
     joined = await Device.connect(
@@ -105,7 +106,8 @@ async def _run(
         manifest = joined.manifest
         console.print(
             f"joined {settings.url} as {joined.name}: tier {manifest.tier}, cut {manifest.cut}, "
-            f"{manifest.codec} activations"
+            f"{manifest.codec} activations",
+            soft_wrap=True,
         )
         training = await joined.train(show) if data is not None else None
         if training is not None:

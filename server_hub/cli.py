@@ -74,18 +74,19 @@ def hub(
 
     def on_round(record: RoundRecord) -> None:
         emit("round", **dataclasses.asdict(record))
-        console.print(_line(record))
+        console.print(_line(record), soft_wrap=True)
 
     job = Hub(settings, on_round=on_round)
 
     def ready(address: str) -> None:
         emit("ready", address=address)
         tiers = ", ".join(f"{name} (cut {t.cut})" for name, t in job.index.tiers.items())
-        console.print(f"hub at {address}; tiers {tiers}")
+        console.print(f"hub at {address}; tiers {tiers}", soft_wrap=True)
 
     interrupted = asyncio.run(_serve(job, ready))
     job.run.write_report(f"{job.method.name}: {len(job.run.records)} rounds")
-    emit("done", run=str(settings.run), rounds=len(job.run.records))
+    traffic = job.gateway.traffic.by_kind()
+    emit("done", run=str(settings.run), rounds=len(job.run.records), bytes=traffic)
     console.print(f"model, metrics and report in {settings.run}")
     if interrupted:
         raise typer.Exit(130)

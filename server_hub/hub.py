@@ -189,7 +189,7 @@ class Hub:
         await self.trunk.begin(method.aggregation.trunk_state(), plan)
         states = self._device_states()
         members = self.rounds.start(time.monotonic())
-        log.info("round %d with %d devices", number, len(members))
+        log.debug("round %d with %d devices", number, len(members))
         for order, device in enumerate(sorted(members)):
             self._members[device].reset()
             peer = self.gateway.peers[device]

@@ -79,9 +79,20 @@ class RunFolder:
         write_atomically(path, save(dict(state)))
         return path
 
-    def write_report(self, title: str, sections: Sequence[str] = ()) -> None:
-        """Write ``report.md`` and ``curves.png``."""
-        draw_curves(self.records, self.folder / "curves.png")
+    def write_report(
+        self,
+        title: str,
+        sections: Sequence[str] = (),
+        reference: tuple[str, float] | None = None,
+    ) -> None:
+        """Write ``report.md`` and ``curves.png``.
+
+        Args:
+            title: of the report.
+            sections: what comes before the tables.
+            reference: name and accuracy of a line to compare the curves with.
+        """
+        draw_curves(self.records, self.folder / "curves.png", reference)
         parts = [f"# {title}", *sections]
         if self.records:
             parts += [rounds_table(self.records), traffic_table(self.records[-1].bytes)]
@@ -126,7 +137,9 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.3f}"
 
 
-def draw_curves(records: Sequence[RoundRecord], path: Path) -> None:
+def draw_curves(
+    records: Sequence[RoundRecord], path: Path, reference: tuple[str, float] | None = None
+) -> None:
     """Accuracy per tier and path over the rounds, and traffic, as a picture."""
     from matplotlib.figure import Figure
 
@@ -137,6 +150,8 @@ def draw_curves(records: Sequence[RoundRecord], path: Path) -> None:
     for axis, tier in zip(axes, tiers, strict=False):
         for name, label in PATHS.items():
             axis.plot(rounds, [100 * r.accuracy[tier][name] for r in records], label=label)
+        if reference is not None:
+            axis.axhline(100 * reference[1], color="grey", linestyle=":", label=reference[0])
         axis.set(title=tier, xlabel="round", ylabel="accuracy (%)")
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")

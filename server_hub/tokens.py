@@ -42,7 +42,7 @@ class TokenFile:
     def issue(self, device: str) -> str:
         """A new token for a device, in place of any it had. Only its hash is stored."""
         devices = self.read() if self.path.exists() else {}
-        token = secrets.token_urlsafe(32)
+        token = secrets.token_hex(32)
         self._write({**devices, device: _digest(token)})
         return token
 

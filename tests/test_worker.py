@@ -266,20 +266,24 @@ def test_a_worker_that_is_killed_while_idle_is_noticed_at_the_next_call() -> Non
 
 
 def test_a_caller_that_gives_up_does_not_confuse_the_next() -> None:
+    """Nor does the next one's payload take the place of one that is still in use."""
+
     async def test() -> None:
         model = slow_model(SleepingBlock(0.3))
-        plan, arrivals = TrunkPlan("sgd", HYPER), [arrival_of(model, 1, 3, 1)]
+        plan = TrunkPlan("sgd", HYPER)
+        one, other = ([arrival_of(model, 1, 6, seed)] for seed in (1, 2))
         core = TrunkCore(model, "cpu")
         core.begin(state_of(model), plan)
-        want = [core.step(arrivals), core.step(arrivals)]
+        want = [core.step(one), core.step(other)]
         async with worker(model) as trunk:
             await trunk.begin(state_of(model), plan)
-            first = asyncio.create_task(trunk.step(arrivals))
+            first = asyncio.create_task(trunk.step(one))
             await asyncio.sleep(0.1)
             first.cancel()
-            assert_same(await trunk.step(arrivals), want[1])
+            assert_same(await trunk.step(other), want[1])
             with pytest.raises(asyncio.CancelledError):
                 await first
+            assert_same(await trunk.finish(), core.finish())
 
     run(test())
 

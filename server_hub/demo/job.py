@@ -108,9 +108,10 @@ def run_demo(folder: Path, rounds: int, console: Console) -> dict[str, Any]:
     console.print("[bold]3[/]  train: a hub and six devices, a process each, over websockets")
     trained_at = time.monotonic()
     with ExitStack() as stack:
-        devices, records = _federate(stack, folder, inputs, shares, rounds, console)
+        devices, events, records = _federate(stack, folder, inputs, shares, rounds, console)
         training_seconds = time.monotonic() - trained_at
         reports = [_report(device, console) for device in devices]
+        traffic = next(event["bytes"] for event in events if event["event"] == "done")
 
     console.print("[bold]4[/]  the same devices without a hub: the model of the poorest, FedAvg")
     with console.status("training") as status:
@@ -125,7 +126,7 @@ def run_demo(folder: Path, rounds: int, console: Console) -> dict[str, Any]:
             BATCH,
             progress=lambda n: status.update(f"round {n} of {rounds}"),
         )
-    result = _result(index, reports, records, no_hub, training_seconds, started)
+    result = _result(index, reports, records, traffic, no_hub, training_seconds, started)
     _check_saved_model(folder, result, held_out)
     console.print(accuracy_table(result))
     console.print(traffic_table(result))
@@ -147,8 +148,11 @@ def _federate(
     shares: Sequence[Examples],
     rounds: int,
     console: Console,
-) -> tuple[list[DeviceProcess], list[RoundRecord]]:
-    """Start hub and devices, show the rounds as they come, until the job is done."""
+) -> tuple[list[DeviceProcess], Iterator[dict[str, Any]], list[RoundRecord]]:
+    """Start hub and devices, show the rounds as they come, until the last.
+
+    Returns the devices, which are still measuring; what the hub goes on to say; the rounds.
+    """
     tokens = TokenFile(folder / "tokens.toml")
     tiers = [tier for tier in TIERS for _ in range(DEVICES_PER_TIER)]
     names = [f"{tier}-{i % DEVICES_PER_TIER + 1}" for i, tier in enumerate(tiers)]
@@ -181,16 +185,19 @@ def _federate(
         process = _process(folder, name, *arguments, token=secrets[name])
         devices.append(DeviceProcess(name, tier, stack.enter_context(process)))
     records = []
-    with Live(_live_view([], rounds), console=console, refresh_per_second=4) as live:
+    bar = Progress(TextColumn("   rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    task = bar.add_task("", total=rounds)
+    with Live(Group(bar, "   devices start and join"), console=console) as live:
         for event in events:
             if event.pop("event") == "round":
                 records.append(RoundRecord(**event))
-                live.update(_live_view(records, rounds))
+                bar.update(task, completed=len(records))
+                live.update(Group(bar, _rounds_table(records)))
                 if len(records) == rounds:
                     break
     if len(records) < rounds:
         raise CutlayerError(f"the hub ended after {len(records)} rounds:\n{_tail(folder, 'hub')}")
-    return devices, records
+    return devices, events, records
 
 
 @contextmanager
@@ -251,6 +258,7 @@ def _result(
     index: BundleIndex,
     reports: Sequence[dict[str, Any]],
     records: Sequence[RoundRecord],
+    traffic: dict[str, dict[str, int]],
     no_hub: float,
     training_seconds: float,
     started: float,
@@ -267,7 +275,7 @@ def _result(
         "rounds": len(records),
         "seconds": round(time.monotonic() - started, 1),
         "training_seconds": round(training_seconds, 1),
-        "bytes": records[-1].bytes,
+        "bytes": traffic,
         "device_rss_mb": max(r["rss_mb"] for r in reports),
     }
 
@@ -291,12 +299,11 @@ def _check_saved_model(folder: Path, result: dict[str, Any], held_out: Examples)
             )
 
 
-def _live_view(records: Sequence[RoundRecord], rounds: int) -> Group:
-    """Progress bar and the last rounds."""
-    bar = Progress(TextColumn("   rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar.add_task("", total=rounds, completed=len(records))
+def _rounds_table(records: Sequence[RoundRecord]) -> Table:
+    """The last rounds; accuracy by tier is device alone, then ensemble."""
     table = Table(box=None, padding=(0, 2))
-    for column in ("round", "s", "loss", "trunk loss", *TIERS, "MB up", "MB down"):
+    tiers = [f"{tier}\nalone | all" for tier in TIERS]
+    for column in ("round", "s", "loss", "trunk loss", *tiers, "MB up", "MB down"):
         table.add_column(column, justify="right")
     for r in records[-6:]:
         up, down = (sum(kind[way] for kind in r.bytes.values()) for way in ("up", "down"))
@@ -305,11 +312,14 @@ def _live_view(records: Sequence[RoundRecord], rounds: int) -> Group:
             f"{r.seconds:.1f}",
             f"{r.local_loss:.3f}",
             "" if r.trunk_loss is None else f"{r.trunk_loss:.3f}",
-            *(f"{r.accuracy[tier]['ensemble']:.1%}" for tier in TIERS),
+            *(
+                f"{r.accuracy[tier]['device_alone']:.1%} | {r.accuracy[tier]['ensemble']:.1%}"
+                for tier in TIERS
+            ),
             f"{up / 1e6:.1f}",
             f"{down / 1e6:.1f}",
         )
-    return Group(bar, table)
+    return table
 
 
 def accuracy_table(result: dict[str, Any]) -> Table:
@@ -359,6 +369,7 @@ def _write_report(run: RunFolder, result: dict[str, Any]) -> None:
             f"Largest device process: {result['device_rss_mb']:.0f} MB. "
             f"The saved model, uncut, in PyTorch: {result['saved_model']:.1%}.",
         ],
+        reference=("without a hub", result["no_hub"]),
     )
 
 
