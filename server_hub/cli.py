@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import logging
 import signal
@@ -83,6 +84,9 @@ def hub(
         tiers = ", ".join(f"{name} (cut {t.cut})" for name, t in job.index.tiers.items())
         console.print(f"hub at {address}; tiers {tiers}", soft_wrap=True)
 
+    # Full collections of a heap with torch in it would pause the event loop for tenths of a second.
+    gc.collect()
+    gc.freeze()
     interrupted = asyncio.run(_serve(job, ready))
     job.run.write_report(f"{job.method.name}: {len(job.run.records)} rounds")
     traffic = job.gateway.traffic.by_kind()

@@ -61,6 +61,8 @@ class TrunkTraining:
         hyper: its hyper-parameters.
         max_rows: rows of one merged step at most; a merged batch is a larger batch.
         wait_s: how long a step waits for more rows to merge, in seconds.
+        max_norm: gradients of a step are scaled down to this norm, so that no device can throw
+            the trunk far off with activations that are large but finite.
         threads: torch threads, 0 for torch's default.
         arena_mb: shared memory for the payloads of one step, in MiB.
     """
@@ -70,6 +72,7 @@ class TrunkTraining:
     hyper: dict[str, float] = field(default_factory=dict)
     max_rows: int = 256
     wait_s: float = 0.02
+    max_norm: float = 10.0
     threads: int = 0
     arena_mb: int = 256
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,13 +55,11 @@ class _Member:
     samples: int
     activation_rows: int = 0
     state: State = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Forget what belonged to the last round."""
         self.activation_rows = 0
         self.state = {}
-        self.metrics = {}
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,7 @@ class Hub:
         self.address: str | None = None
         self._on_round = on_round
         self._members: dict[str, _Member] = {}
+        self._updates: dict[str, DeviceUpdate] = {}
         self._queue: deque[_Waiting] = deque()
         self._waiters: set[asyncio.Future[None]] = set()
         self._idle = asyncio.Event()
@@ -166,7 +165,7 @@ class Hub:
         while self.rounds.phase is not Phase.DONE:
             await self._until(self.rounds.can_start)
             await self._round()
-        log.info("all %d rounds done", self.rounds.number)
+        log.info("all %d rounds done", self.rounds.completed)
         self._over = True
         for peer in list(self.gateway.peers.values()):
             self._stop(peer)
@@ -178,18 +177,22 @@ class Hub:
         started = time.monotonic()
         config, method = self.config, self.method
         number = self.rounds.number + 1
-        rate = learning_rate_factor(config.schedule, number, config.rounds.count)
+        rate = learning_rate_factor(config.schedule, self.rounds.completed + 1, config.rounds.count)
         plan = TrunkPlan(
             config.trunk.optimizer,
             {**self.trunk_hyper, "lr": self.trunk_hyper["lr"] * rate},
             method.trunk_epochs,
             config.trunk.max_rows,
             seed=number,
+            max_norm=config.trunk.max_norm,
         )
         await self.trunk.begin(method.aggregation.trunk_state(), plan)
+        if not self.rounds.can_start():
+            return  # somebody left meanwhile
         states = self._device_states()
         members = self.rounds.start(time.monotonic())
         log.debug("round %d with %d devices", number, len(members))
+        self._updates.clear()
         for order, device in enumerate(sorted(members)):
             self._members[device].reset()
             peer = self.gateway.peers[device]
@@ -211,27 +214,24 @@ class Hub:
         for device, reason in self.rounds.dropped.items():
             log.warning("round %d goes on without %s: %s", number, device, reason)
         delivered = sorted(self.rounds.delivered)
-        updates = [  # taken now: a device that joins anew starts with nothing
-            DeviceUpdate(d, self._members[d].state, self._members[d].samples) for d in delivered
-        ]
-        if useful:
-            loss, accuracy = self._local_means(delivered)
         await self._idle.wait()
         copies = await self.trunk.finish()
         if not useful:
-            log.warning("nobody delivered in round %d; it is repeated", number)
+            log.warning("nobody delivered in round %d; it does not count", number)
             return
+        # a device whose activations were refused after it had delivered is no longer among these
+        updates = [self._updates[device] for device in delivered]
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
         await self._publish_states()
         self._save()
         rows = sum(n for _, n in trunk_losses)
         record = RoundRecord(
-            round=number,
+            round=self.rounds.completed,
             seconds=time.monotonic() - started,
             devices=len(delivered),
             dropped=dict(self.rounds.dropped),
-            local_loss=loss,
-            local_accuracy=accuracy,
+            local_loss=weighted_mean(updates, "loss"),
+            local_accuracy=weighted_mean(updates, "accuracy"),
             trunk_loss=sum(x * n for x, n in trunk_losses) / rows if rows else None,
             trunk_steps=len(trunk_losses),
             accuracy=await self.trunk.evaluate(self._tier_cuts()) if self._evaluates else {},
@@ -240,16 +240,6 @@ class Hub:
         self.run.append(record)
         if self._on_round is not None:
             self._on_round(record)
-
-    def _local_means(self, delivered: list[str]) -> tuple[float, float]:
-        """Mean local loss and accuracy of a round, weighted by samples."""
-        members = [self._members[d] for d in delivered]
-        total = sum(m.samples for m in members)
-        loss, accuracy = (
-            sum(m.metrics.get(key, math.nan) * m.samples for m in members) / total
-            for key in ("loss", "accuracy")
-        )
-        return loss, accuracy
 
     def _device_states(self) -> dict[str, str]:
         """Publish what each tier starts from; returns the blob's hash by tier."""
@@ -319,6 +309,7 @@ class Hub:
             if report.rows:
                 self._trunk_losses.append((report.loss, report.rows))
             for device, reason in report.refused.items():
+                self.rounds.drop(device, reason)
                 peer = next(w.peer for w in group if w.peer.device == device)
                 self._spawn(self.gateway.refuse(peer, ProtocolError("not_finite", reason, "parts")))
 
@@ -337,7 +328,8 @@ class Hub:
             self._infer(peer, message, delivery.seq)
             return  # settled once it is answered
         if isinstance(message, Ready):
-            self.rounds.drop(peer.device, "it joined anew")
+            if self.rounds.expects(peer.device, self.rounds.number):
+                self.rounds.drop(peer.device, "it joined anew")
             self._members[peer.device] = _Member(message.samples)
             if self._over:
                 self._stop(peer)
@@ -422,7 +414,9 @@ class Hub:
                 f"the update counts {message.samples} samples, ready said {member.samples}",
                 "samples",
             )
-        member.metrics = message.metrics
+        self._updates[peer.device] = DeviceUpdate(
+            peer.device, member.state, member.samples, message.metrics
+        )
         self.rounds.deliver(peer.device)
 
     def _infer(self, peer: Peer, message: Infer, seq: int) -> None:
@@ -492,6 +486,12 @@ class Hub:
         return WorkerTrunk(
             self.model, device, held_out, settings.arena_mb * 2**20, settings.threads
         )
+
+
+def weighted_mean(updates: Sequence[DeviceUpdate], metric: str) -> float:
+    """Mean of a metric that devices reported, weighted by their samples."""
+    total = sum(update.samples for update in updates)
+    return sum(u.metrics.get(metric, math.nan) * u.samples for u in updates) / total
 
 
 def learning_rate_factor(schedule: Schedule, number: int, count: int) -> float:

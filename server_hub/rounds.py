@@ -52,7 +52,8 @@ class Rounds:
     """The rounds of one job.
 
     Attributes:
-        number: the round in progress, or the last one that was.
+        number: the round in progress, or the last one that was. No two have the same.
+        completed: rounds that somebody delivered for; the job is done when they are ``count``.
         ready: devices that could take part in the next round.
         members: devices that take part in this round.
         owed: members whose update is still expected.
@@ -63,6 +64,7 @@ class Rounds:
     rules: RoundRules
     phase: Phase = Phase.WAITING
     number: int = 0
+    completed: int = 0
     ready: dict[str, None] = field(default_factory=dict)
     members: set[str] = field(default_factory=set)
     owed: set[str] = field(default_factory=set)
@@ -75,9 +77,13 @@ class Rounds:
         self.ready[device] = None
 
     def leave(self, device: str, reason: str) -> None:
-        """A device has gone, for now or for good; what it owes is written off."""
+        """A device has gone, for now or for good.
+
+        What it owes is written off; what it has delivered counts.
+        """
         self.ready.pop(device, None)
-        self.drop(device, reason)
+        if device in self.owed:
+            self.drop(device, reason)
 
     def drop(self, device: str, reason: str) -> None:
         """A member will not deliver in this round, or what it delivered does not count."""
@@ -122,12 +128,12 @@ class Rounds:
         return self.phase is Phase.TRAINING and (not self.owed or now >= self.deadline)
 
     def finish(self) -> bool:
-        """End the round; False if nobody delivered, so that it has to be repeated."""
+        """End the round; False if nobody delivered, so that it does not count."""
         assert self.phase is Phase.TRAINING
         for device in sorted(self.owed):
             self.drop(device, f"no update within {self.rules.deadline_s:g} s")
         useful = bool(self.delivered)
-        if not useful:
-            self.number -= 1
-        self.phase = Phase.DONE if self.number >= self.rules.count else Phase.WAITING
+        self.completed += useful
+        self.owed = set()
+        self.phase = Phase.DONE if self.completed >= self.rules.count else Phase.WAITING
         return useful

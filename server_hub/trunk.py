@@ -98,6 +98,7 @@ class TrunkPlan:
         epochs: passes over the round's activations; those after the first come at its end.
         max_rows: rows in one merged step at most.
         seed: order of the passes after the first.
+        max_norm: gradients of a step are scaled down to this norm.
     """
 
     optimizer: str
@@ -105,6 +106,7 @@ class TrunkPlan:
     epochs: int = 1
     max_rows: int = 256
     seed: int = 0
+    max_norm: float = math.inf
 
 
 class Trunk(Protocol):
@@ -320,9 +322,10 @@ class TrunkCore:
         if not torch.isfinite(loss):
             return math.nan, False
         loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [p.grad for p in replica.model.parameters() if p.grad is not None]
-        finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
-        return row_losses.mean().item(), finite
+        trained = [p for p in replica.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(trained, self._plan.max_norm, norm)
+        return row_losses.mean().item(), bool(torch.isfinite(norm))
 
     def _count(self, replica: _Replica, unpacked: Iterable[tuple[_Packed, Tensor]]) -> None:
         model = replica.model
@@ -342,7 +345,9 @@ class TrunkCore:
     def _model_with(self, state: State) -> SplitModel:
         model = copy.deepcopy(self._template)
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
-        model.load_state_dict(tensors, strict=False)
+        unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"the trunk's model has no {unknown[0]}; it was built otherwise")
         return model
 
     # --- answering ------------------------------------------------------------------------------

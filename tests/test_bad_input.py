@@ -377,6 +377,34 @@ def test_flooding_beyond_the_window_is_an_error(tmp_path: Path, bundles: BundleI
     asyncio.run(job())
 
 
+def test_large_finite_activations_do_not_ruin_the_trunk(
+    tmp_path: Path, bundles: BundleIndex
+) -> None:
+    """The norm of a step is bounded, so the trunk stays near where it was, and goes on learning."""
+
+    async def job() -> None:
+        config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1))
+        token = TokenFile(config.tokens).issue("evil")
+        manifest = bundles.manifest("small")
+        async with running_hub(config) as (hub, url), raw(url) as connection:
+            before = {n: t.copy() for n, t in hub.method.aggregation.trunk_state().items()}
+            client = RawClient(connection)
+            task = await client.join(token)
+            message = good_activations(manifest, task.round)
+            scale = np.full_like(message.parts["h.scale"], 1e12)
+            await client.say(replace(message, parts=change(message.parts, "h.scale", scale)))
+            tensors = {s.name: before[s.name] for s in manifest.parameters}
+            await client.say(replace(good_update(manifest, task.round), tensors=tensors))
+            while not hub.run.records:
+                await asyncio.sleep(0.02)
+            after = hub.method.aggregation.trunk_state()
+            moved = sum(float(((after[n] - before[n]) ** 2).sum()) for n in after) ** 0.5
+            bound = config.trunk.max_norm * config.trunk.hyper["lr"]
+            assert 0 < moved <= bound * 1.1
+
+    asyncio.run(job())
+
+
 def test_more_activations_than_examples(tmp_path: Path, bundles: BundleIndex) -> None:
     """A device cannot weigh more than the examples it declared."""
 

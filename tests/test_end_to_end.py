@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from edge_sdk import DataError, Device, HubError, LinkClosed
 from edge_sdk.device import softmax
 from export.packing import get_codec
 from export.writer import BundleIndex
-from server_hub.config import Limits, LocalTraining, MethodConfig
+from server_hub.config import Limits, Listen, LocalTraining, MethodConfig
 from server_hub.rounds import RoundRules
 from server_hub.tokens import TokenFile
 from tests.harness import (
@@ -323,6 +324,104 @@ def test_job_survives_a_link_that_breaks(tmp_path: Path, bundles: BundleIndex, s
             assert hub.method.aggregation.store.entries["head"].version == 3  # type: ignore[attr-defined]
 
     asyncio.run(asyncio.wait_for(job(), 100))
+
+
+def test_devices_rejoin_a_hub_that_was_restarted(tmp_path: Path, bundles: BundleIndex) -> None:
+    """A new hub at the same address does not know the session: the device joins it anew."""
+
+    async def job() -> None:
+        first = hub_config(tmp_path, bundles, rounds=RoundRules(count=1000))
+        token = TokenFile(first.tokens).issue("phone")
+        async with running_hub(first) as (hub, url):
+            device = await Device.connect(
+                url, token=token, tier="small", name="phone", data=examples(200),
+                cache=tmp_path / "cache",
+            )  # fmt: skip
+            training = asyncio.create_task(device.train())
+            while len(hub.run.records) < 2:
+                await asyncio.sleep(0.02)
+        again = replace(
+            first,
+            run=tmp_path / "second",
+            rounds=RoundRules(count=2),
+            listen=Listen(port=int(url.rsplit(":", 1)[1])),
+        )
+        async with running_hub(again) as (hub, _):
+            report = await asyncio.wait_for(training, 30)
+            assert report.reason == "the job is finished"
+            assert [record.devices for record in hub.run.records] == [1, 1]
+            await device.close()
+
+    asyncio.run(job())
+
+
+def test_a_slow_hub_slows_the_device_down(tmp_path: Path, bundles: BundleIndex) -> None:
+    """While the trunk is stuck, training stops at the window; then it goes on, nothing lost."""
+
+    async def job() -> None:
+        config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1), limits=Limits(window=4))
+        token = TokenFile(config.tokens).issue("phone")
+        async with running_hub(config) as (hub, url):
+            go = asyncio.Event()
+            step, rows = hub.trunk.step, []
+
+            async def stuck(arrivals: Any) -> Any:
+                await go.wait()
+                rows.extend(arrival.rows for arrival in arrivals)
+                return await step(arrivals)
+
+            hub.trunk.step = stuck  # type: ignore[method-assign]
+            device = await Device.connect(
+                url, token=token, tier="small", name="phone", data=examples(320),
+                cache=tmp_path / "cache",
+            )  # fmt: skip
+            steps = 0
+            run = device._need_learner().runtime.run
+
+            def counted(graph: str, batch: Any) -> Any:
+                nonlocal steps
+                steps += graph == "train"
+                return run(graph, batch)
+
+            device._need_learner().runtime.run = counted  # type: ignore[method-assign]
+            training = asyncio.create_task(device.train())
+            await asyncio.sleep(1.5)
+            # ready was settled; four batches are unsettled, the fifth waits for room
+            assert steps == 5
+            go.set()
+            await training
+            assert steps == 320 // 8
+            assert sum(rows) == 320
+            await device.close()
+
+    asyncio.run(job())
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    """The demo as a user runs it: every tier's ensemble is good, and better than without a hub."""
+    code, out, err = finish(
+        cutlayer("demo", "--run", str(tmp_path / "run"), "--json", str(tmp_path / "demo.json")), 280
+    )
+    assert code == 0, err
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert {t: v["cut"] for t, v in result["tiers"].items()} == {
+        "small": 1,
+        "medium": 3,
+        "large": 5,
+    }
+    for tier in result["tiers"].values():
+        assert tier["ensemble"] >= 0.95
+        assert tier["ensemble"] > result["no_hub"]
+        assert tier["through_hub"] == pytest.approx(result["saved_model"], abs=0.02)
+    assert result["rounds"] == 30
+    assert result["seconds"] < 180
+    assert 20 < result["device_rss_mb"] < 250
+    for kind, way in (("activations", "up"), ("update", "up"), ("blob", "down"), ("infer", "up")):
+        assert result["bytes"][kind][way] > 0
+    assert "accuracy on held-out digits" in out
+    for name in ("report.md", "metrics.jsonl", "curves.png", "model.safetensors"):
+        assert (tmp_path / "run" / name).stat().st_size > 1000
 
 
 def test_wrong_data_is_refused_before_training(tmp_path: Path, bundles: BundleIndex) -> None:

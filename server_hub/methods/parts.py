@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from export.split import SplitModel
@@ -13,11 +13,12 @@ from server_hub.trunk import TrunkCopy
 
 @dataclass(frozen=True)
 class DeviceUpdate:
-    """What a device has trained in a round."""
+    """What a device has trained in a round, and how it says that it went."""
 
     device: str
     state: State
     samples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 # --- what crosses the cut -------------------------------------------------------------------------
