@@ -12,11 +12,18 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where devices do not share a cache
+    fcntl = None  # type: ignore[assignment]
 
 from edge_sdk.errors import BundleError
 from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
@@ -222,6 +229,24 @@ class BlobStore:
         if name not in self:
             write_atomically(self.folder / name, data)
         return name
+
+    def remove(self, name: str) -> None:
+        """Remove a blob, if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def claim(self) -> Iterator[bool]:
+        """Whether unfinished downloads are ours to add to; no other process may meanwhile."""
+        if fcntl is None:
+            yield True
+            return
+        with open(self.folder / ".lock", "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+            else:
+                yield True
 
     def partial(self, name: str) -> int:
         """Bytes of an unfinished download that are already here."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import socket
 import time
 from collections.abc import Callable
@@ -15,29 +14,18 @@ from types import TracebackType
 import numpy as np
 
 from edge_sdk.bundle import BlobStore, Bundle, Manifest, verify_blob
+from edge_sdk.connection import Connection
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError, LinkClosed
 from edge_sdk.learner import Learner, LocalPlan, LocalResult
-from edge_sdk.link import Link, open_websocket
-from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
-from edge_sdk.protocol.frames import decode, encode, unpack_tensors
+from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import (
-    VERSION,
     Activations,
-    Answer,
-    Blob,
-    BlobGet,
-    Bye,
     Decline,
-    Error,
-    Hello,
-    Infer,
-    Message,
     Ready,
     Round,
     Stop,
     Update,
-    Welcome,
 )
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
@@ -108,24 +96,14 @@ class Device:
         threads: int,
         patience_s: float,
     ) -> None:
-        self._url, self._token = url, token
         self.tier, self.name = tier, name
         self._data, self._may_train = data, may_train
-        self._store = BlobStore(Path(cache))
-        self._threads, self._patience_s = threads, patience_s
-        self._session: Session | None = None
-        self._session_id: str | None = None
-        self._welcome: Welcome | None = None
-        self._linked = asyncio.Event()
-        self._failure: CutlayerError | None = None
-        self._blob: asyncio.Future[Blob] | None = None
-        self._wanted: tuple[str, int] | None = None
-        self._answers: dict[int, asyncio.Future[Answer]] = {}
-        self._requests = 0
-        self._work: asyncio.Queue[tuple[Session, Delivery] | CutlayerError] = asyncio.Queue()
-        self._keeper: asyncio.Task[None] | None = None
+        self._store = BlobStore(cache)
+        self._threads = threads
         self._learner: Learner | None = None
-        self._fetching = asyncio.Lock()
+        self._connection = Connection(
+            url, device=name, token=token, tier=tier, patience_s=patience_s
+        )
 
     @classmethod
     async def connect(
@@ -171,9 +149,8 @@ class Device:
             threads=threads,
             patience_s=patience_s,
         )
-        device._keeper = asyncio.create_task(device._keep_linked())
         try:
-            await device._load_bundle()
+            await device._load_bundle((await device._connection.open()).manifest)
         except BaseException:
             await device.close()
             raise
@@ -216,12 +193,9 @@ class Device:
         while True:
             try:
                 if not joined:
-                    await self._send(Ready(samples=len(self._data)))
+                    await self._connection.send(Ready(samples=len(self._data)))
                     joined = True
-                item = await self._work.get()
-                if isinstance(item, CutlayerError):
-                    raise item
-                session, delivery = item
+                session, delivery = await self._connection.next_work()
                 if isinstance(delivery.message, Stop):
                     report.reason = delivery.message.reason
                     if delivery.message.state is not None:
@@ -237,7 +211,7 @@ class Device:
                     if on_round is not None:
                         on_round(done)
             except SessionLost:
-                self._raise_failure()
+                self._connection.raise_failure()
                 joined = False  # the hub forgot us: join again, in a new session
 
     async def _take_part(self, session: Session, task: Round) -> RoundReport | None:
@@ -274,8 +248,7 @@ class Device:
 
     async def _send_update(self, session: Session, number: int, result: LocalResult) -> None:
         """Send the parameters in messages that each stay under the frame limit."""
-        assert self._welcome is not None
-        limit = self._welcome.max_frame - 4096 - 600 * len(result.parameters)
+        limit = self._connection.max_frame - 4096 - 600 * len(result.parameters)
         part: dict[str, Array] = {}
         size = 0
 
@@ -322,7 +295,9 @@ class Device:
         by_hub = np.zeros(len(probabilities), bool)
         if len(unsure):
             with contextlib.suppress(TimeoutError, LinkClosed):
-                hub = await asyncio.wait_for(self._ask_hub(self._rows(parts, unsure)), timeout_s)
+                hub = await asyncio.wait_for(
+                    self._connection.ask(self._rows(parts, unsure)), timeout_s
+                )
                 every = np.concatenate([heads[:, unsure], hub.logits])
                 probabilities[unsure] = softmax(every).mean(0)
                 by_hub[unsure] = True
@@ -334,7 +309,7 @@ class Device:
         hits = np.zeros(3)
         for batch in examples.batches(batch_size):
             heads, parts = await self._run_predict(batch.x)
-            hub = await self._ask_hub(parts)
+            hub = await self._connection.ask(parts)
             for path, logits in enumerate(
                 (heads, hub.logits[-1:], np.concatenate([heads, hub.logits]))
             ):
@@ -354,174 +329,17 @@ class Device:
             for spec in self.manifest.packed
         }
 
-    async def _ask_hub(self, parts: dict[str, Array]) -> Answer:
-        self._requests += 1
-        request = self._requests
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._answers[request] = future
-        try:
-            await self._send(Infer(request=request, parts=parts))
-            return await future
-        except SessionLost:
-            self._raise_failure()
-            raise LinkClosed("the hub restarted; ask again") from None
-        finally:
-            del self._answers[request]
-
     # --- leaving --------------------------------------------------------------------------------
 
     async def close(self, reason: str = "done") -> None:
         """Say bye, if the hub is there to hear it, and close the connection."""
-        if self._session is not None and self._failure is None:
-            with contextlib.suppress(CutlayerError, TimeoutError):
-                await self._send(Bye(reason=reason))
-                channel = self._session.channel
-                async with asyncio.timeout(5):
-                    while channel.unacked and self._session.linked:
-                        await asyncio.sleep(0.01)
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
-        self._fail(LinkClosed("the device was closed"))
-
-    # --- connection -----------------------------------------------------------------------------
-
-    async def _keep_linked(self) -> None:
-        """Connect, serve, reconnect with back-off; gives up after ``patience_s`` without a hub."""
-        lost_at = time.monotonic()
-        delay = 0.1
-        while True:
-            try:
-                link = await open_websocket(self._url)
-                try:
-                    await self._serve(link)
-                finally:
-                    await link.close()
-                    if self._linked.is_set():
-                        self._linked.clear()
-                        lost_at, delay = time.monotonic(), 0.1
-            except LinkClosed as error:
-                if self._blob is not None and not self._blob.done():
-                    self._blob.set_exception(error)
-                if time.monotonic() - lost_at + delay > self._patience_s:
-                    self._fail(error)
-                    break
-            except CutlayerError as error:  # refused: trying again would be refused again
-                self._fail(error)
-                break
-            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
-            delay = min(delay * 2, 10.0)
-        if self._session is not None:
-            await self._session.lose("the connection to the hub was given up")
-
-    async def _serve(self, link: Link) -> None:
-        """Handshake on a fresh link, then run the session on it until it breaks."""
-        old = self._session
-        settled = old.channel.settled if old is not None else 0
-        hello = Hello(
-            version=VERSION,
-            device=self.name,
-            token=self._token,
-            tier=self.tier,
-            session=self._session_id,
-            last_seq=settled,
-        )
-        await link.send(encode(hello, 0, 0))
-        async with asyncio.timeout(10):
-            try:
-                answer = decode(await link.receive()).message
-            except TimeoutError:
-                raise LinkClosed("the hub did not answer the hello in 10 s") from None
-        if isinstance(answer, Error):
-            raise HubError(answer.code, answer.message, answer.field)
-        if not isinstance(answer, Welcome):
-            raise HubError("bad_message", f"the hub answered hello with {answer.TYPE}")
-        self._welcome = answer
-        if old is None or not answer.resumed:
-            if old is not None:
-                await old.lose("the hub does not know this session any more")
-                self._forget_session()
-            self._session = Session(Channel(answer.window, peer_max_frame=answer.max_frame))
-            self._session_id = answer.session
-        session = self._session
-        assert session is not None
-        self._linked.set()
-        try:
-            await session.run(link, answer.last_seq, self._handle)
-        except CannotResume as error:
-            await session.lose(str(error))
-            self._forget_session()
-            self._session = self._session_id = None  # the next hello starts over
-            raise LinkClosed(str(error)) from error
-
-    def _handle(self, delivery: Delivery) -> None:
-        message = delivery.message
-        if isinstance(message, Round | Stop):
-            assert self._session is not None
-            self._work.put_nowait((self._session, delivery))
-        elif isinstance(message, Answer):
-            future = self._answers.get(message.request)
-            if future is not None and not future.done():
-                future.set_result(message)
-            self._settle(delivery)
-        elif isinstance(message, Blob):
-            # a piece that was asked for twice, because the first took long, may come twice
-            expected = (message.hash, message.offset) == self._wanted
-            if expected and self._blob is not None and not self._blob.done():
-                self._blob.set_result(message)
-        elif isinstance(message, Error):
-            error = HubError(message.code, message.message, message.field)
-            if message.fatal:
-                raise error
-            if self._blob is not None and not self._blob.done():
-                self._blob.set_exception(error)
-        elif delivery.seq:
-            self._settle(delivery)
-
-    def _forget_session(self) -> None:
-        """Everything that waits for the old session ends."""
-        lost = SessionLost("the hub does not know this session any more")
-        for future in self._answers.values():
-            if not future.done():
-                future.set_exception(lost)
-        while not self._work.empty():
-            self._work.get_nowait()
-        self._work.put_nowait(lost)
-
-    def _fail(self, error: CutlayerError) -> None:
-        """Remember why the device stopped and wake everything that waits."""
-        if self._failure is None:
-            self._failure = error
-        self._linked.set()
-        for future in (self._blob, *self._answers.values()):
-            if future is not None and not future.done():
-                future.set_exception(error)
-        self._work.put_nowait(error)
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    async def _send(self, message: Message) -> None:
-        if self._session is None:
-            await self._linked.wait()
-        self._raise_failure()
-        assert self._session is not None
-        await self._session.send(message)
-
-    def _settle(self, delivery: Delivery) -> None:
-        if self._session is not None:
-            self._session.settle(delivery.seq)
+        await self._connection.close(reason)
 
     # --- bundles and state ----------------------------------------------------------------------
 
-    async def _load_bundle(self) -> None:
-        """Fetch what is not in the cache, verify it, load the runtime."""
-        await self._linked.wait()
-        self._raise_failure()
-        assert self._welcome is not None
-        manifest = Manifest.from_bytes(await self._fetch_blob(self._welcome.manifest))
+    async def _load_bundle(self, name: str) -> None:
+        """Fetch the manifest called ``name`` and its blobs, verify them, load the runtime."""
+        manifest = Manifest.from_bytes(await self._fetch_blob(name))
         if manifest.tier != self.tier:
             raise BundleError(f"the hub sent the bundle of {manifest.tier!r}, not {self.tier!r}")
         blobs = {name: await self._fetch_blob(name) for name in manifest.blobs}
@@ -537,46 +355,26 @@ class Device:
 
     async def _fetch_blob(self, name: str) -> bytes:
         """A blob of the bundle, from the cache or downloaded into it, resumed if broken off."""
-        if name not in self._store:
-            await self._download(
+        if name in self._store:
+            try:
+                return self._store.read(name)
+            except BundleError:
+                self._store.remove(name)  # damaged on disk: fetch again
+        with self._store.claim() as mine:
+            if not mine:  # another process is downloading it into this cache
+                data = await self._fetch_state(name)
+                self._store.write(data)
+                return data
+            await self._connection.download(
                 name, self._store.partial(name), lambda data: self._store.append(name, data)
             )
             return self._store.finish(name)
-        try:
-            return self._store.read(name)
-        except BundleError:
-            (self._store.folder / name).unlink(missing_ok=True)  # damaged on disk: fetch again
-            return await self._fetch_blob(name)
 
     async def _fetch_state(self, name: str) -> bytes:
         """The state of a round; kept in memory, since every round has another."""
         buffer = bytearray()
-        await self._download(name, 0, buffer.extend)
+        await self._connection.download(name, 0, buffer.extend)
         return verify_blob(name, bytes(buffer))
-
-    async def _download(self, name: str, offset: int, append: Callable[[bytes], None]) -> None:
-        """Download a blob from ``offset`` on, piece by piece, over as many links as it takes."""
-        async with self._fetching:
-            while True:
-                await self._linked.wait()
-                self._raise_failure()
-                self._blob = asyncio.get_running_loop().create_future()
-                self._wanted = (name, offset)
-                try:
-                    await self._send(BlobGet(hash=name, offset=offset))
-                    piece = await asyncio.wait_for(self._blob, 30)
-                except (LinkClosed, SessionLost, TimeoutError):
-                    self._raise_failure()
-                    await asyncio.sleep(0.05)
-                    continue
-                finally:
-                    self._blob = None
-                append(piece.data)
-                offset += len(piece.data)
-                if offset >= piece.size:
-                    return
-                if not piece.data:
-                    raise BundleError(f"the hub sent an empty piece of blob {name[:12]}…")
 
     def _need_learner(self) -> Learner:
         if self._learner is None:

@@ -1,0 +1,270 @@
+"""The device's connection to its hub: one session kept alive over links that break."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable
+
+from edge_sdk.errors import BundleError, CutlayerError, HubError, LinkClosed
+from edge_sdk.link import Link, open_websocket
+from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
+from edge_sdk.protocol.frames import decode, encode
+from edge_sdk.protocol.messages import (
+    VERSION,
+    Answer,
+    Blob,
+    BlobGet,
+    Bye,
+    Error,
+    Hello,
+    Infer,
+    Message,
+    Round,
+    Stop,
+    Welcome,
+)
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.session import Session, SessionLost
+
+Work = tuple[Session, Delivery]
+"""A ``round`` or ``stop``, with the session that it came over and is settled in."""
+
+
+class Connection:
+    """Connects, says hello, resumes after a break, and joins anew when the hub has forgotten us.
+
+    Args:
+        url: address of the hub.
+        device: name of the device.
+        token: its token.
+        tier: its tier.
+        patience_s: how long to go on trying to (re)connect, in seconds.
+    """
+
+    def __init__(self, url: str, *, device: str, token: str, tier: str, patience_s: float) -> None:
+        self._url, self._device, self._token, self._tier = url, device, token, tier
+        self._patience_s = patience_s
+        self._session: Session | None = None
+        self._session_id: str | None = None
+        self._welcome: Welcome | None = None
+        self._linked = asyncio.Event()
+        self._failure: CutlayerError | None = None
+        self._blob: asyncio.Future[Blob] | None = None
+        self._wanted: tuple[str, int] | None = None
+        self._downloading = asyncio.Lock()
+        self._answers: dict[int, asyncio.Future[Answer]] = {}
+        self._requests = 0
+        self._work: asyncio.Queue[Work | CutlayerError] = asyncio.Queue()
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def open(self) -> Welcome:
+        """Connect, and go on reconnecting in the background.
+
+        Raises:
+            HubError: the hub refused us.
+            LinkClosed: the hub could not be reached for ``patience_s``.
+        """
+        self._keeper = asyncio.create_task(self._keep_linked())
+        await self._linked.wait()
+        self.raise_failure()
+        assert self._welcome is not None
+        return self._welcome
+
+    async def close(self, reason: str) -> None:
+        """Say bye, if the hub is there to hear it, and close."""
+        if self._session is not None and self._failure is None:
+            with contextlib.suppress(CutlayerError, TimeoutError):
+                await self.send(Bye(reason=reason))
+                channel = self._session.channel
+                async with asyncio.timeout(5):
+                    while channel.unacked and self._session.linked:
+                        await asyncio.sleep(0.01)
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        self._fail(LinkClosed("the device was closed"))
+
+    @property
+    def max_frame(self) -> int:
+        """The hub's limit of a frame, in bytes."""
+        assert self._welcome is not None
+        return self._welcome.max_frame
+
+    def raise_failure(self) -> None:
+        """Raise what the connection ended with, if it has ended."""
+        if self._failure is not None:
+            raise self._failure
+
+    async def send(self, message: Message) -> None:
+        """Send over the present session; waits while its window is full."""
+        if self._session is None:
+            await self._linked.wait()
+        self.raise_failure()
+        assert self._session is not None
+        await self._session.send(message)
+
+    async def next_work(self) -> Work:
+        """The next ``round`` or ``stop``.
+
+        Raises:
+            SessionLost: the hub has forgotten us; say ``ready`` again.
+            CutlayerError: the connection has ended.
+        """
+        item = await self._work.get()
+        if isinstance(item, CutlayerError):
+            raise item
+        return item
+
+    async def ask(self, parts: dict[str, Array]) -> Answer:
+        """The hub's answer to packed activations. Raises :class:`LinkClosed` if it restarts."""
+        self._requests += 1
+        request = self._requests
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._answers[request] = future
+        try:
+            await self.send(Infer(request=request, parts=parts))
+            return await future
+        except SessionLost:
+            self.raise_failure()
+            raise LinkClosed("the hub restarted; ask again") from None
+        finally:
+            del self._answers[request]
+
+    async def download(self, name: str, offset: int, append: Callable[[bytes], None]) -> None:
+        """Download a blob from ``offset`` on, piece by piece, over as many links as it takes."""
+        async with self._downloading:
+            while True:
+                await self._linked.wait()
+                self.raise_failure()
+                self._blob = asyncio.get_running_loop().create_future()
+                self._wanted = (name, offset)
+                try:
+                    await self.send(BlobGet(hash=name, offset=offset))
+                    piece = await asyncio.wait_for(self._blob, 30)
+                except (LinkClosed, SessionLost, TimeoutError):
+                    self.raise_failure()
+                    await asyncio.sleep(0.05)
+                    continue
+                finally:
+                    self._blob = None
+                append(piece.data)
+                offset += len(piece.data)
+                if offset >= piece.size:
+                    return
+                if not piece.data:
+                    raise BundleError(f"the hub sent an empty piece of blob {name[:12]}…")
+
+    async def _keep_linked(self) -> None:
+        """Connect, serve, reconnect with back-off; gives up after ``patience_s`` without a hub."""
+        lost_at = time.monotonic()
+        delay = 0.1
+        while True:
+            try:
+                link = await open_websocket(self._url)
+                try:
+                    await self._serve(link)
+                finally:
+                    await link.close()
+                    if self._linked.is_set():
+                        self._linked.clear()
+                        lost_at, delay = time.monotonic(), 0.1
+            except LinkClosed as error:
+                if self._blob is not None and not self._blob.done():
+                    self._blob.set_exception(error)
+                if time.monotonic() - lost_at + delay > self._patience_s:
+                    self._fail(error)
+                    break
+            except CutlayerError as error:  # refused: trying again would be refused again
+                self._fail(error)
+                break
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+            delay = min(delay * 2, 10.0)
+        if self._session is not None:
+            await self._session.lose("the connection to the hub was given up")
+
+    async def _serve(self, link: Link) -> None:
+        """Handshake on a fresh link, then run the session on it until it breaks."""
+        old = self._session
+        settled = old.channel.settled if old is not None else 0
+        hello = Hello(
+            version=VERSION,
+            device=self._device,
+            token=self._token,
+            tier=self._tier,
+            session=self._session_id,
+            last_seq=settled,
+        )
+        await link.send(encode(hello, 0, 0))
+        try:
+            async with asyncio.timeout(10):
+                answer = decode(await link.receive()).message
+        except TimeoutError:
+            raise LinkClosed("the hub did not answer the hello in 10 s") from None
+        if isinstance(answer, Error):
+            raise HubError(answer.code, answer.message, answer.field)
+        if not isinstance(answer, Welcome):
+            raise HubError("bad_message", f"the hub answered hello with {answer.TYPE}")
+        self._welcome = answer
+        if old is None or not answer.resumed:
+            if old is not None:
+                await old.lose("the hub does not know this session any more")
+                self._forget_session()
+            self._session = Session(Channel(answer.window, peer_max_frame=answer.max_frame))
+            self._session_id = answer.session
+        session = self._session
+        assert session is not None
+        self._linked.set()
+        try:
+            await session.run(link, answer.last_seq, lambda d: self._handle(session, d))
+        except CannotResume as error:
+            await session.lose(str(error))
+            self._forget_session()
+            self._session = self._session_id = None  # the next hello starts over
+            raise LinkClosed(str(error)) from error
+
+    def _handle(self, session: Session, delivery: Delivery) -> None:
+        message = delivery.message
+        if isinstance(message, Round | Stop):
+            self._work.put_nowait((session, delivery))
+        elif isinstance(message, Answer):
+            future = self._answers.get(message.request)
+            if future is not None and not future.done():
+                future.set_result(message)
+            session.settle(delivery.seq)
+        elif isinstance(message, Blob):
+            # a piece that was asked for twice, because the first took long, may come twice
+            expected = (message.hash, message.offset) == self._wanted
+            if expected and self._blob is not None and not self._blob.done():
+                self._blob.set_result(message)
+        elif isinstance(message, Error):
+            error = HubError(message.code, message.message, message.field)
+            if message.fatal:
+                raise error
+            if self._blob is not None and not self._blob.done():
+                self._blob.set_exception(error)
+        elif delivery.seq:
+            session.settle(delivery.seq)
+
+    def _forget_session(self) -> None:
+        """Everything that waits for the old session ends."""
+        lost = SessionLost("the hub does not know this session any more")
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(lost)
+        while not self._work.empty():
+            self._work.get_nowait()
+        self._work.put_nowait(lost)
+
+    def _fail(self, error: CutlayerError) -> None:
+        """Remember why the device stopped and wake everything that waits."""
+        if self._failure is None:
+            self._failure = error
+        self._linked.set()
+        for future in (self._blob, *self._answers.values()):
+            if future is not None and not future.done():
+                future.set_exception(error)
+        self._work.put_nowait(error)
