@@ -29,14 +29,14 @@ from edge_sdk.protocol.messages import (
     Stop,
     Update,
 )
-from edge_sdk.protocol.tensors import check_tensors
 from export.build import build_model
 from export.optimizers import check_hyper
 from export.split import SplitModel
 from export.writer import WEIGHTS, BundleIndex
+from server_hub.checks import check_labels, check_packed, check_update
 from server_hub.config import HubConfig, Schedule
 from server_hub.gateway import Gateway, Peer
-from server_hub.layers import NotFinite, State, check_finite
+from server_hub.layers import State
 from server_hub.methods.fedsplitx import fedsplitx
 from server_hub.methods.parts import DeviceUpdate
 from server_hub.rounds import Phase, Rounds
@@ -350,28 +350,13 @@ class Hub:
             peer.session.settle(seq)  # late, or from a device that is not in this round
             return
         manifest, member = self.manifests[peer.tier], self._members[peer.device]
-        symbols: dict[str, int] = {}
-        check_tensors(message.parts, manifest.packed, symbols)
-        labels = message.labels
-        if labels.dtype != np.int64 or labels.shape != (symbols["batch"],):
-            raise ProtocolError(
-                "bad_labels",
-                f"labels are {labels.dtype} {list(labels.shape)}, "
-                f"must be int64 [{symbols['batch']}]",
-                "labels",
-            )
-        if labels.min() < 0 or labels.max() >= manifest.classes:
-            raise ProtocolError(
-                "bad_labels",
-                f"labels reach from {labels.min()} to {labels.max()}, "
-                f"must be from 0 to {manifest.classes - 1}",
-                "labels",
-            )
-        member.activation_rows += len(labels)
-        if len(labels) > self.config.local.batch_size or member.activation_rows > member.samples:
+        rows = check_packed(message.parts, manifest)
+        check_labels(message.labels, rows, manifest.classes)
+        member.activation_rows += rows
+        if rows > self.config.local.batch_size or member.activation_rows > member.samples:
             raise ProtocolError(
                 "bad_message",
-                f"{member.activation_rows} rows of activations in batches of {len(labels)}; a "
+                f"{member.activation_rows} rows of activations in batches of {rows}; a "
                 f"round takes each of {member.samples} examples once, in batches of at most "
                 f"{self.config.local.batch_size}",
                 "parts",
@@ -382,7 +367,7 @@ class Hub:
             manifest.cut,
             manifest.codec,
             message.parts,
-            labels,
+            message.labels,
         )
         self._queue.append(_Waiting(arrival, peer, seq))
         self._idle.clear()
@@ -392,28 +377,10 @@ class Hub:
         if not self.rounds.expects(peer.device, message.round):
             return
         member = self._members[peer.device]
-        specs = {spec.name: spec for spec in self.manifests[peer.tier].parameters}
-        for name, tensor in message.tensors.items():
-            if name not in specs or name in member.state:
-                what = "is not a parameter of the tier" if name not in specs else "came twice"
-                raise ProtocolError("bad_tensor", f"tensor {name!r} {what}", name)
-            specs[name].check(tensor, {})
-        try:
-            check_finite(message.tensors)
-        except NotFinite as error:
-            raise ProtocolError("not_finite", str(error), error.tensor) from error
+        check_update(message, self.manifests[peer.tier], member.state, member.samples)
         member.state.update(message.tensors)
         if not message.done:
             return
-        missing = [name for name in specs if name not in member.state]
-        if missing:
-            raise ProtocolError("bad_tensor", f"tensor {missing[0]!r} is missing", missing[0])
-        if message.samples != member.samples:
-            raise ProtocolError(
-                "bad_message",
-                f"the update counts {message.samples} samples, ready said {member.samples}",
-                "samples",
-            )
         self._updates[peer.device] = DeviceUpdate(
             peer.device, member.state, member.samples, message.metrics
         )
@@ -421,9 +388,7 @@ class Hub:
 
     def _infer(self, peer: Peer, message: Infer, seq: int) -> None:
         manifest = self.manifests[peer.tier]
-        symbols: dict[str, int] = {}
-        check_tensors(message.parts, manifest.packed, symbols)
-        labels = np.zeros(symbols["batch"], np.int64)
+        labels = np.zeros(check_packed(message.parts, manifest), np.int64)
         arrival = Arrival(peer.device, "", manifest.cut, manifest.codec, message.parts, labels)
         depths = [d for d in self.model.head_depths if d > manifest.cut]
         heads = [*(f"aux.{d}" for d in depths), "head"]
