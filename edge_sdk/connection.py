@@ -73,6 +73,16 @@ class Connection:
         assert self._welcome is not None
         return self._welcome
 
+    async def renew(self) -> Welcome:
+        """Reconnect, for a welcome that says what is present now."""
+        assert self._session is not None
+        self._linked.clear()
+        await self._session.unlink()
+        await self._linked.wait()
+        self.raise_failure()
+        assert self._welcome is not None
+        return self._welcome
+
     async def close(self, reason: str) -> None:
         """Say bye, if the hub is there to hear it, and close."""
         if self._session is not None and self._failure is None:
@@ -163,14 +173,15 @@ class Connection:
         lost_at = time.monotonic()
         delay = 0.1
         while True:
+            welcomed = self._welcome
             try:
                 link = await open_websocket(self._url)
                 try:
                     await self._serve(link)
                 finally:
                     await link.close()
-                    if self._linked.is_set():
-                        self._linked.clear()
+                    self._linked.clear()
+                    if self._welcome is not welcomed:
                         lost_at, delay = time.monotonic(), 0.1
             except LinkClosed as error:
                 if self._blob is not None and not self._blob.done():
@@ -181,6 +192,9 @@ class Connection:
             except CutlayerError as error:  # refused: trying again would be refused again
                 self._fail(error)
                 break
+            except Exception as error:  # a mistake of ours must not leave callers waiting
+                self._fail(CutlayerError(f"the connection failed unexpectedly: {error!r}"))
+                raise
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, 10.0)
         if self._session is not None:

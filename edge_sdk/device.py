@@ -26,6 +26,7 @@ from edge_sdk.protocol.messages import (
     Round,
     Stop,
     Update,
+    Welcome,
 )
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
@@ -150,7 +151,9 @@ class Device:
             patience_s=patience_s,
         )
         try:
-            await device._load_bundle((await device._connection.open()).manifest)
+            welcome = await device._connection.open()
+            await device._load_bundle(welcome.manifest)
+            await device._load_present_state(welcome)
         except BaseException:
             await device.close()
             raise
@@ -185,7 +188,7 @@ class Device:
             HubError: the hub refused a message and ended the session.
             LinkClosed: the hub was out of reach for longer than ``patience_s``.
         """
-        learner = self._need_learner()
+        self._need_learner()
         if self._data is None:
             raise DataError("this device has no examples; pass data= to Device.connect")
         report = TrainReport()
@@ -199,8 +202,7 @@ class Device:
                 if isinstance(delivery.message, Stop):
                     report.reason = delivery.message.reason
                     if delivery.message.state is not None:
-                        state = await self._fetch_state(delivery.message.state)
-                        learner.runtime.set_state(unpack_tensors(state))
+                        await self._load_state(delivery.message.state)
                     session.settle(delivery.seq)
                     return report
                 assert isinstance(delivery.message, Round)
@@ -370,8 +372,29 @@ class Device:
             )
             return self._store.finish(name)
 
+    async def _load_present_state(self, welcome: Welcome) -> None:
+        """Fetch the tier's present state, if it is no longer the bundle's initial one."""
+        for attempt in range(4):
+            try:
+                if welcome.state is not None:
+                    await self._load_state(welcome.state)
+                return
+            except HubError as error:
+                if error.code != "unknown_blob" or attempt == 3:
+                    raise
+            welcome = await self._connection.renew()  # rounds went by while we downloaded
+
+    async def _load_state(self, name: str) -> None:
+        """Fetch a state and predict with it from now on."""
+        self._need_learner().runtime.set_state(unpack_tensors(await self._fetch_state(name)))
+
     async def _fetch_state(self, name: str) -> bytes:
-        """The state of a round; kept in memory, since every round has another."""
+        """The state of a round; kept in memory, since every round has another.
+
+        The first round's is that of the bundle, which is here already.
+        """
+        if name in self._store:
+            return self._store.read(name)
         buffer = bytearray()
         await self._connection.download(name, 0, buffer.extend)
         return verify_blob(name, bytes(buffer))

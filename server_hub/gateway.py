@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from websockets.asyncio.server import ServerConnection, serve
 
-from edge_sdk.bundle import BlobStore
+from edge_sdk.bundle import BlobStore, sha256
 from edge_sdk.errors import BundleError, ConfigError, CutlayerError, LinkClosed, ProtocolError
 from edge_sdk.link import Link, WebSocketLink
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
@@ -99,8 +99,8 @@ class Gateway:
         self._limits, self._tokens, self._manifests = limits, tokens, manifests
         self._store, self._handle, self._gone = store, handle, gone
         self._cache: dict[str, bytes] = {}
-        self.states: dict[str, bytes] = {}
-        """Blobs of the present round's states, served beside those of the bundles."""
+        self._states: dict[str, str] = {}
+        self._state_blobs: list[dict[str, bytes]] = [{}, {}]
         self.peers: dict[str, Peer] = {}
         """Peers by device name."""
         self.traffic = Traffic()
@@ -135,13 +135,7 @@ class Gateway:
             await server.wait_closed()
 
     async def _connection(self, connection: ServerConnection) -> None:
-        link = WebSocketLink(connection)
-        if connection.subprotocol != SUBPROTOCOL:
-            await _refuse(
-                link, ProtocolError("unsupported_version", f"ask for subprotocol {SUBPROTOCOL}")
-            )
-            return
-        await self.serve_link(link, str(connection.remote_address))
+        await self.serve_link(WebSocketLink(connection), str(connection.remote_address))
 
     async def serve_link(self, link: Link, origin: str = "memory") -> None:
         """Serve one link from its hello to its end."""
@@ -173,6 +167,7 @@ class Gateway:
             manifest=self._manifests[peer.tier],
             window=self._limits.window,
             max_frame=self._limits.max_frame,
+            state=self._states.get(peer.tier),
         )
         log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
         peer.lost_at = None
@@ -258,13 +253,25 @@ class Gateway:
             self._handle(peer, delivery)
 
     def _send_piece(self, peer: Peer, wanted: BlobGet) -> None:
-        data = self.states.get(wanted.hash) or self._bundle_blob(wanted.hash)
+        now, before = self._state_blobs
+        name = wanted.hash
+        data = now.get(name) or before.get(name) or self._bundle_blob(name)
         if data is None or wanted.offset > len(data):
             what = "the blob is not here" if data is None else "the offset is beyond the blob"
             peer.session.post(Error(code="unknown_blob", message=what, fatal=False, field="hash"))
             return
         piece = data[wanted.offset : wanted.offset + self._limits.blob_piece]
         peer.session.post(Blob(hash=wanted.hash, offset=wanted.offset, size=len(data), data=piece))
+
+    def publish(self, states: Mapping[str, bytes]) -> dict[str, str]:
+        """Serve the tiers' present states beside the bundles' blobs; returns their hashes.
+
+        Those before them are kept once more, for devices that are downloading them.
+        """
+        self._states = {tier: sha256(state) for tier, state in states.items()}
+        present = {self._states[tier]: state for tier, state in states.items()}
+        self._state_blobs = [present, self._state_blobs[0]]
+        return self._states
 
     def _bundle_blob(self, name: str) -> bytes | None:
         if name not in self._cache:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_sdk.bundle import Manifest, sha256
+from edge_sdk.bundle import Manifest
 from edge_sdk.data import Examples
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.channel import Delivery
@@ -128,7 +128,7 @@ class Hub:
         self._trunk_losses: list[tuple[float, int]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._over = False
-        self._final: dict[str, str] = {}
+        self._states: dict[str, str] = {}
 
     # --- the job --------------------------------------------------------------------------------
 
@@ -189,7 +189,6 @@ class Hub:
         await self.trunk.begin(method.aggregation.trunk_state(), plan)
         if not self.rounds.can_start():
             return  # somebody left meanwhile
-        states = self._device_states()
         members = self.rounds.start(time.monotonic())
         log.debug("round %d with %d devices", number, len(members))
         self._updates.clear()
@@ -200,7 +199,7 @@ class Hub:
                 peer,
                 Round(
                     round=number,
-                    state=states[peer.tier],
+                    state=self._states[peer.tier],
                     epochs=config.local.epochs,
                     batch_size=config.local.batch_size,
                     hyper={**self.local_hyper, "lr": self.local_hyper["lr"] * rate},
@@ -241,23 +240,16 @@ class Hub:
         if self._on_round is not None:
             self._on_round(record)
 
-    def _device_states(self) -> dict[str, str]:
-        """Publish what each tier starts from; returns the blob's hash by tier."""
-        blobs = {}
-        hashes = {}
-        for tier, entry in self.index.tiers.items():
-            state = self.method.aggregation.device_state(self.model.client_layers(entry.cut))
-            names = [spec.name for spec in self.manifests[tier].parameters]
-            data = pack_tensors({name: state[name] for name in names})
-            hashes[tier] = sha256(data)
-            blobs[hashes[tier]] = data
-        self.gateway.states = blobs
-        return hashes
-
     async def _publish_states(self) -> None:
-        """Give the trunk the present model to answer and evaluate with."""
+        """Offer each tier the present state, and give the trunk the model to answer with."""
+        aggregation, states = self.method.aggregation, {}
+        for tier, entry in self.index.tiers.items():
+            state = aggregation.device_state(self.model.client_layers(entry.cut))
+            names = [spec.name for spec in self.manifests[tier].parameters]
+            states[tier] = pack_tensors({name: state[name] for name in names})
+        self._states = self.gateway.publish(states)
         cuts = {entry.cut for entry in self.index.tiers.values()}
-        path = self.method.aggregation.path_state
+        path = aggregation.path_state
         await self.trunk.serve({cut: path(self.model, cut) for cut in cuts})
 
     def _save(self) -> None:
@@ -275,9 +267,7 @@ class Hub:
 
     def _stop(self, peer: Peer) -> None:
         """Tell a device that the job is over, and where the final state is."""
-        if not self._final:
-            self._final = self._device_states()
-        self.gateway.post(peer, Stop(reason="the job is finished", state=self._final[peer.tier]))
+        self.gateway.post(peer, Stop(reason="the job is finished", state=self._states[peer.tier]))
 
     def _tier_cuts(self) -> dict[str, tuple[int, str]]:
         return {name: (entry.cut, entry.codec) for name, entry in self.index.tiers.items()}

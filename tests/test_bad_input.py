@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from edge_sdk import BundleError, Device
 from edge_sdk.bundle import BlobStore, Bundle, Manifest
@@ -277,6 +277,20 @@ def test_bad_hello(
             assert (error.code, error.field, error.fatal) == (code, field, True)
             assert await client.closed()
         assert any("refused" in line for line in caplog.messages)
+
+    asyncio.run(job())
+
+
+def test_a_client_without_the_subprotocol(tmp_path: Path, bundles: BundleIndex) -> None:
+    """A websocket client that does not ask for the protocol is refused in the handshake."""
+
+    async def job() -> None:
+        config = hub_config(tmp_path, bundles)
+        async with running_hub(config) as (_, url):
+            with pytest.raises(InvalidStatus) as caught:
+                await connect(url, compression=None)
+            assert caught.value.response.status_code == 400
+            assert b"subprotocol" in (caught.value.response.body or b"")
 
     asyncio.run(job())
 

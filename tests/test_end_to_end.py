@@ -397,6 +397,50 @@ def test_a_slow_hub_slows_the_device_down(tmp_path: Path, bundles: BundleIndex) 
     asyncio.run(job())
 
 
+def test_a_device_that_only_predicts_has_the_present_state(
+    tmp_path: Path, bundles: BundleIndex
+) -> None:
+    """It gets what was trained until now, not what was exported; also when rounds fly by."""
+
+    async def job() -> None:
+        config = hub_config(tmp_path, bundles, keep_serving=True)
+        tokens = TokenFile(config.tokens)
+        held_out = examples(64, seed=7)
+        async with running_hub(config) as (hub, url):
+
+            async def join(name: str, **more: Any) -> Device:
+                return await Device.connect(
+                    url, token=tokens.issue(name), tier="large", name=name,
+                    cache=tmp_path / "cache", **more,
+                )  # fmt: skip
+
+            before = await join("early")
+            first = await before.evaluate(held_out)
+            async with await join("trainer", data=examples(200)) as trainer:
+                await trainer.train()
+                own = await trainer.evaluate(held_out)
+            publish, calls = hub.gateway._send_piece, []
+
+            def forget_once(peer: Any, wanted: Any) -> None:
+                calls.append(wanted.hash)
+                if len(calls) == 1:  # two rounds end before the device asks
+                    for _ in range(2):
+                        hub.gateway.publish(dict.fromkeys(bundles.tiers, b"\x80"))
+                    asyncio.get_running_loop().call_soon(
+                        lambda: asyncio.ensure_future(hub._publish_states())
+                    )
+                publish(peer, wanted)
+
+            hub.gateway._send_piece = forget_once  # type: ignore[method-assign]
+            async with await join("late") as late:
+                assert await late.evaluate(held_out) == own
+            assert len(calls) > 1
+            assert own != first
+            await before.close()
+
+    asyncio.run(job())
+
+
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     """The demo as a user runs it: every tier's ensemble is good, and better than without a hub."""

@@ -99,6 +99,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         hashes,
         from_1,
         st.integers(1024, MAX_INT),
+        st.none() | hashes,
     ),
     Blob: st.builds(Blob, hashes, from_0, from_0, st.binary(max_size=50)),
     Round: st.builds(
@@ -132,7 +133,7 @@ GOOD: list[Message] = [
     Update(1, {"stem.weight": FLOAT}, True, 100, {"loss": 0.5}),
     Infer(1, {"h": FLOAT}),
     Bye("done"),
-    Welcome(1, "s1", True, 3, HASH, 64, 2**26),
+    Welcome(1, "s1", True, 3, HASH, 64, 2**26, HASH),
     Blob(HASH, 0, 3, b"abc"),
     Round(1, HASH, 1, 32, {"lr": 0.05}, "train", 0),
     Gradient(1, 0, {"g": FLOAT}),

@@ -224,7 +224,10 @@ class Bye(Message):
 
 @dataclass(frozen=True)
 class Welcome(Message):
-    """Answer to ``hello``. ``resumed`` says whether the session of the hello goes on."""
+    """Answer to ``hello``. ``resumed`` says whether the session of the hello goes on.
+
+    ``state`` is the tier's present state, or nil while it is the bundle's initial one.
+    """
 
     TYPE = "welcome"
     RELIABLE = False
@@ -235,6 +238,7 @@ class Welcome(Message):
     manifest: str = _must(_hash)
     window: int = _must(_integer(1))
     max_frame: int = _must(_integer(1024))
+    state: str | None = _must(_optional(_hash), None)
 
 
 @dataclass(frozen=True)

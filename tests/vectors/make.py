@@ -100,6 +100,7 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("hello with text beyond ASCII", Hello(VERSION, "Gerät 1", "gehéim", "小"), 0, 0),
     ("welcome", Welcome(VERSION, "5f2a", False, 0, HASH, 64, 2**26), 0, 0),
     ("welcome that resumes", Welcome(VERSION, "5f2a", True, 300, HASH, 64, 2**26), 0, 300),
+    ("welcome with a state", Welcome(VERSION, "5f2a", False, 0, HASH, 64, 2**26, HASH), 0, 0),
     ("blob_get", BlobGet(HASH, 0), 0, 0),
     ("blob_get further on", BlobGet(HASH, 2**32), 0, 5),
     ("blob", Blob(HASH, 0, 4, b"test"), 0, 0),
