@@ -27,8 +27,7 @@ class DeviceConfig:
 
     url: str
     token: str
-    tier: str
-    name: str | None = None
+    tier: str | None = None
     data: Path | None = None
     evaluate: Path | None = None
     cache: Path = DEFAULT_CACHE
@@ -44,8 +43,9 @@ def device(
     token: Annotated[
         str | None, typer.Option(envvar="CUTLAYER_TOKEN", help="This device's token.")
     ] = None,
-    tier: Annotated[str | None, typer.Option(help="Tier whose bundle the device carries.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name at the hub  [default: host name]")] = None,
+    tier: Annotated[
+        str | None, typer.Option(help="Tier whose bundle the device carries  [default: token's]")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help=".npz with x and y to train on; without it, only evaluate.")
     ] = None,
@@ -63,7 +63,7 @@ def device(
 ) -> None:
     """Join a hub, train on local data until the job is over, and measure the result."""
     given = {
-        "url": url, "token": token, "tier": tier, "name": name, "data": data,
+        "url": url, "token": token, "tier": tier, "data": data,
         "evaluate": evaluate, "cache": cache, "threads": threads, "patience_s": patience_s,
     }  # fmt: skip
     raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
@@ -72,16 +72,17 @@ def device(
     if settings.data is None and settings.evaluate is None:
         raise ConfigError("nothing to do: give --data to train on, --evaluate to measure, or both")
     console = Console(stderr=as_json, highlight=False)
-    training, evaluation = asyncio.run(_run(settings, console))
+    name, tier, training, evaluation = asyncio.run(_run(settings, console))
     if as_json:
-        print(json.dumps(_summary(settings, training, evaluation)))
+        print(json.dumps(_summary(name, tier, training, evaluation)))
     elif evaluation is not None:
         console.print(_table(evaluation))
 
 
 async def _run(
     settings: DeviceConfig, console: Console
-) -> tuple[TrainReport | None, Evaluation | None]:
+) -> tuple[str, str, TrainReport | None, Evaluation | None]:
+    """The device's name and tier, what training did, and the accuracy."""
     data = Examples.from_npz(settings.data) if settings.data is not None else None
     held_out = Examples.from_npz(settings.evaluate) if settings.evaluate is not None else None
 
@@ -97,7 +98,6 @@ async def _run(
         token=settings.token,
         tier=settings.tier,
         data=data,
-        name=settings.name,
         cache=settings.cache,
         threads=settings.threads,
         patience_s=settings.patience_s,
@@ -113,15 +113,15 @@ async def _run(
         if training is not None:
             console.print(f"stopped: {training.reason}")
         evaluation = await joined.evaluate(held_out) if held_out is not None else None
-    return training, evaluation
+    return joined.name, manifest.tier, training, evaluation
 
 
 def _summary(
-    settings: DeviceConfig, training: TrainReport | None, evaluation: Evaluation | None
+    name: str, tier: str, training: TrainReport | None, evaluation: Evaluation | None
 ) -> dict[str, Any]:
     return {
-        "name": settings.name,
-        "tier": settings.tier,
+        "name": name,
+        "tier": tier,
         "rounds": [dataclasses.asdict(r) for r in training.rounds] if training else [],
         "stopped": training.reason if training else None,
         "evaluation": dataclasses.asdict(evaluation) if evaluation else None,

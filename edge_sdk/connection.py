@@ -38,15 +38,13 @@ class Connection:
 
     Args:
         url: address of the hub.
-        device: name of the device.
-        token: its token.
-        tier: its tier.
+        token: the device's token, which says who it is.
+        tier: the tier whose bundle it can carry; None takes the one that the token is for.
         patience_s: how long to go on trying to (re)connect, in seconds.
     """
 
-    def __init__(self, url: str, *, device: str, token: str, tier: str, patience_s: float) -> None:
-        self._url, self._device, self._token, self._tier = url, device, token, tier
-        self._patience_s = patience_s
+    def __init__(self, url: str, *, token: str, tier: str | None, patience_s: float) -> None:
+        self._url, self._token, self._tier, self._patience_s = url, token, tier, patience_s
         self._session: Session | None = None
         self._session_id: str | None = None
         self._welcome: Welcome | None = None
@@ -70,8 +68,7 @@ class Connection:
         self._keeper = asyncio.create_task(self._keep_linked())
         await self._linked.wait()
         self.raise_failure()
-        assert self._welcome is not None
-        return self._welcome
+        return self.welcome
 
     async def renew(self) -> Welcome:
         """Reconnect, for a welcome that says what is present now."""
@@ -80,8 +77,7 @@ class Connection:
         await self._session.unlink()
         await self._linked.wait()
         self.raise_failure()
-        assert self._welcome is not None
-        return self._welcome
+        return self.welcome
 
     async def close(self, reason: str) -> None:
         """Say bye, if the hub is there to hear it, and close."""
@@ -99,10 +95,10 @@ class Connection:
         self._fail(LinkClosed("the device was closed"))
 
     @property
-    def max_frame(self) -> int:
-        """The hub's limit of a frame, in bytes."""
+    def welcome(self) -> Welcome:
+        """The hub's last welcome."""
         assert self._welcome is not None
-        return self._welcome.max_frame
+        return self._welcome
 
     def raise_failure(self) -> None:
         """Raise what the connection ended with, if it has ended."""
@@ -206,7 +202,6 @@ class Connection:
         settled = old.channel.settled if old is not None else 0
         hello = Hello(
             version=VERSION,
-            device=self._device,
             token=self._token,
             tier=self._tier,
             session=self._session_id,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,22 +88,18 @@ class Device:
         url: str,
         *,
         token: str,
-        tier: str,
-        name: str,
+        tier: str | None,
         data: Examples | None,
         cache: Path,
         may_train: MayTrain | None,
         threads: int,
         patience_s: float,
     ) -> None:
-        self.tier, self.name = tier, name
         self._data, self._may_train = data, may_train
         self._store = BlobStore(cache)
         self._threads = threads
         self._learner: Learner | None = None
-        self._connection = Connection(
-            url, device=name, token=token, tier=tier, patience_s=patience_s
-        )
+        self._connection = Connection(url, token=token, tier=tier, patience_s=patience_s)
 
     @classmethod
     async def connect(
@@ -112,22 +107,21 @@ class Device:
         url: str,
         *,
         token: str,
-        tier: str,
         data: Examples | None = None,
-        name: str | None = None,
+        tier: str | None = None,
         cache: str | Path = DEFAULT_CACHE,
         may_train: MayTrain | None = None,
         threads: int = 1,
         patience_s: float = 60.0,
     ) -> Device:
-        """Join the hub at ``url`` and load the bundle of ``tier``.
+        """Join the hub at ``url`` and load the tier's bundle.
 
         Args:
             url: ``ws://`` or ``wss://`` address of the hub.
-            token: this device's token.
-            tier: the tier whose bundle the device can carry.
+            token: this device's token; it says who the device is.
             data: local examples; without them the device can only predict.
-            name: the device's name at the hub; the host name if not given.
+            tier: the tier whose bundle the device can carry; the one that the token was issued
+                for if not given.
             cache: folder for bundles, so that they are fetched once.
             may_train: asked before each round whether the device may train now.
             threads: threads of the runtime.
@@ -143,7 +137,6 @@ class Device:
             url,
             token=token,
             tier=tier,
-            name=name or socket.gethostname(),
             data=data,
             cache=Path(cache),
             may_train=may_train,
@@ -169,6 +162,11 @@ class Device:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+    @property
+    def name(self) -> str:
+        """The device's name at the hub, by its token."""
+        return self._connection.welcome.device
 
     @property
     def manifest(self) -> Manifest:
@@ -250,7 +248,7 @@ class Device:
 
     async def _send_update(self, session: Session, number: int, result: LocalResult) -> None:
         """Send the parameters in messages that each stay under the frame limit."""
-        limit = self._connection.max_frame - 4096 - 600 * len(result.parameters)
+        limit = self._connection.welcome.max_frame - 4096 - 600 * len(result.parameters)
         part: dict[str, Array] = {}
         size = 0
 
@@ -342,8 +340,9 @@ class Device:
     async def _load_bundle(self, name: str) -> None:
         """Fetch the manifest called ``name`` and its blobs, verify them, load the runtime."""
         manifest = Manifest.from_bytes(await self._fetch_blob(name))
-        if manifest.tier != self.tier:
-            raise BundleError(f"the hub sent the bundle of {manifest.tier!r}, not {self.tier!r}")
+        tier = self._connection.welcome.tier
+        if manifest.tier != tier:
+            raise BundleError(f"the hub sent the bundle of {manifest.tier!r} for tier {tier!r}")
         blobs = {name: await self._fetch_blob(name) for name in manifest.blobs}
         if self._data is not None:
             self._data = self._data.fitted(manifest)

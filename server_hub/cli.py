@@ -127,11 +127,14 @@ TokensOption = Annotated[Path, typer.Option("--tokens", help="File that keeps th
 def new(
     device: Annotated[str, typer.Argument(help="Name of the device.")],
     tokens: TokensOption = Path("tokens.toml"),
+    tier: Annotated[
+        str | None, typer.Option(help="Tier of the device; without it, the device says its own.")
+    ] = None,
 ) -> None:
     """Print a new token for a device; only its hash is stored."""
     from server_hub.tokens import TokenFile
 
-    print(TokenFile(tokens).issue(device))
+    print(TokenFile(tokens).issue(device, tier))
 
 
 @token.command()

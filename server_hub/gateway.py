@@ -149,18 +149,19 @@ class Gateway:
             self._links -= 1
 
     async def _serve_link(self, link: Link, origin: str) -> None:
-        hello: Hello | None = None
         try:
             hello = await self._hello(link)
             peer, resumed = await self._admit(hello)
         except LinkClosed:
             return
         except ProtocolError as error:
-            log.warning("refused %s from %s: %s", hello.device if hello else "?", origin, error)
+            log.warning("refused a connection from %s: %s", origin, error)
             await _refuse(link, error)
             return
         welcome = Welcome(
             version=VERSION,
+            device=peer.device,
+            tier=peer.tier,
             session=peer.session_id,
             resumed=resumed,
             last_seq=peer.session.channel.settled,
@@ -205,40 +206,46 @@ class Gateway:
                 f"protocol version {hello.version} is not spoken here, version {VERSION} is",
                 "version",
             )
-        try:
-            allowed = self._tokens.allows(hello.device, hello.token)
-        except ConfigError as error:
-            log.error("the token file cannot be used: %s", error)
-            raise ProtocolError("internal", "the hub cannot check tokens now; try later") from error
-        if not allowed:
-            raise ProtocolError(
-                "bad_token", f"the token is not that of device {hello.device!r}", "token"
-            )
-        if hello.tier not in self._manifests:
-            known = ", ".join(sorted(self._manifests))
-            raise ProtocolError(
-                "unknown_tier", f"there is no tier {hello.tier!r}; there are {known}", "tier"
-            )
-        old = self.peers.get(hello.device)
-        if old is not None and old.session_id == hello.session and old.tier == hello.tier:
+        device, tier = self._identify(hello)
+        old = self.peers.get(device)
+        if old is not None and old.session_id == hello.session and old.tier == tier:
             try:
                 old.session.channel.resume(hello.last_seq)
                 return old, True
             except CannotResume as error:
-                log.warning("%s cannot resume: %s", hello.device, error)
+                log.warning("%s cannot resume: %s", device, error)
         if old is not None:
             if old.session.linked and hello.session != old.session_id:
-                # a device that crashed is not there to hear it; a second one of that name is
-                taken = ProtocolError("replaced", f"another {hello.device!r} joined")
+                # a device that crashed is not there to hear it; a second one with its token is
+                taken = ProtocolError("replaced", f"another connection came with {device}'s token")
                 await self.refuse(old, taken)
             else:
                 await self.end(old, "the device started over")
         channel = Channel(self._limits.window, self._limits.max_frame)
-        peer = Peer(
-            hello.device, hello.tier, secrets.token_hex(16), Session(channel, self.traffic.count)
-        )
-        self.peers[hello.device] = peer
+        peer = Peer(device, tier, secrets.token_hex(16), Session(channel, self.traffic.count))
+        self.peers[device] = peer
         return peer, False
+
+    def _identify(self, hello: Hello) -> tuple[str, str]:
+        """The device and the tier of a hello."""
+        try:
+            device = self._tokens.device_of(hello.token)
+            tier = hello.tier or (self._tokens.tier_of(device) if device else None)
+        except ConfigError as error:
+            log.error("the token file cannot be used: %s", error)
+            raise ProtocolError("internal", "the hub cannot check tokens now; try later") from error
+        if device is None:
+            raise ProtocolError("bad_token", "the token is no device's", "token")
+        known = ", ".join(sorted(self._manifests))
+        if tier is None:
+            raise ProtocolError(
+                "unknown_tier", f"{device}'s token is for no tier; say one of {known}", "tier"
+            )
+        if tier not in self._manifests:
+            raise ProtocolError(
+                "unknown_tier", f"there is no tier {tier!r} for {device}; there are {known}", "tier"
+            )
+        return device, tier
 
     def _deliver(self, peer: Peer, delivery: Delivery) -> None:
         message = delivery.message

@@ -1,4 +1,4 @@
-"""Tokens: one per device, stored as sha256, revoked by removing the device.
+"""Tokens: one per device, which says who it is; stored as sha256, revoked by removing it.
 
 A token is 256 random bits, so that a plain hash is enough: there is nothing to guess.
 """
@@ -17,7 +17,10 @@ from edge_sdk.errors import ConfigError
 
 
 class TokenFile:
-    """A TOML file with a table ``[devices]`` from device name to ``sha256:...``."""
+    """A TOML file with a table ``[devices]`` from device name to ``sha256:...``.
+
+    A second table, ``[tiers]``, may say which tier a device's token was issued for.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,21 +32,28 @@ class TokenFile:
                 f"no tokens at {self.path}; make one with: "
                 f"cutlayer token new DEVICE --tokens {self.path}"
             )
-        devices = read_toml(self.path).get("devices")
-        if not isinstance(devices, dict) or not all(isinstance(v, str) for v in devices.values()):
-            raise ConfigError(f"{self.path} needs a table [devices] of name = 'sha256:...'")
-        return devices
+        return self._table("devices", needed=True)
 
-    def allows(self, device: str, token: str) -> bool:
-        """Whether ``token`` is the device's. Reads the file, so that a revocation counts now."""
-        stored = self.read().get(device, "")
-        return hmac.compare_digest(stored.encode(), _digest(token).encode())
+    def device_of(self, token: str) -> str | None:
+        """The device whose token this is. Reads the file, so that a revocation counts now."""
+        digest = _digest(token).encode()
+        found = None
+        for device, stored in self.read().items():  # all of them, however early one matches
+            if hmac.compare_digest(stored.encode(), digest):
+                found = device
+        return found
 
-    def issue(self, device: str) -> str:
+    def tier_of(self, device: str) -> str | None:
+        """The tier that a device's token was issued for, if it was for one."""
+        return self._table("tiers", needed=False).get(device)
+
+    def issue(self, device: str, tier: str | None = None) -> str:
         """A new token for a device, in place of any it had. Only its hash is stored."""
         devices = self.read() if self.path.exists() else {}
+        tiers = self._table("tiers", needed=False) if self.path.exists() else {}
         token = secrets.token_hex(32)
-        self._write({**devices, device: _digest(token)})
+        tiers.pop(device, None)
+        self._write({**devices, device: _digest(token)}, {**tiers, device: tier} if tier else tiers)
         return token
 
     def revoke(self, device: str) -> None:
@@ -51,12 +61,27 @@ class TokenFile:
         devices = self.read()
         if device not in devices:
             raise ConfigError(f"{self.path} has no device {device!r}")
-        self._write({name: digest for name, digest in devices.items() if name != device})
+        tiers = self._table("tiers", needed=False)
+        tiers.pop(device, None)
+        self._write({name: digest for name, digest in devices.items() if name != device}, tiers)
 
-    def _write(self, devices: dict[str, str]) -> None:
-        lines = [f"{_quoted(name)} = {_quoted(devices[name])}" for name in sorted(devices)]
+    def _table(self, name: str, needed: bool) -> dict[str, str]:
+        table = read_toml(self.path).get(name, None if needed else {})
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            what = "name = 'sha256:...'" if name == "devices" else "name = 'TIER'"
+            raise ConfigError(f"{self.path} needs a table [{name}] of {what}")
+        return table
+
+    def _write(self, devices: dict[str, str], tiers: dict[str, str]) -> None:
+        lines = []
+        for name, table in (("devices", devices), ("tiers", tiers)):
+            if table or name == "devices":
+                lines += [
+                    f"[{name}]",
+                    *(f"{_quoted(k)} = {_quoted(table[k])}" for k in sorted(table)),
+                ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "\n".join(["[devices]", *lines, ""]).encode())
+        write_atomically(self.path, "\n".join([*lines, ""]).encode())
 
 
 def _quoted(text: str) -> str:

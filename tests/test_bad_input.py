@@ -36,7 +36,7 @@ from server_hub.rounds import RoundRules
 from server_hub.tokens import TokenFile
 from tests.harness import cutlayer, examples, finish, hub_config, running_hub, save_npz
 
-GOOD = Hello(version=1, device="evil", token="", tier="small")
+GOOD = Hello(version=1, token="", tier="small")
 
 
 class RawClient:
@@ -217,7 +217,7 @@ def test_bad_contribution_is_dropped_and_the_round_goes_on(
             before = {n: t.copy() for n, t in hub.method.aggregation.trunk_state().items()}
             client = RawClient(connection)
             device = await Device.connect(
-                url, token=tokens.issue("good"), tier="large", name="good", data=examples(24),
+                url, token=tokens.issue("good"), tier="large", data=examples(24),
                 cache=tmp_path / "cache",
             )  # fmt: skip
             async with device:
@@ -251,7 +251,7 @@ def test_bad_contribution_is_dropped_and_the_round_goes_on(
     [
         (replace(GOOD, version=2), "unsupported_version", "version"),
         (replace(GOOD, token="wrong"), "bad_token", "token"),
-        (replace(GOOD, device="stranger"), "bad_token", "token"),
+        (replace(GOOD, tier=None), "unknown_tier", "tier"),
         (replace(GOOD, tier="gigantic"), "unknown_tier", "tier"),
         (Ready(samples=3), "bad_message", None),
     ],
@@ -451,16 +451,16 @@ def test_tampered_blob_never_reaches_the_runtime(tmp_path: Path, bundles: Bundle
             hub.gateway._cache[blob] = bytes(data)
             cache = tmp_path / "cache"
             with pytest.raises(BundleError, match="changed or damaged"):
-                await Device.connect(url, token=token, tier="small", name="phone", cache=cache)
+                await Device.connect(url, token=token, tier="small", cache=cache)
             assert blob not in BlobStore(cache)
             assert BlobStore(cache).partial(blob) == 0
             # once the hub serves the right bytes, the same device gets in
             del hub.gateway._cache[blob]
-            device = await Device.connect(url, token=token, tier="small", name="phone", cache=cache)
+            device = await Device.connect(url, token=token, tier="small", cache=cache)
             await device.close()
             # a cache that was damaged on disk is noticed and fetched again
             (cache / blob).write_bytes(bytes(data))
-            device = await Device.connect(url, token=token, tier="small", name="phone", cache=cache)
+            device = await Device.connect(url, token=token, tier="small", cache=cache)
             await device.close()
             assert BlobStore(cache).read(blob) == bundles.blobs().read(blob)
 
@@ -522,7 +522,8 @@ def test_operator_mistakes_are_one_sentence(tmp_path: Path, bundles: BundleIndex
     broken.write_text('bundles = "x"\ntokens = "y"\n[rounds]\ncout = 3\n')
     expect_one_sentence(["hub", "--config", str(broken)], "rounds", "cout", "count")
     expect_one_sentence(["device", "--config", str(broken)], "unknown key")
-    expect_one_sentence(["device", "--url", "ws://127.0.0.1:1", "--token", "t"], "'tier'")
+    expect_one_sentence(["device", "--url", "ws://127.0.0.1:1", "--tier", "small"], "'token'")
+    expect_one_sentence(["device", "--url", "ws://127.0.0.1:1", "--token", "t"], "nothing to do")
     data = str(save_npz(tmp_path / "d.npz", examples(4)))
     expect_one_sentence(
         ["device", "--url", "http://x", "--token", "t", "--tier", "small", "--data", data],

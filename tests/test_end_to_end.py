@@ -77,13 +77,13 @@ def test_processes_train_one_model_over_websockets(tmp_path: Path, bundles: Bund
     """Three tiers, six devices, a hub: the job ends, everybody learned, nobody imported torch."""
     tokens = TokenFile(tmp_path / "tokens.toml")
     names = [f"{tier}-{i}" for tier in bundles.tiers for i in (1, 2)]
-    secrets = {name: tokens.issue(name) for name in names}
+    secrets = {name: tokens.issue(name, name.split("-")[0]) for name in names}
     config = write_hub_toml(tmp_path, bundles, rounds=4, devices=len(names))
     hub = cutlayer("hub", "--config", str(config), "--json")
     address = next_event(hub, "ready")["address"]
     devices = [
         cutlayer(
-            "device", "--url", address, "--tier", name.split("-")[0], "--name", name,
+            "device", "--url", address,
             "--data", str(save_npz(tmp_path / f"{name}.npz", examples(60, seed=i))),
             "--evaluate", str(tmp_path / "held_out.npz"),
             "--cache", str(tmp_path / "cache" / name), "--json",
@@ -134,7 +134,7 @@ def test_a_killed_device_does_not_stall_the_others(tmp_path: Path, bundles: Bund
     for name, rows in (("victim", 4000), ("survivor", 60)):
         data = save_npz(tmp_path / f"{name}.npz", examples(rows))
         devices[name] = cutlayer(
-            "device", "--url", address, "--tier", "small", "--name", name, "--data", str(data),
+            "device", "--url", address, "--tier", "small", "--data", str(data),
             "--cache", str(tmp_path / "cache"), "--json", CUTLAYER_TOKEN=secrets[name],
         )  # fmt: skip
         time.sleep(0.5)
@@ -156,7 +156,7 @@ def test_sdk_trains_and_predicts(tmp_path: Path, bundles: BundleIndex) -> None:
         data, x = examples(80), examples(20, seed=3).x
         async with running_hub(config) as (hub, url):
             async with await Device.connect(
-                url, token=token, tier="medium", name="phone", data=data, cache=tmp_path / "cache"
+                url, token=token, tier="medium", data=data, cache=tmp_path / "cache"
             ) as device:
                 seen: list[int] = []
                 report = await device.train(lambda r: seen.append(r.round))
@@ -203,7 +203,7 @@ def test_prediction_survives_a_hub_that_is_gone(tmp_path: Path, bundles: BundleI
         token = TokenFile(config.tokens).issue("phone")
         async with running_hub(config) as (_, url):
             device = await Device.connect(
-                url, token=token, tier="small", name="phone", cache=tmp_path / "c", patience_s=1.0
+                url, token=token, tier="small", cache=tmp_path / "c", patience_s=1.0
             )
         answer = await device.predict(examples(5).x, confidence=1.1, timeout_s=0.5)
         assert not answer.by_hub.any()
@@ -228,7 +228,7 @@ def test_paper_form_runs(tmp_path: Path, bundles: BundleIndex) -> None:
 
             async def one(name: str, tier: str) -> None:
                 async with await Device.connect(
-                    url, token=tokens.issue(name), tier=tier, name=name,
+                    url, token=tokens.issue(name), tier=tier,
                     data=examples(40), cache=tmp_path / "cache",
                 ) as device:  # fmt: skip
                     await device.train()
@@ -254,7 +254,7 @@ def test_device_declines(tmp_path: Path, bundles: BundleIndex) -> None:
 
             async def one(name: str, reason: str | None) -> int:
                 async with await Device.connect(
-                    url, token=tokens.issue(name), tier="small", name=name, data=examples(24),
+                    url, token=tokens.issue(name), tier="small", data=examples(24),
                     cache=tmp_path / "cache", may_train=lambda number: reason,
                 ) as device:  # fmt: skip
                     return len((await device.train()).rounds)
@@ -310,7 +310,7 @@ def test_job_survives_a_link_that_breaks(tmp_path: Path, bundles: BundleIndex, s
             proxy = await asyncio.start_server(flaky, "127.0.0.1", 0)
             through = f"ws://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
             async with await Device.connect(
-                through, token=token, tier="large", name="phone", data=examples(100),
+                through, token=token, tier="large", data=examples(100),
                 cache=tmp_path / "cache",
             ) as device:  # fmt: skip
                 report = await device.train()
@@ -334,7 +334,7 @@ def test_devices_rejoin_a_hub_that_was_restarted(tmp_path: Path, bundles: Bundle
         token = TokenFile(first.tokens).issue("phone")
         async with running_hub(first) as (hub, url):
             device = await Device.connect(
-                url, token=token, tier="small", name="phone", data=examples(200),
+                url, token=token, tier="small", data=examples(200),
                 cache=tmp_path / "cache",
             )  # fmt: skip
             training = asyncio.create_task(device.train())
@@ -372,7 +372,7 @@ def test_a_slow_hub_slows_the_device_down(tmp_path: Path, bundles: BundleIndex) 
 
             hub.trunk.step = stuck  # type: ignore[method-assign]
             device = await Device.connect(
-                url, token=token, tier="small", name="phone", data=examples(320),
+                url, token=token, tier="small", data=examples(320),
                 cache=tmp_path / "cache",
             )  # fmt: skip
             steps = 0
@@ -410,7 +410,7 @@ def test_a_device_that_only_predicts_has_the_present_state(
 
             async def join(name: str, **more: Any) -> Device:
                 return await Device.connect(
-                    url, token=tokens.issue(name), tier="large", name=name,
+                    url, token=tokens.issue(name), tier="large",
                     cache=tmp_path / "cache", **more,
                 )  # fmt: skip
 
@@ -486,7 +486,7 @@ def test_wrong_data_is_refused_before_training(tmp_path: Path, bundles: BundleIn
             for message, data in wrong.items():
                 with pytest.raises(DataError) as caught:
                     await Device.connect(
-                        url, token=token, tier="small", name="phone", data=data,
+                        url, token=token, tier="small", data=data,
                         cache=tmp_path / "cache",
                     )  # fmt: skip
                 assert message in str(caught.value)
@@ -502,14 +502,12 @@ def test_connect_errors(tmp_path: Path, bundles: BundleIndex) -> None:
         token = TokenFile(config.tokens).issue("phone")
         async with running_hub(config) as (_, url):
             with pytest.raises(HubError, match="token") as caught:
-                await Device.connect(url, token="x", tier="small", name="phone", cache=tmp_path)
+                await Device.connect(url, token="x", tier="small", cache=tmp_path)
             assert (caught.value.code, caught.value.field) == ("bad_token", "token")
             with pytest.raises(HubError, match="large, medium, small") as caught:
-                await Device.connect(url, token=token, tier="huge", name="phone", cache=tmp_path)
+                await Device.connect(url, token=token, tier="huge", cache=tmp_path)
             assert (caught.value.code, caught.value.field) == ("unknown_tier", "tier")
         with pytest.raises(LinkClosed, match="cannot connect"):
-            await Device.connect(
-                url, token=token, tier="small", name="phone", cache=tmp_path, patience_s=0.3
-            )
+            await Device.connect(url, token=token, tier="small", cache=tmp_path, patience_s=0.3)
 
     asyncio.run(job())

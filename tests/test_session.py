@@ -367,7 +367,9 @@ def test_everything_arrives_once_and_in_order_over_websockets_that_break(seed: i
                 hello = decode(await link.receive()).message
                 assert isinstance(hello, Hello)
                 settled = exchange.b.channel.settled
-                welcome = Welcome(1, "s", True, settled, HASH, exchange.b.channel.window, 2**20)
+                welcome = Welcome(
+                    1, "d", "t", "s", True, settled, HASH, exchange.b.channel.window, 2**20
+                )
                 first = encode(welcome, 0, settled)
                 await exchange.b.run(link, hello.last_seq, exchange.at_b, first)
 
@@ -380,7 +382,7 @@ def test_everything_arrives_once_and_in_order_over_websockets_that_break(seed: i
             how = rng.choice(["abort here", "abort there", "close", "abandon"])
             link = (AbandonedLink if how == "abandon" else WebSocketLink)(connection)
             settled = exchange.a.channel.settled
-            await link.send(encode(Hello(1, "d", "t", "s", "s", settled), 0, 0))
+            await link.send(encode(Hello(1, "t", "s", "s", settled), 0, 0))
             welcome = decode(await link.receive()).message
             assert isinstance(welcome, Welcome), "the welcome comes before everything else"
             serving = asyncio.create_task(exchange.a.run(link, welcome.last_seq, exchange.at_a))
@@ -431,7 +433,7 @@ def test_a_new_link_takes_over_from_one_that_is_stuck() -> None:
             sides.a.post(numbered(number))
         await settled_down()
         here, there = MemoryLink.pair()
-        welcome = encode(Welcome(1, "s", True, 0, HASH, 8, 2**20), 0, 0)
+        welcome = encode(Welcome(1, "d", "t", "s", True, 0, HASH, 8, 2**20), 0, 0)
         new = asyncio.create_task(sides.a.run(here, 0, sides.at_a, welcome))
         assert await there.receive() == welcome, "nothing goes before the welcome"
         serving = asyncio.create_task(sides.b.run(there, 0, sides.at_b))

@@ -27,18 +27,37 @@ def tokens(tmp_path: Path) -> TokenFile:
     return TokenFile(tmp_path / "hub" / "tokens.toml")
 
 
+def allows(tokens: TokenFile, device: str, token: str) -> bool:
+    return tokens.device_of(token) == device
+
+
+def test_a_token_may_be_for_a_tier(tokens: TokenFile) -> None:
+    ada = tokens.issue("ada", "small")
+    tokens.issue("bo")
+    assert (tokens.tier_of("ada"), tokens.tier_of("bo")) == ("small", None)
+    assert tokens.device_of(ada) == "ada"
+    tokens.issue("ada", "large")
+    assert tokens.tier_of("ada") == "large"
+    tokens.revoke("ada")
+    assert tokens.tier_of("ada") is None
+    assert list(tokens.read()) == ["bo"]
+    tokens.path.write_text(tokens.path.read_text() + "[tiers]\nbo = 3\n")
+    with pytest.raises(ConfigError, match=r"\[tiers\]"):
+        tokens.tier_of("bo")
+
+
 def test_a_token_lets_its_device_in_and_no_other(tokens: TokenFile) -> None:
     ada, bo = tokens.issue("ada"), tokens.issue("bo")
-    assert tokens.allows("ada", ada)
-    assert tokens.allows("bo", bo)
-    assert not tokens.allows("ada", bo)
-    assert not tokens.allows("bo", ada)
-    assert not tokens.allows("cy", ada)
-    assert not tokens.allows("ada", "")
-    assert not tokens.allows("cy", "")
-    assert not tokens.allows("", ada)
-    assert not tokens.allows("ada", ada + "x")
-    assert not tokens.allows("ada", ada[:-1])
+    assert allows(tokens, "ada", ada)
+    assert allows(tokens, "bo", bo)
+    assert not allows(tokens, "ada", bo)
+    assert not allows(tokens, "bo", ada)
+    assert not allows(tokens, "cy", ada)
+    assert not allows(tokens, "ada", "")
+    assert not allows(tokens, "cy", "")
+    assert not allows(tokens, "", ada)
+    assert not allows(tokens, "ada", ada + "x")
+    assert not allows(tokens, "ada", ada[:-1])
 
 
 def test_tokens_are_long_and_all_different(tokens: TokenFile) -> None:
@@ -67,40 +86,40 @@ def test_the_file_holds_hashes_and_never_a_token(tokens: TokenFile) -> None:
 def test_the_hash_does_not_work_as_a_token(tokens: TokenFile) -> None:
     tokens.issue("ada")
     digest = tokens.read()["ada"]
-    assert not tokens.allows("ada", digest)
-    assert not tokens.allows("ada", digest.removeprefix("sha256:"))
+    assert not allows(tokens, "ada", digest)
+    assert not allows(tokens, "ada", digest.removeprefix("sha256:"))
 
 
 def test_a_new_token_takes_the_place_of_the_old(tokens: TokenFile) -> None:
     old, other = tokens.issue("ada"), tokens.issue("bo")
     new = tokens.issue("ada")
-    assert not tokens.allows("ada", old)
-    assert tokens.allows("ada", new)
-    assert tokens.allows("bo", other)
+    assert not allows(tokens, "ada", old)
+    assert allows(tokens, "ada", new)
+    assert allows(tokens, "bo", other)
     assert tokens.read().keys() == {"ada", "bo"}
 
 
 def test_a_revoked_token_is_worth_nothing_from_now_on(tokens: TokenFile) -> None:
     ada, bo = tokens.issue("ada"), tokens.issue("bo")
     hub_side = TokenFile(tokens.path)
-    assert hub_side.allows("ada", ada)
+    assert allows(hub_side, "ada", ada)
     tokens.revoke("ada")
-    assert not hub_side.allows("ada", ada)
-    assert hub_side.allows("bo", bo)
+    assert not allows(hub_side, "ada", ada)
+    assert allows(hub_side, "bo", bo)
     with pytest.raises(ConfigError, match="has no device 'ada'") as caught:
         tokens.revoke("ada")
     assert str(tokens.path) in str(caught.value)
-    assert hub_side.allows("bo", bo), "a revocation that fails changes nothing"
+    assert allows(hub_side, "bo", bo), "a revocation that fails changes nothing"
     tokens.revoke("bo")
     assert tokens.read() == {}
-    assert tokens.allows("ada", tokens.issue("ada")), "an empty file can be used"
+    assert allows(tokens, "ada", tokens.issue("ada")), "an empty file can be used"
 
 
 def test_a_device_without_a_hash_has_no_token(tokens: TokenFile) -> None:
     tokens.issue("ada")
     tokens.path.write_text('[devices]\nada = ""\n')
-    assert not tokens.allows("ada", "")
-    assert not tokens.allows("bo", "")
+    assert not allows(tokens, "ada", "")
+    assert not allows(tokens, "bo", "")
 
 
 def test_a_hash_that_is_none_lets_nobody_in(tokens: TokenFile) -> None:
@@ -109,8 +128,8 @@ def test_a_hash_that_is_none_lets_nobody_in(tokens: TokenFile) -> None:
     digest = tokens.read()["bo"]
     for broken in ("sha256:", "sha256:ünverständlich…", ada, tokens.read()["ada"][:-1]):
         tokens.path.write_text(f'[devices]\nada = "{broken}"\nbo = "{digest}"\n', "utf-8")
-        assert not tokens.allows("ada", ada)
-        assert tokens.allows("bo", bo)
+        assert not allows(tokens, "ada", ada)
+        assert allows(tokens, "bo", bo)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -128,7 +147,7 @@ def test_a_device_may_have_any_name(tmp_path: Path, devices: list[str]) -> None:
     issued = {device: tokens.issue(device) for device in devices}
     assert tokens.read().keys() == issued.keys()
     for device, token in issued.items():
-        assert tokens.allows(device, token)
+        assert allows(tokens, device, token)
     tokens.revoke(devices[0])
     assert tokens.read().keys() == set(devices[1:])
 
@@ -139,8 +158,8 @@ def test_a_device_may_have_any_name(tmp_path: Path, devices: list[str]) -> None:
 def test_names_that_need_quoting(tokens: TokenFile, name: str) -> None:
     token, other = tokens.issue(name), tokens.issue("other")
     assert tokens.read().keys() == {name, "other"}
-    assert tokens.allows(name, token)
-    assert tokens.allows("other", other)
+    assert allows(tokens, name, token)
+    assert allows(tokens, "other", other)
 
 
 BROKEN = {
@@ -159,7 +178,7 @@ def test_a_broken_token_file_is_said_to_be_one(tokens: TokenFile, content: str) 
     tokens.path.write_text(content)
     for use in (
         tokens.read,
-        lambda: tokens.allows("ada", "x"),
+        lambda: allows(tokens, "ada", "x"),
         lambda: tokens.issue("ada"),
         lambda: tokens.revoke("ada"),
     ):
@@ -170,7 +189,7 @@ def test_a_broken_token_file_is_said_to_be_one(tokens: TokenFile, content: str) 
 
 def test_a_token_file_that_cannot_be_read(tokens: TokenFile, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(str(tokens.path))):
-        tokens.allows("ada", "x")
+        allows(tokens, "ada", "x")
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
     for path in (binary, tmp_path):

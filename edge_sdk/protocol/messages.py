@@ -140,14 +140,16 @@ class Message:
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """First frame of a connection: who the device is, and the session it wants to resume."""
+    """First frame of a connection: the token says who the device is.
+
+    ``tier`` is nil to take the one that the token was issued for. ``session`` is to be resumed.
+    """
 
     TYPE = "hello"
     RELIABLE = False
     version: int = _must(_integer(0, 1_000_000))
-    device: str = _must(_text(128))
     token: str = _must(_text(512))
-    tier: str = _must(_text(128))
+    tier: str | None = _must(_optional(_text(128)), None)
     session: str | None = _must(_optional(_text(64)), None)
     last_seq: int = _must(_integer(), 0)
 
@@ -232,6 +234,8 @@ class Welcome(Message):
     TYPE = "welcome"
     RELIABLE = False
     version: int = _must(_integer(0, 1_000_000))
+    device: str = _must(_text(128))
+    tier: str = _must(_text(128))
     session: str = _must(_text(64))
     resumed: bool = _must(_flag)
     last_seq: int = _must(_integer())

@@ -156,7 +156,7 @@ def _federate(
     tokens = TokenFile(folder / "tokens.toml")
     tiers = [tier for tier in TIERS for _ in range(DEVICES_PER_TIER)]
     names = [f"{tier}-{i % DEVICES_PER_TIER + 1}" for i, tier in enumerate(tiers)]
-    secrets = {name: tokens.issue(name) for name in names}
+    secrets = {name: tokens.issue(name, tier) for name, tier in zip(names, tiers, strict=True)}
     (folder / "hub.toml").write_text(
         HUB_TOML.format(
             bundles=folder / "bundles",
@@ -177,8 +177,7 @@ def _federate(
     for name, tier, share in zip(names, tiers, shares, strict=True):
         save_npz(inputs / f"{name}.npz", share)
         arguments = [
-            "device", "--url", address, "--tier", tier, "--name", name,
-            "--data", str(inputs / f"{name}.npz"),
+            "device", "--url", address, "--data", str(inputs / f"{name}.npz"),
             "--evaluate", str(inputs / "held_out.npz"),
             "--cache", str(folder / "cache" / name),
         ]  # fmt: skip

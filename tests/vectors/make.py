@@ -95,12 +95,22 @@ def frame_of(meaning: dict[str, Any]) -> Frame:
 
 
 VALID: list[tuple[str, Message, int, int]] = [
-    ("hello", Hello(VERSION, "phone-1", "secret", "small"), 0, 0),
-    ("hello that resumes", Hello(VERSION, "phone-1", "secret", "small", "5f2a", 17), 0, 0),
-    ("hello with text beyond ASCII", Hello(VERSION, "Gerät 1", "gehéim", "小"), 0, 0),
-    ("welcome", Welcome(VERSION, "5f2a", False, 0, HASH, 64, 2**26), 0, 0),
-    ("welcome that resumes", Welcome(VERSION, "5f2a", True, 300, HASH, 64, 2**26), 0, 300),
-    ("welcome with a state", Welcome(VERSION, "5f2a", False, 0, HASH, 64, 2**26, HASH), 0, 0),
+    ("hello", Hello(VERSION, "secret"), 0, 0),
+    ("hello that resumes", Hello(VERSION, "secret", "small", "5f2a", 17), 0, 0),
+    ("hello with text beyond ASCII", Hello(VERSION, "gehéim", "小"), 0, 0),
+    ("welcome", Welcome(VERSION, "phone-1", "small", "5f2a", False, 0, HASH, 64, 2**26), 0, 0),
+    (
+        "welcome that resumes",
+        Welcome(VERSION, "phone-1", "small", "5f2a", True, 300, HASH, 64, 2**26),
+        0,
+        300,
+    ),
+    (
+        "welcome with a state",
+        Welcome(VERSION, "phone-1", "small", "5f2a", False, 0, HASH, 64, 2**26, HASH),
+        0,
+        0,
+    ),
     ("blob_get", BlobGet(HASH, 0), 0, 0),
     ("blob_get further on", BlobGet(HASH, 2**32), 0, 5),
     ("blob", Blob(HASH, 0, 4, b"test"), 0, 0),
@@ -160,7 +170,7 @@ VALID: list[tuple[str, Message, int, int]] = [
 
 def accepted() -> list[tuple[str, bytes]]:
     """Frames that no encoder here makes and that every decoder takes."""
-    hello = {"tier": "small", "token": "secret", "device": "phone-1", "version": 1}
+    hello = {"tier": "small", "token": "secret", "version": 1}
     text32 = b"\xdb\x00\x00\x00\x05ready"
     wide = b"\xcf\x00\x00\x00\x00\x00\x00\x00\x01"
     body32 = b"\xdf\x00\x00\x00\x01\xd9\x07samples" + b"\xd3\x00\x00\x00\x00\x00\x00\x03\xe8"
