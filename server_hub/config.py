@@ -72,7 +72,7 @@ class TrunkTraining:
     hyper: dict[str, float] = field(default_factory=dict)
     max_rows: int = 256
     wait_s: float = 0.02
-    max_norm: float = 10.0
+    max_norm: float = 25.0
     threads: int = 0
     arena_mb: int = 256
 

@@ -458,7 +458,7 @@ def test_demo(tmp_path: Path) -> None:
         assert tier["ensemble"] >= 0.95
         assert tier["ensemble"] > result["no_hub"]
         assert tier["through_hub"] == pytest.approx(result["saved_model"], abs=0.02)
-    assert result["rounds"] == 30
+    assert result["rounds"] == 40
     assert result["seconds"] < 180
     assert 20 < result["device_rss_mb"] < 250
     for kind, way in (("activations", "up"), ("update", "up"), ("blob", "down"), ("infer", "up")):

@@ -20,7 +20,7 @@ def demo(
     run: Annotated[
         Path | None, typer.Option(help="Run folder  [default: runs/demo-DATE-TIME]")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of federated training.")] = 30,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of federated training.")] = 40,
 ) -> None:
     """Train one model over six unequal devices, in seven processes, on handwritten digits."""
     from server_hub.demo.job import run_demo

@@ -51,11 +51,11 @@ def build() -> SplitModel:
         ResidualBlock(8, 8, 2),
         ResidualBlock(8, 16),
         ResidualBlock(16, 24),
-        ResidualBlock(24, 32, 2),
-        ResidualBlock(32, 32),
-        ResidualBlock(32, 32),
+        ResidualBlock(24, 48, 2),
+        ResidualBlock(48, 48),
+        ResidualBlock(48, 48),
     ]
-    return SplitModel(stem, blocks, PooledHead(32, CLASSES))
+    return SplitModel(stem, blocks, PooledHead(48, CLASSES))
 
 
 def load() -> tuple[Examples, Examples]:

@@ -299,9 +299,9 @@ def _check_saved_model(folder: Path, result: dict[str, Any], held_out: Examples)
 
 
 def _rounds_table(records: Sequence[RoundRecord]) -> Table:
-    """The last rounds; accuracy by tier is device alone, then ensemble."""
-    table = Table(box=None, padding=(0, 2))
-    tiers = [f"{tier}\nalone | all" for tier in TIERS]
+    """The last rounds; accuracy by tier in percent is device alone, then ensemble."""
+    table = Table(box=None, padding=(0, 1))
+    tiers = [f"{tier}, %\nalone | all" for tier in TIERS]
     for column in ("round", "s", "loss", "trunk loss", *tiers, "MB up", "MB down"):
         table.add_column(column, justify="right")
     for r in records[-6:]:
@@ -312,7 +312,8 @@ def _rounds_table(records: Sequence[RoundRecord]) -> Table:
             f"{r.local_loss:.3f}",
             "" if r.trunk_loss is None else f"{r.trunk_loss:.3f}",
             *(
-                f"{r.accuracy[tier]['device_alone']:.1%} | {r.accuracy[tier]['ensemble']:.1%}"
+                f"{100 * r.accuracy[tier]['device_alone']:.0f} | "
+                f"{100 * r.accuracy[tier]['ensemble']:.0f}"
                 for tier in TIERS
             ),
             f"{up / 1e6:.1f}",
