@@ -209,16 +209,15 @@ class Hub:
             )
         trunk_losses = self._trunk_losses = []
         await self._until(lambda: self.rounds.is_over(time.monotonic()), self.rounds.deadline)
+        await self._idle.wait()  # the trunk may still refuse what somebody who delivered has sent
         useful = self.rounds.finish()
         for device, reason in self.rounds.dropped.items():
             log.warning("round %d goes on without %s: %s", number, device, reason)
         delivered = sorted(self.rounds.delivered)
-        await self._idle.wait()
         copies = await self.trunk.finish()
         if not useful:
             log.warning("nobody delivered in round %d; it does not count", number)
             return
-        # a device whose activations were refused after it had delivered is no longer among these
         updates = [self._updates[device] for device in delivered]
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
         await self._publish_states()

@@ -246,6 +246,38 @@ def test_bad_contribution_is_dropped_and_the_round_goes_on(
     asyncio.run(job())
 
 
+def test_an_update_does_not_count_when_its_activations_are_refused(
+    tmp_path: Path, bundles: BundleIndex
+) -> None:
+    """Also when the update was complete before the trunk came to look at the activations."""
+
+    async def job() -> None:
+        config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1, min_devices=2))
+        tokens = TokenFile(config.tokens)
+        manifest = bundles.manifest("small")
+        async with running_hub(config) as (hub, url), raw(url) as connection:
+            client = RawClient(connection)
+            device = await Device.connect(
+                url, token=tokens.issue("good"), tier="large", data=examples(24),
+                cache=tmp_path / "cache",
+            )  # fmt: skip
+            async with device:
+                training = asyncio.create_task(device.train())
+                task = await client.join(tokens.issue("evil"))
+                while "good" not in hub.rounds.delivered:
+                    await asyncio.sleep(0.01)
+                spoil_it, code, _ = ACTIVATIONS["infinite"]
+                await client.say(spoil_it(good_activations(manifest, task.round)))
+                await client.say(good_update(manifest, task.round))
+                assert (await client.hear(Error)).code == code
+                await training
+            (record,) = hub.run.records
+            assert record.devices == 1
+            assert list(record.dropped) == ["evil"]
+
+    asyncio.run(job())
+
+
 @pytest.mark.parametrize(
     ("hello", "code", "field"),
     [
