@@ -1,0 +1,166 @@
+"""Folders of transformers' weights: reading what is in them, and writing them back as they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from export.errors import ExportError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".pt", ".pth", ".ckpt", ".onnx", ".gguf")
+"""Files that hold weights: not copied, since they would be those from before training."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors files of a folder.
+
+    Attributes:
+        folder: where they are.
+        files: shapes of the tensors by name, for every file by its name.
+    """
+
+    folder: Path
+    files: Mapping[str, Mapping[str, tuple[int, ...]]]
+
+    @classmethod
+    def find(cls, folder: Path) -> Checkpoint:
+        """The weights in ``folder``, by the names that transformers gives them.
+
+        Raises:
+            ExportError: there are none, only pickled ones, or a file is missing or damaged.
+        """
+        return cls(folder, {name: _shapes(folder / name) for name in _file_names(folder)})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {key: shape for shapes in self.files.values() for key, shape in shapes.items()}
+
+    def rewrite(self, out: Path, values: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> None:
+        """Write the same files to ``out``: same tensors in the same dtypes, same metadata.
+
+        Args:
+            out: an empty folder.
+            values: new values of tensors, in any dtype; others keep theirs, and so do tensors
+                that have not changed, bit for bit.
+            added: tensors that no file has yet; they go into the last one.
+
+        Raises:
+            ExportError: the folder has changed since it was read, or a value is out of range for
+                its dtype.
+        """
+        last = list(self.files)[-1]
+        for name in self.files:
+            try:
+                with safe_open(self.folder / name, "pt") as file:
+                    metadata = file.metadata()
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise ExportError(
+                    f"cannot read {self.folder / name} again ({error}); saving needs the folder "
+                    "that the model was loaded from"
+                ) from error
+            for key in tensors.keys() & values.keys():
+                tensors[key] = _stored(key, values[key], tensors[key])
+            if name == last:
+                tensors |= added
+            save_file(tensors, out / name, metadata)
+        if last != SINGLE:
+            self._write_index(out, last, added)
+
+    def _write_index(self, out: Path, last: str, added: Mapping[str, Tensor]) -> None:
+        text = (self.folder / INDEX).read_text("utf-8")
+        if added:
+            index = json.loads(text)
+            index["weight_map"] |= dict.fromkeys(added, last)
+            size = sum(t.numel() * t.element_size() for t in added.values())
+            index.setdefault("metadata", {}).setdefault("total_size", 0)
+            index["metadata"]["total_size"] += size
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (out / INDEX).write_text(text, "utf-8")
+
+    def copy_others(self, out: Path) -> None:
+        """Copy the other files of the folder: configuration, tokenizer and the like."""
+        for path in self.folder.iterdir():
+            if path.is_file() and path.suffix not in _WEIGHTS and path.name != INDEX:
+                shutil.copyfile(path, out / path.name)
+
+
+def _file_names(folder: Path) -> list[str]:
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(
+                set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ExportError(f"{folder / INDEX} is damaged ({error}); get it again") from error
+        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+            raise ExportError(f"{folder / INDEX} is damaged (file names); get it again")
+        return names
+    if any(folder.glob("pytorch_model*.bin")):
+        raise ExportError(
+            f"{folder} has only pickled weights (pytorch_model.bin), which may run code when they "
+            f"are read; convert them to safetensors ({SINGLE})"
+        )
+    raise ExportError(
+        f"{folder} has no weights ({SINGLE}, or {INDEX} and its files); to start from random "
+        f"weights, give {folder / 'config.json'}"
+    )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    if not path.is_file():
+        raise ExportError(f"{path} is missing, though {INDEX} names it; get it again")
+    try:
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+            return {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{path} is damaged ({error}); get it again") from error
+
+
+def _stored(key: str, value: Tensor, before: Tensor) -> Tensor:
+    """``value`` in the dtype of ``before``, or ``before`` itself where nothing has changed."""
+    value = value.detach().cpu()
+    if torch.equal(before.to(value.dtype), value):
+        return before
+    # a copy: a file may hold tied tensors twice, and safetensors refuses shared memory
+    after = value.to(before.dtype, copy=True, memory_format=torch.contiguous_format)
+    if not torch.equal(after.isfinite(), value.isfinite()):
+        raise ExportError(f"{key} has become too large for {before.dtype}, as which it is stored")
+    return after
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``out`` if the block ends without an error.
+
+    Raises:
+        ExportError: ``out`` exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} exists; choose another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.replace(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
