@@ -5,8 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-import torch
+import onnx
+from torch.onnx._internal.exporter import _core, _fx_passes, _registration
 
 from export.errors import ExportError, reason
 from export.lowering.trace import trace
@@ -17,8 +22,21 @@ logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(loggin
 _MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
-def lower(step: Step) -> bytes:
+@dataclass(frozen=True)
+class Place:
+    """Where a constant is stored: in which blob, from which byte, how many bytes."""
+
+    blob: str
+    offset: int
+    length: int
+
+
+def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
     """An ONNX file of standard operators whose inputs and outputs are the step's ports.
+
+    Args:
+        step: the step.
+        places: constants that the file refers to instead of holding them (external data).
 
     Raises:
         ExportError: what is traced fixes the batch size, cannot be traced, or has an operator
@@ -28,14 +46,13 @@ def lower(step: Step) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.onnx.export(
-                trace(step),
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                input_names=[port.spec.name for port in step.inputs],
-                output_names=[port.spec.name for port in step.outputs],
-            )
+            # torch.onnx.export would decompose the program a second time, which takes longer than
+            # all the rest and changes nothing: tracing has left core operators only.
+            program = trace(step)
+            _fx_passes.insert_type_promotion_nodes(program.graph_module)
+            model = _core._exported_program_to_onnx_program(
+                program, registry=_registry(), lower="at_conversion"
+            ).model_proto
         except ExportError:
             raise
         except Exception as error:  # a model's code is traced: anything can come out
@@ -45,17 +62,61 @@ def lower(step: Step) -> bytes:
                 f"no ONNX translation for its training step ({why}); replace it by convolutions, "
                 "linear layers, norms, attention and elementwise functions, or cut before it"
             ) from error
-    assert exported is not None
-    model = exported.model_proto
-    # What the exporter notes for debugging makes the file about ten times larger.
+    _rename(model.graph, step)
+    _strip(model)
+    for tensor in model.graph.initializer:
+        if places and tensor.name in places:
+            _refer(tensor, places[tensor.name])
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def referred(data: bytes) -> list[str]:
+    """Names of the constants that an ONNX file refers to."""
+    graph = onnx.load_model_from_string(data).graph
+    return [t.name for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+
+
+@cache
+def _registry() -> Any:
+    return _registration.ONNXRegistry.from_torchlib()
+
+
+def _rename(graph: onnx.GraphProto, step: Step) -> None:
+    """Give inputs, outputs and constants the names of the step."""
+    names = {f"constant_{i}": name for i, name in enumerate(step.constants)}
+    names |= {
+        value.name: port.spec.name for value, port in zip(graph.input, step.inputs, strict=True)
+    }
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    for value in (*graph.input, *graph.initializer):
+        value.name = names.get(value.name, value.name)
+    for value, port in zip(graph.output, step.outputs, strict=False):
+        # an Identity for each: one value may be two outputs, or an input as well
+        source = names.get(value.name, value.name)
+        graph.node.append(onnx.helper.make_node("Identity", [source], [port.spec.name]))
+        value.name = port.spec.name
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes for debugging: it makes the file about ten times larger."""
     model.graph.ClearField("value_info")
     model.ClearField("metadata_props")
     model.graph.ClearField("metadata_props")
-    for node in model.graph.node:
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
-        value.ClearField("metadata_props")
-        value.ClearField("doc_string")
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
+    for part in (
+        *model.graph.node,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.initializer,
+    ):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+def _refer(tensor: onnx.TensorProto, place: Place) -> None:
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in vars(place).items():
+        key = "location" if key == "blob" else key
+        tensor.external_data.add(key=key, value=str(value))

@@ -7,7 +7,7 @@ float64, lets autograd and ``torch.optim`` do the rest, and packs nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.tensors import Array
+from export.dropout import PRIME, SeededDropout
 from export.errors import ExportError, reason
-from export.split import layer_of
-from export.steps import ClientSteps, Step
-
-Run = Callable[[dict[str, Array]], dict[str, Array]]
-"""Runs a lowered graph: inputs by name to outputs by name."""
+from export.lowering.lowered import Run
+from export.split import layer_of, statistics
+from export.steps import NO_LABEL, ClientSteps, Step
 
 BATCHES = (1, 3, 8)
 SEEDS = (0, 1)
+LENGTHS = {1: 2, 3: 5, 8: 3}
+"""Of texts, by batch; the last batch has the example's own length."""
 
 _RELATIVE, _ROUNDING, _GLOBAL = 1e-3, 1e-6, 1e-5
 _VERIFY_HYPER = {
@@ -44,11 +45,16 @@ def verify(steps: ClientSteps, step: Step, run: Run, example: Tensor) -> None:
         ExportError: the graph fails or differs; names the first tensor that does, and its layer.
     """
     for batch in BATCHES:
+        if batch > step.limits.get("batch", batch):
+            continue
         for seed in SEEDS:
+            like = example
+            if steps.x.shape[1:] == ("seq",) and seed == 0:
+                like = example[:, : LENGTHS[batch]]
             try:
-                wrong = _compare(steps, step, run, example, batch, seed)
+                wrong = _compare(steps, step, run, like, batch, seed)
                 if wrong is not None:
-                    wrong = _compare(steps, step, run, example, batch, seed + 1000)
+                    wrong = _compare(steps, step, run, like, batch, seed + 1000)
             except Exception as error:  # onnxruntime raises bare pybind exceptions
                 raise ExportError(
                     f"the graph {step.name!r} fails for a batch of {batch} ({reason(error)}); "
@@ -71,39 +77,49 @@ def _compare(
     generator = torch.Generator().manual_seed(seed)
     x = draw_like(example, batch, generator)
     if step.name != "train":
-        reference = copy.deepcopy(steps.segment).double()
+        reference = copy.deepcopy(steps.segment).double().eval()
         with torch.no_grad():
             h, logits = reference(x.double() if x.is_floating_point() else x)
-        feeds = {name: _numpy(p) for name, p in steps.parameters.items()} | {"x": _numpy(x)}
-        got = run(feeds)
+        feeds = {name: _numpy(t) for name, t in steps.initial.items()} | {"x": _numpy(x)}
+        got = run(step, feeds)
         wanted = {"logits": logits} if step.name == "predict" else {}
         return _first(_differences(got, wanted, {})) or _packed(steps, got, h)
-    return _compare_training(steps, run, x, generator)
+    return _compare_training(steps, step, run, x, generator)
 
 
 def _compare_training(
-    steps: ClientSteps, run: Run, x: Tensor, generator: torch.Generator
+    steps: ClientSteps, step: Step, run: Run, x: Tensor, generator: torch.Generator
 ) -> tuple[str, float] | None:
     """Two steps of training, so that the second starts from optimizer slots that are not zero."""
     name = steps.optimizer.name
     hyper = _VERIFY_HYPER[name]
-    reference = copy.deepcopy(steps.segment).double()
-    parameters = dict(reference.named_parameters())
+    reference = copy.deepcopy(steps.segment).double().train()
+    parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
+    moved = statistics(reference)
     optimizer = steps.optimizer.reference(list(parameters.values()), hyper)
-    state = {n: _numpy(t) for n, t in (steps.parameters | steps.slots).items()}
+    state = {n: _numpy(t) for n, t in (steps.initial | steps.slots).items()}
     scalars = {key: np.asarray(value, np.float32) for key, value in hyper.items()}
     for _ in range(2):
-        y = torch.randint(steps.classes, (len(x),), generator=generator)
-        before = {n: p.detach().clone() for n, p in parameters.items()}
-        h, logits_HBC = reference(x.double() if x.is_floating_point() else x)
-        loss = torch.stack([cross_entropy(logits, y) for logits in logits_HBC]).sum()
+        y = _labels(steps, x, generator)
+        seed = torch.randint(PRIME, (), generator=generator)
+        before = {n: t.detach().clone() for n, t in (parameters | moved).items()}
+        with SeededDropout(seed):
+            h, logits = reference(x.double() if x.is_floating_point() else x)
+        classes = logits.shape[-1]
+        loss = torch.stack(
+            [
+                cross_entropy(z.reshape(-1, classes), y.reshape(-1), ignore_index=NO_LABEL)
+                for z in logits
+            ]
+        ).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        got = run({**state, "x": _numpy(x), "y": _numpy(y), **scalars})
-        answers = logits_HBC.detach().softmax(-1).mean(0).argmax(-1)
+        seeds = {"seed": _numpy(seed)} if steps.seeded else {}
+        got = run(step, {**state, "x": _numpy(x), "y": _numpy(y), **scalars, **seeds})
+        answers = logits.detach().softmax(-1).mean(0).argmax(-1)
         wanted = {"loss": loss.detach(), "correct": (answers == y).double().sum()}
-        wanted |= {f"next/{n}": p.detach() for n, p in parameters.items()}
+        wanted |= {f"next/{n}": t.detach() for n, t in (parameters | moved).items()}
         wanted |= {f"next/{n}": s for n, s in _slots(name, parameters, optimizer)}
         old = {f"next/{n}": p for n, p in before.items()}
         wrong = _first(_differences(got, wanted, old)) or _packed(steps, got, h.detach())
@@ -111,6 +127,15 @@ def _compare_training(
             return wrong
         state = {n: got[f"next/{n}"] for n in state}
     return None
+
+
+def _labels(steps: ClientSteps, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random labels; of a text some are missing, never all."""
+    shape = x.shape if steps.segment.task == "tokens" else x.shape[:1]
+    y = torch.randint(steps.classes, shape, generator=generator)
+    if y.dim() == 2:
+        y[:, 1:][torch.rand(y[:, 1:].shape, generator=generator) < 0.3] = NO_LABEL
+    return y
 
 
 def _slots(

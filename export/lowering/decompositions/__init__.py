@@ -1,0 +1,88 @@
+"""Backward operations written with forward operations, so that an inference runtime can run them.
+
+Only what torch's core decompositions leave over, or write with many passes over large tensors, is
+here. Each function has the signature of its operator and is exact up to rounding;
+``tests/test_decompositions.py`` compares them with eager autograd over random shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._decomp import core_aten_decompositions
+
+from export.lowering.decompositions.convolution import convolution_backward
+from export.lowering.decompositions.indexing import (
+    embedding_dense_backward,
+    pow_scalar,
+    select_backward,
+    slice_backward,
+    unfold_backward,
+)
+from export.lowering.decompositions.norms import (
+    batch_norm,
+    batch_norm_eval,
+    batch_norm_no_stats,
+    native_batch_norm_backward,
+    native_group_norm,
+    native_group_norm_backward,
+    native_layer_norm_backward,
+)
+from export.lowering.decompositions.padding import (
+    reflection_pad,
+    reflection_pad_backward,
+    replication_pad_backward,
+)
+from export.lowering.decompositions.pooling import (
+    adaptive_avg_pool2d,
+    adaptive_avg_pool2d_backward,
+    adaptive_max_pool2d,
+    adaptive_max_pool2d_backward,
+    avg_pool2d,
+    avg_pool2d_backward,
+    max_pool2d_with_indices_backward,
+)
+
+aten = torch.ops.aten
+
+__all__ = [
+    "convolution_backward",
+    "decompositions",
+    "native_group_norm",
+    "native_group_norm_backward",
+]
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The table for tracing: torch's core decompositions with ours in place of some."""
+    ours: dict[Any, Callable[..., Any]] = {
+        aten.convolution_backward.default: convolution_backward,
+        aten.native_group_norm.default: native_group_norm,
+        aten.native_group_norm_backward.default: native_group_norm_backward,
+        aten.native_layer_norm_backward.default: native_layer_norm_backward,
+        aten._native_batch_norm_legit.default: batch_norm,
+        aten._native_batch_norm_legit.no_stats: batch_norm_no_stats,
+        aten._native_batch_norm_legit_no_training.default: batch_norm_eval,
+        aten.native_batch_norm_backward.default: native_batch_norm_backward,
+        aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
+        aten.avg_pool2d.default: avg_pool2d,
+        aten.avg_pool2d_backward.default: avg_pool2d_backward,
+        aten._adaptive_avg_pool2d.default: adaptive_avg_pool2d,
+        aten._adaptive_avg_pool2d_backward.default: adaptive_avg_pool2d_backward,
+        aten.adaptive_max_pool2d.default: adaptive_max_pool2d,
+        aten.adaptive_max_pool2d_backward.default: adaptive_max_pool2d_backward,
+        aten.reflection_pad1d.default: reflection_pad,
+        aten.reflection_pad2d.default: reflection_pad,
+        aten.reflection_pad1d_backward.default: reflection_pad_backward,
+        aten.reflection_pad2d_backward.default: reflection_pad_backward,
+        aten.replication_pad1d_backward.default: replication_pad_backward,
+        aten.replication_pad2d_backward.default: replication_pad_backward,
+        aten.slice_backward.default: slice_backward,
+        aten.unfold_backward.default: unfold_backward,
+        aten.select_backward.default: select_backward,
+        aten.embedding_dense_backward.default: embedding_dense_backward,
+        aten.pow.Tensor_Scalar: pow_scalar,
+    }
+    return {**core_aten_decompositions(), **ours}

@@ -1,0 +1,123 @@
+"""Convolution backward."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from export.lowering.decompositions.windows import windows
+
+aten = torch.ops.aten
+
+_WIDE = 16
+"""Channels from which on a product for each kernel position is faster than im2col."""
+
+
+def convolution_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: list[int] | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a 1-D or 2-D convolution, plain or transposed.
+
+    The weight gradient is a batched product for each kernel position with what it sees: as a
+    convolution with a kernel as large as the feature map it takes most of the step.
+    """
+    grad_x = grad_weight = grad_bias = None
+    if output_mask[0]:
+        if transposed:  # a transposed convolution is the adjoint of a convolution
+            zeros = [0] * len(stride)
+            grad_x = aten.convolution.default(
+                grad_out, weight, None, stride, padding, dilation, False, zeros, groups
+            )
+        else:
+            grad_x = _grad_input(grad_out, x, weight, stride, padding, dilation, groups)
+    if output_mask[1]:
+        y, seen = (x, grad_out) if transposed else (grad_out, x)
+        grad_weight = _grad_weight(y, seen, weight, stride, padding, dilation, groups)
+    if output_mask[2]:
+        grad_bias = grad_out.sum([0, *range(2, grad_out.dim())])
+    return grad_x, grad_weight, grad_bias
+
+
+def _grad_input(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    spatial = range(weight.dim() - 2)
+    reach = [dilation[i] * (weight.shape[2 + i] - 1) for i in spatial]
+    zeros = [0] * len(spatial)
+    if all(s == 1 for s in stride) and all(p <= r for p, r in zip(padding, reach, strict=True)):
+        # a plain convolution with the flipped kernel is faster than a transposed one
+        flipped = weight.flip([2 + i for i in spatial])
+        out_per_group = weight.shape[0] // groups
+        flipped = flipped.reshape(groups, out_per_group, *weight.shape[1:]).transpose(1, 2)
+        flipped = flipped.reshape(x.shape[1], out_per_group, *weight.shape[2:])
+        back = [r - p for r, p in zip(reach, padding, strict=True)]
+        ones = [1] * len(spatial)
+        plain: Tensor = aten.convolution.default(
+            grad_out, flipped, None, ones, back, dilation, False, zeros, groups
+        )
+        return plain
+    extra = [
+        x.shape[2 + i] - ((grad_out.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach[i] + 1)
+        for i in spatial
+    ]
+    transposed: Tensor = aten.convolution.default(
+        grad_out, weight, None, stride, padding, dilation, True, extra, groups
+    )
+    return transposed
+
+
+def _grad_weight(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    n, c_out, c_in = x.shape[0], weight.shape[0], x.shape[1]
+    kernel, out = list(weight.shape[2:]), list(grad_out.shape[2:])
+    length = math.prod(out)
+    if any(padding):
+        x = aten.constant_pad_nd.default(x, [p for side in reversed(padding) for p in (side, side)])
+    # What every kernel position sees. Cut along the last axis first: then the other cuts, of which
+    # there are more, copy whole rows.
+    seen = [x]
+    for i in reversed(range(len(kernel))):
+        cut = (windows(s, 2 + i, kernel[i], stride[i], dilation[i], out[i]) for s in seen)
+        seen = [w for by_position in zip(*cut, strict=True) for w in by_position]
+    if groups == c_in == c_out:  # depthwise: the product would be with matrices of one row
+        all_but_channels = [0, *range(2, x.dim())]
+        sums = [(window * grad_out).sum(all_but_channels) for window in seen]
+        return torch.stack(sums, 1).reshape(weight.shape)
+    grad_gol = grad_out.reshape(n * groups, c_out // groups, length)
+    if c_in // groups >= _WIDE:
+        columns = [window.reshape(n * groups, c_in // groups, length) for window in seen]
+        products = [torch.bmm(grad_gol, window_gcl.transpose(1, 2)) for window_gcl in columns]
+        summed = [p.reshape(n, groups, c_out // groups, -1).sum(0) for p in products]
+        return torch.stack(summed, -1).reshape(weight.shape)
+    # few channels: one product with all positions side by side (im2col)
+    columns = [window.reshape(n, c_in, 1, length) for window in seen]
+    # (N, C_in, K, L), then grouped: (N * G, C_in / G * K, L)
+    stacked = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
+    columns_gkl = stacked.reshape(n * groups, (c_in // groups) * math.prod(kernel), length)
+    product = torch.bmm(grad_gol, columns_gkl.transpose(1, 2))
+    return product.reshape(n, groups, c_out // groups, -1).sum(0).reshape(weight.shape)

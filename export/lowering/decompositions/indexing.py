@@ -1,0 +1,74 @@
+"""Backward of views and look-ups, and powers."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.lowering.decompositions.windows import fold, pad
+
+aten = torch.ops.aten
+
+
+def slice_backward(
+    grad_out: Tensor, input_sizes: list[int], dim: int, start: int, end: int, step: int
+) -> Tensor:
+    """Zeros around, and with a step between, the gradient of a slice."""
+    if start == 0 and end == sys.maxsize and step == 1:
+        same: Tensor = aten.alias.default(grad_out)  # all of it; its size may be symbolic
+        return same
+    dim %= len(input_sizes)
+    size = input_sizes[dim]
+    if start < 0:
+        start += size
+    spread = fold([grad_out], dim, step, 1, (grad_out.shape[dim] - 1) * step + 1)
+    return pad(spread, dim, start, size - start - spread.shape[dim])
+
+
+def select_backward(grad_out: Tensor, input_sizes: list[int], dim: int, index: int) -> Tensor:
+    """Zeros around the gradient of one entry along a dimension."""
+    dim %= len(input_sizes)
+    size = input_sizes[dim]
+    if index < 0:
+        index += size
+    return pad(grad_out.unsqueeze(dim), dim, index, size - 1 - index)
+
+
+def unfold_backward(
+    grad_out: Tensor, input_sizes: list[int], dim: int, size: int, step: int
+) -> Tensor:
+    """Gradient of ``x.unfold(dim, size, step)``: windows that overlap are added up."""
+    dim %= len(input_sizes)
+    return fold(grad_out.unbind(-1), dim, step, 1, input_sizes[dim])
+
+
+def embedding_dense_backward(
+    grad_out: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_by_freq: bool
+) -> Tensor:
+    """Gradient of an embedding table: the gradients of all looked-up rows, added up by row."""
+    if scale_by_freq:
+        raise NotImplementedError("embedding gradients scaled by frequency")
+    width = grad_out.shape[-1]
+    rows = indices.reshape(-1)
+    grad = grad_out.reshape(-1, width)
+    if padding_idx >= 0:
+        grad = grad * (rows != padding_idx).to(grad.dtype).unsqueeze(1)
+    zeros = grad.new_zeros(num_weights, width)
+    table: Tensor = aten.index_put.default(zeros, [rows], grad, True)
+    return table
+
+
+def pow_scalar(x: Tensor, exponent: float) -> Any:
+    """The first two powers as products, as the gradient of a square has them; else NotImplemented.
+
+    ``NotImplemented`` keeps the operator.
+    """
+    if exponent == 1:
+        same: Tensor = aten.alias.default(x)
+        return same
+    if exponent == 2:
+        return x * x
+    return NotImplemented

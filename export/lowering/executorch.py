@@ -1,0 +1,112 @@
+"""Lowering to ExecuTorch with XNNPACK: one file with a method per graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from export.errors import ExportError, reason
+from export.lowering.rewrites import rewrite
+
+
+def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
+    """A ``.pte`` file with a method for every program. The same programs give the same bytes.
+
+    Memory is planned for the upper bound of every symbolic dimension, so bounds should be no
+    larger than what devices use. Constants are stored once for all methods.
+
+    Args:
+        programs: traced steps by the name of their graph.
+
+    Raises:
+        ExportError: ExecuTorch is not installed, or has no kernel for an operator.
+    """
+    with _quiet():
+        try:
+            from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
+            from executorch.exir import (
+                EdgeCompileConfig,
+                ExecutorchBackendConfig,
+                to_edge,
+            )
+            from executorch.exir.passes import MemoryPlanningPass
+        except ImportError as error:
+            raise ExportError(
+                f"ExecuTorch is not installed ({error}); run pip install 'cutlayer[executorch]'"
+            ) from error
+        try:
+            # to_edge_transform_and_lower gives the same bytes in twice the time: it decomposes
+            # every program three times over
+            edge = to_edge(
+                {name: rewrite(programs[name]) for name in sorted(programs)},
+                compile_config=EdgeCompileConfig(
+                    _check_ir_validity=False,
+                    _skip_dim_order=True,
+                    preserve_ops=[torch.ops.aten.linear.default],
+                ),
+            )
+            edge = edge.transform([RemoveCloneOpsTransform(preserve_input_output_copies=True)])
+            edge = edge.to_backend(_partitioner())
+            # inputs are read where they are, instead of being copied into planned memory
+            planning = MemoryPlanningPass(alloc_graph_input=False)
+            data: bytes = edge.to_executorch(
+                ExecutorchBackendConfig(memory_planning_pass=planning)
+            ).buffer
+        except Exception as error:  # its passes raise whatever their authors thought of
+            raise ExportError(
+                f"no ExecuTorch translation for its training step ({reason(error)}); replace it "
+                "by convolutions, linear layers, norms, attention and elementwise functions, or "
+                "export the tier for onnx"
+            ) from error
+    return data
+
+
+def _partitioner() -> Any:
+    """XNNPACK's partitioner, with slices and products that it runs but does not take by itself.
+
+    Weights of linear layers are inputs of the delegate even where they are constants: packing them
+    anew costs little against the product of a batch, and they are stored once, not packed in every
+    method, forward and backward.
+    """
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.config.gemm_configs import ConvolutionConfig
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import SliceCopyConfig
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    class AnySlice(SliceCopyConfig):  # type: ignore[misc]
+        """Takes slices of tensors with symbolic dimensions: XNNPACK clips them to what is there."""
+
+        def check_constraints(self, node: Any, ep: ExportedProgram) -> bool:
+            step = node.args[4] if len(node.args) > 4 else 1
+            axis = node.args[1] if len(node.args) > 1 else 0
+            fixed = isinstance(node.args[0].meta["val"].shape[axis], int)
+            return step == 1 and fixed and bool(self.check_common_constraints(node, ep))
+
+    class ConstantConvolution(ConvolutionConfig):  # type: ignore[misc]
+        """Keeps the bias with the weight, as constants: the switch below is for linear layers."""
+
+        def __init__(self, **_: Any) -> None:
+            super().__init__()
+
+    own = {SliceCopyConfig: AnySlice, ConvolutionConfig: ConstantConvolution}
+    configs = [own.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
+    return XnnpackPartitioner(configs=configs, force_non_static_weights_for_f32_linear=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of ExecuTorch's own modules."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,486 @@
+"""Rewrites of a step graph for runtimes that accelerate few operators (ExecuTorch with XNNPACK).
+
+XNNPACK multiplies matrices of which both are computed only as ``bmm`` or ``linear``, convolves only
+with constant weights, takes slices only with a step of 1, views with at most one symbolic
+dimension, and has no comparisons and no sums. What it does not take runs on portable kernels, which
+are 10 to 50 times slower. Each rewrite replaces an operator by others that XNNPACK takes. Rules are
+plain functions of tensors with the signature of the operator that they replace; they raise
+:class:`Declined` where they do not apply. All are exact up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, TensorArgument
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import linear
+
+aten = torch.ops.aten
+
+Size = int | torch.SymInt
+
+
+class Declined(Exception):
+    """A rule does not apply to the tensors at hand."""
+
+
+# matrix products
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product as a batch of one."""
+    return torch.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze(0)
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """A matrix product as a batch of one, and an addition."""
+    product = mm(a, b)
+    product = product if alpha == 1 else product * alpha
+    return product + (bias if beta == 1 else bias * beta)
+
+
+# convolutions
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    """A 1-D or 2-D convolution as matrix products over shifted inputs, channels last.
+
+    The shifts of one kernel row lie side by side as channels and meet the weights of that row in
+    one product; the products of the rows are summed. That is im2col without the copies of it that
+    the rows would be. A transposed convolution is a convolution over the input with zeros between
+    its elements.
+    """
+    if any(not isinstance(n, int) for n in x.shape[2:]) or weight.dim() not in (3, 4):
+        raise Declined
+    if weight.dim() == 3:
+        y = convolution(
+            x.unsqueeze(2), weight.unsqueeze(2), bias, [1, *stride], [0, *padding],
+            [1, *dilation], transposed, [0, *output_padding], groups,
+        )  # fmt: skip
+        return y.squeeze(2)
+    reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    x = x.permute(0, 2, 3, 1)
+    if transposed:
+        for axis in (1, 2):
+            x = _spread(x, axis, stride[axis - 1])
+        before = [r - p for r, p in zip(reach, padding, strict=True)]
+        # the last zeros that were spread in are surplus
+        after = [
+            b + extra - (s - 1) for b, extra, s in zip(before, output_padding, stride, strict=True)
+        ]
+        stride = [1, 1]
+        weight = weight.flip((2, 3)).reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+        weight = weight.reshape(-1, weight.shape[2], *weight.shape[3:])
+    else:
+        before = after = list(padding)
+    for axis in (1, 2):
+        x = _resize(x, axis, before[axis - 1], after[axis - 1])
+    if weight.shape[1] == 1 and groups > 1:
+        y = _depthwise(x, weight, stride, dilation)
+    elif groups > 1:
+        c_in, c_out = weight.shape[1], weight.shape[0] // groups
+        parts = [
+            _dense(
+                x.narrow(3, g * c_in, c_in), weight.narrow(0, g * c_out, c_out), stride, dilation
+            )
+            for g in range(groups)
+        ]
+        y = torch.cat(parts, 3)
+    else:
+        y = _dense(x, weight, stride, dilation)
+    if bias is not None:
+        y = y + bias
+    return y.permute(0, 3, 1, 2)
+
+
+def _dense(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> Tensor:
+    """Convolution of a padded input (N, H, W, C) without groups; also channels last."""
+    c_out, c_in, rows, columns = weight.shape
+    out = _out_size(x, weight, stride, dilation)
+    shifted = [
+        _window(x, 2, j * dilation[1], out[1], stride[1]) for j in range(columns)
+    ]  # each (N, H, OW, C)
+    wide = _cat(shifted, 3)
+    by_row = weight.permute(0, 2, 3, 1).reshape(c_out, rows, columns * c_in)
+    products = [
+        linear(
+            _window(wide, 1, i * dilation[0], out[0], stride[0]),
+            by_row[:, i : i + 1].reshape(c_out, columns * c_in),
+        )
+        for i in range(rows)
+    ]
+    return _sum(products)
+
+
+def _depthwise(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> Tensor:
+    """Convolution of a padded input (N, H, W, C) with weights (C * M, 1, KH, KW)."""
+    channels, (rows, columns) = x.shape[3], weight.shape[2:]
+    out = _out_size(x, weight, stride, dilation)
+    # (KH * KW, M, C): the outputs of a channel are M passes over the channels
+    passes = weight.reshape(channels, -1, rows * columns).permute(2, 1, 0)
+    windows = [
+        _window(
+            _window(x, 2, j * dilation[1], out[1], stride[1]),
+            1, i * dilation[0], out[0], stride[0],
+        )
+        for i, j in itertools.product(range(rows), range(columns))
+    ]  # fmt: skip
+    results = [
+        _sum([w * passes[k : k + 1, m : m + 1] for k, w in enumerate(windows)]).unsqueeze(4)
+        for m in range(passes.shape[1])
+    ]
+    return _cat(results, 4).reshape(x.shape[0], *out, -1)
+
+
+def _out_size(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> list[int]:
+    return [
+        (x.shape[1 + i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+
+
+def _window(x: Tensor, axis: int, start: int, size: int, step: int) -> Tensor:
+    """``size`` elements of an axis from ``start`` on, ``step`` apart, with steps of 1 only.
+
+    The axis is folded into rows of ``step`` elements, of which one column is what is wanted.
+    """
+    if step == 1:
+        whole = start == 0 and size == x.shape[axis]
+        return x if whole else x.narrow(axis, start, size)
+    first, column = divmod(start, step)
+    missing = (first + size) * step - x.shape[axis]
+    x = _resize(x, axis, 0, missing)
+    folded = x.reshape(*x.shape[:axis], first + size, step, *x.shape[axis + 1 :])
+    picked = folded.narrow(axis + 1, column, 1).squeeze(axis + 1)
+    return picked.narrow(axis, first, size) if first else picked
+
+
+def _spread(x: Tensor, axis: int, step: int) -> Tensor:
+    """Put ``step - 1`` zeros behind every element of an axis."""
+    if step == 1:
+        return x
+    apart = _resize(x.unsqueeze(axis + 1), axis + 1, 0, step - 1)
+    return apart.reshape(*x.shape[:axis], x.shape[axis] * step, *x.shape[axis + 1 :])
+
+
+def _resize(x: Tensor, axis: int, before: int, after: int) -> Tensor:
+    """Add zeros at both ends of an axis, or crop where a number is negative."""
+    if before < 0 or after < 0:
+        start = max(-before, 0)
+        x = x.narrow(axis, start, x.shape[axis] - start - max(-after, 0))
+    if before > 0 or after > 0:
+        pad = [0, 0] * (x.dim() - 1 - axis) + [max(before, 0), max(after, 0)]
+        x = aten.constant_pad_nd.default(x, pad, 0.0)
+    return x
+
+
+def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
+
+
+def slice_(
+    x: Tensor, axis: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """A slice with a step above 1, of an axis of known length."""
+    length = x.shape[axis]
+    if step == 1 or not isinstance(length, int) or not x.is_floating_point():
+        raise Declined
+    first, last, _ = slice(start, end).indices(length)
+    size = len(range(first, last, step))
+    if size == 0:
+        raise Declined
+    # what lies behind the last row of the fold would be padded for nothing
+    stop = min(length, (first // step + size) * step)
+    return _window(x.narrow(axis, 0, stop), axis % x.dim(), first, size, step)
+
+
+# sums
+
+
+def sum_(
+    x: Tensor, dims: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """A sum as a product with ones: over the last dimensions, over the first, or over both."""
+    return _reduce(x, dims, keepdim, dtype, mean=False)
+
+
+def mean(
+    x: Tensor, dims: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """A mean as a product with a constant, over the last dimensions."""
+    return _reduce(x, dims, keepdim, dtype, mean=True)
+
+
+def _reduce(x: Tensor, dims: list[int] | None, keepdim: bool, dtype: Any, mean: bool) -> Tensor:
+    wanted = sorted(d % x.dim() for d in dims) if dims else list(range(x.dim()))
+    if x.dtype != torch.float32 or dtype not in (None, x.dtype) or x.dim() == 0:
+        raise Declined
+    head = 0
+    while head in wanted:
+        head += 1
+    tail = x.dim()
+    while tail > head and tail - 1 in wanted:
+        tail -= 1
+    lasting = x.shape[head:tail]
+    rest = x.shape[tail:]
+    if wanted != [*range(head), *range(tail, x.dim())] or not all(_fixed(n) for n in rest):
+        raise Declined
+    if mean and head:
+        raise Declined
+    kept = [1 if d in wanted else n for d, n in enumerate(x.shape)]
+    y = x
+    if rest:
+        n = math.prod(rest)
+        weights = torch.full((1, n), 1 / n if mean else 1.0, device=x.device)
+        y = linear(y.reshape(-1, n), weights)
+    if head:
+        columns = math.prod(lasting)
+        if not _fixed(columns):
+            raise Declined
+        rows = math.prod(x.shape[:head])
+        y = torch.bmm(torch.ones((1, 1, rows), device=x.device), y.reshape(1, rows, columns))
+    return y.reshape(kept if keepdim else lasting)
+
+
+def _fixed(size: Size) -> bool:
+    return isinstance(size, int)
+
+
+# elementwise functions
+
+
+def erf(x: Tensor) -> Tensor:
+    """The error function by the one in GELU: ``gelu(a) / a = (1 + erf(a / √2)) / 2``.
+
+    Taken at ``|x|``, away from zero, and given the sign of ``x``. The floor of 1e-6 is within
+    rounding of 1, which all uses add to it.
+    """
+    size = (x.abs() * math.sqrt(2)).clamp(min=1e-6)
+    positive: Tensor = aten.gelu.default(size) / size * 2 - 1
+    return positive * (x * 1e30).clamp(-1.0, 1.0)
+
+
+_RULES: dict[Any, Callable[..., Tensor]] = {
+    aten.mm.default: mm,
+    aten.addmm.default: addmm,
+    aten.convolution.default: convolution,
+    aten.slice.Tensor: slice_,
+    aten.sum.dim_IntList: sum_,
+    aten.mean.dim: mean,
+    aten.erf.default: erf,
+}
+
+
+# the graph
+
+
+def rewrite(program: ExportedProgram) -> ExportedProgram:
+    """A copy of ``program`` with every rewrite applied; its inputs, outputs and constants stay."""
+    module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    graph = module.graph
+    mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
+    assert isinstance(mode, FakeTensorMode)
+    constants = _constants(program)
+    _drop_copies(graph)
+    _use_linear(graph, mode)
+    for node in list(graph.nodes):
+        _use_masks(node, graph, mode)
+        _round_late(node, graph, mode)
+    for node in list(graph.nodes):
+        rule = _RULES.get(node.target) if node.op == "call_function" else None
+        if rule is not None and not _native(node, constants):
+            _replace(node, rule, node.args, node.kwargs, graph, mode)
+    _use_views(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return program._update(module, _signature(program, graph))
+
+
+def _signature(program: ExportedProgram, graph: fx.Graph) -> ExportGraphSignature:
+    """The signature of ``program``, which knows outputs by the names of their nodes."""
+    signature = program.graph_signature
+    nodes = cast(tuple[fx.Node, ...], graph.output_node().args[0])
+    outputs = [
+        dataclasses.replace(spec, arg=TensorArgument(name=node.name))
+        for spec, node in zip(signature.output_specs, nodes, strict=True)
+    ]
+    return ExportGraphSignature(signature.input_specs, outputs)
+
+
+def _constants(program: ExportedProgram) -> set[str]:
+    """Names of the placeholders that are no inputs."""
+    signature = program.graph_signature
+    return {
+        *signature.inputs_to_parameters,
+        *signature.inputs_to_buffers,
+        *signature.inputs_to_lifted_tensor_constants,
+    }
+
+
+def _native(node: fx.Node, constants: set[str]) -> bool:
+    """Whether XNNPACK takes this convolution as it is: its weight and bias are constants."""
+    if node.target is not aten.convolution.default:
+        return False
+    return all(n is None or cast(fx.Node, n).name in constants for n in node.args[1:3])
+
+
+def _replace(
+    node: fx.Node,
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    graph: fx.Graph,
+    mode: FakeTensorMode,
+) -> None:
+    """Put the operators that ``function`` runs in the place of ``node``, unless it declines."""
+    leaves, layout = torch.utils._pytree.tree_flatten((args, kwargs))
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+
+    def run(*values: Any) -> Any:
+        given = list(leaves)
+        for place, value in zip(places, values, strict=True):
+            given[place] = value
+        a, k = torch.utils._pytree.tree_unflatten(given, layout)
+        return function(*a, **k)
+
+    try:
+        # before dispatch, where linear and reshape are still operators
+        with mode, enable_python_dispatcher(), torch.no_grad():
+            traced = make_fx(run, pre_dispatch=True)(*(node.meta["val"] for node in nodes))
+    except Declined:
+        return
+    values: dict[fx.Node, Any] = {}
+    given = iter(nodes)
+    with graph.inserting_before(node):
+        for part in traced.graph.nodes:
+            if part.op == "placeholder":
+                values[part] = next(given)
+            elif part.op == "output":
+                result = values[part.args[0]]
+            else:
+                values[part] = graph.node_copy(part, lambda n: values[n])
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """Remove clones, and expansions that broadcasting makes superfluous."""
+    elementwise = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
+    outputs = set(graph.output_node().all_input_nodes)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node in outputs:
+            continue
+        if node.target is aten.clone.default:
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.expand.default:
+            source, shape = node.args[0], list(node.meta["val"].shape)
+            if list(source.meta["val"].shape) == shape or all(
+                user.target in elementwise
+                and any(
+                    n is not node and list(n.meta["val"].shape) == shape
+                    for n in user.all_input_nodes
+                )
+                for user in node.users
+            ):
+                node.replace_all_uses_with(source)
+
+
+def _use_linear(graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """``mm`` and ``addmm`` with a transposed second factor become ``linear``."""
+    for node in list(graph.nodes):
+        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            continue
+        *bias, a, b = node.args
+        vector = all(n.meta["val"].shape == node.meta["val"].shape[1:] for n in bias)
+        if vector and b.target is aten.permute.default and list(b.args[1]) == [1, 0]:
+            _replace(node, aten.linear.default, (a, b.args[0], *bias), {}, graph, mode)
+
+
+def _use_masks(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """The gradient of ReLU, ``where(x <= 0, 0, g)``, as ``g`` times a mask of zeros and ones."""
+    if node.target is not aten.where.self:
+        return
+    condition, zero, gradient = (cast(fx.Node, n) for n in node.args)
+    if condition.target is not aten.le.Scalar or condition.args[1] != 0:
+        return
+    if zero.target is not aten.scalar_tensor.default or zero.args[0] != 0:
+        return
+
+    def masked(x: Tensor, g: Tensor) -> Tensor:
+        return g * x.ceil().clamp(0.0, 1.0)
+
+    _replace(node, masked, (condition.args[0], gradient), {}, graph, mode)
+
+
+_MAGIC = 1.5 * 2**23
+"""Added to a small float32, it leaves no bits behind the point: the sum is rounded half to even."""
+
+
+def _round_late(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """``clamp(round(x), -n, n)`` for a small integer n: clamp first, then round by an addition."""
+    if node.target is not aten.clamp.default:
+        return
+    inner = cast(fx.Node, node.args[0])
+    bounds = node.args[1:]
+    if inner.target is not aten.round.default or len(bounds) != 2:
+        return
+    if not all(isinstance(b, int | float) and b == int(b) and abs(b) < 2**22 for b in bounds):
+        return
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.clamp(float(bounds[0]), float(bounds[1])) + _MAGIC - _MAGIC  # type: ignore[arg-type]
+
+    _replace(node, rounded, (inner.args[0],), {}, graph, mode)
+
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_SQUEEZES = (aten.squeeze.dims, aten.squeeze.dim, aten.unsqueeze.default)
+
+
+def _use_views(graph: fx.Graph) -> None:
+    """What only changes the shape becomes a reshape, a single symbolic dimension of it -1.
+
+    Not a view: where a clone was dropped, strides may not allow one.
+    """
+    for node in list(graph.nodes):
+        if node.target not in (*_VIEWS, *_SQUEEZES):
+            continue
+        shape = list(node.meta["val"].shape)
+        symbolic = [i for i, n in enumerate(shape) if not isinstance(n, int)]
+        if len(symbolic) <= 1:
+            for i in symbolic:
+                shape[i] = -1
+            node.target, node.args = aten.reshape.default, (node.args[0], shape)
+        elif node.target in _VIEWS:  # its own arguments say how the symbols are computed
+            node.target = aten.reshape.default
