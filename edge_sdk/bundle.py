@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,28 @@ try:
 except ImportError:  # not on Windows, where devices do not share a cache
     fcntl = None  # type: ignore[assignment]
 
-from edge_sdk.errors import BundleError
+from edge_sdk.errors import BundleError, ProtocolError
+from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest format."""
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 GRAPHS = ("predict", "train", "forward")
-ROLES = ("state", "batch", "hyper", "packed", "result")
+KINDS = ("parameter", "statistic", "slot")
+ROLES = ("state", "batch", "hyper", "seed", "packed", "result")
 
 
 def sha256(data: bytes) -> str:
     """Hexadecimal sha256."""
     return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(fields: dict[str, Any]) -> bytes:
+    """JSON in ASCII, keys sorted, no spaces: the same fields give the same bytes."""
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,9 @@ class Port:
 
     Attributes:
         spec: name, dtype and shape.
-        role: ``state`` (trainable tensors and optimizer slots), ``batch`` (x and y), ``hyper``
-            (scalars of the optimizer), ``packed`` (a part of the packed activations) or
-            ``result`` (loss, correct, logits).
+        role: ``state`` (trainable tensors, statistics, optimizer slots), ``batch`` (x and y),
+            ``hyper`` (scalars of the optimizer), ``seed`` (of dropout), ``packed`` (a part of the
+            packed activations) or ``result`` (loss, correct, logits).
     """
 
     spec: TensorSpec
@@ -59,16 +67,27 @@ class Port:
 
 @dataclass(frozen=True)
 class Graph:
-    """A step graph: where its file is, and what goes in and comes out, in order."""
+    """A step graph: where its file is, and what goes in and comes out, in order.
+
+    For ``executorch`` all graphs are methods of one file, each called as its graph is.
+    ``constants`` names the frozen tensors that the file refers to.
+    """
 
     blob: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A tensor of the state. ``parameter`` travels to the hub, ``slot`` stays on the device."""
+    """A tensor of the state.
+
+    Attributes:
+        spec: name, dtype and shape.
+        kind: ``parameter`` and ``statistic`` (of a batch norm) travel to the hub, ``slot`` (of the
+            optimizer) stays on the device and starts each round at zero.
+    """
 
     spec: TensorSpec
     kind: str
@@ -79,28 +98,60 @@ class StateSpec:
 
 
 @dataclass(frozen=True)
+class Constants:
+    """Frozen tensors of a layer, one after the other in a blob that every graph refers to.
+
+    In an ONNX file they are external data whose ``location`` is the blob's name, so a folder of
+    blobs is all that a stock runtime needs.
+
+    Attributes:
+        blob: raw little-endian tensors, each at its offset.
+        tensors: name, dtype and shape of each.
+        offsets: where each begins, in bytes.
+    """
+
+    blob: str
+    tensors: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]
+
+    def open(self, data: bytes) -> dict[str, Array]:
+        """The tensors by name, views into ``data``."""
+        return {
+            spec.name: np.frombuffer(
+                data, DTYPES[spec.dtype], count=math.prod(map(int, spec.shape)), offset=offset
+            ).reshape([int(n) for n in spec.shape])
+            for spec, offset in zip(self.tensors, self.offsets, strict=True)
+        }
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The manifest of one tier's bundle.
 
     Attributes:
         tier: name of the tier.
         cut: cut layer: the device holds the stem and blocks ``0..cut-1``.
-        runtime: what runs the graphs (``onnx``).
-        classes: number of classes; labels are ``0..classes-1``.
+        runtime: what runs the graphs, ``onnx`` or ``executorch``.
+        task: ``classes`` (a label per example) or ``tokens`` (a label per position; -1 for none).
+        classes: number of classes, or of tokens; labels are ``0..classes-1``.
+        limits: largest size of ``batch`` and ``seq`` that the graphs take, where there is one.
         heads: auxiliary heads that the device holds, shallowest first.
         optimizer: ``sgd`` or ``adamw``.
         codec: name of the codec of the activations.
         packed: the tensors of packed activations, as they travel.
         state: the state, in the order in which graphs take it.
         graphs: step graphs by name.
-        initial_state: blob with the initial parameters.
+        initial_state: blob with the initial parameters and statistics.
+        constants: frozen tensors by layer, for graphs that do not hold them.
         blobs: size in bytes of every blob, by sha256.
     """
 
     tier: str
     cut: int
     runtime: str
+    task: str
     classes: int
+    limits: dict[str, int]
     heads: tuple[str, ...]
     optimizer: str
     codec: str
@@ -108,12 +159,13 @@ class Manifest:
     state: tuple[StateSpec, ...]
     graphs: dict[str, Graph]
     initial_state: str
+    constants: tuple[Constants, ...]
     blobs: dict[str, int]
 
     @property
-    def parameters(self) -> tuple[TensorSpec, ...]:
-        """The state tensors that are trained and exchanged with the hub."""
-        return tuple(entry.spec for entry in self.state if entry.kind == "parameter")
+    def exchanged(self) -> tuple[TensorSpec, ...]:
+        """The state tensors that travel: parameters and statistics."""
+        return tuple(entry.spec for entry in self.state if entry.kind != "slot")
 
     @property
     def x(self) -> TensorSpec:
@@ -123,7 +175,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Canonical JSON: the same manifest gives the same bytes."""
         body = {"format": FORMAT, **asdict(self)}
-        return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+        return canonical_json(body)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
@@ -134,7 +186,7 @@ class Manifest:
         """
         try:
             raw = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError("the manifest is not JSON; export the bundle again") from error
         if not isinstance(raw, dict) or "format" not in raw:
             raise BundleError("the manifest has no format number; export the bundle again")
@@ -148,14 +200,17 @@ class Manifest:
                 tier=str(raw["tier"]),
                 cut=int(raw["cut"]),
                 runtime=str(raw["runtime"]),
+                task=str(raw["task"]),
                 classes=int(raw["classes"]),
+                limits={str(name): int(size) for name, size in raw["limits"].items()},
                 heads=tuple(raw["heads"]),
                 optimizer=str(raw["optimizer"]),
                 codec=str(raw["codec"]),
                 packed=tuple(_spec(part) for part in raw["packed"]),
-                state=tuple(StateSpec(_spec(e["spec"]), str(e["kind"])) for e in raw["state"]),
+                state=tuple(_state(entry) for entry in raw["state"]),
                 graphs={name: _graph(graph) for name, graph in raw["graphs"].items()},
                 initial_state=str(raw["initial_state"]),
+                constants=tuple(_constants(entry) for entry in raw["constants"]),
                 blobs={str(name): int(size) for name, size in raw["blobs"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -163,7 +218,8 @@ class Manifest:
         for name in manifest.blobs:
             if not _HASH.fullmatch(name):  # it becomes a file name
                 raise BundleError(f"the manifest names a blob {name[:80]!r}, which is no sha256")
-        for name in (manifest.initial_state, *(g.blob for g in manifest.graphs.values())):
+        used = [g.blob for g in manifest.graphs.values()] + [c.blob for c in manifest.constants]
+        for name in (manifest.initial_state, *used):
             if name not in manifest.blobs:
                 raise BundleError(f"the manifest does not list its blob {name[:80]!r}")
         for name in GRAPHS:
@@ -176,7 +232,22 @@ def _spec(raw: dict[str, Any]) -> TensorSpec:
     if raw["dtype"] not in DTYPES:
         raise ValueError(f"dtype {raw['dtype']!r} of {raw['name']}")
     shape = tuple(n if isinstance(n, str) else int(n) for n in raw["shape"])
+    if any(isinstance(n, int) and n < 0 for n in shape):
+        raise ValueError(f"shape {list(shape)} of {raw['name']}")
     return TensorSpec(str(raw["name"]), str(raw["dtype"]), shape)
+
+
+def _state(raw: dict[str, Any]) -> StateSpec:
+    if raw["kind"] not in KINDS:
+        raise ValueError(f"state of kind {raw['kind']!r}")
+    return StateSpec(_spec(raw["spec"]), raw["kind"])
+
+
+def _constants(raw: dict[str, Any]) -> Constants:
+    tensors, offsets = raw["tensors"], raw["offsets"]
+    if len(tensors) != len(offsets):
+        raise ValueError("constants with and without an offset")
+    return Constants(str(raw["blob"]), tuple(map(_spec, tensors)), tuple(map(int, offsets)))
 
 
 def _graph(raw: dict[str, Any]) -> Graph:
@@ -186,7 +257,8 @@ def _graph(raw: dict[str, Any]) -> Graph:
                 raise ValueError(f"role {entry['role']!r}")
         return tuple(Port(_spec(entry["spec"]), entry["role"]) for entry in entries)
 
-    return Graph(str(raw["blob"]), ports(raw["inputs"]), ports(raw["outputs"]))
+    constants = tuple(map(str, raw["constants"]))
+    return Graph(str(raw["blob"]), ports(raw["inputs"]), ports(raw["outputs"]), constants)
 
 
 def verify_blob(name: str, data: bytes) -> bytes:
@@ -292,8 +364,38 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A manifest with the blobs of its graphs and initial state, all verified."""
+    """A manifest with its blobs, all verified.
+
+    Attributes:
+        manifest: the manifest.
+        graphs: the file of each graph.
+        initial_state: parameters and statistics to start from.
+        constants: frozen tensors by name.
+    """
 
     manifest: Manifest
     graphs: dict[str, bytes]
     initial_state: dict[str, Array]
+    constants: dict[str, Array] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, manifest: Manifest, read: Callable[[str], bytes]) -> Bundle:
+        """Put a bundle together from verified blobs.
+
+        Args:
+            manifest: the manifest.
+            read: the verified content of a blob by its name; called once for each.
+
+        Raises:
+            BundleError: a blob does not hold what the manifest says.
+        """
+        blobs = {name: read(name) for name in manifest.blobs}
+        try:
+            return cls(
+                manifest,
+                {name: blobs[graph.blob] for name, graph in manifest.graphs.items()},
+                unpack_tensors(blobs[manifest.initial_state]),
+                {n: t for c in manifest.constants for n, t in c.open(blobs[c.blob]).items()},
+            )
+        except (ProtocolError, ValueError) as error:
+            raise BundleError(f"a blob of the bundle is damaged ({error}); export again") from error

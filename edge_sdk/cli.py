@@ -31,6 +31,7 @@ class DeviceConfig:
     data: Path | None = None
     evaluate: Path | None = None
     cache: Path = DEFAULT_CACHE
+    trust: list[str] | None = None
     threads: int = 1
     patience_s: float = 60.0
 
@@ -53,6 +54,10 @@ def device(
         Path | None, typer.Option(help=".npz with x and y to measure accuracy on at the end.")
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps bundles.")] = None,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(help="Public key or .pub file that must have signed the bundle; repeatable."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")] = None,
     patience_s: Annotated[
         float | None, typer.Option(help="Seconds to go on trying to reach the hub.")
@@ -64,7 +69,8 @@ def device(
     """Join a hub, train on local data until the job is over, and measure the result."""
     given = {
         "url": url, "token": token, "tier": tier, "data": data,
-        "evaluate": evaluate, "cache": cache, "threads": threads, "patience_s": patience_s,
+        "evaluate": evaluate, "cache": cache, "trust": trust or None, "threads": threads,
+        "patience_s": patience_s,
     }  # fmt: skip
     raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
     raw |= {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
@@ -99,6 +105,7 @@ async def _run(
         tier=settings.tier,
         data=data,
         cache=settings.cache,
+        trust=settings.trust,
         threads=settings.threads,
         patience_s=settings.patience_s,
     )

@@ -71,6 +71,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{where} must be a table")
         return {key: _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} must be a list")
+        return [_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is typing.Literal:
         if value not in args:
             raise ConfigError(f"{where} is {value!r}, must be one of {', '.join(map(str, args))}")

@@ -20,7 +20,8 @@ class Examples:
 
     Attributes:
         x: inputs (examples, ...), dtype and shape as the model takes them.
-        y: labels (examples,), integers ``0..classes-1``.
+        y: labels (examples,), integers ``0..classes-1``; or (examples, positions) for a model of
+            tokens, where -1 says that a position does not count.
     """
 
     x: Array
@@ -28,6 +29,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @property
+    def labels(self) -> int:
+        """Number of labels that count."""
+        return int((self.y >= 0).sum())
 
     @classmethod
     def from_npz(cls, path: str | Path) -> Examples:
@@ -49,18 +55,27 @@ class Examples:
             DataError: no examples, or shape, dtype or labels that do not fit the model.
         """
         spec = manifest.x
-        if len(self.x) == 0 or self.x.shape[1:] != spec.shape[1:]:
+        if len(self.x) == 0 or not _matches(self.x.shape[1:], spec.shape[1:]):
             raise DataError(f"x has shape {list(self.x.shape)}, the model takes {list(spec.shape)}")
-        if self.y.shape != (len(self.x),) or self.y.dtype.kind not in "iu":
+        longest = manifest.limits.get("seq")
+        if longest is not None and self.x.shape[1] > longest:
+            raise DataError(
+                f"texts of {self.x.shape[1]} tokens; the bundle takes {longest} at most"
+            )
+        shape = self.x.shape if manifest.task == "tokens" else self.x.shape[:1]
+        if self.y.shape != shape or self.y.dtype.kind not in "iu":
             raise DataError(
                 f"y has shape {list(self.y.shape)} and dtype {self.y.dtype}; "
-                f"it must hold {len(self.x)} integer labels"
+                f"it must hold integer labels of shape {list(shape)}"
             )
-        if self.y.min() < 0 or self.y.max() >= manifest.classes:
+        lowest = -1 if manifest.task == "tokens" else 0
+        if self.y.min() < lowest or self.y.max() >= manifest.classes:
             raise DataError(
                 f"labels reach from {self.y.min()} to {self.y.max()}, "
                 f"the model has the classes 0 to {manifest.classes - 1}"
             )
+        if self.labels == 0:
+            raise DataError("no position has a label: all of y is -1")
         dtype = DTYPES[spec.dtype]
         if self.x.dtype != dtype and not np.can_cast(self.x.dtype, dtype, "same_kind"):
             raise DataError(f"x is {self.x.dtype}, the model takes {spec.dtype}")
@@ -75,3 +90,10 @@ class Examples:
         for start in range(0, len(self), size):
             rows = order[start : start + size]
             yield Examples(self.x[rows], self.y[rows])
+
+
+def _matches(shape: tuple[int, ...], want: tuple[int | str, ...]) -> bool:
+    """Whether a shape is as wanted; a symbol may be any size but zero."""
+    return len(shape) == len(want) and all(
+        size > 0 if isinstance(n, str) else size == n for size, n in zip(shape, want, strict=True)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from edge_sdk.protocol.messages import (
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.session import Session, SessionLost
+from edge_sdk.signing import check, read_trust
 
 DEFAULT_CACHE = Path.home() / ".cache" / "cutlayer"
 
@@ -91,11 +92,13 @@ class Device:
         tier: str | None,
         data: Examples | None,
         cache: Path,
+        trust: Iterable[str | Path] | None,
         may_train: MayTrain | None,
         threads: int,
         patience_s: float,
     ) -> None:
         self._data, self._may_train = data, may_train
+        self._trust = read_trust(trust)
         self._store = BlobStore(cache)
         self._threads = threads
         self._learner: Learner | None = None
@@ -110,6 +113,7 @@ class Device:
         data: Examples | None = None,
         tier: str | None = None,
         cache: str | Path = DEFAULT_CACHE,
+        trust: Iterable[str | Path] | None = None,
         may_train: MayTrain | None = None,
         threads: int = 1,
         patience_s: float = 60.0,
@@ -123,6 +127,8 @@ class Device:
             tier: the tier whose bundle the device can carry; the one that the token was issued
                 for if not given.
             cache: folder for bundles, so that they are fetched once.
+            trust: public keys, each 64 hex digits or a ``.pub`` file, one of which must have
+                signed the bundle; without them an unsigned bundle is taken, too.
             may_train: asked before each round whether the device may train now.
             threads: threads of the runtime.
             patience_s: how long to go on trying to (re)connect, in seconds.
@@ -130,7 +136,9 @@ class Device:
         Raises:
             HubError: the hub refused the device (token, tier, protocol version).
             LinkClosed: the hub could not be reached for ``patience_s``.
-            BundleError: the bundle is damaged or cannot be run here.
+            BundleError: the bundle is damaged, not signed by a key in ``trust``, or cannot be run
+                here.
+            ConfigError: ``trust`` is empty, or one of it is no public key.
             DataError: the examples do not fit the model.
         """
         device = cls(
@@ -139,6 +147,7 @@ class Device:
             tier=tier,
             data=data,
             cache=Path(cache),
+            trust=trust,
             may_train=may_train,
             threads=threads,
             patience_s=patience_s,
@@ -339,18 +348,16 @@ class Device:
 
     async def _load_bundle(self, name: str) -> None:
         """Fetch the manifest called ``name`` and its blobs, verify them, load the runtime."""
-        manifest = Manifest.from_bytes(await self._fetch_blob(name))
+        data = await self._fetch_blob(name)
+        manifest = Manifest.from_bytes(data)
+        check(data, self._trust)
         tier = self._connection.welcome.tier
         if manifest.tier != tier:
             raise BundleError(f"the hub sent the bundle of {manifest.tier!r} for tier {tier!r}")
         blobs = {name: await self._fetch_blob(name) for name in manifest.blobs}
         if self._data is not None:
             self._data = self._data.fitted(manifest)
-        bundle = Bundle(
-            manifest,
-            {name: blobs[graph.blob] for name, graph in manifest.graphs.items()},
-            unpack_tensors(blobs[manifest.initial_state]),
-        )
+        bundle = Bundle.open(manifest, blobs.__getitem__)
         runtime = await asyncio.to_thread(load_runtime, bundle, self._threads)
         self._learner = Learner(manifest, runtime)
 

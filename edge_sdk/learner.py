@@ -12,6 +12,9 @@ from edge_sdk.data import Examples
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 
+MAX_SEED = 2**31 - 70
+"""Seeds of dropout are below this: the prime that masks are computed with is just above it."""
+
 Emit = Callable[[int, dict[str, Array], Array], None]
 """Takes a batch number, its packed activations and its labels; may block to slow training down."""
 
@@ -34,7 +37,7 @@ class LocalResult:
     Attributes:
         parameters: the trained parameters by name.
         samples: number of local examples.
-        metrics: ``loss`` and ``accuracy`` of the last epoch, before each step, weighted by rows.
+        metrics: ``loss`` and ``accuracy`` of the last epoch, before each step, weighted by labels.
     """
 
     parameters: dict[str, Array]
@@ -67,22 +70,28 @@ class Learner:
         runtime, rng = self.runtime, np.random.default_rng(plan.seed)
         runtime.set_state(state)
         hyper = {name: np.asarray(value, np.float32) for name, value in plan.hyper.items()}
+        seeded = any(port.role == "seed" for port in self.manifest.graphs["train"].inputs)
+        size = min(plan.batch_size, self.manifest.limits.get("batch", plan.batch_size))
         if plan.activations == "forward":
-            for number, batch in enumerate(data.batches(plan.batch_size, rng)):
+            for number, batch in enumerate(data.batches(size, rng)):
                 emit(number, runtime.run("forward", {"x": batch.x}), batch.y)
         loss = correct = 0.0
         for epoch in range(plan.epochs):
             loss = correct = 0.0
-            for number, batch in enumerate(data.batches(plan.batch_size, rng)):
-                outputs = runtime.run("train", {"x": batch.x, "y": batch.y, **hyper})
-                loss += float(outputs.pop("loss")) * len(batch)
+            for number, batch in enumerate(data.batches(size, rng)):
+                seed = {"seed": np.asarray(rng.integers(MAX_SEED))} if seeded else {}
+                outputs = runtime.run("train", {"x": batch.x, "y": batch.y, **hyper, **seed})
+                loss += float(outputs.pop("loss")) * batch.labels
                 correct += float(outputs.pop("correct"))
                 if epoch == 0 and plan.activations == "train":
                     emit(number, outputs, batch.y)
-        metrics = {"loss": loss / len(data), "accuracy": correct / len(data)}
+        metrics = {"loss": loss / data.labels, "accuracy": correct / data.labels}
         return LocalResult(runtime.get_state(), len(data), metrics)
 
     def predict(self, x: Array) -> tuple[Array, dict[str, Array]]:
-        """Logits (heads, batch, classes) of the device's heads, and the packed activations."""
+        """Logits of the device's heads, and the packed activations.
+
+        Logits are (heads, batch, classes), or (heads, batch, positions, vocabulary).
+        """
         outputs = self.runtime.run("predict", {"x": x})
         return outputs.pop("logits"), outputs

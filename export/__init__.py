@@ -9,16 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edge_sdk.index import BundleIndex
     from export.errors import ExportError
     from export.split import SplitModel
-    from export.writer import BundleIndex, Tier, export_bundles
+    from export.writer import Tier, export_bundles
 
 __all__ = ["BundleIndex", "ExportError", "SplitModel", "Tier", "export_bundles"]
 
 _HOME = {
     "ExportError": "export.errors",
     "SplitModel": "export.split",
-    "BundleIndex": "export.writer",
+    "BundleIndex": "edge_sdk.index",
     "Tier": "export.writer",
     "export_bundles": "export.writer",
 }

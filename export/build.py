@@ -1,32 +1,64 @@
-"""Models by import path, as commands and configuration files name them."""
+"""Models by name, as commands and configuration files give them."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from edge_sdk.errors import ConfigError
+from export.lora import Lora, add_lora
 from export.split import SplitModel
 
 
-def build_model(path: str | None) -> SplitModel:
-    """Build the model from ``module:function``.
+def build_model(source: str | None, lora: Lora | None = None) -> SplitModel:
+    """Build a model.
+
+    Args:
+        source: ``module:function`` that returns a SplitModel; or a model of transformers: its
+            folder, or a ``config.json`` for random weights.
+        lora: freeze the model and adapt it.
 
     Raises:
-        ConfigError: there is no such function, or it does not return a SplitModel.
+        ConfigError: there is no such function, file or folder, or no SplitModel comes of it.
+        ExportError: the model of transformers cannot be used.
     """
-    if path is None:
+    if source is None:
         raise ConfigError("the bundles do not say how to build the model; set model in hub.toml")
-    module_name, _, function = path.partition(":")
+    module, colon, function = source.partition(":")
+    if Path(source).exists() or not colon:
+        if not Path(source).exists():
+            raise ConfigError(
+                f"there is no model {source!r}: give a folder, a config.json or MODULE:FUNCTION"
+            )
+        from export.adapters import from_transformers
+
+        adapted = from_transformers(source)
+        if lora is not None:
+            add_lora(adapted, lora, adapted.origin.config.model_type)
+        return adapted
+    model = _call(source, module, function)
+    return model if lora is None else add_lora(model, lora)
+
+
+def _call(source: str, module: str, function: str) -> SplitModel:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the module may stand in the folder that the command runs in
     try:
-        build = getattr(importlib.import_module(module_name), function)
+        build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"cannot import the model {path!r} ({error}); give it as MODULE:FUNCTION"
+            f"cannot import the model {source!r} ({error}); give it as MODULE:FUNCTION"
         ) from error
     model = build()
     if not isinstance(model, SplitModel):
-        raise ConfigError(f"{path} returned a {type(model).__name__}, must be a SplitModel")
+        raise ConfigError(f"{source} returned a {type(model).__name__}, must be a SplitModel")
     return model
+
+
+def model_of(index_model: str | None, extra: Mapping[str, Any], override: str | None) -> SplitModel:
+    """The model that bundles were exported from, as their index says."""
+    lora = Lora(**extra["lora"]) if extra.get("lora") else None
+    return build_model(override or index_model, lora)

@@ -2,90 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from edge_sdk import config
+from export.tiers import TiersConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from edge_sdk.index import BundleIndex
 
-    from export.writer import BundleIndex
-
-
-@dataclasses.dataclass(frozen=True)
-class TierTable:
-    """A tier in ``tiers.toml``: its cut, and how its activations are packed."""
-
-    cut: int
-    codec: str = "int8"
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportConfig:
-    """What ``tiers.toml`` may say.
-
-    Attributes:
-        classes: number of classes.
-        input_shape: shape of one input, without the batch.
-        input_dtype: ``float32``, or ``int64`` for token ids.
-        input_high: integers are below this.
-        optimizer: what the training graphs update with.
-        tiers: tiers by name.
-    """
-
-    classes: int
-    input_shape: list  # type: ignore[type-arg]
-    tiers: dict[str, TierTable]
-    input_dtype: Literal["float32", "int64"] = "float32"
-    input_high: int = 2
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-
-    def __post_init__(self) -> None:
-        if not all(type(n) is int and n > 0 for n in self.input_shape):
-            raise ValueError("input_shape must be a list of positive integers")
-
-    def example(self) -> Tensor:
-        """Random inputs of the configured kind."""
-        import torch
-
-        generator = torch.Generator().manual_seed(0)
-        shape = (8, *self.input_shape)
-        if self.input_dtype == "float32":
-            return torch.randn(shape, generator=generator)
-        return torch.randint(self.input_high, shape, generator=generator)
+MODEL_HELP = (
+    "A model of transformers (its folder, or a config.json for random weights), or "
+    "MODULE:FUNCTION that returns a SplitModel."
+)
+TIERS_HELP = "TOML file with the tiers, see docs/export.md."
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="MODULE:FUNCTION that returns a SplitModel.")],
-    tiers: Annotated[Path, typer.Option(help="TOML file with the tiers, see README.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    tiers: Annotated[Path, typer.Option(help=TIERS_HELP)],
     out: Annotated[Path, typer.Option(help="Folder to write the bundles to.")],
+    sign: Annotated[
+        Path | None, typer.Option(help="Private key to sign with, see cutlayer bundle key.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, progress to stderr.")
     ] = False,
 ) -> None:
     """Cut a model per tier and export its training steps, checked against PyTorch."""
-    settings = config.load(ExportConfig, tiers)
+    settings = TiersConfig.read(tiers)
+    from edge_sdk.signing import read_private_key
     from export.build import build_model
-    from export.writer import Tier, export_bundles
+    from export.writer import check_out, export_bundles
 
+    check_out(out, overwrite)
+    key = None if sign is None else read_private_key(sign)
     console = Console(stderr=as_json, highlight=False)
     with console.status("building the model") as status:
+        lora = settings.make_lora()
+        split = build_model(model, lora)
+        example, classes = settings.example(split)
         index = export_bundles(
-            build_model(model),
-            {name: Tier(t.cut, t.codec) for name, t in settings.tiers.items()},
+            split,
+            settings.exported(),
             out,
-            example=settings.example(),
-            classes=settings.classes,
+            example=example,
+            classes=classes,
             optimizer=settings.optimizer,
             model_path=model,
+            extra={} if lora is None else {"lora": vars(lora)},
+            key=key,
             overwrite=overwrite,
             progress=lambda line: status.update(f"exporting {line}"),
         )
@@ -101,12 +72,18 @@ def describe(index: BundleIndex) -> dict[str, dict[str, Any]]:
     tiers = {}
     for name, entry in index.tiers.items():
         manifest = index.manifest(name)
+        sizes = {"batch": 1, "seq": 1}
         tiers[name] = {
             "cut": entry.cut,
+            "runtime": manifest.runtime,
             "codec": entry.codec,
-            "parameters": sum(spec.nbytes() // 4 for spec in manifest.parameters),
+            "parameters": sum(
+                entry.spec.nbytes() // 4 for entry in manifest.state if entry.kind == "parameter"
+            ),
             "bundle_bytes": sum(manifest.blobs.values()),
-            "activation_bytes_per_32": sum(spec.nbytes(batch=32) for spec in manifest.packed),
+            "activation_bytes": sum(
+                spec.nbytes(**sizes) for spec in manifest.packed if "batch" in spec.shape
+            ),
             "manifest": entry.manifest,
         }
     return tiers
@@ -115,15 +92,20 @@ def describe(index: BundleIndex) -> dict[str, dict[str, Any]]:
 def table(index: BundleIndex) -> Table:
     """What was exported, to look at."""
     result = Table(title="bundles, every graph equal to eager PyTorch")
-    for column in ("tier", "cut", "codec", "parameters", "bundle kB", "activations, bytes/example"):
-        result.add_column(column, justify="left" if column in ("tier", "codec") else "right")
+    texts = any("seq" in spec.shape for n in index.tiers for spec in index.manifest(n).packed)
+    unit = "token" if texts else "example"
+    for column in ("tier", "cut", "runtime", "codec"):
+        result.add_column(column, justify="right" if column == "cut" else "left")
+    for column in ("trained parameters", "bundle MB", f"activations, bytes/{unit}"):
+        result.add_column(column, justify="right")
     for name, d in describe(index).items():
         result.add_row(
             name,
             str(d["cut"]),
+            str(d["runtime"]),
             str(d["codec"]),
             f"{d['parameters']:,}",
-            f"{d['bundle_bytes'] / 1e3:.0f}",
-            f"{d['activation_bytes_per_32'] / 32:.0f}",
+            f"{d['bundle_bytes'] / 1e6:.2f}",
+            f"{d['activation_bytes']:,}",
         )
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,32 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from edge_sdk.bundle import Port
 from edge_sdk.protocol.tensors import TensorSpec
+from export.dropout import SeededDropout
 from export.errors import ExportError, reason
-from export.lowering.onnx import lower
-from export.split import ClientSegment, SplitModel
+from export.split import ClientSegment, SplitModel, statistics
 from export.steps import Step
 
-_GROUP_NORM = "its running statistics are not part of the state; use nn.GroupNorm"
-_RECURRENT = "its backward pass has no exact translation; use nn.Conv1d or attention"
-_POOL = "its backward pass has no exact translation; use a convolution with a stride"
+_ALPHA = "there is no exact translation of its random numbers; use nn.Dropout"
 
 REPLACEMENTS: dict[type[nn.Module], str] = {
-    nn.BatchNorm1d: _GROUP_NORM,
-    nn.BatchNorm2d: _GROUP_NORM,
-    nn.SyncBatchNorm: _GROUP_NORM,
-    nn.LSTM: _RECURRENT,
-    nn.GRU: _RECURRENT,
-    nn.RNN: _RECURRENT,
-    nn.MaxPool1d: _POOL,
-    nn.MaxPool2d: _POOL,
-    nn.AdaptiveMaxPool2d: _POOL,
-    nn.AvgPool2d: _POOL,
-    nn.ConvTranspose1d: "its backward pass has no exact translation; use upsampling and a Conv1d",
-    nn.ConvTranspose2d: "its backward pass has no exact translation; use upsampling and a Conv2d",
+    nn.SyncBatchNorm: "a device has no group to synchronise with; use nn.BatchNorm2d",
+    nn.AlphaDropout: _ALPHA,
+    nn.FeatureAlphaDropout: _ALPHA,
+    nn.RReLU: _ALPHA,
 }
 """Modules that are refused in a client segment, with the reason and what to use instead."""
 
@@ -46,15 +37,16 @@ def check_modules(root: nn.Module, prefix: str = "") -> None:
         for kind, why in REPLACEMENTS.items():
             if isinstance(module, kind):
                 raise ExportError(f"{_called(name, module)}: {why}")
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
+        tracks = isinstance(module, _NormBase) and module.track_running_stats
+        if tracks and module.momentum is None:
             raise ExportError(
-                f"{name} is a {type(module).__name__} with p={module.p}: a graph has no random "
-                "numbers; set p=0 in the client segment"
+                f"{_called(name, module)} with momentum=None: a cumulative average needs a count "
+                "that devices do not share; give it a momentum"
             )
 
 
 def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
-    """Check the stem and the first blocks, and run them on batches of several sizes.
+    """Check the stem and the first blocks, and run them in training on batches of several sizes.
 
     Raises:
         ExportError: a module has no exact translation, fails, fixes the batch size, or keeps
@@ -65,10 +57,30 @@ def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
     for name, stage in stages.items():
         check_modules(stage, name)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
+    trained = statistics(model)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        _run_stages(stages, example)
+    finally:
+        changed = [n for n, b in model.named_buffers() if not torch.equal(b, buffers[n])]
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        for module, training in modes.items():
+            module.training = training
+    for name in changed:
+        if name not in trained and not name.endswith("num_batches_tracked"):
+            raise ExportError(
+                f"{name} changes when the model is called: a device's state are parameters and "
+                "the statistics of batch norms; make it a parameter, or leave it alone"
+            )
+
+
+def _run_stages(stages: Mapping[str, nn.Module], example: Tensor) -> None:
     for rows in (len(example), 1, 2):
         h = example[:rows]
         for name, stage in stages.items():
-            with torch.no_grad(), _recorded(stage, name) as calls:
+            seeded = SeededDropout(torch.zeros((), dtype=torch.int64))
+            with torch.no_grad(), seeded, _recorded(stage.train(), name) as calls:
                 try:
                     h = stage(h)
                 except Exception as error:
@@ -82,45 +94,36 @@ def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
                     f"{_called(name, stage)} and returns {found} for a batch of {rows}; it must "
                     f"return one float32 tensor of shape [{rows}, ...]"
                 )
-    for name, buffer in model.named_buffers():
-        if not torch.equal(buffer, buffers[name]):
-            raise ExportError(
-                f"{name} changes when the model is called: a device's state is parameters only; "
-                "use a module without running statistics, such as nn.GroupNorm"
-            )
 
 
 def check_parameters(segment: ClientSegment, example: Tensor) -> None:
     """Raise :class:`ExportError` for the first parameter that a training step cannot train."""
-    parameters = dict(segment.named_parameters())
-    first = {id(p): name for name, p in parameters.items()}
-    for name, p in segment.named_parameters(remove_duplicate=False):
-        if name != first[id(p)]:
-            raise ExportError(f"{name} and {first[id(p)]} are one parameter; make them two")
+    parameters = {n: p for n, p in segment.named_parameters() if p.requires_grad}
+    for name, p in segment.named_parameters():
         if p.dtype != torch.float32:
             raise ExportError(f"{name} is {p.dtype}; parameters must be float32")
-        if not p.requires_grad:
-            raise ExportError(
-                f"{name} is frozen (requires_grad is False): devices train all parameters; "
-                "register it as a buffer"
-            )
-    _, logits_HBC = segment(example)
+    _, logits = functional_call(segment, _copied_buffers(segment), (example,))
     gradients = torch.autograd.grad(
-        logits_HBC.sum(), list(parameters.values()), allow_unused=True, materialize_grads=False
+        logits.sum(), list(parameters.values()), allow_unused=True, materialize_grads=False
     )
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
-            raise ExportError(f"{name} has no part in what the segment answers; remove it")
+            raise ExportError(
+                f"{name} has no part in what the segment answers; remove it, or freeze it "
+                "(requires_grad_(False))"
+            )
 
 
-def find_culprit(segment: ClientSegment, example: Tensor) -> str | None:
+def find_culprit(
+    segment: ClientSegment, example: Tensor, lower: Callable[[Step], object]
+) -> str | None:
     """The first module whose training step cannot be lowered alone, as ``block.2.pool is a Pool``.
 
     Modules are tried in the order in which they finish, so a module is blamed for what it does
     itself before the modules around it are.
     """
     with torch.no_grad(), _recorded(segment) as calls:
-        segment(example)
+        functional_call(segment, _copied_buffers(segment), (example,))
     for name in calls.finished:
         module, arguments = calls.entered[name]
         if name:
@@ -137,7 +140,7 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     parameters = dict(module.named_parameters())
 
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         tensors = tuple(
             t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors
         )
@@ -207,6 +210,11 @@ def _recorded(root: nn.Module, prefix: str = "") -> Iterator[_Calls]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _copied_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """For a call in training mode that leaves the statistics as they are."""
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
 def _called(name: str, module: nn.Module) -> str:

@@ -14,20 +14,53 @@ class AuxiliaryHead(nn.Module):
     Args:
         width: feature width ``d`` of the activations.
         classes: number of classes.
+        channels_first: whether activations of three dimensions are (B, C, L), not (B, T, C).
     """
 
-    def __init__(self, width: int, classes: int) -> None:
+    def __init__(self, width: int, classes: int, channels_first: bool = False) -> None:
         super().__init__()
         hidden = max(width // 2, 8)
+        self.channels_first = channels_first
         self.hidden = nn.Linear(width, hidden)
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Logits (batch, classes) from activations (B, C, H, W), (B, T, C) or (B, C)."""
-        if h.dim() == 4:
-            h = h.mean((2, 3))
-        elif h.dim() == 3:
-            h = h.mean(1)
+        """Logits (batch, classes) from activations (B, C, ...) or (B, T, C).
+
+        Positions (B, T, C) that are zero throughout are padding and have no part in the mean.
+        """
+        if h.dim() == 3 and not self.channels_first:
+            positions_B1 = (h != 0).any(2).to(h.dtype).sum(1, keepdim=True)
+            h = h.sum(1) / positions_B1.clamp(min=1)
+        elif h.dim() > 2:
+            h = h.mean(list(range(2, h.dim())))
         logits: Tensor = self.out(torch.relu(self.norm(self.hidden(h))))
         return logits
+
+
+class TokenHead(nn.Module):
+    """A head for language models: a narrow residual layer, norm, and the model's own token table.
+
+    The device holds the table for its embeddings already; tying the head to it costs ``d^2 / 2``
+    parameters more instead of ``d`` times the vocabulary. The last layer of the residual starts
+    at zero, so that at first the head reads the activations as the model's own head would
+    ("logit lens").
+
+    Args:
+        width: feature width ``d`` of the activations.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = max(width // 4, 8)
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, h_BTD: Tensor, table_VD: Tensor) -> Tensor:
+        """Logits (batch, positions, vocabulary) from activations and the token table."""
+        h_BTD = self.norm(h_BTD + self.up(torch.relu(self.down(h_BTD))))
+        return h_BTD @ table_VD.t()

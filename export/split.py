@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 
 from edge_sdk.errors import BundleError
 from export.errors import ExportError
-from export.heads import AuxiliaryHead
+from export.heads import AuxiliaryHead, TokenHead
+
+Task = Literal["classes", "tokens"]
+"""What a label says: the class of an example, or the token at each position of a text."""
 
 
 class SplitModel(nn.Module):
@@ -24,19 +29,38 @@ class SplitModel(nn.Module):
     ``k-1``. Tensors are named by layer: ``stem.*``, ``block.3.*``, ``aux.2.*``, ``head.*``.
 
     Args:
-        stem: what comes before the first block.
+        stem: what comes before the first block. For ``tokens`` its ``embedding`` is the
+            ``nn.Embedding`` of the tokens.
         blocks: the blocks, in order; each takes one tensor and returns one.
-        head: from the last block's output to logits (batch, classes).
+        head: from the last block's output to logits: (batch, classes), or (batch, positions,
+            vocabulary) for ``tokens``.
+        task: what a label says.
+        channels_first: whether activations of three dimensions are (batch, channels, length), as
+            after a Conv1d, instead of (batch, positions, channels).
     """
 
-    def __init__(self, stem: nn.Module, blocks: Sequence[nn.Module], head: nn.Module) -> None:
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        head: nn.Module,
+        task: Task = "classes",
+        *,
+        channels_first: bool = False,
+    ) -> None:
         super().__init__()
         if len(blocks) < 2:
             raise ExportError(f"a model needs at least 2 blocks to be cut, this has {len(blocks)}")
+        if task not in get_args(Task):
+            raise ExportError(f"unknown task {task!r}; there are {', '.join(get_args(Task))}")
+        if task == "tokens" and not isinstance(getattr(stem, "embedding", None), nn.Embedding):
+            raise ExportError("a model of tokens needs a stem whose .embedding is an nn.Embedding")
         self.stem = stem
         self.block = nn.ModuleList(blocks)
         self.aux = nn.ModuleDict()
         self.head = head
+        self.task = task
+        self.channels_first = channels_first
 
     @property
     def depth(self) -> int:
@@ -62,16 +86,41 @@ class SplitModel(nn.Module):
         Args:
             cuts: depths.
             example: one input batch, to find the width at each depth.
-            classes: number of classes.
+            classes: number of classes; for ``tokens`` the size of the vocabulary.
         """
         for cut in sorted(set(cuts)):
             self.check_cut(cut)
             if str(cut) not in self.aux:
-                with torch.no_grad():
+                with torch.no_grad(), _evaluating(self):
                     h = self.segment(example, cut)
+                width = h.shape[channel_axis(h, self.channels_first)]
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(cut)  # the same model gives the same bundles
-                    self.aux[str(cut)] = AuxiliaryHead(width_of(h), classes)
+                    self.aux[str(cut)] = self._head(width, classes)
+
+    def _head(self, width: int, classes: int) -> nn.Module:
+        if self.task == "classes":
+            return AuxiliaryHead(width, classes, self.channels_first)
+        table = self.stem.embedding
+        assert isinstance(table, nn.Embedding)
+        if (classes, width) != (table.num_embeddings, table.embedding_dim):
+            raise ExportError(
+                f"the head of a model of tokens reads the stem's table ({table.num_embeddings} x "
+                f"{table.embedding_dim}); it cannot give {classes} tokens from a width of {width}"
+            )
+        return TokenHead(width)
+
+    def answer(self, depth: int, h: Tensor) -> Tensor:
+        """Logits of the auxiliary head at ``depth`` from the activations there."""
+        return answer(self.aux[str(depth)], self.stem, h)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that training changes, by name: parameters that are not frozen, statistics.
+
+        This is what devices and hub exchange. The statistics are those of batch norms.
+        """
+        parameters = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        return parameters | statistics(self)
 
     def segment(self, x: Tensor, cut: int) -> Tensor:
         """Activations at ``cut``: the stem and blocks ``0..cut-1``."""
@@ -96,7 +145,13 @@ class SplitModel(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the weights as safetensors, auxiliary heads included."""
-        save_file({n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}, path)
+        save_file({n: t.detach().cpu().contiguous() for n, t in self._tensors().items()}, path)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The state dict with tied tensors under their first name only."""
+        first: dict[int, str] = {}
+        state = self.state_dict(keep_vars=True)
+        return {n: t for n, t in state.items() if first.setdefault(id(t), n) == n}
 
     def load(self, path: Path) -> None:
         """Read weights written by :meth:`save`; auxiliary heads are made as the file has them.
@@ -108,12 +163,11 @@ class SplitModel(nn.Module):
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise BundleError(f"cannot read the weights {path}: {error}") from error
-        for name, tensor in tensors.items():
-            head = re.fullmatch(r"aux\.([1-9]\d*)\.hidden\.weight", name)
-            if head and head[1] not in self.aux and f"aux.{head[1]}.out.bias" in tensors:
-                classes = len(tensors[f"aux.{head[1]}.out.bias"])
-                self.aux[head[1]] = AuxiliaryHead(tensor.shape[1], classes)
-        own = self.state_dict()
+        for name in tensors:
+            head = re.fullmatch(r"aux\.([1-9]\d*)\.norm\.weight", name)
+            if head and head[1] not in self.aux:
+                self._add_head_like(head[1], tensors)
+        own = self._tensors()
         wrong = [
             f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing in the file'}"
             f" against {tuple(own[name].shape) if name in own else 'nothing in the model'}"
@@ -122,7 +176,18 @@ class SplitModel(nn.Module):
         ]
         if wrong:
             raise BundleError(f"{path} does not fit the model: {'; '.join(wrong[:3])}")
-        self.load_state_dict(tensors)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    def _add_head_like(self, depth: str, tensors: dict[str, Tensor]) -> None:
+        """Make the head whose tensors a file has."""
+        if self.task == "tokens":
+            self.aux[depth] = TokenHead(len(tensors[f"aux.{depth}.norm.weight"]))
+        elif {f"aux.{depth}.hidden.weight", f"aux.{depth}.out.bias"} <= tensors.keys():
+            width = tensors[f"aux.{depth}.hidden.weight"].shape[1]
+            classes = len(tensors[f"aux.{depth}.out.bias"])
+            self.aux[depth] = AuxiliaryHead(width, classes, self.channels_first)
 
 
 class ClientSegment(nn.Module):
@@ -135,9 +200,11 @@ class ClientSegment(nn.Module):
         super().__init__()
         model.check_cut(cut)
         self.cut = cut
+        self.task = model.task
         self.stem = model.stem
         self.block = model.block[:cut]
         self.aux = nn.ModuleDict({str(d): model.aux[str(d)] for d in model.head_depths if d <= cut})
+        self.channels_first = model.channels_first
         if not self.aux:
             raise ExportError(f"there is no auxiliary head at or before cut {cut}; add one")
 
@@ -147,24 +214,42 @@ class ClientSegment(nn.Module):
         return [f"aux.{depth}" for depth in sorted(map(int, self.aux))]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations at the cut, and logits (heads, batch, classes)."""
+        """Activations at the cut, and logits (heads, batch, classes).
+
+        For ``tokens`` logits are (heads, batch, positions, vocabulary).
+        """
         h = self.stem(x)
         logits = []
         for depth, block in enumerate(self.block, start=1):
             h = block(h)
             if str(depth) in self.aux:
-                logits.append(self.aux[str(depth)](h))
+                logits.append(answer(self.aux[str(depth)], self.stem, h))
         return h, torch.stack(logits)
 
 
-def layer_of(name: str) -> str:
-    """The layer that a tensor belongs to: ``block.3.conv.weight`` -> ``block.3``."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] in ("block", "aux") else parts[0]
+def answer(head: nn.Module, stem: nn.Module, h: Tensor) -> Tensor:
+    """Logits of an auxiliary head; one for tokens reads the stem's table."""
+    tables = (stem.embedding.weight,) if isinstance(head, TokenHead) else ()  # type: ignore[union-attr]
+    logits: Tensor = head(h, *tables)
+    return logits
 
 
-def width_of(h: Tensor) -> int:
-    """Feature width of activations: channels of (B, C, H, W) or (B, C), last axis of (B, T, C).
+def statistics(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Running statistics of the batch norms in a module: state that training changes."""
+    return {
+        f"{name}.{key}" if name else key: getattr(norm, key)
+        for name, norm in module.named_modules(prefix=prefix)
+        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.track_running_stats
+        for key in ("running_mean", "running_var")
+    }
+
+
+def channel_axis(h: Tensor, channels_first: bool = False) -> int:
+    """Axis of the channels: 1 for (B, C) and (B, C, H, W); of (B, T, C) the last.
+
+    Args:
+        h: activations.
+        channels_first: three dimensions are (B, C, L) instead.
 
     Raises:
         ExportError: activations of another form.
@@ -174,4 +259,22 @@ def width_of(h: Tensor) -> int:
             f"activations of shape {list(h.shape)} at a cut; they must be (batch, channels), "
             "(batch, positions, channels) or (batch, channels, height, width)"
         )
-    return h.shape[2] if h.dim() == 3 else h.shape[1]
+    return 2 if h.dim() == 3 and not channels_first else 1
+
+
+def layer_of(name: str) -> str:
+    """The layer that a tensor belongs to: ``block.3.conv.weight`` -> ``block.3``."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] in ("block", "aux") else parts[0]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every submodule gets its own mode back."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_args
 
-import onnxruntime as ort
-from torch import Tensor
+from torch import Tensor, nn
 
-from edge_sdk.bundle import FORMAT, BlobStore, Graph, Manifest
-from edge_sdk.errors import BundleError
+from edge_sdk.bundle import BlobStore, Constants, Graph, Manifest
+from edge_sdk.index import INDEX, BundleIndex, TierEntry
 from edge_sdk.protocol.frames import pack_tensors
-from edge_sdk.protocol.tensors import DTYPES, Array
+from edge_sdk.protocol.tensors import DTYPES, TensorSpec
+from edge_sdk.signing import PrivateKey, sign
 from export.errors import ExportError
 from export.exact import check_parameters, check_stages, find_culprit
-from export.lowering import onnx as lower_onnx
+from export.lowering.lowered import Lowered, RuntimeName, lower
+from export.lowering.onnx import Place
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
 from export.packing import get_codec
-from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps, Step
+from export.split import ClientSegment, SplitModel, layer_of
+from export.steps import ClientSteps
 
-INDEX = "index.json"
 WEIGHTS = "model.safetensors"
 
 Progress = Callable[[str], None]
@@ -33,67 +34,19 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tier:
-    """A class of devices.
+    """What is exported for a class of devices.
 
     Attributes:
         cut: cut layer: how many blocks the devices hold.
         codec: how activations are packed, ``int8`` or ``fp16``.
+        runtime: what runs the step graphs, ``onnx`` or ``executorch``.
+        batch: largest batch; ExecuTorch plans its memory for it, ONNX Runtime takes any.
     """
 
     cut: int
     codec: str = "int8"
-
-
-@dataclass(frozen=True)
-class TierEntry:
-    """What the index says about a tier."""
-
-    cut: int
-    codec: str
-    manifest: str
-
-
-@dataclass(frozen=True)
-class BundleIndex:
-    """A folder of bundles.
-
-    Attributes:
-        folder: where it is.
-        model: ``module:function`` that builds the SplitModel, if it was exported from one.
-        classes: number of classes.
-        optimizer: the optimizer in the step graphs.
-        tiers: tiers by name.
-    """
-
-    folder: Path
-    model: str | None
-    classes: int
-    optimizer: str
-    tiers: Mapping[str, TierEntry] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> BundleIndex:
-        """Read the index of an export; :class:`BundleError` if there is none."""
-        try:
-            raw = json.loads((folder / INDEX).read_text("utf-8"))
-            if raw["format"] != FORMAT:
-                raise BundleError(f"{folder} has format {raw['format']}, this reads {FORMAT}")
-            tiers = {name: TierEntry(**entry) for name, entry in raw["tiers"].items()}
-            return cls(folder, raw["model"], raw["classes"], raw["optimizer"], tiers)
-        except FileNotFoundError:
-            raise BundleError(
-                f"no bundles in {folder} (it has no {INDEX}); run cutlayer export first"
-            ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{folder / INDEX} is damaged ({error}); export again") from error
-
-    def manifest(self, tier: str) -> Manifest:
-        """The verified manifest of a tier."""
-        return Manifest.from_bytes(self.blobs().read(self.tiers[tier].manifest))
-
-    def blobs(self) -> BlobStore:
-        """The blobs of all tiers."""
-        return BlobStore(self.folder / "blobs")
+    runtime: RuntimeName = "onnx"
+    batch: int = 32
 
 
 def export_bundles(
@@ -105,22 +58,26 @@ def export_bundles(
     classes: int,
     optimizer: str = "sgd",
     model_path: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    key: PrivateKey | None = None,
     overwrite: bool = False,
     progress: Progress = lambda line: None,
 ) -> BundleIndex:
     """Export one bundle per tier, with an auxiliary head at every tier's cut.
 
-    Every step graph is run in ONNX Runtime and compared with eager PyTorch first. The folder
-    appears when all of it is written, or not at all.
+    Every step graph is run in its runtime and compared with eager PyTorch first. The folder
+    appears when all of it is written, or not at all. The same model gives the same bytes.
 
     Args:
         model: the model; auxiliary heads are added to it where they are missing.
         tiers: tiers by name.
         out: folder to write.
         example: some inputs (batch, ...) like those that devices will have.
-        classes: number of classes.
+        classes: number of classes; for a model of tokens the size of its vocabulary.
         optimizer: ``sgd`` or ``adamw``, in the training graph.
-        model_path: ``module:function`` that builds the model, noted for the hub.
+        model_path: what builds the model, noted for the hub.
+        extra: more for the index, see :func:`export.build.build_model`.
+        key: private key to sign the bundles with.
         overwrite: replace an earlier export in ``out``.
         progress: told what is being done.
 
@@ -131,8 +88,7 @@ def export_bundles(
     out = Path(out)
     if not tiers:
         raise ExportError("there are no tiers to export for")
-    if out.exists() and not _replaceable(out, overwrite):
-        raise ExportError(f"{out} exists; choose another folder, or overwrite an earlier export")
+    check_out(out, overwrite)
     if len(example) < 2:
         raise ExportError("the example needs at least 2 rows, to see what inputs look like")
     if str(example.dtype).removeprefix("torch.") not in DTYPES:
@@ -141,32 +97,58 @@ def export_bundles(
     for tier in tiers.values():
         model.check_cut(tier.cut)
         get_codec(tier.codec)
+        if tier.runtime not in get_args(RuntimeName):
+            known = ", ".join(get_args(RuntimeName))
+            raise ExportError(f"unknown runtime {tier.runtime!r}; there are {known}")
     get_optimizer(optimizer)
     check_stages(model, max(tier.cut for tier in tiers.values()), example)
     model.add_heads([tier.cut for tier in tiers.values()], example, classes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with _folder_for(out) as folder, _modes_kept(model):
         blobs = BlobStore(folder / "blobs")
         entries = {}
         for name, tier in tiers.items():
-            manifest = _export_tier(model, name, tier, blobs, example, classes, optimizer, progress)
-            entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(manifest.to_bytes()))
+            segment = ClientSegment(model, tier.cut)
+            check_parameters(segment, example)
+            steps = make_steps(segment, tier, example, classes, optimizer)
+            manifest = write_tier(steps, name, tier, blobs, example, progress).to_bytes()
+            if key is not None:
+                manifest = sign(manifest, key)
+            entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(manifest))
         model.save(folder / WEIGHTS)
-        index = {
-            "format": FORMAT,
-            "model": model_path,
-            "classes": classes,
-            "optimizer": optimizer,
-            "tiers": {name: vars(entry) for name, entry in entries.items()},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+        index = BundleIndex(folder, model_path, classes, optimizer, entries, dict(extra or {}))
+        index.write()
         folder.chmod(0o755)
         _put(folder, out)
+    return replace(index, folder=out)
+
+
+@contextmanager
+def _folder_for(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out``; it goes if what is done with it fails."""
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return BundleIndex(out, model_path, classes, optimizer, entries)
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module back the mode that it had, training or evaluation."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise :class:`ExportError` if an export must not be written to ``out``."""
+    if out.exists() and not _replaceable(out, overwrite):
+        raise ExportError(f"{out} exists; choose another folder, or overwrite an earlier export")
 
 
 def _replaceable(out: Path, overwrite: bool) -> bool:
@@ -191,66 +173,111 @@ def _put(folder: Path, out: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _export_tier(
-    model: SplitModel,
+def make_steps(
+    segment: ClientSegment, tier: Tier, example: Tensor, classes: int, optimizer: str
+) -> ClientSteps:
+    """The steps of a tier, with the limits that its runtime has."""
+    limits = {}
+    if tier.runtime == "executorch":
+        limits["batch"] = tier.batch
+        if not example.is_floating_point() and example.dim() == 2:
+            limits["seq"] = example.shape[1]
+    codec = get_codec(tier.codec)
+    return ClientSteps(segment, get_optimizer(optimizer), codec, example, classes, limits)
+
+
+def write_tier(
+    steps: ClientSteps,
     name: str,
     tier: Tier,
     blobs: BlobStore,
     example: Tensor,
-    classes: int,
-    optimizer: str,
     progress: Progress,
 ) -> Manifest:
-    segment = ClientSegment(model, tier.cut)
-    check_parameters(segment, example)
-    rule, codec = get_optimizer(optimizer), get_codec(tier.codec)
-    steps = ClientSteps(segment, rule, codec, example, classes)
-    graphs, sizes = {}, {}
+    """Lower the steps of a tier, verify every graph and write the blobs.
+
+    Raises:
+        ExportError: a graph cannot be lowered, or differs from eager PyTorch.
+    """
+    sizes: dict[str, int] = {}
 
     def store(data: bytes) -> str:
         blob = blobs.write(data)
         sizes[blob] = len(data)
         return blob
 
-    for step in steps.all():
-        progress(f"{name}: cut {tier.cut}, graph {step.name}")
-        data = _lower(step, segment, example)
-        verify(steps, step, _runner(data, step), example)
-        graphs[step.name] = Graph(store(data), step.inputs, step.outputs)
-    initial = store(pack_tensors({n: p.numpy() for n, p in steps.parameters.items()}))
+    constants: list[Constants] = []
+    places: dict[str, Place] = {}
+    if tier.runtime == "onnx":  # a .pte holds its constants, once for all its graphs
+        constants, places = _store_constants(steps, store)
+    all_steps = steps.all()
+    progress(f"{name}: cut {tier.cut}, {tier.runtime}")
+    lowered = _lower(steps, tier, places, example)
+    for step in all_steps:
+        progress(f"{name}: cut {tier.cut}, checking {step.name} against PyTorch")
+        verify(steps, step, lowered.run, example)
+    graphs = {
+        step.name: Graph(
+            store(lowered.files[step.name]),
+            step.inputs,
+            step.outputs,
+            lowered.constants[step.name],
+        )
+        for step in all_steps
+    }
+    initial = store(pack_tensors({n: t.contiguous().numpy() for n, t in steps.initial.items()}))
     return Manifest(
         tier=name,
         cut=tier.cut,
-        runtime="onnx",
-        classes=classes,
-        heads=tuple(segment.heads),
-        optimizer=optimizer,
+        runtime=tier.runtime,
+        task=steps.segment.task,
+        classes=steps.classes,
+        limits=steps.limits,
+        heads=tuple(steps.segment.heads),
+        optimizer=steps.optimizer.name,
         codec=tier.codec,
         packed=steps.packed,
         state=steps.state,
         graphs=graphs,
         initial_state=initial,
+        constants=tuple(constants),
         blobs=sizes,
     )
 
 
-def _lower(step: Step, segment: ClientSegment, example: Tensor) -> bytes:
+_SMALLEST = 1024
+"""Bytes from which on a constant is stored outside of the graphs."""
+
+_ALIGNMENT = 64
+
+
+def _store_constants(
+    steps: ClientSteps, store: Callable[[bytes], str]
+) -> tuple[list[Constants], dict[str, Place]]:
+    """Store the frozen tensors, a blob for each layer, so that tiers share what they share."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in steps.constants.items():
+        if tensor.nbytes >= _SMALLEST and str(tensor.dtype).removeprefix("torch.") in DTYPES:
+            layers.setdefault(layer_of(name), {})[name] = tensor
+    constants, places = [], {}
+    for tensors in layers.values():
+        data, specs, offsets = bytearray(), [], []
+        for name, tensor in tensors.items():
+            data += bytes(-len(data) % _ALIGNMENT)
+            offsets.append(len(data))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
+            data += tensor.contiguous().numpy().tobytes()
+        blob = store(bytes(data))
+        constants.append(Constants(blob, tuple(specs), tuple(offsets)))
+        for spec, offset in zip(specs, offsets, strict=True):
+            places[spec.name] = Place(blob, offset, spec.nbytes())
+    return constants, places
+
+
+def _lower(steps: ClientSteps, tier: Tier, places: Mapping[str, Place], example: Tensor) -> Lowered:
     try:
-        return lower_onnx.lower(step)
+        return lower(tier.runtime, steps.all(), places)
     except ExportError as error:
-        culprit = find_culprit(segment, example)
-        raise ExportError(f"{culprit or f'the graph {step.name!r}'}: {error}") from error
-
-
-def _runner(data: bytes, step: Step) -> Callable[[dict[str, Array]], dict[str, Array]]:
-    """Runs an ONNX file as a device would: the names are the ports'."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    names = [port.spec.name for port in step.outputs]
-
-    def run(feeds: dict[str, Array]) -> dict[str, Array]:
-        return dict(zip(names, session.run(names, feeds), strict=True))
-
-    return run
+        culprit = find_culprit(steps.segment, example, lambda s: lower(tier.runtime, [s], {}))
+        raise ExportError(f"{culprit or 'the training step'}: {error}") from error

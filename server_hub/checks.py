@@ -45,7 +45,7 @@ def check_update(message: Update, manifest: Manifest, have: State, samples: int)
         have: what earlier parts brought.
         samples: the examples that the device said it has.
     """
-    specs = {spec.name: spec for spec in manifest.parameters}
+    specs = {spec.name: spec for spec in manifest.exchanged}
     for name, tensor in message.tensors.items():
         if name not in specs or name in have:
             what = "is not a parameter of the tier" if name not in specs else "came twice"

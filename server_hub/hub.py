@@ -16,7 +16,8 @@ import torch
 
 from edge_sdk.bundle import Manifest
 from edge_sdk.data import Examples
-from edge_sdk.errors import ProtocolError
+from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.index import BundleIndex
 from edge_sdk.protocol.channel import Delivery
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.messages import (
@@ -29,10 +30,10 @@ from edge_sdk.protocol.messages import (
     Stop,
     Update,
 )
-from export.build import build_model
+from export.build import model_of
 from export.optimizers import check_hyper
 from export.split import SplitModel
-from export.writer import WEIGHTS, BundleIndex
+from export.writer import WEIGHTS
 from server_hub.checks import check_labels, check_packed, check_update
 from server_hub.config import HubConfig, Schedule
 from server_hub.gateway import Gateway, Peer
@@ -94,12 +95,21 @@ class Hub:
         self.config = config
         self.index = BundleIndex.read(config.bundles)
         self.manifests: dict[str, Manifest] = {t: self.index.manifest(t) for t in self.index.tiers}
-        for manifest in self.manifests.values():
+        for name, manifest in self.manifests.items():
+            if manifest.task != "classes":
+                raise ConfigError(
+                    f"the bundle of {name!r} is for a model of {manifest.task}; the hub trains "
+                    "models that classify"
+                )
             for blob in manifest.blobs:
                 self.index.blobs().read(blob)  # verified now, not when a device asks for it
-        self.model = model if model is not None else build_model(config.model or self.index.model)
+        self.model = (
+            model
+            if model is not None
+            else model_of(self.index.model, self.index.extra, config.model)
+        )
         self.model.load(config.bundles / WEIGHTS)
-        initial = {n: p.detach().cpu().numpy() for n, p in self.model.named_parameters()}
+        initial = {n: t.detach().cpu().numpy() for n, t in self.model.trained().items()}
         self.method = fedsplitx(initial, config.method.form, config.local.epochs)
         self.local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         self.trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
@@ -244,7 +254,7 @@ class Hub:
         aggregation, states = self.method.aggregation, {}
         for tier, entry in self.index.tiers.items():
             state = aggregation.device_state(self.model.client_layers(entry.cut))
-            names = [spec.name for spec in self.manifests[tier].parameters]
+            names = [spec.name for spec in self.manifests[tier].exchanged]
             states[tier] = pack_tensors({name: state[name] for name in names})
         self._states = self.gateway.publish(states)
         cuts = {entry.cut for entry in self.index.tiers.values()}

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from edge_sdk.protocol.tensors import Array
 from export.optimizers import get_optimizer
 from export.packing import get_codec
-from export.split import SplitModel, layer_of
+from export.split import SplitModel, channel_axis, layer_of
 
 State = dict[str, Array]
 """Tensors by name, ``block.3.conv.weight``."""
@@ -167,7 +167,7 @@ def depth_merged_loss(
                 row_losses = torch.cat([row_losses, zeros])
         h = model.block[depth](h)
         if str(depth + 1) in model.aux:
-            logits = model.aux[str(depth + 1)](h)
+            logits = model.answer(depth + 1, h)
             row_losses = row_losses + cross_entropy(logits, labels, reduction="none")
     row_losses = row_losses + cross_entropy(model.head(h), labels, reduction="none")
     return (row_losses * weights).sum(), row_losses.detach()
@@ -249,10 +249,10 @@ class TrunkCore:
         self._kept.clear()
         copies = []
         for name, replica in self._replicas.items():
-            parameters = dict(replica.model.named_parameters())
+            trained = replica.model.trained()
             for layer, rows in replica.samples.items():
                 tensors = {
-                    n: p.detach().cpu().numpy() for n, p in parameters.items()
+                    n: t.detach().cpu().numpy() for n, t in trained.items()
                     if layer_of(n) == layer
                 }  # fmt: skip
                 # an example counts once, however many passes there were
@@ -338,7 +338,8 @@ class TrunkCore:
     def _new_replica(self, name: str) -> _Replica:
         model = self._model_with(self._state)
         rule = get_optimizer(self._plan.optimizer)
-        optimizer = rule.reference(list(model.parameters()), dict(self._plan.hyper))
+        trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        optimizer = rule.reference(trained, dict(self._plan.hyper))
         replica = self._replicas[name] = _Replica(model, optimizer)
         return replica
 
@@ -387,8 +388,9 @@ class TrunkCore:
                 for depth in range(cut):
                     h = model.block[depth](h)
                     if str(depth + 1) in model.aux:
-                        own.append(model.aux[str(depth + 1)](h))
-                hub = self._above(model, codec.unpack(codec.pack(h)), cut)
+                        own.append(model.answer(depth + 1, h))
+                sent = codec.unpack(codec.pack(h, channel_axis(h, model.channels_first)))
+                hub = self._above(model, sent, cut)
                 device = torch.stack(own)
                 for path, logits in (
                     ("device_alone", device),
@@ -406,7 +408,7 @@ class TrunkCore:
         for depth in range(cut, model.depth):
             h = model.block[depth](h)
             if str(depth + 1) in model.aux:
-                logits.append(model.aux[str(depth + 1)](h))
+                logits.append(model.answer(depth + 1, h))
         return torch.stack([*logits, model.head(h)])
 
 

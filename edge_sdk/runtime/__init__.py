@@ -17,10 +17,10 @@ class Runtime(Protocol):
     """
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
-        """Replace the parameters and set every optimizer slot to zero."""
+        """Replace parameters and statistics, and set every optimizer slot to zero."""
 
     def get_state(self) -> dict[str, Array]:
-        """A copy of the parameters by name."""
+        """A copy of parameters and statistics by name."""
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Run a graph on ``batch`` (inputs other than state); outputs other than state.
@@ -39,10 +39,15 @@ def load_runtime(bundle: Bundle, threads: int = 1) -> Runtime:
     Raises:
         BundleError: the bundle is for a runtime that this version does not have.
     """
-    if bundle.manifest.runtime != "onnx":
-        raise BundleError(
-            f"the bundle is for the runtime {bundle.manifest.runtime!r}; this version runs 'onnx'"
-        )
-    from edge_sdk.runtime.onnx import OnnxRuntime
+    if bundle.manifest.runtime == "onnx":
+        from edge_sdk.runtime.onnx import OnnxRuntime
 
-    return OnnxRuntime(bundle, threads)
+        return OnnxRuntime(bundle, threads)
+    if bundle.manifest.runtime == "executorch":
+        from edge_sdk.runtime.executorch import ExecutorchRuntime
+
+        return ExecutorchRuntime(bundle, threads)
+    raise BundleError(
+        f"the bundle is for the runtime {bundle.manifest.runtime!r}; this version has onnx and "
+        "executorch: upgrade cutlayer on the device"
+    )

@@ -15,31 +15,32 @@ from edge_sdk.protocol.tensors import DTYPES, Array
 
 ort.set_default_logger_severity(3)
 
+_ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10}
+"""Numbers of dtypes in TensorProto.DataType."""
+
 
 class OnnxRuntime:
     """Implements :class:`edge_sdk.runtime.Runtime`.
 
     Two sets of buffers hold the state. A step reads one and writes the other, bound once through
     I/O binding, so no parameter is copied or allocated per step. Calls from several threads (a
-    prediction while training goes on) take turns, step by step.
+    prediction while training goes on) take turns, step by step. A graph is loaded when it is first
+    run; the frozen tensors are one copy in memory for all of them.
     """
 
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
         self.manifest = bundle.manifest
+        self._graphs = dict(bundle.graphs)
+        self._threads = threads
+        self._constants = {
+            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                tensor, _ONNX_TYPES[tensor.dtype.name]
+            )
+            for name, tensor in bundle.constants.items()
+        }
         self._names = [entry.spec.name for entry in self.manifest.state]
         self._sessions: dict[str, Any] = {}
-        for name, blob in bundle.graphs.items():
-            try:
-                self._sessions[name] = ort.InferenceSession(
-                    blob, options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # onnxruntime raises bare pybind exceptions
-                raise BundleError(
-                    f"ONNX Runtime cannot load the graph {name!r}: {error}"
-                ) from error
+        self._bindings: dict[str, list[Any]] = {}
         self._buffers = [
             {
                 entry.spec.name: ort.OrtValue.ortvalue_from_numpy(entry.zeros())
@@ -49,10 +50,23 @@ class OnnxRuntime:
         ]
         self._current = 0
         self._turn = threading.Lock()
-        self._bindings = {
-            name: [self._bind(name, side) for side in range(2)] for name in self._sessions
-        }
         self.set_state(bundle.initial_state)
+
+    def _load(self, graph: str) -> None:
+        """Make the session of a graph and the bindings of its state."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        constants = list(self.manifest.graphs[graph].constants)
+        options.add_external_initializers(constants, [self._constants[n] for n in constants])
+        try:
+            self._sessions[graph] = ort.InferenceSession(
+                self._graphs[graph], options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises bare pybind exceptions
+            raise BundleError(f"ONNX Runtime cannot load the graph {graph!r}: {error}") from error
+        del self._graphs[graph]  # the session has its own copy
+        self._bindings[graph] = [self._bind(graph, side) for side in range(2)]
 
     def _bind(self, graph: str, side: int) -> Any:
         """An I/O binding that reads the state from one set of buffers and writes the other."""
@@ -75,7 +89,7 @@ class OnnxRuntime:
         values = {}
         for entry in self.manifest.state:
             name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
-            if entry.kind != "parameter":
+            if entry.kind == "slot":
                 values[name] = entry.zeros()
             elif name in tensors and tensors[name].shape == entry.spec.shape:
                 values[name] = np.ascontiguousarray(tensors[name], dtype)
@@ -89,7 +103,7 @@ class OnnxRuntime:
         with self._turn:
             buffers = self._buffers[self._current]
             return {
-                spec.name: buffers[spec.name].numpy().copy() for spec in self.manifest.parameters
+                spec.name: buffers[spec.name].numpy().copy() for spec in self.manifest.exchanged
             }
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
@@ -98,6 +112,8 @@ class OnnxRuntime:
 
     def _run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         spec = self.manifest.graphs[graph]
+        if graph not in self._sessions:
+            self._load(graph)
         binding = self._bindings[graph][self._current]
         for port in spec.inputs:
             if port.role != "state":

@@ -22,8 +22,9 @@ from rich.table import Table
 
 from edge_sdk.data import Examples
 from edge_sdk.errors import CutlayerError
+from edge_sdk.index import BundleIndex
 from export.split import SplitModel
-from export.writer import WEIGHTS, BundleIndex, Tier, export_bundles
+from export.writer import WEIGHTS, Tier, export_bundles
 from server_hub.demo import digits
 from server_hub.demo.no_hub import federated_averaging
 from server_hub.run import PATHS, RoundRecord, RunFolder, markdown_table, megabytes

@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from edge_sdk.bundle import Bundle
 from edge_sdk.data import Examples
 from edge_sdk.device import softmax
+from edge_sdk.index import BundleIndex
 from edge_sdk.learner import Learner, LocalPlan
-from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.runtime import load_runtime
 from export.optimizers import check_hyper
 from export.split import SplitModel
-from export.writer import BundleIndex
 from server_hub.hub import learning_rate_factor
 from server_hub.layers import LayerCopy, LayerStore, split_by_layer
 
@@ -46,11 +45,7 @@ def federated_averaging(
         progress: told each round's number.
     """
     manifest, blobs = index.manifest(tier), index.blobs()
-    bundle = Bundle(
-        manifest,
-        {name: blobs.read(graph.blob) for name, graph in manifest.graphs.items()},
-        unpack_tensors(blobs.read(manifest.initial_state)),
-    )
+    bundle = Bundle.open(manifest, blobs.read)
     learner = Learner(manifest, load_runtime(bundle))
     store = LayerStore(bundle.initial_state)
     local = [share.fitted(manifest) for share in shares]

@@ -1,0 +1,279 @@
+"""One training step on a device: exported segments against eager PyTorch, time and memory.
+
+    python -m benchmarks.device_step [--family NAME]... [--runtime NAME]... [--json FILE]
+
+Times are medians of steps that take turns in one process, on the same threads: the exported step
+through ``edge_sdk``'s runtime, and forward, backward, optimizer step and packing in eager PyTorch.
+The memory is the peak of a process of its own that does nothing else: one with ``edge_sdk`` and the
+bundle, one with PyTorch and the model. ExecuTorch's Python binding needs torch, so its process has
+it too, which a phone has not.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+STEPS = 24
+"""Steps that are timed, after :data:`WARM_UP`; a median of at least 20."""
+
+WARM_UP = 3
+
+RUNTIMES = ("onnx", "executorch")
+NAMES = (
+    "conv-groupnorm",
+    "mobilenet-v2",
+    "vit",
+    "gpt2-lora-256",
+    "gpt2-lora-768",
+    "llama-lora",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement. ``overhead`` is what the Python runtime adds to the bare call, as a share."""
+
+    family: str
+    runtime: str
+    threads: int
+    batch: int
+    median_ms: float
+    eager_median_ms: float
+    ratio: float
+    peak_mb: float
+    eager_peak_mb: float
+    overhead: float
+
+
+def main(
+    family: Annotated[list[str] | None, typer.Option(help="Family to measure; all.")] = None,
+    runtime: Annotated[list[str] | None, typer.Option(help="Runtime to measure; both.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
+    steps: Annotated[int, typer.Option(help="Steps to time.", min=20)] = STEPS,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+) -> None:
+    """Measure one training step of exported segments against eager PyTorch."""
+    console = Console(stderr=True)
+    rows = []
+    with console.status("") as status:
+        for name in family or NAMES:
+            eager_mb = None
+            for one in runtime or RUNTIMES:
+                with tempfile.TemporaryDirectory() as folder:
+                    status.update(f"{name}: exporting for {one}")
+                    _child("export", name, one, folder)
+                    status.update(f"{name}: timing {one}")
+                    timed = _child("time", name, one, folder, str(threads), str(steps))
+                    status.update(f"{name}: memory")
+                    peak = _child("peak", name, one, folder, str(threads))["peak_mb"]
+                    if eager_mb is None:
+                        eager_mb = _child("eager-peak", name, str(threads))["peak_mb"]
+                row = Row(name, one, threads, peak_mb=peak, eager_peak_mb=eager_mb, **timed)
+                rows.append(row)
+                console.print(
+                    f"{name}, {one}: {row.median_ms:.1f} ms, {row.ratio:.2f} x eager, "
+                    f"{row.peak_mb:.0f} of {row.eager_peak_mb:.0f} MB"
+                )
+    Console().print(table(rows))
+    if out is not None:
+        out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", "utf-8")
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows, to look at."""
+    result = Table(title="one training step on the device")
+    for column in ("family", "runtime"):
+        result.add_column(column)
+    for column in ("threads", "batch", "ms", "eager ms", "ratio", "MB", "eager MB", "overhead"):
+        result.add_column(column, justify="right")
+    for r in rows:
+        result.add_row(
+            r.family,
+            r.runtime,
+            str(r.threads),
+            str(r.batch),
+            f"{r.median_ms:.1f}",
+            f"{r.eager_median_ms:.1f}",
+            f"{r.ratio:.2f}",
+            f"{r.peak_mb:.0f}",
+            f"{r.eager_peak_mb:.0f}",
+            f"{100 * r.overhead:.1f} %",
+        )
+    return result
+
+
+def _child(*arguments: str) -> dict[str, Any]:
+    """Run a part of the measurement in a process of its own; what it prints last is its result."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.device_step", "--child", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+# --- what the children do ------------------------------------------------------------------------
+
+
+def _export(name: str, runtime: str, folder: str) -> dict[str, Any]:
+    from benchmarks.families import FAMILIES
+    from export.writer import Tier, export_bundles
+
+    family = FAMILIES[name]
+    tier = Tier(family.cut, "int8", runtime, batch=len(family.x))  # type: ignore[arg-type]
+    export_bundles(
+        family.model(),
+        {"tier": tier},
+        Path(folder) / "bundles",
+        example=family.x,
+        classes=family.classes,
+        optimizer=family.optimizer,
+    )
+    np.savez(Path(folder) / "batch.npz", x=family.x.numpy(), y=family.labels().numpy())
+    return {}
+
+
+def _time(name: str, runtime: str, folder: str, threads: str, steps: str) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(int(threads))
+    step, bare = _exported(folder, int(threads), runtime == "onnx")
+    eager = _eager(name)
+    times: dict[str, list[float]] = {"exported": [], "bare": [], "eager": []}
+    for number in range(WARM_UP + int(steps)):
+        for kind, run in (("exported", step), ("bare", bare), ("eager", eager)):
+            began = time.perf_counter()
+            run()
+            if number >= WARM_UP:
+                times[kind].append(time.perf_counter() - began)
+    median = {kind: 1000 * statistics.median(values) for kind, values in times.items()}
+    with np.load(Path(folder) / "batch.npz") as batch:
+        rows = len(batch["x"])
+    return {
+        "batch": rows,
+        "median_ms": median["exported"],
+        "eager_median_ms": median["eager"],
+        "ratio": median["exported"] / median["eager"],
+        "overhead": median["exported"] / median["bare"] - 1,
+    }
+
+
+def _peak(name: str, runtime: str, folder: str, threads: str) -> dict[str, Any]:
+    step, _ = _exported(folder, int(threads), False)
+    for _ in range(WARM_UP):
+        step()
+    return {"peak_mb": _high_water_mb()}
+
+
+def _eager_peak(name: str, threads: str) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(int(threads))
+    eager = _eager(name)
+    for _ in range(WARM_UP):
+        eager()
+    return {"peak_mb": _high_water_mb()}
+
+
+def _exported(folder: str, threads: int, bare: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A step through the runtime of ``edge_sdk``, and the bare call that is inside of it."""
+    from edge_sdk.bundle import Bundle
+    from edge_sdk.index import BundleIndex
+    from edge_sdk.runtime import load_runtime
+
+    index = BundleIndex.read(Path(folder) / "bundles")
+    manifest = index.manifest("tier")
+    runtime = load_runtime(Bundle.open(manifest, index.blobs().read), threads)
+    ports = manifest.graphs["train"].inputs
+    hyper = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999,
+             "eps": 1e-8}  # fmt: skip
+    with np.load(Path(folder) / "batch.npz") as arrays:
+        batch = {"x": arrays["x"], "y": arrays["y"]}
+    batch |= {p.spec.name: np.float32(hyper[p.spec.name])[...] for p in ports if p.role == "hyper"}
+    batch |= {p.spec.name: np.asarray(7) for p in ports if p.role == "seed"}
+
+    def step() -> Any:
+        return runtime.run("train", batch)
+
+    step()
+    return step, _bare(runtime, batch) if bare else step
+
+
+def _bare(runtime: Any, batch: dict[str, Any]) -> Callable[[], Any]:
+    """The call into ONNX Runtime alone, everything bound beforehand."""
+    spec, side = runtime.manifest.graphs["train"], runtime._current
+    binding, session = runtime._bindings["train"][side], runtime._sessions["train"]
+    for port in spec.inputs:
+        if port.role != "state":
+            binding.bind_cpu_input(port.spec.name, batch[port.spec.name])
+    for port in spec.outputs:
+        if port.role != "state":
+            binding.bind_output(port.spec.name, "cpu")
+    return lambda: session.run_with_iobinding(binding)
+
+
+def _eager(name: str) -> Callable[[], Any]:
+    """One step of local training in eager PyTorch: what the exported step does."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from benchmarks.families import FAMILIES
+    from export.optimizers import get_optimizer
+    from export.packing import get_codec
+    from export.split import ClientSegment, channel_axis
+
+    family = FAMILIES[name]
+    segment = ClientSegment(family.model(), family.cut).train()
+    rule, codec, y = get_optimizer(family.optimizer), get_codec("int8"), family.labels()
+    trained: list[torch.Tensor] = [p for p in segment.parameters() if p.requires_grad]
+    optimizer = rule.reference(trained, rule.hyper)
+
+    def step() -> None:
+        h, logits = segment(family.x)
+        loss = sum(cross_entropy(z.reshape(-1, family.classes), y.reshape(-1)) for z in logits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        codec.pack(h, channel_axis(h, segment.channels_first))
+
+    return step
+
+
+def _high_water_mb() -> float:
+    """Most memory that this process has had resident so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise SystemExit("/proc/self/status has no VmHWM: this measurement needs Linux")
+
+
+_CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
+    "export": _export,
+    "time": _time,
+    "peak": _peak,
+    "eager-peak": _eager_peak,
+}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(_CHILDREN[sys.argv[2]](*sys.argv[3:])))
+    else:
+        typer.run(main)

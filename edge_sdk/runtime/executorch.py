@@ -1,0 +1,173 @@
+"""Step graphs on ExecuTorch: every graph is a method of one ``.pte`` file.
+
+ExecuTorch's Python binding deals in torch tensors, so this is the one module of the SDK that needs
+torch (``pip install 'cutlayer[executorch]'``); it is imported when a bundle for ExecuTorch is
+opened. On a phone the same file runs through ExecuTorch's Java or C++ interface, without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.bundle import Bundle, Port
+from edge_sdk.errors import BundleError, DataError
+from edge_sdk.protocol.tensors import DTYPES, Array
+
+
+class ExecutorchRuntime:
+    """Implements :class:`edge_sdk.runtime.Runtime`.
+
+    A step's outputs live in memory that the next step overwrites, so the binding copies them; the
+    copies are the state, or belong to the caller. A method is loaded when it is first run. Calls
+    from several threads take turns.
+
+    Args:
+        bundle: a verified bundle whose graphs are methods of one file.
+        threads: size of XNNPACK's thread pool, of which a process has only one: the runtime opened
+            last sets it for all.
+
+    Raises:
+        BundleError: ExecuTorch is not installed, or cannot read the file.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        self._torch, binding = load_binding()
+        self.manifest = bundle.manifest
+        # the module reads the file in place: bytes that go away under it crash the process
+        self._file = next(iter(bundle.graphs.values()))
+        with _quiet():
+            if binding._threadpool_get_thread_count() != threads:
+                binding._unsafe_reset_threadpool(threads)
+            try:
+                self._module = binding._load_for_executorch_from_buffer(self._file)
+                methods = self._module.method_names()
+            except RuntimeError as error:
+                raise BundleError(
+                    f"ExecuTorch cannot read the bundle's file ({error}): it is damaged or for "
+                    "another version of ExecuTorch; export it with the version that runs it"
+                ) from error
+        for name in self.manifest.graphs:
+            if name not in methods:
+                raise BundleError(f"the bundle's file has no method {name!r}; export it again")
+        self._state: dict[str, Any] = {}
+        self._turn = threading.Lock()
+        self.set_state(bundle.initial_state)
+
+    def set_state(self, tensors: Mapping[str, Array]) -> None:
+        values = {}
+        for entry in self.manifest.state:
+            name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
+            if entry.kind == "slot":
+                values[name] = entry.zeros()
+            elif name in tensors and tensors[name].shape == entry.spec.shape:
+                values[name] = np.array(tensors[name], dtype, order="C")
+            else:
+                found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
+                raise BundleError(f"state tensor {name} {found}, must be {entry.spec.shape}")
+        with self._turn:
+            self._state = {name: self._torch.from_numpy(value) for name, value in values.items()}
+
+    def get_state(self) -> dict[str, Array]:
+        with self._turn:
+            return {
+                spec.name: self._state[spec.name].numpy().copy() for spec in self.manifest.exchanged
+            }
+
+    def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph on ``batch`` (inputs other than state); outputs other than state.
+
+        State outputs become the state.
+
+        Raises:
+            DataError: an input is missing, has another dtype or shape, or is larger than the
+                memory that the file plans for it.
+            BundleError: a method cannot be loaded or fails.
+        """
+        spec = self.manifest.graphs[graph]
+        given = {
+            port.spec.name: self._input(graph, port, batch)
+            for port in spec.inputs
+            if port.role != "state"
+        }
+        with self._turn:
+            inputs = [
+                (self._state if port.role == "state" else given)[port.spec.name]
+                for port in spec.inputs
+            ]
+            try:
+                outputs = self._module.run_method(graph, inputs)
+            except RuntimeError as error:
+                raise BundleError(
+                    f"ExecuTorch cannot run the graph {graph!r} ({error}); export the bundle "
+                    "again with the version of ExecuTorch that runs it"
+                ) from error
+            results: dict[str, Array] = {}
+            states = iter(self.manifest.state)
+            for port, output in zip(spec.outputs, outputs, strict=True):
+                if port.role == "state":
+                    self._state[next(states).spec.name] = output
+                else:
+                    results[port.spec.name] = output.numpy()
+            return results
+
+    def _input(self, graph: str, port: Port, batch: Mapping[str, Array]) -> Any:
+        """One checked input as a torch tensor. The binding itself takes wrong ones silently."""
+        spec = port.spec
+        if spec.name not in batch:
+            raise DataError(f"the graph {graph!r} needs the input {spec.name!r}")
+        value = np.asarray(batch[spec.name])
+        fits = value.dtype == DTYPES[spec.dtype] and value.ndim == len(spec.shape)
+        for size, wanted in zip(value.shape, spec.shape, strict=False):
+            if not isinstance(wanted, str):
+                fits = fits and size == wanted
+                continue
+            limit = self.manifest.limits.get(wanted)
+            if size < 1 or (limit is not None and size > limit):
+                raise DataError(
+                    f"{spec.name} has a {wanted} of {size}; the bundle was exported for "
+                    f"1 to {limit}: use a smaller one, or export with a higher limit"
+                )
+        if not fits:
+            raise DataError(
+                f"{spec.name} is {value.dtype} {list(value.shape)}, "
+                f"must be {spec.dtype} {list(spec.shape)}"
+            )
+        if not value.flags.writeable or not value.flags.c_contiguous:
+            value = np.array(value, order="C")  # torch wants neither
+        return self._torch.from_numpy(value)
+
+
+def load_binding() -> tuple[Any, Any]:
+    """torch and ExecuTorch's Python binding; :class:`BundleError` if they are not installed."""
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        try:
+            import torch
+            from executorch.extension.pybindings import portable_lib
+        except ImportError as error:
+            raise BundleError(
+                f"the bundle is for ExecuTorch, which is not installed ({error}); "
+                "run pip install 'cutlayer[executorch]', or export the tier for onnx"
+            ) from error
+    return torch, portable_lib
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what ExecuTorch's C++ code logs from the user's screen: errors are raised as well."""
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)

@@ -1,0 +1,162 @@
+"""``tiers.toml``: what the devices of each tier can carry, and what the model's inputs are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edge_sdk import config
+from edge_sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from export.lora import Lora
+    from export.split import SplitModel
+
+_ROWS = 8
+"""Examples that are drawn to export with."""
+
+_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class TierTable:
+    """A class of devices.
+
+    Attributes:
+        cut: cut layer; the deepest that the tier can carry if not given.
+        codec: how activations are packed.
+        runtime: what runs the step graphs.
+        batch: rows of a training step; ExecuTorch takes no more than these.
+        precision: of a graph for inference: ``int8`` weights beside ``float32``, or not.
+        memory_mb: what a training step may take, in MB.
+        gflops: what the devices compute while training, in 10^9 operations per second.
+        uplink_mbit: what they upload, in 10^6 bits per second.
+        max_epoch_s: how long an epoch over the local examples may take, in seconds.
+        examples: local examples of a device.
+    """
+
+    cut: int | None = None
+    codec: Literal["int8", "fp16"] = "int8"
+    runtime: Literal["onnx", "executorch"] = "onnx"
+    batch: int = 32
+    precision: Literal["float32", "int8"] = "float32"
+    memory_mb: float | None = None
+    gflops: float | None = None
+    uplink_mbit: float | None = None
+    max_epoch_s: float | None = None
+    examples: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("memory_mb", "gflops", "uplink_mbit", "max_epoch_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        for name in ("batch", "examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.max_epoch_s is not None and self.gflops is None and self.uplink_mbit is None:
+            raise ValueError("max_epoch_s says nothing without gflops or uplink_mbit")
+
+
+@dataclass(frozen=True)
+class LoraTable:
+    """Low-rank adapters on a frozen base; see :class:`export.lora.Lora`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TiersConfig:
+    """What ``tiers.toml`` may say.
+
+    Attributes:
+        tiers: tiers by name.
+        classes: number of classes; a model of transformers says it itself.
+        input_shape: shape of one input, without the batch; the same.
+        input_dtype: ``float32``, or ``int64`` for token ids.
+        input_high: token ids are below this.
+        length: tokens of a text.
+        optimizer: what the training graphs update with.
+        lora: train adapters on a frozen base.
+    """
+
+    tiers: dict[str, TierTable]
+    classes: int | None = None
+    input_shape: list[int] | None = None
+    input_dtype: Literal["float32", "int64"] = "float32"
+    input_high: int = 2
+    length: int = _LENGTH
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lora: LoraTable | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tiers:
+            raise ValueError("there are no tiers; add [tiers.NAME]")
+        if self.input_shape is not None and not all(n > 0 for n in self.input_shape):
+            raise ValueError("input_shape must be a list of positive integers")
+        if self.length < 2:
+            raise ValueError(f"length is {self.length}; a text has 2 tokens or more")
+
+    @classmethod
+    def read(cls, path: Path) -> TiersConfig:
+        """Read the file; :class:`ConfigError` names what is wrong."""
+        return config.load(cls, path)
+
+    def make_lora(self) -> Lora | None:
+        """The adapters that are asked for."""
+        from export.lora import Lora
+
+        if self.lora is None:
+            return None
+        try:
+            return Lora(**vars(self.lora))
+        except ValueError as error:
+            raise ConfigError(f"[lora]: {error}") from error
+
+    def example(self, model: SplitModel) -> tuple[Tensor, int]:
+        """Random inputs of the model's kind, and the number of classes.
+
+        Raises:
+            ConfigError: neither the file nor the model says what they are.
+        """
+        import torch
+
+        known = _known(model, self.length)
+        shape = self.input_shape if self.input_shape is not None else known.get("shape")
+        classes = self.classes if self.classes is not None else known.get("classes")
+        if shape is None or classes is None:
+            missing = "input_shape" if shape is None else "classes"
+            raise ConfigError(f"tiers.toml must say {missing}: this model does not")
+        high = known.get("high", self.input_high if self.input_dtype == "int64" else None)
+        generator = torch.Generator().manual_seed(0)
+        if high is None:
+            return torch.randn((_ROWS, *shape), generator=generator), classes
+        return torch.randint(high, (_ROWS, *shape), generator=generator), classes
+
+
+def _known(model: SplitModel, length: int) -> dict[str, Any]:
+    """What a model of transformers says about its inputs and answers."""
+    from torch import nn
+
+    origin = getattr(model, "origin", None)
+    if origin is None:
+        if model.task == "tokens":
+            table = model.stem.embedding
+            assert isinstance(table, nn.Embedding)
+            words = table.num_embeddings
+            return {"shape": [length], "high": words, "classes": words}
+        return {}
+    known = origin.config
+    if hasattr(known, "vocab_size"):
+        longest = getattr(known, "max_position_embeddings", length)
+        classes = known.vocab_size if model.task == "tokens" else known.num_labels
+        return {"shape": [min(length, longest)], "high": known.vocab_size, "classes": classes}
+    size = getattr(known, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"shape": [known.num_channels, height, width], "classes": known.num_labels}
