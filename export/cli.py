@@ -47,9 +47,12 @@ def export(
         lora = settings.make_lora()
         split = build_model(model, lora)
         example, classes = settings.example(split)
+        chosen = settings.exported(
+            split, example, classes, lambda text, _: status.update(f"looking for cuts: {text}")
+        )
         index = export_bundles(
             split,
-            settings.exported(),
+            chosen,
             out,
             example=example,
             classes=classes,

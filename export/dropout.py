@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class SeededDropout(TorchFunctionMode):
             F.dropout2d: self._channels,
             F.dropout3d: self._channels,
             F.scaled_dot_product_attention: self._attention,
+            F.multi_head_attention_forward: self._multi_head_attention,
         }
         return mine.get(function, function)(*args, **(kwargs or {}))
 
@@ -108,6 +110,11 @@ class SeededDropout(TorchFunctionMode):
         elif attn_mask is not None:
             scores = scores + attn_mask
         return self._dropout(torch.softmax(scores, -1), dropout_p) @ value
+
+    def _multi_head_attention(self, *args: Any, **kwargs: Any) -> Any:
+        """The function of ``nn.MultiheadAttention``: what it calls does not reach the mode."""
+        with patch.multiple(F, dropout=self._dropout, scaled_dot_product_attention=self._attention):
+            return F.multi_head_attention_forward(*args, **kwargs)
 
     def _kept(self, shape: Any, p: float, like: Tensor) -> Tensor:
         """What to multiply by: 0 with probability ``p``, else ``1 / (1 - p)``."""

@@ -37,6 +37,11 @@ def check_modules(root: nn.Module, prefix: str = "") -> None:
         for kind, why in REPLACEMENTS.items():
             if isinstance(module, kind):
                 raise ExportError(f"{_called(name, module)}: {why}")
+        if isinstance(module, nn.RNNBase) and module.num_layers > 1 and module.dropout > 0:
+            raise ExportError(
+                f"{_called(name, module)} with dropout between its layers, which has random "
+                "numbers of its own; use layers of one with nn.Dropout between them"
+            )
         tracks = isinstance(module, _NormBase) and module.track_running_stats
         if tracks and module.momentum is None:
             raise ExportError(

@@ -1,52 +1,56 @@
-"""The graph ``predict_int8``: inference with the weights as constants, matrices in 8 bits.
+"""The graph ``predict_int8``: inference with weights that are constants, its matrices in 8 bits.
 
 Matrices of linear layers, convolutions and embeddings are int8 with a float32 scale for each output
 channel; activations and everything else are float32. The weights are those at export: this graph
 does not follow training.
+
+A matrix is ``codes * scale`` in the graph. ONNX Runtime computes that once, when it loads the
+graph, and then runs as fast as with float32 constants; ``DequantizeLinear`` it would run in every
+call, unless an option of the session says otherwise. ExecuTorch computes it in every call. Rows of
+an embedding are looked up as codes, so the table stays int8 in memory, too.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
-from edge_sdk.bundle import Manifest
+from edge_sdk.bundle import Bundle, Manifest
 from edge_sdk.data import Examples
 from edge_sdk.device import softmax
-from edge_sdk.learner import Learner
+from edge_sdk.learner import Learner, Precision
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime import load_runtime
 from export.errors import ExportError
-from export.lowering.lowered import Run
+from export.lowering.lowered import Run, RuntimeName
 from export.lowering.verify import verify
-from export.split import ClientSegment
 from export.steps import ClientSteps, Step
 
 INT8 = "predict_int8"
 """Name of the graph."""
 
-MAX_LOSS = 0.01
-
 _LARGEST = 127
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A tensor as ``codes * scale``.
+    """A float32 tensor as ``codes * scale``.
 
     Attributes:
-        codes: int8, from -127 to 127, in the shape of the tensor.
-        scale: float32 of each channel, in a shape that broadcasts.
+        codes: int8 from -127 to 127, in the shape of the tensor.
+        scale: float32 for each channel, in a shape that broadcasts.
     """
 
     codes: Tensor
@@ -58,35 +62,253 @@ class Quantized:
 
 
 def quantize(weight: Tensor, axis: int = 0) -> Quantized:
-    """Round a float32 tensor to 8 bits, symmetrically, with a scale for each channel of ``axis``.
+    """Round a finite float32 tensor to 8 bits, symmetrically, with a scale for each channel.
 
-    ``scale = max|w| / 127``; an element changes by half of it at most. A channel of zeros has the
-    scale 1.
+    ``scale = max|w| / 127`` over a channel of ``axis``, so that no element changes by more than
+    half of it. A channel whose scale would lose bits (below 1e-38, zero for example) becomes zero.
+    """
+    others = [d for d in range(weight.dim()) if d != axis]
+    scale = weight.abs().amax(others, keepdim=True) / _LARGEST
+    scale = torch.where(scale < _TINY, 2 * _LARGEST * _TINY, scale)
+    return Quantized(torch.round(weight / scale).to(torch.int8), scale)
+
+
+def quantize_matrices(steps: ClientSteps, runtime: RuntimeName) -> dict[str, Quantized]:
+    """The matrices of a segment that are quantized for a runtime, by name.
+
+    Not for ExecuTorch: grouped convolutions. XNNPACK runs them only with constant weights, of which
+    it takes float32 alone next to float32 activations; the detour that other convolutions go, by
+    products of matrices, is 4 to 9 times slower here, and a depthwise kernel is small.
+    """
+    tensors = {**steps.initial, **steps.constants}
+    found = {}
+    for path, module in steps.segment.named_modules():
+        grouped = isinstance(module, _ConvNd) and module.groups > 1
+        matrix = _matrix(module)
+        if matrix is None or (grouped and runtime == "executorch"):
+            continue
+        name = f"{path}.{matrix[0]}"
+        if name in tensors:  # not if it has another name already, or is computed
+            found[name] = quantize(tensors[name], matrix[1])
+    return found
+
+
+def _matrix(module: nn.Module) -> tuple[str, int] | None:
+    """The name of a module's matrix and the axis of its output channels, if it has one."""
+    match module:
+        case nn.MultiheadAttention() if module.in_proj_weight is not None:
+            return "in_proj_weight", 0
+        case nn.Embedding() if module.max_norm is not None:  # its table changes when it is read
+            return None
+        case _ConvTransposeNd():
+            return "weight", 1
+        case nn.Linear() | nn.Embedding() | _ConvNd():
+            return "weight", 0
+    # GPT-2's linear layer, of transformers: (in, out)
+    return ("weight", 1) if type(module).__name__ == "Conv1D" else None
+
+
+class _LookUp(TorchFunctionMode):
+    """While active, rows of a quantized table are looked up first and dequantized then."""
+
+    def __init__(self, tables: Mapping[int, Quantized]) -> None:
+        super().__init__()
+        self._tables = tables
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function is F.embedding and len(args) > 1 and id(args[1]) in self._tables:
+            table = self._tables[id(args[1])]
+            rows = Quantized(F.embedding(args[0], table.codes), F.embedding(args[0], table.scale))
+            return rows.dequantize()
+        return function(*args, **(kwargs or {}))
+
+
+def predict_int8(steps: ClientSteps, matrices: Mapping[str, Quantized]) -> Step:
+    """``x -> logits, packed activations``: ``predict`` with the weights as constants.
+
+    Args:
+        steps: the steps of the segment.
+        matrices: the quantized matrices by name.
+    """
+    predict = steps.predict()
+    tensors = {**steps.initial, **steps.constants}
+    constants = {n: t for n, t in tensors.items() if n not in matrices}
+    for name, matrix in matrices.items():
+        constants |= {f"{name}/codes": matrix.codes, f"{name}/scale": matrix.scale}
+
+    def function(given: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+        values, tables = dict(given), {}
+        for name in matrices:
+            matrix = Quantized(values.pop(f"{name}/codes"), values.pop(f"{name}/scale"))
+            values[name] = matrix.dequantize()
+            tables[id(values[name])] = matrix
+        state = [values.pop(name) for name in steps.initial]
+        with _LookUp(tables):
+            return predict.function(values, *state, x)
+
+    inputs = tuple(port for port in predict.inputs if port.role != "state")
+    return Step(INT8, function, inputs, predict.outputs, constants, predict.limits)
+
+
+def verify_int8(
+    steps: ClientSteps, matrices: Mapping[str, Quantized], step: Step, run: Run, example: Tensor
+) -> None:
+    """Compare the lowered graph with eager PyTorch in float64, with the dequantized weights.
 
     Raises:
-        ExportError: an element is not finite.
+        ExportError: the graph fails or differs by more than rounding.
     """
-    if not torch.isfinite(weight).all():
-        raise ExportError("it holds values that are not finite (NaN or infinity)")
-    others = [d for d in range(weight.dim()) if d != axis]
-    largest = weight.abs().amax(others, keepdim=True)
-    # a scale that is subnormal has lost bits: such a channel is as good as zero
-    scale = torch.where(largest < _LARGEST * torch.finfo().tiny, 1.0, largest / _LARGEST)
-    codes = torch.round(weight / scale).clamp(-_LARGEST, _LARGEST).to(torch.int8)
-    return Quantized(codes, scale)
+    reference = copy.copy(steps)
+    reference.segment = copy.deepcopy(steps.segment)
+    weights = {name: matrix.dequantize() for name, matrix in matrices.items()}
+    with torch.no_grad():
+        for name, parameter in reference.segment.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+    try:
+        verify(
+            reference,
+            replace(step, name="predict"),
+            lambda _, feeds: run(step, {"x": feeds["x"]}),
+            example,
+        )
+    except ExportError as error:
+        raise ExportError(f"{INT8}, with the weights that it has: {error}") from error
 
 
-def matrices(segment: nn.Module) -> dict[str, int]:
-    """Names of the weights to quantize, with the axis of their output channels."""
-    found = {}
-    for path, module in segment.named_modules():
-        prefix = f"{path}." if path else ""
-        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            found[f"{prefix}in_proj_weight"] = 0
-        elif isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            found[f"{prefix}weight"] = 0
-        elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer, (in, out)
-            found[f"{prefix}weight"] = 1
-        elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            found[f"{prefix}weight"] = 1
-    return found
+@dataclass(frozen=True)
+class LossCheck:
+    """What the int8 graphs may lose, and the examples on which that is measured.
+
+    Attributes:
+        examples: examples with labels, as devices have them.
+        max_loss: largest loss, see :class:`Comparison`.
+        allow_loss: export graphs that lose more, too.
+    """
+
+    examples: Examples
+    max_loss: float = 0.01
+    allow_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.max_loss >= 0:
+            raise ExportError(f"the largest loss is {self.max_loss}; it must be 0 or more")
+
+    def judge(self, tier: str, comparison: Comparison) -> None:
+        """Raise :class:`ExportError` if int8 loses too much."""
+        if comparison.loss > self.max_loss and not self.allow_loss:
+            measure = comparison.measure
+            raise ExportError(
+                f"tier {tier!r}: {measure} is {comparison.float32.score:.4g} in float32 and "
+                f"{comparison.int8.score:.4g} in int8, a loss of {comparison.loss:.2%} where "
+                f"{self.max_loss:.2%} are allowed; raise --max-loss, give --allow-loss, or export "
+                "the tier in float32. Nothing was written"
+            )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a graph for inference is worth, and what it costs.
+
+    Attributes:
+        score: accuracy, or perplexity.
+        kilobytes: what has to be loaded to answer: the file, and in float32 the weights.
+        milliseconds: to answer one example, on one thread of the exporting machine; the median.
+    """
+
+    score: float
+    kilobytes: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``predict`` and ``predict_int8`` side by side.
+
+    Attributes:
+        measure: ``accuracy``, the fraction of the examples that the mean of the heads' softmax gets
+            right; or ``perplexity`` for a model of tokens, e to the mean cross-entropy of that mean
+            over the labels.
+        float32: of ``predict``.
+        int8: of ``predict_int8``.
+        loss: accuracy that int8 loses, as a fraction of all examples; or by what fraction of itself
+            the perplexity grows. Below 0 where int8 is better.
+    """
+
+    measure: Literal["accuracy", "perplexity"]
+    float32: Figures
+    int8: Figures
+    loss: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain dictionaries."""
+        return asdict(self)
+
+
+_ROWS = 256
+_REPEATS = 20
+
+
+def compare(manifest: Manifest, read: Callable[[str], bytes], examples: Examples) -> Comparison:
+    """Run both graphs of a bundle on examples, as a device does.
+
+    Args:
+        manifest: a manifest with ``predict_int8``.
+        read: the content of a blob by its name.
+        examples: examples with labels.
+
+    Raises:
+        DataError: the examples do not fit the model.
+    """
+    examples = examples.fitted(manifest)
+    learner = Learner(manifest, load_runtime(Bundle.open(manifest, read)))
+    graph = manifest.graphs["predict"]
+    constants = {c.blob for c in manifest.constants for t in c.tensors if t.name in graph.constants}
+    float32_blobs = {graph.blob, manifest.initial_state, *constants}
+    blobs: dict[Precision, set[str]] = {
+        "float32": float32_blobs,
+        "int8": {manifest.graphs[INT8].blob},
+    }
+    correct, entropy, figures = {}, {}, {}
+    for precision, names in blobs.items():
+        correct[precision], entropy[precision] = _answers(learner, examples, precision)
+        score = correct[precision] / examples.labels
+        if manifest.task == "tokens":
+            score = float(np.exp(entropy[precision]))
+        size = sum(manifest.blobs[name] for name in names) / 1000
+        figures[precision] = Figures(score, size, _latency_ms(learner, examples.x[:1], precision))
+    if manifest.task == "tokens":
+        loss = float(np.expm1(entropy["int8"] - entropy["float32"]))
+        return Comparison("perplexity", figures["float32"], figures["int8"], loss)
+    loss = (correct["float32"] - correct["int8"]) / examples.labels
+    return Comparison("accuracy", figures["float32"], figures["int8"], loss)
+
+
+def _answers(learner: Learner, examples: Examples, precision: Precision) -> tuple[int, float]:
+    """How many labels are right, and the mean cross-entropy of the labels, in nats."""
+    correct, entropy = 0, 0.0
+    for batch in examples.batches(learner.manifest.limits.get("batch", _ROWS)):
+        logits, _ = learner.predict(batch.x, precision)
+        counted = batch.y >= 0
+        probabilities = softmax(logits).mean(0)[counted]
+        labels = batch.y[counted]
+        correct += int((probabilities.argmax(-1) == labels).sum())
+        wanted = np.take_along_axis(probabilities, labels[:, None], -1)
+        entropy -= float(np.log(np.maximum(wanted, np.finfo(np.float64).tiny)).sum())
+    return correct, entropy / examples.labels
+
+
+def _latency_ms(learner: Learner, x: Array, precision: Precision) -> float:
+    learner.predict(x, precision)
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        learner.predict(x, precision)
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)

@@ -7,7 +7,8 @@ calls, so an inference runtime can run it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,7 +273,10 @@ class ClientSteps:
     def _call(self, training: bool, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         self.segment.train(training)
         counters = {n: torch.zeros((), dtype=torch.int64) for n in self._counters}
-        result: tuple[Tensor, Tensor] = functional_call(self.segment, {**tensors, **counters}, (x,))
+        with _without_onednn():
+            result: tuple[Tensor, Tensor] = functional_call(
+                self.segment, {**tensors, **counters}, (x,)
+            )
         return result
 
     def _pack(self, h: Tensor) -> tuple[Tensor, ...]:
@@ -285,6 +289,20 @@ class ClientSteps:
 
     def _packed_ports(self) -> tuple[Port, ...]:
         return tuple(Port(spec, "packed") for spec in self.packed)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """LSTM in terms of matrix products: oneDNN's has no translation.
+
+    Its ``flags`` would do the same, and warn of settings for graphics cards.
+    """
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _correct(logits: Tensor, y: Tensor) -> Tensor:

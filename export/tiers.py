@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from export.lora import Lora
+    from export.plan import Report
     from export.split import SplitModel
+    from export.writer import Tier
 
 _ROWS = 8
 """Examples that are drawn to export with."""
@@ -59,6 +61,12 @@ class TierTable:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.max_epoch_s is not None and self.gflops is None and self.uplink_mbit is None:
             raise ValueError("max_epoch_s says nothing without gflops or uplink_mbit")
+
+    def at(self, cut: int) -> Tier:
+        """What is exported for the tier at a cut."""
+        from export.writer import Tier
+
+        return Tier(cut, self.codec, self.runtime, self.batch)
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,28 @@ class TiersConfig:
         if high is None:
             return torch.randn((_ROWS, *shape), generator=generator), classes
         return torch.randint(high, (_ROWS, *shape), generator=generator), classes
+
+    def exported(
+        self, model: SplitModel, example: Tensor, classes: int, report: Report
+    ) -> dict[str, Tier]:
+        """What is exported for each tier: at its cut, or at the deepest that it can carry.
+
+        Args:
+            model: the model.
+            example: inputs and
+            classes: number of classes, by :meth:`example`.
+            report: told what is measured to find cuts.
+
+        Raises:
+            ExportError: a tier can carry no cut, or a cut is outside the model.
+        """
+        cuts = {name: tier.cut for name, tier in self.tiers.items() if tier.cut is not None}
+        if len(cuts) < len(self.tiers):
+            from export.plan import Planner
+
+            with Planner(model, example, classes, self.optimizer, report) as planner:
+                cuts = planner.choose(self.tiers)
+        return {name: tier.at(cuts[name]) for name, tier in self.tiers.items()}
 
 
 def _known(model: SplitModel, length: int) -> dict[str, Any]:

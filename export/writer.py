@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edge_sdk.bundle import BlobStore, Constants, Graph, Manifest
 from edge_sdk.index import INDEX, BundleIndex, TierEntry
+from edge_sdk.learner import Precision
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import DTYPES, TensorSpec
 from edge_sdk.signing import PrivateKey, sign
@@ -24,12 +25,24 @@ from export.lowering.onnx import Place
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
 from export.packing import get_codec
+from export.quantize import (
+    INT8,
+    Comparison,
+    LossCheck,
+    compare,
+    predict_int8,
+    quantize_matrices,
+    verify_int8,
+)
 from export.split import ClientSegment, SplitModel, layer_of
 from export.steps import ClientSteps
 
 WEIGHTS = "model.safetensors"
 
 Progress = Callable[[str], None]
+
+Compared = Callable[[str, Comparison], None]
+"""Told the tier, and what its int8 graph is worth."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +54,14 @@ class Tier:
         codec: how activations are packed, ``int8`` or ``fp16``.
         runtime: what runs the step graphs, ``onnx`` or ``executorch``.
         batch: largest batch; ExecuTorch plans its memory for it, ONNX Runtime takes any.
+        precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.quantize`.
     """
 
     cut: int
     codec: str = "int8"
     runtime: RuntimeName = "onnx"
     batch: int = 32
+    precision: Precision = "float32"
 
 
 def export_bundles(
@@ -61,6 +76,8 @@ def export_bundles(
     extra: Mapping[str, Any] | None = None,
     key: PrivateKey | None = None,
     overwrite: bool = False,
+    int8: LossCheck | None = None,
+    compared: Compared = lambda tier, comparison: None,
     progress: Progress = lambda line: None,
 ) -> BundleIndex:
     """Export one bundle per tier, with an auxiliary head at every tier's cut.
@@ -79,11 +96,15 @@ def export_bundles(
         extra: more for the index, see :func:`export.build.build_model`.
         key: private key to sign the bundles with.
         overwrite: replace an earlier export in ``out``.
+        int8: what the graphs of tiers with the precision int8 may lose, and on which examples.
+        compared: told what they are worth.
         progress: told what is being done.
 
     Raises:
         ExportError: a cut outside the model, a module without an exact translation, a graph that
-            differs from eager PyTorch, or ``out`` exists. Nothing is written.
+            differs from eager PyTorch, an int8 graph that loses too much, or ``out`` exists.
+            Nothing is written.
+        DataError: the examples do not fit the model. Nothing is written.
     """
     out = Path(out)
     if not tiers:
@@ -100,27 +121,49 @@ def export_bundles(
         if tier.runtime not in get_args(RuntimeName):
             known = ", ".join(get_args(RuntimeName))
             raise ExportError(f"unknown runtime {tier.runtime!r}; there are {known}")
+    _check_precisions(tiers, int8)
     get_optimizer(optimizer)
     check_stages(model, max(tier.cut for tier in tiers.values()), example)
     model.add_heads([tier.cut for tier in tiers.values()], example, classes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _folder_for(out) as folder, _modes_kept(model):
+    with _folder_for(out) as folder, modes_kept(model):
         blobs = BlobStore(folder / "blobs")
         entries = {}
         for name, tier in tiers.items():
             segment = ClientSegment(model, tier.cut)
             check_parameters(segment, example)
             steps = make_steps(segment, tier, example, classes, optimizer)
-            manifest = write_tier(steps, name, tier, blobs, example, progress).to_bytes()
-            if key is not None:
-                manifest = sign(manifest, key)
-            entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(manifest))
+            manifest = write_tier(steps, name, tier, blobs, example, progress)
+            if int8 is not None and tier.precision == "int8":
+                progress(f"{name}: cut {tier.cut}, comparing int8 with float32")
+                comparison = compare(manifest, blobs.read, int8.examples)
+                compared(name, comparison)
+                int8.judge(name, comparison)
+            data = manifest.to_bytes() if key is None else sign(manifest.to_bytes(), key)
+            entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(data))
         model.save(folder / WEIGHTS)
         index = BundleIndex(folder, model_path, classes, optimizer, entries, dict(extra or {}))
         index.write()
         folder.chmod(0o755)
         _put(folder, out)
     return replace(index, folder=out)
+
+
+def _check_precisions(tiers: Mapping[str, Tier], int8: LossCheck | None) -> None:
+    for name, tier in tiers.items():
+        if tier.precision not in get_args(Precision):
+            known = ", ".join(get_args(Precision))
+            raise ExportError(f"unknown precision {tier.precision!r}; there are {known}")
+        if tier.precision == "int8" and int8 is None:
+            raise ExportError(
+                f"tier {name!r} has the precision int8: give examples to compare it with float32 "
+                "on, --data FILE.npz with x and y"
+            )
+    if int8 is not None and all(tier.precision != "int8" for tier in tiers.values()):
+        raise ExportError(
+            "there is nothing to compare on these examples: no tier has the precision int8; set "
+            'precision = "int8" or leave out --data'
+        )
 
 
 @contextmanager
@@ -135,7 +178,7 @@ def _folder_for(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
+def modes_kept(model: nn.Module) -> Iterator[None]:
     """Give every module back the mode that it had, training or evaluation."""
     modes = {module: module.training for module in model.modules()}
     try:
@@ -193,8 +236,12 @@ def write_tier(
     blobs: BlobStore,
     example: Tensor,
     progress: Progress,
+    *,
+    verified: bool = True,
 ) -> Manifest:
     """Lower the steps of a tier, verify every graph and write the blobs.
+
+    A bundle that is only measured and thrown away need not be ``verified``.
 
     Raises:
         ExportError: a graph cannot be lowered, or differs from eager PyTorch.
@@ -213,7 +260,7 @@ def write_tier(
     all_steps = steps.all()
     progress(f"{name}: cut {tier.cut}, {tier.runtime}")
     lowered = _lower(steps, tier, places, example)
-    for step in all_steps:
+    for step in all_steps if verified else ():
         progress(f"{name}: cut {tier.cut}, checking {step.name} against PyTorch")
         verify(steps, step, lowered.run, example)
     graphs = {
@@ -225,6 +272,9 @@ def write_tier(
         )
         for step in all_steps
     }
+    if tier.precision == "int8":
+        progress(f"{name}: cut {tier.cut}, {INT8}")
+        graphs[INT8] = _int8_graph(steps, tier, store, example)
     initial = store(pack_tensors({n: t.contiguous().numpy() for n, t in steps.initial.items()}))
     return Manifest(
         tier=name,
@@ -243,6 +293,17 @@ def write_tier(
         constants=tuple(constants),
         blobs=sizes,
     )
+
+
+def _int8_graph(
+    steps: ClientSteps, tier: Tier, store: Callable[[bytes], str], example: Tensor
+) -> Graph:
+    """Lower and verify ``predict_int8``: a file of its own, which needs no other."""
+    matrices = quantize_matrices(steps, tier.runtime)
+    step = predict_int8(steps, matrices)
+    lowered = lower(tier.runtime, [step], {})
+    verify_int8(steps, matrices, step, lowered.run, example)
+    return Graph(store(lowered.files[INT8]), step.inputs, step.outputs)
 
 
 _SMALLEST = 1024

@@ -17,7 +17,8 @@ from export.errors import ExportError, reason
 from export.lowering.trace import trace
 from export.steps import Step
 
-logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+for _part in ("_registration", "_core"):
+    logging.getLogger(f"torch.onnx._internal.exporter.{_part}").setLevel(logging.ERROR)
 
 _MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 

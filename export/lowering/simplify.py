@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import operator
+
 import torch
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule, Node
@@ -26,6 +29,8 @@ def simplify(module: GraphModule) -> None:
             module.graph.erase_node(node)
         elif node.target in _SHAPED:
             _infer_one_size(node)
+        elif node.target is aten.sym_numel.default:
+            _multiply_sizes(node)
     module.graph.eliminate_dead_code()
     module.graph = fx_graph_cse(module.graph)
     module.recompile()
@@ -35,3 +40,24 @@ def _infer_one_size(node: Node) -> None:
     shape = [n if isinstance(n, int) else -1 for n in node.meta["val"].shape]
     if shape.count(-1) == 1:
         node.args = (node.args[0], shape)
+
+
+def _multiply_sizes(node: Node) -> None:
+    """The number of elements as a product: ONNX export knows ``sym_size`` only."""
+    tensor = node.args[0]
+    assert isinstance(tensor, Node)
+    shape = tensor.meta["val"].shape
+    with node.graph.inserting_before(node):
+        count: Node | int = math.prod(n for n in shape if isinstance(n, int))
+        for axis, size in enumerate(shape):
+            if not isinstance(size, int):
+                factor = node.graph.call_function(aten.sym_size.int, (tensor, axis))
+                factor.meta["val"] = size
+                product = node.graph.call_function(operator.mul, (factor, count))
+                product.meta["val"] = size * (
+                    count if isinstance(count, int) else count.meta["val"]
+                )
+                count = product
+    if isinstance(count, Node):
+        node.replace_all_uses_with(count)
+        node.graph.erase_node(node)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_structure
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from edge_sdk.bundle import Port
 from export.errors import ExportError
@@ -26,22 +37,6 @@ _HINTS = (7, 5, 3)
 
 MAX_SIZE = 65_536
 """Limit of a symbolic dimension that has none of its own."""
-
-
-class _Traced(nn.Module):
-    """The traced graph with its constants, of which the exporter makes initializers."""
-
-    def __init__(self, graph: torch.fx.GraphModule, constants: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.traced = graph
-        self._keys = [f"constant_{i}" for i in range(len(constants))]
-        for key, tensor in zip(self._keys, constants.values(), strict=True):
-            self.register_buffer(key, tensor)
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        constants = (getattr(self, key) for key in self._keys)
-        result: tuple[Tensor, ...] = self.traced(*constants, *tensors)
-        return result
 
 
 def trace(step: Step) -> ExportedProgram:
@@ -86,13 +81,57 @@ def trace(step: Step) -> ExportedProgram:
         if symbol in shapes.replacements:
             raise ExportError(_FIXED[name])
     simplify(graph)
-    dimensions = {name: Dim(name, min=1, max=step.limits.get(name, MAX_SIZE)) for name in names}
-    dynamic = tuple(
-        {i: dimensions[n] for i, n in enumerate(port.spec.shape) if isinstance(n, str)} or None
-        for port in step.inputs
+    limits = {symbols[n]: ValueRanges(1, step.limits.get(n, MAX_SIZE)) for n in names}
+    shapes.var_to_range.update(limits)  # ExecuTorch plans memory by what it finds here
+    return _program(graph, step.constants, limits)
+
+
+def _program(
+    graph: torch.fx.GraphModule, constants: Mapping[str, Tensor], limits: dict[Any, Any]
+) -> ExportedProgram:
+    """The graph as a program.
+
+    ``torch.export.export`` would trace it again, which takes as long as everything before.
+    """
+    tensors = {f"constant_{i}": tensor for i, tensor in enumerate(constants.values())}
+    lifted = _lift(graph, after=len(tensors))
+    places = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    kinds = [(InputKind.BUFFER, name) for name in tensors]
+    kinds += [(InputKind.CONSTANT_TENSOR, name) for name in lifted]
+    kinds += [(InputKind.USER_INPUT, None) for _ in places[len(kinds) :]]
+    inputs = [
+        InputSpec(kind, TensorArgument(place), target, kind is InputKind.BUFFER or None)
+        for place, (kind, target) in zip(places, kinds, strict=True)
+    ]
+    results = graph.graph.output_node().args[0]
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(r.name), None) for r in results]
+    given = tuple(range(len(inputs) - len(tensors) - len(lifted)))
+    signature = ModuleCallSignature(
+        [], [], tree_structure((given, {})), tree_structure(tuple(results))
     )
-    example = tuple(_empty(port, hints) for port in step.inputs)
-    return torch.export.export(_Traced(graph, step.constants), example, dynamic_shapes=(dynamic,))
+    return ExportedProgram(
+        root=graph,
+        graph=graph.graph,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        state_dict=tensors,
+        range_constraints=limits,
+        module_call_graph=[ModuleCallEntry("", signature)],
+        constants=lifted,
+    )
+
+
+def _lift(module: torch.fx.GraphModule, after: int) -> dict[str, Tensor]:
+    """Make inputs of tensors that the traced code holds itself (``torch.tensor([0, 2])``)."""
+    graph, lifted = module.graph, {}
+    first = [node for node in graph.nodes if node.op == "placeholder"][after]
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        with graph.inserting_before(first):
+            place = graph.placeholder(f"lifted_{len(lifted)}")
+        place.meta = dict(node.meta)
+        lifted[place.name] = getattr(module, str(node.target))
+        node.replace_all_uses_with(place)
+        graph.erase_node(node)
+    return lifted
 
 
 def _mutates(node: torch.fx.Node) -> bool:
