@@ -18,10 +18,11 @@ from edge_sdk import signing
 from edge_sdk.bundle import Graph, Manifest, Port
 from edge_sdk.errors import BundleError
 from edge_sdk.index import BundleIndex
+from edge_sdk.measure import STEPS, measure_apart
 from edge_sdk.protocol.tensors import TensorSpec
 
 bundle = typer.Typer(
-    help="Look into bundles, check them, sign them; make keys for it.", no_args_is_help=True
+    help="Look into bundles, check, sign and measure them; make keys for it.", no_args_is_help=True
 )
 
 FolderArgument = Annotated[Path, typer.Argument(help="Folder written by cutlayer export.")]
@@ -121,6 +122,36 @@ def show(
         )
         console.print(_graph_table(manifest.graphs))
         console.print(_blob_table(facts["blobs"]))
+
+
+@bundle.command()
+def measure(
+    folder: FolderArgument,
+    tier: Annotated[str, typer.Argument(help="Which tier's bundle.")],
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a step; the bundle's limit, else 32.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = STEPS,
+    threads: Annotated[int, typer.Option(min=1, help="Threads within one operator.")] = 1,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a text; the bundle's limit, else 64.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run training steps on random examples, and say what memory and time they take here."""
+    index = BundleIndex.read(folder)
+    if tier not in index.tiers:
+        raise BundleError(f"{folder} has no tier {tier!r}; it has {', '.join(index.tiers)}")
+    found = measure_apart(folder, tier, batch, length, steps, threads)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    console.print(f"a training step of {tier}: {found.step_s:.4g} s (median of {steps})")
+    console.print(
+        f"memory: {decimal(found.memory_bytes)} for the bundle and its steps, "
+        f"{decimal(found.process_bytes)} for the whole process, at the peak",
+        soft_wrap=True,
+    )
 
 
 def _describe(tier: str, index: BundleIndex, manifests: dict[str, Manifest]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from edge_sdk.bundle import BlobStore, Bundle, Manifest, verify_blob
 from edge_sdk.connection import Connection
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError, LinkClosed
-from edge_sdk.learner import Learner, LocalPlan, LocalResult
+from edge_sdk.learner import Learner, LocalPlan, LocalResult, Precision
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import (
     Activations,
@@ -284,7 +284,12 @@ class Device:
     # --- prediction -----------------------------------------------------------------------------
 
     async def predict(
-        self, x: Array, *, confidence: float = 0.9, timeout_s: float = 10.0
+        self,
+        x: Array,
+        *,
+        confidence: float = 0.9,
+        timeout_s: float = 10.0,
+        precision: Precision = "float32",
     ) -> Prediction:
         """Answer from the device's own heads where they are confident, else through the hub.
 
@@ -297,8 +302,29 @@ class Device:
             x: inputs (rows, ...), dtype and shape as the model takes them.
             confidence: from 0 (never ask the hub) to above 1 (always ask it).
             timeout_s: how long to wait for the hub.
+            precision: ``int8`` runs the bundle's small graph, whose weights are those of the
+                export: it does not follow training.
+
+        Raises:
+            BundleError: the bundle has no graph of this precision.
         """
-        heads, parts = await self._run_predict(x)
+        limit = self.manifest.limits.get("batch", len(x))
+        if len(x) > limit:
+            answers = [
+                await self.predict(
+                    x[start : start + limit],
+                    confidence=confidence,
+                    timeout_s=timeout_s,
+                    precision=precision,
+                )
+                for start in range(0, len(x), limit)
+            ]
+            return Prediction(
+                np.concatenate([answer.labels for answer in answers]),
+                np.concatenate([answer.probabilities for answer in answers]),
+                np.concatenate([answer.by_hub for answer in answers]),
+            )
+        heads, parts = await self._run_predict(x, precision)
         probabilities = softmax(heads).mean(0)
         unsure = np.flatnonzero(probabilities.max(1) < confidence)
         by_hub = np.zeros(len(probabilities), bool)
@@ -316,7 +342,8 @@ class Device:
         """Accuracy on labelled examples: device alone, through the hub, ensemble of all heads."""
         examples = examples.fitted(self.manifest)
         hits = np.zeros(3)
-        for batch in examples.batches(batch_size):
+        size = min(batch_size, self.manifest.limits.get("batch", batch_size))
+        for batch in examples.batches(size):
             heads, parts = await self._run_predict(batch.x)
             hub = await self._connection.ask(parts)
             for path, logits in enumerate(
@@ -326,10 +353,12 @@ class Device:
         alone, through, ensemble = (hits / len(examples)).tolist()
         return Evaluation(alone, through, ensemble, len(examples))
 
-    async def _run_predict(self, x: Array) -> tuple[Array, dict[str, Array]]:
+    async def _run_predict(
+        self, x: Array, precision: Precision = "float32"
+    ) -> tuple[Array, dict[str, Array]]:
         learner = self._need_learner()
         fitted = Examples(x, np.zeros(len(x), np.int64)).fitted(learner.manifest)
-        return await asyncio.to_thread(learner.predict, fitted.x)
+        return await asyncio.to_thread(learner.predict, fitted.x, precision)
 
     def _rows(self, parts: dict[str, Array], rows: Array) -> dict[str, Array]:
         """The packed activations of some rows of a batch."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from edge_sdk.bundle import Manifest
 from edge_sdk.data import Examples
+from edge_sdk.errors import BundleError
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 
 MAX_SEED = 2**31 - 70
 """Seeds of dropout are below this: the prime that masks are computed with is just above it."""
+
+Precision = Literal["float32", "int8"]
+"""Of the weights in a graph for inference."""
 
 Emit = Callable[[int, dict[str, Array], Array], None]
 """Takes a batch number, its packed activations and its labels; may block to slow training down."""
@@ -88,10 +93,26 @@ class Learner:
         metrics = {"loss": loss / data.labels, "accuracy": correct / data.labels}
         return LocalResult(runtime.get_state(), len(data), metrics)
 
-    def predict(self, x: Array) -> tuple[Array, dict[str, Array]]:
+    def predict(
+        self, x: Array, precision: Precision = "float32"
+    ) -> tuple[Array, dict[str, Array]]:
         """Logits of the device's heads, and the packed activations.
 
         Logits are (heads, batch, classes), or (heads, batch, positions, vocabulary).
+
+        Args:
+            x: inputs as the model takes them.
+            precision: ``float32`` for the state that the runtime holds; ``int8`` for the weights
+                of the export.
+
+        Raises:
+            BundleError: the bundle has no graph of this precision.
         """
-        outputs = self.runtime.run("predict", {"x": x})
+        graph = "predict" if precision == "float32" else f"predict_{precision}"
+        if graph not in self.manifest.graphs:
+            raise BundleError(
+                f"the bundle of tier {self.manifest.tier!r} has no graph {graph!r}; export the "
+                f'tier with precision = "{precision}", or predict in float32'
+            )
+        outputs = self.runtime.run(graph, {"x": x})
         return outputs.pop("logits"), outputs

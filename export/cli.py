@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from export.tiers import TiersConfig
 
 if TYPE_CHECKING:
     from edge_sdk.index import BundleIndex
+    from export.quantize import Comparison
 
 MODEL_HELP = (
     "A model of transformers (its folder, or a config.json for random weights), or "
@@ -29,6 +32,16 @@ def export(
     sign: Annotated[
         Path | None, typer.Option(help="Private key to sign with, see cutlayer bundle key.")
     ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights to start from, .safetensors as a hub's run.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help=".npz with x and y, to compare int8 with float32 on.")
+    ] = None,
+    max_loss: Annotated[
+        float, typer.Option(help="Accuracy that int8 may lose; or growth of perplexity.")
+    ] = 0.01,
+    allow_loss: Annotated[bool, typer.Option(help="Export int8 that loses more, too.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, progress to stderr.")
@@ -36,23 +49,30 @@ def export(
 ) -> None:
     """Cut a model per tier and export its training steps, checked against PyTorch."""
     settings = TiersConfig.read(tiers)
+    from edge_sdk.data import Examples
     from edge_sdk.signing import read_private_key
     from export.build import build_model
+    from export.quantize import LossCheck
     from export.writer import check_out, export_bundles
 
     check_out(out, overwrite)
     key = None if sign is None else read_private_key(sign)
+    check = None if data is None else LossCheck(Examples.from_npz(data), max_loss, allow_loss)
+    comparisons: dict[str, Comparison] = {}
     console = Console(stderr=as_json, highlight=False)
     with console.status("building the model") as status:
         lora = settings.make_lora()
         split = build_model(model, lora)
+        if weights is not None:
+            split.load(weights)
         example, classes = settings.example(split)
         chosen = settings.exported(
             split, example, classes, lambda text, _: status.update(f"looking for cuts: {text}")
         )
+        precisions = {name: table.precision for name, table in settings.tiers.items()}
         index = export_bundles(
             split,
-            chosen,
+            {name: replace(tier, precision=precisions[name]) for name, tier in chosen.items()},
             out,
             example=example,
             classes=classes,
@@ -61,12 +81,19 @@ def export(
             extra={} if lora is None else {"lora": vars(lora)},
             key=key,
             overwrite=overwrite,
+            int8=check,
+            compared=comparisons.__setitem__,
             progress=lambda line: status.update(f"exporting {line}"),
         )
     if as_json:
-        print(json.dumps(describe(index)))
+        described = describe(index)
+        for name, comparison in comparisons.items():
+            described[name]["inference"] = comparison.to_json()
+        print(json.dumps(described))
     else:
         console.print(table(index))
+        if comparisons:
+            console.print(inference_table(comparisons))
         console.print(f"written to {out}")
 
 
@@ -110,5 +137,29 @@ def table(index: BundleIndex) -> Table:
             f"{d['parameters']:,}",
             f"{d['bundle_bytes'] / 1e6:.2f}",
             f"{d['activation_bytes']:,}",
+        )
+    return result
+
+
+def inference_table(comparisons: Mapping[str, Comparison]) -> Table:
+    """What int8 is worth against float32, to look at."""
+    measure = next(iter(comparisons.values())).measure
+    result = Table(title="inference in float32 and with int8 weights")
+    result.add_column("tier")
+    columns = [f"{what}, {p}" for what in (measure, "kB", "ms") for p in ("float32", "int8")]
+    columns.insert(2, "loss")
+    for column in columns:
+        result.add_column(column, justify="right")
+    score = "{:.1%}" if measure == "accuracy" else "{:.3f}"
+    for name, c in comparisons.items():
+        result.add_row(
+            name,
+            score.format(c.float32.score),
+            score.format(c.int8.score),
+            f"{c.loss:.2%}",
+            f"{c.float32.kilobytes:,.0f}",
+            f"{c.int8.kilobytes:,.0f}",
+            f"{c.float32.milliseconds:.2f}",
+            f"{c.int8.milliseconds:.2f}",
         )
     return result

@@ -83,18 +83,18 @@ class AdamW:
     ) -> tuple[Tensors, Tensors]:
         beta1, beta2 = hyper["beta1"], hyper["beta2"]
         steps = slots["steps"] + 1
-        correction1 = 1 - torch.pow(beta1, steps)
-        correction2 = 1 - torch.pow(beta2, steps)
+        rate = hyper["lr"] / (1 - torch.pow(beta1, steps))
+        root = (1 - torch.pow(beta2, steps)).rsqrt()
+        decay = 1 - hyper["lr"] * hyper["weight_decay"]
         new_parameters: Tensors = {}
         new_slots: Tensors = {"steps": steps}
         for name, p in parameters.items():
             g = gradients[name]
             m = beta1 * slots[f"mean/{name}"] + (1 - beta1) * g
             v = beta2 * slots[f"square/{name}"] + (1 - beta2) * g * g
-            change = (m / correction1) / ((v / correction2).sqrt() + hyper["eps"])
-            new_parameters[name] = p * (1 - hyper["lr"] * hyper["weight_decay"]) - (
-                hyper["lr"] * change
-            )
+            # scalars first: every product with a tensor is a pass over all parameters
+            deviation = v.sqrt() * root + hyper["eps"]
+            new_parameters[name] = p * decay - (m / deviation) * rate
             new_slots[f"mean/{name}"] = m
             new_slots[f"square/{name}"] = v
         return new_parameters, new_slots

@@ -465,7 +465,7 @@ def count_flops(step: Step, length: int) -> int:
         ]
         with FlopCounterMode(display=False) as counter:
             step.function(constants, *inputs)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def epoch_s(table: TierTable, counts: Counts) -> float | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ from rich.table import Table
 
 from edge_sdk.errors import ConfigError
 from export.cli import MODEL_HELP
-from export.tiers import TiersConfig
+from export.tiers import TiersConfig, TierTable
 
 if TYPE_CHECKING:
     from export.plan import Plan
@@ -72,6 +74,7 @@ def plan(
         return
     console = Console(highlight=False, markup=False)
     console.print(cuts_table(result))
+    console.print(steps_table(result))
     console.print(tiers_table(result))
     if picture is not None:
         console.print(f"drawn to {picture}", soft_wrap=True)
@@ -86,47 +89,63 @@ def parse_cuts(text: str) -> list[int]:
 
 
 def cuts_table(plan: Plan) -> Table:
-    """What every cut costs."""
+    """What every cut costs, whoever trains it.
+
+    Scales, which a batch shares, are divided among the rows of the first tier's batch.
+    """
     rows = plan.to_json()["cuts"]
-    timed = [name for name in plan.tiers if any(_of(row, name) is not None for row in rows)]
-    several = len({_variant(row) for row in rows}) > 1
+    several = len({_exported_as(row) for row in rows}) > 1
     text = any(row.get("tokens", 1) > 1 for row in rows)
     table = Table(title="what a cut costs, with the head at the cut", title_justify="left")
     table.add_column("cut", justify="right")
     if several:
-        table.add_column("exported as")
-    headers = ["trained", "frozen", "MFLOP/\nexample", "step\nMB", "bundle\nMB"]
-    headers += [f"act. B/\n{'token' if text else 'example'}", "update\nMB"]
-    for header in (*headers, *(f"epoch s\n{name}" for name in timed)):
+        table.add_column("exported as", no_wrap=True)
+    headers = ["trained", "frozen", "MFLOP/\nexample", "bundle\nMB"]
+    headers += [f"sent, B/\n{'token' if text else 'example'}", "update\nMB"]
+    for header in headers:
         table.add_column(header, justify="right")
-    last = None
+    seen = set()
     for row in rows:
-        if last is not None and several and row["cut"] != last:
-            table.add_section()
-        cells = [str(row["cut"]) if row["cut"] != last else ""]
-        last = row["cut"]
-        if several:
-            cells.append(_variant(row))
+        if (row["cut"], _exported_as(row)) in seen:
+            continue
+        seen.add((row["cut"], _exported_as(row)))
+        cells = [str(row["cut"]), *([_exported_as(row)] if several else [])]
         if "error" in row:
-            cells.append("cannot be exported")
+            cells.append("impossible")
         else:
             cells += [
                 f"{row['parameters']:,}",
                 f"{row['frozen']:,}",
                 _number(row["flops"] / 1e6),
-                _number(row["memory_bytes"] / 1e6),
                 _number(row["bundle_bytes"] / 1e6),
                 _number(row["activation_bytes"]),
                 _number(row["update_bytes"] / 1e6),
-                *(_number(_of(row, name)) for name in timed),
             ]
+        table.add_row(*cells)
+    return table
+
+
+def steps_table(plan: Plan) -> Table:
+    """Memory of a training step and seconds of an epoch, by cut and tier."""
+    rows = plan.to_json()["cuts"]
+    table = Table(title="what a tier needs for a cut, by itself", title_justify="left")
+    table.add_column("cut", justify="right")
+    for name in plan.tiers:
+        table.add_column(f"{name}\nMB", justify="right")
+        table.add_column("\nepoch s", justify="right")
+    for cut in dict.fromkeys(row["cut"] for row in rows):
+        cells = [str(cut)]
+        for name in plan.tiers:
+            mine = [row for row in rows if row["cut"] == cut and name in row["epoch_s"]]
+            cells.append(_number(mine[0]["memory_bytes"] / 1e6 if mine else None))
+            cells.append(_number(mine[0]["epoch_s"][name] if mine else None))
         table.add_row(*cells)
     return table
 
 
 def tiers_table(plan: Plan) -> Table:
     """The cut of every tier, with what it takes there and the reason."""
-    table = Table(title="tiers, with the heads of all shallower tiers", title_justify="left")
+    table = Table(title="cuts of the tiers, with the heads of shallower ones", title_justify="left")
     table.add_column("tier")
     for header in ("cut", "heads at", "step MB", "epoch s"):
         table.add_column(header, justify="right")
@@ -145,14 +164,8 @@ def tiers_table(plan: Plan) -> Table:
     return table
 
 
-def _variant(row: dict[str, Any]) -> str:
-    return f"{row['runtime']} {row['codec']} ×{row['batch']}"
-
-
-def _of(row: dict[str, Any], tier: str) -> float | None:
-    """Seconds of the tier's epoch; None if this row is not about it, or nothing says how fast."""
-    seconds: float | None = row["epoch_s"].get(tier)
-    return seconds
+def _exported_as(row: dict[str, Any]) -> str:
+    return f"{row['runtime']} {row['codec']}"
 
 
 def _number(value: float | None) -> str:
@@ -165,10 +178,37 @@ def _number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """A panel of the picture: a value of a cost and its epoch's seconds, and a tier's limit."""
+
+    title: str
+    unit: str
+    value: Callable[[dict[str, Any], float | None], float | None]
+    limit: Callable[[TierTable], float | None] = lambda table: None
+
+
+def _panels(rows: list[dict[str, Any]]) -> list[_Panel]:
+    timed = any(seconds is not None for row in rows for seconds in row["epoch_s"].values())
+    unit = "token" if any(row["tokens"] > 1 for row in rows) else "example"
+    return [
+        _Panel(
+            "memory of a training step",
+            "MB",
+            lambda cost, _: cost["memory_bytes"] / 1e6,
+            lambda table: table.memory_mb,
+        ),
+        _Panel("local epoch", "s", lambda _, seconds: seconds, lambda table: table.max_epoch_s)
+        if timed
+        else _Panel("training step", "MFLOP per example", lambda cost, _: cost["flops"] / 1e6),
+        _Panel("packed activations", f"bytes per {unit}", lambda cost, _: cost["activation_bytes"]),
+    ]
+
+
 def draw(plan: Plan, path: Path) -> None:
     """Memory, time and activations over the cuts, with the tiers' limits and their cuts.
 
-    A mark is what the tier's cut takes, with the heads of the shallower tiers.
+    A dot is what the tier's cut takes, with the heads of the shallower tiers.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
@@ -182,53 +222,38 @@ def draw(plan: Plan, path: Path) -> None:
         ) from error
     content = plan.to_json()
     rows = [row for row in content["cuts"] if "error" not in row]
-    colors = {name: f"C{i % 10}" for i, name in enumerate(plan.tiers)}
-    figure = Figure(figsize=(13.5, 4.2), layout="constrained")
-    memory, work, sent = figure.subplots(1, 3)
-    timed = any(seconds is not None for row in rows for seconds in row["epoch_s"].values())
-    text = any(row["tokens"] > 1 for row in rows)
-    memory.set(title="memory of a training step", ylabel="MB")
-    work.set(title="local epoch", ylabel="s") if timed else work.set(
-        title="training step", ylabel="MFLOP per example"
-    )
-    sent.set(title="packed activations", ylabel=f"bytes per {'token' if text else 'example'}")
-    for name, table in plan.tiers.items():
-        color, tier = colors[name], content["tiers"][name]
-        mine = [row for row in rows if name in row["epoch_s"]]
-        places = [row["cut"] for row in mine]
-        marked = tier["cost"] if tier["cost"] and "error" not in tier["cost"] else None
-        lines = (
-            (memory, [row["memory_bytes"] / 1e6 for row in mine], "memory_bytes", 1e-6),
-            (sent, [row["activation_bytes"] for row in mine], "activation_bytes", 1.0),
-        )
-        for axis, values, key, scale in lines:
-            axis.plot(places, values, color=color, alpha=0.7, label=name)
-            if marked:
-                axis.plot(marked["cut"], marked[key] * scale, "o", color=color, markersize=9)
-        if timed:
-            values = [row["epoch_s"][name] for row in mine]
-            if None not in values:
-                work.plot(places, values, color=color, alpha=0.7, label=name)
-            if marked and tier["epoch_s"] is not None:
-                work.plot(marked["cut"], tier["epoch_s"], "o", color=color, markersize=9)
-        else:
-            work.plot(places, [row["flops"] / 1e6 for row in mine], color=color, alpha=0.7)
-            if marked:
-                work.plot(marked["cut"], marked["flops"] / 1e6, "o", color=color, markersize=9)
-        for axis, limit in ((memory, table.memory_mb), (work, table.max_epoch_s)):
-            if limit is not None and not (axis is work and not timed):
+    panels = _panels(rows)
+    figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for panel, axis in zip(panels, axes, strict=True):
+        for i, (name, table) in enumerate(plan.tiers.items()):
+            color, width = f"C{i % 10}", 1.5 + 1.5 * (len(plan.tiers) - 1 - i)  # lines may coincide
+            points = [
+                (row["cut"], value)
+                for row in rows
+                if (value := panel.value(row, row["epoch_s"].get(name))) is not None
+                and name in row["epoch_s"]
+            ]
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axis.plot(x, y, color=color, linewidth=width, alpha=0.7, label=name)
+            tier = content["tiers"][name]
+            if tier["cost"] is not None and "error" not in tier["cost"]:
+                value = panel.value(tier["cost"], tier["epoch_s"])
+                if value is not None:
+                    axis.plot(tier["cut"], value, "o", color=color, markersize=9, zorder=3)
+            limit = panel.limit(table)
+            if limit is not None:
                 axis.axhline(limit, color=color, linestyle=":")
-    for axis in (memory, work, sent):
-        axis.set(xlabel="cut", ylim=(0, None))
+        axis.set(title=panel.title, xlabel="cut", ylabel=panel.unit, ylim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    handles, labels = memory.get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=len(labels) or 1,
-        title="line: by cut    dots: chosen, with all heads    dotted: the tier's limit",
+        ncols=len(labels),
+        title="line: by cut    dot: chosen, with all heads    dotted: the tier's limit",
     )
     try:
         figure.savefig(path, dpi=110)

@@ -145,10 +145,10 @@ class SplitModel(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the weights as safetensors, auxiliary heads included."""
-        save_file({n: t.detach().cpu().contiguous() for n, t in self._tensors().items()}, path)
+        save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, path)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """The state dict with tied tensors under their first name only."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, tied ones under their first name only."""
         first: dict[int, str] = {}
         state = self.state_dict(keep_vars=True)
         return {n: t for n, t in state.items() if first.setdefault(id(t), n) == n}
@@ -167,7 +167,7 @@ class SplitModel(nn.Module):
             head = re.fullmatch(r"aux\.([1-9]\d*)\.norm\.weight", name)
             if head and head[1] not in self.aux:
                 self._add_head_like(head[1], tensors)
-        own = self._tensors()
+        own = self.tensors()
         wrong = [
             f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing in the file'}"
             f" against {tuple(own[name].shape) if name in own else 'nothing in the model'}"

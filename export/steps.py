@@ -84,15 +84,17 @@ def local_loss(logits: Tensor, y: Tensor) -> Tensor:
         y: labels (batch,) or (batch, positions); in a text, positions with the label
             :data:`NO_LABEL` do not count.
     """
-    heads, classes = logits.shape[0], logits.shape[-1]
-    rows_N = y.reshape(-1)
-    if y.dim() == 1:
-        losses_HN = [_cross_entropy(logits_NC, rows_N) for logits_NC in logits.unbind(0)]
-        return torch.stack(losses_HN).sum(0).mean()
-    counted_N = (rows_N >= 0).to(logits.dtype)
-    rows_N = rows_N.clamp(min=0)
-    losses_HN = [_cross_entropy(logits[head].reshape(-1, classes), rows_N) for head in range(heads)]
-    return (torch.stack(losses_HN).sum(0) * counted_N).sum() / counted_N.sum().clamp(min=1)
+    heads, rows_N = len(logits), y.reshape(-1)
+    counted_N = None
+    if y.dim() == 2:
+        counted_N = (rows_N >= 0).to(logits.dtype)
+        rows_N = rows_N.clamp(min=0)
+    all_rows = rows_N if heads == 1 else rows_N.repeat(heads)
+    losses_N = _cross_entropy(logits.reshape(-1, logits.shape[-1]), all_rows)
+    losses_N = losses_N.reshape(heads, -1).sum(0)
+    if counted_N is None:
+        return losses_N.mean()
+    return (losses_N * counted_N).sum() / counted_N.sum().clamp(min=1)
 
 
 class ClientSteps:

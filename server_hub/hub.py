@@ -110,6 +110,9 @@ class Hub:
         )
         self.model.load(config.bundles / WEIGHTS)
         initial = {n: t.detach().cpu().numpy() for n, t in self.model.trained().items()}
+        # copies: starting the worker moves the model's tensors to shared memory
+        frozen = {n: t for n, t in self.model.tensors().items() if n not in initial}
+        self._frozen = {n: np.array(t.detach().cpu()) for n, t in frozen.items()}
         self.method = fedsplitx(initial, config.method.form, config.local.epochs)
         self.local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         self.trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
@@ -270,7 +273,7 @@ class Hub:
         }
         shared = len({id(state) for state in states.values()}) == 1
         for tier, state in states.items():
-            self.run.save_model(state, None if shared else tier)
+            self.run.save_model({**self._frozen, **state}, None if shared else tier)
             if shared:
                 break
 

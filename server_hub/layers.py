@@ -108,6 +108,7 @@ class LayerStore:
             entry.trained_by = [copy.source for copy in group]
 
     def state(self, layers: Iterable[str] | None = None) -> State:
-        """Tensors of some layers, or of all."""
-        wanted = self.entries if layers is None else layers
+        """Tensors of some layers, or of all; a layer in which all is frozen has none."""
+        given = self.entries if layers is None else layers
+        wanted = [layer for layer in given if layer in self.entries]
         return {name: t for layer in wanted for name, t in self.entries[layer].tensors.items()}

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.bundle import Bundle
-from edge_sdk.protocol.frames import unpack_tensors
+from edge_sdk.index import BundleIndex
 from export.split import SplitModel
-from export.writer import BundleIndex
 
 CLASSES = 10
 IMAGE = (1, 8, 8)
@@ -117,6 +116,31 @@ def build() -> SplitModel:
     return conv_model()
 
 
+class NormBlock(nn.Module):
+    """Residual: convolution, BatchNorm, ReLU in place, dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations of the same shape."""
+        result: Tensor = h + self.drop(self.relu(self.norm(self.conv(h))))
+        return result
+
+
+def build_batchnorm() -> SplitModel:
+    """Four blocks with BatchNorm and dropout behind a frozen stem; for :data:`IMAGE`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stem = nn.Sequential(nn.Conv2d(IMAGE[0], 8, 3, padding=1), nn.MaxPool2d(2))
+        stem.requires_grad_(False)
+        return SplitModel(stem, [NormBlock(8) for _ in range(4)], MeanHead(8, CLASSES))
+
+
 def example(shape: tuple[int, ...], rows: int = 8, seed: int = 0) -> Tensor:
     """Random inputs."""
     return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))
@@ -125,8 +149,4 @@ def example(shape: tuple[int, ...], rows: int = 8, seed: int = 0) -> Tensor:
 def open_bundle(index: BundleIndex, tier: str) -> Bundle:
     """A tier's bundle, read from the folder that it was exported to."""
     manifest, blobs = index.manifest(tier), index.blobs()
-    return Bundle(
-        manifest,
-        {name: blobs.read(graph.blob) for name, graph in manifest.graphs.items()},
-        unpack_tensors(blobs.read(manifest.initial_state)),
-    )
+    return Bundle.open(manifest, blobs.read)

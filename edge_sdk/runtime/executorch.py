@@ -1,4 +1,4 @@
-"""Step graphs on ExecuTorch: every graph is a method of one ``.pte`` file.
+"""Step graphs on ExecuTorch: graphs are methods of ``.pte`` files, most of them of one.
 
 ExecuTorch's Python binding deals in torch tensors, so this is the one module of the SDK that needs
 torch (``pip install 'cutlayer[executorch]'``); it is imported when a bundle for ExecuTorch is
@@ -29,7 +29,7 @@ class ExecutorchRuntime:
     from several threads take turns.
 
     Args:
-        bundle: a verified bundle whose graphs are methods of one file.
+        bundle: a verified bundle whose graphs are methods of files.
         threads: size of XNNPACK's thread pool, of which a process has only one: the runtime opened
             last sets it for all.
 
@@ -40,21 +40,24 @@ class ExecutorchRuntime:
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
         self._torch, binding = load_binding()
         self.manifest = bundle.manifest
-        # the module reads the file in place: bytes that go away under it crash the process
-        self._file = next(iter(bundle.graphs.values()))
+        # modules read the files in place: bytes that go away under them crash the process
+        self._files = {g.blob: bundle.graphs[name] for name, g in self.manifest.graphs.items()}
         with _quiet():
             if binding._threadpool_get_thread_count() != threads:
                 binding._unsafe_reset_threadpool(threads)
             try:
-                self._module = binding._load_for_executorch_from_buffer(self._file)
-                methods = self._module.method_names()
+                self._modules = {
+                    blob: binding._load_for_executorch_from_buffer(file)
+                    for blob, file in self._files.items()
+                }
+                methods = {blob: m.method_names() for blob, m in self._modules.items()}
             except RuntimeError as error:
                 raise BundleError(
                     f"ExecuTorch cannot read the bundle's file ({error}): it is damaged or for "
                     "another version of ExecuTorch; export it with the version that runs it"
                 ) from error
-        for name in self.manifest.graphs:
-            if name not in methods:
+        for name, graph in self.manifest.graphs.items():
+            if name not in methods[graph.blob]:
                 raise BundleError(f"the bundle's file has no method {name!r}; export it again")
         self._state: dict[str, Any] = {}
         self._turn = threading.Lock()
@@ -102,7 +105,7 @@ class ExecutorchRuntime:
                 for port in spec.inputs
             ]
             try:
-                outputs = self._module.run_method(graph, inputs)
+                outputs = self._modules[spec.blob].run_method(graph, inputs)
             except RuntimeError as error:
                 raise BundleError(
                     f"ExecuTorch cannot run the graph {graph!r} ({error}); export the bundle "

@@ -89,15 +89,21 @@ def _rename(graph: onnx.GraphProto, step: Step) -> None:
     names |= {
         value.name: port.spec.name for value, port in zip(graph.input, step.inputs, strict=True)
     }
+    copies = []
+    for value, port in zip(graph.output, step.outputs, strict=False):
+        if value.name in names or any(t.name == value.name for t in graph.initializer):
+            # an input, a constant, or a value that is another output as well
+            copies.append((value.name, port.spec.name))
+        else:
+            names[value.name] = port.spec.name
+        value.name = port.spec.name
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
     for value in (*graph.input, *graph.initializer):
         value.name = names.get(value.name, value.name)
-    for value, port in zip(graph.output, step.outputs, strict=False):
-        # an Identity for each: one value may be two outputs, or an input as well
-        source = names.get(value.name, value.name)
-        graph.node.append(onnx.helper.make_node("Identity", [source], [port.spec.name]))
-        value.name = port.spec.name
+    for source, target in copies:
+        graph.node.append(onnx.helper.make_node("Identity", [names.get(source, source)], [target]))
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -185,17 +185,16 @@ def native_batch_norm_backward(
     if not training and not output_mask[1]:
         grad_bias = grad_out.sum(all_but_channels) if output_mask[2] else None
         return (grad_out * _per_channel(factor, x) if output_mask[0] else None), None, grad_bias
-    normalised = (x - _per_channel(mean, x)) * _per_channel(rstd, x)
-    grad_weight = (grad_out * normalised).sum(all_but_channels)
     grad_bias = grad_out.sum(all_but_channels)
+    grad_weight = ((grad_out * x).sum(all_but_channels) - grad_bias * mean) * rstd
     grad_x = None
     if output_mask[0]:
-        g = grad_out
-        if training:
-            count = _count(x)
-            correction = normalised * _per_channel(grad_weight / count, x)
-            g = g - _per_channel(grad_bias / count, x) - correction
-        grad_x = g * _per_channel(factor, x)
+        grad_x = grad_out * _per_channel(factor, x)
+        if training:  # as for GroupNorm: a g + b x + c with coefficients for each channel
+            share = factor / _count(x)
+            slope = -share * rstd * grad_weight
+            summand = -share * grad_bias - slope * mean
+            grad_x = grad_x + x * _per_channel(slope, x) + _per_channel(summand, x)
     return grad_x, grad_weight if output_mask[1] else None, grad_bias if output_mask[2] else None
 
 
