@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,10 +68,9 @@ def export(
         chosen = settings.exported(
             split, example, classes, lambda text, _: status.update(f"looking for cuts: {text}")
         )
-        precisions = {name: table.precision for name, table in settings.tiers.items()}
         index = export_bundles(
             split,
-            {name: replace(tier, precision=precisions[name]) for name, tier in chosen.items()},
+            chosen,
             out,
             example=example,
             classes=classes,

@@ -114,8 +114,8 @@ def cuts_table(plan: Plan) -> Table:
             cells.append("impossible")
         else:
             cells += [
-                f"{row['parameters']:,}",
-                f"{row['frozen']:,}",
+                _compact(row["parameters"]),
+                _compact(row["frozen"]),
                 _number(row["flops"] / 1e6),
                 _number(row["bundle_bytes"] / 1e6),
                 _number(row["activation_bytes"]),
@@ -166,6 +166,11 @@ def tiers_table(plan: Plan) -> Table:
 
 def _exported_as(row: dict[str, Any]) -> str:
     return f"{row['runtime']} {row['codec']}"
+
+
+def _compact(count: int) -> str:
+    """A count of parameters: in full where it is short, else in millions."""
+    return f"{count:,}" if count < 1_000_000 else f"{_number(count / 1e6)} M"
 
 
 def _number(value: float | None) -> str:

@@ -66,7 +66,7 @@ class TierTable:
         """What is exported for the tier at a cut."""
         from export.writer import Tier
 
-        return Tier(cut, self.codec, self.runtime, self.batch)
+        return Tier(cut, self.codec, self.runtime, self.batch, self.precision)
 
 
 @dataclass(frozen=True)

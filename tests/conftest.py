@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from edge_sdk.index import BundleIndex
 from export.split import SplitModel
-from export.writer import WEIGHTS, BundleIndex, Tier, export_bundles
+from export.writer import WEIGHTS, Tier, export_bundles
 from tests.models import BUILD, CLASSES, IMAGE, build, example
 
 TIERS = {"small": Tier(1, "int8"), "medium": Tier(2, "fp16"), "large": Tier(3, "int8")}

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from edge_sdk.data import Examples
-from export.writer import WEIGHTS, BundleIndex
+from edge_sdk.index import BundleIndex
+from export.writer import WEIGHTS
 from server_hub.config import HubConfig, Limits, Listen, LocalTraining, TrunkTraining
 from server_hub.hub import Hub
 from server_hub.rounds import RoundRules

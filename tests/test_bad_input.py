@@ -17,6 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from edge_sdk import BundleError, Device
 from edge_sdk.bundle import BlobStore, Bundle, Manifest
+from edge_sdk.index import BundleIndex
 from edge_sdk.protocol.frames import decode, encode, unpack_tensors
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
@@ -30,7 +31,6 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.runtime import load_runtime
-from export.writer import BundleIndex
 from server_hub.config import Limits
 from server_hub.rounds import RoundRules
 from server_hub.tokens import TokenFile
@@ -94,7 +94,7 @@ def good_activations(manifest: Manifest, number: int, rows: int = 8) -> Activati
 
 
 def good_update(manifest: Manifest, number: int) -> Update:
-    tensors = {s.name: np.zeros(s.shape, s.dtype) for s in manifest.parameters}  # type: ignore[arg-type]
+    tensors = {s.name: np.zeros(s.shape, s.dtype) for s in manifest.exchanged}  # type: ignore[arg-type]
     return Update(
         round=number, tensors=tensors, done=True, samples=32, metrics={"loss": 1.0, "accuracy": 0.5}
     )
@@ -439,7 +439,7 @@ def test_large_finite_activations_do_not_ruin_the_trunk(
             message = good_activations(manifest, task.round)
             scale = np.full_like(message.parts["h.scale"], 1e12)
             await client.say(replace(message, parts=change(message.parts, "h.scale", scale)))
-            tensors = {s.name: before[s.name] for s in manifest.parameters}
+            tensors = {s.name: before[s.name] for s in manifest.exchanged}
             await client.say(replace(good_update(manifest, task.round), tensors=tensors))
             while not hub.run.records:
                 await asyncio.sleep(0.02)
@@ -500,11 +500,13 @@ def test_tampered_blob_never_reaches_the_runtime(tmp_path: Path, bundles: Bundle
 
 
 def test_graph_that_is_no_onnx_file(bundles: BundleIndex) -> None:
-    """A file that the runtime cannot load is a BundleError, not the runtime's exception."""
+    """A file that the runtime cannot load is a BundleError, every time that it is run."""
     manifest = bundles.manifest("small")
     state = unpack_tensors(bundles.blobs().read(manifest.initial_state))
-    with pytest.raises(BundleError, match="cannot load the graph"):
-        load_runtime(Bundle(manifest, dict.fromkeys(manifest.graphs, b"junk"), state))
+    runtime = load_runtime(Bundle(manifest, dict.fromkeys(manifest.graphs, b"junk"), state))
+    for graph in (*manifest.graphs, *manifest.graphs):
+        with pytest.raises(BundleError, match=f"cannot load the graph '{graph}'"):
+            runtime.run(graph, {})
 
 
 def expect_one_sentence(arguments: list[str], *expected: str, code: int = 2) -> None:

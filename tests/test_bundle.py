@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from onnxruntime import InferenceSession
+from torch import Tensor, nn
 
 from edge_sdk.bundle import (
     FORMAT,
     GRAPHS,
     BlobStore,
+    Bundle,
+    Constants,
     Graph,
     Manifest,
     Port,
@@ -23,40 +29,62 @@ from edge_sdk.bundle import (
     write_atomically,
 )
 from edge_sdk.errors import BundleError
-from edge_sdk.protocol.frames import unpack_tensors
+from edge_sdk.index import INDEX, BundleIndex
+from edge_sdk.protocol.frames import pack_tensors, unpack_tensors
 from edge_sdk.protocol.tensors import TensorSpec
-from export.split import SplitModel
-from export.writer import INDEX, BundleIndex, Tier, export_bundles
-from tests.models import BUILD, CLASSES, IMAGE, build, example
+from edge_sdk.runtime import load_runtime
+from export.split import ClientSegment, SplitModel
+from export.writer import Tier, export_bundles
+from tests.models import BUILD, CLASSES, IMAGE, build, example, open_bundle
 
 
 def manifest() -> Manifest:
     """A small manifest with every kind of port, made by hand."""
     weight = TensorSpec("stem.weight", "float32", (2, 3))
-    x = Port(TensorSpec("x", "int64", ("batch", 5)), "batch")
-    packed = (TensorSpec("h.q", "int8", ("batch", 2)), TensorSpec("h.scale", "float32", (2,)))
+    mean = TensorSpec("stem.running_mean", "float32", (3,))
+    x = Port(TensorSpec("x", "int64", ("batch", "seq")), "batch")
+    packed = (TensorSpec("h.q", "int8", ("batch", 2)), TensorSpec("h.scale", "float32", (1, 2)))
     graph = Graph(
         "ab" * 32,
-        (Port(weight, "state"), x, Port(TensorSpec("lr", "float32", ()), "hyper")),
+        (
+            Port(weight, "state"),
+            x,
+            Port(TensorSpec("lr", "float32", ()), "hyper"),
+            Port(TensorSpec("seed", "int64", ()), "seed"),
+        ),
         (
             Port(TensorSpec("next/stem.weight", "float32", (2, 3)), "state"),
             Port(TensorSpec("loss", "float32", ()), "result"),
             *(Port(spec, "packed") for spec in packed),
         ),
+        ("stem.table",),
     )
     return Manifest(
         tier="small",
         cut=1,
         runtime="onnx",
+        task="tokens",
         classes=4,
+        limits={"batch": 16, "seq": 8},
         heads=("aux.1",),
         optimizer="sgd",
         codec="int8",
         packed=packed,
-        state=(StateSpec(weight, "parameter"), StateSpec(weight, "slot")),
+        state=(
+            StateSpec(weight, "parameter"),
+            StateSpec(mean, "statistic"),
+            StateSpec(weight, "slot"),
+        ),
         graphs=dict.fromkeys(GRAPHS, graph),
         initial_state="cd" * 32,
-        blobs={"ab" * 32: 10, "cd" * 32: 24},
+        constants=(
+            Constants(
+                "ef" * 32,
+                (TensorSpec("stem.table", "int8", (3,)), TensorSpec("stem.shift", "float32", (1,))),
+                (0, 64),
+            ),
+        ),
+        blobs={"ab" * 32: 10, "cd" * 32: 24, "ef" * 32: 68},
     )
 
 
@@ -70,8 +98,8 @@ def test_manifest_round_trip() -> None:
     read = Manifest.from_bytes(manifest().to_bytes())
     assert read == manifest()
     assert read.to_bytes() == manifest().to_bytes()
-    assert read.x == TensorSpec("x", "int64", ("batch", 5))
-    assert [spec.name for spec in read.parameters] == ["stem.weight"]
+    assert read.x == TensorSpec("x", "int64", ("batch", "seq"))
+    assert [spec.name for spec in read.exchanged] == ["stem.weight", "stem.running_mean"]
 
 
 @pytest.mark.parametrize(
@@ -80,8 +108,9 @@ def test_manifest_round_trip() -> None:
         ({"blobs": {"../../home/user/file": 3}}, "no sha256"),
         ({"blobs": {"/etc/passwd": 3}}, "no sha256"),
         ({"blobs": {"AB" * 32: 3}}, "no sha256"),
-        ({"initial_state": "ef" * 32}, "does not list its blob"),
-        ({"blobs": {"cd" * 32: 24}}, "does not list its blob"),
+        ({"initial_state": "12" * 32}, "does not list its blob"),
+        ({"blobs": {"cd" * 32: 24, "ef" * 32: 68}}, "does not list its blob 'abab"),
+        ({"blobs": {"ab" * 32: 10, "cd" * 32: 24}}, "does not list its blob 'efef"),
         ({"graphs": {}}, "lacks the graph"),
     ],
 )
@@ -132,9 +161,7 @@ def test_exported_ports_fit_each_other(bundles: BundleIndex) -> None:
         heads, batch, classes = read.graphs["predict"].outputs[0].spec.shape
         assert (heads, batch, classes) == (len(read.heads), "batch", CLASSES)
         initial = unpack_tensors(bundles.blobs().read(read.initial_state))
-        assert {n: a.shape for n, a in initial.items()} == {
-            s.name: s.shape for s in read.parameters
-        }
+        assert {n: a.shape for n, a in initial.items()} == {s.name: s.shape for s in read.exchanged}
 
 
 def test_states_of_zeros() -> None:
@@ -188,6 +215,13 @@ def test_missing_fields(field: str) -> None:
         {"packed": [{"name": "h", "dtype": ["float32"], "shape": [1]}]},
         {"packed": [1]},
         {"state": [{"kind": "parameter"}]},
+        {"state": [{"kind": "buffer", "spec": {"name": "w", "dtype": "int8", "shape": [1]}}]},
+        {"limits": {"batch": "many"}},
+        {"limits": [16]},
+        {"constants": 1},
+        {"packed": [{"name": "h", "dtype": "float32", "shape": ["batch", -1]}]},
+        {"constants": [{"blob": "ef" * 32, "tensors": [], "offsets": [0]}]},
+        {"constants": [{"blob": "ef" * 32, "tensors": [1], "offsets": [0]}]},
         {"graphs": []},
         {"graphs": {"train": None}},
         {
@@ -203,6 +237,119 @@ def test_wrong_fields(fields: dict[str, Any]) -> None:
     """Wrong types and unknown dtypes or roles are a BundleError, not a crash later on."""
     with pytest.raises(BundleError, match="the manifest is damaged"):
         Manifest.from_bytes(changed(**fields))
+
+
+# Constants, and bundles put together.
+
+
+def constants_of(*tensors: tuple[str, str, tuple[int, ...]], offsets: tuple[int, ...]) -> Constants:
+    """Constants in the blob ``ef...``."""
+    return Constants("ef" * 32, tuple(TensorSpec(*t) for t in tensors), offsets)
+
+
+def test_constants_lie_at_their_offsets() -> None:
+    """Of several dtypes, with gaps; a scalar and a tensor of nothing among them."""
+    data = bytes([1, 2, 255]) + bytes(61) + np.arange(4, dtype="<f4").tobytes()
+    found = constants_of(
+        ("a", "int8", (3,)),
+        ("b", "float32", (2, 2)),
+        ("c", "float32", ()),
+        ("d", "float32", (0, 2)),
+        offsets=(0, 64, 76, 64),
+    ).open(data)
+    assert found["a"].tolist() == [1, 2, -1]
+    assert found["b"].tolist() == [[0, 1], [2, 3]]
+    assert found["c"] == 3
+    assert found["d"].shape == (0, 2)
+
+
+@pytest.mark.parametrize(("shape", "offset"), [((4,), 64), ((3,), 60), ((3,), 1000), ((3,), -8)])
+def test_constants_beyond_their_blob(shape: tuple[int, ...], offset: int) -> None:
+    """A blob that is too short is a damaged bundle, not a crash or another tensor's bytes."""
+    made = manifest()
+    constants = (constants_of(("a", "float32", shape), offsets=(offset,)),)
+    blobs = {"ab" * 32: b"graph", "cd" * 32: pack_tensors({}), "ef" * 32: bytes(68)}
+    with pytest.raises(BundleError, match="a blob of the bundle is damaged"):
+        Bundle.open(replace(made, constants=constants), blobs.__getitem__)
+
+
+def test_a_bundle_is_put_together_from_its_blobs() -> None:
+    """Every blob is read once; the graphs of one file share it."""
+    state = {"stem.weight": np.ones((2, 3), np.float32)}
+    blobs = {"ab" * 32: b"graph", "cd" * 32: pack_tensors(state), "ef" * 32: bytes(64) + b"\0\0 A"}
+    read: list[str] = []
+
+    def once(name: str) -> bytes:
+        read.append(name)
+        return blobs[name]
+
+    bundle = Bundle.open(manifest(), once)
+    assert sorted(read) == sorted(blobs)
+    assert bundle.graphs == dict.fromkeys(GRAPHS, b"graph")
+    assert bundle.initial_state["stem.weight"].tolist() == state["stem.weight"].tolist()
+    assert bundle.constants["stem.shift"].tolist() == [10.0]
+    blobs["cd" * 32] = b"no tensors"
+    with pytest.raises(BundleError, match="a blob of the bundle is damaged"):
+        Bundle.open(manifest(), blobs.__getitem__)
+
+
+class FrozenStem(nn.Module):
+    """A Linear that is frozen, and large enough to be stored outside of the graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(16, 24).requires_grad_(False)
+        self.register_buffer("mixing", torch.full((24, 24), 0.5, dtype=torch.float16))
+        self.register_buffer("order", torch.arange(23, -1, -1).repeat(12))
+        self.register_buffer("small", torch.ones(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 16) -> (batch, 24)."""
+        h = self.base(x)[:, self.order[:24]]
+        return h @ self.mixing.to(h.dtype) * self.small
+
+
+def frozen_model() -> SplitModel:
+    """A frozen stem, a frozen first block and a trained one."""
+    torch.manual_seed(0)
+    blocks = [nn.Linear(24, 24).requires_grad_(False), nn.Linear(24, 24), nn.Linear(24, 24)]
+    return SplitModel(FrozenStem(), blocks, nn.Linear(24, 3))
+
+
+def test_frozen_tensors_are_stored_once(tmp_path: Path) -> None:
+    """A blob for each layer, which all graphs and tiers share; small ones are in the graphs."""
+    model, x = frozen_model(), example((16,))
+    tiers = {"a": Tier(1), "b": Tier(2), "c": Tier(2, "fp16")}
+    index = export_bundles(model, tiers, tmp_path / "out", example=x, classes=3)
+    small, large = index.manifest("a"), index.manifest("b")
+    names = [[spec.name for spec in c.tensors] for c in large.constants]
+    assert sorted(names) == [["block.0.weight"], ["stem.base.weight", "stem.mixing", "stem.order"]]
+    assert small.constants == large.constants == index.manifest("c").constants
+    for graph in large.graphs.values():
+        assert set(graph.constants) == {name for layer in names for name in layer}
+    trained = {"block.1.weight", "block.1.bias"}
+    assert {n for n in (s.name for s in large.exchanged) if n.startswith("block")} == trained
+    bundle = open_bundle(index, "b")
+    np.testing.assert_array_equal(bundle.constants["stem.mixing"], np.full((24, 24), 0.5))
+    runtime = load_runtime(bundle)
+    with torch.no_grad():
+        want = ClientSegment(model, 2)(x)[1]
+    got = runtime.run("predict", {"x": x.numpy()})["logits"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_files_of_a_folder_run_by_themselves(tmp_path: Path) -> None:
+    """A stock ONNX Runtime finds the frozen tensors beside the graph, without the manifest."""
+    model, x = frozen_model(), example((16,))
+    index = export_bundles(model, {"a": Tier(1)}, tmp_path / "out", example=x, classes=3)
+    manifest = index.manifest("a")
+    graph = manifest.graphs["predict"]
+    session = InferenceSession(index.folder / "blobs" / graph.blob)
+    state = unpack_tensors(index.blobs().read(manifest.initial_state))
+    with torch.no_grad():
+        want = ClientSegment(model, 1)(x)[1]
+    got = session.run(["logits"], {**state, "x": x.numpy()})[0]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 # Blobs.
@@ -351,7 +498,7 @@ def test_no_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"format": 1}', "\udcff", '{"format": 1, "tiers": 3}']
+    "text", ["", "{", "[]", "{}", '{"format": 2}', "\udcff", '{"format": 2, "tiers": 3}']
 )
 def test_damaged_index(tmp_path: Path, text: str) -> None:
     """Neither JSON nor an index."""

@@ -16,8 +16,8 @@ import torch
 
 from edge_sdk import DataError, Device, HubError, LinkClosed
 from edge_sdk.device import softmax
+from edge_sdk.index import BundleIndex
 from export.packing import get_codec
-from export.writer import BundleIndex
 from server_hub.config import Limits, Listen, LocalTraining, MethodConfig
 from server_hub.rounds import RoundRules
 from server_hub.tokens import TokenFile
@@ -184,7 +184,7 @@ def test_sdk_trains_and_predicts(tmp_path: Path, bundles: BundleIndex) -> None:
                 logits = [model.aux["1"](h)]
                 h = model.block[1](h)
                 logits.append(model.aux["2"](h))
-                h = codec.unpack(codec.pack(h))
+                h = codec.unpack(codec.pack(h, 1))
                 h = model.block[2](h)
                 logits += [model.aux["3"](h), model.head(model.block[3](h))]
             stacked = torch.stack(logits).numpy()

@@ -13,21 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.bundle import BlobStore
+from edge_sdk.index import INDEX, BundleIndex
 from edge_sdk.protocol.tensors import Array
 from export import exact, writer
 from export.errors import ExportError
 from export.lowering import decompositions
 from export.lowering import onnx as lower_onnx
+from export.lowering.lowered import Lowered, Run, lower
 from export.lowering.verify import verify
 from export.optimizers import check_hyper, get_optimizer
 from export.packing import get_codec
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps, Step
-from export.writer import INDEX, WEIGHTS, BundleIndex, Tier, export_bundles
-from tests.models import CLASSES, FEATURES, IMAGE, ConvBlock, MeanHead, conv_model, example
+from export.writer import WEIGHTS, Tier, export_bundles
+from tests.models import (
+    CLASSES,
+    FEATURES,
+    IMAGE,
+    ConvBlock,
+    MeanHead,
+    conv_model,
+    example,
+    open_bundle,
+)
 
 WIDTH = 4
-Run = Callable[[dict[str, Array]], dict[str, Array]]
 
 
 class Apply(nn.Module):
@@ -79,9 +89,13 @@ def refusal(model: SplitModel, folder: Path, **changes: Any) -> str:
 @pytest.fixture
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Export without graphs, where they do not matter: it takes milliseconds."""
-    monkeypatch.setattr(lower_onnx, "lower", lambda step: step.name.encode())
+
+    def nothing(runtime: str, steps: list[Step], places: Any) -> Lowered:
+        files = {step.name: step.name.encode() for step in steps}
+        return Lowered(files, dict.fromkeys(files, ()), lambda step, feeds: {})
+
+    monkeypatch.setattr(writer, "lower", nothing)
     monkeypatch.setattr(writer, "verify", lambda *_: None)
-    monkeypatch.setattr(writer, "_runner", lambda *_: None)
 
 
 # Graphs that are wrong.
@@ -90,23 +104,34 @@ def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def steps(model: SplitModel) -> ClientSteps:
     """The steps of the smallest tier of ``bundles``."""
+    return steps_of(model)
+
+
+def steps_of(model: SplitModel) -> ClientSteps:
+    """The steps of a model cut after its first block."""
     segment = ClientSegment(model, 1)
     return ClientSteps(segment, get_optimizer("sgd"), get_codec("int8"), example(IMAGE), CLASSES)
 
 
-def step_and_run(steps: ClientSteps, bundles: BundleIndex, name: str) -> tuple[Step, Run]:
-    """A step with its exported graph."""
-    step = next(step for step in steps.all() if step.name == name)
-    graph = bundles.manifest("small").graphs[name]
-    return step, writer._runner(bundles.blobs().read(graph.blob), step)
+def step_called(name: str, steps: ClientSteps) -> Step:
+    """One of the steps."""
+    return next(step for step in steps.all() if step.name == name)
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    """Runs the graphs of these steps."""
+    model = conv_model()
+    model.add_heads([1], example(IMAGE), CLASSES)
+    return lower("onnx", steps_of(model).all(), {}).run
 
 
 def bend(name: str, change: Callable[[Array, Array], Array]) -> Callable[[Run], Run]:
     """Change one output: given what it is, and what it was before the step if it is state."""
 
     def bent(run: Run) -> Run:
-        def wrong(feeds: dict[str, Array]) -> dict[str, Array]:
-            outputs = run(feeds)
+        def wrong(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+            outputs = run(step, feeds)
             before = feeds.get(name.removeprefix("next/"), np.zeros((), np.float32))
             return {**outputs, name: change(outputs[name], before)}
 
@@ -123,16 +148,15 @@ def one_code_more(q: Array, _: Array) -> Array:
 
 
 @pytest.mark.parametrize("name", ["train", "predict", "forward"])
-def test_right_graphs_pass(steps: ClientSteps, bundles: BundleIndex, name: str) -> None:
+def test_right_graphs_pass(steps: ClientSteps, run: Run, name: str) -> None:
     """The comparison that the tests below break is one that holds."""
-    step, run = step_and_run(steps, bundles, name)
     calls: list[int] = []
 
-    def counted(feeds: dict[str, Array]) -> dict[str, Array]:
+    def counted(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
         calls.append(len(feeds["x"]))
-        return run(feeds)
+        return run(step, feeds)
 
-    verify(steps, step, counted, example(IMAGE))
+    verify(steps, step_called(name, steps), counted, example(IMAGE))
     assert {1, 3, 8} <= set(calls)
 
 
@@ -169,72 +193,65 @@ def test_right_graphs_pass(steps: ClientSteps, bundles: BundleIndex, name: str) 
 )
 def test_a_wrong_output_is_caught(
     steps: ClientSteps,
-    bundles: BundleIndex,
+    run: Run,
     graph: str,
     name: str,
     change: Callable[[Array, Array], Array],
     message: str,
 ) -> None:
     """A deviation of a percent in any one output, named with its layer."""
-    step, run = step_and_run(steps, bundles, graph)
     with pytest.raises(ExportError) as caught:
-        verify(steps, step, bend(name, change)(run), example(IMAGE))
+        verify(steps, step_called(graph, steps), bend(name, change)(run), example(IMAGE))
     assert f"the graph '{graph}' differs from eager PyTorch {message}" in str(caught.value)
     assert "nothing was written" in str(caught.value)
 
 
-def test_slots_that_are_ignored_are_caught(steps: ClientSteps, bundles: BundleIndex) -> None:
+def test_slots_that_are_ignored_are_caught(steps: ClientSteps, run: Run) -> None:
     """The first step cannot show it: momentum is zero there."""
-    step, run = step_and_run(steps, bundles, "train")
 
-    def forgetful(feeds: dict[str, Array]) -> dict[str, Array]:
+    def forgetful(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
         slot = "momentum/block.0.norm.weight"
-        return run({**feeds, slot: np.zeros_like(feeds[slot])})
+        return run(step, {**feeds, slot: np.zeros_like(feeds[slot])})
 
     with pytest.raises(ExportError, match=r"in next/block\.0\.norm\.weight of layer block\.0 by"):
-        verify(steps, step, forgetful, example(IMAGE))
+        verify(steps, steps.train(), forgetful, example(IMAGE))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_a_graph_that_is_wrong_for_one_batch_size(
-    steps: ClientSteps, bundles: BundleIndex, rows: int
-) -> None:
+def test_a_graph_that_is_wrong_for_one_batch_size(steps: ClientSteps, run: Run, rows: int) -> None:
     """The message says for which."""
-    step, run = step_and_run(steps, bundles, "predict")
 
-    def wrong(feeds: dict[str, Array]) -> dict[str, Array]:
-        outputs = run(feeds)
+    def wrong(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+        outputs = run(step, feeds)
         return outputs if len(feeds["x"]) != rows else {**outputs, "logits": outputs["logits"] + 1}
 
     with pytest.raises(ExportError, match=rf"in logits by 1 \(batch {rows}, seed 0\)"):
-        verify(steps, step, wrong, example(IMAGE))
+        verify(steps, steps.predict(), wrong, example(IMAGE))
 
 
-def test_one_draw_may_differ(steps: ClientSteps, bundles: BundleIndex) -> None:
+def test_one_draw_may_differ(steps: ClientSteps, run: Run) -> None:
     """At the kink of a ReLU a rounding error is a different gradient; other data tell."""
-    step, run = step_and_run(steps, bundles, "predict")
     calls: list[int] = []
 
-    def once(feeds: dict[str, Array]) -> dict[str, Array]:
+    def once(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
         calls.append(len(feeds["x"]))
-        outputs = run(feeds)
+        outputs = run(step, feeds)
         return {**outputs, "logits": outputs["logits"] + 1} if len(calls) == 1 else outputs
 
-    verify(steps, step, once, example(IMAGE))
+    verify(steps, steps.predict(), once, example(IMAGE))
     assert len(calls) == 7, "six draws, and one repeated"
 
 
-def test_a_graph_that_does_not_run(steps: ClientSteps, bundles: BundleIndex) -> None:
+def test_a_graph_that_does_not_run(steps: ClientSteps, run: Run) -> None:
     """Whatever the runtime raises comes out as an ExportError."""
-    step, run = step_and_run(steps, bundles, "predict")
 
-    def broken(feeds: dict[str, Array]) -> dict[str, Array]:
+    def broken(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
         if len(feeds["x"]) == 3:
             raise RuntimeError("no kernel\nfor this")
-        return run(feeds)
+        return run(step, feeds)
 
     with pytest.raises(ExportError, match=r"'predict' fails for a batch of 3 \(no kernel\)"):
-        verify(steps, step, broken, example(IMAGE))
+        verify(steps, steps.predict(), broken, example(IMAGE))
 
 
 def test_a_wrong_gradient_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,16 +280,18 @@ def test_random_numbers_are_caught(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.BatchNorm2d(WIDTH), "block.1.inner is a BatchNorm2d: its running statistics are not"),
-        (nn.SyncBatchNorm(WIDTH), "block.1.inner is a SyncBatchNorm: its running statistics"),
-        (nn.MaxPool2d(2), "block.1.inner is a MaxPool2d: its backward pass has no exact"),
-        (nn.AvgPool2d(2), "block.1.inner is a AvgPool2d: its backward pass has no exact"),
-        (nn.LSTM(WIDTH, WIDTH), "block.1.inner is a LSTM: its backward pass has no exact"),
-        (nn.GRU(WIDTH, WIDTH), "block.1.inner is a GRU: its backward pass has no exact"),
-        (nn.ConvTranspose2d(WIDTH, WIDTH, 2), "block.1.inner is a ConvTranspose2d: its backward"),
-        (nn.Dropout(0.1), "block.1.inner is a Dropout with p=0.1: a graph has no random numbers"),
-        (nn.Dropout2d(0.5), "block.1.inner is a Dropout2d with p=0.5: a graph has no random"),
-        (nn.AlphaDropout(0.5), "block.1.inner is a AlphaDropout with p=0.5: a graph has no"),
+        (nn.SyncBatchNorm(WIDTH), "block.1.inner is a SyncBatchNorm: a device has no group"),
+        (nn.AlphaDropout(0.5), "block.1.inner is a AlphaDropout: there is no exact translation"),
+        (nn.FeatureAlphaDropout(0.5), "block.1.inner is a FeatureAlphaDropout: there is no exact"),
+        (nn.RReLU(), "block.1.inner is a RReLU: there is no exact translation of its random"),
+        (
+            nn.GRU(WIDTH, WIDTH, 2, dropout=0.5),
+            "block.1.inner is a GRU with dropout between its layers, which has random numbers",
+        ),
+        (
+            nn.BatchNorm2d(WIDTH, momentum=None),
+            "block.1.inner is a BatchNorm2d with momentum=None: a cumulative average needs a count",
+        ),
     ],
 )
 def test_modules_without_an_exact_translation(
@@ -283,7 +302,7 @@ def test_modules_without_an_exact_translation(
     block.add_module("inner", module)
     found = refusal(images(nn.Identity(), block), tmp_path / "folder")
     assert message in found
-    assert re.search(r"; (use|set) ", found), "says what to use instead"
+    assert re.search(r"; (use|give) ", found), "says what to use instead"
 
 
 def test_every_listed_module_has_a_replacement() -> None:
@@ -292,28 +311,93 @@ def test_every_listed_module_has_a_replacement() -> None:
         assert "; use " in why, kind
 
 
-def test_dropout_that_does_nothing_is_fine() -> None:
-    """With p=0, or in a model in evaluation mode."""
-    exact.check_modules(nn.Sequential(nn.Dropout(0.0)))
-    exact.check_modules(nn.Sequential(nn.Dropout(0.5)).eval())
-    with pytest.raises(ExportError, match=r"0 is a Dropout with p=0\.5"):
-        exact.check_modules(nn.Sequential(nn.Dropout(0.5)))
+class Last(nn.Module):
+    """A recurrent layer over the rows of an image, which gives its last output as an image."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rows = kind(8, 8, batch_first=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations (B, C, 8, 8) of the same shape."""
+        rows, _ = self.rows(h.flatten(0, 1))
+        return rows.reshape(h.shape)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.BatchNorm2d(WIDTH),
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2),
+        Last(nn.LSTM),
+        Last(nn.GRU),
+        nn.Dropout(0.1),
+        nn.Dropout2d(0.5),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules_with_an_exact_translation(tmp_path: Path, module: nn.Module) -> None:
+    """Statistics, pools, recurrent layers, dropout: exported, and equal to eager PyTorch."""
+    torch.manual_seed(0)
+    index = export(
+        images(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), module, nn.GELU())), tmp_path / "out"
+    )
+    manifest = index.manifest("small")
+    statistics = [e.spec.name for e in manifest.state if e.kind == "statistic"]
+    norms = isinstance(module, nn.BatchNorm2d)
+    assert statistics == (["block.0.1.running_mean", "block.0.1.running_var"] if norms else [])
+    seeds = [p.spec.name for p in manifest.graphs["train"].inputs if p.role == "seed"]
+    assert seeds == (["seed"] if isinstance(module, nn.Dropout | nn.Dropout2d) else [])
+
+
+def test_exporting_leaves_statistics_and_modes_alone(tmp_path: Path) -> None:
+    """Running the model to look at it is not training; every tier starts from the same."""
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.BatchNorm2d(WIDTH), nn.GELU())
+    model = images(normed, nn.Dropout(0.5), nn.Identity())
+    model.block[1].eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    index = export(model, tmp_path / "out", tiers={"a": Tier(1), "b": Tier(2)})
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert model.training
+    assert not model.block[1].training
+    for tier in index.tiers:
+        initial = open_bundle(index, tier).initial_state
+        assert initial["block.0.0.running_mean"].tolist() == [0.0] * WIDTH
 
 
 def test_the_hubs_side_may_be_anything() -> None:
     """What no tier holds is not looked at."""
-    model = images(nn.Identity(), nn.BatchNorm2d(WIDTH))
+    model = images(nn.Identity(), nn.RReLU())
     exact.check_stages(model, 1, example(IMAGE))
-    with pytest.raises(ExportError, match=r"block\.1 is a BatchNorm2d"):
+    with pytest.raises(ExportError, match=r"block\.1 is a RReLU"):
         exact.check_stages(model, 2, example(IMAGE))
 
 
+class Counter(nn.Module):
+    """Keeps something between calls that is no statistic of a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The same, and a bit more with every call."""
+        self.calls += 1
+        return h + self.calls
+
+
 def test_state_beside_the_parameters(tmp_path: Path) -> None:
-    """Running statistics of a module that is not in the list."""
-    norm = nn.InstanceNorm2d(WIDTH, track_running_stats=True)
-    message = refusal(images(nn.Sequential(norm)), tmp_path / "folder")
-    assert message.startswith("block.0.0.running_mean changes when the model is called")
-    assert "nn.GroupNorm" in message
+    """A device has a place for parameters and statistics, and nothing else."""
+    model = images(nn.Sequential(nn.BatchNorm2d(WIDTH), Counter()))
+    message = refusal(model, tmp_path / "folder")
+    assert message.startswith("block.0.1.calls changes when the model is called")
+    assert "make it a parameter" in message
+    assert model.block[0][1].calls == 0
+    assert not model.block[0][0].running_mean.any()
 
 
 class Unused(nn.Module):
@@ -357,15 +441,23 @@ class Double(nn.Module):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (Unused(), "block.0.spare has no part in what the segment answers; remove it"),
-        (frozen(), "block.0.bias is frozen (requires_grad is False)"),
-        (tied(), "block.0.1.weight and block.0.0.weight are one parameter; make them two"),
+        (Unused(), "block.0.spare has no part in what the segment answers; remove it, or freeze"),
         (Double(), "block.0.scale is torch.float64; parameters must be float32"),
     ],
 )
 def test_parameters_that_cannot_be_trained(tmp_path: Path, block: nn.Module, message: str) -> None:
     """Named, before anything is traced."""
     assert message in refusal(vectors(block), tmp_path / "folder")
+
+
+def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
+    """What is frozen is no state; what two layers share is state once, with both gradients."""
+    unused = Unused().requires_grad_(False)
+    index = export(vectors(nn.Sequential(frozen(), tied(), unused)), tmp_path / "out")
+    names = {s.name for s in index.manifest("small").exchanged if s.name.startswith("block")}
+    assert names == {
+        "block.0.0.weight", "block.0.1.0.weight", "block.0.1.0.bias", "block.0.1.1.bias"
+    }  # fmt: skip
 
 
 # Modules that fail while they are called, traced or translated.
@@ -470,7 +562,7 @@ def segment_of(model: SplitModel) -> tuple[ClientSegment, Tensor]:
 def test_nobody_is_to_blame() -> None:
     """Every module of a segment that can be exported can be lowered alone."""
     segment, x = segment_of(vectors(nn.Sequential(nn.Identity(), nn.GELU())))
-    assert exact.find_culprit(segment, x) is None
+    assert exact.find_culprit(segment, x, lower_onnx.lower) is None
 
 
 def test_the_first_to_fail_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +574,7 @@ def test_the_first_to_fail_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
         lowered.append(names[str(id(module))])
         return lowered[-1]
 
-    def lower(name: str) -> bytes:
+    def lower(name: Any) -> bytes:
         if name in ("block.0", "block.1.1"):
             raise ExportError(name)
         return b""
@@ -491,13 +583,12 @@ def test_the_first_to_fail_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
     segment, x = segment_of(vectors(nn.Tanh(), block))
     names.update({str(id(module)): name for name, module in segment.named_modules()})
     monkeypatch.setattr(exact, "_alone", alone)
-    monkeypatch.setattr(exact, "lower", lower)
-    assert exact.find_culprit(segment, x) == "block.0 is a Tanh"
+    assert exact.find_culprit(segment, x, lower) == "block.0 is a Tanh"
     assert lowered == ["stem", "block.0"]
     lowered.clear()
     segment.block[0] = nn.Identity()
     names[str(id(segment.block[0]))] = "fine"
-    assert exact.find_culprit(segment, x) == "block.1.1 is a Linear"
+    assert exact.find_culprit(segment, x, lower) == "block.1.1 is a Linear"
     assert lowered == ["stem", "fine", "block.1.0", "block.1.1"]
 
 
@@ -506,13 +597,13 @@ def test_without_a_culprit_the_graph_is_named(
 ) -> None:
     """The reason is told all the same."""
 
-    def fail(step: Step) -> bytes:
+    def fail(*_: Any) -> Lowered:
         raise ExportError("no ONNX translation for its training step (mystery)")
 
-    monkeypatch.setattr(lower_onnx, "lower", fail)
+    monkeypatch.setattr(writer, "lower", fail)
     monkeypatch.setattr(writer, "find_culprit", lambda *_: None)
     message = refusal(vectors(nn.ReLU()), tmp_path / "folder")
-    assert message == "the graph 'predict': no ONNX translation for its training step (mystery)"
+    assert message == "the training step: no ONNX translation for its training step (mystery)"
 
 
 def test_hooks_are_removed() -> None:
@@ -572,7 +663,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        (lower_onnx, "lower"),
+        (writer, "lower"),
         (writer, "verify"),
         (writer, "ClientSteps"),
         (BlobStore, "write"),

@@ -17,16 +17,16 @@ from torch import Tensor
 from edge_sdk.bundle import Bundle, Graph, Manifest
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, DataError
+from edge_sdk.index import BundleIndex
 from edge_sdk.learner import Learner, LocalPlan
 from edge_sdk.protocol.tensors import Array, TensorSpec, check_tensors
 from edge_sdk.runtime import load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
 from export.lowering.onnx import lower
 from export.optimizers import get_optimizer
-from export.packing import Codec, get_codec
+from export.packing import Codec, Shape, get_codec
 from export.split import ClientSegment, SplitModel, layer_of
 from export.steps import ClientSteps
-from export.writer import BundleIndex
 from tests.models import (
     CLASSES,
     FEATURES,
@@ -114,9 +114,9 @@ def assert_packed(parts: dict[str, Array], h: Tensor) -> None:
         assert parts["h"].dtype == np.float16
         assert (np.abs(parts["h"] - want) <= np.abs(want) * 2**-10 + slack).all()
         return
-    per_channel = [1] * want.ndim
-    per_channel[2 if want.ndim == 3 else 1] = -1
-    scale = parts["h.scale"].astype(np.float64).reshape(per_channel)
+    channels = 2 if want.ndim == 3 else 1
+    scale = parts["h.scale"].astype(np.float64)
+    assert scale.shape == tuple(n if i == channels else 1 for i, n in enumerate(want.shape))
     assert parts["h.q"].dtype == np.int8
     assert (np.abs(parts["h.q"] * scale - want) <= scale * 0.501 + slack).all()
 
@@ -204,7 +204,7 @@ class NoPacking:
 
     name = "none"
 
-    def pack(self, h: Tensor) -> dict[str, Tensor]:
+    def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 
@@ -212,7 +212,7 @@ class NoPacking:
         """Not used."""
         raise NotImplementedError
 
-    def specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+    def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
         """Nothing travels."""
         return ()
 
@@ -238,7 +238,9 @@ def bundle_of(
         tier="test",
         cut=cut,
         runtime="onnx",
+        task="classes",
         classes=CLASSES,
+        limits={},
         heads=tuple(segment.heads),
         optimizer=optimizer,
         codec=codec.name,
@@ -246,6 +248,7 @@ def bundle_of(
         state=steps.state,
         graphs={step.name: Graph("", step.inputs, step.outputs) for step in wanted},
         initial_state="",
+        constants=(),
         blobs={},
     )
     initial = {name: p.numpy() for name, p in steps.parameters.items()}
@@ -376,11 +379,11 @@ def test_state_round_trip(runtime: OnnxRuntime) -> None:
     for _ in range(3):
         state = {
             spec.name: rng.standard_normal(spec.shape).astype(np.float32)
-            for spec in runtime.manifest.parameters
+            for spec in runtime.manifest.exchanged
         }
         runtime.set_state(state)
         found = runtime.get_state()
-        assert list(found) == [spec.name for spec in runtime.manifest.parameters]
+        assert list(found) == [spec.name for spec in runtime.manifest.exchanged]
         for name, array in state.items():
             np.testing.assert_array_equal(found[name], array)
             assert found[name].dtype == np.float32
@@ -491,11 +494,15 @@ def test_predicting_while_training(runtime: OnnxRuntime) -> None:
 def test_broken_graphs_and_other_runtimes(bundles: BundleIndex) -> None:
     """A BundleError that says which graph, or which runtime."""
     bundle = open_bundle(bundles, "small")
-    with pytest.raises(BundleError, match="cannot load the graph 'train'"):
-        OnnxRuntime(Bundle(bundle.manifest, {**bundle.graphs, "train": b"no ONNX"}, {}))
+    graphs = {**bundle.graphs, "train": b"no ONNX"}
+    broken = OnnxRuntime(Bundle(bundle.manifest, graphs, bundle.initial_state))
+    for _ in range(2):
+        with pytest.raises(BundleError, match="cannot load the graph 'train'"):
+            broken.run("train", some_batch())
+    broken.run("predict", {"x": example(IMAGE).numpy()})
     other = copy.copy(bundle.manifest)
     object.__setattr__(other, "runtime", "abacus")
-    with pytest.raises(BundleError, match="for the runtime 'abacus'; this version runs 'onnx'"):
+    with pytest.raises(BundleError, match="for the runtime 'abacus'"):
         load_runtime(Bundle(other, bundle.graphs, bundle.initial_state))
     assert isinstance(load_runtime(bundle), OnnxRuntime)
 
@@ -531,7 +538,7 @@ class Emitted:
         """Which example each emitted row is of, found by its activations ``h``."""
         found = []
         for _, packed, _ in self.batches:
-            values = packed["h.q"] * packed["h.scale"].reshape(1, -1, 1, 1)
+            values = packed["h.q"] * packed["h.scale"]
             for row in values:
                 distance = np.abs(h.numpy() - row).reshape(len(h), -1).max(1)
                 assert distance.min() < 0.1 * np.sort(distance)[1], "no example stands out"

@@ -16,7 +16,7 @@ from torch import Tensor
 from edge_sdk.protocol.tensors import Array
 from export.optimizers import OPTIMIZERS
 from export.packing import CODECS, get_codec
-from export.split import SplitModel
+from export.split import SplitModel, channel_axis
 from server_hub.trunk import (
     Arrival,
     StepReport,
@@ -573,7 +573,7 @@ def test_answers_are_those_of_the_plain_model(kind: str, codec: str, cut: int) -
     x, labels = inputs(model, 7, seed=3)
     with torch.no_grad():
         h = trained.segment(torch.from_numpy(x), cut)
-        parts = get_codec(codec).pack(h)
+        parts = get_codec(codec).pack(h, channel_axis(h))
         want = torch.stack(plain_logits(trained, get_codec(codec).unpack(parts), cut)).numpy()
     packed = {name: part.numpy() for name, part in parts.items()}
     got = core.answer(Arrival("d", "", cut, codec, packed, labels))
@@ -589,7 +589,7 @@ def plain_accuracy(model: SplitModel, x: Array, y: Array, cut: int, codec: str) 
             h = model.block[depth](h)
             if str(depth + 1) in model.aux:
                 own.append(model.aux[str(depth + 1)](h).softmax(1).numpy())
-        seen = get_codec(codec).unpack(get_codec(codec).pack(h))
+        seen = get_codec(codec).unpack(get_codec(codec).pack(h, channel_axis(h)))
         hub = [z.softmax(1).numpy() for z in plain_logits(model, seen, cut)]
     answers = {"device_alone": own, "through_hub": hub[-1:], "ensemble": own + hub}
     return {path: float((np.mean(p, axis=0).argmax(1) == y).mean()) for path, p in answers.items()}

@@ -93,7 +93,7 @@ def shared_memory_of(trunk: WorkerTrunk) -> Path:
 def bad(arrival: Arrival) -> Arrival:
     """The arrival with a value that is not finite."""
     parts = {name: np.array(part) for name, part in arrival.parts.items()}
-    parts["h.scale"][0] = math.nan
+    parts["h.scale"].flat[0] = math.nan
     return dataclasses.replace(arrival, device="bad", parts=parts)
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.tensors import Array
 from export.packing import get_codec
-from export.split import SplitModel
+from export.split import SplitModel, channel_axis
 from server_hub.trunk import Arrival, TrunkCopy
 
 DEPTH = 4
@@ -145,7 +145,8 @@ def arrival_of(
 ) -> Arrival:
     """An arrival with random activations."""
     h, labels = activations(model, rows, seed)
-    parts = {name: part.numpy() for name, part in get_codec(codec).pack(h).items()}
+    packed = get_codec(codec).pack(h, channel_axis(h))
+    parts = {name: part.numpy() for name, part in packed.items()}
     return Arrival(
         device or f"device-{seed}", replica, cut, codec, parts, labels.numpy(), weight
     )  # fmt: skip

@@ -42,7 +42,7 @@ class ExecutorchRuntime:
         self.manifest = bundle.manifest
         # modules read the files in place: bytes that go away under them crash the process
         self._files = {g.blob: bundle.graphs[name] for name, g in self.manifest.graphs.items()}
-        with _quiet():
+        with quiet():
             if binding._threadpool_get_thread_count() != threads:
                 binding._unsafe_reset_threadpool(threads)
             try:
@@ -61,6 +61,7 @@ class ExecutorchRuntime:
                 raise BundleError(f"the bundle's file has no method {name!r}; export it again")
         self._state: dict[str, Any] = {}
         self._turn = threading.Lock()
+        self._loaded: set[str] = set()
         self.set_state(bundle.initial_state)
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
@@ -105,7 +106,10 @@ class ExecutorchRuntime:
                 for port in spec.inputs
             ]
             try:
-                outputs = self._modules[spec.blob].run_method(graph, inputs)
+                # a method is loaded when it is first run, and XNNPACK talks while it is
+                with contextlib.nullcontext() if graph in self._loaded else quiet():
+                    outputs = self._modules[spec.blob].run_method(graph, inputs)
+                self._loaded.add(graph)
             except RuntimeError as error:
                 raise BundleError(
                     f"ExecuTorch cannot run the graph {graph!r} ({error}); export the bundle "
@@ -149,7 +153,7 @@ class ExecutorchRuntime:
 
 def load_binding() -> tuple[Any, Any]:
     """torch and ExecuTorch's Python binding; :class:`BundleError` if they are not installed."""
-    with warnings.catch_warnings(), _quiet():
+    with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         try:
             import torch
@@ -163,7 +167,7 @@ def load_binding() -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what ExecuTorch's C++ code logs from the user's screen: errors are raised as well."""
     saved = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

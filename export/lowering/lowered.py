@@ -12,6 +12,7 @@ import onnxruntime as ort
 import torch
 
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime.executorch import load_binding, quiet
 from export.lowering import onnx
 from export.lowering.trace import trace
 from export.steps import Step
@@ -56,10 +57,9 @@ def lower(runtime: RuntimeName, steps: Sequence[Step], places: Mapping[str, onnx
     from export.lowering import executorch
 
     data = executorch.lower({step.name: trace(step) for step in steps})
-    from edge_sdk.runtime.executorch import load_binding
-
     names = [step.name for step in steps]
-    module = load_binding()[1]._load_for_executorch_from_buffer(data)
+    with quiet():
+        module = load_binding()[1]._load_for_executorch_from_buffer(data)
     return Lowered(dict.fromkeys(names, data), dict.fromkeys(names, ()), partial(_run_pte, module))
 
 
@@ -86,6 +86,7 @@ def _run_onnx(
 
 def _run_pte(module: Any, step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
     inputs = [torch.from_numpy(np.array(feeds[p.spec.name], order="C")) for p in step.inputs]
-    outputs = module.run_method(step.name, inputs)
+    with quiet():
+        outputs = module.run_method(step.name, inputs)
     names = [port.spec.name for port in step.outputs]
     return {n: t.detach().numpy().copy() for n, t in zip(names, outputs, strict=True)}

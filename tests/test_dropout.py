@@ -1,0 +1,281 @@
+"""Dropout by a seed: masks have dropout's distribution, and every step another one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edge_sdk.data import Examples
+from edge_sdk.learner import MAX_SEED, Learner, LocalPlan
+from edge_sdk.protocol.tensors import Array
+from export.dropout import PRIME, SeededDropout
+
+COUNT = 100_000
+Z = 5.0
+"""Bound of a normal deviate: seeds are fixed, so a test that passes once passes always."""
+
+
+def kept(seed: int, p: float, shape: tuple[int, ...] = (COUNT,), calls: int = 1) -> Tensor:
+    """Masks (calls, *shape): 1 where an element is kept."""
+    ones = torch.ones(shape, dtype=torch.float64)
+    with SeededDropout(torch.tensor(seed)):
+        masks = [F.dropout(ones, p) for _ in range(calls)]
+    return (torch.stack(masks) != 0).double()
+
+
+def z_of_rate(mask: Tensor, p: float) -> float:
+    """How far the number of kept elements is from what is expected, in deviations."""
+    n = mask.numel()
+    return (mask.sum().item() - n * (1 - p)) / math.sqrt(n * p * (1 - p))
+
+
+def z_of_correlation(a: Tensor, b: Tensor, p: float) -> float:
+    """The correlation of two masks, in deviations from none."""
+    product = ((a - (1 - p)) * (b - (1 - p))).sum().item()
+    return product / (p * (1 - p) * math.sqrt(a.numel()))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [0, 1, 12345, PRIME - 1])
+def test_as_many_are_kept_as_asked(p: float, seed: int) -> None:
+    """Of all elements, and of every stretch of them: chi-square over 100 stretches."""
+    mask = kept(seed, p)[0]
+    assert abs(z_of_rate(mask, p)) < Z
+    square = sum(z_of_rate(stretch, p) ** 2 for stretch in mask.reshape(100, -1))
+    assert abs(square - 100) / math.sqrt(200) < Z
+
+
+@pytest.mark.parametrize("distance", [1, 2, 7, 8, 64, 1000])
+@pytest.mark.parametrize("seed", [0, 1, PRIME - 1])
+def test_neighbours_are_independent(distance: int, seed: int) -> None:
+    """Elements next to each other, and those above each other in a larger tensor."""
+    mask = kept(seed, 0.4)[0]
+    assert abs(z_of_correlation(mask[distance:], mask[:-distance], 0.4)) < Z
+
+
+def test_patterns_of_eight_are_all_as_likely() -> None:
+    """Chi-square over the 256 patterns of eight neighbours: more than pairs are independent."""
+    bits = kept(3, 0.5, (20_000, 8))[0]
+    codes = (bits * 2.0 ** torch.arange(8)).sum(1).long()
+    counts = torch.bincount(codes, minlength=256).double()
+    want = len(bits) / 256
+    square = ((counts - want) ** 2 / want).sum().item()
+    assert abs(square - 255) / math.sqrt(2 * 255) < Z
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(0, 1), (1, 2), (7, 8), (0, PRIME - 1), (5, PRIME // 2), (1_103_515_245, 0)],
+)
+def test_seeds_are_independent(one: int, other: int) -> None:
+    """Seeds next to each other, at both ends, and one that equals a round key; shifted as well."""
+    a, b = kept(one, 0.5)[0], kept(other, 0.5)[0]
+    for shift in (0, 1, 2):
+        assert abs(z_of_correlation(a[shift:], b[: len(b) - shift], 0.5)) < Z
+        assert abs(z_of_correlation(b[shift:], a[: len(a) - shift], 0.5)) < Z
+
+
+def test_an_element_is_kept_as_often_over_many_seeds() -> None:
+    """Over the steps of a training, which have one seed each: no element is always dropped."""
+    masks = torch.stack([kept(seed, 0.3, (64,))[0] for seed in range(2000)])
+    rates = [z_of_rate(masks[:, i], 0.3) for i in range(64)]
+    assert max(map(abs, rates)) < Z
+    assert abs(z_of_correlation(masks[1:], masks[:-1], 0.3)) < Z
+
+
+def test_calls_are_independent() -> None:
+    """Several dropouts of one step, every one with every other."""
+    for a, b in itertools.combinations(kept(11, 0.5, calls=6), 2):
+        assert abs(z_of_correlation(a, b, 0.5)) < Z
+        assert abs(z_of_correlation(a[1:], b[:-1], 0.5)) < Z
+
+
+def test_the_same_seed_gives_the_same_masks() -> None:
+    """And the caller's random numbers are not touched."""
+    torch.manual_seed(1)
+    want = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(kept(5, 0.5, calls=3), kept(5, 0.5, calls=3))
+    assert torch.equal(torch.rand(1), want)
+    assert not torch.equal(kept(5, 0.5), kept(6, 0.5))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
+def test_what_is_kept_is_scaled(p: float) -> None:
+    """By 1 / (1 - p), like its gradient; the mean stays."""
+    x = torch.rand(COUNT, dtype=torch.float64).add(1).requires_grad_()
+    with SeededDropout(torch.tensor(4)):
+        y = F.dropout(x, p)
+    y.sum().backward()
+    assert x.grad is not None
+    scale = torch.where(y != 0, 1 / (1 - p), 0.0).double()
+    torch.testing.assert_close(y, x * scale)
+    torch.testing.assert_close(x.grad, scale)
+
+
+def test_nothing_is_drawn_without_need() -> None:
+    """For p = 0 and in evaluation the input comes back, and no mask is counted."""
+    x = torch.randn(3, 4)
+    with SeededDropout(torch.tensor(0)) as seeded:
+        assert F.dropout(x, 0.0) is x
+        assert F.dropout(x, 0.5, training=False) is x
+        assert nn.Dropout(0.5).eval()(x) is x
+        assert seeded.calls == 0
+        nn.Dropout(0.5)(x)
+        nn.Dropout2d(0.5)(x.reshape(1, 3, 2, 2))
+        assert seeded.calls == 2
+
+
+def test_all_is_dropped_for_one() -> None:
+    """p = 1 gives zeros, not infinity times zero."""
+    x = torch.randn(100, requires_grad=True)
+    with SeededDropout(torch.tensor(3)):
+        y = F.dropout(x, 1.0)
+    assert torch.equal(y, torch.zeros(100))
+    y.sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [(F.dropout1d, (200, 50, 6)), (F.dropout2d, (200, 50, 3, 4)), (F.dropout2d, (200, 50, 2, 1))],
+)
+def test_channels_are_dropped_as_a_whole(function: Any, shape: tuple[int, ...]) -> None:
+    """Each (example, channel) with probability p."""
+    with SeededDropout(torch.tensor(9)):
+        y = function(torch.ones(shape), 0.3)
+    flat = y.flatten(2)
+    assert (flat == flat[:, :, :1]).all()
+    assert abs(z_of_rate((flat[:, :, 0] != 0).double(), 0.3)) < Z
+    assert y.max().item() == pytest.approx(1 / 0.7)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [(F.dropout1d, (50, 60)), (F.dropout2d, (50, 60)), (F.dropout2d, (50, 60, 5))],
+)
+def test_channels_with_fewer_dimensions(function: Any, shape: tuple[int, ...]) -> None:
+    """What is a channel then is what torch makes it, of which it warns."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = function(torch.ones(shape), 0.5) != 0
+        with SeededDropout(torch.tensor(9)):
+            got = function(torch.ones(shape), 0.5) != 0
+    for axis in range(1, len(shape)):
+        along = [(mask.movedim(axis, -1) == mask.movedim(axis, -1)[..., :1]).all()
+                 for mask in (got, want)]  # fmt: skip
+        assert along[0] == along[1], axis
+    assert 0.3 < got.double().mean() < 0.7
+
+
+@pytest.mark.parametrize("form", ["plain", "causal", "boolean", "added", "grouped", "scaled"])
+def test_attention_without_dropout_is_torchs(form: str) -> None:
+    """The way with dropout, at a probability that drops nothing, and p = 0."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 4, generator=generator, dtype=torch.float64)
+               for heads in ((4, 2, 2) if form == "grouped" else (3, 3, 3)))  # fmt: skip
+    given: dict[str, Any] = {
+        "plain": {},
+        "causal": {"is_causal": True},
+        "boolean": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()},
+        "added": {"attn_mask": torch.randn(5, 5, generator=generator, dtype=torch.float64)},
+        "grouped": {"enable_gqa": True, "is_causal": True},
+        "scaled": {"scale": 0.3},
+    }[form]
+    want = F.scaled_dot_product_attention(q, k, v, **given)
+    with SeededDropout(torch.tensor(0)) as seeded:
+        torch.testing.assert_close(
+            F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, **given), want
+        )
+        assert seeded.calls == 0
+        torch.testing.assert_close(
+            F.scaled_dot_product_attention(q, k, v, dropout_p=1e-12, **given), want
+        )
+        assert seeded.calls == 1
+        nothing = F.scaled_dot_product_attention(q, k, v, dropout_p=1.0, **given)
+    assert torch.equal(nothing, torch.zeros_like(want))
+
+
+def test_attention_drops_weights() -> None:
+    """With values that are the identity the result is the dropped weights themselves."""
+    q = torch.zeros(50, 1, 40, 4)
+    v = torch.eye(40).expand(50, 1, 40, 40)
+    with SeededDropout(torch.tensor(2)):
+        weights = F.scaled_dot_product_attention(q, q, v, dropout_p=0.25)
+    assert abs(z_of_rate((weights != 0).double(), 0.25)) < Z
+    assert weights.max().item() == pytest.approx(1 / 40 / 0.75)
+
+
+@pytest.mark.parametrize("seed", [0, 1, PRIME - 1])
+def test_arithmetic_stays_within_int64(seed: int) -> None:
+    """The same masks as with Python's integers, also for the largest elements of a step."""
+    with SeededDropout(torch.tensor(seed)) as seeded:
+        seeded.calls = 40
+        got = F.dropout(torch.ones(300), 0.5) != 0
+    for i, mine in enumerate(got.tolist()):
+        x = i + 1_299_709_357 * 40 % PRIME
+        for key in (0, 1_103_515_245, 824_287_391):
+            x = pow(x + seed + key, 3, PRIME)
+        assert mine == (x >= round(0.5 * PRIME)), i
+
+
+def test_seeds_of_devices_are_within_the_prime() -> None:
+    """``edge_sdk`` knows no torch and has the bound as a number of its own."""
+    assert 0 < MAX_SEED <= PRIME
+    assert PRIME < 2**31
+    assert PRIME % 3 == 2
+
+
+class Recorder:
+    """A runtime that notes the seeds it gets."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def set_state(self, tensors: Mapping[str, Array]) -> None:
+        """Nothing."""
+
+    def get_state(self) -> dict[str, Array]:
+        """Nothing."""
+        return {}
+
+    def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """A loss; the seed must be a scalar that a graph takes."""
+        assert graph == "train"
+        seed = batch["seed"]
+        assert seed.shape == ()
+        assert seed.dtype == np.int64
+        self.seeds.append(int(seed))
+        return {"loss": np.float32(0), "correct": np.float32(0)}
+
+
+def seeds_of_a_round(seed: int) -> list[int]:
+    """The seeds of the training steps of a round of three epochs of four batches."""
+    recorder = Recorder()
+    port = SimpleNamespace(role="seed")
+    manifest: Any = SimpleNamespace(graphs={"train": SimpleNamespace(inputs=[port])}, limits={})
+    data = Examples(np.zeros((16, 2), np.float32), np.zeros(16, np.int64))
+    plan = LocalPlan(3, 4, {"lr": 0.1}, "none", seed)
+    Learner(manifest, recorder).train({}, data, plan, lambda *_: None)
+    return recorder.seeds
+
+
+def test_every_step_has_a_seed_of_its_own() -> None:
+    """Within a round and over rounds; a round that is repeated has the same."""
+    rounds = [seeds_of_a_round(seed) for seed in range(20)]
+    seeds = [seed for steps in rounds for seed in steps]
+    assert len(set(seeds)) == len(seeds) == 20 * 12
+    assert all(0 <= seed < PRIME for seed in seeds)
+    assert seeds_of_a_round(3) == rounds[3]

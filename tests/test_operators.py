@@ -1,0 +1,73 @@
+"""Every operator of the matrix is exact in both runtimes, or refused: never silently wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+
+from export.errors import ExportError
+from export.lowering.lowered import RuntimeName
+from tests.operators import CASES, Case, check, steps_of, table
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "operators.md"
+
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.group}: {case.name}")
+
+
+def check_claim(case: Case, runtime: RuntimeName) -> None:
+    """A case is what the matrix says of it."""
+    refusal = case.refusal(runtime)
+    if refusal is None:
+        with contextlib.suppress(ExportError):
+            check(case, runtime)
+        return
+    if not refusal:
+        check(case, runtime)
+        return
+    with pytest.raises(ExportError, match=re.escape(refusal)):
+        check(case, runtime)
+
+
+@cases
+def test_onnx(case: Case) -> None:
+    """Exact in ONNX Runtime, or refused for the reason given."""
+    check_claim(case, "onnx")
+
+
+@pytest.mark.slow
+@cases
+def test_executorch(case: Case) -> None:
+    """The same with ExecuTorch and XNNPACK."""
+    check_claim(case, "executorch")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("Embedding, any length", ("batch", "seq")),
+        ("rotary positions", ("batch", "seq")),
+        ("tokens, head tied to the embedding", ("batch", "seq")),
+        ("Conv1d: stride, dilation, groups, padding same, circular", ("batch", 3, 12)),
+        ("LSTM", ("batch", 4, 3)),
+    ],
+)
+def test_texts_have_any_length(name: str, shape: tuple[int | str, ...]) -> None:
+    """So the comparison is over several lengths there, not only over several batches."""
+    case = next(case for case in CASES if case.name == name)
+    steps, _ = steps_of(case, "onnx")
+    assert steps.x.shape == shape
+
+
+def test_names_are_unique() -> None:
+    """A row of the table is one case."""
+    names = [(case.group, case.name) for case in CASES]
+    assert len(set(names)) == len(names)
+
+
+def test_the_document_has_the_matrix() -> None:
+    """``docs/operators.md`` ends with what ``python -m tests.operators`` prints."""
+    text = DOCUMENT.read_text("utf-8")
+    assert text.endswith(f"\n\n{table()}\n"), "run python -m tests.operators"
