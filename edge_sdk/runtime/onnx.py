@@ -57,6 +57,8 @@ class OnnxRuntime:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
+        # its planned blocks hold more than is in use at any time: a third of a step's memory
+        options.enable_mem_pattern = False
         constants = list(self.manifest.graphs[graph].constants)
         options.add_external_initializers(constants, [self._constants[n] for n in constants])
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -96,14 +96,14 @@ def _program(
     tensors = {f"constant_{i}": tensor for i, tensor in enumerate(constants.values())}
     lifted = _lift(graph, after=len(tensors))
     places = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-    kinds = [(InputKind.BUFFER, name) for name in tensors]
+    kinds: list[tuple[InputKind, str | None]] = [(InputKind.BUFFER, name) for name in tensors]
     kinds += [(InputKind.CONSTANT_TENSOR, name) for name in lifted]
     kinds += [(InputKind.USER_INPUT, None) for _ in places[len(kinds) :]]
     inputs = [
         InputSpec(kind, TensorArgument(place), target, kind is InputKind.BUFFER or None)
         for place, (kind, target) in zip(places, kinds, strict=True)
     ]
-    results = graph.graph.output_node().args[0]
+    results = cast(Sequence[torch.fx.Node], graph.graph.output_node().args[0])
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(r.name), None) for r in results]
     given = tuple(range(len(inputs) - len(tensors) - len(lifted)))
     signature = ModuleCallSignature(
@@ -116,13 +116,14 @@ def _program(
         state_dict=tensors,
         range_constraints=limits,
         module_call_graph=[ModuleCallEntry("", signature)],
-        constants=lifted,
+        constants=dict(lifted),
     )
 
 
 def _lift(module: torch.fx.GraphModule, after: int) -> dict[str, Tensor]:
     """Make inputs of tensors that the traced code holds itself (``torch.tensor([0, 2])``)."""
-    graph, lifted = module.graph, {}
+    graph = module.graph
+    lifted: dict[str, Tensor] = {}
     first = [node for node in graph.nodes if node.op == "placeholder"][after]
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         with graph.inserting_before(first):

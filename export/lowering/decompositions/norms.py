@@ -185,16 +185,16 @@ def native_batch_norm_backward(
     if not training and not output_mask[1]:
         grad_bias = grad_out.sum(all_but_channels) if output_mask[2] else None
         return (grad_out * _per_channel(factor, x) if output_mask[0] else None), None, grad_bias
+    centred = x - _per_channel(mean, x)
+    grad_weight = (grad_out * centred).sum(all_but_channels) * rstd
     grad_bias = grad_out.sum(all_but_channels)
-    grad_weight = ((grad_out * x).sum(all_but_channels) - grad_bias * mean) * rstd
     grad_x = None
     if output_mask[0]:
         grad_x = grad_out * _per_channel(factor, x)
-        if training:  # as for GroupNorm: a g + b x + c with coefficients for each channel
+        if training:
             share = factor / _count(x)
-            slope = -share * rstd * grad_weight
-            summand = -share * grad_bias - slope * mean
-            grad_x = grad_x + x * _per_channel(slope, x) + _per_channel(summand, x)
+            slope, summand = share * rstd * grad_weight, share * grad_bias
+            grad_x = grad_x - centred * _per_channel(slope, x) - _per_channel(summand, x)
     return grad_x, grad_weight if output_mask[1] else None, grad_bias if output_mask[2] else None
 
 
