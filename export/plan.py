@@ -36,7 +36,7 @@ _STEPS = 2
 """Steps to time: memory has its peak in the second."""
 
 _ROWS = 2
-"""Examples that FLOPs are counted with: a batch norm in training wants more than one."""
+"""Examples that a model is looked at with: a batch norm in training wants more than one."""
 
 Report = Callable[[str, float | None], None]
 """Told what is being done, and which part of it is done (0 to 1), where that is known."""
@@ -197,7 +197,8 @@ class Planner:
         optimizer: str = "sgd",
         report: Report = _silent,
     ) -> None:
-        self.model, self.example, self.classes = model.cpu(), example, classes
+        self.model, self.classes = model.cpu(), classes
+        self.example = example[:_ROWS]  # only what it looks like counts
         self.optimizer, self.report = optimizer, report
         self._length = example.shape[1] if example.dim() == 2 else 1
         self._own = model.head_depths

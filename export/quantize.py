@@ -78,7 +78,7 @@ def quantize_matrices(steps: ClientSteps, runtime: RuntimeName) -> dict[str, Qua
 
     Not for ExecuTorch: grouped convolutions. XNNPACK runs them only with constant weights, of which
     it takes float32 alone next to float32 activations; the detour that other convolutions go, by
-    products of matrices, is 4 to 9 times slower here, and a depthwise kernel is small.
+    products of matrices, is 3 to 9 times slower here, and a depthwise kernel is small.
     """
     tensors = {**steps.initial, **steps.constants}
     found = {}

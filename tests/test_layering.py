@@ -14,6 +14,8 @@ FORBIDDEN = {
     "edge_sdk": {"torch", "onnx", "safetensors", "sklearn", "matplotlib", "export", "server_hub"},
     "export": {"server_hub"},
 }
+ALLOWED = {"edge_sdk/runtime/executorch.py": {"torch"}}
+"""ExecuTorch's Python binding deals in torch tensors; imported when such a bundle is opened."""
 
 
 def imports(path: Path) -> set[str]:
@@ -33,7 +35,7 @@ def test_imports_run_one_way(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert len(files) > 5
     for path in files:
-        wrong = imports(path) & FORBIDDEN[package]
+        wrong = imports(path) & FORBIDDEN[package] - ALLOWED.get(str(path.relative_to(ROOT)), set())
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
@@ -46,7 +48,8 @@ def test_the_protocol_does_no_io() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import edge_sdk, edge_sdk.cli, edge_sdk.runtime.onnx",
+        "import edge_sdk, edge_sdk.cli, edge_sdk.runtime.onnx, edge_sdk.runtime.executorch",
+        "import edge_sdk.measure, edge_sdk.bundle_cli, edge_sdk.signing, edge_sdk.index",
         "import edge_sdk.main; import sys; sys.argv = ['cutlayer', '--help']\n"
         "try: edge_sdk.main.main()\nexcept SystemExit: pass",
     ],

@@ -41,7 +41,8 @@ class ExecutorchRuntime:
         self._torch, binding = load_binding()
         self.manifest = bundle.manifest
         # modules read the files in place: bytes that go away under them crash the process
-        self._files = {g.blob: bundle.graphs[name] for name, g in self.manifest.graphs.items()}
+        graphs = self.manifest.graphs
+        self._files = {graphs[name].blob: file for name, file in bundle.graphs.items()}
         with quiet():
             if binding._threadpool_get_thread_count() != threads:
                 binding._unsafe_reset_threadpool(threads)
@@ -56,7 +57,7 @@ class ExecutorchRuntime:
                     f"ExecuTorch cannot read the bundle's file ({error}): it is damaged or for "
                     "another version of ExecuTorch; export it with the version that runs it"
                 ) from error
-        for name, graph in self.manifest.graphs.items():
+        for name, graph in graphs.items():
             if name not in methods[graph.blob]:
                 raise BundleError(f"the bundle's file has no method {name!r}; export it again")
         self._state: dict[str, Any] = {}

@@ -51,7 +51,9 @@ def trace(step: Step) -> ExportedProgram:
     """
     shapes = ShapeEnv()
     names = sorted({n for port in step.inputs for n in port.spec.shape if isinstance(n, str)})
-    hints = dict(zip(names, _HINTS, strict=False))
+    # a size of 1 would not be taken for a symbol
+    largest = {name: max(step.limits.get(name, MAX_SIZE), 2) for name in names}
+    hints = {n: min(hint, largest[n]) for n, hint in zip(names, _HINTS, strict=False)}
     symbols, sizes = {}, {}
     for name, hint in hints.items():
         symbols[name] = shapes.create_symbol(
@@ -81,7 +83,7 @@ def trace(step: Step) -> ExportedProgram:
         if symbol in shapes.replacements:
             raise ExportError(_FIXED[name])
     simplify(graph)
-    limits = {symbols[n]: ValueRanges(1, step.limits.get(n, MAX_SIZE)) for n in names}
+    limits = {symbols[n]: ValueRanges(1, largest[n]) for n in names}
     shapes.var_to_range.update(limits)  # ExecuTorch plans memory by what it finds here
     return _program(graph, step.constants, limits)
 
