@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass, field
 
@@ -65,10 +66,13 @@ def add_lora(model: SplitModel, lora: Lora, family: str | None = None) -> SplitM
             is not among the blocks.
         ConfigError: PEFT is not installed.
     """
+    logging.disable(logging.WARNING)  # what peft imports talks about hardware that is not there
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError("LoRA needs peft: pip install 'cutlayer[transformers]'") from error
+    finally:
+        logging.disable(logging.NOTSET)
     targets = lora.targets or FAMILY_TARGETS.get(family or "", [])
     if not targets:
         raise ExportError("LoRA has no targets for this model; set targets in [lora]")

@@ -32,27 +32,34 @@ def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
             from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
             from executorch.exir import (
                 EdgeCompileConfig,
+                EdgeProgramManager,
                 ExecutorchBackendConfig,
-                to_edge,
             )
             from executorch.exir.passes import MemoryPlanningPass
+            from executorch.exir.program._program import _generate_edge_program
         except ImportError as error:
             raise ExportError(
                 f"ExecuTorch is not installed ({error}); run pip install 'cutlayer[executorch]'"
             ) from error
         try:
-            # to_edge_transform_and_lower gives the same bytes in twice the time: it decomposes
-            # every program three times over
-            edge = to_edge(
-                {name: rewrite(programs[name]) for name in sorted(programs)},
-                compile_config=EdgeCompileConfig(
-                    _check_ir_validity=False,
-                    _skip_dim_order=True,
-                    preserve_ops=[torch.ops.aten.linear.default],
-                ),
+            # what to_edge does besides is to decompose, which takes as long as all the rest
+            config = EdgeCompileConfig(
+                _check_ir_validity=False,
+                _skip_dim_order=True,
+                preserve_ops=[torch.ops.aten.linear.default],
+            )
+            edge = EdgeProgramManager(
+                {
+                    name: _generate_edge_program(
+                        config, rewrite(programs[name]), preserve_ops=config.preserve_ops
+                    )
+                    for name in sorted(programs)
+                },
+                compile_config=config,
             )
             edge = edge.transform([RemoveCloneOpsTransform(preserve_input_output_copies=True)])
-            edge = edge.to_backend(_partitioner())
+            with _few_passes():
+                edge = edge.to_backend(_partitioner())
             # inputs are read where they are, instead of being copied into planned memory
             planning = MemoryPlanningPass(alloc_graph_input=False)
             data: bytes = edge.to_executorch(
@@ -97,6 +104,44 @@ def _partitioner() -> Any:
     own = {SliceCopyConfig: AnySlice, ConvolutionConfig: ConstantConvolution}
     configs = [own.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
     return XnnpackPartitioner(configs=configs, force_non_static_weights_for_f32_linear=True)
+
+
+@contextmanager
+def _few_passes() -> Iterator[None]:
+    """Let XNNPACK run only those of its passes that change a partition.
+
+    Every pass traces the partition again, whether it changes it or not, which is most of the time
+    of lowering. Nothing here is quantized, has batch norms, or operators of a memory layout.
+    """
+    from executorch.backends.xnnpack import _passes as passes
+    from executorch.backends.xnnpack import xnnpack_preprocess as preprocess
+
+    layout = passes.ChannelsLastTaggedReshapePass
+    nhwc = {op.__name__ for op in layout.memory_sensitive_ops_nhwc}
+    needed = {
+        passes.XNNPACKRemoveCloneOpsTransform: {"aten.clone.default"},
+        passes.FuseActivationPass: {"aten.relu.default", "aten.hardtanh.default"},
+        passes.DecomposeConcatenate: {"aten.cat.default"},
+        passes.RemoveGetItemPass: {"aten.max_pool2d_with_indices.default", "aten.max.dim"},
+        passes.Conv1dUnsqueezePass: {"aten.convolution.default"},
+        passes.PReLUReshapePass: {"aten.prelu.default"},
+        layout: nhwc,
+        passes.RemoveRedundantCopyPass: nhwc,
+    }
+
+    class FewPasses(passes.XNNPACKPassManager):  # type: ignore[misc]
+        def __init__(self, program: ExportedProgram, passes: Any = None) -> None:
+            super().__init__(program, passes)
+            calls = [node for node in program.graph.nodes if node.op == "call_function"]
+            names = {node.target.__name__ for node in calls}
+            self.passes = [p for p, operators in needed.items() if operators & names]
+
+    original = preprocess.XNNPACKPassManager
+    preprocess.XNNPACKPassManager = FewPasses
+    try:
+        yield
+    finally:
+        preprocess.XNNPACKPassManager = original
 
 
 @contextmanager

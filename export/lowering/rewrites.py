@@ -41,7 +41,7 @@ class Declined(Exception):
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """A matrix product as a batch of one."""
-    return torch.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze(0)
+    return torch.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze((0,))
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -79,7 +79,7 @@ def convolution(
             x.unsqueeze(2), weight.unsqueeze(2), bias, [1, *stride], [0, *padding],
             [1, *dilation], transposed, [0, *output_padding], groups,
         )  # fmt: skip
-        return y.squeeze(2)
+        return y.squeeze((2,))
     reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     x = x.permute(0, 2, 3, 1)
     if transposed:
@@ -91,8 +91,8 @@ def convolution(
             b + extra - (s - 1) for b, extra, s in zip(before, output_padding, stride, strict=True)
         ]
         stride = [1, 1]
-        weight = weight.flip((2, 3)).reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
-        weight = weight.reshape(-1, weight.shape[2], *weight.shape[3:])
+        weight = weight.flip((2, 3)).reshape(groups, -1, *weight.shape[1:])
+        weight = weight.permute(0, 2, 1, 3, 4).reshape(-1, weight.shape[1], *weight.shape[3:])
     else:
         before = after = list(padding)
     for axis in (1, 2):
@@ -103,7 +103,7 @@ def convolution(
         c_in, c_out = weight.shape[1], weight.shape[0] // groups
         parts = [
             _dense(
-                x.narrow(3, g * c_in, c_in), weight.narrow(0, g * c_out, c_out), stride, dilation
+                _part(x, 3, g * c_in, c_in), _part(weight, 0, g * c_out, c_out), stride, dilation
             )
             for g in range(groups)
         ]
@@ -167,14 +167,13 @@ def _window(x: Tensor, axis: int, start: int, size: int, step: int) -> Tensor:
     The axis is folded into rows of ``step`` elements, of which one column is what is wanted.
     """
     if step == 1:
-        whole = start == 0 and size == x.shape[axis]
-        return x if whole else x.narrow(axis, start, size)
+        return _part(x, axis, start, size)
     first, column = divmod(start, step)
     missing = (first + size) * step - x.shape[axis]
     x = _resize(x, axis, 0, missing)
     folded = x.reshape(*x.shape[:axis], first + size, step, *x.shape[axis + 1 :])
-    picked = folded.narrow(axis + 1, column, 1).squeeze(axis + 1)
-    return picked.narrow(axis, first, size) if first else picked
+    picked = _part(folded, axis + 1, column, 1).squeeze((axis + 1,))
+    return _part(picked, axis, first, size) if first else picked
 
 
 def _spread(x: Tensor, axis: int, step: int) -> Tensor:
@@ -189,11 +188,16 @@ def _resize(x: Tensor, axis: int, before: int, after: int) -> Tensor:
     """Add zeros at both ends of an axis, or crop where a number is negative."""
     if before < 0 or after < 0:
         start = max(-before, 0)
-        x = x.narrow(axis, start, x.shape[axis] - start - max(-after, 0))
+        x = _part(x, axis, start, x.shape[axis] - start - max(-after, 0))
     if before > 0 or after > 0:
         pad = [0, 0] * (x.dim() - 1 - axis) + [max(before, 0), max(after, 0)]
         x = aten.constant_pad_nd.default(x, pad, 0.0)
     return x
+
+
+def _part(x: Tensor, axis: int, start: int, size: int) -> Tensor:
+    """``size`` elements of an axis from ``start`` on, all of which exist."""
+    return x if size == x.shape[axis] else aten.slice.Tensor(x, axis, start, start + size)
 
 
 def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
@@ -220,7 +224,7 @@ def slice_(
         raise Declined
     # what lies behind the last row of the fold would be padded for nothing
     stop = min(length, (first // step + size) * step)
-    return _window(x.narrow(axis, 0, stop), axis % x.dim(), first, size, step)
+    return _window(_part(x, axis, 0, stop), axis % x.dim(), first, size, step)
 
 
 # sums
@@ -267,7 +271,7 @@ def _reduce(x: Tensor, dims: list[int] | None, keepdim: bool, dtype: Any, mean: 
         if not _fixed(columns):
             raise Declined
         rows = math.prod(x.shape[:head])
-        y = torch.bmm(torch.ones((1, 1, rows), device=x.device), y.reshape(1, rows, columns))
+        y = torch.bmm(torch.full((1, 1, rows), 1.0, device=x.device), y.reshape(1, rows, columns))
     return y.reshape(kept if keepdim else lasting)
 
 
@@ -469,18 +473,21 @@ _SQUEEZES = (aten.squeeze.dims, aten.squeeze.dim, aten.unsqueeze.default)
 
 
 def _use_views(graph: fx.Graph) -> None:
-    """What only changes the shape becomes a reshape, a single symbolic dimension of it -1.
+    """What only changes the shape becomes a ``view_copy``, a single symbolic dimension of it -1.
 
     Not a view: where a clone was dropped, strides may not allow one.
     """
+    outputs = set(graph.output_node().all_input_nodes)
     for node in list(graph.nodes):
         if node.target not in (*_VIEWS, *_SQUEEZES):
             continue
-        shape = list(node.meta["val"].shape)
+        source, shape = node.args[0], list(node.meta["val"].shape)
         symbolic = [i for i, n in enumerate(shape) if not isinstance(n, int)]
-        if len(symbolic) <= 1:
+        if list(source.meta["val"].shape) == shape and node not in outputs:
+            node.replace_all_uses_with(source)
+        elif len(symbolic) <= 1:
             for i in symbolic:
                 shape[i] = -1
-            node.target, node.args = aten.reshape.default, (node.args[0], shape)
+            node.target, node.args = aten.view_copy.default, (source, shape)
         elif node.target in _VIEWS:  # its own arguments say how the symbols are computed
-            node.target = aten.reshape.default
+            node.target = aten.view_copy.default

@@ -51,8 +51,8 @@ def trace(step: Step) -> ExportedProgram:
     """
     shapes = ShapeEnv()
     names = sorted({n for port in step.inputs for n in port.spec.shape if isinstance(n, str)})
-    # a size of 1 would not be taken for a symbol
-    largest = {name: max(step.limits.get(name, MAX_SIZE), 2) for name in names}
+    # sizes of 1 and 2 would not be taken for symbols everywhere
+    largest = {name: max(step.limits.get(name, MAX_SIZE), 3) for name in names}
     hints = {n: min(hint, largest[n]) for n, hint in zip(names, _HINTS, strict=False)}
     symbols, sizes = {}, {}
     for name, hint in hints.items():
