@@ -6,7 +6,8 @@ Times are medians of steps that take turns in one process, on the same threads: 
 through ``edge_sdk``'s runtime, and forward, backward, optimizer step and packing in eager PyTorch.
 The memory is the peak of a process of its own that does nothing else: one with ``edge_sdk`` and the
 bundle, one with PyTorch and the model. ExecuTorch's Python binding needs torch, so its process has
-it too, which a phone has not.
+it too, which a phone has not; ``step_mb`` is the peak above what the process took before it opened
+the bundle or built the model.
 """
 
 from __future__ import annotations
@@ -45,7 +46,13 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement. ``overhead`` is what the Python runtime adds to the bare call, as a share."""
+    """A measurement.
+
+    Attributes:
+        overhead: what the Python runtime adds to the bare call into ONNX Runtime, as a share; None
+            for ExecuTorch.
+        step_mb: peak memory above that of the imports.
+    """
 
     family: str
     runtime: str
@@ -56,7 +63,9 @@ class Row:
     ratio: float
     peak_mb: float
     eager_peak_mb: float
-    overhead: float
+    overhead: float | None
+    step_mb: float
+    eager_step_mb: float
 
 
 def main(
@@ -71,7 +80,7 @@ def main(
     rows = []
     with console.status("") as status:
         for name in family or NAMES:
-            eager_mb = None
+            eager: dict[str, float] = {}
             for one in runtime or RUNTIMES:
                 with tempfile.TemporaryDirectory() as folder:
                     status.update(f"{name}: exporting for {one}")
@@ -79,10 +88,17 @@ def main(
                     status.update(f"{name}: timing {one}")
                     timed = _child("time", name, one, folder, str(threads), str(steps))
                     status.update(f"{name}: memory")
-                    peak = _child("peak", name, one, folder, str(threads))["peak_mb"]
-                    if eager_mb is None:
-                        eager_mb = _child("eager-peak", name, str(threads))["peak_mb"]
-                row = Row(name, one, threads, peak_mb=peak, eager_peak_mb=eager_mb, **timed)
+                    peak = _child("peak", name, one, folder, str(threads))
+                    eager = eager or _child("eager-peak", name, str(threads))
+                row = Row(
+                    name,
+                    one,
+                    threads,
+                    **timed,
+                    **peak,
+                    eager_peak_mb=eager["peak_mb"],
+                    eager_step_mb=eager["step_mb"],
+                )
                 rows.append(row)
                 console.print(
                     f"{name}, {one}: {row.median_ms:.1f} ms, {row.ratio:.2f} x eager, "
@@ -98,20 +114,22 @@ def table(rows: list[Row]) -> Table:
     result = Table(title="one training step on the device")
     for column in ("family", "runtime"):
         result.add_column(column)
-    for column in ("threads", "batch", "ms", "eager ms", "ratio", "MB", "eager MB", "overhead"):
+    for column in ("rows", "ms", "eager ms", "ratio", "MB", "eager MB", "step MB", "eager step MB"):
         result.add_column(column, justify="right")
+    result.add_column("overhead", justify="right")
     for r in rows:
         result.add_row(
             r.family,
             r.runtime,
-            str(r.threads),
             str(r.batch),
             f"{r.median_ms:.1f}",
             f"{r.eager_median_ms:.1f}",
             f"{r.ratio:.2f}",
             f"{r.peak_mb:.0f}",
             f"{r.eager_peak_mb:.0f}",
-            f"{100 * r.overhead:.1f} %",
+            f"{r.step_mb:.0f}",
+            f"{r.eager_step_mb:.0f}",
+            "-" if r.overhead is None else f"{100 * r.overhead:.1f} %",
         )
     return result
 
@@ -156,7 +174,7 @@ def _time(name: str, runtime: str, folder: str, threads: str, steps: str) -> dic
 
     torch.set_num_threads(int(threads))
     step, bare = _exported(folder, int(threads), runtime == "onnx")
-    eager = _eager(name)
+    eager, _ = _eager(name)
     times: dict[str, list[float]] = {"exported": [], "bare": [], "eager": []}
     for number in range(WARM_UP + int(steps)):
         for kind, run in (("exported", step), ("bare", bare), ("eager", eager)):
@@ -172,25 +190,35 @@ def _time(name: str, runtime: str, folder: str, threads: str, steps: str) -> dic
         "median_ms": median["exported"],
         "eager_median_ms": median["eager"],
         "ratio": median["exported"] / median["eager"],
-        "overhead": median["exported"] / median["bare"] - 1,
+        "overhead": median["exported"] / median["bare"] - 1 if runtime == "onnx" else None,
     }
 
 
 def _peak(name: str, runtime: str, folder: str, threads: str) -> dict[str, Any]:
+    if runtime == "executorch":
+        from edge_sdk.runtime.executorch import load_binding
+
+        load_binding()
+    else:
+        import edge_sdk.runtime.onnx  # noqa: F401
+    before = _status_mb("VmRSS")
     step, _ = _exported(folder, int(threads), False)
     for _ in range(WARM_UP):
         step()
-    return {"peak_mb": _high_water_mb()}
+    peak = _status_mb("VmHWM")
+    return {"peak_mb": peak, "step_mb": peak - before}
 
 
 def _eager_peak(name: str, threads: str) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(int(threads))
-    eager = _eager(name)
+    eager, model_mb = _eager(name)
+    before = _status_mb("VmRSS") - model_mb  # building the model is what imports the rest
     for _ in range(WARM_UP):
         eager()
-    return {"peak_mb": _high_water_mb()}
+    peak = _status_mb("VmHWM")
+    return {"peak_mb": peak, "step_mb": peak - before}
 
 
 def _exported(folder: str, threads: int, bare: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -230,8 +258,11 @@ def _bare(runtime: Any, batch: dict[str, Any]) -> Callable[[], Any]:
     return lambda: session.run_with_iobinding(binding)
 
 
-def _eager(name: str) -> Callable[[], Any]:
-    """One step of local training in eager PyTorch: what the exported step does."""
+def _eager(name: str) -> tuple[Callable[[], Any], float]:
+    """One step of local training in eager PyTorch, which does what the exported step does.
+
+    Also the size of the model's tensors in MB.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -254,15 +285,15 @@ def _eager(name: str) -> Callable[[], Any]:
         optimizer.step()
         codec.pack(h, channel_axis(h, segment.channels_first))
 
-    return step
+    return step, sum(t.nbytes for t in segment.state_dict().values()) / 1e6
 
 
-def _high_water_mb() -> float:
-    """Most memory that this process has had resident so far."""
+def _status_mb(key: str) -> float:
+    """``VmRSS``: resident memory of this process; ``VmHWM``: the most that there was so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
+        if line.startswith(key):
             return int(line.split()[1]) * 1024 / 1e6
-    raise SystemExit("/proc/self/status has no VmHWM: this measurement needs Linux")
+    raise SystemExit(f"/proc/self/status has no {key}: this measurement needs Linux")
 
 
 _CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {

@@ -17,7 +17,7 @@ from edge_sdk.errors import BundleError, ConfigError, CutlayerError, DataError
 
 GROUP = "cutlayer.commands"
 
-EXTRAS = {"export": "export", "hub": "hub", "token": "hub", "demo": "hub"}
+EXTRAS = {"export": "export", "plan": "export", "hub": "hub", "token": "hub", "demo": "hub"}
 """The extra that brings what a command needs."""
 
 
