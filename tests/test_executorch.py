@@ -227,6 +227,32 @@ def test_strided_slices() -> None:
     assert_same(function, program, random(5, 7, 2))
 
 
+def test_padding() -> None:
+    """Padding that crops becomes slices; one with an infinity, with the largest float."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        cropped = nn.functional.pad(x, (-1, 2, 1, -2), value=0.5)
+        return cropped, nn.functional.pad(x, (1, 1), value=-math.inf).amax(-1)
+
+    program = rewritten(function, random(3, 5, 6))
+    pads = [n.args for n in program.graph.nodes if n.target is aten.constant_pad_nd.default]
+    assert pads
+    assert all(math.isfinite(value) and min(pad) >= 0 for _, pad, value in pads)
+    assert_same(function, program, random(5, 5, 6))
+
+
+def test_superfluous_views() -> None:
+    """A view to the same shape goes, but an output stays a tensor of its own."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return x.view(-1, 4) + 1, x.view(-1, 4)
+
+    program = rewritten(function, random(3, 4))
+    views = [node for node in program.graph.nodes if node.target is aten.view_copy.default]
+    assert len(views) == 1
+    assert_same(function, program, random(2, 4))
+
+
 class Frozen(nn.Module):
     """A frozen linear layer and a convolution with frozen weights around a trainable bias."""
 
@@ -343,6 +369,13 @@ def compare(got: dict[str, Array], want: dict[str, Tensor]) -> None:
         slack = 1.0 if value.dtype == np.int8 else 1e-4 * (1 + np.abs(wanted).max())
         assert value.shape == wanted.shape
         assert np.abs(value - wanted).max() <= slack, name
+
+
+def test_xnnpack_is_left_as_it_was(conv: tuple[ClientSteps, bytes]) -> None:
+    """Lowering shortens XNNPACK's list of passes for itself only."""
+    from executorch.backends.xnnpack import _passes, xnnpack_preprocess
+
+    assert xnnpack_preprocess.XNNPACKPassManager is _passes.XNNPACKPassManager
 
 
 def test_same_bytes(conv: tuple[ClientSteps, bytes]) -> None:

@@ -62,9 +62,9 @@ def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
                 edge = edge.to_backend(_partitioner())
             # inputs are read where they are, instead of being copied into planned memory
             planning = MemoryPlanningPass(alloc_graph_input=False)
-            data: bytes = edge.to_executorch(
-                ExecutorchBackendConfig(memory_planning_pass=planning)
-            ).buffer
+            lowered = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
+            _check_kernels(lowered.executorch_program)
+            data: bytes = lowered.buffer
         except Exception as error:  # its passes raise whatever their authors thought of
             raise ExportError(
                 f"no ExecuTorch translation for its training step ({reason(error)}); replace it "
@@ -72,6 +72,18 @@ def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
                 "export the tier for onnx"
             ) from error
     return data
+
+
+def _check_kernels(program: Any) -> None:
+    """Raise :class:`ExportError` if ExecuTorch has no kernel for an operator of ``program``."""
+    from executorch.extension.pybindings.portable_lib import _get_operator_names
+
+    known = set(_get_operator_names())
+    for plan in program.execution_plan:
+        for operator in plan.operators:
+            name = f"{operator.name}.{operator.overload}".removesuffix(".")
+            if name not in known:
+                raise ExportError(f"no kernel for {name}")
 
 
 def _partitioner() -> Any:

@@ -31,6 +31,8 @@ aten = torch.ops.aten
 
 Size = int | torch.SymInt
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 class Declined(Exception):
     """A rule does not apply to the tensors at hand."""
@@ -184,14 +186,14 @@ def _spread(x: Tensor, axis: int, step: int) -> Tensor:
     return apart.reshape(*x.shape[:axis], x.shape[axis] * step, *x.shape[axis + 1 :])
 
 
-def _resize(x: Tensor, axis: int, before: int, after: int) -> Tensor:
-    """Add zeros at both ends of an axis, or crop where a number is negative."""
+def _resize(x: Tensor, axis: int, before: int, after: int, value: float = 0.0) -> Tensor:
+    """Add a value at both ends of an axis, or crop where a number is negative."""
     if before < 0 or after < 0:
         start = max(-before, 0)
         x = _part(x, axis, start, x.shape[axis] - start - max(-after, 0))
     if before > 0 or after > 0:
         pad = [0, 0] * (x.dim() - 1 - axis) + [max(before, 0), max(after, 0)]
-        x = aten.constant_pad_nd.default(x, pad, 0.0)
+        x = aten.constant_pad_nd.default(x, pad, value)
     return x
 
 
@@ -225,6 +227,18 @@ def slice_(
     # what lies behind the last row of the fold would be padded for nothing
     stop = min(length, (first // step + size) * step)
     return _window(_part(x, axis, 0, stop), axis % x.dim(), first, size, step)
+
+
+def constant_pad_nd(x: Tensor, pad: list[int], value: float = 0.0) -> Tensor:
+    """Padding that also crops, or pads with an infinity: XNNPACK's file format has none."""
+    if all(n >= 0 for n in pad) and math.isfinite(value):
+        raise Declined
+    value = min(max(value, -_LARGEST), _LARGEST)
+    if all(n >= 0 for n in pad):
+        return cast(Tensor, aten.constant_pad_nd.default(x, pad, value))
+    for place in range(0, len(pad), 2):
+        x = _resize(x, x.dim() - 1 - place // 2, pad[place], pad[place + 1], value)
+    return x
 
 
 # sums
@@ -297,6 +311,7 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
     aten.mm.default: mm,
     aten.addmm.default: addmm,
     aten.convolution.default: convolution,
+    aten.constant_pad_nd.default: constant_pad_nd,
     aten.slice.Tensor: slice_,
     aten.sum.dim_IntList: sum_,
     aten.mean.dim: mean,
@@ -317,6 +332,7 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
     _drop_copies(graph)
     _use_linear(graph, mode)
     for node in list(graph.nodes):
+        _fill(node)
         _use_masks(node, graph, mode)
         _round_late(node, graph, mode)
     for node in list(graph.nodes):
@@ -429,6 +445,13 @@ def _use_linear(graph: fx.Graph, mode: FakeTensorMode) -> None:
         vector = all(n.meta["val"].shape == node.meta["val"].shape[1:] for n in bias)
         if vector and b.target is aten.permute.default and list(b.args[1]) == [1, 0]:
             _replace(node, aten.linear.default, (a, b.args[0], *bias), {}, graph, mode)
+
+
+def _fill(node: fx.Node) -> None:
+    """Memory that is overwritten later is zeros: ExecuTorch has no kernel that leaves it empty."""
+    if node.target is aten.new_empty_strided.default:
+        dtype = node.meta["val"].dtype
+        node.target, node.args, node.kwargs = aten.full.default, (node.args[1], 0), {"dtype": dtype}
 
 
 def _use_masks(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
