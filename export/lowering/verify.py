@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,12 +24,13 @@ from export.steps import NO_LABEL, ClientSteps, Step
 
 BATCHES = (1, 3, 8)
 SEEDS = (0, 1)
+DRAWS = 16
 LENGTHS = {1: 2, 3: 5, 8: 3}
 """Of texts, by batch; the last batch has the example's own length."""
 
 _RELATIVE, _ROUNDING, _GLOBAL = 1e-3, 1e-6, 1e-5
 _VERIFY_HYPER = {
-    "sgd": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01},
+    "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
     # a large eps: with a small one, AdamW's first step is the sign of gradients that are rounding
     "adamw": {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-2, "weight_decay": 0.01},
 }
@@ -37,9 +39,10 @@ _VERIFY_HYPER = {
 def verify(steps: ClientSteps, step: Step, run: Run, example: Tensor) -> None:
     """Compare a lowered graph with eager PyTorch for several batch sizes and seeds.
 
-    A rounding error on the other side of a ReLU's kink changes a gradient for good reason, about
-    once in some hundred draws; so a draw that differs is repeated with other data, and a graph is
-    refused when the second differs as well.
+    A rounding error on the other side of a ReLU's kink changes a gradient for good reason: once in
+    some hundred draws of a small model, in most draws of one with a million activations. A wrong
+    translation is wrong in every draw. So a draw that differs is repeated with other data, and a
+    graph is refused when all of :data:`DRAWS` differ.
 
     Raises:
         ExportError: the graph fails or differs; names the first tensor that does, and its layer.
@@ -52,9 +55,10 @@ def verify(steps: ClientSteps, step: Step, run: Run, example: Tensor) -> None:
             if steps.x.shape[1:] == ("seq",) and seed == 0:
                 like = example[:, : LENGTHS[batch]]
             try:
-                wrong = _compare(steps, step, run, like, batch, seed)
-                if wrong is not None:
-                    wrong = _compare(steps, step, run, like, batch, seed + 1000)
+                for draw in range(DRAWS):
+                    wrong = _compare(steps, step, run, like, batch, seed + 1000 * draw)
+                    if wrong is None:
+                        break
             except Exception as error:  # onnxruntime raises bare pybind exceptions
                 raise ExportError(
                     f"the graph {step.name!r} fails for a batch of {batch} ({reason(error)}); "
@@ -82,28 +86,63 @@ def _compare(
             h, logits = reference(x.double() if x.is_floating_point() else x)
         feeds = {name: _numpy(t) for name, t in steps.initial.items()} | {"x": _numpy(x)}
         got = run(step, feeds)
-        wanted = {"logits": logits} if step.name == "predict" else {}
-        return _first(_differences(got, wanted, {})) or _packed(steps, got, h)
-    return _compare_training(steps, step, run, x, generator)
+        wanted = {"logits": logits} if "logits" in got else {}
+        none = torch.empty(0)
+        eager = _Eager(none, none, h, wanted, {})
+        return _first(_differences(got, eager)) or _packed(steps, got, h)
+    return _compare_training(steps, step, run, x, seed)
 
 
 def _compare_training(
-    steps: ClientSteps, step: Step, run: Run, x: Tensor, generator: torch.Generator
+    steps: ClientSteps, step: Step, run: Run, x: Tensor, seed: int
 ) -> tuple[str, float] | None:
     """Two steps of training, so that the second starts from optimizer slots that are not zero."""
+    hyper = _VERIFY_HYPER[steps.optimizer.name]
+    scalars = {key: np.asarray(value, np.float32) for key, value in hyper.items()}
+    state = {n: _numpy(t) for n, t in (steps.initial | steps.slots).items()}
+    for eager in _train_eagerly(steps, x, seed):
+        seeds = {"seed": _numpy(eager.seed)} if steps.seeded else {}
+        got = run(step, {**state, "x": _numpy(x), "y": _numpy(eager.y), **scalars, **seeds})
+        wrong = _first(_differences(got, eager))
+        wrong = wrong or _packed(steps, got, eager.h)
+        if wrong is not None:
+            return wrong
+        state = {n: got[f"next/{n}"] for n in state}
+    return None
+
+
+@dataclass(frozen=True)
+class _Eager:
+    """A training step in eager PyTorch: what went in, what a graph has to put out."""
+
+    y: Tensor
+    seed: Tensor
+    h: Tensor
+    wanted: dict[str, Tensor]
+    old: dict[str, Tensor]
+
+    def changes(self) -> dict[str, float]:
+        """Largest change of every tensor; of what has no value before, the largest value."""
+        return {
+            n: (w - self.old[n] if n in self.old else w).abs().max().item()
+            for n, w in self.wanted.items()
+        }
+
+
+def _train_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
+    """Two steps of training in float64, by autograd and torch.optim."""
+    generator = torch.Generator().manual_seed(seed)
     name = steps.optimizer.name
-    hyper = _VERIFY_HYPER[name]
     reference = copy.deepcopy(steps.segment).double().train()
     parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     moved = statistics(reference)
-    optimizer = steps.optimizer.reference(list(parameters.values()), hyper)
-    state = {n: _numpy(t) for n, t in (steps.initial | steps.slots).items()}
-    scalars = {key: np.asarray(value, np.float32) for key, value in hyper.items()}
+    optimizer = steps.optimizer.reference(list(parameters.values()), _VERIFY_HYPER[name])
+    done = []
     for _ in range(2):
         y = _labels(steps, x, generator)
-        seed = torch.randint(PRIME, (), generator=generator)
-        before = {n: t.detach().clone() for n, t in (parameters | moved).items()}
-        with SeededDropout(seed):
+        key = torch.randint(PRIME, (), generator=generator)
+        old = {f"next/{n}": t.detach().clone() for n, t in (parameters | moved).items()}
+        with SeededDropout(key):
             h, logits = reference(x.double() if x.is_floating_point() else x)
         classes = logits.shape[-1]
         loss = torch.stack(
@@ -115,18 +154,13 @@ def _compare_training(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        seeds = {"seed": _numpy(seed)} if steps.seeded else {}
-        got = run(step, {**state, "x": _numpy(x), "y": _numpy(y), **scalars, **seeds})
         answers = logits.detach().softmax(-1).mean(0).argmax(-1)
         wanted = {"loss": loss.detach(), "correct": (answers == y).double().sum()}
-        wanted |= {f"next/{n}": t.detach() for n, t in (parameters | moved).items()}
-        wanted |= {f"next/{n}": s for n, s in _slots(name, parameters, optimizer)}
-        old = {f"next/{n}": p for n, p in before.items()}
-        wrong = _first(_differences(got, wanted, old)) or _packed(steps, got, h.detach())
-        if wrong is not None:
-            return wrong
-        state = {n: got[f"next/{n}"] for n in state}
-    return None
+        wanted |= {f"next/{n}": t.detach().clone() for n, t in (parameters | moved).items()}
+        slots = _slots(name, parameters, optimizer)
+        wanted |= {f"next/{n}": s.detach().clone() for n, s in slots}
+        done.append(_Eager(y, key, h.detach(), wanted, old))
+    return done
 
 
 def _labels(steps: ClientSteps, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,18 +187,16 @@ def _slots(
         yield "steps", optimizer.state[next(iter(parameters.values()))]["step"]
 
 
-def _differences(
-    got: dict[str, Array], wanted: dict[str, Tensor], old: dict[str, Tensor]
-) -> Iterator[tuple[str, float]]:
+def _differences(got: dict[str, Array], eager: _Eager) -> Iterator[tuple[str, float]]:
     """Tensors that differ by more than rounding explains.
 
     What counts is the change of a parameter, not the parameter: the bound is relative to the
     largest change in this tensor, plus float32 rounding of the values, plus a little of the
     largest change anywhere (a gradient that is zero but for rounding has no scale of its own).
     """
-    change = {n: (w - old[n] if n in old else w).abs().max().item() for n, w in wanted.items()}
-    largest = max((c for n, c in change.items() if n in old), default=0.0)
-    for name, want in wanted.items():
+    change = eager.changes()
+    largest = max((c for n, c in change.items() if n in eager.old), default=0.0)
+    for name, want in eager.wanted.items():
         error = np.abs(got[name].astype(np.float64) - want.double().numpy()).max(initial=0.0)
         bound = (
             _RELATIVE * change[name]
@@ -178,7 +210,7 @@ def _differences(
 def _packed(steps: ClientSteps, got: dict[str, Array], h: Tensor) -> tuple[str, float] | None:
     """Whether what was packed unpacks to the activations, within the codec's own error."""
     parts = {spec.name: torch.from_numpy(got[spec.name]) for spec in steps.packed}
-    slack = 1e-5 * h.abs().max().item() + 1e-6
+    slack = 1e-4 * h.abs().max().item() + 1e-6  # norms over few values amplify rounding
     bound = steps.codec.error_bound(parts).double() * (1 + 1e-3) + slack
     excess = ((steps.codec.unpack(parts).double() - h).abs() - bound).max().item()
     return None if excess <= 0 else ("packed activations", excess)
