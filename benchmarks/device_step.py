@@ -100,13 +100,17 @@ def main(
                     eager_step_mb=eager["step_mb"],
                 )
                 rows.append(row)
+                if out is not None:  # after every row: a run that is cut off leaves what it has
+                    _write(out, rows)
                 console.print(
                     f"{name}, {one}: {row.median_ms:.1f} ms, {row.ratio:.2f} x eager, "
                     f"{row.peak_mb:.0f} of {row.eager_peak_mb:.0f} MB"
                 )
     Console().print(table(rows))
-    if out is not None:
-        out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", "utf-8")
+
+
+def _write(out: Path, rows: list[Row]) -> None:
+    out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", "utf-8")
 
 
 def table(rows: list[Row]) -> Table:
