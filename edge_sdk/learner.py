@@ -93,9 +93,7 @@ class Learner:
         metrics = {"loss": loss / data.labels, "accuracy": correct / data.labels}
         return LocalResult(runtime.get_state(), len(data), metrics)
 
-    def predict(
-        self, x: Array, precision: Precision = "float32"
-    ) -> tuple[Array, dict[str, Array]]:
+    def predict(self, x: Array, precision: Precision = "float32") -> tuple[Array, dict[str, Array]]:
         """Logits of the device's heads, and the packed activations.
 
         Logits are (heads, batch, classes), or (heads, batch, positions, vocabulary).

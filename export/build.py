@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,11 @@ def build_model(source: str | None, lora: Lora | None = None) -> SplitModel:
             )
         from export.adapters import from_transformers
 
-        adapted = from_transformers(source)
+        logging.disable(logging.WARNING)  # what transformers imports talks about missing hardware
+        try:
+            adapted = from_transformers(source)
+        finally:
+            logging.disable(logging.NOTSET)
         if lora is not None:
             add_lora(adapted, lora, adapted.origin.config.model_type)
         return adapted
