@@ -252,7 +252,7 @@ def _exported(folder: str, threads: int, bare: bool) -> tuple[Callable[[], Any],
 def _bare(runtime: Any, batch: dict[str, Any]) -> Callable[[], Any]:
     """The call into ONNX Runtime alone, everything bound beforehand."""
     spec, side = runtime.manifest.graphs["train"], runtime._current
-    binding, session = runtime._bindings["train"][side], runtime._sessions["train"]
+    binding, session = runtime._bindings["train"][side], runtime._sessions.get("train")
     for port in spec.inputs:
         if port.role != "state":
             binding.bind_cpu_input(port.spec.name, batch[port.spec.name])

@@ -58,7 +58,7 @@ class Port:
         spec: name, dtype and shape.
         role: ``state`` (trainable tensors, statistics, optimizer slots), ``batch`` (x and y),
             ``hyper`` (scalars of the optimizer), ``seed`` (of dropout), ``packed`` (a part of the
-            packed activations) or ``result`` (loss, correct, logits).
+            packed activations, or of their gradient) or ``result`` (loss, correct, logits).
     """
 
     spec: TensorSpec
@@ -131,7 +131,7 @@ class Manifest:
     Attributes:
         tier: name of the tier.
         cut: cut layer: the device holds the stem and blocks ``0..cut-1``.
-        runtime: what runs the graphs, ``onnx`` or ``executorch``.
+        runtime: what runs the graphs, ``onnx`` or ``executorch``; ``torch`` in a simulation.
         task: ``classes`` (a label per example) or ``tokens`` (a label per position; -1 for none).
         classes: number of classes, or of tokens; labels are ``0..classes-1``.
         limits: largest size of ``batch`` and ``seq`` that the graphs take, where there is one.

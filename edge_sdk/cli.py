@@ -93,11 +93,10 @@ async def _run(
     held_out = Examples.from_npz(settings.evaluate) if settings.evaluate is not None else None
 
     def show(report: RoundReport) -> None:
-        console.print(
-            f"round {report.round:3d}  loss {report.loss:.3f}  "
-            f"accuracy {report.accuracy:6.1%}  {report.seconds:.1f} s",
-            soft_wrap=True,
-        )
+        heads = ""
+        if report.loss is not None and report.accuracy is not None:
+            heads = f"loss {report.loss:.3f}  accuracy {report.accuracy:6.1%}  "
+        console.print(f"round {report.round:3d}  {heads}{report.seconds:.1f} s", soft_wrap=True)
 
     joined = await Device.connect(
         settings.url,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from edge_sdk.errors import BundleError, CutlayerError, HubError, LinkClosed
-from edge_sdk.link import Link, open_websocket
+from edge_sdk.link import Link
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
@@ -19,6 +19,7 @@ from edge_sdk.protocol.messages import (
     BlobGet,
     Bye,
     Error,
+    Gradient,
     Hello,
     Infer,
     Message,
@@ -32,19 +33,27 @@ from edge_sdk.session import Session, SessionLost
 Work = tuple[Session, Delivery]
 """A ``round`` or ``stop``, with the session that it came over and is settled in."""
 
+OpenLink = Callable[[], Awaitable[Link]]
+"""Opens a link to the hub, or raises :class:`LinkClosed`."""
+
 
 class Connection:
     """Connects, says hello, resumes after a break, and joins anew when the hub has forgotten us.
 
     Args:
-        url: address of the hub.
+        open_link: opens a link to the hub.
         token: the device's token, which says who it is.
         tier: the tier whose bundle it can carry; None takes the one that the token is for.
         patience_s: how long to go on trying to (re)connect, in seconds.
     """
 
-    def __init__(self, url: str, *, token: str, tier: str | None, patience_s: float) -> None:
-        self._url, self._token, self._tier, self._patience_s = url, token, tier, patience_s
+    def __init__(
+        self, open_link: OpenLink, *, token: str, tier: str | None, patience_s: float
+    ) -> None:
+        self._open_link, self._token, self._tier = open_link, token, tier
+        self._patience_s = patience_s
+        # so that many devices that lost one hub do not all come back at the same moment
+        self._jitter = random.Random(token)
         self._session: Session | None = None
         self._session_id: str | None = None
         self._welcome: Welcome | None = None
@@ -55,6 +64,7 @@ class Connection:
         self._downloading = asyncio.Lock()
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._requests = 0
+        self._gradients: dict[tuple[int, int], asyncio.Future[Gradient]] = {}
         self._work: asyncio.Queue[Work | CutlayerError] = asyncio.Queue()
         self._keeper: asyncio.Task[None] | None = None
 
@@ -83,9 +93,9 @@ class Connection:
         """Say bye, if the hub is there to hear it, and close."""
         if self._session is not None and self._failure is None:
             with contextlib.suppress(CutlayerError, TimeoutError):
-                await self.send(Bye(reason=reason))
                 channel = self._session.channel
                 async with asyncio.timeout(5):
+                    await self.send(Bye(reason=reason))
                     while channel.unacked and self._session.linked:
                         await asyncio.sleep(0.01)
         if self._keeper is not None:
@@ -124,6 +134,20 @@ class Connection:
         if isinstance(item, CutlayerError):
             raise item
         return item
+
+    async def gradient(self, session: Session, number: int, batch: int) -> dict[str, Array]:
+        """The packed gradient of a batch that was sent in round ``number``.
+
+        Raises:
+            SessionLost: the session has ended, and the round with it.
+        """
+        key = (number, batch)
+        future = self._gradients.setdefault(key, asyncio.get_running_loop().create_future())
+        try:
+            session.check()
+            return (await future).parts
+        finally:
+            self._gradients.pop(key, None)
 
     async def ask(self, parts: dict[str, Array]) -> Answer:
         """The hub's answer to packed activations. Raises :class:`LinkClosed` if it restarts."""
@@ -166,23 +190,24 @@ class Connection:
 
     async def _keep_linked(self) -> None:
         """Connect, serve, reconnect with back-off; gives up after ``patience_s`` without a hub."""
-        lost_at = time.monotonic()
+        now = asyncio.get_running_loop().time
+        lost_at = now()
         delay = 0.1
         while True:
             welcomed = self._welcome
             try:
-                link = await open_websocket(self._url)
+                link = await self._open_link()
                 try:
                     await self._serve(link)
                 finally:
                     await link.close()
                     self._linked.clear()
                     if self._welcome is not welcomed:
-                        lost_at, delay = time.monotonic(), 0.1
+                        lost_at, delay = now(), 0.1
             except LinkClosed as error:
                 if self._blob is not None and not self._blob.done():
                     self._blob.set_exception(error)
-                if time.monotonic() - lost_at + delay > self._patience_s:
+                if now() - lost_at + delay > self._patience_s:
                     self._fail(error)
                     break
             except CutlayerError as error:  # refused: trying again would be refused again
@@ -191,7 +216,7 @@ class Connection:
             except Exception as error:  # a mistake of ours must not leave callers waiting
                 self._fail(CutlayerError(f"the connection failed unexpectedly: {error!r}"))
                 raise
-            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+            await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
             delay = min(delay * 2, 10.0)
         if self._session is not None:
             await self._session.lose("the connection to the hub was given up")
@@ -244,6 +269,15 @@ class Connection:
             if future is not None and not future.done():
                 future.set_result(message)
             session.settle(delivery.seq)
+        elif isinstance(message, Gradient):
+            key = (message.round, message.batch)
+            waiting = self._gradients.get(key)
+            if waiting is None:  # it may come before anybody waits for it
+                waiting = asyncio.get_running_loop().create_future()
+                self._gradients[key] = waiting
+            if not waiting.done():
+                waiting.set_result(message)
+            session.settle(delivery.seq)
         elif isinstance(message, Blob):
             # a piece that was asked for twice, because the first took long, may come twice
             expected = (message.hash, message.offset) == self._wanted
@@ -261,9 +295,11 @@ class Connection:
     def _forget_session(self) -> None:
         """Everything that waits for the old session ends."""
         lost = SessionLost("the hub does not know this session any more")
-        for future in self._answers.values():
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._gradients.values()]
+        for future in waiting:
             if not future.done():
                 future.set_exception(lost)
+        self._gradients.clear()  # those that somebody waits for are theirs to see
         while not self._work.empty():
             self._work.get_nowait()
         self._work.put_nowait(lost)
@@ -273,7 +309,8 @@ class Connection:
         if self._failure is None:
             self._failure = error
         self._linked.set()
-        for future in (self._blob, *self._answers.values()):
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._gradients.values()]
+        for future in (self._blob, *waiting):
             if future is not None and not future.done():
                 future.set_exception(error)
         self._work.put_nowait(error)

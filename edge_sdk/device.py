@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,11 @@ from types import TracebackType
 import numpy as np
 
 from edge_sdk.bundle import BlobStore, Bundle, Manifest, verify_blob
-from edge_sdk.connection import Connection
+from edge_sdk.connection import Connection, OpenLink
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError, LinkClosed
-from edge_sdk.learner import Learner, LocalPlan, LocalResult, Precision
+from edge_sdk.learner import Learner, LocalPlan, LocalResult, Precision, Training, advance
+from edge_sdk.link import open_websocket
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import (
     Activations,
@@ -28,7 +28,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.tensors import Array
-from edge_sdk.runtime import load_runtime
+from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.session import Session, SessionLost
 from edge_sdk.signing import check, read_trust
 
@@ -40,11 +40,14 @@ MayTrain = Callable[[int], str | None]
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What one round of local training was like."""
+    """What one round of local training was like.
+
+    Loss and accuracy are those of the auxiliary heads; None in a round that does not train them.
+    """
 
     round: int
-    loss: float
-    accuracy: float
+    loss: float | None
+    accuracy: float | None
     seconds: float
 
 
@@ -82,27 +85,36 @@ class Evaluation:
 
 
 class Device:
-    """A device that is joined to a hub. Made by :meth:`connect`, used in ``async with``."""
+    """A device that is joined to a hub. Made by :meth:`connect`, used in ``async with``.
+
+    The arguments are those of :meth:`connect`, but for the way to the hub and what runs the step
+    graphs; :meth:`join` then does the rest.
+
+    Args:
+        open_link: opens a link to the hub.
+        load: makes a runtime of a verified bundle, with so many threads.
+    """
 
     def __init__(
         self,
-        url: str,
+        open_link: OpenLink,
+        load: Callable[[Bundle, int], Runtime] = load_runtime,
         *,
         token: str,
-        tier: str | None,
-        data: Examples | None,
-        cache: Path,
-        trust: Iterable[str | Path] | None,
-        may_train: MayTrain | None,
-        threads: int,
-        patience_s: float,
+        tier: str | None = None,
+        data: Examples | None = None,
+        cache: Path = DEFAULT_CACHE,
+        trust: Iterable[str | Path] | None = None,
+        may_train: MayTrain | None = None,
+        threads: int = 1,
+        patience_s: float = 60.0,
     ) -> None:
-        self._data, self._may_train = data, may_train
+        self._data, self._may_train, self._load = data, may_train, load
         self._trust = read_trust(trust)
         self._store = BlobStore(cache)
         self._threads = threads
         self._learner: Learner | None = None
-        self._connection = Connection(url, token=token, tier=tier, patience_s=patience_s)
+        self._connection = Connection(open_link, token=token, tier=tier, patience_s=patience_s)
 
     @classmethod
     async def connect(
@@ -142,7 +154,7 @@ class Device:
             DataError: the examples do not fit the model.
         """
         device = cls(
-            url,
+            lambda: open_websocket(url),
             token=token,
             tier=tier,
             data=data,
@@ -152,14 +164,18 @@ class Device:
             threads=threads,
             patience_s=patience_s,
         )
-        try:
-            welcome = await device._connection.open()
-            await device._load_bundle(welcome.manifest)
-            await device._load_present_state(welcome)
-        except BaseException:
-            await device.close()
-            raise
+        await device.join()
         return device
+
+    async def join(self) -> None:
+        """Connect to the hub and load the tier's bundle; raises as :meth:`connect` does."""
+        try:
+            welcome = await self._connection.open()
+            await self._load_bundle(welcome.manifest)
+            await self._load_present_state(welcome)
+        except BaseException:
+            await self.close()
+            raise
 
     async def __aenter__(self) -> Device:
         return self
@@ -229,13 +245,14 @@ class Device:
         All of it goes over the session that the round came from: if the hub restarts meanwhile,
         :class:`SessionLost` ends the round.
         """
-        learner, data = self._need_learner(), self._data
+        data = self._data
         assert data is not None
         reason = self._may_train(task.round) if self._may_train is not None else None
         if reason is not None:
             await session.send(Decline(round=task.round, reason=reason))
             return None
-        started = time.monotonic()
+        now = asyncio.get_running_loop().time
+        started = now()
         try:
             state = unpack_tensors(await self._fetch_state(task.state))
         except HubError as error:
@@ -243,17 +260,35 @@ class Device:
                 raise
             return None  # the round ended while we were away
         plan = LocalPlan(task.epochs, task.batch_size, task.hyper, task.activations, task.seed)
-        loop = asyncio.get_running_loop()
-
-        def emit(batch: int, parts: dict[str, Array], labels: Array) -> None:
-            # Runs in the training thread: returns once the outbox has room, not once it is sent.
-            message = Activations(round=task.round, batch=batch, parts=parts, labels=labels)
-            asyncio.run_coroutine_threadsafe(session.send(message), loop).result()
-
-        result = await asyncio.to_thread(learner.train, state, data, plan, emit)
+        result = await self._train_locally(session, task.round, plan, state, data)
         await self._send_update(session, task.round, result)
-        loss, accuracy = result.metrics["loss"], result.metrics["accuracy"]
-        return RoundReport(task.round, loss, accuracy, time.monotonic() - started)
+        loss, accuracy = (result.metrics.get(name) for name in ("loss", "accuracy"))
+        return RoundReport(task.round, loss, accuracy, now() - started)
+
+    async def _train_locally(
+        self,
+        session: Session,
+        number: int,
+        plan: LocalPlan,
+        state: dict[str, Array],
+        data: Examples,
+    ) -> LocalResult:
+        """Step by step in a thread; what a step yields is sent before the next one."""
+        training: Training = self._need_learner().training(state, data, plan)
+        gradient = None
+        while True:
+            step = await asyncio.to_thread(advance, training, gradient)
+            gradient = None
+            if isinstance(step, LocalResult):
+                return step
+            if step is not None:  # waits while the outbox has no room, not until it is sent
+                await session.send(
+                    Activations(
+                        round=number, batch=step.batch, parts=step.parts, labels=step.labels
+                    )
+                )
+                if plan.activations == "returned":
+                    gradient = await self._connection.gradient(session, number, step.batch)
 
     async def _send_update(self, session: Session, number: int, result: LocalResult) -> None:
         """Send the parameters in messages that each stay under the frame limit."""
@@ -387,7 +422,7 @@ class Device:
         if self._data is not None:
             self._data = self._data.fitted(manifest)
         bundle = Bundle.open(manifest, blobs.__getitem__)
-        runtime = await asyncio.to_thread(load_runtime, bundle, self._threads)
+        runtime = await asyncio.to_thread(self._load, bundle, self._threads)
         self._learner = Learner(manifest, runtime)
 
     async def _fetch_blob(self, name: str) -> bytes:

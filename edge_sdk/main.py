@@ -17,8 +17,8 @@ from edge_sdk.errors import BundleError, ConfigError, CutlayerError, DataError
 
 GROUP = "cutlayer.commands"
 
-EXTRAS = {"export": "export", "plan": "export", "hub": "hub", "token": "hub", "demo": "hub"}
-"""The extra that brings what a command needs."""
+EXTRAS = {"export": "export", "plan": "export"}
+"""The extra that brings what a command needs; ``hub`` for the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

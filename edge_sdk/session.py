@@ -58,8 +58,7 @@ class Session:
             ProtocolError: the peer has left a whole window of messages unsettled.
             SessionLost: the session has ended.
         """
-        if self._lost is not None:
-            raise SessionLost(self._lost)
+        self.check()
         if message.RELIABLE and self.channel.full:
             raise ProtocolError(
                 "window_exceeded", f"{self.channel.window} messages wait to be acknowledged"
@@ -69,6 +68,11 @@ class Session:
             self._frames.append(frame)
             self._ack_due = False  # the frame carries it
             self._wake.set()
+
+    def check(self) -> None:
+        """Raise :class:`SessionLost` if the session has ended."""
+        if self._lost is not None:
+            raise SessionLost(self._lost)
 
     async def send(self, message: Message) -> None:
         """:meth:`post`, but wait while the window is full."""

@@ -5,17 +5,23 @@ the ``n``-th dropout of a step has the key ``i + C n``, and three rounds of ``x 
 with keys from the seed turn it into a number that is uniform in ``0..p-1`` for all that dropout
 needs (the rounds of the block cipher MiMC, https://eprint.iacr.org/2016/492; here they need not be
 secret). A mask has the distribution of ``torch.nn.functional.dropout``, not its bits.
+
+Ordered dropout drops the last channels of every layer, as many as a width leaves out that is drawn
+once for a step; :func:`export.width.ordered_dropout` puts it on a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from types import TracebackType
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 PRIME = 2_147_483_579
@@ -23,6 +29,9 @@ PRIME = 2_147_483_579
 
 _ROUND_KEYS = (0, 1_103_515_245, 824_287_391)
 _STRIDE = 1_299_709_357
+
+_CHOICE = PRIME - 1
+"""Key of what is drawn once for a step: the last one, far from those of its first elements."""
 
 
 class SeededDropout(TorchFunctionMode):
@@ -32,13 +41,50 @@ class SeededDropout(TorchFunctionMode):
         seed: int64 scalar, ``0 <= seed < PRIME``.
 
     Attributes:
-        calls: dropouts that took a mask so far.
+        calls: dropouts that took a mask so far, and choices that were drawn.
     """
 
     def __init__(self, seed: Tensor) -> None:
         super().__init__()
         self.seed = seed
         self.calls = 0
+        self._choices: dict[tuple[float, ...], Tensor] = {}
+
+    @staticmethod
+    def active() -> SeededDropout | None:
+        """The innermost one that is active in this thread, if there is one."""
+        return _ACTIVE.get()
+
+    def __enter__(self) -> SeededDropout:
+        self._outer = _ACTIVE.set(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        _ACTIVE.reset(self._outer)
+
+    def choice(self, values: Sequence[float]) -> Tensor:
+        """One of ``values``, each as likely: the same in every call with the same values.
+
+        It comes from the seed alone, and the masks of dropouts are what they are without it.
+
+        Returns:
+            A float32 scalar.
+        """
+        known = tuple(values)
+        if known not in self._choices:
+            key = torch.full((), _CHOICE, dtype=torch.int64, device=self.seed.device)
+            index = torch.remainder(self._uniform(key), len(known))
+            chosen = [(index == i).to(torch.float32) * value for i, value in enumerate(known)]
+            self._choices[known] = torch.stack(chosen).sum()
+            self.calls += 1
+        return self._choices[known]
 
     def __torch_function__(
         self,
@@ -122,9 +168,104 @@ class SeededDropout(TorchFunctionMode):
         for n in shape:
             count = count * n
         x = torch.arange(count, device=like.device).reshape(shape)
-        x = x + (_STRIDE * self.calls) % PRIME
+        x = x + (_STRIDE * (self.calls - len(self._choices))) % PRIME
         self.calls += 1
+        x = self._uniform(x)
+        return (x >= round(p * PRIME)).to(like.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+
+    def _uniform(self, x: Tensor) -> Tensor:
+        """Numbers in ``0..PRIME-1`` for the keys ``x``."""
         for key in _ROUND_KEYS:
             x = torch.remainder(x + (self.seed + key), PRIME)
             x = torch.remainder(torch.remainder(x * x, PRIME) * x, PRIME)
-        return (x >= round(p * PRIME)).to(like.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+        return x
+
+
+_ACTIVE: ContextVar[SeededDropout | None] = ContextVar("active", default=None)
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def mask_channels(module: nn.Module, input: Tensor, h: Tensor, width: Tensor) -> Tensor:
+    """What a layer gives, with zeros in the channels beyond a width.
+
+    A LayerNorm is computed anew, over the channels that are left: zeros would count in its mean.
+
+    Args:
+        module: a convolution, linear layer or norm.
+        input: what it was given.
+        h: what it gives.
+        width: part of the channels that is left, a float32 scalar.
+    """
+    if isinstance(module, nn.LayerNorm):
+        kept = _leading(h.shape[-1], width).to(h.dtype)
+        count = kept.sum()
+        centred = (input - (input * kept).sum(-1, keepdim=True) / count) * kept
+        variance = (centred * centred).sum(-1, keepdim=True) / count
+        h = centred * torch.rsqrt(variance + module.eps)
+        h = h if module.weight is None else h * module.weight
+        return (h if module.bias is None else h + module.bias) * kept
+    axis = h.dim() - 1 if isinstance(module, nn.Linear) else 1
+    if isinstance(module, CONVOLUTIONS):
+        axis = h.dim() - 1 - len(module.kernel_size)
+    kept = _leading(h.shape[axis], width).to(h.dtype)
+    return h * kept.reshape(-1, *[1] * (h.dim() - 1 - axis))
+
+
+def _leading(channels: int, width: Tensor) -> Tensor:
+    """Which of the channels are left at a width, which leaves a whole number but for rounding."""
+    middles = torch.arange(channels, device=width.device).to(torch.float32) + 0.5
+    return middles < width * channels
+
+
+class OrderedDropout:
+    """Hooks of one layer: drop the channels beyond the width of the step.
+
+    In training under a :class:`SeededDropout`, which chooses the width; else they do nothing.
+    """
+
+    def __init__(self, widths: Sequence[float]) -> None:
+        self.widths = tuple(widths)
+        self._statistics: dict[str, Tensor] = {}
+
+    def put_on(self, module: nn.Module) -> None:
+        """Register the hooks."""
+        module.register_forward_pre_hook(self._before)
+        module.register_forward_hook(self._after)
+
+    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Let a batch norm move copies of its statistics: those of dropped channels must stay.
+
+        They cannot be put back afterwards: autograd refuses statistics that were changed since.
+        """
+        if isinstance(module, _NormBase) and self._width(module) is not None:
+            for name in ("running_mean", "running_var"):
+                tensor = getattr(module, name)
+                if tensor is not None:
+                    self._statistics[name] = tensor
+                    module._buffers[name] = tensor.clone()
+
+    def _after(self, module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
+        width = self._width(module)
+        if width is None:
+            return h
+        for name, tensor in self._statistics.items():
+            with torch.no_grad():
+                moved = getattr(module, name)
+                tensor.copy_(torch.where(_leading(len(tensor), width), moved, tensor))
+            module._buffers[name] = tensor
+        self._statistics = {}
+        return mask_channels(module, args[0], h, width)
+
+    def _width(self, module: nn.Module) -> Tensor | None:
+        dropout = SeededDropout.active()
+        return dropout.choice(self.widths) if dropout is not None and module.training else None
+
+
+def remove_ordered_dropout(model: nn.Module) -> None:
+    """Take the hooks of :class:`OrderedDropout` off all modules."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), OrderedDropout):
+                    del hooks[key]

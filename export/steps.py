@@ -7,24 +7,24 @@ calls, so an inference runtime can run it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from edge_sdk.bundle import Port, StateSpec
 from edge_sdk.protocol.tensors import TensorSpec
 from export.dropout import SeededDropout
+from export.errors import ExportError
+from export.losses import local_loss
 from export.optimizers import Optimizer
 from export.packing import Codec
-from export.split import ClientSegment, channel_axis, statistics
-
-NO_LABEL = -1
-"""Label of a position that does not count: padding, or a token that nothing is asked about."""
+from export.split import ClientSegment, channel_axis, layer_of, statistics
 
 
 @dataclass(frozen=True)
@@ -49,54 +49,6 @@ class Step:
     limits: Mapping[str, int] = field(default_factory=dict)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each row of logits (rows, classes), with as few passes as there can be.
-
-    ``nll_loss`` comes out of ONNX export with gradients that are wrong by a factor of the batch
-    size; one-hot times log-softmax is right, but with a vocabulary for classes its backward pass
-    takes longer than a transformer block.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_NC: Tensor, y_N: Tensor) -> Tensor:
-        log_p_NC = torch.log_softmax(logits_NC, 1)
-        ctx.save_for_backward(log_p_NC, y_N)
-        return -log_p_NC.gather(1, y_N.unsqueeze(1)).squeeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
-        log_p_NC, y_N = ctx.saved_tensors
-        classes = torch.arange(log_p_NC.shape[1], device=y_N.device)
-        onehot_NC = (y_N.unsqueeze(1) == classes).to(log_p_NC.dtype)
-        return (log_p_NC.exp() - onehot_NC) * grad_N.unsqueeze(1), None
-
-
-def _cross_entropy(logits_NC: Tensor, y_N: Tensor) -> Tensor:
-    result: Tensor = _CrossEntropy.apply(logits_NC, y_N)  # type: ignore[no-untyped-call]
-    return result
-
-
-def local_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """FedSplitX's loss of a device: the sum over its heads of their mean cross-entropy.
-
-    Args:
-        logits: (heads, batch, classes), or (heads, batch, positions, vocabulary).
-        y: labels (batch,) or (batch, positions); in a text, positions with the label
-            :data:`NO_LABEL` do not count.
-    """
-    heads, rows_N = len(logits), y.reshape(-1)
-    counted_N = None
-    if y.dim() == 2:
-        counted_N = (rows_N >= 0).to(logits.dtype)
-        rows_N = rows_N.clamp(min=0)
-    all_rows = rows_N if heads == 1 else rows_N.repeat(heads)
-    losses_N = _cross_entropy(logits.reshape(-1, logits.shape[-1]), all_rows)
-    losses_N = losses_N.reshape(heads, -1).sum(0)
-    if counted_N is None:
-        return losses_N.mean()
-    return (losses_N * counted_N).sum() / counted_N.sum().clamp(min=1)
-
-
 class ClientSteps:
     """The steps of one client segment.
 
@@ -107,6 +59,12 @@ class ClientSteps:
         example: one input batch, for dtype and shape.
         classes: number of classes; for tokens the size of the vocabulary.
         limits: largest batch (and ``seq``, for tokens) that a graph must take, where there is one.
+        returned: whether gradients come back from the hub: adds ``activate`` and ``backward``.
+        distill: weight of what heads learn from each other, see :func:`export.losses.local_loss`.
+
+    Raises:
+        ExportError: ``distill`` is negative; or gradients come back and there is nothing to train
+            with them.
     """
 
     def __init__(
@@ -117,14 +75,25 @@ class ClientSteps:
         example: Tensor,
         classes: int,
         limits: Mapping[str, int] | None = None,
+        *,
+        returned: bool = False,
+        distill: float = 0.0,
     ) -> None:
+        if not 0 <= distill < math.inf:
+            raise ExportError(f"distill is {distill}; the weight must be 0 or more")
         self.segment, self.optimizer, self.codec = segment, optimizer, codec
         self.classes, self.limits = classes, dict(limits or {})
+        self.returned, self.distill = returned, distill
         self.parameters = {
             n: p.detach().clone() for n, p in segment.named_parameters() if p.requires_grad
         }
         self.statistics = {n: b.detach().clone() for n, b in statistics(segment).items()}
         self.slots = optimizer.slots(self.parameters)
+        if returned and all(_in_head(name) for name in self.parameters):
+            raise ExportError(
+                f"gradients that come back have nothing to train: before cut {segment.cut} every "
+                "parameter is frozen; cut deeper, or leave out returned"
+            )
         everything = {**dict(segment.named_parameters()), **dict(segment.named_buffers())}
         self.constants = {
             n: t.detach()
@@ -132,6 +101,9 @@ class ClientSteps:
             if n not in self.parameters and n not in self.statistics and not _counts(n)
         }
         self._counters = [n for n in everything if _counts(n)]
+        self._blocks = _Blocks(segment)
+        self._modules = list(segment.modules())
+        self._tied = _tied(segment)
         shape: tuple[int | str, ...] = ("batch", *example.shape[1:])
         if segment.task == "tokens" or self._takes_any_length(example):
             shape = ("batch", "seq")
@@ -181,7 +153,8 @@ class ClientSteps:
 
     def all(self) -> list[Step]:
         """Every step of the bundle."""
-        return [self.predict(), self.train(), self.forward()]
+        steps = [self.predict(), self.train(), self.forward()]
+        return [*steps, self.activate(), self.backward()] if self.returned else steps
 
     def predict(self) -> Step:
         """``(parameters, statistics, x) -> logits, packed activations``, in evaluation mode.
@@ -226,10 +199,9 @@ class ClientSteps:
             slots = {n: next(given) for n in self.slots}
             x, y = next(given), next(given)
             hyper = {n: next(given) for n in hyper_names}
-            seed = next(given) if self.seeded else torch.zeros((), dtype=torch.int64)
-            with SeededDropout(seed):
+            with self._seeded(given):
                 h, logits = self._call(True, {**constants, **parameters, **moved}, x)
-            loss = local_loss(logits, y)
+            loss = local_loss(logits, y, self.distill)
             gradients = torch.autograd.grad(loss, list(parameters.values()))
             with torch.no_grad():
                 new_parameters, new_slots = self.optimizer.step(
@@ -247,21 +219,71 @@ class ClientSteps:
                     *self._pack(h),
                 )
 
-        state = [entry.spec for entry in self.state]
-        inputs = (
-            *(Port(spec, "state") for spec in state),
-            Port(self.x, "batch"),
-            Port(self.y, "batch"),
-            *(Port(TensorSpec(n, "float32", ()), "hyper") for n in hyper_names),
-            *([Port(TensorSpec("seed", "int64", ()), "seed")] if self.seeded else []),
-        )
+        inputs = self._training_inputs(Port(self.y, "batch"))
         outputs = (
-            *(Port(TensorSpec(f"next/{s.name}", s.dtype, s.shape), "state") for s in state),
+            *self._next_state(),
             Port(TensorSpec("loss", "float32", ()), "result"),
             Port(TensorSpec("correct", "float32", ()), "result"),
             *self._packed_ports(),
         )
         return self._step("train", function, inputs, outputs)
+
+    def activate(self) -> Step:
+        """``(parameters, statistics, x, seed) -> packed activations``, in training mode.
+
+        What :meth:`backward` differentiates. Statistics are not moved: ``backward`` does that.
+        """
+
+        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+            given = iter(tensors)
+            parameters = {n: next(given) for n in self.parameters}
+            moved = {n: next(given).clone() for n in self.statistics}
+            x = next(given)
+            with self._seeded(given):
+                h = self._activations({**constants, **parameters, **moved}, x)
+            return self._pack(h)
+
+        inputs = (*self._inputs(), *self._seed_port())
+        return self._step("activate", function, inputs, self._packed_ports())
+
+    def backward(self) -> Step:
+        """``(state, x, packed gradient, hyper, seed) -> state'``: a step with what came back.
+
+        The forward pass is computed again, in training mode with the seed that ``activate`` had.
+        The gradient of a loss on the hub with respect to the activations is packed as they are,
+        ``grad.NAME`` for their ``NAME``. The heads have no part in that loss: they keep their
+        values and slots.
+        """
+        hyper_names = list(self.optimizer.hyper)
+
+        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+            given = iter(tensors)
+            parameters = {n: next(given).detach() for n in self.parameters}
+            moved = {n: next(given).clone() for n in self.statistics}
+            slots = {n: next(given) for n in self.slots}
+            trained = {n: p.requires_grad_() for n, p in parameters.items() if not _in_head(n)}
+            x = next(given)
+            gradient = self.codec.unpack({spec.name: next(given) for spec in self.packed})
+            hyper = {n: next(given) for n in hyper_names}
+            with self._seeded(given):
+                h = self._activations({**constants, **parameters, **moved}, x)
+            gradients = torch.autograd.grad(h, list(trained.values()), gradient)
+            with torch.no_grad():
+                new_parameters, new_slots = self.optimizer.step(
+                    {n: p.detach() for n, p in trained.items()},
+                    dict(zip(trained, gradients, strict=True)),
+                    slots,
+                    hyper,
+                )
+                results = parameters | new_parameters | moved | slots | new_slots
+                return tuple(results[entry.spec.name] for entry in self.state)
+
+        gradient = (
+            Port(TensorSpec(f"grad.{s.name}", s.dtype, s.shape), "packed") for s in self.packed
+        )
+        return self._step(
+            "backward", function, self._training_inputs(*gradient), self._next_state()
+        )
 
     def _step(
         self,
@@ -273,13 +295,34 @@ class ClientSteps:
         return Step(name, function, inputs, outputs, self.constants, self.limits)
 
     def _call(self, training: bool, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        self.segment.train(training)
-        counters = {n: torch.zeros((), dtype=torch.int64) for n in self._counters}
-        with _without_onednn():
-            result: tuple[Tensor, Tensor] = functional_call(
-                self.segment, {**tensors, **counters}, (x,)
-            )
+        result: tuple[Tensor, Tensor] = self._apply(self.segment, training, tensors, x)
         return result
+
+    def _activations(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Activations at the cut in training mode, without the heads."""
+        h: Tensor = self._apply(self._blocks, True, tensors, x)
+        return h
+
+    def _apply(
+        self, module: nn.Module, training: bool, tensors: dict[str, Tensor], x: Tensor
+    ) -> Any:
+        """Call the segment, or its blocks; it keeps its own tensors and its mode."""
+        given = tensors | {n: torch.zeros((), dtype=torch.int64) for n in self._counters}
+        given |= {name: given[first] for name, first in self._tied.items()}
+        if module is self._blocks:
+            given = {n: t for n, t in given.items() if not _in_head(n)}
+        others = [module for module in self._modules if module.training != training]
+        try:
+            for other in others:
+                other.training = training
+            return functional_call(module, given, (x,), tie_weights=False)
+        finally:
+            for other in others:
+                other.training = not training
+
+    def _seeded(self, given: Iterator[Tensor]) -> AbstractContextManager[object]:
+        """Dropouts that draw from the next input, if there are any."""
+        return SeededDropout(next(given)) if self.seeded else nullcontext()
 
     def _pack(self, h: Tensor) -> tuple[Tensor, ...]:
         parts = self.codec.pack(h, self.axis)
@@ -289,22 +332,45 @@ class ClientSteps:
         state = (Port(_spec(n, t), "state") for n, t in self.initial.items())
         return (*state, Port(self.x, "batch"))
 
+    def _training_inputs(self, *given: Port) -> tuple[Port, ...]:
+        """State, ``x``, what a step is ``given``, hyper-parameters, seed."""
+        return (
+            *(Port(entry.spec, "state") for entry in self.state),
+            Port(self.x, "batch"),
+            *given,
+            *(Port(TensorSpec(n, "float32", ()), "hyper") for n in self.optimizer.hyper),
+            *self._seed_port(),
+        )
+
+    def _seed_port(self) -> tuple[Port, ...]:
+        return (Port(TensorSpec("seed", "int64", ()), "seed"),) if self.seeded else ()
+
+    def _next_state(self) -> tuple[Port, ...]:
+        specs = (entry.spec for entry in self.state)
+        return tuple(Port(replace(s, name=f"next/{s.name}"), "state") for s in specs)
+
     def _packed_ports(self) -> tuple[Port, ...]:
         return tuple(Port(spec, "packed") for spec in self.packed)
 
 
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    """LSTM in terms of matrix products: oneDNN's has no translation.
+class _Blocks(nn.Module):
+    """A segment without its heads, under the same names."""
 
-    Its ``flags`` would do the same, and warn of settings for graphics cards.
-    """
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+    def __init__(self, segment: ClientSegment) -> None:
+        super().__init__()
+        self.stem, self.block = segment.stem, segment.block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations at the cut."""
+        h: Tensor = self.stem(x)
+        for block in self.block:
+            h = block(h)
+        return h
+
+
+def _in_head(name: str) -> bool:
+    """Whether a tensor belongs to an auxiliary head."""
+    return layer_of(name).startswith("aux.")
 
 
 def _correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -315,6 +381,18 @@ def _correct(logits: Tensor, y: Tensor) -> Tensor:
 def _counts(name: str) -> bool:
     """Whether a buffer counts the batches of a batch norm: nothing we export reads it."""
     return name.rpartition(".")[2] == "num_batches_tracked"
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Further names of tensors that have several, with the first. A shared module has one path."""
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(tensor), name)
+        for path, part in module.named_modules()
+        for own in (part.named_parameters, part.named_buffers)
+        for name, tensor in own(path, recurse=False, remove_duplicate=False)
+    }
+    return {name: other for name, other in names.items() if name != other}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -52,9 +52,12 @@ class Tier:
     Attributes:
         cut: cut layer: how many blocks the devices hold.
         codec: how activations are packed, ``int8`` or ``fp16``.
-        runtime: what runs the step graphs, ``onnx`` or ``executorch``.
+        runtime: what runs the step graphs, ``onnx`` or ``executorch``; ``torch`` in a simulation,
+            where nothing is lowered (:class:`export.functional.TorchRuntime`).
         batch: largest batch; ExecuTorch plans its memory for it, ONNX Runtime takes any.
         precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.quantize`.
+        returned: gradients come back: adds the graphs ``activate`` and ``backward``.
+        distill: weight of what the heads learn from each other, in ``train``.
     """
 
     cut: int
@@ -62,6 +65,8 @@ class Tier:
     runtime: RuntimeName = "onnx"
     batch: int = 32
     precision: Precision = "float32"
+    returned: bool = False
+    distill: float = 0.0
 
 
 def export_bundles(
@@ -78,6 +83,7 @@ def export_bundles(
     overwrite: bool = False,
     int8: LossCheck | None = None,
     compared: Compared = lambda tier, comparison: None,
+    verified: bool = True,
     progress: Progress = lambda line: None,
 ) -> BundleIndex:
     """Export one bundle per tier, with an auxiliary head at every tier's cut.
@@ -98,6 +104,7 @@ def export_bundles(
         overwrite: replace an earlier export in ``out``.
         int8: what the graphs of tiers with the precision int8 may lose, and on which examples.
         compared: told what they are worth.
+        verified: compare the graphs with eager PyTorch; only a simulation may do without.
         progress: told what is being done.
 
     Raises:
@@ -133,7 +140,7 @@ def export_bundles(
             segment = ClientSegment(model, tier.cut)
             check_parameters(segment, example)
             steps = make_steps(segment, tier, example, classes, optimizer)
-            manifest = write_tier(steps, name, tier, blobs, example, progress)
+            manifest = write_tier(steps, name, tier, blobs, example, progress, verified=verified)
             if int8 is not None and tier.precision == "int8":
                 progress(f"{name}: cut {tier.cut}, comparing int8 with float32")
                 comparison = compare(manifest, blobs.read, int8.examples)
@@ -158,6 +165,11 @@ def _check_precisions(tiers: Mapping[str, Tier], int8: LossCheck | None) -> None
             raise ExportError(
                 f"tier {name!r} has the precision int8: give examples to compare it with float32 "
                 "on, --data FILE.npz with x and y"
+            )
+        if tier.precision == "int8" and tier.runtime == "torch":
+            raise ExportError(
+                f"tier {name!r} has the precision int8 and the runtime torch, which runs float32 "
+                "only; export it for onnx or executorch"
             )
     if int8 is not None and all(tier.precision != "int8" for tier in tiers.values()):
         raise ExportError(
@@ -225,8 +237,16 @@ def make_steps(
         limits["batch"] = tier.batch
         if not example.is_floating_point() and example.dim() == 2:
             limits["seq"] = example.shape[1]
-    codec = get_codec(tier.codec)
-    return ClientSteps(segment, get_optimizer(optimizer), codec, example, classes, limits)
+    return ClientSteps(
+        segment,
+        get_optimizer(optimizer),
+        get_codec(tier.codec),
+        example,
+        classes,
+        limits,
+        returned=tier.returned,
+        distill=tier.distill,
+    )
 
 
 def write_tier(

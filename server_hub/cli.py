@@ -39,6 +39,9 @@ def hub(
     keep_serving: Annotated[
         bool, typer.Option("--keep-serving", help="Go on answering after the last round.")
     ] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Also write TensorBoard logs to this folder.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print events as JSON, one a line.")
     ] = False,
@@ -59,6 +62,7 @@ def hub(
             raw[table] = {**raw.get(table, {}), key: value}
     from server_hub.config import HubConfig
     from server_hub.hub import Hub
+    from server_hub.tensorboard import Board
 
     logging.basicConfig(
         level=logging.INFO if not as_json else logging.WARNING,
@@ -74,6 +78,7 @@ def hub(
             print(json.dumps({"event": event, **fields}), flush=True)
 
     def on_round(record: RoundRecord) -> None:
+        board.round(record)
         emit("round", **dataclasses.asdict(record))
         console.print(_line(record), soft_wrap=True)
 
@@ -87,7 +92,8 @@ def hub(
     # Full collections of a heap with torch in it would pause the event loop for tenths of a second.
     gc.collect()
     gc.freeze()
-    interrupted = asyncio.run(_serve(job, ready))
+    with Board(tensorboard) as board:
+        interrupted = asyncio.run(_serve(job, ready))
     job.run.write_report(f"{job.method.name}: {len(job.run.records)} rounds")
     traffic = job.gateway.traffic.by_kind()
     emit("done", run=str(settings.run), rounds=len(job.run.records), bytes=traffic)
@@ -111,9 +117,10 @@ async def _serve(job: Hub, ready: Any) -> bool:
 
 def _line(record: RoundRecord) -> str:
     accuracy = "  ".join(f"{t} {a['ensemble']:.1%}" for t, a in record.accuracy.items())
+    local = "" if record.local_loss is None else f"  loss {record.local_loss:.3f}"
     trunk = "" if record.trunk_loss is None else f"  trunk loss {record.trunk_loss:.3f}"
     return (
-        f"round {record.round:3d}  {record.devices} devices  loss {record.local_loss:.3f}"
+        f"round {record.round:3d}  {record.devices} devices{local}"
         f"{trunk}  {accuracy}  {record.seconds:.1f} s"
     )
 

@@ -60,6 +60,8 @@ class TrunkTraining:
         optimizer: ``sgd`` or ``adamw``.
         hyper: its hyper-parameters.
         max_rows: rows of one merged step at most; a merged batch is a larger batch.
+        mix_rows: rows that wait in a buffer, so that every step draws batches of many devices;
+            0 for steps on batches as they come.
         wait_s: how long a step waits for more rows to merge, in seconds.
         max_norm: gradients of a step are scaled down to this norm, so that no device can throw
             the trunk far off with activations that are large but finite.
@@ -71,12 +73,15 @@ class TrunkTraining:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     hyper: dict[str, float] = field(default_factory=dict)
     max_rows: int = 256
+    mix_rows: int = 0
     wait_s: float = 0.02
     max_norm: float = 25.0
     threads: int = 0
     arena_mb: int = 256
 
     def __post_init__(self) -> None:
+        if self.mix_rows < 0:
+            raise ValueError(f"mix_rows is {self.mix_rows}, must be 0 or more")
         if self.max_rows < 1 or self.arena_mb < 1:
             raise ValueError("max_rows and arena_mb must be at least 1")
 

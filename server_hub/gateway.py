@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -125,14 +124,22 @@ class Gateway:
                 f"cannot listen on {where.host}:{where.port}: {error.strerror or error}; "
                 "choose another port, or 0 for a free one"
             ) from error
-        reaper = asyncio.create_task(self._reap())
         try:
             port = next(iter(server.sockets)).getsockname()[1]
-            yield f"ws://{where.host}:{port}"
+            async with self.reaping():
+                yield f"ws://{where.host}:{port}"
         finally:
-            reaper.cancel()
             server.close()
             await server.wait_closed()
+
+    @asynccontextmanager
+    async def reaping(self) -> AsyncIterator[None]:
+        """Meanwhile, end sessions that have had no link for too long."""
+        reaper = asyncio.create_task(self._reap())
+        try:
+            yield
+        finally:
+            reaper.cancel()
 
     async def _connection(self, connection: ServerConnection) -> None:
         await self.serve_link(WebSocketLink(connection), str(connection.remote_address))
@@ -179,7 +186,7 @@ class Gateway:
             )
         except LinkClosed:
             if peer.session_id and not peer.session.linked:
-                peer.lost_at = time.monotonic()
+                peer.lost_at = asyncio.get_running_loop().time()
         except ProtocolError as error:
             log.warning("dropped %s (tier %s): %s", peer.device, peer.tier, error)
             await self.end(peer, str(error))
@@ -319,10 +326,9 @@ class Gateway:
             self._gone(peer, reason)
 
     async def _reap(self) -> None:
-        """End sessions that have had no link for too long."""
         while True:
             await asyncio.sleep(min(1.0, self._limits.session_s / 4))
-            now = time.monotonic()
+            now = asyncio.get_running_loop().time()
             for peer in list(self.peers.values()):
                 if peer.lost_at is not None and now - peer.lost_at > self._limits.session_s:
                     log.warning("gave up on %s: no connection for %.0f s", peer.device,

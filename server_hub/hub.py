@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from edge_sdk.protocol.messages import (
     Activations,
     Answer,
     Decline,
+    Gradient,
     Infer,
     Ready,
     Round,
@@ -39,7 +39,8 @@ from server_hub.config import HubConfig, Schedule
 from server_hub.gateway import Gateway, Peer
 from server_hub.layers import State
 from server_hub.methods.fedsplitx import fedsplitx
-from server_hub.methods.parts import DeviceUpdate
+from server_hub.methods.parts import DeviceUpdate, Method, Stage
+from server_hub.mixer import Mixer
 from server_hub.rounds import Phase, Rounds
 from server_hub.run import RoundRecord, RunFolder
 from server_hub.tokens import TokenFile
@@ -47,6 +48,9 @@ from server_hub.trunk import Arrival, Trunk, TrunkPlan
 from server_hub.worker import TrunkFailed, WorkerTrunk
 
 log = logging.getLogger("cutlayer.hub")
+
+Evaluate = Callable[[], Awaitable[dict[str, dict[str, float]]]]
+"""Accuracy by tier and path."""
 
 
 @dataclass
@@ -65,11 +69,22 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """An arrival in the trunk's queue, to be settled once it was trained on."""
+    """An arrival that waits for the trunk, to be settled once it is sure to be trained on."""
 
+    round: int
+    batch: int
     arrival: Arrival
     peer: Peer
     seq: int
+
+    @property
+    def rows(self) -> int:
+        """Examples in it."""
+        return self.arrival.rows
+
+    def settle(self) -> None:
+        """Tell the device that it need not keep it."""
+        self.peer.session.settle(self.seq)
 
 
 class Hub:
@@ -79,6 +94,11 @@ class Hub:
         config: see :class:`HubConfig`.
         model: the model; built from the configuration's ``module:function`` if not given.
         trunk: where the deep part is trained; a process of its own if not given.
+        method: the training method; the configuration's if not given.
+        evaluate: measures accuracy after a round; on the trunk, with the configuration's held-out
+            examples, if not given.
+        costs: what a round's record says beside what the hub knows.
+        run: the run's folder; a new one, as the configuration says, if not given.
         on_round: called after every round.
 
     Raises:
@@ -90,6 +110,10 @@ class Hub:
         config: HubConfig,
         model: SplitModel | None = None,
         trunk: Trunk | None = None,
+        method: Method | None = None,
+        evaluate: Evaluate | None = None,
+        costs: Callable[[], dict[str, float]] = dict,
+        run: RunFolder | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
     ) -> None:
         self.config = config
@@ -113,12 +137,14 @@ class Hub:
         # copies: starting the worker moves the model's tensors to shared memory
         frozen = {n: t for n, t in self.model.tensors().items() if n not in initial}
         self._frozen = {n: np.array(t.detach().cpu()) for n, t in frozen.items()}
-        self.method = fedsplitx(initial, config.method.form, config.local.epochs)
+        self.method = method or fedsplitx(initial, config.method.form, config.local.epochs)
         self.local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         self.trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
         held_out = self._held_out()
         self.trunk = trunk if trunk is not None else self._worker(held_out)
-        self._evaluates = held_out is not None
+        self._costs, self._evaluate = costs, evaluate
+        if evaluate is None and held_out is not None:
+            self._evaluate = lambda: self.trunk.evaluate(self._tier_cuts())
         self.rounds = Rounds(config.rounds)
         tokens = TokenFile(config.tokens)
         tokens.read()  # a broken file is the operator's mistake, to be told now
@@ -130,17 +156,20 @@ class Hub:
             self._handle,
             self._gone,
         )
-        self.run = RunFolder(config.run)
+        self.run = run if run is not None else RunFolder(config.run)
+        self.began = 0.0
         self.address: str | None = None
         self._on_round = on_round
         self._members: dict[str, _Member] = {}
         self._updates: dict[str, DeviceUpdate] = {}
-        self._queue: deque[_Waiting] = deque()
+        self._queue = Mixer[_Waiting](_Waiting.settle)
+        self._last = False
         self._waiters: set[asyncio.Future[None]] = set()
         self._idle = asyncio.Event()
         self._trunk_losses: list[tuple[float, int]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._over = False
+        self._stage = Stage("none")
         self._states: dict[str, str] = {}
 
     # --- the job --------------------------------------------------------------------------------
@@ -156,25 +185,45 @@ class Hub:
             TrunkFailed: the trunk's process ended.
         """
         try:
-            await self.trunk.start()
-            await self._publish_states()
+            await self.start()
             async with self.gateway.listen(self.config.listen) as address:
                 self.address = address
-                feed = asyncio.create_task(self._feed_trunk())
-                job = asyncio.create_task(self._job(ready))
-                done, _ = await asyncio.wait([feed, job], return_when=asyncio.FIRST_COMPLETED)
-                for task in (feed, job):
-                    task.cancel()
-                await asyncio.gather(feed, job, return_exceptions=True)
-                for task in done:
-                    task.result()
+                if ready is not None:
+                    ready(address)
+                await self.run_job()
         finally:
             await self.trunk.close()
 
-    async def _job(self, ready: Callable[[str], None] | None) -> None:
-        if ready is not None:
-            assert self.address is not None
-            ready(self.address)
+    async def start(self) -> None:
+        """Make the trunk ready and publish the states that devices start from."""
+        self.began = asyncio.get_running_loop().time()
+        await self.trunk.start()
+        await self._publish_states()
+
+    async def wait_for_devices(self, count: int, seconds: float) -> None:
+        """Wait until so many devices are ready, or so long."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        await self._until(
+            lambda: (
+                len(self.rounds.ready) >= count or asyncio.get_running_loop().time() >= deadline
+            ),
+            deadline,
+        )
+
+    async def run_job(self) -> None:
+        """The rounds, with the devices that the gateway lets in."""
+        feed = asyncio.create_task(self._feed_trunk())
+        job = asyncio.create_task(self._job())
+        try:
+            done, _ = await asyncio.wait([feed, job], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (feed, job):
+                task.cancel()
+            await asyncio.gather(feed, job, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    async def _job(self) -> None:
         while self.rounds.phase is not Phase.DONE:
             await self._until(self.rounds.can_start)
             await self._round()
@@ -187,24 +236,35 @@ class Hub:
 
     async def _round(self) -> None:
         """One round: states down, local training and trunk at the same time, average, measure."""
-        started = time.monotonic()
+        now = asyncio.get_running_loop().time
+        started = now()
         config, method = self.config, self.method
-        number = self.rounds.number + 1
-        rate = learning_rate_factor(config.schedule, self.rounds.completed + 1, config.rounds.count)
+        number, completed = self.rounds.number + 1, self.rounds.completed
+        stage = method.stage(completed + 1, config.rounds.count)
+        rate = learning_rate_factor(config.schedule, completed + 1, config.rounds.count)
+        trunk_rate = 1.0 if stage.anneal else rate
         plan = TrunkPlan(
             config.trunk.optimizer,
-            {**self.trunk_hyper, "lr": self.trunk_hyper["lr"] * rate},
-            method.trunk_epochs,
+            {**self.trunk_hyper, "lr": self.trunk_hyper["lr"] * trunk_rate},
+            stage.trunk_epochs,
             config.trunk.max_rows,
             seed=number,
             max_norm=config.trunk.max_norm,
+            returned=stage.activations == "returned",
+            anneal=stage.anneal,
         )
         await self.trunk.begin(method.aggregation.trunk_state(), plan)
         if not self.rounds.can_start():
             return  # somebody left meanwhile
-        members = self.rounds.start(time.monotonic())
+        # who waits for a gradient must not wait for others
+        mix_rows = 0 if stage.activations == "returned" else config.trunk.mix_rows
+        self._queue.begin(mix_rows, number)
+        self._last = False
+        members = self.rounds.start(now(), stage.everyone)
+        self._stage = stage
         log.debug("round %d with %d devices", number, len(members))
         self._updates.clear()
+        epochs = config.local.epochs if stage.local_epochs is None else stage.local_epochs
         for order, device in enumerate(sorted(members)):
             self._members[device].reset()
             peer = self.gateway.peers[device]
@@ -213,15 +273,17 @@ class Hub:
                 Round(
                     round=number,
                     state=self._states[peer.tier],
-                    epochs=config.local.epochs,
+                    epochs=epochs,
                     batch_size=config.local.batch_size,
                     hyper={**self.local_hyper, "lr": self.local_hyper["lr"] * rate},
-                    activations=method.activations,
+                    activations=stage.activations,
                     seed=number * 1_000_003 + order,
                 ),
             )
         trunk_losses = self._trunk_losses = []
-        await self._until(lambda: self.rounds.is_over(time.monotonic()), self.rounds.deadline)
+        await self._until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
+        self._last = True  # what the mixer still holds is all there is
+        self._wake()
         await self._idle.wait()  # the trunk may still refuse what somebody who delivered has sent
         useful = self.rounds.finish()
         for device, reason in self.rounds.dropped.items():
@@ -238,15 +300,17 @@ class Hub:
         rows = sum(n for _, n in trunk_losses)
         record = RoundRecord(
             round=self.rounds.completed,
-            seconds=time.monotonic() - started,
+            clock=now() - self.began,
+            seconds=now() - started,
             devices=len(delivered),
             dropped=dict(self.rounds.dropped),
             local_loss=weighted_mean(updates, "loss"),
             local_accuracy=weighted_mean(updates, "accuracy"),
             trunk_loss=sum(x * n for x, n in trunk_losses) / rows if rows else None,
             trunk_steps=len(trunk_losses),
-            accuracy=await self.trunk.evaluate(self._tier_cuts()) if self._evaluates else {},
+            accuracy=await self._evaluate() if self._evaluate is not None else {},
             bytes=self.gateway.traffic.by_kind(),
+            costs=self._costs(),
         )
         self.run.append(record)
         if self._on_round is not None:
@@ -255,10 +319,8 @@ class Hub:
     async def _publish_states(self) -> None:
         """Offer each tier the present state, and give the trunk the model to answer with."""
         aggregation, states = self.method.aggregation, {}
-        for tier, entry in self.index.tiers.items():
-            state = aggregation.device_state(self.model.client_layers(entry.cut))
-            names = [spec.name for spec in self.manifests[tier].exchanged]
-            states[tier] = pack_tensors({name: state[name] for name in names})
+        for tier in self.index.tiers:
+            states[tier] = pack_tensors(aggregation.device_state(self.manifests[tier].exchanged))
         self._states = self.gateway.publish(states)
         cuts = {entry.cut for entry in self.index.tiers.values()}
         path = aggregation.path_state
@@ -289,34 +351,31 @@ class Hub:
     async def _feed_trunk(self) -> None:
         """Merge what waits, up to ``max_rows``, and step; settle what was used.
 
-        A device has at most a window of unsettled batches, so the queue is bounded, and a trunk
-        that is slow slows the devices down.
+        A device has at most a window of batches that are neither used nor mixed, so what waits is
+        bounded, and a trunk that is slow slows the devices down.
         """
         while True:
-            if not self._queue:
+            if not len(self._queue):
                 self._idle.set()
-                await self._until(lambda: bool(self._queue))
-            if self._queued_rows() < self.config.trunk.max_rows:
+            await self._until(lambda: self._queue.ready(self._last))
+            max_rows = self.config.trunk.max_rows if self.method.merges else 1
+            if self._queue.rows < max_rows and not self._last:
                 await asyncio.sleep(self.config.trunk.wait_s)
-            group: list[_Waiting] = []
-            rows = 0
-            while self._queue and (
-                not group or rows + self._queue[0].arrival.rows <= self.config.trunk.max_rows
-            ):
-                group.append(self._queue.popleft())
-                rows += group[-1].arrival.rows
+            group = self._queue.take(max_rows)
             report = await self.trunk.step([w.arrival for w in group])
-            for waiting in group:
-                waiting.peer.session.settle(waiting.seq)
+            for waiting, gradient in zip_longest(group, report.gradients):
+                if gradient is not None:
+                    self.gateway.post(
+                        waiting.peer,
+                        Gradient(round=waiting.round, batch=waiting.batch, parts=dict(gradient)),
+                    )
+                waiting.settle()
             if report.rows:
                 self._trunk_losses.append((report.loss, report.rows))
             for device, reason in report.refused.items():
                 self.rounds.drop(device, reason)
                 peer = next(w.peer for w in group if w.peer.device == device)
                 self._spawn(self.gateway.refuse(peer, ProtocolError("not_finite", reason, "parts")))
-
-    def _queued_rows(self) -> int:
-        return sum(waiting.arrival.rows for waiting in self._queue)
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -355,11 +414,13 @@ class Hub:
         rows = check_packed(message.parts, manifest)
         check_labels(message.labels, rows, manifest.classes)
         member.activation_rows += rows
-        if rows > self.config.local.batch_size or member.activation_rows > member.samples:
+        times = self.config.local.epochs if self._stage.activations == "returned" else 1
+        if rows > self.config.local.batch_size or member.activation_rows > times * member.samples:
             raise ProtocolError(
                 "bad_message",
                 f"{member.activation_rows} rows of activations in batches of {rows}; a "
-                f"round takes each of {member.samples} examples once, in batches of at most "
+                f"round takes each of {member.samples} examples "
+                f"{'once' if times == 1 else f'{times} times'}, in batches of at most "
                 f"{self.config.local.batch_size}",
                 "parts",
             )
@@ -371,7 +432,7 @@ class Hub:
             message.parts,
             message.labels,
         )
-        self._queue.append(_Waiting(arrival, peer, seq))
+        self._queue.put(_Waiting(message.round, message.batch, arrival, peer, seq))
         self._idle.clear()
         self._wake()
 
@@ -411,11 +472,13 @@ class Hub:
 
     async def _until(self, condition: Callable[[], bool], deadline: float | None = None) -> None:
         """Wait until ``condition`` holds; looked at whenever something happens, and at the
-        deadline (monotonic seconds)."""
+        deadline (seconds on the loop's clock)."""
         while not condition():
             changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.add(changed)
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            left = None
+            if deadline is not None:
+                left = max(deadline - asyncio.get_running_loop().time(), 0.0)
             try:
                 await asyncio.wait([changed], timeout=left)
             finally:
@@ -455,10 +518,11 @@ class Hub:
         )
 
 
-def weighted_mean(updates: Sequence[DeviceUpdate], metric: str) -> float:
-    """Mean of a metric that devices reported, weighted by their samples."""
-    total = sum(update.samples for update in updates)
-    return sum(u.metrics.get(metric, math.nan) * u.samples for u in updates) / total
+def weighted_mean(updates: Sequence[DeviceUpdate], metric: str) -> float | None:
+    """Mean of a metric over the devices that reported it, weighted by their samples."""
+    known = [u for u in updates if metric in u.metrics]
+    total = sum(update.samples for update in known)
+    return sum(u.metrics[metric] * u.samples for u in known) / total if known else None
 
 
 def learning_rate_factor(schedule: Schedule, number: int, count: int) -> float:

@@ -107,6 +107,11 @@ class LayerStore:
             entry.version += 1
             entry.trained_by = [copy.source for copy in group]
 
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go back to tensors that :meth:`state` has given."""
+        for layer, tensors in split_by_layer(state).items():
+            self.entries[layer].tensors = {n: np.array(t) for n, t in tensors.items()}
+
     def state(self, layers: Iterable[str] | None = None) -> State:
         """Tensors of some layers, or of all; a layer in which all is frozen has none."""
         given = self.entries if layers is None else layers

@@ -106,13 +106,14 @@ class Rounds:
         """Whether enough devices are ready for the next round."""
         return self.phase is Phase.WAITING and len(self.ready) >= self.rules.min_devices
 
-    def start(self, now: float) -> list[str]:
-        """Begin the next round; returns its members."""
+    def start(self, now: float, everyone: bool = False) -> list[str]:
+        """Begin the next round; returns its members: a draw of those ready, or ``everyone``."""
         assert self.can_start()
         pool = list(self.ready)
-        if self.rules.per_round is not None and self.rules.per_round < len(pool):
+        wanted = self.rules.per_round
+        if wanted is not None and wanted < len(pool) and not everyone:
             pool = random.Random(f"{self.rules.seed}/{self.number + 1}").sample(
-                sorted(pool), self.rules.per_round
+                sorted(pool), wanted
             )
         self.number += 1
         self.phase = Phase.TRAINING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors.numpy import save
@@ -27,40 +27,69 @@ class RoundRecord:
 
     Attributes:
         round: its number, from 1 on.
-        seconds: wall time, measuring included.
+        clock: seconds since the start of the job.
+        seconds: how long it took, measuring included.
         devices: devices whose update counted.
         dropped: members that did not deliver, with the reason.
-        local_loss: mean loss on the devices, weighted by samples.
-        local_accuracy: mean accuracy on the devices' own examples, during training.
+        local_loss: mean loss on the devices, weighted by samples; None in a round that does not
+            train their heads.
+        local_accuracy: mean accuracy on the devices' own examples, during training; or None.
         trunk_loss: mean loss per row on the trunk; None if no row came.
         trunk_steps: depth-merged steps.
         accuracy: by tier and path on the held-out examples; empty without any.
         bytes: traffic since the start, by kind of message.
+        costs: what a simulation has spent since the start, see :mod:`server_hub.simulation`.
     """
 
     round: int
+    clock: float
     seconds: float
     devices: int
     dropped: dict[str, str]
-    local_loss: float
-    local_accuracy: float
+    local_loss: float | None
+    local_accuracy: float | None
     trunk_loss: float | None
     trunk_steps: int
     accuracy: dict[str, dict[str, float]]
     bytes: dict[str, dict[str, int]]
+    costs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def up(self) -> int:
+        """Bytes that devices have sent since the start."""
+        return sum(kind["up"] for kind in self.bytes.values())
+
+    @property
+    def down(self) -> int:
+        """Bytes that devices have got since the start."""
+        return sum(kind["down"] for kind in self.bytes.values())
+
+
+def read_records(folder: Path) -> list[RoundRecord]:
+    """The rounds of a run, from its ``metrics.jsonl``; a line that was cut off is left out."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").split("\n")[:-1]
+    return [RoundRecord(**json.loads(line)) for line in lines]
 
 
 class RunFolder:
     """Writes the files of one run.
 
+    Args:
+        folder: where.
+        keep: rounds of an earlier run there that this one goes on from; None for a new run.
+
     Raises:
         ConfigError: the folder holds another run already, or cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
         self.folder = folder
         self.records: list[RoundRecord] = []
-        if (folder / "metrics.jsonl").exists():
+        if keep is not None:
+            self.records = read_records(folder)[:keep]
+            lines = [json.dumps(asdict(record)) + "\n" for record in self.records]
+            write_atomically(folder / "metrics.jsonl", "".join(lines).encode())
+        elif (folder / "metrics.jsonl").exists():
             raise ConfigError(f"{folder} holds a run already; choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -108,19 +137,26 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def rounds_table(records: Sequence[RoundRecord]) -> str:
     """The rounds, with the ensemble's accuracy of each tier."""
-    tiers = list(records[-1].accuracy)
-    header = ["round", "devices", "local loss", "trunk loss", *(f"{t}: ensemble" for t in tiers)]
+    measured = [r for r in records if r.accuracy]
+    tiers = list(measured[-1].accuracy) if measured else []
+    paths = {tier: list(measured[-1].accuracy[tier])[-1] for tier in tiers}
+    columns = [f"{tier}: {PATHS[path]}" for tier, path in paths.items()]
+    header = ["round", "devices", "local loss", "trunk loss", *columns]
     rows = [
         [
             str(r.round),
             str(r.devices),
-            f"{r.local_loss:.3f}",
-            "" if r.trunk_loss is None else f"{r.trunk_loss:.3f}",
-            *(f"{r.accuracy[t]['ensemble']:.1%}" for t in tiers),
+            _loss(r.local_loss),
+            _loss(r.trunk_loss),
+            *(f"{r.accuracy[t][p]:.1%}" if r.accuracy else "" for t, p in paths.items()),
         ]
         for r in records
     ]
     return "## Rounds\n\n" + markdown_table(header, rows)
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def traffic_table(traffic: Mapping[str, Mapping[str, int]]) -> str:
@@ -144,12 +180,15 @@ def draw_curves(
     from matplotlib.figure import Figure
 
     rounds = [r.round for r in records]
-    tiers = list(records[-1].accuracy) if records else []
+    measured = [r for r in records if r.accuracy]
+    tiers = list(measured[-1].accuracy) if measured else []
     figure = Figure(figsize=(4.2 * (len(tiers) + 1), 3.6), layout="constrained")
     axes = figure.subplots(1, len(tiers) + 1, squeeze=False)[0]
     for axis, tier in zip(axes, tiers, strict=False):
         for name, label in PATHS.items():
-            axis.plot(rounds, [100 * r.accuracy[tier][name] for r in records], label=label)
+            if name in measured[-1].accuracy[tier]:
+                curve = [100 * r.accuracy[tier][name] for r in measured]
+                axis.plot([r.round for r in measured], curve, label=label)
         if reference is not None:
             axis.axhline(100 * reference[1], color="grey", linestyle=":", label=reference[0])
         axis.set(title=tier, xlabel="round", ylabel="accuracy (%)")
@@ -157,7 +196,7 @@ def draw_curves(
         axis.legend(loc="lower right")
     traffic = axes[-1]
     for way, style in (("up", "-"), ("down", "--")):
-        total = [sum(kind[way] for kind in r.bytes.values()) / 1e6 for r in records]
+        total = [getattr(r, way) / 1e6 for r in records]
         traffic.plot(rounds, total, style, label=way)
     traffic.set(title="traffic, cumulative", xlabel="round", ylabel="MB")
     traffic.grid(alpha=0.3)

@@ -71,11 +71,14 @@ class StepReport:
             no row was used.
         rows: rows that were used.
         refused: devices whose activations were refused, with the reason.
+        gradients: of each arrival, packed as it was, where the plan has them returned: the
+            gradient of the mean loss over the arrival's rows. None for one that was refused.
     """
 
     loss: float
     rows: int
     refused: dict[str, str]
+    gradients: Sequence[Mapping[str, Array] | None] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class TrunkPlan:
         max_rows: rows in one merged step at most.
         seed: order of the passes after the first.
         max_norm: gradients of a step are scaled down to this norm.
+        returned: whether steps report the gradients of the arrivals.
+        anneal: the learning rate goes to zero over the passes, by a cosine.
     """
 
     optimizer: str
@@ -107,6 +112,8 @@ class TrunkPlan:
     max_rows: int = 256
     seed: int = 0
     max_norm: float = math.inf
+    returned: bool = False
+    anneal: bool = False
 
 
 class Trunk(Protocol):
@@ -235,7 +242,9 @@ class TrunkCore:
     def finish(self) -> list[TrunkCopy]:
         """The passes after the first, over shuffled arrivals; then what was trained."""
         rng = np.random.default_rng(self._plan.seed)
-        for _ in range(1, self._plan.epochs):
+        for done in range(1, self._plan.epochs):
+            if self._plan.anneal:
+                self._set_rate(0.5 * (1 + math.cos(math.pi * done / self._plan.epochs)))
             rows = 0
             group: list[_Packed] = []
             for i in rng.permutation(len(self._kept)):
@@ -260,6 +269,11 @@ class TrunkCore:
         self._replicas.clear()
         return copies
 
+    def _set_rate(self, factor: float) -> None:
+        for replica in self._replicas.values():
+            for group in replica.optimizer.param_groups:
+                group["lr"] = factor * self._plan.hyper["lr"]
+
     def _receive(self, arrival: Arrival) -> _Packed:
         def move(array: Array) -> Tensor:  # torch warns of read-only memory; the worker's is not
             return torch.from_numpy(np.require(array, requirements="W")).to(self.device)
@@ -269,19 +283,28 @@ class TrunkCore:
 
     def _train(self, packed: Sequence[_Packed]) -> StepReport:
         refused: dict[str, str] = {}
+        gradients: dict[int, Mapping[str, Array]] = {}
         total, rows = 0.0, 0
         for name in {p.source.replica: None for p in packed}:
             mine = [p for p in packed if p.source.replica == name]
             replica = self._replicas.get(name) or self._new_replica(name)
-            loss, used = self._train_replica(replica, mine, refused)
+            loss, used = self._train_replica(replica, mine, refused, gradients)
             total += loss * used
             rows += used
-        return StepReport(total / rows if rows else math.nan, rows, refused)
+        returned = [gradients.get(id(p)) for p in packed] if self._plan.returned else []
+        return StepReport(total / rows if rows else math.nan, rows, refused, returned)
 
     def _train_replica(
-        self, replica: _Replica, packed: Sequence[_Packed], refused: dict[str, str]
+        self,
+        replica: _Replica,
+        packed: Sequence[_Packed],
+        refused: dict[str, str],
+        gradients: dict[int, Mapping[str, Array]],
     ) -> tuple[float, int]:
         """Step one replica; returns mean loss and number of rows used.
+
+        What is refused, and the gradients to return by the arrival's ``id``, are added to the
+        dictionaries.
 
         When loss or gradient is not finite, each arrival is tried alone to find the ones to blame,
         and the step is repeated with the others.
@@ -292,12 +315,16 @@ class TrunkCore:
             if not torch.isfinite(h).all():
                 refused[p.source.device] = "the activations are not finite"
             else:
-                unpacked.append((p, h))
+                unpacked.append((p, h.requires_grad_(self._plan.returned)))
         while unpacked:
             mean, gradients_finite = self._gradients(replica, unpacked)
             if gradients_finite:
                 replica.optimizer.step()
                 self._count(replica, unpacked)
+                if self._plan.returned:
+                    rows = sum(p.source.rows for p, _ in unpacked)
+                    for p, h in unpacked:
+                        gradients[id(p)] = self._pack_gradient(p, h, rows)
                 return mean, sum(p.source.rows for p, _ in unpacked)
             fine = [self._gradients(replica, [u])[1] for u in unpacked]
             if all(fine):  # finite alone, not together: too large for all of them
@@ -318,6 +345,8 @@ class TrunkCore:
             weights = torch.full((p.source.rows,), p.source.weight / rows, device=self.device)
             entering.setdefault(p.source.cut, []).append((h, p.labels, weights))
         replica.optimizer.zero_grad()
+        for _, h in unpacked:
+            h.grad = None
         loss, row_losses = depth_merged_loss(replica.model, entering)
         if not torch.isfinite(loss):
             return math.nan, False
@@ -326,6 +355,14 @@ class TrunkCore:
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         nn.utils.clip_grads_with_norm_(trained, self._plan.max_norm, norm)
         return row_losses.mean().item(), bool(torch.isfinite(norm))
+
+    def _pack_gradient(self, packed: _Packed, h: Tensor, rows: int) -> Mapping[str, Array]:
+        """The gradient at the cut, of the mean over the arrival's own rows, not the merged ones."""
+        assert h.grad is not None
+        own = h.grad * (rows / packed.source.rows)
+        axis = channel_axis(h, self._template.channels_first)
+        parts = get_codec(packed.source.codec).pack(own, axis)
+        return {name: part.cpu().numpy() for name, part in parts.items()}
 
     def _count(self, replica: _Replica, unpacked: Iterable[tuple[_Packed, Tensor]]) -> None:
         model = replica.model

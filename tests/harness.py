@@ -66,7 +66,7 @@ async def running_hub(config: HubConfig) -> AsyncIterator[tuple[Hub, str]]:
     model = build()
     model.load(config.bundles / WEIGHTS)
     hub = Hub(config, model, LocalTrunk(TrunkCore(model, "cpu", (held_out.x, held_out.y))))
-    hub._evaluates = True
+    hub._evaluate = lambda: hub.trunk.evaluate(hub._tier_cuts())
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(hub.serve(ready.set_result))
     await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)

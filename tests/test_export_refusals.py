@@ -206,6 +206,47 @@ def test_a_wrong_output_is_caught(
     assert "nothing was written" in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def normed() -> tuple[ClientSteps, Run]:
+    """Steps with two batch norms in a row: the second one's means are zero but for rounding."""
+    torch.manual_seed(0)
+    norms = nn.Sequential(nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH))
+    model = images(norms)
+    model.add_heads([1], example(IMAGE), CLASSES)
+    steps = steps_of(model)
+    return steps, lower("onnx", [steps.train()], {}).run
+
+
+@pytest.mark.parametrize(
+    ("norm", "change"),
+    [
+        (0, lambda a, old: old + 1.1 * (a - old)),  # a momentum of 0.11 instead of 0.1
+        (0, lambda a, old: old + 1.01 * (a - old)),
+        (0, lambda a, old: np.roll(a, 1)),  # another channel's
+        (0, lambda a, old: np.full_like(a, a.mean())),  # the mean over the channels as well
+        (0, lambda a, old: old),
+        (0, lambda a, old: -a),
+        (1, lambda a, old: a + np.float32(1e-4)),
+    ],
+)
+def test_a_wrong_running_mean_is_caught(
+    normed: tuple[ClientSteps, Run], norm: int, change: Callable[[Array, Array], Array]
+) -> None:
+    """Though a mean may be rounded as the activations are that it is the mean of."""
+    steps, run = normed
+    name = f"next/block.0.{norm}.running_mean"
+    with pytest.raises(ExportError, match=rf"in {re.escape(name)} by"):
+        verify(steps, steps.train(), bend(name, change)(run), example(IMAGE))
+
+
+def test_a_running_mean_of_zero_may_be_rounded(normed: tuple[ClientSteps, Run]) -> None:
+    """As activations with a deviation of one are, which cancel in the mean."""
+    steps, run = normed
+    name = "next/block.0.1.running_mean"
+    rounded = bend(name, lambda a, _: a + np.float32(4e-6))
+    verify(steps, steps.train(), rounded(run), example(IMAGE))
+
+
 def test_slots_that_are_ignored_are_caught(steps: ClientSteps, run: Run) -> None:
     """The first step cannot show it: momentum is zero there."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import Array, TensorSpec
 from export.split import layer_of
 from server_hub.hub import learning_rate_factor
 from server_hub.layers import NotFinite, State
@@ -20,6 +20,7 @@ from server_hub.methods.parts import (
     Merged,
     Separate,
     SharedCopy,
+    Stage,
 )
 from server_hub.trunk import TrunkCopy
 from tests.trunk_models import dense_model, state_of
@@ -41,6 +42,11 @@ def filled(layers: Iterable[str], value: float) -> State:
 def initial() -> State:
     """Every element is 100."""
     return filled(LAYERS, 100.0)
+
+
+def specs(layers: Iterable[str]) -> list[TensorSpec]:
+    """What devices that hold these layers exchange."""
+    return [TensorSpec(n, "float32", t.shape) for n, t in filled(layers, 0.0).items()]
 
 
 def update(device: str, cut: int, value: float, samples: int) -> DeviceUpdate:
@@ -112,7 +118,7 @@ def test_merged_leaves_layers_that_nobody_trained() -> None:
 def test_merged_ignores_copies_that_no_row_went_through() -> None:
     merged = Merged(initial())
     merged.commit([update("small", 1, 1.0, 10)], [trunk_copy("block.0", 9.0, 0)])
-    assert values(merged.device_state(["block.0"])) == {"block.0": 1.0}
+    assert values(merged.device_state(specs(["block.0"]))) == {"block.0": 1.0}
 
 
 def test_merged_devices_and_trunk_see_the_same_layers() -> None:
@@ -121,7 +127,7 @@ def test_merged_devices_and_trunk_see_the_same_layers() -> None:
     everything = values(merged.trunk_state())
     for cut in (1, 2, 3):
         layers = MODEL.client_layers(cut)
-        assert values(merged.device_state(layers)) == {n: everything[n] for n in layers}
+        assert values(merged.device_state(specs(layers))) == {n: everything[n] for n in layers}
         assert merged.path_state(MODEL, cut) is merged.trunk_state(), "one model serves all cuts"
 
 
@@ -157,7 +163,7 @@ REPLICAS = [
 def test_separate_takes_plain_means_and_never_mixes_devices_with_trunk() -> None:
     separate = Separate(initial())
     separate.commit(UPDATES, REPLICAS)
-    assert values(separate.device_state(LAYERS)) == {
+    assert values(separate.device_state(specs(LAYERS))) == {
         "stem": 3.0,
         "block.0": 3.0,
         "aux.1": 3.0,
@@ -186,8 +192,8 @@ def test_separate_states_are_those_of_their_own_store() -> None:
     assert set(values(separate.trunk_state()).values()) == {100.0}
     separate = Separate(initial())
     separate.commit([], REPLICAS)
-    assert set(values(separate.device_state(LAYERS)).values()) == {100.0}
-    assert values(separate.device_state(["stem", "aux.1"])).keys() == {"stem", "aux.1"}
+    assert set(values(separate.device_state(specs(LAYERS))).values()) == {100.0}
+    assert values(separate.device_state(specs(["stem", "aux.1"]))).keys() == {"stem", "aux.1"}
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
@@ -195,7 +201,7 @@ def test_separate_path_is_the_devices_layers_and_above_them_the_trunks(cut: int)
     separate = Separate(initial())
     separate.commit(UPDATES, REPLICAS)
     path = values(separate.path_state(MODEL, cut))
-    devices, trunk = values(separate.device_state(LAYERS)), values(separate.trunk_state())
+    devices, trunk = values(separate.device_state(specs(LAYERS))), values(separate.trunk_state())
     own = set(MODEL.client_layers(cut))
     assert path == {layer: devices[layer] if layer in own else trunk[layer] for layer in LAYERS}
     assert separate.path_state(MODEL, cut).keys() == initial().keys()
@@ -207,11 +213,10 @@ def test_separate_path_is_the_devices_layers_and_above_them_the_trunks(cut: int)
 @pytest.mark.parametrize("local_epochs", [1, 5])
 def test_the_merged_form(local_epochs: int) -> None:
     method = fedsplitx(initial(), "merged", local_epochs)
-    assert method.activations == "train"
+    assert method.stage(1, 9) == method.stage(9, 9) == Stage("train")
     assert isinstance(method.copies, SharedCopy)
     assert {method.copies.replica_of(device) for device in ("a", "b")} == {"shared"}
     assert isinstance(method.aggregation, Merged)
-    assert method.trunk_epochs == 1
     assert values(method.aggregation.trunk_state()) == dict.fromkeys(LAYERS, 100.0)
     assert fedsplitx(initial()).name == method.name
 
@@ -219,13 +224,13 @@ def test_the_merged_form(local_epochs: int) -> None:
 @pytest.mark.parametrize("local_epochs", [1, 5])
 def test_the_papers_form(local_epochs: int) -> None:
     method = fedsplitx(initial(), "paper", local_epochs)
-    assert method.activations == "forward"
+    wanted = Stage("forward", trunk_epochs=local_epochs)
+    assert method.stage(1, 9) == method.stage(9, 9) == wanted
     assert isinstance(method.copies, CopyPerDevice)
     assert [method.copies.replica_of(device) for device in ("a", "b", "a")] == ["a", "b", "a"]
     assert isinstance(method.aggregation, Separate)
-    assert method.trunk_epochs == local_epochs
     assert values(method.aggregation.trunk_state()) == dict.fromkeys(LAYERS, 100.0)
-    assert values(method.aggregation.device_state(["stem"])) == {"stem": 100.0}
+    assert values(method.aggregation.device_state(specs(["stem"]))) == {"stem": 100.0}
     assert method.name != fedsplitx(initial()).name
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -489,6 +493,54 @@ def test_predicting_while_training(runtime: OnnxRuntime) -> None:
     for outputs in found:
         for name, array in want.items():
             np.testing.assert_array_equal(outputs[name], array)
+
+
+def test_forks_are_devices_of_their_own(bundles: BundleIndex) -> None:
+    """Forks train as runtimes that were loaded apart, bit for bit, also with steps in turns."""
+    bundle = open_bundle(bundles, "small")
+    original = OnnxRuntime(bundle)
+    original.run("train", some_batch(seed=9))
+    forks = [original.fork(), original.fork().fork()]
+    apart = [OnnxRuntime(bundle) for _ in forks]
+    trained_once = original.get_state()
+    for step in range(3):
+        for number, (fork, own) in enumerate(zip(forks, apart, strict=True)):
+            batch = some_batch(seed=10 * number + step)
+            for graph, feeds in (("train", batch), ("predict", {"x": batch["x"]})):
+                got, want = fork.run(graph, feeds), own.run(graph, feeds)
+                for name, array in want.items():
+                    np.testing.assert_array_equal(got[name], array)
+    states = [fork.get_state() for fork in forks]
+    for state, own in zip(states, apart, strict=True):
+        for name, array in own.get_state().items():
+            np.testing.assert_array_equal(state[name], array)
+    assert any(not np.array_equal(states[0][name], states[1][name]) for name in states[0])
+    for name, array in original.get_state().items():
+        np.testing.assert_array_equal(array, trained_once[name])
+
+
+def test_forks_load_a_graph_once(bundles: BundleIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs it first, and also when all do at the same time."""
+    loaded = []
+    session = onnxruntime.InferenceSession
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        loaded.append(arguments)
+        time.sleep(0.05)  # the others come while it is being loaded
+        return session(*arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", load)
+    original = OnnxRuntime(open_bundle(bundles, "small"))
+    x = example(IMAGE).numpy()
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(original.fork().run, "predict", {"x": x}) for _ in range(4)]
+        answers = [future.result()["logits"] for future in futures]
+    assert len(loaded) == 1
+    original.run("train", some_batch())
+    original.fork().run("train", some_batch())
+    assert len(loaded) == 2
+    for answer in answers:
+        np.testing.assert_array_equal(answer, answers[0])
 
 
 def test_broken_graphs_and_other_runtimes(bundles: BundleIndex) -> None:

@@ -259,21 +259,27 @@ class Blob(Message):
 
 @dataclass(frozen=True)
 class Round(Message):
-    """Start of a round: where the state is, and how to train."""
+    """Start of a round: where the state is, and how to train.
+
+    No epochs mean that activations are wanted, but no training.
+    """
 
     TYPE = "round"
     round: int = _must(_integer(1))
     state: str = _must(_hash)
-    epochs: int = _must(_integer(1))
+    epochs: int = _must(_integer())
     batch_size: int = _must(_integer(1))
     hyper: dict[str, float] = _must(_numbers)
-    activations: str = _must(_choice("train", "forward", "none"))
+    activations: str = _must(_choice("train", "forward", "returned", "none"))
     seed: int = _must(_integer())
 
 
 @dataclass(frozen=True)
 class Gradient(Message):
-    """Packed gradient of the activations of one batch, for bundles with a ``backward`` graph."""
+    """Packed gradient of the activations of one batch, in rounds with returned gradients.
+
+    It is that of the mean loss over the batch.
+    """
 
     TYPE = "gradient"
     round: int = _must(_integer(1))

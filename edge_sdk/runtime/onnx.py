@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edge_sdk.bundle import Bundle
+from edge_sdk.bundle import Bundle, Manifest
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import DTYPES, Array
 
@@ -19,61 +19,97 @@ _ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "flo
 """Numbers of dtypes in TensorProto.DataType."""
 
 
-class OnnxRuntime:
-    """Implements :class:`edge_sdk.runtime.Runtime`.
-
-    Two sets of buffers hold the state. A step reads one and writes the other, bound once through
-    I/O binding, so no parameter is copied or allocated per step. Calls from several threads (a
-    prediction while training goes on) take turns, step by step. A graph is loaded when it is first
-    run; the frozen tensors are one copy in memory for all of them.
+class _Sessions:
+    """Sessions of a bundle's graphs, each loaded when it is first asked for; the frozen tensors are
+    one copy in memory for all of them. Sessions keep no state: any number of threads may run them.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
-        self.manifest = bundle.manifest
-        self._graphs = dict(bundle.graphs)
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._manifest = bundle.manifest
         self._threads = threads
+        self._files = dict(bundle.graphs)
         self._constants = {
             name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
                 tensor, _ONNX_TYPES[tensor.dtype.name]
             )
             for name, tensor in bundle.constants.items()
         }
-        self._names = [entry.spec.name for entry in self.manifest.state]
-        self._sessions: dict[str, Any] = {}
-        self._bindings: dict[str, list[Any]] = {}
-        self._buffers = [
-            {
-                entry.spec.name: ort.OrtValue.ortvalue_from_numpy(entry.zeros())
-                for entry in self.manifest.state
-            }
-            for _ in range(2)
-        ]
-        self._current = 0
-        self._turn = threading.Lock()
-        self.set_state(bundle.initial_state)
+        self._loaded: dict[str, Any] = {}
+        self._loading = threading.Lock()
 
-    def _load(self, graph: str) -> None:
-        """Make the session of a graph and the bindings of its state."""
+    def get(self, graph: str) -> Any:
+        """The session of a graph; :class:`BundleError` if ONNX Runtime cannot load it."""
+        with self._loading:
+            if graph not in self._loaded:
+                self._loaded[graph] = self._load(graph)
+                del self._files[graph]  # the session has its own copy
+            return self._loaded[graph]
+
+    def _load(self, graph: str) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         # its planned blocks hold more than is in use at any time: a third of a step's memory
         options.enable_mem_pattern = False
-        constants = list(self.manifest.graphs[graph].constants)
+        constants = list(self._manifest.graphs[graph].constants)
+        # the first satisfies the file's references, with a copy for each session; the second has
+        # the session read ours instead, and the copy is never made
         options.add_external_initializers(constants, [self._constants[n] for n in constants])
+        for name in constants:
+            options.add_initializer(name, self._constants[name])
         try:
-            self._sessions[graph] = ort.InferenceSession(
-                self._graphs[graph], options, providers=["CPUExecutionProvider"]
+            return ort.InferenceSession(
+                self._files[graph], options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises bare pybind exceptions
             raise BundleError(f"ONNX Runtime cannot load the graph {graph!r}: {error}") from error
-        del self._graphs[graph]  # the session has its own copy
-        self._bindings[graph] = [self._bind(graph, side) for side in range(2)]
+
+
+class OnnxRuntime:
+    """Implements :class:`edge_sdk.runtime.Runtime`.
+
+    Two sets of buffers hold the state. A step reads one and writes the other, bound once through
+    I/O binding, so no parameter is copied or allocated per step. Calls from several threads (a
+    prediction while training goes on) take turns, step by step. A graph is loaded when it is first
+    run.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        self._start(bundle.manifest, bundle.initial_state, _Sessions(bundle, threads))
+
+    def _start(
+        self, manifest: Manifest, initial_state: Mapping[str, Array], sessions: _Sessions
+    ) -> None:
+        self.manifest = manifest
+        self._initial_state = initial_state
+        self._sessions = sessions
+        self._names = [entry.spec.name for entry in manifest.state]
+        self._bindings: dict[str, list[Any]] = {}
+        self._buffers = [
+            {
+                entry.spec.name: ort.OrtValue.ortvalue_from_numpy(entry.zeros())
+                for entry in manifest.state
+            }
+            for _ in range(2)
+        ]
+        self._current = 0
+        self._turn = threading.Lock()
+        self.set_state(initial_state)
+
+    def fork(self) -> OnnxRuntime:
+        """Another runtime of the same bundle, with the bundle's initial state.
+
+        It shares the loaded graphs and the frozen tensors and has a state of its own: what a
+        further device in the same process costs is two copies of its state.
+        """
+        other = OnnxRuntime.__new__(OnnxRuntime)
+        other._start(self.manifest, self._initial_state, self._sessions)
+        return other
 
     def _bind(self, graph: str, side: int) -> Any:
         """An I/O binding that reads the state from one set of buffers and writes the other."""
         spec = self.manifest.graphs[graph]
-        binding = self._sessions[graph].io_binding()
+        binding = self._sessions.get(graph).io_binding()
         for port in spec.inputs:
             if port.role == "state":
                 binding.bind_ortvalue_input(port.spec.name, self._buffers[side][port.spec.name])
@@ -114,8 +150,8 @@ class OnnxRuntime:
 
     def _run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         spec = self.manifest.graphs[graph]
-        if graph not in self._sessions:
-            self._load(graph)
+        if graph not in self._bindings:
+            self._bindings[graph] = [self._bind(graph, side) for side in range(2)]
         binding = self._bindings[graph][self._current]
         for port in spec.inputs:
             if port.role != "state":
@@ -125,7 +161,7 @@ class OnnxRuntime:
         for port in spec.outputs:
             if port.role != "state":  # bound anew: the last step's outputs belong to the caller
                 binding.bind_output(port.spec.name, "cpu")
-        self._sessions[graph].run_with_iobinding(binding)
+        self._sessions.get(graph).run_with_iobinding(binding)
         results = {
             port.spec.name: value
             for port, value in zip(spec.outputs, binding.get_outputs(), strict=True)

@@ -17,8 +17,8 @@ from export.lowering import onnx
 from export.lowering.trace import trace
 from export.steps import Step
 
-RuntimeName = Literal["onnx", "executorch"]
-"""What runs the graphs on a device."""
+RuntimeName = Literal["onnx", "executorch", "torch"]
+"""What runs the graphs: on a device, or ``torch`` in a simulation (:mod:`export.functional`)."""
 
 Run = Callable[[Step, dict[str, Array]], dict[str, Array]]
 """Runs the lowered graph of a step: inputs by name to outputs by name."""
@@ -29,7 +29,8 @@ class Lowered:
     """The files of a tier's graphs, and how to run them as a device does.
 
     Attributes:
-        files: the file that holds each graph; the same one for all of them on ExecuTorch.
+        files: the file that holds each graph; the same one for all of them on ExecuTorch; for
+            torch nothing but its name.
         constants: names of the constants that each file refers to.
         run: runs a step's graph.
     """
@@ -54,6 +55,9 @@ def lower(runtime: RuntimeName, steps: Sequence[Step], places: Mapping[str, onnx
         files = {step.name: onnx.lower(step, places) for step in steps}
         constants = {name: tuple(onnx.referred(data)) for name, data in files.items()}
         return Lowered(files, constants, partial(_run_onnx, files, constants, {}))
+    if runtime == "torch":
+        files = {step.name: f"cutlayer step {step.name}\n".encode() for step in steps}
+        return Lowered(files, dict.fromkeys(files, ()), _run_eagerly)
     from export.lowering import executorch
 
     data = executorch.lower({step.name: trace(step) for step in steps})
@@ -90,3 +94,10 @@ def _run_pte(module: Any, step: Step, feeds: dict[str, Array]) -> dict[str, Arra
         outputs = module.run_method(step.name, inputs)
     names = [port.spec.name for port in step.outputs]
     return {n: t.detach().numpy().copy() for n, t in zip(names, outputs, strict=True)}
+
+
+def _run_eagerly(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+    inputs = [torch.from_numpy(np.array(feeds[p.spec.name], order="C")) for p in step.inputs]
+    outputs = step.function(dict(step.constants), *inputs)
+    names = [port.spec.name for port in step.outputs]
+    return {n: t.detach().numpy() for n, t in zip(names, outputs, strict=True)}

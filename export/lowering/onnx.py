@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -64,6 +65,7 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
                 "linear layers, norms, attention and elementwise functions, or cut before it"
             ) from error
     _rename(model.graph, step)
+    _read_as_stored(model.graph)
     _strip(model)
     for tensor in model.graph.initializer:
         if places and tensor.name in places:
@@ -104,6 +106,34 @@ def _rename(graph: onnx.GraphProto, step: Step) -> None:
         value.name = names.get(value.name, value.name)
     for source, target in copies:
         graph.node.append(onnx.helper.make_node("Identity", [names.get(source, source)], [target]))
+
+
+def _read_as_stored(graph: onnx.GraphProto) -> None:
+    """Let products with a transposed constant read the constant itself.
+
+    ONNX Runtime would transpose it once, when it loads the graph, and keep both: the memory of a
+    frozen model twice.
+    """
+    stored = {t.name: (t.name, False) for t in graph.initializer if len(t.dims) == 2}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.value_info)}
+    for node in graph.node:
+        if node.op_type == "Transpose" and node.input[0] in stored:
+            name, flipped = stored[node.input[0]]
+            stored[node.output[0]] = name, not flipped
+        elif node.op_type == "MatMul" and node.input[1] in stored:
+            name, flipped = stored[node.input[1]]
+            if flipped and ranks.get(node.input[0]) == 2:
+                node.op_type = "Gemm"
+                node.attribute.append(onnx.helper.make_attribute("transB", 1))
+                node.input[1] = name
+            elif not flipped:
+                node.input[1] = name
+    read = Counter(name for node in graph.node for name in node.input)
+    read.update(value.name for value in graph.output)
+    for node in reversed(list(graph.node)):
+        if node.op_type == "Transpose" and node.output[0] in stored and not read[node.output[0]]:
+            read[node.input[0]] -= 1
+            graph.node.remove(node)
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -74,7 +75,7 @@ def trace(step: Step) -> ExportedProgram:
     table.pop(torch.ops.aten.squeeze.dim, None)
     fake = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     # attention in terms of matrix products: the backward of its fused kernels has no translation
-    with fake, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):
+    with fake, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), _without_onednn():
         graph = make_fx(flat, decomposition_table=table)(*inputs())
         if any(_mutates(node) for node in graph.graph.nodes):  # running statistics, ReLU in place
             pure = functionalize(graph, remove="mutations")
@@ -86,6 +87,20 @@ def trace(step: Step) -> ExportedProgram:
     limits = {symbols[n]: ValueRanges(1, largest[n]) for n in names}
     shapes.var_to_range.update(limits)  # ExecuTorch plans memory by what it finds here
     return _program(graph, step.constants, limits)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """LSTM in terms of matrix products: oneDNN's has no translation.
+
+    Its ``flags`` would do the same, and warn of settings for graphics cards.
+    """
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _program(

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from edge_sdk.protocol.tensors import Array
 from export.dropout import PRIME, SeededDropout
 from export.errors import ExportError, reason
+from export.losses import NO_LABEL
 from export.lowering.lowered import Run
-from export.split import layer_of, statistics
-from export.steps import NO_LABEL, ClientSteps, Step
+from export.split import ClientSegment, layer_of, statistics
+from export.steps import ClientSteps, Step
 
 BATCHES = (1, 3, 8)
 SEEDS = (0, 1)
@@ -80,17 +81,21 @@ def _compare(
     """The first tensor that differs in this draw, with its error; None if none does."""
     generator = torch.Generator().manual_seed(seed)
     x = draw_like(example, batch, generator)
-    if step.name != "train":
-        reference = copy.deepcopy(steps.segment).double().eval()
-        with torch.no_grad():
-            h, logits = reference(x.double() if x.is_floating_point() else x)
-        feeds = {name: _numpy(t) for name, t in steps.initial.items()} | {"x": _numpy(x)}
-        got = run(step, feeds)
-        wanted = {"logits": logits} if "logits" in got else {}
-        none = torch.empty(0)
-        eager = _Eager(none, none, h, wanted, {})
-        return _first(_differences(got, eager)) or _packed(steps, got, h)
-    return _compare_training(steps, step, run, x, seed)
+    if step.name in _TRAINING:
+        return _compare_training(steps, step, run, x, seed)
+    feeds = {name: _numpy(t) for name, t in steps.initial.items()} | {"x": _numpy(x)}
+    reference = copy.deepcopy(steps.segment).double().eval()
+    logits = torch.empty(0)
+    with torch.no_grad():
+        if step.name == "activate":
+            key = torch.randint(PRIME, (), generator=generator)
+            feeds |= _seeds(steps, key)
+            h = _activations(reference.train(), x, key)
+        else:
+            h, logits = reference(_wide(x))
+    got = run(step, feeds)
+    wanted = {"logits": logits} if "logits" in got else {}
+    return _first(_differences(got, _Eager({}, h, wanted, {}))) or _packed(steps, got, h)
 
 
 def _compare_training(
@@ -100,11 +105,13 @@ def _compare_training(
     hyper = _VERIFY_HYPER[steps.optimizer.name]
     scalars = {key: np.asarray(value, np.float32) for key, value in hyper.items()}
     state = {n: _numpy(t) for n, t in (steps.initial | steps.slots).items()}
-    for eager in _train_eagerly(steps, x, seed):
-        seeds = {"seed": _numpy(eager.seed)} if steps.seeded else {}
-        got = run(step, {**state, "x": _numpy(x), "y": _numpy(eager.y), **scalars, **seeds})
+    if step.name == "backward":
+        state |= {n: _numpy(t) for n, t in _resting(steps).items()}
+    for eager in _TRAINING[step.name](steps, x, seed):
+        got = run(step, {**state, "x": _numpy(x), **scalars, **eager.feeds})
         wrong = _first(_differences(got, eager))
-        wrong = wrong or _packed(steps, got, eager.h)
+        if wrong is None and eager.h is not None:
+            wrong = _packed(steps, got, eager.h)
         if wrong is not None:
             return wrong
         state = {n: got[f"next/{n}"] for n in state}
@@ -113,11 +120,13 @@ def _compare_training(
 
 @dataclass(frozen=True)
 class _Eager:
-    """A training step in eager PyTorch: what went in, what a graph has to put out."""
+    """A step in eager PyTorch: what went in besides the state, what a graph has to put out.
 
-    y: Tensor
-    seed: Tensor
-    h: Tensor
+    ``h`` are the activations that it has to pack, if it does.
+    """
+
+    feeds: dict[str, Array]
+    h: Tensor | None
     wanted: dict[str, Tensor]
     old: dict[str, Tensor]
 
@@ -143,14 +152,8 @@ def _train_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
         key = torch.randint(PRIME, (), generator=generator)
         old = {f"next/{n}": t.detach().clone() for n, t in (parameters | moved).items()}
         with SeededDropout(key):
-            h, logits = reference(x.double() if x.is_floating_point() else x)
-        classes = logits.shape[-1]
-        loss = torch.stack(
-            [
-                cross_entropy(z.reshape(-1, classes), y.reshape(-1), ignore_index=NO_LABEL)
-                for z in logits
-            ]
-        ).sum()
+            h, logits = reference(_wide(x))
+        loss = _loss(logits, y, steps.distill)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -159,8 +162,77 @@ def _train_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
         wanted |= {f"next/{n}": t.detach().clone() for n, t in (parameters | moved).items()}
         slots = _slots(name, parameters, optimizer)
         wanted |= {f"next/{n}": s.detach().clone() for n, s in slots}
-        done.append(_Eager(y, key, h.detach(), wanted, old))
+        feeds = {"y": _numpy(y)} | _seeds(steps, key)
+        done.append(_Eager(feeds, h.detach(), wanted, old))
     return done
+
+
+def _loss(logits: Tensor, y: Tensor, distill: float) -> Tensor:
+    """The sum of the heads' losses, each by its definition."""
+    classes, y = logits.shape[-1], y.reshape(-1)
+    heads = [z.reshape(-1, classes) for z in logits]
+    losses = [cross_entropy(z, y, ignore_index=NO_LABEL) for z in heads]
+    for own in heads if distill > 0 else ():
+        for other in heads:
+            if other is not own:
+                target = log_softmax(other[y != NO_LABEL], 1).detach()
+                answer = log_softmax(own[y != NO_LABEL], 1)
+                apart = kl_div(answer, target, reduction="batchmean", log_target=True)
+                losses.append(distill / (len(heads) - 1) * apart)
+    return torch.stack(losses).sum()
+
+
+def _return_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
+    """Two steps in float64 with gradients that came back; the heads rest, whatever they hold."""
+    generator = torch.Generator().manual_seed(seed)
+    name = steps.optimizer.name
+    reference = copy.deepcopy(steps.segment).double().train()
+    heads = {id(p) for p in reference.aux.parameters()}
+    parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in parameters.items() if id(p) not in heads}
+    moved, resting = statistics(reference), _resting(steps)
+    optimizer = steps.optimizer.reference(list(trained.values()), _VERIFY_HYPER[name])
+    done = []
+    for _ in range(2):
+        key = torch.randint(PRIME, (), generator=generator)
+        old = {f"next/{n}": t.detach().clone() for n, t in (parameters | moved | resting).items()}
+        h = _activations(reference, x, key)
+        parts = steps.codec.pack(torch.randn(h.shape, generator=generator), steps.axis)
+        optimizer.zero_grad()
+        h.backward(steps.codec.unpack(parts).double())  # type: ignore[no-untyped-call]
+        optimizer.step()
+        values = parameters | moved | resting | dict(_slots(name, trained, optimizer))
+        wanted = {f"next/{n}": t.detach().clone() for n, t in values.items()}
+        feeds = {f"grad.{n}": _numpy(part) for n, part in parts.items()} | _seeds(steps, key)
+        done.append(_Eager(feeds, None, wanted, old))
+    return done
+
+
+def _resting(steps: ClientSteps) -> dict[str, Tensor]:
+    """Slots of the heads' parameters that a gradient from the hub must leave alone."""
+    heads = [n for n in steps.slots if layer_of(n.split("/")[-1]) in steps.segment.heads]
+    return {n: torch.full_like(steps.slots[n], 0.5) for n in heads}
+
+
+def _activations(segment: ClientSegment, x: Tensor, seed: Tensor) -> Tensor:
+    """What leaves the last block, with dropouts that draw from ``seed``."""
+    with SeededDropout(seed):
+        h: Tensor = segment.stem(_wide(x))
+        for block in segment.block:
+            h = block(h)
+    return h
+
+
+def _seeds(steps: ClientSteps, key: Tensor) -> dict[str, Array]:
+    return {"seed": _numpy(key)} if steps.seeded else {}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+_TRAINING = {"train": _train_eagerly, "backward": _return_eagerly}
+"""Graphs that change the state, with what they have to do."""
 
 
 def _labels(steps: ClientSteps, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -192,17 +264,25 @@ def _differences(got: dict[str, Array], eager: _Eager) -> Iterator[tuple[str, fl
 
     What counts is the change of a parameter, not the parameter: the bound is relative to the
     largest change in this tensor, plus float32 rounding of the values, plus a little of the
-    largest change anywhere (a gradient that is zero but for rounding has no scale of its own).
+    largest change anywhere (a gradient that is zero but for rounding has no scale of its own;
+    for an optimizer slot, which is not scaled by the rate, that is the largest of its kind).
+    A running mean near zero is the mean of activations that are not: it is rounded as they are,
+    in proportion to their deviation.
     """
     change = eager.changes()
     largest = max((c for n, c in change.items() if n in eager.old), default=0.0)
+    scales: dict[str, float] = {}
+    for name in change.keys() - eager.old.keys():
+        kind = "/".join(name.split("/")[:2])  # next/momentum, of next/momentum/stem.weight
+        scales[kind] = max(change[name], scales.get(kind, largest))
     for name, want in eager.wanted.items():
         error = np.abs(got[name].astype(np.float64) - want.double().numpy()).max(initial=0.0)
-        bound = (
-            _RELATIVE * change[name]
-            + _ROUNDING * (want.abs().max().item() + 1e-3)
-            + _GLOBAL * largest
-        )
+        size = want.abs().max().item()
+        scale = largest if name in eager.old else scales["/".join(name.split("/")[:2])]
+        bound = _RELATIVE * change[name] + _ROUNDING * (size + 1e-3) + _GLOBAL * scale
+        if name.endswith("running_mean"):
+            variance = eager.wanted[name.removesuffix("mean") + "var"]
+            bound += _GLOBAL * variance.max().sqrt().item()
         if not error <= bound:
             yield name, float(error)
 

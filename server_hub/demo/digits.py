@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from edge_sdk.data import Examples
 from export.split import SplitModel
+from server_hub.simulation.partition import dirichlet
 
 CLASSES = 10
 MODEL = "server_hub.demo.digits:build"
@@ -76,11 +77,5 @@ def partition(data: Examples, devices: int, alpha: float, seed: int = 0) -> list
     For each class the shares of the devices are drawn from a Dirichlet distribution; small
     ``alpha`` is skewed, large is even. Every example goes to exactly one device.
     """
-    rng = np.random.default_rng(seed)
-    owner = np.zeros(len(data), np.int64)
-    for label in range(CLASSES):
-        rows = rng.permutation(np.flatnonzero(data.y == label))
-        edges = np.cumsum(rng.dirichlet([alpha] * devices))[:-1] * len(rows)
-        for device, part in enumerate(np.split(rows, edges.round().astype(int))):
-            owner[part] = device
+    owner = dirichlet(data.y, CLASSES, devices, alpha, np.random.default_rng(seed))
     return [Examples(data.x[owner == d], data.y[owner == d]) for d in range(devices)]

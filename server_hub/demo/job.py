@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +71,19 @@ class DeviceProcess:
     process: subprocess.Popen[str]
 
 
-def run_demo(folder: Path, rounds: int, console: Console) -> dict[str, Any]:
+def run_demo(
+    folder: Path,
+    rounds: int,
+    console: Console,
+    on_round: Callable[[RoundRecord], None] = lambda record: None,
+) -> dict[str, Any]:
     """Run the demo in ``folder``; returns what ``--json`` writes.
+
+    Args:
+        folder: a new one.
+        rounds: of federated training.
+        console: where to show what happens.
+        on_round: called after every round.
 
     Raises:
         CutlayerError: a process ended before its time; says which, and what it printed last.
@@ -109,7 +120,9 @@ def run_demo(folder: Path, rounds: int, console: Console) -> dict[str, Any]:
     console.print("[bold]3[/]  train: a hub and six devices, a process each, over websockets")
     trained_at = time.monotonic()
     with ExitStack() as stack:
-        devices, events, records = _federate(stack, folder, inputs, shares, rounds, console)
+        devices, events, records = _federate(
+            stack, folder, inputs, shares, rounds, console, on_round
+        )
         training_seconds = time.monotonic() - trained_at
         reports = [_report(device, console) for device in devices]
         traffic = next(event["bytes"] for event in events if event["event"] == "done")
@@ -149,6 +162,7 @@ def _federate(
     shares: Sequence[Examples],
     rounds: int,
     console: Console,
+    on_round: Callable[[RoundRecord], None],
 ) -> tuple[list[DeviceProcess], Iterator[dict[str, Any]], list[RoundRecord]]:
     """Start hub and devices, show the rounds as they come, until the last.
 
@@ -191,6 +205,7 @@ def _federate(
         for event in events:
             if event.pop("event") == "round":
                 records.append(RoundRecord(**event))
+                on_round(records[-1])
                 bar.update(task, completed=len(records))
                 live.update(Group(bar, _rounds_table(records)))
                 if len(records) == rounds:
@@ -310,8 +325,7 @@ def _rounds_table(records: Sequence[RoundRecord]) -> Table:
         table.add_row(
             str(r.round),
             f"{r.seconds:.1f}",
-            f"{r.local_loss:.3f}",
-            "" if r.trunk_loss is None else f"{r.trunk_loss:.3f}",
+            *("" if loss is None else f"{loss:.3f}" for loss in (r.local_loss, r.trunk_loss)),
             *(
                 f"{100 * r.accuracy[tier]['device_alone']:.0f} | "
                 f"{100 * r.accuracy[tier]['ensemble']:.0f}"

@@ -19,7 +19,15 @@ from __future__ import annotations
 from typing import Literal
 
 from server_hub.layers import State
-from server_hub.methods.parts import CopyPerDevice, Merged, Method, Separate, SharedCopy
+from server_hub.methods.parts import (
+    CopyPerDevice,
+    Merged,
+    Method,
+    Separate,
+    SharedCopy,
+    Stage,
+    always,
+)
 
 Form = Literal["merged", "paper"]
 
@@ -35,15 +43,13 @@ def fedsplitx(initial: State, form: Form = "merged", local_epochs: int = 1) -> M
     if form == "merged":
         return Method(
             name="FedSplitX",
-            activations="train",
+            stage=always(Stage("train")),
             copies=SharedCopy(),
             aggregation=Merged(initial),
-            trunk_epochs=1,
         )
     return Method(
         name="FedSplitX (paper's form)",
-        activations="forward",
+        stage=always(Stage("forward", trunk_epochs=local_epochs)),
         copies=CopyPerDevice(),
         aggregation=Separate(initial),
-        trunk_epochs=local_epochs,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+
+from edge_sdk.protocol.tensors import Array, TensorSpec
 from export.split import SplitModel
 from server_hub.layers import LayerCopy, LayerStore, State, split_by_layer
 from server_hub.trunk import TrunkCopy
@@ -23,10 +26,11 @@ class DeviceUpdate:
 
 # --- what crosses the cut -------------------------------------------------------------------------
 
-ActivationMode = Literal["train", "forward", "none"]
+ActivationMode = Literal["train", "forward", "returned", "none"]
 """When a device sends activations: from its training steps, from a pass before training, never.
 
-No gradient comes back in any of them: a device learns from its auxiliary heads alone.
+No gradient comes back in these: a device learns from its auxiliary heads alone. With ``returned``
+it sends each batch, gets the gradient of its activations, and learns from that alone.
 """
 
 
@@ -60,8 +64,8 @@ class CopyPerDevice:
 class Aggregation(Protocol):
     """Holds the global model and averages into it what was trained."""
 
-    def device_state(self, layers: Iterable[str]) -> State:
-        """What a device that holds ``layers`` starts from."""
+    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+        """What a device that holds these tensors starts from."""
 
     def trunk_state(self) -> State:
         """What the trunk starts from."""
@@ -71,6 +75,12 @@ class Aggregation(Protocol):
 
     def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
         """Average what was trained into the global model."""
+
+    def stores(self) -> Mapping[str, State]:
+        """The stores' tensors, by the store's name: all that there is to save."""
+
+    def restore(self, stores: Mapping[str, State]) -> None:
+        """Go back to what :meth:`stores` has given."""
 
 
 class Merged:
@@ -83,8 +93,9 @@ class Merged:
         self.store = LayerStore(initial)
         self._everything: State | None = None
 
-    def device_state(self, layers: Iterable[str]) -> State:
-        return self.store.state(layers)
+    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+        everything = self.trunk_state()
+        return {spec.name: everything[spec.name] for spec in specs}
 
     def trunk_state(self) -> State:
         if self._everything is None:
@@ -103,6 +114,52 @@ class Merged:
         )
         self._everything = None
 
+    def stores(self) -> Mapping[str, State]:
+        return {"all": self.trunk_state()}
+
+    def restore(self, stores: Mapping[str, State]) -> None:
+        self.store.restore(stores["all"])
+        self._everything = None
+
+
+class Nested(Merged):
+    """One store for models of several widths: a device holds the leading part of each tensor.
+
+    An element is the mean over the copies that hold it (HeteroFL, arXiv 2010.01264; FjORD,
+    arXiv 2102.13451), weighted by samples. There is no trunk.
+    """
+
+    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+        everything = self.trunk_state()
+        return {
+            spec.name: np.ascontiguousarray(everything[spec.name][leading(spec.shape)])
+            for spec in specs
+        }
+
+    def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
+        """Average each element over the copies that hold it; the others keep their value."""
+        old = self.trunk_state()
+        sums: dict[str, tuple[Array, Array]] = {}
+        for update in updates:
+            for name, tensor in update.state.items():
+                total, weight = sums.setdefault(
+                    name, (np.zeros(old[name].shape), np.zeros(old[name].shape))
+                )
+                total[leading(tensor.shape)] += np.multiply(
+                    tensor, update.samples, dtype=np.float64
+                )
+                weight[leading(tensor.shape)] += update.samples
+        state = {
+            name: np.where(weight > 0, total / np.maximum(weight, 1), old[name])
+            for name, (total, weight) in sums.items()
+        }
+        super().commit([DeviceUpdate("all", state, 1)], [])
+
+
+def leading(shape: Sequence[int | str]) -> tuple[slice, ...]:
+    """Index of the leading part of a larger tensor."""
+    return tuple(slice(int(n)) for n in shape)
+
 
 class Separate:
     """Two stores that never meet, unweighted means: the form of FedSplitX's paper.
@@ -114,8 +171,9 @@ class Separate:
         self.devices = LayerStore(initial)
         self.trunk = LayerStore(initial)
 
-    def device_state(self, layers: Iterable[str]) -> State:
-        return self.devices.state(layers)
+    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+        everything = self.devices.state()
+        return {spec.name: everything[spec.name] for spec in specs}
 
     def trunk_state(self) -> State:
         return self.trunk.state()
@@ -127,6 +185,13 @@ class Separate:
         self.devices.commit(c for u in updates for c in _layer_copies(u, weight=1.0))
         self.trunk.commit(LayerCopy(c.layer, c.tensors, 1.0, f"trunk/{c.replica}") for c in copies)
 
+    def stores(self) -> Mapping[str, State]:
+        return {"devices": self.devices.state(), "trunk": self.trunk.state()}
+
+    def restore(self, stores: Mapping[str, State]) -> None:
+        self.devices.restore(stores["devices"])
+        self.trunk.restore(stores["trunk"])
+
 
 def _layer_copies(update: DeviceUpdate, weight: float) -> list[LayerCopy]:
     return [
@@ -137,6 +202,30 @@ def _layer_copies(update: DeviceUpdate, weight: float) -> list[LayerCopy]:
 
 # --- the composition ------------------------------------------------------------------------------
 
+Path = Literal["device_alone", "through_hub", "ensemble"]
+"""A way to answer: the device's own heads, the model's head on the hub, all heads together."""
+
+ALL_PATHS: tuple[Path, ...] = ("device_alone", "through_hub", "ensemble")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What happens in a round.
+
+    Attributes:
+        activations: what crosses the cut, and when.
+        local_epochs: epochs on the devices; None for as many as are configured.
+        trunk_epochs: passes of the trunk over the round's activations.
+        everyone: all devices that are ready take part, not a draw of them.
+        anneal: the trunk's learning rate goes from its full value to zero within the round.
+    """
+
+    activations: ActivationMode
+    local_epochs: int | None = None
+    trunk_epochs: int = 1
+    everyone: bool = False
+    anneal: bool = False
+
 
 @dataclass(frozen=True)
 class Method:
@@ -144,14 +233,21 @@ class Method:
 
     Attributes:
         name: for reports.
-        activations: what crosses the cut, and when.
+        stage: what happens in round ``number`` of ``count``, from 1 on.
         copies: which copy of the trunk a device's activations train.
         aggregation: the global model and how it averages.
-        trunk_epochs: passes of the trunk over a round's activations.
+        paths: the ways to answer that it trains.
+        merges: whether the trunk merges arrivals into one step; else each is a step of its own.
     """
 
     name: str
-    activations: ActivationMode
+    stage: Callable[[int, int], Stage]
     copies: ServerCopies
     aggregation: Aggregation
-    trunk_epochs: int
+    paths: tuple[Path, ...] = ALL_PATHS
+    merges: bool = True
+
+
+def always(stage: Stage) -> Callable[[int, int], Stage]:
+    """The same in every round."""
+    return lambda number, count: stage

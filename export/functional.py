@@ -1,0 +1,183 @@
+"""The functional steps in PyTorch, as they are: for many simulated devices in one process."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_sdk.bundle import Manifest, Port
+from edge_sdk.errors import BundleError, DataError
+from edge_sdk.protocol.tensors import DTYPES, Array
+from export.errors import reason
+from export.optimizers import AdamW, Optimizer, Sgd, Tensors
+from export.steps import ClientSteps
+
+_TURN = threading.Lock()
+"""One step at a time: during a step the parameters of its device are those of the shared module."""
+
+
+class TorchRuntime:
+    """Implements :class:`edge_sdk.runtime.Runtime`.
+
+    A device costs its state and nothing else: hundreds of them share the steps and their module,
+    which holds the same tensors in the same mode after every step. Calls from several threads take
+    turns; the module must not be in use elsewhere meanwhile.
+
+    Args:
+        manifest: of the bundle that was exported from ``steps``.
+        steps: the steps of the tier.
+
+    Raises:
+        BundleError: the manifest is of other steps.
+    """
+
+    def __init__(self, manifest: Manifest, steps: ClientSteps) -> None:
+        if manifest.state != steps.state or manifest.packed != steps.packed:
+            raise BundleError(
+                f"the manifest of tier {manifest.tier!r} is not of these steps: their states or "
+                "codecs differ; export the bundle from the same model, cut, optimizer and codec"
+            )
+        self.manifest = manifest
+        fast = copy.copy(steps)
+        fast.optimizer = _FAST[steps.optimizer.name]
+        self._steps = {step.name: step for step in fast.all()}
+        self._constants = dict(steps.constants)
+        self._turn = threading.Lock()
+        # steps are functions: nothing writes into these, so devices start from the same tensors
+        self._state = {**steps.initial, **steps.slots}
+
+    def set_state(self, tensors: Mapping[str, Array]) -> None:
+        """Replace parameters and statistics, and set every optimizer slot to zero.
+
+        Raises:
+            BundleError: a tensor is missing or has another shape.
+        """
+        values = {}
+        for entry in self.manifest.state:
+            name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
+            if entry.kind == "slot":
+                values[name] = entry.zeros()
+            elif name in tensors and tensors[name].shape == entry.spec.shape:
+                values[name] = np.array(tensors[name], dtype, order="C")
+            else:
+                found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
+                raise BundleError(f"state tensor {name} {found}, must be {entry.spec.shape}")
+        with self._turn:
+            self._state = {name: torch.from_numpy(value) for name, value in values.items()}
+
+    def get_state(self) -> dict[str, Array]:
+        """A copy of parameters and statistics by name."""
+        with self._turn:
+            return {
+                spec.name: self._state[spec.name].numpy().copy() for spec in self.manifest.exchanged
+            }
+
+    def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph on ``batch`` (inputs other than state); outputs other than state.
+
+        State outputs become the state.
+
+        Raises:
+            DataError: an input is missing, or has another dtype or shape.
+            BundleError: there is no such graph, or it fails.
+        """
+        if graph not in self._steps:
+            raise BundleError(f"the bundle of tier {self.manifest.tier!r} has no graph {graph!r}")
+        step = self._steps[graph]
+        given = {
+            port.spec.name: _input(graph, port, batch)
+            for port in step.inputs
+            if port.role != "state"
+        }
+        with self._turn:
+            inputs = [
+                (self._state if port.role == "state" else given)[port.spec.name]
+                for port in step.inputs
+            ]
+            try:
+                with _TURN, torch.enable_grad():
+                    outputs = step.function(self._constants, *inputs)
+            except (RuntimeError, IndexError, ValueError) as error:  # an index beyond its table
+                raise BundleError(
+                    f"PyTorch cannot run the graph {graph!r} ({reason(error)}); check that the "
+                    "inputs are like those that the bundle was exported with"
+                ) from error
+            results: dict[str, Array] = {}
+            states = iter(self.manifest.state)
+            for port, output in zip(step.outputs, outputs, strict=True):
+                if port.role == "state":
+                    self._state[next(states).spec.name] = output
+                else:
+                    results[port.spec.name] = output.numpy()
+            return results
+
+
+def _input(graph: str, port: Port, batch: Mapping[str, Array]) -> Tensor:
+    """One checked input, as a copy: a module may work in place."""
+    spec = port.spec
+    if spec.name not in batch:
+        raise DataError(f"the graph {graph!r} needs the input {spec.name!r}")
+    value = np.asarray(batch[spec.name])
+    sizes = zip(value.shape, spec.shape, strict=False)
+    fits = value.dtype == DTYPES[spec.dtype] and value.ndim == len(spec.shape)
+    if not fits or any(n < 1 if isinstance(want, str) else n != want for n, want in sizes):
+        raise DataError(
+            f"{spec.name} is {value.dtype} {list(value.shape)}, "
+            f"must be {spec.dtype} {list(spec.shape)}"
+        )
+    return torch.from_numpy(np.array(value, order="C"))
+
+
+class _FastSgd(Sgd):
+    """:class:`Sgd` with a call for all parameters instead of one for each."""
+
+    def step(
+        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        h = {name: value.item() for name, value in hyper.items()}
+        old, given = list(parameters.values()), [gradients[n] for n in parameters]
+        g = torch._foreach_add(given, old, alpha=h["weight_decay"])
+        v = torch._foreach_mul([slots[f"momentum/{n}"] for n in parameters], h["momentum"])
+        torch._foreach_add_(v, g)
+        new = torch._foreach_add(old, v, alpha=-h["lr"])
+        momenta = (f"momentum/{n}" for n in parameters)
+        return _named(parameters, new), _named(momenta, v)
+
+
+class _FastAdamW(AdamW):
+    """:class:`AdamW` with a call for all parameters instead of one for each."""
+
+    def step(
+        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        h = {name: value.item() for name, value in hyper.items()}
+        g = [gradients[n] for n in parameters]
+        steps = slots["steps"] + 1
+        rate = h["lr"] / (1 - h["beta1"] ** steps.item())
+        root = (1 - h["beta2"] ** steps.item()) ** -0.5
+        m = torch._foreach_mul([slots[f"mean/{n}"] for n in parameters], h["beta1"])
+        torch._foreach_add_(m, g, alpha=1 - h["beta1"])
+        v = torch._foreach_mul([slots[f"square/{n}"] for n in parameters], h["beta2"])
+        torch._foreach_addcmul_(v, g, g, 1 - h["beta2"])
+        deviation = torch._foreach_sqrt(v)
+        torch._foreach_mul_(deviation, root)
+        torch._foreach_add_(deviation, h["eps"])
+        new = torch._foreach_mul(list(parameters.values()), 1 - h["lr"] * h["weight_decay"])
+        torch._foreach_addcdiv_(new, m, deviation, -rate)
+        new_slots: Tensors = {"steps": steps}
+        for name, mean, square in zip(parameters, m, v, strict=True):
+            new_slots |= {f"mean/{name}": mean, f"square/{name}": square}
+        return _named(parameters, new), new_slots
+
+
+def _named(names: Any, tensors: Any) -> Tensors:
+    return dict(zip(names, tensors, strict=True))
+
+
+_FAST: dict[str, Optimizer] = {rule.name: rule for rule in (_FastSgd(), _FastAdamW())}

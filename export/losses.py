@@ -1,0 +1,78 @@
+"""Losses of a device, written so that their gradients come out of lowering right and fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_LABEL = -1
+"""Label of a position that does not count: padding, or a token that nothing is asked about."""
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each row of logits (rows, classes), with as few passes as there can be.
+
+    ``nll_loss`` comes out of ONNX export with gradients that are wrong by a factor of the batch
+    size; one-hot times log-softmax is right, but with a vocabulary for classes its backward pass
+    takes longer than a transformer block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NC: Tensor, y_N: Tensor) -> Tensor:
+        log_p_NC = torch.log_softmax(logits_NC, 1)
+        ctx.save_for_backward(log_p_NC, y_N)
+        return -log_p_NC.gather(1, y_N.unsqueeze(1)).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        log_p_NC, y_N = ctx.saved_tensors
+        classes = torch.arange(log_p_NC.shape[1], device=y_N.device)
+        onehot_NC = (y_N.unsqueeze(1) == classes).to(log_p_NC.dtype)
+        return (log_p_NC.exp() - onehot_NC) * grad_N.unsqueeze(1), None
+
+
+def _cross_entropy(logits_NC: Tensor, y_N: Tensor) -> Tensor:
+    result: Tensor = _CrossEntropy.apply(logits_NC, y_N)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _disagreement(logits_HNC: Tensor) -> Tensor:
+    """``sum_j sum_k KL(p_j || p_k)`` of the heads' answers for each row; ``p_j`` is detached.
+
+    For ``j = k`` divergence and gradient are zero, so a product with all heads at once will do.
+    """
+    log_p_HNC = torch.log_softmax(logits_HNC, 2)
+    others_HNC = log_p_HNC.detach()
+    excess_HNC = len(logits_HNC) * others_HNC - log_p_HNC.sum(0)
+    return (others_HNC.exp() * excess_HNC).sum((0, 2))
+
+
+def local_loss(logits: Tensor, y: Tensor, distill: float = 0.0) -> Tensor:
+    """FedSplitX's loss of a device: the sum over its heads of their mean cross-entropy.
+
+    With ``distill`` every head also learns from the others, as in DepthFL (Kim et al., ICLR 2023):
+    added is, for each head, ``distill`` times the mean over the other heads of
+    ``KL(softmax(other) || softmax(own))``, where ``other`` is detached. A single head has none.
+
+    Args:
+        logits: (heads, batch, classes), or (heads, batch, positions, vocabulary).
+        y: labels (batch,) or (batch, positions); in a text, positions with the label
+            :data:`NO_LABEL` do not count.
+        distill: weight of what heads learn from each other.
+    """
+    heads, rows_N = len(logits), y.reshape(-1)
+    counted_N = None
+    if y.dim() == 2:
+        counted_N = (rows_N >= 0).to(logits.dtype)
+        rows_N = rows_N.clamp(min=0)
+    all_rows = rows_N if heads == 1 else rows_N.repeat(heads)
+    losses_N = _cross_entropy(logits.reshape(-1, logits.shape[-1]), all_rows)
+    losses_N = losses_N.reshape(heads, -1).sum(0)
+    if distill > 0 and heads > 1:
+        apart_N = _disagreement(logits.reshape(heads, -1, logits.shape[-1]))
+        losses_N = losses_N + distill / (heads - 1) * apart_N
+    if counted_N is None:
+        return losses_N.mean()
+    return (losses_N * counted_N).sum() / counted_N.sum().clamp(min=1)

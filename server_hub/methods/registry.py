@@ -1,0 +1,37 @@
+"""The methods by the names that jobs and commands call them by."""
+
+from __future__ import annotations
+
+from server_hub.layers import State
+from server_hub.methods.accsfl import ACCSFL
+from server_hub.methods.ampere import AMPERE
+from server_hub.methods.depthfl import DEPTHFL
+from server_hub.methods.fedavg import CENTRALIZED, EXC, FEDAVG
+from server_hub.methods.fedsplitx import fedsplitx
+from server_hub.methods.fjord import FJORD
+from server_hub.methods.fleet import Recipe, Schedule
+from server_hub.methods.parts import Method
+from server_hub.methods.splitfed import SPLITFED_V1, SPLITFED_V2
+
+
+def _merged(initial: State, schedule: Schedule) -> Method:
+    return fedsplitx(initial, "merged", schedule.local_epochs)
+
+
+def _paper(initial: State, schedule: Schedule) -> Method:
+    return fedsplitx(initial, "paper", schedule.local_epochs)
+
+
+RECIPES: dict[str, Recipe] = {
+    "fedsplitx": Recipe("FedSplitX", _merged),
+    "fedsplitx-paper": Recipe("FedSplitX (paper's form)", _paper),
+    "exc": EXC,
+    "fedavg": FEDAVG,
+    "depthfl": DEPTHFL,
+    "fjord": FJORD,
+    "accsfl": ACCSFL,
+    "splitfed-v1": SPLITFED_V1,
+    "splitfed-v2": SPLITFED_V2,
+    "ampere": AMPERE,
+    "centralized": CENTRALIZED,
+}

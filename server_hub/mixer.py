@@ -1,0 +1,99 @@
+"""What waits for the trunk: a queue, and behind it a buffer that mixes the devices' batches.
+
+Devices send their batches one after the other, and each has its own mix of classes. A trunk that
+steps on them as they come sees long runs of the same few classes, and forgets the others. So
+batches wait in a buffer, and every step draws at random from it, as is done with files of sorted
+examples.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+
+class Waiting(Protocol):
+    """A batch that waits."""
+
+    @property
+    def rows(self) -> int:
+        """Examples in it."""
+
+
+T = TypeVar("T", bound=Waiting)
+
+
+class Mixer(Generic[T]):
+    """Batches in, groups for merged steps out.
+
+    Args:
+        accepted: told of every batch that has entered the buffer: it will be used.
+    """
+
+    def __init__(self, accepted: Callable[[T], None]) -> None:
+        self._capacity, self._accepted = 0, accepted
+        self._queue: deque[T] = deque()
+        self._buffer: list[T] = []
+        self._rows = 0
+        self._rng = random.Random(0)
+
+    def __len__(self) -> int:
+        return len(self._queue) + len(self._buffer)
+
+    @property
+    def rows(self) -> int:
+        """Rows that wait."""
+        return self._rows + sum(batch.rows for batch in self._queue)
+
+    def begin(self, capacity: int, seed: int) -> None:
+        """What holds from now on.
+
+        Args:
+            capacity: rows that the buffer is filled up to before a step draws from it; 0 for steps
+                on batches in the order in which they come.
+            seed: of the draws.
+        """
+        self._capacity, self._rng = capacity, random.Random(seed)
+
+    def put(self, batch: T) -> None:
+        """A batch has come."""
+        self._queue.append(batch)
+        self._admit()
+
+    def ready(self, last: bool) -> bool:
+        """Whether there is a group to step on; ``last`` says that nothing more will come."""
+        return len(self) > 0 and (last or not self._capacity or self._rows >= self._capacity)
+
+    def take(self, max_rows: int) -> list[T]:
+        """Batches for one step: ``max_rows`` rows at most, but at least one batch."""
+        group: list[T] = []
+        rows = 0
+        while len(self) and (not group or rows + self._next().rows <= max_rows):
+            group.append(self._pop())
+            rows += group[-1].rows
+        self._admit()
+        return group
+
+    def _admit(self) -> None:
+        while self._queue and self._rows < self._capacity:
+            batch = self._queue.popleft()
+            self._buffer.append(batch)
+            self._rows += batch.rows
+            self._accepted(batch)
+
+    def _next(self) -> T:
+        """The batch that :meth:`_pop` takes: a random one, put at the end of the buffer."""
+        if not self._buffer:
+            return self._queue[0]
+        chosen = self._rng.randrange(len(self._buffer))
+        self._buffer[chosen], self._buffer[-1] = self._buffer[-1], self._buffer[chosen]
+        return self._buffer[-1]
+
+    def _pop(self) -> T:
+        if not self._buffer:
+            return self._queue.popleft()
+        batch = self._buffer.pop()
+        self._rows -= batch.rows
+        return batch

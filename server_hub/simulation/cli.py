@@ -1,0 +1,148 @@
+"""``cutlayer simulate`` and ``cutlayer compare``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from edge_sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from server_hub.run import RoundRecord
+    from server_hub.simulation.job import Job
+
+JobArgument = Annotated[Path, typer.Argument(help="TOML file, see docs/simulate.md for its keys.")]
+RuntimeOption = Annotated[
+    str,
+    typer.Option(
+        help="What runs the devices' steps: torch (fast), or the exported graph on onnx or "
+        "executorch."
+    ),
+]
+
+
+def simulate(
+    job_file: JobArgument,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder; an interrupted run there goes on.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Training method, not the job's.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed, not the job's.")] = None,
+    runtime: RuntimeOption = "torch",
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Also write TensorBoard logs to this folder.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON, one row a line.")
+    ] = False,
+) -> None:
+    """Run a job's hub and devices in one process, on a virtual clock."""
+    job = read_job(job_file, runtime, method=method, rounds=rounds, seed=seed)
+    folder = run or Path("runs") / f"{job_file.stem}-{job.method}-seed-{job.seed}"
+    from server_hub.simulation.pictures import draw_partition
+    from server_hub.simulation.results import accuracy_table, cost_table, rows_of
+    from server_hub.simulation.simulate import Simulation
+    from server_hub.tensorboard import Board
+
+    console = Console(stderr=as_json, highlight=False)
+    with console.status("") as status:
+        simulation = Simulation(job, folder, runtime, job_file.parent, status.update)  # type: ignore[arg-type]
+    with simulation, Board(tensorboard) as board:
+        console.print(fleet_table(job))
+        draw_partition(simulation.holdings(), folder / "partition.png", "who holds what")
+        records = list(simulation.records)
+        if records:
+            console.print(f"going on after round {len(records)} of {job.rounds.count}")
+        bar = Progress(
+            TextColumn(simulation.recipe.title), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
+        task = bar.add_task("", total=job.rounds.count, completed=len(records))
+        with Live(Group(bar), console=console, transient=not console.is_terminal) as live:
+
+            def on_round(record: RoundRecord) -> None:
+                records.append(record)
+                board.round(record)
+                bar.update(task, completed=len(records))
+                live.update(Group(bar, rounds_table(records)))
+
+            simulation.run(on_round)
+        runs = {(job.method, job.seed): (job, records)}
+        simulation.report()
+    console.print(accuracy_table(runs))
+    console.print(cost_table(runs))
+    console.print(f"metrics, report, pictures and model in {folder}")
+    if as_json:
+        for row in rows_of(job.method, job, records):
+            print(json.dumps(row))
+
+
+def read_job(path: Path, runtime: str, **changes: Any) -> Job:
+    """The job in a file, with what options change.
+
+    Raises:
+        ConfigError: the file, an option, or what they say together is wrong.
+    """
+    from server_hub.simulation.job import DeviceRuntime, Job
+
+    if runtime not in get_args(DeviceRuntime):
+        known = ", ".join(get_args(DeviceRuntime))
+        raise ConfigError(f"--runtime is {runtime!r}, must be one of {known}")
+    job = Job.read(path)
+    if changes.get("rounds") is not None:
+        changes["rounds"] = replace(job.rounds, count=changes["rounds"])
+    try:
+        return replace(job, **{k: v for k, v in changes.items() if v is not None})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def fleet_table(job: Job) -> Table:
+    """The tiers and what they can do."""
+    table = Table(title=f"{job.clients} devices", box=None, padding=(0, 1))
+    header = ("tier", "clients", "cut", "GFLOPS", "Mbit/s up", "down", "latency, ms", "loss, %",
+              "there, s", "away, s")  # fmt: skip
+    for column in header:
+        table.add_column(column, justify="left" if column == "tier" else "right")
+    for name, t in job.tiers.items():
+        row = (t.clients, t.cut, t.gflops, t.uplink_mbit, t.downlink_mbit, t.latency_ms,
+               100 * t.loss, t.online_s, t.offline_s if t.online_s else None)  # fmt: skip
+        table.add_row(name, *("" if v is None else f"{v:g}" for v in row))
+    return table
+
+
+def rounds_table(records: Sequence[RoundRecord]) -> Table:
+    """The last rounds."""
+    table = Table(box=None, padding=(0, 1))
+    measured = next((r for r in reversed(records) if r.accuracy), None)
+    tiers = list(measured.accuracy) if measured is not None else []
+    header = ("round", "time, s", "devices", "gone", "loss", "trunk loss", *tiers, "MB up",
+              "MB down")  # fmt: skip
+    for column in header:
+        table.add_column(column, justify="right")
+    for r in records[-6:]:
+        losses = ("" if v is None else f"{v:.3f}" for v in (r.local_loss, r.trunk_loss))
+        best = [f"{max(r.accuracy[t].values()):.1%}" if r.accuracy else "" for t in tiers]
+        table.add_row(
+            str(r.round), f"{r.clock:.1f}", str(r.devices), str(len(r.dropped)), *losses, *best,
+            f"{r.up / 1e6:.1f}", f"{r.down / 1e6:.1f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,183 @@
+"""Devices of a simulated fleet: the SDK's own, with a runtime that keeps virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_sdk.bundle import Bundle
+from edge_sdk.data import Examples
+from edge_sdk.device import Device
+from edge_sdk.errors import CutlayerError, LinkClosed
+from edge_sdk.link import Link
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime import Runtime
+from server_hub.simulation.clock import VirtualLoop
+from server_hub.simulation.job import FleetTier
+from server_hub.simulation.network import SimulatedLink
+
+_HANDSHAKES = 3
+"""Round trips until a link is open: of TCP, TLS and the websocket."""
+
+
+@dataclass
+class Meter:
+    """What the run has computed.
+
+    Attributes:
+        seconds: real seconds within steps of devices and trunk.
+        device_flop: operations of the devices' steps.
+        trunk_flop: operations of the trunk's steps.
+    """
+
+    seconds: float = 0.0
+    device_flop: float = 0.0
+    trunk_flop: float = 0.0
+
+
+class TimedRuntime:
+    """A runtime whose steps take as long as they would on the tier's devices.
+
+    Implements :class:`edge_sdk.runtime.Runtime`.
+
+    Args:
+        runtime: runs the steps.
+        flop: operations per sample, by graph.
+        gflops: what the device computes, in 10^9 operations per second; None for no limit.
+        meter: counts.
+        loop: the clock.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        flop: Mapping[str, float],
+        gflops: float | None,
+        meter: Meter,
+        loop: VirtualLoop,
+    ) -> None:
+        self._runtime, self._flop, self._meter, self._loop = runtime, flop, meter, loop
+        self._rate = math.inf if gflops is None else gflops * 1e9
+
+    def set_state(self, tensors: Mapping[str, Array]) -> None:
+        self._runtime.set_state(tensors)
+
+    def get_state(self) -> dict[str, Array]:
+        return self._runtime.get_state()
+
+    def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
+        started = time.perf_counter()
+        outputs = self._runtime.run(graph, batch)
+        flop = self._flop[graph] * len(batch["x"])
+        self._meter.seconds += time.perf_counter() - started
+        self._meter.device_flop += flop
+        self._loop.charge(flop / self._rate)
+        return outputs
+
+
+class SimulatedDevice:
+    """A device that comes and goes, and trains while it is there.
+
+    It goes without a word: its link breaks, its local round is lost. When it comes back it starts
+    over, with the bundle that it has kept.
+
+    Args:
+        name: its name.
+        token: its token at the hub.
+        tier: what it can do.
+        data: its examples.
+        cache: folder for its bundle.
+        load: makes its runtime.
+        serve: serves the hub's end of a link, given the device's name.
+        seed: of its absences.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        token: str,
+        tier: FleetTier,
+        data: Examples,
+        cache: Path,
+        load: Callable[[Bundle, int], Runtime],
+        serve: Callable[[Link, str], Awaitable[None]],
+        seed: int,
+    ) -> None:
+        self.name, self._token, self._tier, self._data = name, token, tier, data
+        self._cache, self._load, self._serve = cache, load, serve
+        self._seed = seed
+        self._link: SimulatedLink | None = None
+        self._present = False
+        self._served: set[asyncio.Task[None]] = set()
+
+    async def live(self) -> None:
+        """Come and go until the hub says stop."""
+        loop = asyncio.get_running_loop()
+        for start, end in presences(self._tier, f"{self._seed}/{self.name}"):
+            if end <= loop.time():
+                continue
+            await asyncio.sleep(start - loop.time())
+            self._present = True
+            visit = asyncio.create_task(self._visit())
+            left = None if end == math.inf else end - loop.time()
+            await asyncio.wait([visit], timeout=left)
+            if visit.done():
+                visit.result()
+                return
+            self._present = False
+            assert self._link is not None
+            self._link.cut()
+            visit.cancel()
+            with suppress(asyncio.CancelledError, CutlayerError):
+                await visit
+
+    async def _visit(self) -> None:
+        device = Device(
+            self._open_link,
+            self._load,
+            token=self._token,
+            data=self._data,
+            cache=self._cache,
+            patience_s=math.inf,
+        )
+        try:
+            await device.join()
+            await device.train()
+        finally:
+            await device.close()
+
+    async def _open_link(self) -> Link:
+        if not self._present:
+            raise LinkClosed("the device has no network")
+        mine, theirs = SimulatedLink.pair(self._tier)
+        self._link = mine
+        await asyncio.sleep(_HANDSHAKES * 2 * self._tier.latency_ms / 1000)
+        task = asyncio.ensure_future(self._serve(theirs, self.name))
+        self._served.add(task)  # the loop itself keeps no more than a weak reference
+        task.add_done_callback(self._served.discard)
+        return mine
+
+
+def presences(tier: FleetTier, seed: str) -> Iterator[tuple[float, float]]:
+    """When a device is there: ``(from, until)`` in seconds, one after the other.
+
+    Times of presence and absence are exponential, so a device has no memory of how long it was
+    there; at the start it is there with the probability that it has at any time.
+    """
+    if tier.online_s is None:
+        yield 0.0, math.inf
+        return
+    rng = random.Random(seed)
+    now = 0.0
+    if rng.random() * (tier.online_s + tier.offline_s) >= tier.online_s:
+        now = rng.expovariate(1 / tier.offline_s)
+    while True:
+        until = now + rng.expovariate(1 / tier.online_s)
+        yield now, until
+        now = until + (rng.expovariate(1 / tier.offline_s) if tier.offline_s else 0.0)

@@ -1,0 +1,406 @@
+"""One job, simulated: the hub and the devices as they are, links in memory, a virtual clock."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge_sdk.bundle import BlobStore, Bundle, Manifest
+from edge_sdk.data import Examples
+from edge_sdk.device import softmax
+from edge_sdk.errors import ConfigError
+from edge_sdk.index import BundleIndex, TierEntry
+from edge_sdk.learner import Learner
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime import Runtime, load_runtime
+from edge_sdk.runtime.onnx import OnnxRuntime
+from export.build import build_model
+from export.functional import TorchRuntime
+from export.plan import count_flops
+from export.split import ClientSegment
+from export.steps import ClientSteps
+from export.writer import WEIGHTS, make_steps, write_tier
+from server_hub.config import HubConfig, Limits
+from server_hub.hub import Hub
+from server_hub.methods.fleet import Fleet, Schedule
+from server_hub.methods.registry import RECIPES
+from server_hub.rounds import Phase, RoundRules
+from server_hub.run import RoundRecord, RunFolder, read_records
+from server_hub.simulation import clock
+from server_hub.simulation.checkpoint import Checkpoint
+from server_hub.simulation.clock import VirtualLoop
+from server_hub.simulation.datasets import Dataset, load_dataset
+from server_hub.simulation.devices import Meter, SimulatedDevice, TimedRuntime, presences
+from server_hub.simulation.job import DeviceRuntime, FleetTier, Job
+from server_hub.simulation.partition import partition, table_of
+from server_hub.simulation.trunk import TimedTrunk, flop_above
+from server_hub.tokens import TokenFile
+from server_hub.trunk import Arrival, TrunkCore
+
+_EVALUATED = 256
+"""Rows that are measured at a time."""
+
+_PATIENCE_S = 3600.0
+"""How long the first round waits for the devices that are there at the start."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Client:
+    """A device to be: its name, tier and the rows of the training data that it holds."""
+
+    name: str
+    tier: str
+    rows: Array
+
+
+class Simulation:
+    """A job, ready to run.
+
+    Args:
+        job: what to simulate.
+        folder: for metrics, checkpoint and the trained model. A run there that is not at its end,
+            of the same job, goes on.
+        runtime: what runs the devices' steps.
+        base: folder that relative paths in the job start from.
+        say: told what is being prepared.
+
+    Raises:
+        ConfigError: the job cannot be, or the folder holds another.
+        DataError: the data cannot be read, or do not fit the model.
+        ExportError: the model cannot be cut so, or a graph is not exact.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        runtime: DeviceRuntime = "torch",
+        base: Path = Path(),
+        say: Say = lambda line: None,
+    ) -> None:
+        self.job, self.folder, self.runtime = job, folder, runtime
+        self.recipe = RECIPES[job.method]
+        self.meter = Meter()
+        self._resumed = claim(folder, job, runtime)
+        say("reading data")
+        self.data = read_data(job, base)
+        self.tiers = self._pooled_tiers() if self.recipe.pooled else dict(job.tiers)
+        self.clients = share_out(job, self.tiers, self.data, self.recipe.pooled)
+        say("arranging the fleet")
+        self.fleet = self._arrange()
+        self._scratch = ExitStack()
+        self._scratch_folder = Path(
+            self._scratch.enter_context(tempfile.TemporaryDirectory(prefix="cutlayer-"))
+        )
+        self._steps: dict[str, ClientSteps] = {}
+        self._flop: dict[str, dict[str, float]] = {}
+        self._first: dict[str, OnnxRuntime] = {}
+        self.index = self._export(say)
+
+    def __enter__(self) -> Simulation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._scratch.close()
+
+    # --- before anything runs -------------------------------------------------------------------
+
+    def _pooled_tiers(self) -> dict[str, FleetTier]:
+        """One place with all data, where the hub is.
+
+        The data lie there in as many parts as make one part a round's share of them.
+        """
+        parts = round(1 / self.job.share)
+        cut = max(tier.cut for tier in self.job.tiers.values())
+        return {"server": FleetTier(clients=parts, cut=cut, gflops=self.job.hub_gflops)}
+
+    def _arrange(self) -> Fleet:
+        job = self.job
+        model = build_model(job.model)
+        for tier in self.tiers.values():
+            model.check_cut(tier.cut)
+        example = torch.from_numpy(self.data.train.x[:8])
+        tiers = {n: t.exported(self.runtime, job.local.batch_size) for n, t in self.tiers.items()}
+        return self.recipe.arrange(Fleet(model, tiers, example, self.data.classes))
+
+    def _export(self, say: Say) -> BundleIndex:
+        """Write the bundles that devices will fetch."""
+        fleet, folder = self.fleet, self._scratch_folder / "bundles"
+        blobs = BlobStore(folder / "blobs")
+        entries = {}
+        cuts = [tier.cut for tier in fleet.tiers.values()]
+        for model in {id(m): m for m in (fleet.model, *fleet.models.values())}.values():
+            model.add_heads(cuts, fleet.example, fleet.classes)
+        for name, tier in fleet.tiers.items():
+            segment = ClientSegment(fleet.model_of(name), tier.cut)
+            steps = make_steps(segment, tier, fleet.example, fleet.classes, self.job.optimizer)
+            exact = tier.runtime != "torch"  # the functional step itself needs no check
+            manifest = write_tier(steps, name, tier, blobs, fleet.example, say, verified=exact)
+            entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(manifest.to_bytes()))
+            self._steps[name] = steps
+            self._flop[name] = {s.name: count_flops(s, 1) / 2 for s in steps.all()}
+        fleet.model.save(folder / WEIGHTS)
+        index = BundleIndex(folder, None, fleet.classes, self.job.optimizer, entries, {})
+        index.write()
+        return index
+
+    def holdings(self) -> Array:
+        """Examples of each class that each client holds, (clients, classes)."""
+        rows = [client.rows for client in self.clients]
+        return table_of(rows, self.data.train.y, self.data.classes)
+
+    # --- the run --------------------------------------------------------------------------------
+
+    @property
+    def records(self) -> list[RoundRecord]:
+        """The rounds that an earlier run in this folder has made."""
+        return [] if self._resumed is None else read_records(self.folder)[: self._resumed.completed]
+
+    def report(self) -> None:
+        """Write ``report.md`` and ``curves.png``."""
+        run = RunFolder(self.folder, keep=len(read_records(self.folder)))
+        run.write_report(f"{self.recipe.title}: {len(run.records)} simulated rounds")
+
+    def run(
+        self, on_round: Callable[[RoundRecord], None] = lambda record: None
+    ) -> list[RoundRecord]:
+        """Run the job to its end, or what is left of it; returns all rounds."""
+        last = self._resumed
+        if last is not None and last.completed >= self.job.rounds.count:
+            return self.records
+        start = 0.0 if last is None else last.clock
+        return clock.run(lambda loop: self._run(loop, on_round), start)
+
+    async def _run(
+        self, loop: VirtualLoop, on_round: Callable[[RoundRecord], None]
+    ) -> list[RoundRecord]:
+        last = self._resumed
+        began = time.perf_counter() - (last.wall if last is not None else 0.0)
+        if last is not None:
+            self.meter = last.meter
+
+        def costs() -> dict[str, float]:
+            return {"wall_s": time.perf_counter() - began, **asdict(self.meter)}
+
+        def after_round(record: RoundRecord) -> None:
+            wall = time.perf_counter() - began
+            Checkpoint.of(hub, loop.time(), wall, self.meter).write(self.folder)
+            on_round(record)
+
+        tokens = TokenFile(self._scratch_folder / "tokens.toml")
+        secrets = {client.name: tokens.issue(client.name, client.tier) for client in self.clients}
+        hub = self._hub(tokens, last, costs, after_round)
+        await hub.start()
+        if last is not None:
+            hub.began = 0.0
+        tasks = [
+            asyncio.create_task(self._device(client, secrets[client.name], hub, loop).live())
+            for client in self.clients
+        ]
+        try:
+            async with hub.gateway.reaping():
+                await hub.wait_for_devices(self._present(loop.time()), _PATIENCE_S)
+                if last is None:
+                    hub.began = 0.0
+                await hub.run_job()
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return hub.run.records
+
+    def _hub(
+        self,
+        tokens: TokenFile,
+        last: Checkpoint | None,
+        costs: Callable[[], dict[str, float]],
+        on_round: Callable[[RoundRecord], None],
+    ) -> Hub:
+        job, fleet = self.job, self.fleet
+        steady = all(tier.online_s is None for tier in self.tiers.values())
+        per_round = 1 if self.recipe.pooled else job.rounds.per_round
+        rules = RoundRules(
+            count=job.rounds.count,
+            min_devices=per_round or (len(self.clients) if steady else 1),
+            per_round=per_round,
+            deadline_s=job.rounds.deadline_s,
+            seed=job.seed,
+        )
+        config = HubConfig(
+            bundles=self.index.folder,
+            tokens=tokens.path,
+            run=self.folder,
+            schedule=job.schedule,
+            rounds=rules,
+            local=job.local,
+            trunk=job.trunk,
+            limits=Limits(connections=4 * len(self.clients)),
+        )
+        model = fleet.model
+        core = TrunkCore(model, "cpu")
+        above = flop_above(model, [t.cut for t in fleet.tiers.values()], fleet.example)
+        initial = {n: t.detach().numpy().copy() for n, t in model.trained().items()}
+        schedule = Schedule(job.rounds.count, job.local.epochs, job.share)
+        hub = Hub(
+            config,
+            model,
+            TimedTrunk(core, above, job.hub_gflops, self.meter),
+            method=self.recipe.compose(initial, schedule),
+            evaluate=lambda: self._evaluate(hub),
+            costs=costs,
+            run=RunFolder(self.folder, keep=None if last is None else last.completed),
+            on_round=on_round,
+        )
+        if last is not None:
+            last.apply(hub)
+        return hub
+
+    def _device(self, client: Client, token: str, hub: Hub, loop: VirtualLoop) -> SimulatedDevice:
+        cache = self._scratch_folder / "devices" / client.name
+        if self._resumed is not None:  # it had fetched its bundle before
+            shutil.copytree(self.index.folder / "blobs", cache, copy_function=os.link)
+        tier, data = self.tiers[client.tier], self.data.train
+
+        def load(bundle: Bundle, threads: int) -> Runtime:
+            flop = self._flop[client.tier]
+            return TimedRuntime(self._runtime(bundle, threads), flop, tier.gflops, self.meter, loop)
+
+        return SimulatedDevice(
+            client.name,
+            token,
+            tier,
+            Examples(data.x[client.rows], data.y[client.rows]),
+            cache,
+            load,
+            hub.gateway.serve_link,
+            self.job.seed,
+        )
+
+    def _runtime(self, bundle: Bundle, threads: int) -> Runtime:
+        """A runtime for one device; those of a tier share what can be shared."""
+        tier = bundle.manifest.tier
+        if self.runtime == "torch":
+            return TorchRuntime(bundle.manifest, self._steps[tier])
+        if self.runtime == "onnx":
+            if tier not in self._first:
+                self._first[tier] = OnnxRuntime(bundle, threads)
+            return self._first[tier].fork()
+        return load_runtime(bundle, threads)
+
+    def _present(self, now: float) -> int:
+        """How many devices are there at this time."""
+        return sum(
+            next(
+                s for s, e in presences(self.tiers[c.tier], f"{self.job.seed}/{c.name}") if e > now
+            )
+            <= now
+            for c in self.clients
+        )
+
+    # --- accuracy -------------------------------------------------------------------------------
+
+    async def _evaluate(self, hub: Hub) -> dict[str, dict[str, float]]:
+        """Accuracy by tier and path, on the graphs that the devices predict with."""
+        if hub.rounds.completed % self.job.evaluate_every and hub.rounds.phase is not Phase.DONE:
+            return {}
+        measured: dict[tuple[Any, ...], dict[str, float]] = {}
+        accuracy = {}
+        for tier, manifest in hub.manifests.items():
+            key = (id(self.fleet.model_of(tier)), manifest.cut, manifest.codec)
+            if key not in measured:  # tiers that hold the same give the same answers
+                measured[key] = await self._measure(hub, manifest)
+            accuracy[tier] = measured[key]
+        return accuracy
+
+    async def _measure(self, hub: Hub, manifest: Manifest) -> dict[str, float]:
+        bundle = Bundle.open(manifest, self.index.blobs().read)
+        learner = Learner(manifest, self._runtime(bundle, 1))
+        learner.runtime.set_state(hub.method.aggregation.device_state(manifest.exchanged))
+        paths = hub.method.paths
+        hits = dict.fromkeys(paths, 0)
+        examples = self.data.held_out.fitted(manifest)
+        for batch in examples.batches(_EVALUATED):
+            heads, parts = learner.predict(batch.x)
+            logits = {"device_alone": heads}
+            if paths != ("device_alone",):
+                above = await hub.trunk.answer(
+                    Arrival("", "", manifest.cut, manifest.codec, parts, batch.y)
+                )
+                logits |= {"through_hub": above[-1:], "ensemble": np.concatenate([heads, above])}
+            for path in paths:
+                answers = softmax(logits[path]).mean(0).argmax(1)
+                hits[path] += int((answers == batch.y).sum())
+        return {path: n / len(examples) for path, n in hits.items()}
+
+
+def read_data(job: Job, base: Path) -> Dataset:
+    """The job's data; :class:`ConfigError` unless they have what its method learns from."""
+    data = load_dataset(job.data, base)
+    if data.task != "classes":
+        raise ConfigError(
+            f"the examples of {job.data.source} have no labels: a text; method {job.method!r} "
+            "learns to classify and needs a label for each example"
+        )
+    return data
+
+
+def share_out(
+    job: Job, tiers: Mapping[str, FleetTier], data: Dataset, pooled: bool = False
+) -> list[Client]:
+    """Who holds what. Tiers are dealt at random, so that they have nothing to do with the data.
+
+    Raises:
+        ConfigError: more clients than examples, or a client without any.
+    """
+    names = [f"{tier}-{i + 1}" for tier, table in tiers.items() for i in range(table.clients)]
+    owners = [tier for tier, table in tiers.items() for _ in range(table.clients)]
+    table = replace(job.partition, seed=job.partition.seed + job.seed)
+    if pooled:
+        table = replace(table, kind="iid")
+    shares = partition(data, len(names), table)
+    dealt = np.random.default_rng([job.seed, 1]).permutation(len(names))
+    return [
+        Client(name, tier, shares[share])
+        for name, tier, share in zip(names, owners, dealt, strict=True)
+    ]
+
+
+def claim(folder: Path, job: Job, runtime: DeviceRuntime) -> Checkpoint | None:
+    """Take a folder for a job; returns where a run of the same job there has stopped.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    described = json.dumps({"job": asdict(job), "runtime": runtime}, indent=1, default=str) + "\n"
+    path = folder / "job.json"
+    if path.exists():
+        if path.read_text("utf-8") != described:
+            raise ConfigError(
+                f"{folder} holds a run of another job; choose another folder, or remove it"
+            )
+        return Checkpoint.read(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no simulation; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(described, "utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+    return None

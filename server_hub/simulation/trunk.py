@@ -1,0 +1,80 @@
+"""The trunk of a simulated hub: in this process, and as fast as the hub is said to be."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from export.split import SplitModel
+from server_hub.simulation.devices import Meter
+from server_hub.trunk import Arrival, LocalTrunk, State, StepReport, TrunkCopy, TrunkCore, TrunkPlan
+
+_TRAINING = 3
+"""Operations of a training step against those of the forward pass: the backward pass has two
+products for each of the forward pass."""
+
+
+class TimedTrunk(LocalTrunk):
+    """Implements :class:`server_hub.trunk.Trunk` on a virtual clock.
+
+    Args:
+        core: the trunk.
+        flop: operations of the forward pass above each cut, per row.
+        gflops: what the hub computes, in 10^9 operations per second; None for no limit.
+        meter: counts.
+    """
+
+    def __init__(
+        self, core: TrunkCore, flop: dict[int, float], gflops: float | None, meter: Meter
+    ) -> None:
+        super().__init__(core)
+        self._flop, self._meter = flop, meter
+        self._rate = math.inf if gflops is None else gflops * 1e9
+        self._epochs, self._round_flop = 1, 0.0
+
+    async def begin(self, state: State, plan: TrunkPlan) -> None:
+        self._epochs, self._round_flop = plan.epochs, 0.0
+        await super().begin(state, plan)
+
+    async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
+        started = time.perf_counter()
+        report = await super().step(arrivals)
+        self._meter.seconds += time.perf_counter() - started
+        flop = sum(_TRAINING * self._flop[a.cut] * a.rows for a in arrivals)
+        self._round_flop += flop
+        await self._take(flop)
+        return report
+
+    async def finish(self) -> list[TrunkCopy]:
+        started = time.perf_counter()
+        copies = await super().finish()
+        self._meter.seconds += time.perf_counter() - started
+        await self._take(self._round_flop * (self._epochs - 1))
+        return copies
+
+    async def _take(self, flop: float) -> None:
+        """The time that so many operations take."""
+        self._meter.trunk_flop += flop
+        await asyncio.sleep(flop / self._rate)
+
+
+@torch.no_grad()
+def flop_above(model: SplitModel, cuts: Iterable[int], example: torch.Tensor) -> dict[int, float]:
+    """Operations of the forward pass above each cut, heads included, per row."""
+    counts = {}
+    model.eval()
+    for cut in set(cuts):
+        h = model.segment(example, cut)
+        with FlopCounterMode(display=False) as counter:
+            for depth in range(cut, model.depth):
+                h = model.block[depth](h)
+                if str(depth + 1) in model.aux:
+                    model.answer(depth + 1, h)
+            model.head(h)
+        counts[cut] = counter.get_total_flops() / len(example)
+    return counts
