@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -25,6 +24,7 @@ from export.split import SplitModel
 from server_hub.config import LocalTraining, TrunkTraining
 from server_hub.methods.registry import RECIPES
 from server_hub.run import RoundRecord, read_records
+from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import FILE
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.devices import Meter
@@ -62,32 +62,22 @@ def simulate(
         return simulation.run(on_round)
 
 
-def run_to_its_end(job: Job, folder: Path) -> None:
-    """Run a job that may never end."""
-    with Simulation(job, folder) as simulation:
-        simulation.run()
-
-
-class TooLong(KeyboardInterrupt):
-    """Gets out of an event loop, as other exceptions of a signal do not."""
-
-
 @contextmanager
-def in_time(seconds: int = 15) -> Iterator[None]:
-    """A run that never ends fails its test. It never waits, so only a signal reaches it."""
+def in_time(virtual_s: float = 20_000.0) -> Iterator[None]:
+    """A run that goes on for so long without an end fails its test."""
+    selector = clock._JumpingSelector
+    select, over = selector.select, False
 
-    def stop(number: int, frame: object) -> None:
-        raise TooLong
+    def limited(self: clock._JumpingSelector, timeout: float | None = None) -> Any:
+        nonlocal over
+        if self.now > virtual_s and not over:
+            over = True  # once: the loop needs it to clean up
+            raise AssertionError(f"the run has no end, not in {virtual_s:g} virtual seconds")
+        return select(self, timeout)
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selector, "select", limited)
         yield
-    except TooLong:
-        pytest.fail(f"not done after {seconds} s")
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def repeatable(record: RoundRecord) -> dict[str, Any]:
@@ -651,15 +641,15 @@ def test_training_that_overflows_ends_with_an_error(tmp_path: Path, part: str) -
     changes = {"local": LocalTraining(**much)} if part == "local" else {
         "trunk": TrunkTraining(**much)
     }  # fmt: skip
-    with in_time(4), pytest.raises(CutlayerError):
-        run_to_its_end(job(**changes), tmp_path / "run")
+    with pytest.raises(CutlayerError):
+        simulate(job(**changes), tmp_path / "run")
 
 
 def test_rounds_that_nobody_can_deliver_in_time_end_with_an_error(tmp_path: Path) -> None:
     tiers = {"slow": FleetTier(clients=2, cut=1, gflops=1e-4)}
     task = job(tiers=tiers, rounds=RoundsTable(count=2, deadline_s=5.0))
-    with in_time(4), pytest.raises(CutlayerError):
-        run_to_its_end(task, tmp_path / "run")
+    with pytest.raises(CutlayerError):
+        simulate(task, tmp_path / "run")
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -67,7 +68,7 @@ class TimedTrunk(LocalTrunk):
 def flop_above(model: SplitModel, cuts: Iterable[int], example: torch.Tensor) -> dict[int, float]:
     """Operations of the forward pass above each cut, heads included, per row."""
     counts = {}
-    model.eval()
+    model = copy.deepcopy(model).eval()  # the trunk goes on to train the one that was given
     for cut in set(cuts):
         h = model.segment(example, cut)
         with FlopCounterMode(display=False) as counter:
