@@ -45,7 +45,7 @@ class PooledHead(nn.Module):
 
 
 def build(width: int = 16, classes: int = 10, stride: int = 2) -> SplitModel:
-    """A stem and 8 blocks in four stages of ``width``, twice, four and eight times as many channels.
+    """A stem and 8 blocks, two in each of four stages; every stage doubles the channels.
 
     Args:
         width: channels of the first stage; ResNet-18 has 64.
@@ -54,7 +54,9 @@ def build(width: int = 16, classes: int = 10, stride: int = 2) -> SplitModel:
     """
     torch.manual_seed(0)
     stem = nn.Sequential(
-        nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.GroupNorm(width // GROUP, width), nn.ReLU()
+        nn.Conv2d(3, width, 3, stride, 1, bias=False),
+        nn.GroupNorm(width // GROUP, width),
+        nn.ReLU(),
     )
     blocks, channels_in = [], width
     for stage in range(4):

@@ -229,8 +229,9 @@ class Device:
                     session.settle(delivery.seq)
                     return report
                 assert isinstance(delivery.message, Round)
-                done = await self._take_part(session, delivery.message)
+                # now, not at the end: gradients that come meanwhile are acknowledged after it
                 session.settle(delivery.seq)
+                done = await self._take_part(session, delivery.message)
                 if done is not None:
                     report.rounds.append(done)
                     if on_round is not None:

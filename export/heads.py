@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+GRID = 4
+"""Of images, a head sees the means over so many rows and columns of patches."""
 
 
 class AuxiliaryHead(nn.Module):
-    """FedSplitX's head: global average pool, Linear(d, d/2), norm, ReLU, Linear(d/2, classes).
+    """FedSplitX's head: average pool, Linear(d, d/2), norm, ReLU, Linear(d/2, classes).
 
-    The norm is a LayerNorm, so that an answer does not depend on what else is in the batch.
+    The paper pools images over all positions. Early layers see little of the image at a position,
+    and what is where is most of what they know, so here :data:`GRID` x :data:`GRID` means are
+    kept, if the activations have as many positions: a segment of two residual blocks learned in an
+    epoch what took it two and more otherwise. The norm is a LayerNorm, so that an answer does not
+    depend on what else is in the batch.
 
     Args:
         width: feature width ``d`` of the activations.
         classes: number of classes.
         channels_first: whether activations of three dimensions are (B, C, L), not (B, T, C).
+        grid: rows and columns of means that are kept of (B, C, H, W).
     """
 
-    def __init__(self, width: int, classes: int, channels_first: bool = False) -> None:
+    def __init__(
+        self, width: int, classes: int, channels_first: bool = False, grid: int = 1
+    ) -> None:
         super().__init__()
-        hidden = max(width // 2, 8)
-        self.channels_first = channels_first
-        self.hidden = nn.Linear(width, hidden)
+        hidden = hidden_width(width)
+        self.channels_first, self.grid = channels_first, grid
+        self.hidden = nn.Linear(width * grid * grid, hidden)
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, classes)
 
@@ -33,10 +44,29 @@ class AuxiliaryHead(nn.Module):
         if h.dim() == 3 and not self.channels_first:
             positions_B1 = (h != 0).any(2).to(h.dtype).sum(1, keepdim=True)
             h = h.sum(1) / positions_B1.clamp(min=1)
+        elif h.dim() == 4 and self.grid > 1:
+            h = adaptive_avg_pool2d(h, self.grid).flatten(1)
         elif h.dim() > 2:
             h = h.mean(list(range(2, h.dim())))
         logits: Tensor = self.out(torch.relu(self.norm(self.hidden(h))))
         return logits
+
+
+def hidden_width(width: int) -> int:
+    """Width of the hidden layer of a head for activations of a width."""
+    return max(width // 2, 8)
+
+
+def grid_of(h: Tensor) -> int:
+    """The grid of a head for activations: 1 for all but images of some size."""
+    return GRID if h.dim() == 4 and min(h.shape[2:]) >= GRID else 1
+
+
+def grid_and_width(inputs: int, hidden: int) -> tuple[int, int]:
+    """The grid and width of a head from the sizes of its first layer."""
+    if hidden_width(inputs) == hidden:
+        return 1, inputs
+    return GRID, inputs // GRID**2
 
 
 class TokenHead(nn.Module):

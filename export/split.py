@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edge_sdk.errors import BundleError
 from export.errors import ExportError
-from export.heads import AuxiliaryHead, TokenHead
+from export.heads import AuxiliaryHead, TokenHead, grid_and_width, grid_of
 
 Task = Literal["classes", "tokens"]
 """What a label says: the class of an example, or the token at each position of a text."""
@@ -96,11 +96,11 @@ class SplitModel(nn.Module):
                 width = h.shape[channel_axis(h, self.channels_first)]
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(cut)  # the same model gives the same bundles
-                    self.aux[str(cut)] = self._head(width, classes)
+                    self.aux[str(cut)] = self._head(width, classes, grid_of(h))
 
-    def _head(self, width: int, classes: int) -> nn.Module:
+    def _head(self, width: int, classes: int, grid: int) -> nn.Module:
         if self.task == "classes":
-            return AuxiliaryHead(width, classes, self.channels_first)
+            return AuxiliaryHead(width, classes, self.channels_first, grid)
         table = self.stem.embedding
         assert isinstance(table, nn.Embedding)
         if (classes, width) != (table.num_embeddings, table.embedding_dim):
@@ -185,9 +185,10 @@ class SplitModel(nn.Module):
         if self.task == "tokens":
             self.aux[depth] = TokenHead(len(tensors[f"aux.{depth}.norm.weight"]))
         elif {f"aux.{depth}.hidden.weight", f"aux.{depth}.out.bias"} <= tensors.keys():
-            width = tensors[f"aux.{depth}.hidden.weight"].shape[1]
+            hidden, inputs = tensors[f"aux.{depth}.hidden.weight"].shape
+            grid, width = grid_and_width(inputs, hidden)
             classes = len(tensors[f"aux.{depth}.out.bias"])
-            self.aux[depth] = AuxiliaryHead(width, classes, self.channels_first)
+            self.aux[depth] = AuxiliaryHead(width, classes, self.channels_first, grid)
 
 
 class ClientSegment(nn.Module):

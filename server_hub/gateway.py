@@ -29,7 +29,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.session import Session, SessionLost
 from server_hub.config import Limits, Listen
-from server_hub.tokens import TokenFile
+from server_hub.tokens import Tokens
 
 log = logging.getLogger("cutlayer.hub")
 
@@ -89,7 +89,7 @@ class Gateway:
     def __init__(
         self,
         limits: Limits,
-        tokens: TokenFile,
+        tokens: Tokens,
         manifests: Mapping[str, str],
         store: BlobStore,
         handle: Callable[[Peer, Delivery], None],

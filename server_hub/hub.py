@@ -15,7 +15,7 @@ import torch
 
 from edge_sdk.bundle import Manifest
 from edge_sdk.data import Examples
-from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.errors import ConfigError, CutlayerError, ProtocolError
 from edge_sdk.index import BundleIndex
 from edge_sdk.protocol.channel import Delivery
 from edge_sdk.protocol.frames import pack_tensors
@@ -43,7 +43,7 @@ from server_hub.methods.parts import DeviceUpdate, Method, Stage
 from server_hub.mixer import Mixer
 from server_hub.rounds import Phase, Rounds
 from server_hub.run import RoundRecord, RunFolder
-from server_hub.tokens import TokenFile
+from server_hub.tokens import TokenFile, Tokens
 from server_hub.trunk import Arrival, Trunk, TrunkPlan
 from server_hub.worker import TrunkFailed, WorkerTrunk
 
@@ -87,6 +87,10 @@ class _Waiting:
         self.peer.session.settle(self.seq)
 
 
+class JobFailed(CutlayerError):
+    """The job cannot come to its end."""
+
+
 class Hub:
     """Serves one job: lets devices in, runs the rounds, keeps the model.
 
@@ -95,6 +99,7 @@ class Hub:
         model: the model; built from the configuration's ``module:function`` if not given.
         trunk: where the deep part is trained; a process of its own if not given.
         method: the training method; the configuration's if not given.
+        tokens: who may come in; the configuration's file if not given.
         evaluate: measures accuracy after a round; on the trunk, with the configuration's held-out
             examples, if not given.
         costs: what a round's record says beside what the hub knows.
@@ -111,6 +116,7 @@ class Hub:
         model: SplitModel | None = None,
         trunk: Trunk | None = None,
         method: Method | None = None,
+        tokens: Tokens | None = None,
         evaluate: Evaluate | None = None,
         costs: Callable[[], dict[str, float]] = dict,
         run: RunFolder | None = None,
@@ -146,8 +152,9 @@ class Hub:
         if evaluate is None and held_out is not None:
             self._evaluate = lambda: self.trunk.evaluate(self._tier_cuts())
         self.rounds = Rounds(config.rounds)
-        tokens = TokenFile(config.tokens)
-        tokens.read()  # a broken file is the operator's mistake, to be told now
+        if tokens is None:
+            tokens = TokenFile(config.tokens)
+            tokens.read()  # a broken file is the operator's mistake, to be told now
         self.gateway = Gateway(
             config.limits,
             tokens,
@@ -164,7 +171,7 @@ class Hub:
         self._updates: dict[str, DeviceUpdate] = {}
         self._queue = Mixer[_Waiting](_Waiting.settle)
         self._last = False
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: dict[asyncio.Future[None], None] = {}  # woken in the order of waiting
         self._idle = asyncio.Event()
         self._trunk_losses: list[tuple[float, int]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -200,15 +207,9 @@ class Hub:
         await self.trunk.start()
         await self._publish_states()
 
-    async def wait_for_devices(self, count: int, seconds: float) -> None:
-        """Wait until so many devices are ready, or so long."""
-        deadline = asyncio.get_running_loop().time() + seconds
-        await self._until(
-            lambda: (
-                len(self.rounds.ready) >= count or asyncio.get_running_loop().time() >= deadline
-            ),
-            deadline,
-        )
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until ``condition`` holds; looked at whenever something happens to the hub."""
+        await self._until(condition)
 
     async def run_job(self) -> None:
         """The rounds, with the devices that the gateway lets in."""
@@ -292,6 +293,12 @@ class Hub:
         copies = await self.trunk.finish()
         if not useful:
             log.warning("nobody delivered in round %d; it does not count", number)
+            if self.rounds.given_up:
+                reasons = sorted(set(self.rounds.dropped.values()))
+                raise JobFailed(
+                    f"nobody delivered in {self.rounds.fruitless} rounds in a row: "
+                    f"{'; '.join(reasons[:3])}"
+                )
             return
         updates = [self._updates[device] for device in delivered]
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
@@ -475,18 +482,18 @@ class Hub:
         deadline (seconds on the loop's clock)."""
         while not condition():
             changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.add(changed)
+            self._waiters[changed] = None
             left = None
             if deadline is not None:
                 left = max(deadline - asyncio.get_running_loop().time(), 0.0)
             try:
                 await asyncio.wait([changed], timeout=left)
             finally:
-                self._waiters.discard(changed)
+                del self._waiters[changed]
 
     def _wake(self) -> None:
         """Something happened: whoever waits looks again."""
-        for waiter in self._waiters:
+        for waiter in list(self._waiters):
             if not waiter.done():
                 waiter.set_result(None)
 

@@ -28,6 +28,8 @@ class RoundRules:
         per_round: devices that take part in a round, drawn at random; None for all.
         deadline_s: after so long a round ends without the updates that are missing.
         seed: of the draw.
+        patience: rounds in a row that nobody delivers for, until the job is given up; None to
+            go on for ever.
     """
 
     count: int = 20
@@ -35,6 +37,7 @@ class RoundRules:
     per_round: int | None = None
     deadline_s: float = 300.0
     seed: int = 0
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -43,6 +46,8 @@ class RoundRules:
             raise ValueError(f"min_devices is {self.min_devices}, must be at least 1")
         if self.per_round is not None and self.per_round < 1:
             raise ValueError(f"per_round is {self.per_round}, must be at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}, must be at least 1")
         if self.deadline_s <= 0:
             raise ValueError(f"deadline_s is {self.deadline_s}, must be above 0")
 
@@ -71,6 +76,8 @@ class Rounds:
     delivered: set[str] = field(default_factory=set)
     dropped: dict[str, str] = field(default_factory=dict)
     deadline: float = 0.0
+    fruitless: int = 0
+    """Rounds in a row that nobody has delivered for."""
 
     def join(self, device: str) -> None:
         """A device has its bundle and can be picked."""
@@ -124,6 +131,11 @@ class Rounds:
         self.deadline = now + self.rules.deadline_s
         return pool
 
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody has delivered for too long."""
+        return self.rules.patience is not None and self.fruitless >= self.rules.patience
+
     def is_over(self, now: float) -> bool:
         """Whether every member has delivered or dropped out, or the deadline has passed."""
         return self.phase is Phase.TRAINING and (not self.owed or now >= self.deadline)
@@ -135,6 +147,7 @@ class Rounds:
             self.drop(device, f"no update within {self.rules.deadline_s:g} s")
         useful = bool(self.delivered)
         self.completed += useful
+        self.fruitless = 0 if useful else self.fruitless + 1
         self.owed = set()
         self.phase = Phase.DONE if self.completed >= self.rules.count else Phase.WAITING
         return useful

@@ -13,6 +13,8 @@ from edge_sdk.bundle import write_atomically
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import Array
 
+METRICS = "metrics.jsonl"
+
 PATHS = {
     "device_alone": "device alone",
     "through_hub": "through hub",
@@ -67,7 +69,7 @@ class RoundRecord:
 
 def read_records(folder: Path) -> list[RoundRecord]:
     """The rounds of a run, from its ``metrics.jsonl``; a line that was cut off is left out."""
-    lines = (folder / "metrics.jsonl").read_text("utf-8").split("\n")[:-1]
+    lines = (folder / METRICS).read_text("utf-8").split("\n")[:-1]
     return [RoundRecord(**json.loads(line)) for line in lines]
 
 
@@ -88,8 +90,8 @@ class RunFolder:
         if keep is not None:
             self.records = read_records(folder)[:keep]
             lines = [json.dumps(asdict(record)) + "\n" for record in self.records]
-            write_atomically(folder / "metrics.jsonl", "".join(lines).encode())
-        elif (folder / "metrics.jsonl").exists():
+            write_atomically(folder / METRICS, "".join(lines).encode())
+        elif (folder / METRICS).exists():
             raise ConfigError(f"{folder} holds a run already; choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +101,7 @@ class RunFolder:
     def append(self, record: RoundRecord) -> None:
         """Add a round to ``metrics.jsonl``."""
         self.records.append(record)
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
 
     def save_model(self, state: Mapping[str, Array], tier: str | None) -> Path:

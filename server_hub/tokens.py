@@ -10,10 +10,21 @@ import hmac
 import json
 import secrets
 from pathlib import Path
+from typing import Protocol
 
 from edge_sdk.bundle import write_atomically
 from edge_sdk.config import read_toml
 from edge_sdk.errors import ConfigError
+
+
+class Tokens(Protocol):
+    """Says which device a token is of."""
+
+    def device_of(self, token: str) -> str | None:
+        """The device whose token this is; None if it is nobody's."""
+
+    def tier_of(self, device: str) -> str | None:
+        """The tier that a device's token was issued for, if it was for one."""
 
 
 class TokenFile:

@@ -349,10 +349,12 @@ def test_cut_after_a_close_ends_the_other_end() -> None:
 
 
 def test_lost_packets_bound_the_rate_as_mathis_and_others_say() -> None:
-    """1460 bytes * 1.22 per round trip of 0.1 s, over the root of 0.0001: 1,781,200 bytes a second."""
+    """1460 bytes * 1.22 per round trip of 0.1 s, over the root of 0.0001."""
     lossy = Network(100, 10, latency_ms=50, loss=1e-4)
     assert lossy.bytes_per_second(lossy.uplink_mbit) == pytest.approx(1_781_200)
-    assert lossy.bytes_per_second(lossy.downlink_mbit) == pytest.approx(1_250_000), "the link is less"
+    assert lossy.bytes_per_second(lossy.downlink_mbit) == pytest.approx(1_250_000), (
+        "the link is less"
+    )
     assert lossy.bytes_per_second(None) == pytest.approx(1_781_200)
     assert Network(latency_ms=50).bytes_per_second(None) == math.inf
     four_times = Network(latency_ms=50, loss=4e-4)

@@ -25,16 +25,18 @@ from server_hub.config import LocalTraining, TrunkTraining
 from server_hub.methods.registry import RECIPES
 from server_hub.run import RoundRecord, read_records
 from server_hub.simulation import clock
-from server_hub.simulation.checkpoint import FILE
+from server_hub.simulation.checkpoint import FILE, Checkpoint
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.devices import Meter
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.trunk import flop_above
-from tests.models import BUILD, CLASSES, IMAGE, MeanHead, NormBlock, build_batchnorm, example
+from tests.models import BUILD, CLASSES, IMAGE, MeanHead, NormBlock, build, build_batchnorm, example
 
 UNEQUAL = {
-    "small": FleetTier(clients=3, cut=1, gflops=0.01, uplink_mbit=1, downlink_mbit=4, latency_ms=20),
+    "small": FleetTier(
+        clients=3, cut=1, gflops=0.01, uplink_mbit=1, downlink_mbit=4, latency_ms=20
+    ),
     "large": FleetTier(clients=2, cut=3, codec="fp16", gflops=0.1, uplink_mbit=10, latency_ms=5),
 }
 
@@ -94,12 +96,12 @@ def model_in(folder: Path) -> dict[str, Array]:
     return tensors
 
 
-def assert_same_model(one: Path, other: Path) -> None:
-    """Equal to the last bit."""
+def assert_same_model(one: Path, other: Path, atol: float = 0.0) -> None:
+    """Equal to the last bit, or to ``atol``."""
     a, b = model_in(one), model_in(other)
     assert a.keys() == b.keys()
     for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=atol, err_msg=name)
 
 
 # --- repeatable -----------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ def test_who_joins_late_over_a_slow_link_comes_at_the_same_time_in_every_run(
         ),
     }
     quick = replace(tiers["quick"], gflops=0.05)
-    task = job(tiers=tiers | {"quick": quick}, rounds=RoundsTable(count=30), evaluate_every=30)
+    task = job(tiers=tiers | {"quick": quick}, rounds=RoundsTable(count=12), evaluate_every=12)
     first = simulate(task, tmp_path / "first")
     again = simulate(task, tmp_path / "again")
     assert [repeatable(r) for r in first] == [repeatable(r) for r in again]
@@ -163,11 +165,11 @@ def test_who_joins_late_over_a_slow_link_comes_at_the_same_time_in_every_run(
 
 
 def test_functional_steps_and_exported_graphs_train_the_same_model(tmp_path: Path) -> None:
-    task = job(data=DataTable("digits", train=80, test=60))
+    task = job(data=DataTable("digits", train=80, test=60), tiers={"small": UNEQUAL["small"]})
     torch_records = simulate(task, tmp_path / "torch", "torch")
     onnx_records = simulate(task, tmp_path / "onnx", "onnx")
     for one, other in zip(torch_records, onnx_records, strict=True):
-        assert one.clock == pytest.approx(other.clock, rel=1e-3), "bundles differ in size"
+        assert one.seconds == pytest.approx(other.seconds, rel=1e-3)
         assert one.local_loss == pytest.approx(other.local_loss, rel=1e-3)
         for tier, paths in one.accuracy.items():
             assert paths == pytest.approx(other.accuracy[tier], abs=1.5 / 60)
@@ -215,37 +217,37 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(records: list[RoundRecord]) -> list[tuple[Any, ...]]:
-    """What training has made of the rounds, without times and handshakes."""
-    return [
-        (
-            r.round,
-            r.devices,
-            r.dropped,
-            r.local_loss,
-            r.local_accuracy,
-            r.trunk_loss,
-            r.trunk_steps,
-            r.accuracy,
-            r.bytes["activations"],
-            r.bytes["update"],
-            r.costs["device_flop"],
-            r.costs["trunk_flop"],
-        )
-        for r in records
-    ]
+def assert_alike(found: list[RoundRecord], wanted: list[RoundRecord]) -> None:
+    """The rounds are the same, but for times and handshakes.
+
+    Of devices that are equally fast another one may come first, and sums round otherwise.
+    """
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.round, a.devices, a.dropped) == (b.round, b.devices, b.dropped)
+        assert a.local_loss == pytest.approx(b.local_loss, rel=1e-5)
+        assert a.trunk_loss == pytest.approx(b.trunk_loss, rel=1e-5)
+        assert a.trunk_steps == b.trunk_steps
+        assert a.accuracy.keys() == b.accuracy.keys()
+        for tier, paths in a.accuracy.items():
+            assert paths == pytest.approx(b.accuracy[tier], abs=1.5 / 60)
+        for kind in ("activations", "update"):
+            assert a.bytes[kind] == b.bytes[kind]
+        for count in ("device_flop", "trunk_flop"):
+            assert a.costs[count] == b.costs[count]
 
 
 def assert_goes_on_like(folder: Path, whole: Path) -> None:
     """A run that goes on in ``folder`` ends as the whole one."""
-    done = read_records(folder)
+    last = Checkpoint.read(folder)
+    assert last is not None
+    done = read_records(folder)[: last.completed]
     records = simulate(LONG, folder)
-    assert trained(records) == trained(read_records(whole))
-    assert trained(read_records(folder)) == trained(records)
-    assert_same_model(folder, whole)
+    assert records[: len(done)] == done
+    assert read_records(folder) == records
+    assert_alike(records, read_records(whole))
+    assert_same_model(folder, whole, atol=1e-5)
     clocks = [r.clock for r in records]
     assert clocks == sorted(clocks)
-    assert [r.clock for r in records[: len(done)]] == [r.clock for r in done][: len(records)]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(
@@ -254,7 +256,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     folder = shutil.copytree(halves, tmp_path / "run")
     assert_goes_on_like(folder, whole)
     before = (folder / "metrics.jsonl").read_bytes()
-    assert trained(simulate(LONG, folder)) == trained(read_records(whole)), "nothing is left to do"
+    assert_alike(simulate(LONG, folder), read_records(whole))  # nothing is left to do
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -312,8 +314,6 @@ def test_the_metrics_of_a_checkpoint_that_are_gone_are_told(halves: Path, tmp_pa
 
 
 def test_the_checkpoints_numbers_are_those_of_the_last_round(halves: Path) -> None:
-    from server_hub.simulation.checkpoint import Checkpoint
-
     last, record = Checkpoint.read(halves), read_records(halves)[-1]
     assert last is not None
     assert (last.number, last.completed, last.clock) == (2, 2, record.clock)
@@ -330,12 +330,12 @@ def test_both_stores_of_the_papers_form_are_kept(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         simulate(task, tmp_path / "halves", on_round=stop_after(1))
     records = simulate(task, tmp_path / "halves")
-    assert trained(records) == trained(simulate(task, tmp_path / "whole"))
+    assert_alike(records, simulate(task, tmp_path / "whole"))
     for tier in UNEQUAL:
         a, b = (load_file(tmp_path / run / f"model.{tier}.safetensors") for run in
                 ("halves", "whole"))  # fmt: skip
         for name in a:
-            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+            np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -455,9 +455,7 @@ def test_a_round_takes_as_long_as_its_parts(tmp_path: Path, loss: float) -> None
 def test_a_device_that_is_half_as_fast_computes_twice_as_long(tmp_path: Path) -> None:
     times = {}
     for gflops in (0.05, 0.025):
-        records = simulate(
-            alone(replace(ONE, gflops=gflops), method="exc"), tmp_path / f"{gflops}"
-        )
+        records = simulate(alone(replace(ONE, gflops=gflops), method="exc"), tmp_path / f"{gflops}")
         times[gflops], _, flop, _ = last_round(records)
     assert times[0.025] - times[0.05] == pytest.approx(flop / 0.05e9, rel=1e-6)
 
@@ -501,8 +499,6 @@ def test_a_slow_hub_is_waited_for(tmp_path: Path) -> None:
 
 def build_model_with_head(cut: int) -> SplitModel:
     """The job's model with the auxiliary head at a cut."""
-    from tests.models import build
-
     model = build()
     model.add_heads([cut], example(IMAGE), CLASSES)
     return model
@@ -536,6 +532,7 @@ def test_the_trunks_batch_norms_learn(tmp_path: Path) -> None:
 # --- many devices ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_hundred_devices_join_and_some_train(tmp_path: Path) -> None:
     tiers = {
         "small": replace(UNEQUAL["small"], clients=120),
@@ -637,12 +634,9 @@ def test_text_has_no_labels_to_learn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["local", "trunk"])
 def test_training_that_overflows_ends_with_an_error(tmp_path: Path, part: str) -> None:
     """The hub refuses what is not finite; when it has refused everybody, nothing can go on."""
-    much = {"hyper": {"lr": 1e30}}
-    changes = {"local": LocalTraining(**much)} if part == "local" else {
-        "trunk": TrunkTraining(**much)
-    }  # fmt: skip
+    training = {"local": LocalTraining, "trunk": TrunkTraining}[part]
     with pytest.raises(CutlayerError):
-        simulate(job(**changes), tmp_path / "run")
+        simulate(job(**{part: training(hyper={"lr": 1e30})}), tmp_path / "run")
 
 
 def test_rounds_that_nobody_can_deliver_in_time_end_with_an_error(tmp_path: Path) -> None:

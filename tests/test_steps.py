@@ -10,27 +10,33 @@ import copy
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_sdk.bundle import Bundle, Graph, Manifest
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.index import BundleIndex
 from edge_sdk.learner import Learner, LocalPlan
+from edge_sdk.measure import _resident
 from edge_sdk.protocol.tensors import Array, TensorSpec, check_tensors
 from edge_sdk.runtime import load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
+from export.lowering.lowered import lower as lower_all
 from export.lowering.onnx import lower
+from export.lowering.verify import verify
 from export.optimizers import get_optimizer
 from export.packing import Codec, Shape, get_codec
 from export.split import ClientSegment, SplitModel, layer_of
 from export.steps import ClientSteps
+from export.writer import Tier, export_bundles
 from tests.models import (
     CLASSES,
     FEATURES,
@@ -541,6 +547,44 @@ def test_forks_load_a_graph_once(bundles: BundleIndex, monkeypatch: pytest.Monke
     assert len(loaded) == 2
     for answer in answers:
         np.testing.assert_array_equal(answer, answers[0])
+
+
+def test_frozen_tensors_are_in_memory_once(tmp_path: Path) -> None:
+    """A session reads the bundle's, and makes no copy of its own."""
+    model = text_model(width=128, words=1 << 17)
+    model.stem.requires_grad_(False)
+    index = export_bundles(
+        model, {"a": Tier(1)}, tmp_path / "out", example=words(4, 0), classes=CLASSES
+    )
+    bundle = open_bundle(index, "a")
+    before, _ = _resident()
+    runtime = OnnxRuntime(bundle)
+    for graph in ("predict", "forward"):
+        runtime.run(graph, {"x": words(4, 0).numpy()})
+    after, _ = _resident()
+    assert after - before < bundle.constants["stem.weight"].nbytes / 2
+
+
+def test_transposed_frozen_tensors_are_read_as_stored() -> None:
+    """Two products with one weight, forward and backward, and no transposed copy in between."""
+    torch.manual_seed(0)
+    frozen = nn.Sequential(nn.Linear(*FEATURES, 7), nn.Linear(7, 7, bias=False))
+    blocks = [nn.Linear(7, 7, bias=False).requires_grad_(False), nn.Identity()]
+    model = SplitModel(frozen, blocks, nn.Linear(7, CLASSES))
+    x = example(FEATURES)
+    model.add_heads([1], x, CLASSES)
+    steps = ClientSteps(
+        ClientSegment(model, 1), get_optimizer("sgd"), get_codec("int8"), x, CLASSES
+    )
+    lowered = lower_all("onnx", [steps.train()], {})
+    graph = onnx.load_model_from_string(lowered.files["train"]).graph
+    constants = {t.name for t in graph.initializer}
+    weight = "block.0.weight"
+    flipped = [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in constants]
+    assert weight in constants
+    assert not flipped
+    assert sorted(n.op_type for n in graph.node if weight in n.input) == ["Gemm", "MatMul"]
+    verify(steps, steps.train(), lowered.run, x)
 
 
 def test_broken_graphs_and_other_runtimes(bundles: BundleIndex) -> None:

@@ -75,7 +75,7 @@ def trace(step: Step) -> ExportedProgram:
     table.pop(torch.ops.aten.squeeze.dim, None)
     fake = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     # attention in terms of matrix products: the backward of its fused kernels has no translation
-    with fake, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), _without_onednn():
+    with fake, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), without_onednn():
         graph = make_fx(flat, decomposition_table=table)(*inputs())
         if any(_mutates(node) for node in graph.graph.nodes):  # running statistics, ReLU in place
             pure = functionalize(graph, remove="mutations")
@@ -90,7 +90,7 @@ def trace(step: Step) -> ExportedProgram:
 
 
 @contextmanager
-def _without_onednn() -> Iterator[None]:
+def without_onednn() -> Iterator[None]:
     """LSTM in terms of matrix products: oneDNN's has no translation.
 
     Its ``flags`` would do the same, and warn of settings for graphics cards.

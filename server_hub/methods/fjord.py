@@ -40,9 +40,8 @@ def by_width(fleet: Fleet) -> Fleet:
     models = {}
     for name, width in own.items():
         model = narrow(fleet.model, width, fleet.example)
-        ordered = without_trunk(model)
-        ordered_dropout(ordered, [w / width for w in WIDTHS if w <= width], fleet.example)
-        models[name] = ordered
+        ordered_dropout(model, [w / width for w in WIDTHS if w <= width], fleet.example)
+        models[name] = without_trunk(model)
     return replace(
         fleet,
         model=without_trunk(fleet.model),

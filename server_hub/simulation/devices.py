@@ -114,12 +114,21 @@ class SimulatedDevice:
         self._seed = seed
         self._link: SimulatedLink | None = None
         self._present = False
+        self.left = False
+        """Whether it has gone at least once."""
         self._served: set[asyncio.Task[None]] = set()
+
+    def there_at(self, now: float) -> bool:
+        """Whether the device is there at this time."""
+        return next(start for start, end in self._presences() if end > now) <= now
+
+    def _presences(self) -> Iterator[tuple[float, float]]:
+        return presences(self._tier, f"{self._seed}/{self.name}")
 
     async def live(self) -> None:
         """Come and go until the hub says stop."""
         loop = asyncio.get_running_loop()
-        for start, end in presences(self._tier, f"{self._seed}/{self.name}"):
+        for start, end in self._presences():
             if end <= loop.time():
                 continue
             await asyncio.sleep(start - loop.time())
@@ -130,9 +139,9 @@ class SimulatedDevice:
             if visit.done():
                 visit.result()
                 return
-            self._present = False
-            assert self._link is not None
-            self._link.cut()
+            self._present, self.left = False, True
+            if self._link is not None:
+                self._link.cut()
             visit.cancel()
             with suppress(asyncio.CancelledError, CutlayerError):
                 await visit

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from edge_sdk import config
 from edge_sdk.errors import ConfigError
+from export.errors import ExportError
+from export.optimizers import check_hyper
 from export.writer import Tier
 from server_hub.config import LocalTraining, Schedule, TrunkTraining
 from server_hub.methods.registry import RECIPES
@@ -48,9 +51,9 @@ class FleetTier(Network):
             raise ValueError(f"cut is {self.cut}; a device holds one block or more")
         for name in ("gflops", "online_s"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-        if self.offline_s < 0:
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be above 0, or left out")
+        if not 0 <= self.offline_s < math.inf:
             raise ValueError(f"offline_s is {self.offline_s}; it must be 0 or more")
         if self.offline_s and self.online_s is None:
             raise ValueError("offline_s says nothing without online_s")
@@ -116,8 +119,15 @@ class Job:
         if not self.tiers:
             raise ValueError("there are no tiers; add [tiers.NAME] with clients and cut")
         check_method(self.method)
-        if self.hub_gflops is not None and not self.hub_gflops > 0:
+        if self.hub_gflops is not None and not 0 < self.hub_gflops < math.inf:
             raise ValueError(f"hub_gflops is {self.hub_gflops}; it must be above 0")
+        for name, table in (("local", self.local), ("trunk", self.trunk)):
+            try:
+                check_hyper(
+                    self.optimizer if name == "local" else self.trunk.optimizer, table.hyper
+                )
+            except ExportError as error:
+                raise ValueError(f"{name}.hyper: {error}") from error
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every is {self.evaluate_every}; it must be 1 or more")
         wanted = self.rounds.per_round

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_sdk.bundle import BlobStore, Bundle, Manifest
+from edge_sdk.bundle import BlobStore, Bundle, Manifest, write_atomically
 from edge_sdk.data import Examples
 from edge_sdk.device import softmax
 from edge_sdk.errors import ConfigError
@@ -29,7 +29,7 @@ from edge_sdk.runtime.onnx import OnnxRuntime
 from export.build import build_model
 from export.functional import TorchRuntime
 from export.plan import count_flops
-from export.split import ClientSegment
+from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from export.writer import WEIGHTS, make_steps, write_tier
 from server_hub.config import HubConfig, Limits
@@ -37,23 +37,24 @@ from server_hub.hub import Hub
 from server_hub.methods.fleet import Fleet, Schedule
 from server_hub.methods.registry import RECIPES
 from server_hub.rounds import Phase, RoundRules
-from server_hub.run import RoundRecord, RunFolder, read_records
+from server_hub.run import METRICS, RoundRecord, RunFolder, read_records
 from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.clock import VirtualLoop
 from server_hub.simulation.datasets import Dataset, load_dataset
-from server_hub.simulation.devices import Meter, SimulatedDevice, TimedRuntime, presences
+from server_hub.simulation.devices import Meter, SimulatedDevice, TimedRuntime
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job
 from server_hub.simulation.partition import partition, table_of
 from server_hub.simulation.trunk import TimedTrunk, flop_above
-from server_hub.tokens import TokenFile
 from server_hub.trunk import Arrival, TrunkCore
 
 _EVALUATED = 256
 """Rows that are measured at a time."""
 
-_PATIENCE_S = 3600.0
-"""How long the first round waits for the devices that are there at the start."""
+_PATIENCE = 20
+"""Rounds in a row that nobody delivers for, until a run is given up."""
+
+JOB = "job.json"
 
 Say = Callable[[str], None]
 
@@ -95,7 +96,8 @@ class Simulation:
         self.job, self.folder, self.runtime = job, folder, runtime
         self.recipe = RECIPES[job.method]
         self.meter = Meter()
-        self._resumed = claim(folder, job, runtime)
+        self._described = describe(job, runtime)
+        self._resumed = resume(folder, self._described)
         say("reading data")
         self.data = read_data(job, base)
         self.tiers = self._pooled_tiers() if self.recipe.pooled else dict(job.tiers)
@@ -134,6 +136,7 @@ class Simulation:
         for tier in self.tiers.values():
             model.check_cut(tier.cut)
         example = torch.from_numpy(self.data.train.x[:8])
+        check_fit(model, example, self.data.classes)
         tiers = {n: t.exported(self.runtime, job.local.batch_size) for n, t in self.tiers.items()}
         return self.recipe.arrange(Fleet(model, tiers, example, self.data.classes))
 
@@ -201,34 +204,38 @@ class Simulation:
             Checkpoint.of(hub, loop.time(), wall, self.meter).write(self.folder)
             on_round(record)
 
-        tokens = TokenFile(self._scratch_folder / "tokens.toml")
-        secrets = {client.name: tokens.issue(client.name, client.tier) for client in self.clients}
+        put_down(self.folder, self._described)
+        tokens = _Tokens(self.clients)
         hub = self._hub(tokens, last, costs, after_round)
         await hub.start()
-        if last is not None:
-            hub.began = 0.0
-        tasks = [
-            asyncio.create_task(self._device(client, secrets[client.name], hub, loop).live())
-            for client in self.clients
-        ]
-        try:
+        hub.began = 0.0
+        devices = [self._device(client, tokens, hub, loop) for client in self.clients]
+        present = [device for device in devices if device.there_at(loop.time())]
+        lives = [asyncio.create_task(device.live()) for device in devices]
+
+        async def job() -> None:
             async with hub.gateway.reaping():
-                await hub.wait_for_devices(self._present(loop.time()), _PATIENCE_S)
-                if last is None:
-                    hub.began = 0.0
+                await hub.wait_until(
+                    lambda: all(d.name in hub.rounds.ready or d.left for d in present)
+                )
                 await hub.run_job()
-            for task in tasks:
-                if task.done():
-                    task.result()
+
+        running = asyncio.create_task(job())
+        try:
+            waiting = {running, *lives}
+            while not running.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # raises what a device, or the hub, has failed with
         finally:
-            for task in tasks:
+            for task in (running, *lives):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(running, *lives, return_exceptions=True)
         return hub.run.records
 
     def _hub(
         self,
-        tokens: TokenFile,
+        tokens: _Tokens,
         last: Checkpoint | None,
         costs: Callable[[], dict[str, float]],
         on_round: Callable[[RoundRecord], None],
@@ -242,10 +249,11 @@ class Simulation:
             per_round=per_round,
             deadline_s=job.rounds.deadline_s,
             seed=job.seed,
+            patience=_PATIENCE,
         )
         config = HubConfig(
             bundles=self.index.folder,
-            tokens=tokens.path,
+            tokens=Path(),
             run=self.folder,
             schedule=job.schedule,
             rounds=rules,
@@ -263,6 +271,7 @@ class Simulation:
             model,
             TimedTrunk(core, above, job.hub_gflops, self.meter),
             method=self.recipe.compose(initial, schedule),
+            tokens=tokens,
             evaluate=lambda: self._evaluate(hub),
             costs=costs,
             run=RunFolder(self.folder, keep=None if last is None else last.completed),
@@ -272,7 +281,9 @@ class Simulation:
             last.apply(hub)
         return hub
 
-    def _device(self, client: Client, token: str, hub: Hub, loop: VirtualLoop) -> SimulatedDevice:
+    def _device(
+        self, client: Client, tokens: _Tokens, hub: Hub, loop: VirtualLoop
+    ) -> SimulatedDevice:
         cache = self._scratch_folder / "devices" / client.name
         if self._resumed is not None:  # it had fetched its bundle before
             shutil.copytree(self.index.folder / "blobs", cache, copy_function=os.link)
@@ -284,7 +295,7 @@ class Simulation:
 
         return SimulatedDevice(
             client.name,
-            token,
+            tokens.token_of(client.name),
             tier,
             Examples(data.x[client.rows], data.y[client.rows]),
             cache,
@@ -303,16 +314,6 @@ class Simulation:
                 self._first[tier] = OnnxRuntime(bundle, threads)
             return self._first[tier].fork()
         return load_runtime(bundle, threads)
-
-    def _present(self, now: float) -> int:
-        """How many devices are there at this time."""
-        return sum(
-            next(
-                s for s, e in presences(self.tiers[c.tier], f"{self.job.seed}/{c.name}") if e > now
-            )
-            <= now
-            for c in self.clients
-        )
 
     # --- accuracy -------------------------------------------------------------------------------
 
@@ -382,25 +383,78 @@ def share_out(
     ]
 
 
-def claim(folder: Path, job: Job, runtime: DeviceRuntime) -> Checkpoint | None:
-    """Take a folder for a job; returns where a run of the same job there has stopped.
+def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:
+    """Raise :class:`ConfigError` unless the model takes the data, and knows their classes."""
+    shape = list(example.shape[1:])
+    try:
+        with torch.no_grad():
+            answers = model.eval()(example)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ConfigError(f"the model does not take examples of shape {shape}: {error}") from error
+    finally:
+        model.train()
+    if answers.dim() != 2 or answers.shape[1] < classes:
+        raise ConfigError(
+            f"the model's answers have shape {list(answers.shape[1:])}; the data have {classes} "
+            "classes"
+        )
+
+
+def describe(job: Job, runtime: DeviceRuntime) -> str:
+    """The job as JSON, to know it again."""
+    return json.dumps({"job": asdict(job), "runtime": runtime}, indent=1, default=str) + "\n"
+
+
+def resume(folder: Path, described: str) -> Checkpoint | None:
+    """Where a run of the same job in a folder has stopped; None if nothing is there.
 
     Raises:
-        ConfigError: the folder holds something else.
+        ConfigError: the folder holds something else, or is none.
     """
-    described = json.dumps({"job": asdict(job), "runtime": runtime}, indent=1, default=str) + "\n"
-    path = folder / "job.json"
-    if path.exists():
-        if path.read_text("utf-8") != described:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose a folder for the run")
+    if (folder / JOB).exists():
+        if (folder / JOB).read_text("utf-8") != described:
             raise ConfigError(
                 f"{folder} holds a run of another job; choose another folder, or remove it"
             )
-        return Checkpoint.read(folder)
+        last = Checkpoint.read(folder)
+        written = len(read_records(folder)) if (folder / METRICS).exists() else 0
+        if last is not None and written < last.completed:
+            raise ConfigError(
+                f"{folder / METRICS} has {written} rounds, the checkpoint {last.completed}; "
+                "remove the folder to start anew"
+            )
+        return last
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no simulation; choose another folder")
+    return None
+
+
+def put_down(folder: Path, described: str) -> None:
+    """Note which job a folder is for; :class:`ConfigError` if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(described, "utf-8")
+        write_atomically(folder / JOB, described.encode())
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
-    return None
+
+
+class _Tokens:
+    """Implements :class:`server_hub.tokens.Tokens` for devices that nobody else can be.
+
+    Their tokens are always the same: a device waits by its token before it tries again.
+    """
+
+    def __init__(self, clients: Iterable[Client]) -> None:
+        self._tiers = {client.name: client.tier for client in clients}
+
+    def token_of(self, device: str) -> str:
+        return f"token of {device}"
+
+    def device_of(self, token: str) -> str | None:
+        device = token.removeprefix("token of ")
+        return device if device in self._tiers else None
+
+    def tier_of(self, device: str) -> str | None:
+        return self._tiers.get(device)
