@@ -614,8 +614,8 @@ def build_for_three_classes() -> SplitModel:
         ({"model": f"{__name__}:build_for_three_classes", "method": "fedavg"}, CutlayerError, "3"),
         ({"model": f"{__name__}:build_for_three_classes"}, CutlayerError, "3"),
         ({"data": DataTable("nowhere.npz")}, DataError, "nowhere"),
-        ({"local": LocalTraining(hyper={"rate": 0.1})}, ConfigError, "rate"),
-        ({"trunk": TrunkTraining(hyper={"rate": 0.1})}, ConfigError, "rate"),
+        ({"local": LocalTraining(hyper={"rate": 0.1})}, ValueError, "rate"),
+        ({"trunk": TrunkTraining(hyper={"rate": 0.1})}, ValueError, "rate"),
     ],
 )
 def test_a_job_that_does_not_fit_is_told_in_a_sentence_before_anything_runs(

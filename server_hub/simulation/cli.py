@@ -56,7 +56,6 @@ def simulate(
     """Run a job's hub and devices in one process, on a virtual clock."""
     job = read_job(job_file, runtime, method=method, rounds=rounds, seed=seed)
     folder = run or Path("runs") / f"{job_file.stem}-{job.method}-seed-{job.seed}"
-    from server_hub.simulation.pictures import draw_partition
     from server_hub.simulation.results import accuracy_table, cost_table, rows_of
     from server_hub.simulation.simulate import Simulation
     from server_hub.tensorboard import Board
@@ -66,7 +65,6 @@ def simulate(
         simulation = Simulation(job, folder, runtime, job_file.parent, status.update)  # type: ignore[arg-type]
     with simulation, Board(tensorboard) as board:
         console.print(fleet_table(job))
-        draw_partition(simulation.holdings(), folder / "partition.png", "who holds what")
         records = list(simulation.records)
         if records:
             console.print(f"going on after round {len(records)} of {job.rounds.count}")

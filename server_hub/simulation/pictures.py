@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import io
+from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edge_sdk.bundle import write_atomically
 from edge_sdk.protocol.tensors import Array
+
+if TYPE_CHECKING:
+    from server_hub.simulation.results import Point, Runs, Score
 
 WRITTEN = 24
 """Clients or classes up to which the cells hold their numbers."""
+
+APART = 30
+"""A scale is logarithmic if one method's curve ends so many times further out than another's."""
+
+LINES = [
+    ("#1f77b4", "-", "o"), ("#17becf", "--", "o"), ("#7f7f7f", "-", "s"), ("#d62728", "-", "s"),
+    ("#2ca02c", "-", "^"), ("#bcbd22", "-", "v"), ("#9467bd", "-", "D"), ("#ff7f0e", "-", "P"),
+    ("#8c564b", "--", "X"), ("#e377c2", "-", "*"), ("#000000", ":", ""),
+]  # fmt: skip
+"""Colour, line and marker of each method, in the order of ``RECIPES``."""
 
 
 def draw_partition(counts: Array, path: Path, title: str) -> None:
@@ -61,3 +78,112 @@ def draw_partition(counts: Array, path: Path, title: str) -> None:
     ticks = np.unique(np.round(norm.inverse(np.linspace(0, 1, 6))))
     figure.colorbar(picture, ax=cells, label="rows of a class", pad=0.01, ticks=ticks)
     figure.savefig(path, dpi=110)
+
+
+def draw_comparison(runs: Runs, path: Path, target: float | None = None) -> None:
+    """What methods reach, after how much, and which devices.
+
+    Above, the fleet's accuracy against rounds, traffic and virtual time: a line per method, the
+    mean over the seeds, in a band from the worst seed to the best. Below, the tiers at the end.
+
+    Args:
+        runs: by method and seed.
+        path: ``.png`` to write.
+        target: accuracy to draw a line at; None for the one that tables use.
+
+    Raises:
+        ConfigError: a run without a measured round.
+    """
+    from matplotlib.figure import Figure
+
+    from server_hub.simulation.results import curves, summary
+
+    found = summary(runs, target)
+    figure = Figure(figsize=(15, 8.4), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=[1.15, 1])
+    first = figure.add_subplot(grid[0, 0])
+    axes = [first, *(figure.add_subplot(grid[0, column], sharey=first) for column in (1, 2))]
+    _draw_curves(axes, curves(runs), found.target)
+    if found.seeds > 1:
+        figure.suptitle(
+            f"means of {found.seeds} seeds; bands from the worst to the best, whiskers: standard "
+            "deviation"
+        )
+    _draw_tiers(figure.add_subplot(grid[1, :]), found.scores)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    write_atomically(path, picture.getvalue())
+
+
+def _draw_curves(axes: list[Any], lines: dict[str, list[Point]], target: float) -> None:
+    """Accuracy against rounds, traffic and time."""
+    from server_hub.methods.registry import RECIPES
+
+    styles = dict(zip(RECIPES, cycle(LINES), strict=False))
+    scales = (("round", "round"), ("megabytes", "traffic of all devices, up and down (MB)"),
+              ("seconds", "virtual time (s)"))  # fmt: skip
+    for axis, (scale, label) in zip(axes, scales, strict=True):
+        for number, (method, points) in enumerate(lines.items()):
+            colour, line, marker = styles[method]
+            along = [getattr(p, scale) for p in points]
+            step = max(1, len(points) // 6)
+            axis.plot(
+                along, [100 * p.accuracy for p in points], color=colour, linestyle=line,
+                marker=marker, markevery=(number % step, step), markersize=5, label=method,
+            )  # fmt: skip
+            low, high = ([100 * getattr(p, end) for p in points] for end in ("low", "high"))
+            axis.fill_between(along, low, high, color=colour, alpha=0.15, linewidth=0)
+        ends = [getattr(points[-1], scale) for points in lines.values()]
+        if max(ends) > APART * min(ends) > 0:
+            axis.set_xscale("log")
+        axis.axhline(100 * target, color="grey", linewidth=0.8, linestyle=(0, (6, 4)), zorder=0)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="fleet accuracy (%)")
+    axes[0].text(
+        1, 100 * target, f"{target:.1%} ", transform=axes[0].get_yaxis_transform(),
+        ha="right", va="bottom", fontsize=8, color="dimgrey",
+        bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
+    )  # fmt: skip
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), title="method")
+
+
+def _draw_tiers(axis: Any, scores: list[Score]) -> None:
+    """Groups of bars: a group per method, a bar per tier, device alone before the best path."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    tiers = list(dict.fromkeys(s.tier for s in scores))
+    own = [tier for tier in tiers if tier not in ("all", "server")]
+    shades = dict(zip(own, colormaps["viridis"](np.linspace(0.15, 0.75, len(own))), strict=True))
+    centres, left = {}, 0.0
+    for method in dict.fromkeys(s.method for s in scores):
+        bars = list(dict.fromkeys(s.tier for s in scores if s.method == method))
+        width = max(len(bars), 2)  # room for the name
+        centres[method] = left + width / 2
+        for number, tier in enumerate(bars):
+            paths = {s.path: s for s in scores if (s.method, s.tier) == (method, tier)}
+            best = max(paths.values(), key=lambda s: s.mean)
+            at, colour = left + (width - len(bars)) / 2 + number + 0.5, shades.get(tier, "grey")
+            axis.bar(at, 100 * best.mean, 0.86, color=colour, alpha=0.35)
+            if "device_alone" in paths:
+                axis.bar(at, 100 * paths["device_alone"].mean, 0.86, color=colour)
+            top = 100 * best.mean
+            if best.deviation is not None:
+                axis.errorbar(at, top, 100 * best.deviation, color="black", linewidth=0.8)
+                top += 100 * best.deviation
+            axis.text(at, top + 1, f"{100 * best.mean:.1f}", ha="center", fontsize=7)
+        left += width + 0.8
+    beside = 0.5 + max(0, 18 - left) / 2  # few bars stay slim
+    axis.set(xlim=(-beside, left - 0.8 + beside), ylim=(0, 109), ylabel="accuracy at the end (%)")
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_xticks(list(centres.values()), [name.replace("-", "-\n", 1) for name in centres])
+    axis.tick_params(axis="x", length=0)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    keys = [Patch(color=shades.get(tier, "grey"), label=tier) for tier in tiers]
+    keys += [Patch(color="black", label="full: device alone"),
+             Patch(color="black", alpha=0.35, label="pale: best way to answer")]  # fmt: skip
+    axis.legend(handles=keys, loc="center left", bbox_to_anchor=(1.01, 0.5), title="tier")

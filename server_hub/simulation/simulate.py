@@ -45,13 +45,14 @@ from server_hub.simulation.datasets import Dataset, load_dataset
 from server_hub.simulation.devices import Meter, SimulatedDevice, TimedRuntime
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job
 from server_hub.simulation.partition import partition, table_of
+from server_hub.simulation.pictures import draw_partition
 from server_hub.simulation.trunk import TimedTrunk, flop_above
 from server_hub.trunk import Arrival, TrunkCore
 
 _EVALUATED = 256
 """Rows that are measured at a time."""
 
-_PATIENCE = 20
+_PATIENCE = 10
 """Rounds in a row that nobody delivers for, until a run is given up."""
 
 JOB = "job.json"
@@ -174,9 +175,13 @@ class Simulation:
         return [] if self._resumed is None else read_records(self.folder)[: self._resumed.completed]
 
     def report(self) -> None:
-        """Write ``report.md`` and ``curves.png``."""
+        """Write ``report.md``, ``curves.png`` and ``partition.png``."""
         run = RunFolder(self.folder, keep=len(read_records(self.folder)))
-        run.write_report(f"{self.recipe.title}: {len(run.records)} simulated rounds")
+        draw_partition(self.holdings(), self.folder / "partition.png", "who holds what")
+        run.write_report(
+            f"{self.recipe.title}: {len(run.records)} simulated rounds",
+            ["![who holds what](partition.png)"],
+        )
 
     def run(
         self, on_round: Callable[[RoundRecord], None] = lambda record: None
