@@ -70,11 +70,25 @@ class Mixer(Generic[T]):
         """Batches for one step: ``max_rows`` rows at most, but at least one batch."""
         group: list[T] = []
         rows = 0
-        while len(self) and (not group or rows + self._next().rows <= max_rows):
-            group.append(self._pop())
-            rows += group[-1].rows
+        while len(self):
+            chosen = self._rng.randrange(len(self._buffer)) if self._buffer else None
+            batch = self._queue[0] if chosen is None else self._buffer[chosen]
+            if group and rows + batch.rows > max_rows:
+                break
+            self._remove(chosen)
+            group.append(batch)
+            rows += batch.rows
         self._admit()
         return group
+
+    def _remove(self, chosen: int | None) -> None:
+        """Take the first of the queue away, or the chosen one of the buffer."""
+        if chosen is None:
+            self._queue.popleft()
+            return
+        self._rows -= self._buffer[chosen].rows
+        self._buffer[chosen] = self._buffer[-1]
+        self._buffer.pop()
 
     def _admit(self) -> None:
         while self._queue and self._rows < self._capacity:
@@ -82,18 +96,3 @@ class Mixer(Generic[T]):
             self._buffer.append(batch)
             self._rows += batch.rows
             self._accepted(batch)
-
-    def _next(self) -> T:
-        """The batch that :meth:`_pop` takes: a random one, put at the end of the buffer."""
-        if not self._buffer:
-            return self._queue[0]
-        chosen = self._rng.randrange(len(self._buffer))
-        self._buffer[chosen], self._buffer[-1] = self._buffer[-1], self._buffer[chosen]
-        return self._buffer[-1]
-
-    def _pop(self) -> T:
-        if not self._buffer:
-            return self._queue.popleft()
-        batch = self._buffer.pop()
-        self._rows -= batch.rows
-        return batch

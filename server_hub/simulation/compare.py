@@ -6,7 +6,9 @@ import json
 import multiprocessing as mp
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -44,6 +46,9 @@ from server_hub.simulation.simulate import (
 
 _POLL_S = 0.25
 """Seconds between two looks at how far the runs are."""
+
+_CLEANING_S = 10
+"""Seconds that a process has to remove its temporary files."""
 
 OnProgress = Callable[[int, int, list[str]], None]
 """Told rounds done, rounds in all, and what runs now."""
@@ -122,15 +127,20 @@ def compare(
         raise ConfigError(f"{jobs} runs at a time; it must be 1 or more")
     cells = cells_of(job, methods, seeds, folder)
     todo = [cell for cell in cells if not cell.finished(runtime)]
+    count = job.rounds.count
+    done = [0] * len(cells)
+
+    def tell(running: Sequence[Cell]) -> None:
+        for number, cell in enumerate(cells):
+            if done[number] < count:
+                done[number] = cell.rounds_done()
+        on_progress(sum(done), count * len(cells), [cell.name for cell in running])
+
     if todo:
         check([cell.job for cell in todo], runtime, base)
-
-        def tell(running: Sequence[Cell]) -> None:
-            done = sum(cell.rounds_done() for cell in cells)
-            on_progress(done, job.rounds.count * len(cells), [cell.name for cell in running])
-
         _run(todo, runtime, base.absolute(), min(jobs, len(todo)), tell)
-    return {(cell.job.method, cell.job.seed): read_records(cell.folder) for cell in cells}
+    tell([])
+    return {(cell.job.method, cell.job.seed): read_records(cell.folder)[:count] for cell in cells}
 
 
 def cells_of(job: Job, methods: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Cell]:
@@ -226,7 +236,8 @@ class _Worker:
     def begin(self, cell: Cell, runtime: DeviceRuntime, base: Path) -> None:
         """Let it run a cell; its pipe has an answer when it is done."""
         self.cell = cell
-        self.pipe.send((cell, runtime, base))
+        with suppress(OSError):  # a process that has died is noticed by the missing answer
+            self.pipe.send((cell, runtime, base))
 
     def end(self) -> None:
         """Take the answer; :class:`CellFailed` if there is a failure, or no answer."""
@@ -245,6 +256,8 @@ class _Worker:
     def stop(self) -> None:
         """End the process, in the middle of whatever it does."""
         self._process.terminate()
+        self._process.join(_CLEANING_S)
+        self._process.kill()
         self._process.join()
         self.pipe.close()
 
@@ -273,7 +286,6 @@ def _run(
                     worker.end()
                     if waiting:
                         worker.begin(waiting.pop(), runtime, base)
-        tell([])
     finally:
         for worker in workers:
             worker.stop()
@@ -296,6 +308,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 def _work(pipe: Connection, threads: int) -> None:
     """The loop of a worker's process: one cell, one answer, a failure or None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
+    signal.signal(signal.SIGTERM, _exit)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     with suppress(EOFError):  # the parent has gone
@@ -315,4 +328,11 @@ def _die_with_parent() -> None:
     parent = mp.parent_process()
     assert parent is not None
     parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_CLEANING_S)
     os._exit(1)
+
+
+def _exit(*signal_and_frame: object) -> None:
+    """End by an exception, so that temporary files are removed."""
+    sys.exit(1)
