@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,3 +145,92 @@ def rounds_table(records: Sequence[RoundRecord]) -> Table:
             f"{r.up / 1e6:.1f}", f"{r.down / 1e6:.1f}",
         )  # fmt: skip
     return table
+
+
+def compare(
+    job_file: JobArgument,
+    methods: Annotated[
+        str, typer.Option(help="Methods, with commas between them; all for all of them.")
+    ] = "fedsplitx,exc,fedavg",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.")] = "0,1,2",
+    run: Annotated[
+        Path | None, typer.Option(help="Folder; what is finished there is not run again.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Accuracy to reach  [default: what all methods reach]"),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time  [default: processors]")
+    ] = None,
+    runtime: RuntimeOption = "torch",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON, one row a line.")
+    ] = False,
+) -> None:
+    """Run a job with several methods and seeds, and show them side by side."""
+    from server_hub.simulation.compare import write_comparison
+    from server_hub.simulation.job import methods_of
+    from server_hub.simulation.results import accuracy_table, cost_table, rows_of
+
+    job = read_job(job_file, runtime, rounds=rounds)
+    folder = run or Path("runs") / f"compare-{job_file.stem}"
+    console = Console(stderr=as_json, highlight=False)
+    console.print(fleet_table(job))
+    runs = run_comparison(
+        console, job, methods_of(methods), _numbers(seeds), folder, runtime, job_file.parent, jobs
+    )
+    write_comparison(folder, runs, target)
+    console.print(accuracy_table(runs))
+    console.print(cost_table(runs, target))
+    console.print(f"report, results.json and picture in {folder}")
+    if as_json:
+        for (method, _), (cell, records) in runs.items():
+            for row in rows_of(method, cell, records):
+                print(json.dumps(row))
+
+
+def run_comparison(
+    console: Console,
+    job: Job,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    runtime: str,
+    base: Path,
+    jobs: int | None,
+) -> dict[tuple[str, int], tuple[Job, list[RoundRecord]]]:
+    """:func:`server_hub.simulation.compare.compare` with a progress bar."""
+    from server_hub.simulation.compare import compare as run_all
+
+    bar = Progress(
+        TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"),
+        console=console,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("checking the jobs", total=None)
+        records = run_all(
+            job,
+            methods,
+            seeds,
+            folder,
+            runtime,  # type: ignore[arg-type]
+            base,
+            jobs or os.cpu_count() or 1,
+            lambda done, total, running: bar.update(
+                task, completed=done, total=total, description="; ".join(running)
+            ),
+        )
+    return {
+        (method, seed): (replace(job, method=method, seed=seed), rounds)
+        for (method, seed), rounds in records.items()
+    }
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise ConfigError(f"--seeds is {text!r}; give numbers with commas between them") from None

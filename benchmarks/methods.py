@@ -1,0 +1,125 @@
+"""FedSplitX and its baselines on CIFAR-10: 50 simulated devices in three levels.
+
+    python -m benchmarks.methods --data CIFAR10 [--work runs/methods] [--json FILE] [--docs FOLDER]
+
+``CIFAR10`` is a folder with CIFAR-10 in a usual format, or an ``.npz``. The job is
+``methods.toml`` beside this file, once with an IID partition and once with Dirichlet 0.3, with
+every method and three seeds. What is finished in the work folder is not run again; a run that was
+interrupted goes on. ``--docs docs`` also writes tables and pictures into ``docs/results.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from edge_sdk.bundle import write_atomically
+from edge_sdk.errors import ConfigError, CutlayerError
+from server_hub.simulation.cli import run_comparison
+from server_hub.simulation.job import Job, methods_of
+from server_hub.simulation.pictures import draw_comparison
+from server_hub.simulation.results import (
+    Runs,
+    accuracy_grid,
+    accuracy_table,
+    cost_grid,
+    cost_table,
+    partition_name,
+    rows_of,
+    summary,
+)
+
+JOB = Path(__file__).with_name("methods.toml")
+BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+
+PARTITIONS = ("dirichlet", "iid")
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an .npz file.")],
+    work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/methods"),
+    methods: Annotated[str, typer.Option(help="Methods, with commas; all for all.")] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="Write into results.md here, and pictures.")
+    ] = None,
+) -> None:
+    """Run the benchmark, or what is left of it."""
+    console = Console(highlight=False)
+    job = Job.read(JOB)
+    job = replace(job, data=replace(job.data, source=str(data.absolute())))
+    rows, sections = [], []
+    for kind in PARTITIONS:
+        here = replace(job, partition=replace(job.partition, kind=kind))
+        console.print(f"[bold]{partition_name(here)}[/]")
+        runs = run_comparison(
+            console, here, methods_of(methods), range(seeds), work / kind, "torch", Path(), jobs
+        )
+        for (method, _), run in runs.items():
+            rows += rows_of(method, *run)
+        console.print(accuracy_table(runs))
+        console.print(cost_table(runs))
+        sections.append(section(here, runs, kind))
+        if docs is not None:
+            draw_comparison(runs, docs / f"methods-{kind}.png")
+    if json_file is not None:
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        write_atomically(json_file.absolute(), f"[\n{lines}\n]\n".encode())
+    if docs is not None:
+        write_docs(docs, "\n\n".join([setting(job), *sections]))
+
+
+def section(job: Job, runs: Runs, kind: str) -> str:
+    """A partition's tables and picture, in Markdown."""
+    found = summary(runs)
+    return "\n\n".join(
+        [
+            f"### {partition_name(job)}",
+            accuracy_grid(found).markdown(),
+            cost_grid(found).markdown(),
+            f"![accuracy against rounds, traffic and time, and by tier](methods-{kind}.png)",
+        ]
+    )
+
+
+def write_docs(folder: Path, text: str) -> None:
+    """Put text into ``results.md``, in place of what stands between the marks.
+
+    Raises:
+        ConfigError: the file has no marks.
+    """
+    path = folder / "results.md"
+    before, begin, rest = path.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f"{path} has no marks {BEGIN} and {END} to write between")
+    write_atomically(path.absolute(), f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
+
+
+def setting(job: Job) -> str:
+    """What all runs have in common, in Markdown."""
+    tiers = "; ".join(
+        f"{t.clients} {name} (cut {t.cut}, {t.gflops:g} GFLOPS, {t.uplink_mbit:g} Mbit/s up)"
+        for name, t in job.tiers.items()
+    )
+    return (
+        f"{job.clients} devices: {tiers}. {job.rounds.count} rounds with {job.rounds.per_round} "
+        f"devices each, one local epoch in batches of {job.local.batch_size}, the same learning "
+        f"rates for all (devices {job.local.hyper['lr']:g}, trunk {job.trunk.hyper['lr']:g}, "
+        f"cosine). Accuracy on {job.data.test} held-out images; mean and standard deviation over "
+        "the seeds. Times are virtual."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except CutlayerError as error:
+        raise SystemExit(f"benchmarks.methods: {error}") from error
