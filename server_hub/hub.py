@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,6 @@ from edge_sdk.protocol.messages import (
     Activations,
     Answer,
     Decline,
-    Gradient,
     Infer,
     Ready,
     Round,
@@ -34,13 +31,14 @@ from export.build import model_of
 from export.optimizers import check_hyper
 from export.split import SplitModel
 from export.writer import WEIGHTS
+from server_hub.changes import Changes
 from server_hub.checks import check_labels, check_packed, check_update
-from server_hub.config import HubConfig, Schedule
+from server_hub.config import HubConfig, learning_rate_factor
+from server_hub.feed import Feed, Waiting
 from server_hub.gateway import Gateway, Peer
 from server_hub.layers import State
 from server_hub.methods.fedsplitx import fedsplitx
 from server_hub.methods.parts import DeviceUpdate, Method, Stage
-from server_hub.mixer import Mixer
 from server_hub.rounds import Phase, Rounds
 from server_hub.run import RoundRecord, RunFolder
 from server_hub.tokens import TokenFile, Tokens
@@ -65,26 +63,6 @@ class _Member:
         """Forget what belonged to the last round."""
         self.activation_rows = 0
         self.state = {}
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """An arrival that waits for the trunk, to be settled once it is sure to be trained on."""
-
-    round: int
-    batch: int
-    arrival: Arrival
-    peer: Peer
-    seq: int
-
-    @property
-    def rows(self) -> int:
-        """Examples in it."""
-        return self.arrival.rows
-
-    def settle(self) -> None:
-        """Tell the device that it need not keep it."""
-        self.peer.session.settle(self.seq)
 
 
 class JobFailed(CutlayerError):
@@ -169,11 +147,10 @@ class Hub:
         self._on_round = on_round
         self._members: dict[str, _Member] = {}
         self._updates: dict[str, DeviceUpdate] = {}
-        self._queue = Mixer[_Waiting](_Waiting.settle)
-        self._last = False
-        self._waiters: dict[asyncio.Future[None], None] = {}  # woken in the order of waiting
-        self._idle = asyncio.Event()
-        self._trunk_losses: list[tuple[float, int]] = []
+        self._changes = Changes()
+        self._feed = Feed(
+            self.trunk, config.trunk, self.method.merges, self.gateway.post, self._refused
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._over = False
         self._stage = Stage("none")
@@ -209,11 +186,11 @@ class Hub:
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until ``condition`` holds; looked at whenever something happens to the hub."""
-        await self._until(condition)
+        await self._changes.until(condition)
 
     async def run_job(self) -> None:
         """The rounds, with the devices that the gateway lets in."""
-        feed = asyncio.create_task(self._feed_trunk())
+        feed = asyncio.create_task(self._feed.run())
         job = asyncio.create_task(self._job())
         try:
             done, _ = await asyncio.wait([feed, job], return_when=asyncio.FIRST_COMPLETED)
@@ -226,14 +203,16 @@ class Hub:
 
     async def _job(self) -> None:
         while self.rounds.phase is not Phase.DONE:
-            await self._until(self.rounds.can_start)
+            await self._changes.until(self.rounds.can_start)
             await self._round()
         log.info("all %d rounds done", self.rounds.completed)
         self._over = True
         for peer in list(self.gateway.peers.values()):
             self._stop(peer)
         while self.config.keep_serving or self.gateway.peers:
-            await self._until(lambda: not self.gateway.peers and not self.config.keep_serving)
+            await self._changes.until(
+                lambda: not self.gateway.peers and not self.config.keep_serving
+            )
 
     async def _round(self) -> None:
         """One round: states down, local training and trunk at the same time, average, measure."""
@@ -257,10 +236,7 @@ class Hub:
         await self.trunk.begin(method.aggregation.trunk_state(), plan)
         if not self.rounds.can_start():
             return  # somebody left meanwhile
-        # who waits for a gradient must not wait for others
-        mix_rows = 0 if stage.activations == "returned" else config.trunk.mix_rows
-        self._queue.begin(mix_rows, number)
-        self._last = False
+        self._feed.begin(number, mixes=stage.activations != "returned")
         members = self.rounds.start(now(), stage.everyone)
         self._stage = stage
         log.debug("round %d with %d devices", number, len(members))
@@ -281,11 +257,8 @@ class Hub:
                     seed=number * 1_000_003 + order,
                 ),
             )
-        trunk_losses = self._trunk_losses = []
-        await self._until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
-        self._last = True  # what the mixer still holds is all there is
-        self._wake()
-        await self._idle.wait()  # the trunk may still refuse what somebody who delivered has sent
+        await self._changes.until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
+        await self._feed.drain()  # the trunk may refuse what somebody who delivered has sent
         useful = self.rounds.finish()
         for device, reason in self.rounds.dropped.items():
             log.warning("round %d goes on without %s: %s", number, device, reason)
@@ -304,7 +277,8 @@ class Hub:
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
         await self._publish_states()
         self._save()
-        rows = sum(n for _, n in trunk_losses)
+        losses = self._feed.losses
+        rows = sum(n for _, n in losses)
         record = RoundRecord(
             round=self.rounds.completed,
             clock=now() - self.began,
@@ -313,8 +287,8 @@ class Hub:
             dropped=dict(self.rounds.dropped),
             local_loss=weighted_mean(updates, "loss"),
             local_accuracy=weighted_mean(updates, "accuracy"),
-            trunk_loss=sum(x * n for x, n in trunk_losses) / rows if rows else None,
-            trunk_steps=len(trunk_losses),
+            trunk_loss=sum(x * n for x, n in losses) / rows if rows else None,
+            trunk_steps=len(losses),
             accuracy=await self._evaluate() if self._evaluate is not None else {},
             bytes=self.gateway.traffic.by_kind(),
             costs=self._costs(),
@@ -353,37 +327,6 @@ class Hub:
     def _tier_cuts(self) -> dict[str, tuple[int, str]]:
         return {name: (entry.cut, entry.codec) for name, entry in self.index.tiers.items()}
 
-    # --- the trunk's queue ----------------------------------------------------------------------
-
-    async def _feed_trunk(self) -> None:
-        """Merge what waits, up to ``max_rows``, and step; settle what was used.
-
-        A device has at most a window of batches that are neither used nor mixed, so what waits is
-        bounded, and a trunk that is slow slows the devices down.
-        """
-        while True:
-            if not len(self._queue):
-                self._idle.set()
-            await self._until(lambda: self._queue.ready(self._last))
-            max_rows = self.config.trunk.max_rows if self.method.merges else 1
-            if self._queue.rows < max_rows and not self._last:
-                await asyncio.sleep(self.config.trunk.wait_s)
-            group = self._queue.take(max_rows)
-            report = await self.trunk.step([w.arrival for w in group])
-            for waiting, gradient in zip_longest(group, report.gradients):
-                if gradient is not None:
-                    self.gateway.post(
-                        waiting.peer,
-                        Gradient(round=waiting.round, batch=waiting.batch, parts=dict(gradient)),
-                    )
-                waiting.settle()
-            if report.rows:
-                self._trunk_losses.append((report.loss, report.rows))
-            for device, reason in report.refused.items():
-                self.rounds.drop(device, reason)
-                peer = next(w.peer for w in group if w.peer.device == device)
-                self._spawn(self.gateway.refuse(peer, ProtocolError("not_finite", reason, "parts")))
-
     # --- messages -------------------------------------------------------------------------------
 
     def _handle(self, peer: Peer, delivery: Delivery) -> None:
@@ -411,7 +354,7 @@ class Hub:
         else:
             raise ProtocolError("bad_message", f"a device does not send {message.TYPE}")
         peer.session.settle(delivery.seq)
-        self._wake()
+        self._changes.wake()
 
     def _activations(self, peer: Peer, message: Activations, seq: int) -> None:
         if not self.rounds.expects(peer.device, message.round):
@@ -439,9 +382,7 @@ class Hub:
             message.parts,
             message.labels,
         )
-        self._queue.put(_Waiting(message.round, message.batch, arrival, peer, seq))
-        self._idle.clear()
-        self._wake()
+        self._feed.put(Waiting(message.round, message.batch, arrival, peer, seq))
 
     def _update(self, peer: Peer, message: Update) -> None:
         if not self.rounds.expects(peer.device, message.round):
@@ -470,32 +411,17 @@ class Hub:
 
         self._spawn(answer())
 
+    def _refused(self, peer: Peer, reason: str) -> None:
+        """The trunk cannot use what a device has sent."""
+        self.rounds.drop(peer.device, reason)
+        self._spawn(self.gateway.refuse(peer, ProtocolError("not_finite", reason, "parts")))
+
     def _gone(self, peer: Peer, reason: str) -> None:
         log.info("%s %s", peer.device, reason)
         self.rounds.leave(peer.device, reason)
-        self._wake()
+        self._changes.wake()
 
-    # --- waiting --------------------------------------------------------------------------------
-
-    async def _until(self, condition: Callable[[], bool], deadline: float | None = None) -> None:
-        """Wait until ``condition`` holds; looked at whenever something happens, and at the
-        deadline (seconds on the loop's clock)."""
-        while not condition():
-            changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters[changed] = None
-            left = None
-            if deadline is not None:
-                left = max(deadline - asyncio.get_running_loop().time(), 0.0)
-            try:
-                await asyncio.wait([changed], timeout=left)
-            finally:
-                del self._waiters[changed]
-
-    def _wake(self) -> None:
-        """Something happened: whoever waits looks again."""
-        for waiter in list(self._waiters):
-            if not waiter.done():
-                waiter.set_result(None)
+    # --- background tasks ------------------------------------------------------------------------
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -530,16 +456,3 @@ def weighted_mean(updates: Sequence[DeviceUpdate], metric: str) -> float | None:
     known = [u for u in updates if metric in u.metrics]
     total = sum(update.samples for update in known)
     return sum(u.metrics[metric] * u.samples for u in known) / total if known else None
-
-
-def learning_rate_factor(schedule: Schedule, number: int, count: int) -> float:
-    """What the learning rate is multiplied with in round ``number`` of ``count``, from 1 on.
-
-    ``step`` is FedSplitX's: a tenth from half of the rounds on, a hundredth from three quarters.
-    """
-    done = (number - 1) / count
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    if schedule == "step":
-        return 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01
-    return 1.0

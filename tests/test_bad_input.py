@@ -418,7 +418,7 @@ def test_flooding_beyond_the_window_is_an_error(tmp_path: Path, bundles: BundleI
                 await client.say(replace(good_activations(manifest, task.round), batch=batch))
             error = await client.hear(Error)
             assert error.code == "window_exceeded"
-            assert len(hub._queue) <= 4
+            assert len(hub._feed) <= 4
 
     asyncio.run(job())
 

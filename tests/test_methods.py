@@ -11,7 +11,7 @@ import pytest
 
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from export.split import layer_of
-from server_hub.hub import learning_rate_factor
+from server_hub.config import learning_rate_factor
 from server_hub.layers import NotFinite, State
 from server_hub.methods.fedsplitx import fedsplitx
 from server_hub.methods.parts import (

@@ -16,7 +16,7 @@ from edge_sdk.learner import Learner, LocalPlan
 from edge_sdk.runtime import load_runtime
 from export.optimizers import check_hyper
 from export.split import SplitModel
-from server_hub.hub import learning_rate_factor
+from server_hub.config import learning_rate_factor
 from server_hub.layers import LayerCopy, LayerStore, split_by_layer
 
 

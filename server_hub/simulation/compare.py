@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import shutil
 import signal
-import sys
+import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ import torch
 from edge_sdk.bundle import write_atomically
 from edge_sdk.errors import ConfigError, CutlayerError
 from export.build import build_model
+from export.errors import ExportError
 from server_hub.methods.fleet import Fleet
 from server_hub.methods.registry import RECIPES
 from server_hub.run import METRICS, RoundRecord, read_records
@@ -46,9 +47,6 @@ from server_hub.simulation.simulate import (
 
 _POLL_S = 0.25
 """Seconds between two looks at how far the runs are."""
-
-_CLEANING_S = 10
-"""Seconds that a process has to remove its temporary files."""
 
 OnProgress = Callable[[int, int, list[str]], None]
 """Told rounds done, rounds in all, and what runs now."""
@@ -164,7 +162,8 @@ def check(jobs: Sequence[Job], runtime: DeviceRuntime, base: Path) -> None:
     """What can be known of jobs of one comparison without running them.
 
     Raises:
-        ConfigError: a partition leaves a client without examples, or model and data do not fit.
+        ConfigError: a partition leaves a client without examples, model and data do not fit, or
+            a method does not fit the job.
         DataError: the data cannot be read.
         ExportError: the model cannot be built, or cut so.
     """
@@ -178,7 +177,10 @@ def check(jobs: Sequence[Job], runtime: DeviceRuntime, base: Path) -> None:
             model.check_cut(tier.cut)
         check_fit(model, example, data.classes)
         tiers = {n: t.exported(runtime, job.local.batch_size) for n, t in job.tiers.items()}
-        RECIPES[job.method].arrange(Fleet(model, tiers, example, data.classes))
+        try:
+            RECIPES[job.method].arrange(Fleet(model, tiers, example, data.classes))
+        except ExportError as error:
+            raise ConfigError(f"method {job.method!r} does not fit this job: {error}") from error
 
 
 def write_comparison(folder: Path, runs: Runs, target: float | None = None) -> None:
@@ -222,14 +224,21 @@ class _Worker:
 
     Args:
         threads: of its torch.
+        scratch: folder for temporary files, which outlive a process that is stopped.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, scratch: str) -> None:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._process: Any = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self._process: Any = context.Process(
+            target=_work, args=(theirs, threads, scratch), daemon=True
+        )
         self.cell: Cell | None = None
-        with _environment("OMP_NUM_THREADS", str(threads)):  # read when torch is imported
+        # Read when torch is imported. A thread that waits must not take time from other runs.
+        with (
+            _environment(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE"),
+            _ignoring_interrupts(),
+        ):
             self._process.start()
         theirs.close()
 
@@ -255,8 +264,6 @@ class _Worker:
 
     def stop(self) -> None:
         """End the process, in the middle of whatever it does."""
-        self._process.terminate()
-        self._process.join(_CLEANING_S)
         self._process.kill()
         self._process.join()
         self.pipe.close()
@@ -273,11 +280,11 @@ def _run(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = list(reversed(cells))
     workers: list[_Worker] = []
+    scratch = tempfile.TemporaryDirectory(prefix="cutlayer-")
     try:
         for _ in range(jobs):
-            workers.append(_Worker(threads))
-        for worker in workers:
-            worker.begin(waiting.pop(), runtime, base)
+            workers.append(_Worker(threads, scratch.name))
+            workers[-1].begin(waiting.pop(), runtime, base)
         while busy := [worker for worker in workers if worker.cell is not None]:
             tell([worker.cell for worker in busy if worker.cell is not None])
             answers = wait([worker.pipe for worker in busy], _POLL_S)
@@ -289,27 +296,42 @@ def _run(
     finally:
         for worker in workers:
             worker.stop()
+        scratch.cleanup()
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable that processes inherit which are started meanwhile."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-def _work(pipe: Connection, threads: int) -> None:
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Ctrl-C is for the parent, which then stops the processes that are started meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets no other thread say what signals do
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _work(pipe: Connection, threads: int, scratch: str) -> None:
     """The loop of a worker's process: one cell, one answer, a failure or None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
-    signal.signal(signal.SIGTERM, _exit)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True).start()
+    tempfile.tempdir = scratch
     torch.set_num_threads(threads)
     with suppress(EOFError):  # the parent has gone
         while True:
@@ -324,15 +346,9 @@ def _work(pipe: Connection, threads: int) -> None:
             pipe.send(failure)
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(scratch: str) -> None:
     parent = mp.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_CLEANING_S)
+    shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)
-
-
-def _exit(*signal_and_frame: object) -> None:
-    """End by an exception, so that temporary files are removed."""
-    sys.exit(1)

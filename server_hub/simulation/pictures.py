@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WRITTEN = 24
 """Clients or classes up to which the cells hold their numbers."""
 
-APART = 30
+APART = 10
 """A scale is logarithmic if one method's curve ends so many times further out than another's."""
 
 LINES = [

@@ -23,9 +23,10 @@ KINDS = {
     "activations": "activations",
     "gradient": "gradients",
     "update": "updates",
-    "blob": "states, bundles",
+    "blob": "models",
 }
-"""Kinds of messages that carry tensors, and how tables call them."""
+"""Kinds of messages that carry tensors, and how tables call them; a ``blob`` is a state or a part
+of a bundle."""
 OTHER = "other"
 
 Runs = Mapping[tuple[str, int], tuple[Job, Sequence[RoundRecord]]]
@@ -302,7 +303,10 @@ class Grid:
         """For the terminal."""
         table = Table(title=self.title, box=None, padding=(0, 1))
         for number, column in enumerate(self.header):
-            table.add_column(column, justify="left" if number < self.left else "right")
+            if number < self.left:
+                table.add_column(column, no_wrap=True)
+            else:
+                table.add_column(column, justify="right", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -334,8 +338,8 @@ def cost_grid(found: Summary) -> Grid:
     """A line per method: traffic, virtual time and the devices' compute."""
     kinds = [kind for kind in KINDS if any(cost.megabytes[kind] for cost in found.costs)]
     header = [
-        "method", *(f"{KINDS[kind]}, MB" for kind in kinds), f"{OTHER}, MB", "up, MB", "down, MB",
-        "GFLOP per device and round", "job, s", f"until {found.target:.1%}, s",
+        "method", *(KINDS[kind] for kind in kinds), OTHER, "up", "down", "GFLOP", "job, s",
+        f"{found.target:.1%}, s",
     ]  # fmt: skip
     rows = [
         [
@@ -349,8 +353,12 @@ def cost_grid(found: Summary) -> Grid:
         ]
         for cost in found.costs
     ]
-    mean = f", mean of {found.seeds} seeds" if found.seeds > 1 else ""
-    return Grid(f"Traffic of all devices, compute and virtual time{mean}", header, rows, 1)
+    mean = f"; means of {found.seeds} seeds" if found.seeds > 1 else ""
+    title = (
+        "Traffic of all devices in MB, GFLOP of a device in a round, virtual seconds of the job "
+        f"and until an accuracy of {found.target:.1%}{mean}"
+    )
+    return Grid(title, header, rows, 1)
 
 
 def figure(value: float) -> str:
