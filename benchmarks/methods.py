@@ -11,6 +11,8 @@ interrupted goes on. ``--docs docs`` also writes tables and pictures into ``docs
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +22,11 @@ from rich.console import Console
 
 from edge_sdk.bundle import write_atomically
 from edge_sdk.errors import ConfigError, CutlayerError
+from server_hub.run import RoundRecord, read_records
 from server_hub.simulation.cli import run_comparison
+from server_hub.simulation.compare import cells_of
 from server_hub.simulation.job import Job, methods_of
+from server_hub.simulation.partition import Kind
 from server_hub.simulation.pictures import draw_comparison
 from server_hub.simulation.results import (
     Runs,
@@ -37,7 +42,7 @@ from server_hub.simulation.results import (
 JOB = Path(__file__).with_name("methods.toml")
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 
-PARTITIONS = ("dirichlet", "iid")
+PARTITIONS: tuple[Kind, ...] = ("dirichlet", "iid")
 
 
 def main(
@@ -46,6 +51,9 @@ def main(
     methods: Annotated[str, typer.Option(help="Methods, with commas; all for all.")] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Run nothing; show what is finished so far.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
     docs: Annotated[
         Path | None, typer.Option(help="Write into results.md here, and pictures.")
@@ -59,9 +67,15 @@ def main(
     for kind in PARTITIONS:
         here = replace(job, partition=replace(job.partition, kind=kind))
         console.print(f"[bold]{partition_name(here)}[/]")
-        runs = run_comparison(
-            console, here, methods_of(methods), range(seeds), work / kind, "torch", Path(), jobs
-        )
+        if finished:
+            runs = finished_runs(here, methods_of(methods), range(seeds), work / kind)
+        else:
+            runs = run_comparison(
+                console, here, methods_of(methods), range(seeds), work / kind, "torch", Path(), jobs
+            )
+        if not runs:
+            console.print("nothing is finished")
+            continue
         for (method, _), run in runs.items():
             rows += rows_of(method, *run)
         console.print(accuracy_table(runs))
@@ -76,12 +90,32 @@ def main(
         write_docs(docs, "\n\n".join([setting(job), *sections]))
 
 
+def finished_runs(
+    job: Job, methods: Sequence[str], seeds: Sequence[int], folder: Path
+) -> dict[tuple[str, int], tuple[Job, list[RoundRecord]]]:
+    """The runs in a folder that are at their end."""
+    return {
+        (cell.job.method, cell.job.seed): (cell.job, read_records(cell.folder))
+        for cell in cells_of(job, methods, seeds, folder)
+        if cell.finished("torch")
+    }
+
+
+def seeds_of(runs: Runs) -> str:
+    """How many seeds there are, and which methods have fewer."""
+    counts = Counter(method for method, _ in runs)
+    most = max(counts.values())
+    fewer = [f"{method} {n}" for method, n in counts.items() if n < most]
+    return f"Seeds: {most}" + (f"; fewer for {', '.join(fewer)}." if fewer else ".")
+
+
 def section(job: Job, runs: Runs, kind: str) -> str:
     """A partition's tables and picture, in Markdown."""
     found = summary(runs)
     return "\n\n".join(
         [
             f"### {partition_name(job)}",
+            seeds_of(runs),
             accuracy_grid(found).markdown(),
             cost_grid(found).markdown(),
             f"![accuracy against rounds, traffic and time, and by tier](methods-{kind}.png)",

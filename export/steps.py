@@ -311,14 +311,13 @@ class ClientSteps:
         given |= {name: given[first] for name, first in self._tied.items()}
         if module is self._blocks:
             given = {n: t for n, t in given.items() if not _in_head(n)}
-        others = [module for module in self._modules if module.training != training]
+        modes = [(part, part.training) for part in self._modules]
         try:
-            for other in others:
-                other.training = training
+            module.train(training)  # a module may have its own opinion of what that means
             return functional_call(module, given, (x,), tie_weights=False)
         finally:
-            for other in others:
-                other.training = not training
+            for part, mode in modes:
+                part.training = mode
 
     def _seeded(self, given: Iterator[Tensor]) -> AbstractContextManager[object]:
         """Dropouts that draw from the next input, if there are any."""

@@ -409,7 +409,7 @@ WRONG: dict[str, list[object]] = {
     "size": [-1, None],
     "data": ["text", None, FLOAT],
     "state": ["0" * 63, 5, FLOAT],
-    "epochs": [0, None],
+    "epochs": [-1, None],
     "batch_size": [0, None],
     "hyper": [None, {"lr": math.nan}, {"lr": None}, FLOAT],
     "activations": ["all", "", None, 1, ["train"], FLOAT, np.array([1], np.int8)],

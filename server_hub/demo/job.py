@@ -23,7 +23,6 @@ from rich.table import Table
 from edge_sdk.data import Examples
 from edge_sdk.errors import CutlayerError
 from edge_sdk.index import BundleIndex
-from export.split import SplitModel
 from export.writer import WEIGHTS, Tier, export_bundles
 from server_hub.demo import digits
 from server_hub.demo.no_hub import federated_averaging
@@ -102,7 +101,7 @@ def run_demo(
     save_npz(inputs / "held_out.npz", held_out)
 
     console.print("[bold]2[/]  export: each tier's training steps to ONNX, checked against PyTorch")
-    model = digits.build()
+    model = digits.build_for_demo()
     with console.status("") as status:
         index = export_bundles(
             model,
@@ -301,7 +300,7 @@ def _check_saved_model(folder: Path, result: dict[str, Any], held_out: Examples)
     The paths through the hub quantise the activations at the cut, so that they may differ from
     the uncut model by a few examples.
     """
-    model: SplitModel = digits.build()
+    model = digits.build_for_demo()
     model.load(folder / WEIGHTS)
     with torch.no_grad():
         answers = model.eval()(torch.from_numpy(held_out.x)).argmax(1).numpy()
