@@ -13,7 +13,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,6 +171,24 @@ class Manifest:
     def x(self) -> TensorSpec:
         """What an input batch must be."""
         return next(port.spec for port in self.graphs["predict"].inputs if port.spec.name == "x")
+
+    def fresh_state(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """A copy of parameters and statistics in the state's dtypes, and slots of zeros.
+
+        Raises:
+            BundleError: a tensor is missing or has another shape.
+        """
+        values = {}
+        for entry in self.state:
+            name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
+            if entry.kind == "slot":
+                values[name] = entry.zeros()
+            elif name in tensors and tensors[name].shape == entry.spec.shape:
+                values[name] = np.array(tensors[name], dtype, order="C")
+            else:
+                found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
+                raise BundleError(f"state tensor {name} {found}, must be {entry.spec.shape}")
+        return values
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: the same manifest gives the same bytes."""

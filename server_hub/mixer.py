@@ -1,9 +1,8 @@
 """What waits for the trunk: a queue, and behind it a buffer that mixes the devices' batches.
 
 Devices send their batches one after the other, and each has its own mix of classes. A trunk that
-steps on them as they come sees long runs of the same few classes, and forgets the others. So
-batches wait in a buffer, and every step draws at random from it, as is done with files of sorted
-examples.
+steps on them as they come sees long runs of the same few classes. Where batches wait in a
+buffer, every step draws at random from it, as is done with files of sorted examples.
 """
 
 from __future__ import annotations

@@ -66,16 +66,7 @@ class ExecutorchRuntime:
         self.set_state(bundle.initial_state)
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
-        values = {}
-        for entry in self.manifest.state:
-            name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
-            if entry.kind == "slot":
-                values[name] = entry.zeros()
-            elif name in tensors and tensors[name].shape == entry.spec.shape:
-                values[name] = np.array(tensors[name], dtype, order="C")
-            else:
-                found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
-                raise BundleError(f"state tensor {name} {found}, must be {entry.spec.shape}")
+        values = self.manifest.fresh_state(tensors)
         with self._turn:
             self._state = {name: self._torch.from_numpy(value) for name, value in values.items()}
 

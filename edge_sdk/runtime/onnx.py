@@ -6,12 +6,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from edge_sdk.bundle import Bundle, Manifest
 from edge_sdk.errors import BundleError, DataError
-from edge_sdk.protocol.tensors import DTYPES, Array
+from edge_sdk.protocol.tensors import Array
 
 ort.set_default_logger_severity(3)
 
@@ -121,21 +120,8 @@ class OnnxRuntime:
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
         with self._turn:
-            self._set_state(tensors)
-
-    def _set_state(self, tensors: Mapping[str, Array]) -> None:
-        values = {}
-        for entry in self.manifest.state:
-            name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
-            if entry.kind == "slot":
-                values[name] = entry.zeros()
-            elif name in tensors and tensors[name].shape == entry.spec.shape:
-                values[name] = np.ascontiguousarray(tensors[name], dtype)
-            else:
-                found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
-                raise BundleError(f"state tensor {name} {found}, must be {entry.spec.shape}")
-        for name, value in values.items():
-            self._buffers[self._current][name].update_inplace(value)
+            for name, value in self.manifest.fresh_state(tensors).items():
+                self._buffers[self._current][name].update_inplace(value)
 
     def get_state(self) -> dict[str, Array]:
         with self._turn:
