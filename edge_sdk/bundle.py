@@ -162,10 +162,9 @@ class Manifest:
     constants: tuple[Constants, ...]
     blobs: dict[str, int]
 
-    @property
-    def exchanged(self) -> tuple[TensorSpec, ...]:
-        """The state tensors that travel: parameters and statistics."""
-        return tuple(entry.spec for entry in self.state if entry.kind != "slot")
+    def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
+        """The state tensors that travel: parameters, statistics, and ``slots`` where they do."""
+        return tuple(entry.spec for entry in self.state if slots or entry.kind != "slot")
 
     @property
     def x(self) -> TensorSpec:
@@ -173,7 +172,7 @@ class Manifest:
         return next(port.spec for port in self.graphs["predict"].inputs if port.spec.name == "x")
 
     def fresh_state(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """A copy of parameters and statistics in the state's dtypes, and slots of zeros.
+        """A copy of ``tensors`` in the state's dtypes; slots that are not given are zero.
 
         Raises:
             BundleError: a tensor is missing or has another shape.
@@ -181,7 +180,7 @@ class Manifest:
         values = {}
         for entry in self.state:
             name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
-            if entry.kind == "slot":
+            if entry.kind == "slot" and name not in tensors:
                 values[name] = entry.zeros()
             elif name in tensors and tensors[name].shape == entry.spec.shape:
                 values[name] = np.array(tensors[name], dtype, order="C")

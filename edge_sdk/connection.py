@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -23,6 +24,7 @@ from edge_sdk.protocol.messages import (
     Hello,
     Infer,
     Message,
+    Move,
     Round,
     Stop,
     Welcome,
@@ -31,10 +33,14 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.session import Session, SessionLost
 
 Work = tuple[Session, Delivery]
-"""A ``round`` or ``stop``, with the session that it came over and is settled in."""
+"""A ``round``, ``move`` or ``stop``, with the session that it came over and is settled in."""
 
 OpenLink = Callable[[], Awaitable[Link]]
 """Opens a link to the hub, or raises :class:`LinkClosed`."""
+
+
+class RoundOver(CutlayerError):
+    """The hub has ended the round; no gradient will come back in it any more."""
 
 
 class Connection:
@@ -50,7 +56,7 @@ class Connection:
     def __init__(
         self, open_link: OpenLink, *, token: str, tier: str | None, patience_s: float
     ) -> None:
-        self._open_link, self._token, self._tier = open_link, token, tier
+        self._open_link, self._token, self.tier = open_link, token, tier
         self._patience_s = patience_s
         # so that many devices that lost one hub do not all come back at the same moment
         self._jitter = random.Random(token)
@@ -65,6 +71,7 @@ class Connection:
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._requests = 0
         self._gradients: dict[tuple[int, int], asyncio.Future[Gradient]] = {}
+        self._round: float = 0  # the newest; infinite after the last
         self._work: asyncio.Queue[Work | CutlayerError] = asyncio.Queue()
         self._keeper: asyncio.Task[None] | None = None
 
@@ -124,7 +131,7 @@ class Connection:
         await self._session.send(message)
 
     async def next_work(self) -> Work:
-        """The next ``round`` or ``stop``.
+        """The next ``round``, ``move`` or ``stop``.
 
         Raises:
             SessionLost: the hub has forgotten us; say ``ready`` again.
@@ -139,24 +146,51 @@ class Connection:
         """The packed gradient of a batch that was sent in round ``number``.
 
         Raises:
+            RoundOver: the hub has begun another round, or the job is over.
             SessionLost: the session has ended, and the round with it.
         """
         key = (number, batch)
         future = self._gradients.setdefault(key, asyncio.get_running_loop().create_future())
         try:
-            session.check()
+            self._check_round(session, number)
             return (await future).parts
         finally:
             self._gradients.pop(key, None)
 
-    async def ask(self, parts: dict[str, Array]) -> Answer:
-        """The hub's answer to packed activations. Raises :class:`LinkClosed` if it restarts."""
+    def gradient_now(self, session: Session, number: int, batch: int) -> dict[str, Array] | None:
+        """The same, if it is there already; raises as :meth:`gradient` does."""
+        self._check_round(session, number)
+        future = self._gradients.get((number, batch))
+        if future is None or not future.done():
+            return None
+        del self._gradients[number, batch]
+        return future.result().parts
+
+    def _check_round(self, session: Session, number: int) -> None:
+        session.check()
+        if number < self._round:
+            raise RoundOver(f"round {number} is over")
+
+    def _end_rounds_before(self, number: float) -> None:
+        """Gradients of earlier rounds will not come, and those that have are of no use."""
+        self._round = number
+        for key in [key for key in self._gradients if key[0] < number]:
+            future = self._gradients.pop(key)
+            if not future.done():
+                future.set_exception(RoundOver(f"round {key[0]} is over"))
+
+    async def ask(self, parts: dict[str, Array], tier: str) -> Answer:
+        """The hub's answer to what the bundle of ``tier`` has packed.
+
+        Raises:
+            LinkClosed: the hub restarts, or is out of reach for good.
+        """
         self._requests += 1
         request = self._requests
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._answers[request] = future
         try:
-            await self.send(Infer(request=request, parts=parts))
+            await self.send(Infer(request=request, parts=parts, tier=tier))
             return await future
         except SessionLost:
             self.raise_failure()
@@ -228,7 +262,7 @@ class Connection:
         hello = Hello(
             version=VERSION,
             token=self._token,
-            tier=self._tier,
+            tier=self.tier,
             session=self._session_id,
             last_seq=settled,
         )
@@ -262,7 +296,11 @@ class Connection:
 
     def _handle(self, session: Session, delivery: Delivery) -> None:
         message = delivery.message
-        if isinstance(message, Round | Stop):
+        if isinstance(message, Round | Move | Stop):
+            if isinstance(message, Round):
+                self._end_rounds_before(message.round)
+            else:
+                self._end_rounds_before(self._round + 1 if isinstance(message, Move) else math.inf)
             self._work.put_nowait((session, delivery))
         elif isinstance(message, Answer):
             future = self._answers.get(message.request)
@@ -271,6 +309,9 @@ class Connection:
             session.settle(delivery.seq)
         elif isinstance(message, Gradient):
             key = (message.round, message.batch)
+            if message.round < self._round:
+                session.settle(delivery.seq)
+                return
             waiting = self._gradients.get(key)
             if waiting is None:  # it may come before anybody waits for it
                 waiting = asyncio.get_running_loop().create_future()
@@ -294,6 +335,7 @@ class Connection:
 
     def _forget_session(self) -> None:
         """Everything that waits for the old session ends."""
+        self._round = 0
         lost = SessionLost("the hub does not know this session any more")
         waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._gradients.values()]
         for future in waiting:

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from edge_sdk.bundle import BlobStore, Bundle, Manifest, verify_blob
-from edge_sdk.connection import Connection, OpenLink
+from edge_sdk.connection import Connection, OpenLink, RoundOver
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError, LinkClosed
-from edge_sdk.learner import Learner, LocalPlan, LocalResult, Precision, Training, advance
+from edge_sdk.learner import (
+    Learner,
+    LocalPlan,
+    LocalResult,
+    Packed,
+    Precision,
+    Training,
+    Wanted,
+    advance,
+)
 from edge_sdk.link import open_websocket
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import (
     Activations,
     Decline,
+    Move,
     Ready,
     Round,
     Stop,
@@ -31,6 +42,8 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.session import Session, SessionLost
 from edge_sdk.signing import check, read_trust
+
+log = logging.getLogger("cutlayer.device")
 
 DEFAULT_CACHE = Path.home() / ".cache" / "cutlayer"
 
@@ -107,9 +120,11 @@ class Device:
         trust: Iterable[str | Path] | None = None,
         may_train: MayTrain | None = None,
         threads: int = 1,
+        memory_mb: int | None = None,
         patience_s: float = 60.0,
     ) -> None:
         self._data, self._may_train, self._load = data, may_train, load
+        self._memory_mb = memory_mb
         self._trust = read_trust(trust)
         self._store = BlobStore(cache)
         self._threads = threads
@@ -128,6 +143,7 @@ class Device:
         trust: Iterable[str | Path] | None = None,
         may_train: MayTrain | None = None,
         threads: int = 1,
+        memory_mb: int | None = None,
         patience_s: float = 60.0,
     ) -> Device:
         """Join the hub at ``url`` and load the tier's bundle.
@@ -143,6 +159,8 @@ class Device:
                 signed the bundle; without them an unsigned bundle is taken, too.
             may_train: asked before each round whether the device may train now.
             threads: threads of the runtime.
+            memory_mb: what the device can spare for training; a hub that moves cuts gives it
+                none that takes more.
             patience_s: how long to go on trying to (re)connect, in seconds.
 
         Raises:
@@ -162,6 +180,7 @@ class Device:
             trust=trust,
             may_train=may_train,
             threads=threads,
+            memory_mb=memory_mb,
             patience_s=patience_s,
         )
         await device.join()
@@ -171,7 +190,7 @@ class Device:
         """Connect to the hub and load the tier's bundle; raises as :meth:`connect` does."""
         try:
             welcome = await self._connection.open()
-            await self._load_bundle(welcome.manifest)
+            self._learner = await self._load_bundle(welcome.manifest, welcome.tier)
             await self._load_present_state(welcome)
         except BaseException:
             await self.close()
@@ -219,7 +238,7 @@ class Device:
         while True:
             try:
                 if not joined:
-                    await self._connection.send(Ready(samples=len(self._data)))
+                    await self._connection.send(self._ready())
                     joined = True
                 session, delivery = await self._connection.next_work()
                 if isinstance(delivery.message, Stop):
@@ -228,6 +247,10 @@ class Device:
                         await self._load_state(delivery.message.state)
                     session.settle(delivery.seq)
                     return report
+                if isinstance(delivery.message, Move):
+                    session.settle(delivery.seq)
+                    await self._move(session, delivery.message)
+                    continue
                 assert isinstance(delivery.message, Round)
                 # now, not at the end: gradients that come meanwhile are acknowledged after it
                 session.settle(delivery.seq)
@@ -239,6 +262,23 @@ class Device:
             except SessionLost:
                 self._connection.raise_failure()
                 joined = False  # the hub forgot us: join again, in a new session
+
+    def _ready(self) -> Ready:
+        assert self._data is not None
+        tier = self.manifest.tier
+        return Ready(samples=len(self._data), tier=tier, memory_mb=self._memory_mb)
+
+    async def _move(self, session: Session, move: Move) -> None:
+        """Go on with another bundle; with the one that is here if the other cannot be loaded.
+
+        Only what the cache lacks is fetched: layers that both bundles have are the same blobs.
+        """
+        try:
+            self._learner = await self._load_bundle(move.manifest, move.tier)
+            self._connection.tier = move.tier
+        except (BundleError, DataError) as error:
+            log.warning("cannot move to %s (%s): %s", move.tier, move.reason, error)
+        await session.send(self._ready())
 
     async def _take_part(self, session: Session, task: Round) -> RoundReport | None:
         """Train one round and send the update; None if it was declined.
@@ -260,8 +300,13 @@ class Device:
             if error.code != "unknown_blob":
                 raise
             return None  # the round ended while we were away
-        plan = LocalPlan(task.epochs, task.batch_size, task.hyper, task.activations, task.seed)
-        result = await self._train_locally(session, task.round, plan, state, data)
+        plan = LocalPlan(
+            task.epochs, task.batch_size, task.hyper, task.activations, task.seed, task.staleness
+        )
+        try:
+            result = await self._train_locally(session, task.round, plan, state, data)
+        except RoundOver:
+            return None  # too slow: the hub went on without us
         await self._send_update(session, task.round, result)
         loss, accuracy = (result.metrics.get(name) for name in ("loss", "accuracy"))
         return RoundReport(task.round, loss, accuracy, now() - started)
@@ -274,26 +319,37 @@ class Device:
         state: dict[str, Array],
         data: Examples,
     ) -> LocalResult:
-        """Step by step in a thread; what a step yields is sent before the next one."""
+        """Step by step in a thread; what a step yields is sent before the next one.
+
+        The result's metrics also say how long the device has computed for a batch, ``step_s``.
+        """
         training: Training = self._need_learner().training(state, data, plan)
-        gradient = None
+        now = asyncio.get_running_loop().time
+        gradient, computing, batches = None, 0.0, 0
         while True:
+            started = now()
             step = await asyncio.to_thread(advance, training, gradient)
+            computing += now() - started
             gradient = None
             if isinstance(step, LocalResult):
+                if batches:
+                    return replace(step, metrics={**step.metrics, "step_s": computing / batches})
                 return step
-            if step is not None:  # waits while the outbox has no room, not until it is sent
+            batches += isinstance(step, Packed)
+            if isinstance(step, Packed):  # waits while the outbox has no room, not until it is sent
                 await session.send(
                     Activations(
                         round=number, batch=step.batch, parts=step.parts, labels=step.labels
                     )
                 )
-                if plan.activations == "returned":
-                    gradient = await self._connection.gradient(session, number, step.batch)
+            elif isinstance(step, Wanted) and step.wait:
+                gradient = await self._connection.gradient(session, number, step.batch)
+            elif isinstance(step, Wanted):
+                gradient = self._connection.gradient_now(session, number, step.batch)
 
     async def _send_update(self, session: Session, number: int, result: LocalResult) -> None:
-        """Send the parameters in messages that each stay under the frame limit."""
-        limit = self._connection.welcome.max_frame - 4096 - 600 * len(result.parameters)
+        """Send what was trained in messages that each stay under the frame limit."""
+        limit = self._connection.welcome.max_frame - 4096 - 600 * len(result.state)
         part: dict[str, Array] = {}
         size = 0
 
@@ -309,7 +365,7 @@ class Device:
             )
             part.clear()
 
-        for name, tensor in result.parameters.items():
+        for name, tensor in result.state.items():
             if part and size + tensor.nbytes > limit:
                 await flush(done=False)
                 size = 0
@@ -360,14 +416,15 @@ class Device:
                 np.concatenate([answer.probabilities for answer in answers]),
                 np.concatenate([answer.by_hub for answer in answers]),
             )
-        heads, parts = await self._run_predict(x, precision)
+        manifest, heads, parts = await self._run_predict(x, precision)
         probabilities = softmax(heads).mean(0)
         unsure = np.flatnonzero(probabilities.max(1) < confidence)
         by_hub = np.zeros(len(probabilities), bool)
         if len(unsure):
             with contextlib.suppress(TimeoutError, LinkClosed):
                 hub = await asyncio.wait_for(
-                    self._connection.ask(self._rows(parts, unsure)), timeout_s
+                    self._connection.ask(rows_of(parts, unsure, manifest), manifest.tier),
+                    timeout_s,
                 )
                 every = np.concatenate([heads[:, unsure], hub.logits])
                 probabilities[unsure] = softmax(every).mean(0)
@@ -380,8 +437,8 @@ class Device:
         hits = np.zeros(3)
         size = min(batch_size, self.manifest.limits.get("batch", batch_size))
         for batch in examples.batches(size):
-            heads, parts = await self._run_predict(batch.x)
-            hub = await self._connection.ask(parts)
+            manifest, heads, parts = await self._run_predict(batch.x)
+            hub = await self._connection.ask(parts, manifest.tier)
             for path, logits in enumerate(
                 (heads, hub.logits[-1:], np.concatenate([heads, hub.logits]))
             ):
@@ -391,17 +448,12 @@ class Device:
 
     async def _run_predict(
         self, x: Array, precision: Precision = "float32"
-    ) -> tuple[Array, dict[str, Array]]:
-        learner = self._need_learner()
+    ) -> tuple[Manifest, Array, dict[str, Array]]:
+        """What :meth:`Learner.predict` gives, and the manifest of the bundle that gave it."""
+        learner = self._need_learner()  # another one may take its place meanwhile
         fitted = Examples(x, np.zeros(len(x), np.int64)).fitted(learner.manifest)
-        return await asyncio.to_thread(learner.predict, fitted.x, precision)
-
-    def _rows(self, parts: dict[str, Array], rows: Array) -> dict[str, Array]:
-        """The packed activations of some rows of a batch."""
-        return {
-            spec.name: parts[spec.name][rows] if spec.shape[:1] == ("batch",) else parts[spec.name]
-            for spec in self.manifest.packed
-        }
+        heads, parts = await asyncio.to_thread(learner.predict, fitted.x, precision)
+        return learner.manifest, heads, parts
 
     # --- leaving --------------------------------------------------------------------------------
 
@@ -411,12 +463,11 @@ class Device:
 
     # --- bundles and state ----------------------------------------------------------------------
 
-    async def _load_bundle(self, name: str) -> None:
+    async def _load_bundle(self, name: str, tier: str) -> Learner:
         """Fetch the manifest called ``name`` and its blobs, verify them, load the runtime."""
         data = await self._fetch_blob(name)
         manifest = Manifest.from_bytes(data)
         check(data, self._trust)
-        tier = self._connection.welcome.tier
         if manifest.tier != tier:
             raise BundleError(f"the hub sent the bundle of {manifest.tier!r} for tier {tier!r}")
         blobs = {name: await self._fetch_blob(name) for name in manifest.blobs}
@@ -424,7 +475,7 @@ class Device:
             self._data = self._data.fitted(manifest)
         bundle = Bundle.open(manifest, blobs.__getitem__)
         runtime = await asyncio.to_thread(self._load, bundle, self._threads)
-        self._learner = Learner(manifest, runtime)
+        return Learner(manifest, runtime)
 
     async def _fetch_blob(self, name: str) -> bytes:
         """A blob of the bundle, from the cache or downloaded into it, resumed if broken off."""
@@ -474,6 +525,14 @@ class Device:
         if self._learner is None:
             raise CutlayerError("the device is not connected; use Device.connect")
         return self._learner
+
+
+def rows_of(parts: Mapping[str, Array], rows: Array, manifest: Manifest) -> dict[str, Array]:
+    """The packed activations of some rows of a batch."""
+    return {
+        spec.name: parts[spec.name][rows] if spec.shape[:1] == ("batch",) else parts[spec.name]
+        for spec in manifest.packed
+    }
 
 
 def softmax(logits: Array) -> Array:

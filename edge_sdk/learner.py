@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from edge_sdk import text
 from edge_sdk.bundle import Manifest
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError
@@ -33,6 +35,7 @@ class LocalPlan:
     hyper: Mapping[str, float]
     activations: str
     seed: int
+    staleness: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class LocalResult:
     """Outcome of local training.
 
     Attributes:
-        parameters: the trained parameters by name.
+        state: what was trained, by name: the tensors that training started from.
         samples: number of local examples.
         metrics: ``loss`` and ``accuracy`` of the last epoch, before each step, weighted by labels.
     """
 
-    parameters: dict[str, Array]
+    state: dict[str, Array]
     samples: int
     metrics: dict[str, float]
 
@@ -59,10 +62,27 @@ class Packed:
     labels: Array
 
 
-Training = Generator[Packed | None, dict[str, Array] | None, LocalResult]
-"""Local training, a step at a time: yields what is to be sent, or None; returns the result.
+@dataclass(frozen=True)
+class Wanted:
+    """The gradient of a batch that was sent: to be waited for, or taken if it is there."""
 
-With ``activations == "returned"`` it is sent the packed gradient of what it has yielded.
+    batch: int
+    wait: bool
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A batch on its way: what its step will be computed from again."""
+
+    batch: int
+    inputs: Mapping[str, Array]
+
+
+Training = Generator[Packed | Wanted | None, dict[str, Array] | None, LocalResult]
+"""Local training, a step at a time; returns the result.
+
+Yields what is to be sent; or which gradient it wants, to be sent it, packed, or None if it need
+not wait and there is none yet; or None.
 """
 
 
@@ -89,7 +109,7 @@ class Learner:
             step = advance(training)
             if isinstance(step, LocalResult):
                 return step
-            if step is not None:
+            if isinstance(step, Packed):
                 emit(step.batch, step.parts, step.labels)
 
     def training(self, state: Mapping[str, Array], data: Examples, plan: LocalPlan) -> Training:
@@ -99,10 +119,13 @@ class Learner:
         epoch (``plan.activations == "train"``, no extra compute), by a pass before training
         (``"forward"``, what FedSplitX's paper does), or not at all (``"none"``). With
         ``"returned"`` they are yielded in every epoch, and the step is made with the gradient
-        that comes back; the auxiliary heads rest.
+        that comes back; the auxiliary heads rest. Then ``plan.staleness`` more batches are on
+        their way while a gradient is waited for: a gradient is that of activations which the
+        steps since have made older by as many at most, and steps are made in the batches' order.
 
         Args:
-            state: parameters to start from; optimizer slots start at zero.
+            state: parameters to start from, and optimizer slots, or these start at zero; the
+                result has slots if the state has.
             data: examples that fit the manifest, see :meth:`Examples.fitted`.
             plan: epochs, batch size, hyper-parameters.
         """
@@ -112,31 +135,52 @@ class Learner:
         seeded = any(port.role == "seed" for port in self.manifest.graphs["train"].inputs)
         size = min(plan.batch_size, self.manifest.limits.get("batch", plan.batch_size))
         if plan.activations == "forward":
-            for number, batch in enumerate(data.batches(size, rng)):
+            for number, batch in enumerate(self._batches(data, size, rng)):
                 yield Packed(number, runtime.run("forward", {"x": batch.x}), batch.y)
         loss = correct = 0.0
+        flights: deque[_Flight] = deque()
         sent = 0
         for epoch in range(plan.epochs):
             loss = correct = 0.0
-            for number, batch in enumerate(data.batches(size, rng)):
+            for number, batch in enumerate(self._batches(data, size, rng)):
                 seed = {"seed": np.asarray(rng.integers(MAX_SEED))} if seeded else {}
                 if plan.activations == "returned":
-                    parts = runtime.run("activate", {"x": batch.x, **seed})
-                    gradient = yield Packed(sent, parts, batch.y)
+                    inputs = {"x": batch.x, **seed}
+                    yield Packed(sent, runtime.run("activate", inputs), batch.y)
+                    flights.append(_Flight(sent, inputs | hyper))
                     sent += 1
-                    assert gradient is not None
-                    grad = {f"grad.{name}": part for name, part in gradient.items()}
-                    runtime.run("backward", {"x": batch.x, **grad, **hyper, **seed})
-                    yield None
+                    yield from self._land(flights, most=plan.staleness)
                     continue
                 outputs = runtime.run("train", {"x": batch.x, "y": batch.y, **hyper, **seed})
                 loss += float(outputs.pop("loss")) * batch.labels
                 correct += float(outputs.pop("correct"))
                 wanted = epoch == 0 and plan.activations == "train"
                 yield Packed(number, outputs, batch.y) if wanted else None
+        yield from self._land(flights, most=0)
         heads_trained = plan.epochs > 0 and plan.activations != "returned"
         metrics = {"loss": loss / data.labels, "accuracy": correct / data.labels}
-        return LocalResult(runtime.get_state(), len(data), metrics if heads_trained else {})
+        slots = any(e.kind == "slot" and e.spec.name in state for e in self.manifest.state)
+        result = runtime.get_state(slots)
+        return LocalResult(result, len(data), metrics if heads_trained else {})
+
+    def _batches(self, data: Examples, size: int, rng: np.random.Generator) -> Iterator[Examples]:
+        """Shuffled batches; texts come with others of their length."""
+        texts = self.manifest.task == "tokens"
+        return text.batches(data, size, rng) if texts else data.batches(size, rng)
+
+    def _land(
+        self, flights: deque[_Flight], most: int
+    ) -> Generator[Wanted | None, dict[str, Array] | None, None]:
+        """Step with the gradients that are there, and wait until ``most`` batches are left."""
+        while flights:
+            wait = len(flights) > most
+            gradient = yield Wanted(flights[0].batch, wait)
+            if gradient is None:
+                assert not wait
+                return
+            grad = {f"grad.{name}": part for name, part in gradient.items()}
+            self.runtime.run("backward", {**flights.popleft().inputs, **grad})
+            yield None
 
     def predict(self, x: Array, precision: Precision = "float32") -> tuple[Array, dict[str, Array]]:
         """Logits of the device's heads, and the packed activations.
@@ -163,8 +207,8 @@ class Learner:
 
 def advance(
     training: Training, gradient: dict[str, Array] | None = None
-) -> Packed | LocalResult | None:
-    """The next step of local training: what is to be sent, None, or the result at its end."""
+) -> Packed | Wanted | LocalResult | None:
+    """The next step of local training: what it yields, or the result at its end."""
     try:
         return training.send(gradient)
     except StopIteration as end:

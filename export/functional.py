@@ -15,6 +15,7 @@ from edge_sdk.bundle import Manifest, Port
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import DTYPES, Array
 from export.errors import reason
+from export.names import layer_of
 from export.optimizers import AdamW, Optimizer, Sgd, Tensors
 from export.steps import ClientSteps
 
@@ -62,11 +63,12 @@ class TorchRuntime:
         with self._turn:
             self._state = {name: torch.from_numpy(value) for name, value in values.items()}
 
-    def get_state(self) -> dict[str, Array]:
-        """A copy of parameters and statistics by name."""
+    def get_state(self, slots: bool = False) -> dict[str, Array]:
+        """A copy of parameters and statistics by name, and with ``slots`` of these, too."""
         with self._turn:
             return {
-                spec.name: self._state[spec.name].numpy().copy() for spec in self.manifest.exchanged
+                spec.name: self._state[spec.name].numpy().copy()
+                for spec in self.manifest.exchanged(slots)
             }
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
@@ -149,19 +151,21 @@ class _FastAdamW(AdamW):
     ) -> tuple[Tensors, Tensors]:
         h = {name: value.item() for name, value in hyper.items()}
         g = [gradients[n] for n in parameters]
-        steps = slots["steps"] + 1
-        rate = h["lr"] / (1 - h["beta1"] ** steps.item())
-        root = (1 - h["beta2"] ** steps.item()) ** -0.5
+        layers = [layer_of(name) for name in parameters]
+        steps = {layer: slots[f"steps/{layer}"] + 1 for layer in dict.fromkeys(layers)}
+        counts = {layer: count.item() for layer, count in steps.items()}
+        rates = [-h["lr"] / (1 - h["beta1"] ** counts[layer]) for layer in layers]
+        roots = [(1 - h["beta2"] ** counts[layer]) ** -0.5 for layer in layers]
         m = torch._foreach_mul([slots[f"mean/{n}"] for n in parameters], h["beta1"])
         torch._foreach_add_(m, g, alpha=1 - h["beta1"])
         v = torch._foreach_mul([slots[f"square/{n}"] for n in parameters], h["beta2"])
         torch._foreach_addcmul_(v, g, g, 1 - h["beta2"])
         deviation = torch._foreach_sqrt(v)
-        torch._foreach_mul_(deviation, root)
+        torch._foreach_mul_(deviation, roots)
         torch._foreach_add_(deviation, h["eps"])
         new = torch._foreach_mul(list(parameters.values()), 1 - h["lr"] * h["weight_decay"])
-        torch._foreach_addcdiv_(new, m, deviation, -rate)
-        new_slots: Tensors = {"steps": steps}
+        torch._foreach_addcdiv_(new, m, deviation, rates)
+        new_slots: Tensors = {f"steps/{layer}": count for layer, count in steps.items()}
         for name, mean, square in zip(parameters, m, v, strict=True):
             new_slots |= {f"mean/{name}": mean, f"square/{name}": square}
         return _named(parameters, new), new_slots

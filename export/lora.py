@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from edge_sdk.errors import ConfigError
 from export.errors import ExportError, reason
@@ -63,7 +67,7 @@ def add_lora(model: SplitModel, lora: Lora, family: str | None = None) -> SplitM
 
     Raises:
         ExportError: no module is a target, or one that PEFT cannot adapt is; or an adapted module
-            is not among the blocks.
+            is not among the blocks, or too small for the rank.
         ConfigError: PEFT is not installed.
     """
     logging.disable(logging.WARNING)  # what peft imports talks about hardware that is not there
@@ -91,10 +95,147 @@ def add_lora(model: SplitModel, lora: Lora, family: str | None = None) -> SplitM
             inject_adapter_in_model(config, model)
         except ValueError as error:
             raise ExportError(f"LoRA on {', '.join(targets)}: {reason(error)}") from error
-    adapted = [n for n, m in model.named_modules() if hasattr(m, "lora_A")]
-    for name in adapted:
+    for name, module in adapted_modules(model).items():
         if not name.startswith("block."):
             raise ExportError(f"{name} is adapted and not part of a block; name other targets")
+        _check_rank(name, module, lora.rank)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     return model
+
+
+ADAPTER = "default"
+"""PEFT's name for a module's adapter; there is one."""
+
+
+def adapted_modules(model: nn.Module) -> dict[str, Any]:
+    """PEFT's modules with adapters, by name."""
+    return {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+def cut_ranks(depth: int, cut: int, rank: int = 16, cut_rank: int = 8) -> dict[int, int]:
+    """Ranks of all blocks in SplitFT (https://arxiv.org/abs/2604.26388): lower ones at the cut.
+
+    Args:
+        depth: number of blocks.
+        cut: cut layer.
+        rank: of a block away from the cut.
+        cut_rank: of the last block on the device and the first on the hub.
+
+    Returns:
+        Rank by block, for :func:`set_ranks`.
+
+    Raises:
+        ExportError: the cut is outside the model.
+    """
+    if not 1 <= cut < depth:
+        raise ExportError(
+            f"cut {cut} is outside the model: it has {depth} blocks, "
+            f"so a cut is from 1 to {depth - 1}"
+        )
+    return {block: cut_rank if block in (cut - 1, cut) else rank for block in range(depth)}
+
+
+def set_ranks(model: SplitModel, ranks: Mapping[int, int]) -> None:
+    """Give the adapters of some blocks other ranks, in place.
+
+    ``alpha`` stays, so the scale becomes ``alpha / rank``. Adapters whose rank changes start
+    anew, always the same ones: A is random, by a seed for each block, and B zero. What they have
+    learned is lost, and an optimizer must be made again: their parameters are new. Adapters that
+    have the rank already stay as they are.
+
+    Args:
+        model: with adapters, by :func:`add_lora`.
+        ranks: rank by block.
+
+    Raises:
+        ExportError: there are no adapters, no such block, or a module is too small for the rank.
+            Nothing was changed.
+    """
+    adapted = adapted_modules(model)
+    if not adapted:
+        raise ExportError("the model has no adapters to set ranks of; add_lora puts them in")
+    for block in ranks:
+        if not 0 <= block < model.depth:
+            raise ExportError(
+                f"there is no block {block} to set the rank of; "
+                f"the model has blocks 0 to {model.depth - 1}"
+            )
+    blocks: dict[int, list[Any]] = {}
+    for name, module in adapted.items():
+        block = int(name.split(".")[1])
+        if block in ranks:
+            _check_rank(name, module, ranks[block])
+            blocks.setdefault(block, []).append(module)
+    for block, modules in blocks.items():
+        generator = torch.Generator().manual_seed(block)
+        for module in modules:
+            if module.r[ADAPTER] != ranks[block]:
+                _start(module, ranks[block], generator)
+
+
+def fit_ranks(model: SplitModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give the blocks of a model the ranks that the adapters in ``tensors`` have, in place.
+
+    Args:
+        model: with adapters, if there are any in ``tensors``.
+        tensors: of a state, by name.
+
+    Raises:
+        ExportError: as :func:`set_ranks`.
+    """
+    ranks = {int(n.split(".")[1]): len(t) for n, t in tensors.items() if ".lora_A." in n}
+    if ranks:
+        set_ranks(model, ranks)
+
+
+def put_adapter(module: Any, A: Tensor, B: Tensor, alpha: float) -> None:
+    """Give a module of PEFT these values as its adapter; its scale becomes ``alpha / rank``.
+
+    Args:
+        module: one of :func:`adapted_modules`.
+        A: (rank, in), or (rank, in, ...) for a convolution.
+        B: (out, rank), or (out, rank, 1, ...).
+        alpha: scale times rank.
+    """
+    rank = len(A)
+    down, up = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+    for layer, weight in ((down, A), (up, B)):
+        if layer.weight.shape == weight.shape:
+            with torch.no_grad():
+                layer.weight.copy_(weight)
+        else:
+            own = weight.to(layer.weight, copy=True)
+            layer.weight = nn.Parameter(own, requires_grad=layer.weight.requires_grad)
+    sides = "features" if isinstance(down, nn.Linear) else "channels"
+    setattr(down, f"out_{sides}", rank)
+    setattr(up, f"in_{sides}", rank)
+    module.r[ADAPTER] = rank
+    module.lora_alpha[ADAPTER] = alpha
+    module.scaling[ADAPTER] = alpha / rank
+
+
+def _start(module: Any, rank: int, generator: torch.Generator) -> None:
+    """An adapter as PEFT starts them."""
+    down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    A = torch.empty(rank, *down.shape[1:])
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    groups = getattr(module.lora_B[ADAPTER], "groups", 1)
+    B = torch.zeros(up.shape[0], rank // groups, *up.shape[2:])
+    put_adapter(module, A, B, module.lora_alpha[ADAPTER])
+
+
+def _check_rank(name: str, module: Any, rank: int) -> None:
+    up = module.lora_B[ADAPTER]
+    outputs, inputs = len(up.weight), module.lora_A[ADAPTER].weight[0].numel()
+    if not 1 <= rank <= min(outputs, inputs):
+        raise ExportError(
+            f"rank {rank} does not fit {name}, which is {outputs} x {inputs}; "
+            f"a rank there is from 1 to {min(outputs, inputs)}"
+        )
+    groups = getattr(up, "groups", 1)
+    if rank % groups:
+        raise ExportError(
+            f"rank {rank} does not fit {name}, a convolution in {groups} groups; "
+            f"a rank there is a multiple of {groups}"
+        )

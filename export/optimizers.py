@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from export.errors import ExportError
+from export.names import layer_of
 
 Tensors = dict[str, Tensor]
 
@@ -17,13 +18,19 @@ class Optimizer(Protocol):
 
     Attributes:
         hyper: hyper-parameters with their defaults; scalars that the graph takes as inputs.
+        torch_names: what torch.optim calls the slots of a parameter.
     """
 
     name: str
     hyper: dict[str, float]
+    torch_names: dict[str, str]
 
     def slots(self, parameters: Tensors) -> Tensors:
-        """The optimizer's own state before the first step; all zeros."""
+        """The optimizer's own state before the first step; all zeros.
+
+        Slots are called ``KIND/PARAMETER``, or ``KIND/LAYER`` where a layer has one for all: so a
+        layer that moves from a device to the hub, or back, takes its slots along.
+        """
 
     def step(
         self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
@@ -39,6 +46,7 @@ class Sgd:
 
     name = "sgd"
     hyper: dict[str, float] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+    torch_names = {"momentum": "momentum_buffer"}
 
     def slots(self, parameters: Tensors) -> Tensors:
         return {f"momentum/{n}": torch.zeros_like(p) for n, p in parameters.items()}
@@ -70,9 +78,10 @@ class AdamW:
     hyper: dict[str, float] = {
         "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01,
     }  # fmt: skip
+    torch_names = {"mean": "exp_avg", "square": "exp_avg_sq", "steps": "step"}
 
     def slots(self, parameters: Tensors) -> Tensors:
-        slots = {"steps": torch.zeros(())}
+        slots = {f"steps/{layer_of(name)}": torch.zeros(()) for name in parameters}
         for name, p in parameters.items():
             slots[f"mean/{name}"] = torch.zeros_like(p)
             slots[f"square/{name}"] = torch.zeros_like(p)
@@ -82,13 +91,16 @@ class AdamW:
         self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
     ) -> tuple[Tensors, Tensors]:
         beta1, beta2 = hyper["beta1"], hyper["beta2"]
-        steps = slots["steps"] + 1
-        rate = hyper["lr"] / (1 - torch.pow(beta1, steps))
-        root = (1 - torch.pow(beta2, steps)).rsqrt()
         decay = 1 - hyper["lr"] * hyper["weight_decay"]
         new_parameters: Tensors = {}
-        new_slots: Tensors = {"steps": steps}
+        new_slots: Tensors = {}
+        corrections: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer in dict.fromkeys(map(layer_of, parameters)):
+            steps = new_slots[f"steps/{layer}"] = slots[f"steps/{layer}"] + 1
+            rate = hyper["lr"] / (1 - torch.pow(beta1, steps))
+            corrections[layer] = rate, (1 - torch.pow(beta2, steps)).rsqrt()
         for name, p in parameters.items():
+            rate, root = corrections[layer_of(name)]
             g = gradients[name]
             m = beta1 * slots[f"mean/{name}"] + (1 - beta1) * g
             v = beta2 * slots[f"square/{name}"] + (1 - beta2) * g * g

@@ -263,12 +263,6 @@ def channel_axis(h: Tensor, channels_first: bool = False) -> int:
     return 2 if h.dim() == 3 and not channels_first else 1
 
 
-def layer_of(name: str) -> str:
-    """The layer that a tensor belongs to: ``block.3.conv.weight`` -> ``block.3``."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] in ("block", "aux") else parts[0]
-
-
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; every submodule gets its own mode back."""

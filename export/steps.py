@@ -22,9 +22,10 @@ from edge_sdk.protocol.tensors import TensorSpec
 from export.dropout import SeededDropout
 from export.errors import ExportError
 from export.losses import local_loss
+from export.names import layer_of
 from export.optimizers import Optimizer
 from export.packing import Codec
-from export.split import ClientSegment, channel_axis, layer_of, statistics
+from export.split import ClientSegment, channel_axis, statistics
 
 
 @dataclass(frozen=True)

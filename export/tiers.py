@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,12 +71,17 @@ class TierTable:
 
 @dataclass(frozen=True)
 class LoraTable:
-    """Low-rank adapters on a frozen base; see :class:`export.lora.Lora`."""
+    """Low-rank adapters on a frozen base; see :class:`export.lora.Lora`.
+
+    Attributes:
+        cut_rank: rank in the last block before a tier's cut; that of all if not given.
+    """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=list)
+    cut_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class TiersConfig:
         input_high: token ids are below this.
         length: tokens of a text.
         optimizer: what the training graphs update with.
+        returned: with graphs for gradients that the hub sends back.
         lora: train adapters on a frozen base.
     """
 
@@ -101,6 +107,7 @@ class TiersConfig:
     input_high: int = 2
     length: int = _LENGTH
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    returned: bool = False
     lora: LoraTable | None = None
 
     def __post_init__(self) -> None:
@@ -123,7 +130,8 @@ class TiersConfig:
         if self.lora is None:
             return None
         try:
-            return Lora(**vars(self.lora))
+            table = self.lora
+            return Lora(table.rank, table.alpha, table.dropout, table.targets)
         except ValueError as error:
             raise ConfigError(f"[lora]: {error}") from error
 
@@ -167,7 +175,11 @@ class TiersConfig:
 
             with Planner(model, example, classes, self.optimizer, report) as planner:
                 cuts = planner.choose(self.tiers)
-        return {name: tier.at(cuts[name]) for name, tier in self.tiers.items()}
+        cut_rank = None if self.lora is None else self.lora.cut_rank
+        return {
+            name: replace(tier.at(cuts[name]), returned=self.returned, cut_rank=cut_rank)
+            for name, tier in self.tiers.items()
+        }
 
 
 def _known(model: SplitModel, length: int) -> dict[str, Any]:

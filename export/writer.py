@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +21,11 @@ from edge_sdk.protocol.tensors import DTYPES, TensorSpec
 from edge_sdk.signing import PrivateKey, sign
 from export.errors import ExportError
 from export.exact import check_parameters, check_stages, find_culprit
+from export.lora import set_ranks
 from export.lowering.lowered import Lowered, RuntimeName, lower
 from export.lowering.onnx import Place
 from export.lowering.verify import verify
+from export.names import layer_of
 from export.optimizers import get_optimizer
 from export.packing import get_codec
 from export.quantize import (
@@ -34,7 +37,7 @@ from export.quantize import (
     quantize_matrices,
     verify_int8,
 )
-from export.split import ClientSegment, SplitModel, layer_of
+from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 
 WEIGHTS = "model.safetensors"
@@ -58,6 +61,8 @@ class Tier:
         precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.quantize`.
         returned: gradients come back: adds the graphs ``activate`` and ``backward``.
         distill: weight of what the heads learn from each other, in ``train``.
+        cut_rank: rank of the adapters in the last block before the cut, as SplitFT
+            (https://arxiv.org/abs/2604.26388) has it; None for that of all.
     """
 
     cut: int
@@ -67,6 +72,7 @@ class Tier:
     precision: Precision = "float32"
     returned: bool = False
     distill: float = 0.0
+    cut_rank: int | None = None
 
 
 def export_bundles(
@@ -137,7 +143,7 @@ def export_bundles(
         blobs = BlobStore(folder / "blobs")
         entries = {}
         for name, tier in tiers.items():
-            segment = ClientSegment(model, tier.cut)
+            segment = segment_of(model, tier)
             check_parameters(segment, example)
             steps = make_steps(segment, tier, example, classes, optimizer)
             manifest = write_tier(steps, name, tier, blobs, example, progress, verified=verified)
@@ -226,6 +232,19 @@ def _put(folder: Path, out: Path) -> None:
         earlier.rename(out)
         raise
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:
+    """What a tier's devices hold; with a rank for the cut, of a copy that shares what is frozen.
+
+    Raises:
+        ExportError: the cut is outside the model, or the rank does not fit it.
+    """
+    if tier.cut_rank is not None:
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        model = copy.deepcopy(model, dict(frozen))
+        set_ranks(model, {tier.cut - 1: tier.cut_rank})
+    return ClientSegment(model, tier.cut)
 
 
 def make_steps(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from server_hub.cuts import PolicyName
 from server_hub.methods.fedsplitx import Form
 from server_hub.rounds import RoundRules
 
@@ -27,10 +28,26 @@ class Listen:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """The training method and its form."""
+    """The training method.
 
-    name: Literal["fedsplitx"] = "fedsplitx"
+    Attributes:
+        name: ``fedsplitx``, or ``splitft`` with bundles whose gradients come back.
+        form: of FedSplitX.
+        cut_rank: of SplitFT, rank of the adapters in the block that activations enter; None for
+            that of all.
+    """
+
+    name: Literal["fedsplitx", "splitft"] = "fedsplitx"
     form: Form = "merged"
+    cut_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cut_rank is not None and self.cut_rank < 1:
+            raise ValueError(f"cut_rank is {self.cut_rank}; it must be 1 or more")
+        if self.name != "splitft" and self.cut_rank is not None:
+            raise ValueError('cut_rank says nothing without name = "splitft"')
+        if self.name != "fedsplitx" and self.form != "merged":
+            raise ValueError(f"{self.name} has no form {self.form!r}; leave form out")
 
 
 @dataclass(frozen=True)
@@ -41,15 +58,20 @@ class LocalTraining:
         epochs: local epochs per round.
         batch_size: rows per local step.
         hyper: hyper-parameters of the optimizer that the bundles were exported with.
+        staleness: with returned gradients, batches that a device may have on their way beside the
+            one whose gradient it waits for; 0 is exact, more hides what the link takes.
     """
 
     epochs: int = 1
     batch_size: int = 32
     hyper: dict[str, float] = field(default_factory=dict)
+    staleness: int = 0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("epochs and batch_size must be at least 1")
+        if self.staleness < 0:
+            raise ValueError(f"staleness is {self.staleness}, must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,28 @@ class TrunkTraining:
             raise ValueError(f"mix_rows is {self.mix_rows}, must be 0 or more")
         if self.max_rows < 1 or self.arena_mb < 1:
             raise ValueError("max_rows and arena_mb must be at least 1")
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How devices get other cuts during a job; see :mod:`server_hub.cuts`.
+
+    A device may move between the bundles for its runtime, codec and precision.
+
+    Attributes:
+        policy: ``fixed``, ``latency`` or ``adaptive``.
+        wait_s: how long a round waits for devices that load another bundle.
+        memory_mb: what training takes, by tier; a device that says how much it has gets no tier
+            that takes more.
+    """
+
+    policy: PolicyName = "fixed"
+    wait_s: float = 60.0
+    memory_mb: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.wait_s <= 0:
+            raise ValueError(f"wait_s is {self.wait_s}, must be above 0")
 
 
 @dataclass(frozen=True)
@@ -138,7 +182,15 @@ class HubConfig:
     rounds: RoundRules = field(default_factory=RoundRules)
     local: LocalTraining = field(default_factory=LocalTraining)
     trunk: TrunkTraining = field(default_factory=TrunkTraining)
+    cuts: Cuts = field(default_factory=Cuts)
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.local.staleness + 2 > self.limits.window:
+            raise ValueError(
+                f"staleness is {self.local.staleness}; with a window of {self.limits.window} "
+                f"messages it can be {self.limits.window - 2} at most"
+            )
 
 
 def learning_rate_factor(schedule: Schedule, number: int, count: int) -> float:

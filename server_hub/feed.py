@@ -66,6 +66,8 @@ class Feed:
         self._stepping = False
         self.losses: list[tuple[float, int]] = []
         """Loss and rows of every step of the round."""
+        self.device_losses: dict[str, tuple[float, int]] = {}
+        """Of each device in the round: sum of the losses on its labels, and their number."""
 
     def __len__(self) -> int:
         return len(self._mixer)
@@ -74,7 +76,7 @@ class Feed:
         """A round begins; ``mixes`` unless devices wait for the gradients of what they send."""
         self._mixer.begin(self._settings.mix_rows if mixes else 0, number)
         self._last = False
-        self.losses = []
+        self.losses, self.device_losses = [], {}
 
     def put(self, waiting: Waiting) -> None:
         """A batch has come."""
@@ -105,6 +107,10 @@ class Feed:
                 gradient = Gradient(round=waiting.round, batch=waiting.batch, parts=dict(parts))
                 self._returned(waiting.peer, gradient)
             waiting.settle()
+        for waiting, found in zip_longest(group, report.losses):
+            if found is not None:
+                loss, labels = self.device_losses.get(waiting.arrival.device, (0.0, 0))
+                self.device_losses[waiting.arrival.device] = loss + found[0], labels + found[1]
         if report.rows:
             self.losses.append((report.loss, report.rows))
         for device, reason in report.refused.items():

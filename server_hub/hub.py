@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,20 @@ from edge_sdk.protocol.messages import (
     Update,
 )
 from export.build import model_of
+from export.names import is_slot
 from export.optimizers import check_hyper
 from export.split import SplitModel
 from export.writer import WEIGHTS
 from server_hub.changes import Changes
-from server_hub.checks import check_labels, check_packed, check_update
+from server_hub.checks import check_answer, check_labels, check_packed, check_update
 from server_hub.config import HubConfig, learning_rate_factor
 from server_hub.feed import Feed, Waiting
 from server_hub.gateway import Gateway, Peer
 from server_hub.layers import State
-from server_hub.methods.fedsplitx import fedsplitx
+from server_hub.methods.fleet import Schedule
 from server_hub.methods.parts import DeviceUpdate, Method, Stage
+from server_hub.methods.registry import method_of
+from server_hub.moves import Moves
 from server_hub.rounds import Phase, Rounds
 from server_hub.run import RoundRecord, RunFolder
 from server_hub.tokens import TokenFile, Tokens
@@ -103,12 +106,7 @@ class Hub:
         self.config = config
         self.index = BundleIndex.read(config.bundles)
         self.manifests: dict[str, Manifest] = {t: self.index.manifest(t) for t in self.index.tiers}
-        for name, manifest in self.manifests.items():
-            if manifest.task != "classes":
-                raise ConfigError(
-                    f"the bundle of {name!r} is for a model of {manifest.task}; the hub trains "
-                    "models that classify"
-                )
+        for manifest in self.manifests.values():
             for blob in manifest.blobs:
                 self.index.blobs().read(blob)  # verified now, not when a device asks for it
         self.model = (
@@ -121,8 +119,17 @@ class Hub:
         # copies: starting the worker moves the model's tensors to shared memory
         frozen = {n: t for n, t in self.model.tensors().items() if n not in initial}
         self._frozen = {n: np.array(t.detach().cpu()) for n, t in frozen.items()}
-        self.method = method or fedsplitx(initial, config.method.form, config.local.epochs)
+        schedule = Schedule(
+            config.rounds.count, config.local.epochs, optimizer=self.index.optimizer
+        )
+        self.method = method or method_of(config.method, initial, schedule)
+        self._check_graphs()
         self.local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
+        if self.method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
+            raise ConfigError(
+                f"{self.method.name} hands optimizer state on between devices and hub; the devices "
+                f"have {self.index.optimizer}, set trunk.optimizer to it"
+            )
         self.trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
         held_out = self._held_out()
         self.trunk = trunk if trunk is not None else self._worker(held_out)
@@ -152,6 +159,9 @@ class Hub:
             self.trunk, config.trunk, self.method.merges, self.gateway.post, self._refused
         )
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._moves = Moves(
+            config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave
+        )
         self._over = False
         self._stage = Stage("none")
         self._states: dict[str, str] = {}
@@ -203,6 +213,7 @@ class Hub:
 
     async def _job(self) -> None:
         while self.rounds.phase is not Phase.DONE:
+            await self._moves.until_ready()
             await self._changes.until(self.rounds.can_start)
             await self._round()
         log.info("all %d rounds done", self.rounds.completed)
@@ -232,8 +243,10 @@ class Hub:
             max_norm=config.trunk.max_norm,
             returned=stage.activations == "returned",
             anneal=stage.anneal,
+            keeps_slots=method.keeps_slots,
         )
-        await self.trunk.begin(method.aggregation.trunk_state(), plan)
+        cuts = {self.manifests[peer.tier].cut for peer in self.gateway.peers.values()}
+        await self.trunk.begin(method.aggregation.trunk_state(cuts), plan)
         if not self.rounds.can_start():
             return  # somebody left meanwhile
         self._feed.begin(number, mixes=stage.activations != "returned")
@@ -255,6 +268,7 @@ class Hub:
                     hyper={**self.local_hyper, "lr": self.local_hyper["lr"] * rate},
                     activations=stage.activations,
                     seed=number * 1_000_003 + order,
+                    staleness=config.local.staleness if plan.returned else 0,
                 ),
             )
         await self._changes.until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
@@ -274,6 +288,9 @@ class Hub:
                 )
             return
         updates = [self._updates[device] for device in delivered]
+        at = {d: cut for d in delivered if (cut := self._moves.cut_of(d)) is not None}
+        last = self.rounds.phase is Phase.DONE
+        moves = [] if last else self._moves.plan(updates, self._feed.device_losses)
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
         await self._publish_states()
         self._save()
@@ -292,7 +309,10 @@ class Hub:
             accuracy=await self._evaluate() if self._evaluate is not None else {},
             bytes=self.gateway.traffic.by_kind(),
             costs=self._costs(),
+            cuts=at,
+            moves=[asdict(move) for move in moves],
         )
+        self._moves.begin(moves)
         self.run.append(record)
         if self._on_round is not None:
             self._on_round(record)
@@ -300,8 +320,9 @@ class Hub:
     async def _publish_states(self) -> None:
         """Offer each tier the present state, and give the trunk the model to answer with."""
         aggregation, states = self.method.aggregation, {}
-        for tier in self.index.tiers:
-            states[tier] = pack_tensors(aggregation.device_state(self.manifests[tier].exchanged))
+        for tier, manifest in self.manifests.items():
+            specs = manifest.exchanged(self.method.keeps_slots)
+            states[tier] = pack_tensors(aggregation.device_state(specs))
         self._states = self.gateway.publish(states)
         cuts = {entry.cut for entry in self.index.tiers.values()}
         path = aggregation.path_state
@@ -316,7 +337,8 @@ class Hub:
         }
         shared = len({id(state) for state in states.values()}) == 1
         for tier, state in states.items():
-            self.run.save_model({**self._frozen, **state}, None if shared else tier)
+            trained = {name: tensor for name, tensor in state.items() if not is_slot(name)}
+            self.run.save_model({**self._frozen, **trained}, None if shared else tier)
             if shared:
                 break
 
@@ -339,6 +361,7 @@ class Hub:
             self._infer(peer, message, delivery.seq)
             return  # settled once it is answered
         if isinstance(message, Ready):
+            self._moves.ready(peer, message)
             if self.rounds.expects(peer.device, self.rounds.number):
                 self.rounds.drop(peer.device, "it joined anew")
             self._members[peer.device] = _Member(message.samples)
@@ -361,8 +384,9 @@ class Hub:
             peer.session.settle(seq)  # late, or from a device that is not in this round
             return
         manifest, member = self.manifests[peer.tier], self._members[peer.device]
-        rows = check_packed(message.parts, manifest)
-        check_labels(message.labels, rows, manifest.classes)
+        sizes = check_packed(message.parts, manifest)
+        check_labels(message.labels, sizes, manifest)
+        rows = sizes["batch"]
         member.activation_rows += rows
         times = self.config.local.epochs if self._stage.activations == "returned" else 1
         if rows > self.config.local.batch_size or member.activation_rows > times * member.samples:
@@ -388,7 +412,8 @@ class Hub:
         if not self.rounds.expects(peer.device, message.round):
             return
         member = self._members[peer.device]
-        check_update(message, self.manifests[peer.tier], member.state, member.samples)
+        specs = self.manifests[peer.tier].exchanged(self.method.keeps_slots)
+        check_update(message, specs, member.state, member.samples)
         member.state.update(message.tensors)
         if not message.done:
             return
@@ -398,11 +423,15 @@ class Hub:
         self.rounds.deliver(peer.device)
 
     def _infer(self, peer: Peer, message: Infer, seq: int) -> None:
-        manifest = self.manifests[peer.tier]
-        labels = np.zeros(check_packed(message.parts, manifest), np.int64)
-        arrival = Arrival(peer.device, "", manifest.cut, manifest.codec, message.parts, labels)
+        manifest = self.manifests.get(message.tier or peer.tier)
+        if manifest is None:
+            raise ProtocolError("unknown_tier", f"there is no tier {message.tier!r}", "tier")
+        sizes = check_packed(message.parts, manifest)
         depths = [d for d in self.model.head_depths if d > manifest.cut]
         heads = [*(f"aux.{d}" for d in depths), "head"]
+        check_answer(sizes, len(heads), manifest.classes)
+        labels = np.zeros(sizes["batch"], np.int64)
+        arrival = Arrival(peer.device, "", manifest.cut, manifest.codec, message.parts, labels)
 
         async def answer() -> None:
             logits = await self.trunk.answer(arrival)
@@ -418,6 +447,7 @@ class Hub:
 
     def _gone(self, peer: Peer, reason: str) -> None:
         log.info("%s %s", peer.device, reason)
+        self._moves.gone(peer.device)
         self.rounds.leave(peer.device, reason)
         self._changes.wake()
 
@@ -433,6 +463,16 @@ class Hub:
         if not task.cancelled() and task.exception() is not None:
             level = logging.WARNING if isinstance(task.exception(), TrunkFailed) else logging.ERROR
             log.log(level, "%s", task.exception())
+
+    def _check_graphs(self) -> None:
+        """Gradients that come back need graphs that take them."""
+        stage = self.method.stage(1, self.config.rounds.count)
+        for tier, manifest in self.manifests.items():
+            if stage.activations == "returned" and "backward" not in manifest.graphs:
+                raise ConfigError(
+                    f"{self.method.name} sends gradients back, and the bundle of {tier!r} has no "
+                    "graphs for them; export with returned = true in tiers.toml"
+                )
 
     def _held_out(self) -> tuple[Any, Any] | None:
         if self.config.held_out is None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from edge_sdk.errors import CutlayerError
 from edge_sdk.protocol.tensors import Array
-from export.split import layer_of
+from export.names import layer_of
 
 State = dict[str, Array]
 
@@ -63,6 +63,19 @@ def split_by_layer(state: Mapping[str, Array]) -> dict[str, State]:
     return layers
 
 
+def weighted_mean(old: Mapping[str, Array], copies: Sequence[LayerCopy]) -> State:
+    """The weighted mean of the copies' tensors, of those that ``old`` has, in its dtypes."""
+    total = sum(copy.weight for copy in copies)
+    tensors = {}
+    for name, tensor in old.items():
+        mean = np.zeros(tensor.shape, np.float64)
+        for copy in copies:
+            # a product of float32 and a Python float would be rounded to float32
+            mean += np.multiply(copy.tensors[name], copy.weight / total, dtype=np.float64)
+        tensors[name] = mean.astype(tensor.dtype)
+    return tensors
+
+
 class LayerStore:
     """The global model, layer by layer.
 
@@ -91,21 +104,16 @@ class LayerStore:
                 continue
             check_finite(copy.tensors)
             by_layer.setdefault(copy.layer, []).append(copy)
-        means: dict[str, State] = {}
-        for layer, group in by_layer.items():
-            total = sum(copy.weight for copy in group)
-            means[layer] = {}
-            for name, old in self.entries[layer].tensors.items():
-                mean = np.zeros(old.shape, np.float64)
-                for copy in group:
-                    # a product of float32 and a Python float would be rounded to float32
-                    mean += np.multiply(copy.tensors[name], copy.weight / total, dtype=np.float64)
-                means[layer][name] = mean.astype(old.dtype)
+        means = {layer: self.mean(layer, group) for layer, group in by_layer.items()}
         for layer, group in by_layer.items():
             entry = self.entries[layer]
             entry.tensors = means[layer]
             entry.version += 1
             entry.trained_by = [copy.source for copy in group]
+
+    def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
+        """What the copies of a layer become: their weighted mean."""
+        return weighted_mean(self.entries[layer].tensors, copies)
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go back to tensors that :meth:`state` has given."""

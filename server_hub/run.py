@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from safetensors.numpy import save
 
@@ -23,6 +24,10 @@ PATHS = {
 """The three ways to answer, and how tables call them."""
 
 
+Metric = Literal["accuracy", "perplexity"]
+"""What is measured on held-out examples; of perplexity, less is better."""
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """What a round was like; a line of ``metrics.jsonl``.
@@ -38,9 +43,13 @@ class RoundRecord:
         local_accuracy: mean accuracy on the devices' own examples, during training; or None.
         trunk_loss: mean loss per row on the trunk; None if no row came.
         trunk_steps: depth-merged steps.
-        accuracy: by tier and path on the held-out examples; empty without any.
+        accuracy: by tier and path on the held-out examples; empty without any. It is what
+            ``metric`` says.
         bytes: traffic since the start, by kind of message.
         costs: what a simulation has spent since the start, see :mod:`server_hub.simulation`.
+        metric: what ``accuracy`` holds: accuracy, or for a model of tokens perplexity.
+        cuts: of the devices that delivered, their cut layers in this round.
+        moves: devices that go on with another tier's bundle after this round.
     """
 
     round: int
@@ -55,6 +64,9 @@ class RoundRecord:
     accuracy: dict[str, dict[str, float]]
     bytes: dict[str, dict[str, int]]
     costs: dict[str, float] = field(default_factory=dict)
+    metric: Metric = "accuracy"
+    cuts: dict[str, int] = field(default_factory=dict)
+    moves: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def up(self) -> int:
@@ -65,6 +77,21 @@ class RoundRecord:
     def down(self) -> int:
         """Bytes that devices have got since the start."""
         return sum(kind["down"] for kind in self.bytes.values())
+
+
+def best(values: Iterable[float], metric: Metric) -> float:
+    """The best of some values: the highest accuracy, the lowest perplexity."""
+    return max(values) if metric == "accuracy" else min(values)
+
+
+def shown(value: float, metric: Metric) -> str:
+    """A value for people: ``91.4%``, or ``12.38``."""
+    return f"{value:.1%}" if metric == "accuracy" else f"{value:.4g}"
+
+
+def scale_of(metric: Metric) -> tuple[float, str]:
+    """What a picture multiplies values by, and how it calls them."""
+    return (100.0, "accuracy (%)") if metric == "accuracy" else (1.0, "perplexity")
 
 
 def read_records(folder: Path) -> list[RoundRecord]:
@@ -79,13 +106,14 @@ class RunFolder:
     Args:
         folder: where.
         keep: rounds of an earlier run there that this one goes on from; None for a new run.
+        metric: what the run measures on held-out examples.
 
     Raises:
         ConfigError: the folder holds another run already, or cannot be written.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, keep: int | None = None, metric: Metric = "accuracy") -> None:
+        self.folder, self.metric = folder, metric
         self.records: list[RoundRecord] = []
         if keep is not None:
             self.records = read_records(folder)[:keep]
@@ -98,11 +126,13 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
 
-    def append(self, record: RoundRecord) -> None:
-        """Add a round to ``metrics.jsonl``."""
+    def append(self, record: RoundRecord) -> RoundRecord:
+        """Add a round to ``metrics.jsonl``; returns it with the run's metric."""
+        record = replace(record, metric=self.metric)
         self.records.append(record)
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
+        return record
 
     def save_model(self, state: Mapping[str, Array], tier: str | None) -> Path:
         """Write the whole model as safetensors; ``SplitModel.load`` reads it."""
@@ -121,13 +151,13 @@ class RunFolder:
         Args:
             title: of the report.
             sections: what comes before the tables.
-            reference: name and accuracy of a line to compare the curves with.
+            reference: name and value of a line to compare the curves with.
         """
         draw_curves(self.records, self.folder / "curves.png", reference)
         parts = [f"# {title}", *sections]
         if self.records:
             parts += [rounds_table(self.records), traffic_table(self.records[-1].bytes)]
-        parts.append("![accuracy and traffic over the rounds](curves.png)")
+        parts.append(f"![{self.metric} and traffic over the rounds](curves.png)")
         write_atomically(self.folder / "report.md", "\n\n".join([*parts, ""]).encode())
 
 
@@ -138,7 +168,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def rounds_table(records: Sequence[RoundRecord]) -> str:
-    """The rounds, with the ensemble's accuracy of each tier."""
+    """The rounds, with what the ensemble of each tier comes to."""
     measured = [r for r in records if r.accuracy]
     tiers = list(measured[-1].accuracy) if measured else []
     paths = {tier: list(measured[-1].accuracy[tier])[-1] for tier in tiers}
@@ -150,11 +180,12 @@ def rounds_table(records: Sequence[RoundRecord]) -> str:
             str(r.devices),
             _loss(r.local_loss),
             _loss(r.trunk_loss),
-            *(f"{r.accuracy[t][p]:.1%}" if r.accuracy else "" for t, p in paths.items()),
+            *(shown(r.accuracy[t][p], r.metric) if r.accuracy else "" for t, p in paths.items()),
         ]
         for r in records
     ]
-    return "## Rounds\n\n" + markdown_table(header, rows)
+    measures = f": {measured[-1].metric}" if measured else ""
+    return f"## Rounds{measures}\n\n" + markdown_table(header, rows)
 
 
 def _loss(value: float | None) -> str:
@@ -178,24 +209,25 @@ def megabytes(size: int) -> str:
 def draw_curves(
     records: Sequence[RoundRecord], path: Path, reference: tuple[str, float] | None = None
 ) -> None:
-    """Accuracy per tier and path over the rounds, and traffic, as a picture."""
+    """Accuracy or perplexity per tier and path over the rounds, and traffic, as a picture."""
     from matplotlib.figure import Figure
 
     rounds = [r.round for r in records]
     measured = [r for r in records if r.accuracy]
     tiers = list(measured[-1].accuracy) if measured else []
+    factor, label_of = scale_of(measured[-1].metric if measured else "accuracy")
     figure = Figure(figsize=(4.2 * (len(tiers) + 1), 3.6), layout="constrained")
     axes = figure.subplots(1, len(tiers) + 1, squeeze=False)[0]
     for axis, tier in zip(axes, tiers, strict=False):
         for name, label in PATHS.items():
             if name in measured[-1].accuracy[tier]:
-                curve = [100 * r.accuracy[tier][name] for r in measured]
+                curve = [factor * r.accuracy[tier][name] for r in measured]
                 axis.plot([r.round for r in measured], curve, label=label)
         if reference is not None:
-            axis.axhline(100 * reference[1], color="grey", linestyle=":", label=reference[0])
-        axis.set(title=tier, xlabel="round", ylabel="accuracy (%)")
+            axis.axhline(factor * reference[1], color="grey", linestyle=":", label=reference[0])
+        axis.set(title=tier, xlabel="round", ylabel=label_of)
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right" if factor == 100 else "upper right")
     traffic = axes[-1]
     for way, style in (("up", "-"), ("down", "--")):
         total = [getattr(r, way) / 1e6 for r in records]

@@ -1,34 +1,26 @@
-"""The trunk: depth-merged training of the deep part of the model.
+"""The trunk: training of the deep part of the model, for devices that enter at different depths.
 
-Devices enter at different depths. One pass serves all of them: it walks the blocks upward and, at
-each block, concatenates the activations that enter there with what comes from below::
-
-    h = None
-    for d in range(shallowest cut, N):
-        h = concat(h, unpack(arrivals[d]));  h = blocks[d](h);  losses of the heads at d + 1
-    loss(head(h)); one backward; one optimizer step
-
-The batch grows with depth, and a row's weight is its device's own: the gradient is the sum of what
-each arrival gives alone.
+One step serves all of them, see :mod:`server_hub.merged`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.tensors import Array
+from export.names import layer_of
 from export.optimizers import get_optimizer
 from export.packing import get_codec
-from export.split import SplitModel, channel_axis, layer_of
+from export.split import SplitModel, channel_axis
+from server_hub.evaluation import Served
+from server_hub.merged import depth_merged_loss
 
 State = dict[str, Array]
 """Tensors by name, ``block.3.conv.weight``."""
@@ -44,8 +36,8 @@ class Arrival:
         cut: block that they enter.
         codec: how they are packed.
         parts: the packed tensors.
-        labels: (rows,) int64.
-        weight: weight of a row in the loss.
+        labels: (rows,) int64; (rows, positions) for a model of tokens, where -1 does not count.
+        weight: weight of a label in the loss.
     """
 
     device: str
@@ -67,18 +59,21 @@ class StepReport:
     """What one depth-merged step did.
 
     Attributes:
-        loss: mean over the rows of the summed cross-entropy of the heads they passed; NaN if
-            no row was used.
-        rows: rows that were used.
+        loss: mean over the labels that count of the summed cross-entropy of the heads that they
+            passed; NaN if no row was used.
+        rows: rows that were used; of texts, labels that count.
         refused: devices whose activations were refused, with the reason.
         gradients: of each arrival, packed as it was, where the plan has them returned: the
-            gradient of the mean loss over the arrival's rows. None for one that was refused.
+            gradient of the mean loss over the arrival's labels that count. None for one that was
+            refused.
+        losses: sum over the labels of each arrival that count, and their number; None likewise.
     """
 
     loss: float
     rows: int
     refused: dict[str, str]
     gradients: Sequence[Mapping[str, Array] | None] = ()
+    losses: Sequence[tuple[float, int] | None] = ()
 
 
 @dataclass(frozen=True)
@@ -102,8 +97,10 @@ class TrunkPlan:
         max_rows: rows in one merged step at most.
         seed: order of the passes after the first.
         max_norm: gradients of a step are scaled down to this norm.
-        returned: whether steps report the gradients of the arrivals.
+        returned: whether steps report the gradients of the arrivals; these are of the head's loss
+            alone, and the auxiliary heads rest.
         anneal: the learning rate goes to zero over the passes, by a cosine.
+        keeps_slots: the state has optimizer slots to go on from, and the copies have them, too.
     """
 
     optimizer: str
@@ -114,6 +111,7 @@ class TrunkPlan:
     max_norm: float = math.inf
     returned: bool = False
     anneal: bool = False
+    keeps_slots: bool = False
 
 
 class Trunk(Protocol):
@@ -135,49 +133,13 @@ class Trunk(Protocol):
         """The whole model's state by cut, to answer and to evaluate with."""
 
     async def answer(self, arrival: Arrival) -> Array:
-        """Logits (heads, rows, classes) of the heads above the cut, the true head last."""
+        """Logits (heads, rows, ..., classes) of the heads above the cut, the true head last."""
 
     async def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
-        """Accuracy by tier (cut, codec) on the held-out examples, by path."""
+        """Accuracy, or perplexity, by tier (cut, codec) on the held-out examples, by path."""
 
     async def close(self) -> None:
         """Release everything."""
-
-
-def depth_merged_loss(
-    model: SplitModel,
-    entering: Mapping[int, Sequence[tuple[Tensor, Tensor, Tensor]]],
-) -> tuple[Tensor, Tensor]:
-    """One pass over arrivals that enter at different depths.
-
-    Args:
-        model: blocks, auxiliary heads and head.
-        entering: by cut, ``(h, labels, weights)`` of each arrival: activations (rows, ...),
-            labels (rows,) and weight of each row (rows,).
-
-    Returns:
-        The loss: sum over rows of weight times summed cross-entropy of the heads above the cut;
-        and the unweighted loss of each row, in the order of cut, then arrival.
-    """
-    h: Tensor | None = None
-    labels = weights = row_losses = torch.empty(0)
-    for depth in range(min(entering), model.depth):
-        if new := entering.get(depth):
-            fresh = [torch.cat([arrival[i] for arrival in new]) for i in range(3)]
-            zeros = torch.zeros_like(fresh[2])
-            if h is None:
-                h, labels, weights, row_losses = fresh[0], fresh[1], fresh[2], zeros
-            else:
-                h = torch.cat([h, fresh[0]])
-                labels = torch.cat([labels, fresh[1]])
-                weights = torch.cat([weights, fresh[2]])
-                row_losses = torch.cat([row_losses, zeros])
-        h = model.block[depth](h)
-        if str(depth + 1) in model.aux:
-            logits = model.answer(depth + 1, h)
-            row_losses = row_losses + cross_entropy(logits, labels, reduction="none")
-    row_losses = row_losses + cross_entropy(model.head(h), labels, reduction="none")
-    return (row_losses * weights).sum(), row_losses.detach()
 
 
 @dataclass
@@ -191,14 +153,18 @@ class _Replica:
 
 @dataclass(frozen=True)
 class _Packed:
-    """An arrival on the trunk's device, still packed."""
+    """An arrival on the trunk's device, still packed; ``counted`` says how many labels count.
+
+    The source's arrays may be in memory that holds others by the time of later passes.
+    """
 
     source: Arrival
     parts: dict[str, Tensor]
     labels: Tensor
+    counted: int
 
 
-class TrunkCore:
+class TrunkCore(Served):
     """The arithmetic of the trunk, without processes or waiting.
 
     Args:
@@ -210,16 +176,11 @@ class TrunkCore:
     def __init__(
         self, model: SplitModel, device: str, held_out: tuple[Array, Array] | None = None
     ) -> None:
-        self.device = torch.device(device)
-        self._template = model.to(self.device)
-        self._serving: dict[int, SplitModel] = {}
+        super().__init__(model, device, held_out)
         self._state: State = {}
         self._plan = TrunkPlan("sgd", {})
         self._replicas: dict[str, _Replica] = {}
         self._kept: list[_Packed] = []
-        self._held_out = held_out
-
-    # --- training -------------------------------------------------------------------------------
 
     def begin(self, state: State, plan: TrunkPlan) -> None:
         """Start a round from ``state``."""
@@ -259,13 +220,16 @@ class TrunkCore:
         copies = []
         for name, replica in self._replicas.items():
             trained = replica.model.trained()
+            if self._plan.keeps_slots:
+                trained |= self._slots(replica)
             for layer, rows in replica.samples.items():
                 tensors = {
                     n: t.detach().cpu().numpy() for n, t in trained.items()
                     if layer_of(n) == layer
                 }  # fmt: skip
-                # an example counts once, however many passes there were
-                copies.append(TrunkCopy(name, layer, tensors, rows // self._plan.epochs))
+                if tensors:  # a layer in which all is frozen has none
+                    # an example counts once, however many passes there were
+                    copies.append(TrunkCopy(name, layer, tensors, rows // self._plan.epochs))
         self._replicas.clear()
         return copies
 
@@ -275,24 +239,24 @@ class TrunkCore:
                 group["lr"] = factor * self._plan.hyper["lr"]
 
     def _receive(self, arrival: Arrival) -> _Packed:
-        def move(array: Array) -> Tensor:  # torch warns of read-only memory; the worker's is not
-            return torch.from_numpy(np.require(array, requirements="W")).to(self.device)
-
-        parts = {name: move(part) for name, part in arrival.parts.items()}
-        return _Packed(arrival, parts, move(arrival.labels))
+        parts = {name: self._move(part) for name, part in arrival.parts.items()}
+        counted = int((arrival.labels >= 0).sum())
+        return _Packed(arrival, parts, self._move(arrival.labels), counted)
 
     def _train(self, packed: Sequence[_Packed]) -> StepReport:
         refused: dict[str, str] = {}
         gradients: dict[int, Mapping[str, Array]] = {}
+        losses: dict[int, tuple[float, int]] = {}
         total, rows = 0.0, 0
         for name in {p.source.replica: None for p in packed}:
             mine = [p for p in packed if p.source.replica == name]
             replica = self._replicas.get(name) or self._new_replica(name)
-            loss, used = self._train_replica(replica, mine, refused, gradients)
+            loss, used = self._train_replica(replica, mine, refused, gradients, losses)
             total += loss * used
             rows += used
         returned = [gradients.get(id(p)) for p in packed] if self._plan.returned else []
-        return StepReport(total / rows if rows else math.nan, rows, refused, returned)
+        each = [losses.get(id(p)) for p in packed]
+        return StepReport(total / rows if rows else math.nan, rows, refused, returned, each)
 
     def _train_replica(
         self,
@@ -300,11 +264,12 @@ class TrunkCore:
         packed: Sequence[_Packed],
         refused: dict[str, str],
         gradients: dict[int, Mapping[str, Array]],
+        losses: dict[int, tuple[float, int]],
     ) -> tuple[float, int]:
-        """Step one replica; returns mean loss and number of rows used.
+        """Step one replica; returns mean loss and number of labels used.
 
-        What is refused, and the gradients to return by the arrival's ``id``, are added to the
-        dictionaries.
+        What is refused, and gradients to return and losses by the arrival's ``id``, are added to
+        the dictionaries.
 
         When loss or gradient is not finite, each arrival is tried alone to find the ones to blame,
         and the step is repeated with the others.
@@ -317,15 +282,16 @@ class TrunkCore:
             else:
                 unpacked.append((p, h.requires_grad_(self._plan.returned)))
         while unpacked:
-            mean, gradients_finite = self._gradients(replica, unpacked)
+            found, gradients_finite = self._gradients(replica, unpacked)
             if gradients_finite:
+                for (p, _), loss in zip(unpacked, found, strict=True):
+                    losses[id(p)] = loss, p.counted
                 replica.optimizer.step()
                 self._count(replica, unpacked)
                 if self._plan.returned:
-                    rows = sum(p.source.rows for p, _ in unpacked)
                     for p, h in unpacked:
-                        gradients[id(p)] = self._pack_gradient(p, h, rows)
-                return mean, sum(p.source.rows for p, _ in unpacked)
+                        gradients[id(p)] = self._pack_gradient(p, h, _counted(unpacked))
+                return sum(found) / _counted(unpacked), _counted(unpacked)
             fine = [self._gradients(replica, [u])[1] for u in unpacked]
             if all(fine):  # finite alone, not together: too large for all of them
                 fine = [False] * len(unpacked)
@@ -337,29 +303,36 @@ class TrunkCore:
 
     def _gradients(
         self, replica: _Replica, unpacked: Sequence[tuple[_Packed, Tensor]]
-    ) -> tuple[float, bool]:
-        """Backward pass of the merged loss; mean loss per row, and whether all is finite."""
+    ) -> tuple[list[float], bool]:
+        """Backward pass of the merged loss; each arrival's loss, and whether all is finite."""
         entering: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        rows = sum(p.source.rows for p, _ in unpacked)
+        labels = _counted(unpacked)
         for p, h in unpacked:
-            weights = torch.full((p.source.rows,), p.source.weight / rows, device=self.device)
+            weights = torch.full(
+                (p.source.rows,), p.source.weight / labels, dtype=h.dtype, device=self.device
+            )
             entering.setdefault(p.source.cut, []).append((h, p.labels, weights))
         replica.optimizer.zero_grad()
         for _, h in unpacked:
             h.grad = None
-        loss, row_losses = depth_merged_loss(replica.model, entering)
+        loss, row_losses = depth_merged_loss(
+            replica.model, entering, auxiliary=not self._plan.returned
+        )
         if not torch.isfinite(loss):
-            return math.nan, False
+            return [], False
         loss.backward()  # type: ignore[no-untyped-call]
         trained = [p for p in replica.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         nn.utils.clip_grads_with_norm_(trained, self._plan.max_norm, norm)
-        return row_losses.mean().item(), bool(torch.isfinite(norm))
+        order = sorted(range(len(unpacked)), key=lambda i: unpacked[i][0].source.cut)
+        rows = [unpacked[i][0].source.rows for i in order]
+        sums = [float(part.sum()) for part in torch.split(row_losses, rows)]
+        return [sums[order.index(i)] for i in range(len(order))], bool(torch.isfinite(norm))
 
-    def _pack_gradient(self, packed: _Packed, h: Tensor, rows: int) -> Mapping[str, Array]:
-        """The gradient at the cut, of the mean over the arrival's own rows, not the merged ones."""
+    def _pack_gradient(self, packed: _Packed, h: Tensor, labels: int) -> Mapping[str, Array]:
+        """The gradient at the cut, of the mean over the arrival's labels, not the merged ones."""
         assert h.grad is not None
-        own = h.grad * (rows / packed.source.rows)
+        own = h.grad * (labels / packed.counted)
         axis = channel_axis(h, self._template.channels_first)
         parts = get_codec(packed.source.codec).pack(own, axis)
         return {name: part.cpu().numpy() for name, part in parts.items()}
@@ -368,85 +341,42 @@ class TrunkCore:
         model = replica.model
         for p, _ in unpacked:
             above = [f"block.{i}" for i in range(p.source.cut, model.depth)]
-            above += [f"aux.{d}" for d in model.head_depths if d > p.source.cut]
+            if not self._plan.returned:
+                above += [f"aux.{d}" for d in model.head_depths if d > p.source.cut]
             for layer in (*above, "head"):
                 replica.samples[layer] = replica.samples.get(layer, 0) + p.source.rows
 
     def _new_replica(self, name: str) -> _Replica:
         model = self._model_with(self._state)
+        # a head may read the stem's table, but the stem is trained where it is: on the devices
+        model.stem.requires_grad_(False)
         rule = get_optimizer(self._plan.optimizer)
         trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         optimizer = rule.reference(trained, dict(self._plan.hyper))
         replica = self._replicas[name] = _Replica(model, optimizer)
+        if self._plan.keeps_slots:
+            for slots, slot, whose in self._slot_names(replica):
+                slots[slot] = torch.from_numpy(np.array(self._state[whose]))
+                if slot != "step":  # torch wants that one on the host
+                    slots[slot] = slots[slot].to(self.device)
         return replica
 
-    def _model_with(self, state: State) -> SplitModel:
-        model = copy.deepcopy(self._template)
-        tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
-        unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
-        if unknown:
-            raise ValueError(f"the trunk's model has no {unknown[0]}; it was built otherwise")
-        return model
+    def _slots(self, replica: _Replica) -> dict[str, Tensor]:
+        """The optimizer's slots, by the names that they have on devices."""
+        return {whose: slots[slot] for slots, slot, whose in self._slot_names(replica)}
 
-    # --- answering ------------------------------------------------------------------------------
+    def _slot_names(self, replica: _Replica) -> Iterator[tuple[dict[str, Tensor], str, str]]:
+        """Of each slot: the dictionary that torch has it in, its name there, and our name."""
+        ours = get_optimizer(self._plan.optimizer).torch_names
+        for name, parameter in replica.model.named_parameters():
+            if parameter.requires_grad:
+                for kind, slot in ours.items():
+                    whose = layer_of(name) if kind == "steps" else name
+                    yield replica.optimizer.state[parameter], slot, f"{kind}/{whose}"
 
-    def serve(self, states: Mapping[int, State]) -> None:
-        """Models to answer and evaluate with, by cut; equal states share one model."""
-        models: dict[int, SplitModel] = {}
-        for state in states.values():
-            if id(state) not in models:
-                models[id(state)] = self._model_with(state).eval()
-        self._serving = {cut: models[id(state)] for cut, state in states.items()}
 
-    @torch.no_grad()
-    def answer(self, arrival: Arrival) -> Array:
-        """Logits (heads, rows, classes) of the heads above the cut, the true head last."""
-        packed = self._receive(arrival)
-        h = get_codec(arrival.codec).unpack(packed.parts)
-        logits = self._above(self._serving[arrival.cut], h, arrival.cut)
-        result: Array = logits.cpu().numpy()
-        return result
-
-    @torch.no_grad()
-    def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
-        """Accuracy by tier (cut, codec) on the held-out examples, by path.
-
-        The activations are packed and unpacked at the cut, as they are on the way from a device.
-        """
-        assert self._held_out is not None
-        x = torch.from_numpy(self._held_out[0]).to(self.device)
-        y = torch.from_numpy(self._held_out[1]).to(self.device)
-        accuracy = {}
-        for name, (cut, codec_name) in tiers.items():
-            model, codec = self._serving[cut], get_codec(codec_name)
-            hits = {"device_alone": 0, "through_hub": 0, "ensemble": 0}
-            for rows in torch.split(torch.arange(len(x), device=self.device), 256):
-                h, own = model.stem(x[rows]), []
-                for depth in range(cut):
-                    h = model.block[depth](h)
-                    if str(depth + 1) in model.aux:
-                        own.append(model.answer(depth + 1, h))
-                sent = codec.unpack(codec.pack(h, channel_axis(h, model.channels_first)))
-                hub = self._above(model, sent, cut)
-                device = torch.stack(own)
-                for path, logits in (
-                    ("device_alone", device),
-                    ("through_hub", hub[-1:]),
-                    ("ensemble", torch.cat([device, hub])),
-                ):
-                    answers = logits.softmax(-1).mean(0).argmax(-1)
-                    hits[path] += int((answers == y[rows]).sum())
-            accuracy[name] = {path: n / len(x) for path, n in hits.items()}
-        return accuracy
-
-    @staticmethod
-    def _above(model: SplitModel, h: Tensor, cut: int) -> Tensor:
-        logits = []
-        for depth in range(cut, model.depth):
-            h = model.block[depth](h)
-            if str(depth + 1) in model.aux:
-                logits.append(model.answer(depth + 1, h))
-        return torch.stack([*logits, model.head(h)])
+def _counted(unpacked: Iterable[tuple[_Packed, Tensor]]) -> int:
+    return sum(p.counted for p, _ in unpacked)
 
 
 class LocalTrunk:

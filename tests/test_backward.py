@@ -299,7 +299,7 @@ def compare(
     [
         *((kind, runtime) for kind in MODELS for runtime in ("onnx", "torch")),
         ("batchnorm", "executorch"),
-        ("lora", "executorch"),
+        pytest.param("lora", "executorch", marks=pytest.mark.exhaustive),
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def good_activations(manifest: Manifest, number: int, rows: int = 8) -> Activati
 
 
 def good_update(manifest: Manifest, number: int) -> Update:
-    tensors = {s.name: np.zeros(s.shape, s.dtype) for s in manifest.exchanged}  # type: ignore[arg-type]
+    tensors = {s.name: np.zeros(s.shape, s.dtype) for s in manifest.exchanged()}  # type: ignore[arg-type]
     return Update(
         round=number, tensors=tensors, done=True, samples=32, metrics={"loss": 1.0, "accuracy": 0.5}
     )
@@ -439,7 +439,7 @@ def test_large_finite_activations_do_not_ruin_the_trunk(
             message = good_activations(manifest, task.round)
             scale = np.full_like(message.parts["h.scale"], 1e12)
             await client.say(replace(message, parts=change(message.parts, "h.scale", scale)))
-            tensors = {s.name: before[s.name] for s in manifest.exchanged}
+            tensors = {s.name: before[s.name] for s in manifest.exchanged()}
             await client.say(replace(good_update(manifest, task.round), tensors=tensors))
             while not hub.run.records:
                 await asyncio.sleep(0.02)

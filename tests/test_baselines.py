@@ -364,7 +364,7 @@ def test_fjord_devices_hold_the_leading_part_and_only_that_changes(tmp_path: Pat
         shapes = {}
         for tier in tiers:
             manifest = simulation.index.manifest(tier)
-            shapes[tier] = {spec.name: tuple(spec.shape) for spec in manifest.exchanged}
+            shapes[tier] = {spec.name: tuple(spec.shape) for spec in manifest.exchanged()}
         whole = {n: tuple(t.shape) for n, t in start.state_dict().items()}
         assert shapes["a"].keys() == shapes["b"].keys() == whole.keys()
         own = {tier: int(shapes[tier]["stem.0.weight"][0]) / 8 for tier in tiers}

@@ -99,7 +99,7 @@ def test_manifest_round_trip() -> None:
     assert read == manifest()
     assert read.to_bytes() == manifest().to_bytes()
     assert read.x == TensorSpec("x", "int64", ("batch", "seq"))
-    assert [spec.name for spec in read.exchanged] == ["stem.weight", "stem.running_mean"]
+    assert [spec.name for spec in read.exchanged()] == ["stem.weight", "stem.running_mean"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,8 @@ def test_exported_ports_fit_each_other(bundles: BundleIndex) -> None:
         heads, batch, classes = read.graphs["predict"].outputs[0].spec.shape
         assert (heads, batch, classes) == (len(read.heads), "batch", CLASSES)
         initial = unpack_tensors(bundles.blobs().read(read.initial_state))
-        assert {n: a.shape for n, a in initial.items()} == {s.name: s.shape for s in read.exchanged}
+        shapes = {spec.name: spec.shape for spec in read.exchanged()}
+        assert {name: array.shape for name, array in initial.items()} == shapes
 
 
 def test_states_of_zeros() -> None:
@@ -328,7 +329,7 @@ def test_frozen_tensors_are_stored_once(tmp_path: Path) -> None:
     for graph in large.graphs.values():
         assert set(graph.constants) == {name for layer in names for name in layer}
     trained = {"block.1.weight", "block.1.bias"}
-    assert {n for n in (s.name for s in large.exchanged) if n.startswith("block")} == trained
+    assert {n for n in (s.name for s in large.exchanged()) if n.startswith("block")} == trained
     bundle = open_bundle(index, "b")
     np.testing.assert_array_equal(bundle.constants["stem.mixing"], np.full((24, 24), 0.5))
     runtime = load_runtime(bundle)

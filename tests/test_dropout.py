@@ -247,7 +247,7 @@ class Recorder:
     def set_state(self, tensors: Mapping[str, Array]) -> None:
         """Nothing."""
 
-    def get_state(self) -> dict[str, Array]:
+    def get_state(self, slots: bool = False) -> dict[str, Array]:
         """Nothing."""
         return {}
 

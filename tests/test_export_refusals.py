@@ -495,7 +495,7 @@ def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
     """What is frozen is no state; what two layers share is state once, with both gradients."""
     unused = Unused().requires_grad_(False)
     index = export(vectors(nn.Sequential(frozen(), tied(), unused)), tmp_path / "out")
-    names = {s.name for s in index.manifest("small").exchanged if s.name.startswith("block")}
+    names = {s.name for s in index.manifest("small").exchanged() if s.name.startswith("block")}
     assert names == {
         "block.0.0.weight", "block.0.1.0.weight", "block.0.1.0.bias", "block.0.1.1.bias"
     }  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.protocol.tensors import Array, TensorSpec
-from export.split import layer_of
+from export.names import layer_of
 from server_hub.config import learning_rate_factor
 from server_hub.layers import NotFinite, State
 from server_hub.methods.fedsplitx import fedsplitx

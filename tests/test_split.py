@@ -11,7 +11,8 @@ from torch import nn
 
 from edge_sdk.errors import BundleError
 from export.errors import ExportError
-from export.split import ClientSegment, SplitModel, layer_of
+from export.names import layer_of
+from export.split import ClientSegment, SplitModel
 from tests.models import CLASSES, FEATURES, IMAGE, TOKENS, conv_model, example, token_model
 
 

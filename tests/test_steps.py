@@ -32,9 +32,10 @@ from edge_sdk.runtime.onnx import OnnxRuntime
 from export.lowering.lowered import lower as lower_all
 from export.lowering.onnx import lower
 from export.lowering.verify import verify
+from export.names import layer_of
 from export.optimizers import get_optimizer
 from export.packing import Codec, Shape, get_codec
-from export.split import ClientSegment, SplitModel, layer_of
+from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles
 from tests.models import (
@@ -389,11 +390,11 @@ def test_state_round_trip(runtime: OnnxRuntime) -> None:
     for _ in range(3):
         state = {
             spec.name: rng.standard_normal(spec.shape).astype(np.float32)
-            for spec in runtime.manifest.exchanged
+            for spec in runtime.manifest.exchanged()
         }
         runtime.set_state(state)
         found = runtime.get_state()
-        assert list(found) == [spec.name for spec in runtime.manifest.exchanged]
+        assert list(found) == [spec.name for spec in runtime.manifest.exchanged()]
         for name, array in state.items():
             np.testing.assert_array_equal(found[name], array)
             assert found[name].dtype == np.float32
@@ -711,7 +712,7 @@ def test_epochs_train_on(
         loss, correct, _ = reference.step(x, y)
     plan = LocalPlan(3, 100, SGD, activations, seed=0)
     result = learner.train(learner.runtime.get_state(), data, plan, lambda *_: None)
-    reference.assert_parameters(result.parameters)
+    reference.assert_parameters(result.state)
     assert result.metrics["loss"] == pytest.approx(loss, rel=1e-4)
     assert result.metrics["accuracy"] == pytest.approx(correct / ROWS)
 
@@ -720,7 +721,7 @@ def test_rounds_are_reproducible(learner: Learner, data: Examples) -> None:
     """The same state, data and seed give the same parameters; another seed another order."""
     state = learner.runtime.get_state()
     results = [
-        learner.train(state, data, LocalPlan(2, 4, SGD, "train", seed), lambda *_: None).parameters
+        learner.train(state, data, LocalPlan(2, 4, SGD, "train", seed), lambda *_: None).state
         for seed in (1, 1, 2)
     ]
     for name, array in results[0].items():

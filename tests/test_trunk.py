@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_sdk.protocol.tensors import Array
 from export.optimizers import OPTIMIZERS
@@ -25,6 +26,7 @@ from server_hub.trunk import (
     TrunkPlan,
     depth_merged_loss,
 )
+from tests.models import AttentionBlock, TokenBlock
 from tests.trunk_models import (
     CLASSES,
     DEPTH,
@@ -40,6 +42,7 @@ from tests.trunk_models import (
     plain_step,
     state_of,
     tensors_of,
+    unpacked,
 )
 
 MODELS = {"dense": dense_model, "conv": conv_model}
@@ -642,3 +645,170 @@ def test_what_is_served_changes_with_serve_alone() -> None:
     np.testing.assert_array_equal(core.answer(question), before)
     core.serve({2: {**state_of(model), **tensors_of(copies)}})
     assert not np.allclose(core.answer(question), before)
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+VOCABULARY = 11
+
+
+class TokenStem(nn.Module):
+    """Embeddings of tokens and of up to 9 positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Embedding(9, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.embedding(x) + self.positions.weight[: x.shape[1]]
+        return h
+
+
+def language_model(seed: int = 0, width: int = 8) -> SplitModel:
+    """Four causal blocks, a head at every depth; the last head reads the table of the stem."""
+    torch.manual_seed(seed)
+    stem = TokenStem(width)
+    blocks = [kind(width) for kind in (AttentionBlock, TokenBlock, AttentionBlock, AttentionBlock)]
+    out = nn.Linear(width, VOCABULARY, bias=False)
+    out.weight = stem.embedding.weight
+    model = SplitModel(stem, blocks, nn.Sequential(nn.LayerNorm(width), out), "tokens")
+    model.add_heads((1, 2, 3), torch.zeros(1, 2, dtype=torch.int64), VOCABULARY)
+    for head in model.aux.values():
+        nn.init.normal_(head.up.weight)  # type: ignore[union-attr, arg-type]
+    return model
+
+
+def some_texts(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random tokens, and labels of which some do not count, but never all."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, VOCABULARY, (2, rows, length))
+    y[rng.random(y.shape) < 0.4] = -1
+    y[0, rng.integers(length)] = 0
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def text_loss(
+    model: SplitModel, h: Tensor, labels: Tensor, cut: int, auxiliary: bool = True
+) -> Tensor:
+    """Mean over the labels that count of the summed losses of the heads above ``cut``.
+
+    Without ``auxiliary`` it is that of the last head.
+    """
+    loss = torch.zeros((), dtype=h.dtype)
+    for depth in range(cut, model.depth):
+        h = model.block[depth](h)
+        if depth + 1 < model.depth and not auxiliary:
+            continue
+        z = model.answer(depth + 1, h) if depth + 1 < model.depth else model.head(h)
+        for row, position in (labels >= 0).nonzero().tolist():
+            label = labels[row, position]
+            loss = loss + z[row, position].logsumexp(0) - z[row, position, label]
+    return loss / (labels >= 0).sum()
+
+
+TEXTS = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 9), st.floats(0.1, 5.0)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(entering=TEXTS, seed=st.integers(0, 99))
+def test_merged_texts_of_any_length_learn_as_each_does_alone(
+    entering: list[tuple[int, int, int, float]], seed: int
+) -> None:
+    model = language_model(seed).double()
+    parameters = {n: p for n, p in model.named_parameters() if not n.startswith("stem.pos")}
+    batches: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    arrivals = []
+    for number, (cut, rows, length, weight) in enumerate(entering):
+        x, labels = some_texts(rows, length, seed + number)
+        h = model.segment(x, cut).detach().requires_grad_()
+        arrivals.append((cut, h, labels, weight))
+    counted = sum(int((labels >= 0).sum()) for _, _, labels, _ in arrivals)
+    for cut, h, labels, weight in arrivals:
+        weights = torch.full((len(h),), weight / counted, dtype=torch.float64)
+        batches.setdefault(cut, []).append((h, labels, weights))
+
+    loss, row_losses = depth_merged_loss(model, batches)
+    sources = [h for _, h, _, _ in arrivals]
+    got = torch.autograd.grad(loss, [*sources, *parameters.values()], materialize_grads=True)
+
+    alone = [text_loss(model, h, labels, cut) for cut, h, labels, _ in arrivals]
+    shares = [weight * int((labels >= 0).sum()) / counted for _, _, labels, weight in arrivals]
+    want_loss = sum(share * mean for share, mean in zip(shares, alone, strict=True))
+    assert isinstance(want_loss, Tensor)
+    want = torch.autograd.grad(want_loss, [*sources, *parameters.values()], materialize_grads=True)
+    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-10)
+    for mine, reference in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-12)
+    total = sum(
+        m.item() * int((y >= 0).sum()) for m, (_, _, y, _) in zip(alone, arrivals, strict=True)
+    )
+    assert row_losses.sum().item() == pytest.approx(total, rel=1e-10)
+
+
+def text_arrival(
+    model: SplitModel, cut: int, rows: int, length: int, seed: int, weight: float = 1.0
+) -> Arrival:
+    """What a device sends of random texts."""
+    x, labels = some_texts(rows, length, seed)
+    parts = get_codec("fp16").pack(model.segment(x, cut), 2)
+    packed = {name: part.numpy() for name, part in parts.items()}
+    return Arrival(f"device-{seed}", "shared", cut, "fp16", packed, labels.numpy(), weight)
+
+
+def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_length() -> None:
+    model, reference = language_model(), language_model()
+    core = core_of(model, replace(SGD, returned=True))
+    arrivals = [
+        text_arrival(model, cut, rows, length, seed)
+        for seed, (cut, rows, length) in enumerate(((2, 3, 9), (1, 2, 4), (2, 1, 6)))
+    ]
+    report = core.step(arrivals)
+    counts = [int((a.labels >= 0).sum()) for a in arrivals]
+    reference.stem.requires_grad_(False)
+    losses = []
+    for arrival, gradient, count in zip(arrivals, report.gradients, counts, strict=True):
+        h, labels = unpacked(arrival)
+        loss = text_loss(reference, h.requires_grad_(), labels, arrival.cut, auxiliary=False)
+        (loss * count / sum(counts)).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.item())
+        assert gradient is not None
+        assert h.grad is not None
+        want = (h.grad * sum(counts) / count).half().numpy()
+        assert gradient["h"].shape == (*arrival.labels.shape, 8)
+        np.testing.assert_allclose(gradient["h"], want, 2e-3, 1e-5)
+    assert report.rows == sum(counts)
+    assert report.loss == pytest.approx(np.average(losses, weights=counts), rel=1e-5)
+    trained = [p for p in reference.parameters() if p.grad is not None]
+    OPTIMIZERS["sgd"].reference(trained, dict(SGD.hyper)).step()
+    copies = core.finish()
+    assert_close(tensors_of(copies), {n: state_of(reference)[n] for n in tensors_of(copies)})
+    assert {c.layer: c.samples for c in copies}["block.1"] == 2
+    assert {c.layer: c.samples for c in copies}["head"] == 6
+    assert not any(name.startswith("stem.") for name in tensors_of(copies))
+
+
+def test_evaluation_of_texts_is_perplexity() -> None:
+    model = language_model()
+    x, y = some_texts(40, 9, seed=3)
+    core = TrunkCore(model, "cpu", (x.numpy(), y.numpy()))
+    core.serve(dict.fromkeys((1, 3), state_of(model)))
+    got = core.evaluate({"s": (1, "fp16"), "l": (3, "fp16")})
+    with torch.no_grad():
+        hub = torch.log_softmax(model(x), 2)
+        heads = [
+            torch.log_softmax(model.answer(depth, model.segment(x, depth)), 2)
+            for depth in (1, 2, 3)
+        ]
+    for tier, own in (("s", heads[:1]), ("l", heads)):
+        for path, parts in {
+            "device_alone": own, "through_hub": [hub], "ensemble": [*heads, hub]
+        }.items():  # fmt: skip
+            p = torch.stack(parts).exp().mean(0)
+            picked = [p[i, t, y[i, t]].item() for i, t in (y >= 0).nonzero().tolist()]
+            want = math.exp(-np.log(picked).mean())
+            assert got[tier][path] == pytest.approx(want, rel=2e-3), (tier, path)

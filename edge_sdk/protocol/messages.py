@@ -156,10 +156,16 @@ class Hello(Message):
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """The bundle is loaded; the device can be picked for rounds."""
+    """The bundle of ``tier`` is loaded; the device can be picked for rounds.
+
+    ``tier`` is nil for the one that the hub's welcome named. ``memory_mb`` is what the device can
+    spare for training, if it says so.
+    """
 
     TYPE = "ready"
     samples: int = _must(_integer(1))
+    tier: str | None = _must(_optional(_text(128)), None)
+    memory_mb: int | None = _must(_optional(_integer(1)), None)
 
 
 @dataclass(frozen=True)
@@ -206,11 +212,15 @@ class Update(Message):
 
 @dataclass(frozen=True)
 class Infer(Message):
-    """Asks the hub to finish an answer from packed activations."""
+    """Asks the hub to finish an answer from activations that the bundle of ``tier`` has packed.
+
+    ``tier`` is nil for the device's present one.
+    """
 
     TYPE = "infer"
     request: int = _must(_integer(1))
     parts: dict[str, Array] = _must(_tensors)
+    tier: str | None = _must(_optional(_text(128)), None)
 
 
 @dataclass(frozen=True)
@@ -261,7 +271,8 @@ class Blob(Message):
 class Round(Message):
     """Start of a round: where the state is, and how to train.
 
-    No epochs mean that activations are wanted, but no training.
+    No epochs mean that activations are wanted, but no training. ``staleness`` is for returned
+    gradients: so many batches more than one may be on their way.
     """
 
     TYPE = "round"
@@ -272,6 +283,7 @@ class Round(Message):
     hyper: dict[str, float] = _must(_numbers)
     activations: str = _must(_choice("train", "forward", "returned", "none"))
     seed: int = _must(_integer())
+    staleness: int = _must(_integer(0, 1024), 0)
 
 
 @dataclass(frozen=True)
@@ -285,6 +297,16 @@ class Gradient(Message):
     round: int = _must(_integer(1))
     batch: int = _must(_integer())
     parts: dict[str, Array] = _must(_tensors)
+
+
+@dataclass(frozen=True)
+class Move(Message):
+    """The device is to go on with the bundle of another tier; it says ``ready`` when it can."""
+
+    TYPE = "move"
+    tier: str = _must(_text(128))
+    manifest: str = _must(_hash)
+    reason: str = _must(_text())
 
 
 @dataclass(frozen=True)
@@ -333,7 +355,7 @@ MESSAGES: dict[str, type[Message]] = {
     cls.TYPE: cls
     for cls in (
         Hello, Ready, Decline, BlobGet, Activations, Update, Infer, Bye,
-        Welcome, Blob, Round, Gradient, Stop, Answer, Error, Ack,
+        Welcome, Blob, Round, Gradient, Move, Stop, Answer, Error, Ack,
     )
 }  # fmt: skip
 

@@ -17,10 +17,10 @@ class Runtime(Protocol):
     """
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
-        """Replace parameters and statistics, and set every optimizer slot to zero."""
+        """Replace parameters and statistics; optimizer slots that are not given become zero."""
 
-    def get_state(self) -> dict[str, Array]:
-        """A copy of parameters and statistics by name."""
+    def get_state(self, slots: bool = False) -> dict[str, Array]:
+        """A copy of parameters and statistics by name, and with ``slots`` of these, too."""
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Run a graph on ``batch`` (inputs other than state); outputs other than state.

@@ -70,10 +70,11 @@ class ExecutorchRuntime:
         with self._turn:
             self._state = {name: self._torch.from_numpy(value) for name, value in values.items()}
 
-    def get_state(self) -> dict[str, Array]:
+    def get_state(self, slots: bool = False) -> dict[str, Array]:
         with self._turn:
             return {
-                spec.name: self._state[spec.name].numpy().copy() for spec in self.manifest.exchanged
+                spec.name: self._state[spec.name].numpy().copy()
+                for spec in self.manifest.exchanged(slots)
             }
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:

@@ -123,11 +123,12 @@ class OnnxRuntime:
             for name, value in self.manifest.fresh_state(tensors).items():
                 self._buffers[self._current][name].update_inplace(value)
 
-    def get_state(self) -> dict[str, Array]:
+    def get_state(self, slots: bool = False) -> dict[str, Array]:
         with self._turn:
             buffers = self._buffers[self._current]
             return {
-                spec.name: buffers[spec.name].numpy().copy() for spec in self.manifest.exchanged
+                spec.name: buffers[spec.name].numpy().copy()
+                for spec in self.manifest.exchanged(slots)
             }
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:

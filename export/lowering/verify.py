@@ -20,7 +20,9 @@ from export.dropout import PRIME, SeededDropout
 from export.errors import ExportError, reason
 from export.losses import NO_LABEL
 from export.lowering.lowered import Run
-from export.split import ClientSegment, layer_of, statistics
+from export.names import layer_of
+from export.optimizers import get_optimizer
+from export.split import ClientSegment, statistics
 from export.steps import ClientSteps, Step
 
 BATCHES = (1, 3, 8)
@@ -212,7 +214,7 @@ def _return_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
 
 def _resting(steps: ClientSteps) -> dict[str, Tensor]:
     """Slots of the heads' parameters that a gradient from the hub must leave alone."""
-    heads = [n for n in steps.slots if layer_of(n.split("/")[-1]) in steps.segment.heads]
+    heads = [n for n in steps.slots if layer_of(n) in steps.segment.heads]
     return {n: torch.full_like(steps.slots[n], 0.5) for n in heads}
 
 
@@ -250,15 +252,10 @@ def _slots(
     optimizer_name: str, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
     """The slots of a torch optimizer under the names that the step graph gives them."""
-    ours = {
-        "sgd": {"momentum": "momentum_buffer"},
-        "adamw": {"mean": "exp_avg", "square": "exp_avg_sq"},
-    }
     for name, p in parameters.items():
-        for slot, theirs in ours[optimizer_name].items():
-            yield f"{slot}/{name}", optimizer.state[p][theirs]
-    if optimizer_name == "adamw":
-        yield "steps", optimizer.state[next(iter(parameters.values()))]["step"]
+        for slot, theirs in get_optimizer(optimizer_name).torch_names.items():
+            whose = layer_of(name) if slot == "steps" else name
+            yield f"{slot}/{whose}", optimizer.state[p][theirs]
 
 
 def _differences(got: dict[str, Array], eager: _Eager) -> Iterator[tuple[str, float]]:

@@ -59,7 +59,7 @@ def federated_averaging(
             result = learner.train(store.state(), data, plan, lambda *_: None)
             copies += [
                 LayerCopy(layer, tensors, result.samples, f"device {order}")
-                for layer, tensors in split_by_layer(result.parameters).items()
+                for layer, tensors in split_by_layer(result.state).items()
             ]
         store.commit(copies)
     learner.runtime.set_state(store.state())

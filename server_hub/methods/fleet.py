@@ -24,6 +24,8 @@ class Fleet:
         example: inputs (rows, ...), to see what they look like.
         classes: number of classes.
         models: the models of tiers whose layers are not the hub's.
+        options: cuts that devices may move to, beside that of their tier.
+        cut_rank: rank of adapters at a cut; None for that of all.
     """
 
     model: SplitModel
@@ -31,6 +33,8 @@ class Fleet:
     example: Tensor
     classes: int
     models: Mapping[str, SplitModel] = field(default_factory=dict)
+    options: tuple[int, ...] = ()
+    cut_rank: int | None = None
 
     def model_of(self, tier: str) -> SplitModel:
         """The model that a tier trains a part of."""
@@ -45,11 +49,15 @@ class Schedule:
         rounds: rounds of the job.
         local_epochs: epochs on the devices in a round.
         share: part of the devices that takes part in a round.
+        optimizer: of the devices.
+        cut_rank: rank of adapters at a cut; None for that of all.
     """
 
     rounds: int
     local_epochs: int = 1
     share: float = 1.0
+    optimizer: str = "sgd"
+    cut_rank: int | None = None
 
 
 @dataclass(frozen=True)

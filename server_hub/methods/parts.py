@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -67,8 +67,8 @@ class Aggregation(Protocol):
     def device_state(self, specs: Sequence[TensorSpec]) -> State:
         """What a device that holds these tensors starts from."""
 
-    def trunk_state(self) -> State:
-        """What the trunk starts from."""
+    def trunk_state(self, cuts: Collection[int] = ()) -> State:
+        """What the trunk starts from, where activations enter at ``cuts``."""
 
     def path_state(self, model: SplitModel, cut: int) -> State:
         """The whole model as an input meets it that enters on a device with this cut."""
@@ -97,7 +97,7 @@ class Merged:
         everything = self.trunk_state()
         return {spec.name: everything[spec.name] for spec in specs}
 
-    def trunk_state(self) -> State:
+    def trunk_state(self, cuts: Collection[int] = ()) -> State:
         if self._everything is None:
             self._everything = self.store.state()
         return self._everything
@@ -175,7 +175,7 @@ class Separate:
         everything = self.devices.state()
         return {spec.name: everything[spec.name] for spec in specs}
 
-    def trunk_state(self) -> State:
+    def trunk_state(self, cuts: Collection[int] = ()) -> State:
         return self.trunk.state()
 
     def path_state(self, model: SplitModel, cut: int) -> State:
@@ -238,6 +238,8 @@ class Method:
         aggregation: the global model and how it averages.
         paths: the ways to answer that it trains.
         merges: whether the trunk merges arrivals into one step; else each is a step of its own.
+        keeps_slots: the optimizers' slots are averaged and handed on as the parameters are; else
+            every round starts with fresh optimizers.
     """
 
     name: str
@@ -246,6 +248,7 @@ class Method:
     aggregation: Aggregation
     paths: tuple[Path, ...] = ALL_PATHS
     merges: bool = True
+    keeps_slots: bool = False
 
 
 def always(stage: Stage) -> Callable[[int, int], Stage]:

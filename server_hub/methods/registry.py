@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from server_hub.config import MethodConfig
 from server_hub.layers import State
 from server_hub.methods.accsfl import ACCSFL
 from server_hub.methods.ampere import AMPERE
@@ -12,6 +15,7 @@ from server_hub.methods.fjord import FJORD
 from server_hub.methods.fleet import Recipe, Schedule
 from server_hub.methods.parts import Method
 from server_hub.methods.splitfed import SPLITFED_V1, SPLITFED_V2
+from server_hub.methods.splitft import SPLITFT, splitft
 
 
 def _merged(initial: State, schedule: Schedule) -> Method:
@@ -20,6 +24,13 @@ def _merged(initial: State, schedule: Schedule) -> Method:
 
 def _paper(initial: State, schedule: Schedule) -> Method:
     return fedsplitx(initial, "paper", schedule.local_epochs)
+
+
+def method_of(settings: MethodConfig, initial: State, schedule: Schedule) -> Method:
+    """The method that a hub is to use."""
+    if settings.name == "splitft":
+        return splitft(initial, replace(schedule, cut_rank=settings.cut_rank))
+    return fedsplitx(initial, settings.form, schedule.local_epochs)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -32,6 +43,7 @@ RECIPES: dict[str, Recipe] = {
     "accsfl": ACCSFL,
     "splitfed-v1": SPLITFED_V1,
     "splitfed-v2": SPLITFED_V2,
+    "splitft": SPLITFT,
     "ampere": AMPERE,
     "centralized": CENTRALIZED,
 }

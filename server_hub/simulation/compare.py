@@ -22,7 +22,6 @@ from edge_sdk.bundle import write_atomically
 from edge_sdk.errors import ConfigError, CutlayerError
 from export.build import build_model
 from export.errors import ExportError
-from server_hub.methods.fleet import Fleet
 from server_hub.methods.registry import RECIPES
 from server_hub.run import METRICS, RoundRecord, read_records
 from server_hub.simulation.job import DeviceRuntime, Job
@@ -40,6 +39,7 @@ from server_hub.simulation.simulate import (
     Simulation,
     check_fit,
     describe,
+    fleet_of,
     read_data,
     resume,
     share_out,
@@ -178,7 +178,7 @@ def check(jobs: Sequence[Job], runtime: DeviceRuntime, base: Path) -> None:
         check_fit(model, example, data.classes)
         tiers = {n: t.exported(runtime, job.local.batch_size) for n, t in job.tiers.items()}
         try:
-            RECIPES[job.method].arrange(Fleet(model, tiers, example, data.classes))
+            RECIPES[job.method].arrange(fleet_of(job, model, tiers, example, data.classes))
         except ExportError as error:
             raise ConfigError(f"method {job.method!r} does not fit this job: {error}") from error
 

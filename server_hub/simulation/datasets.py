@@ -19,6 +19,7 @@ from server_hub.simulation.formats import (
     read_npz,
     read_pictures,
     read_text,
+    read_tokenizer,
 )
 
 FORMATS = (
@@ -61,6 +62,7 @@ class DataTable:
         train: training rows at most, drawn with every class in proportion; None for all.
         test: held-out rows at most, drawn in the same way.
         length: tokens of one text; a longer paragraph becomes several texts.
+        tokenizer: folder of a tokenizer of transformers, for texts; None for bytes as tokens.
         seed: of the split and of the rows that are drawn.
     """
 
@@ -69,6 +71,7 @@ class DataTable:
     train: int | None = None
     test: int | None = None
     length: int = 64
+    tokenizer: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,8 +93,9 @@ def load_dataset(table: DataTable, base: Path = Path()) -> Dataset:
 
     Images (n, h, w) and (n, h, w, c) become (n, 1, h, w) and (n, c, h, w) float32. Pixels in
     uint8 are scaled to [0, 1], then standardised per channel with mean and deviation of the
-    training rows; floats keep their values. The tokens of a text are its bytes: x (n, length)
-    int64, padded with 0; y is the byte that follows, -1 where none does.
+    training rows; floats keep their values. The tokens of a text are its bytes, or what a
+    tokenizer makes of its paragraphs: x (n, length) int64, padded with 0; y is the token that
+    follows, -1 where none does.
 
     Args:
         table: what to read.
@@ -107,7 +111,9 @@ def load_dataset(table: DataTable, base: Path = Path()) -> Dataset:
         if not path.exists():
             raise DataError(f"no data at {path}; known are {FORMATS}")
         if _is_text(path):
-            return _load_text(path, table, generators)
+            return _load_text(path, table, base, generators)
+    if table.tokenizer is not None:
+        raise DataError(f"{table.source} is no text; leave out tokenizer, which is for texts")
     try:
         source = _checked(_read(table.source, path), table.source)
     except OSError as error:
@@ -202,22 +208,33 @@ def _is_text(path: Path) -> bool:
     return True
 
 
-def _load_text(path: Path, table: DataTable, generators: Sequence[np.random.Generator]) -> Dataset:
+def _load_text(
+    path: Path, table: DataTable, base: Path, generators: Sequence[np.random.Generator]
+) -> Dataset:
     """Whole paragraphs are held out, so that no text of one is on both sides."""
     of_split, of_train, of_test = generators
-    paragraphs = read_text(path)
+    written = read_text(path)
+    paragraphs: Sequence[Sequence[int]] = written
+    vocabulary, unit = BYTES, "byte"
+    if table.tokenizer is not None and written:
+        tokenizer = read_tokenizer(base / table.tokenizer)
+        said = [part.decode("utf-8", "replace") for part in written]
+        paragraphs = tokenizer(said, add_special_tokens=False)["input_ids"]
+        vocabulary, unit = len(tokenizer), "token"
     order = of_split.permutation(len(paragraphs))
     cut = _held_out(len(paragraphs), f"{path} (paragraphs)", table.held_out)
 
     def texts(rows: Array, size: int | None, rng: np.random.Generator) -> Examples:
         cut = cut_text([paragraphs[row] for row in np.sort(rows)], table.length)
         if len(cut) == 0:
-            raise DataError(f"{path} has too few paragraphs of more than one byte to hold any out")
+            raise DataError(
+                f"{path} has too few paragraphs of more than one {unit} to hold any out"
+            )
         drawn = stratified(np.zeros(len(cut), np.int64), size, rng)
         return Examples(cut.x[drawn], cut.y[drawn])
 
     train = texts(order[cut:], table.train, of_train)
-    return Dataset(train, texts(order[:cut], table.test, of_test), BYTES, "tokens")
+    return Dataset(train, texts(order[:cut], table.test, of_test), vocabulary, "tokens")
 
 
 def _checked(source: Source, name: str) -> Source:

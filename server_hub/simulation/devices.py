@@ -52,6 +52,8 @@ class TimedRuntime:
         gflops: what the device computes, in 10^9 operations per second; None for no limit.
         meter: counts.
         loop: the clock.
+        length: of the texts that the operations were counted on; None for other inputs. Shorter
+            ones take less in proportion.
     """
 
     def __init__(
@@ -61,20 +63,24 @@ class TimedRuntime:
         gflops: float | None,
         meter: Meter,
         loop: VirtualLoop,
+        length: int | None = None,
     ) -> None:
         self._runtime, self._flop, self._meter, self._loop = runtime, flop, meter, loop
+        self._length = length
         self._rate = math.inf if gflops is None else gflops * 1e9
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
         self._runtime.set_state(tensors)
 
-    def get_state(self) -> dict[str, Array]:
-        return self._runtime.get_state()
+    def get_state(self, slots: bool = False) -> dict[str, Array]:
+        return self._runtime.get_state(slots)
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         started = time.perf_counter()
         outputs = self._runtime.run(graph, batch)
         flop = self._flop[graph] * len(batch["x"])
+        if self._length is not None:
+            flop *= batch["x"].shape[1] / self._length
         self._meter.seconds += time.perf_counter() - started
         self._meter.device_flop += flop
         self._loop.charge(flop / self._rate)

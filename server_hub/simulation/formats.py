@@ -296,11 +296,32 @@ def read_text(path: Path) -> list[bytes]:
     return [part for part in paragraphs if part]
 
 
-def cut_text(paragraphs: Sequence[bytes], length: int) -> Examples:
-    """Texts of up to ``length`` tokens, one per byte, with the byte that follows as label.
+def read_tokenizer(folder: Path) -> Any:
+    """A tokenizer of transformers; :class:`DataError` if there is none in the folder."""
+    if not folder.is_dir():
+        raise DataError(f"no tokenizer at {folder}; give a folder that transformers has saved")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise DataError(
+            "tokenizers need transformers; install 'cutlayer[transformers]', or take bytes as "
+            "tokens: leave out tokenizer"
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a damaged file raises almost anything
+        raise DataError(f"{folder} cannot be read as a tokenizer: {error}") from error
 
-    A longer paragraph becomes several texts; a last byte that nothing follows and that is a text
+
+def cut_text(paragraphs: Sequence[Sequence[int]], length: int) -> Examples:
+    """Texts of up to ``length`` tokens, with the token that follows each as label.
+
+    A longer paragraph becomes several texts; a last token that nothing follows and that is a text
     of its own teaches nothing and is left out.
+
+    Args:
+        paragraphs: tokens of each; the tokens of bytes are their values.
+        length: tokens of a text at most.
 
     Returns:
         x (texts, length) int64, padded with 0; y of the same shape, -1 where nothing follows.
@@ -313,7 +334,7 @@ def cut_text(paragraphs: Sequence[bytes], length: int) -> Examples:
     x = np.zeros((len(pieces), length), np.int64)
     y = np.full((len(pieces), length), -1, np.int64)
     for row, piece in enumerate(pieces):
-        values = np.frombuffer(piece, np.uint8)
+        values = np.fromiter(piece, np.int64, len(piece))
         x[row, : min(len(values), length)] = values[:length]
         y[row, : len(values) - 1] = values[1:]
     return Examples(x, y)

@@ -12,7 +12,7 @@ from edge_sdk.errors import ConfigError
 from export.errors import ExportError
 from export.optimizers import check_hyper
 from export.writer import Tier
-from server_hub.config import LocalTraining, Schedule, TrunkTraining
+from server_hub.config import Cuts, LocalTraining, Schedule, TrunkTraining
 from server_hub.methods.registry import RECIPES
 from server_hub.rounds import RoundRules
 from server_hub.simulation.datasets import DataTable
@@ -82,6 +82,28 @@ class RoundsTable:
 
 
 @dataclass(frozen=True)
+class CutsTable(Cuts):
+    """Cuts that move, with the methods that let them.
+
+    Attributes:
+        options: cuts that devices may move to, beside that of their tier.
+        rank: rank of adapters at a cut, on both sides; None for that of all.
+    """
+
+    options: list[int] = field(default_factory=list)
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(cut < 1 for cut in self.options):
+            raise ValueError(f"options are {self.options}; a device holds one block or more")
+        if self.policy != "fixed" and not self.options:
+            raise ValueError(f"the policy is {self.policy}, and there are no options to move to")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; it must be 1 or more")
+
+
+@dataclass(frozen=True)
 class Job:
     """A fleet on one machine.
 
@@ -95,6 +117,7 @@ class Job:
         rounds: how many, with how many devices.
         local: training on the devices.
         trunk: training of the trunk.
+        cuts: whether cuts move.
         hub_gflops: what the hub computes, in 10^9 operations per second; None for no limit.
         schedule: how learning rates go over the rounds.
         evaluate_every: accuracy is measured after every so many rounds, and after the last.
@@ -110,6 +133,7 @@ class Job:
     rounds: RoundsTable = field(default_factory=RoundsTable)
     local: LocalTraining = field(default_factory=LocalTraining)
     trunk: TrunkTraining = field(default_factory=TrunkTraining)
+    cuts: CutsTable = field(default_factory=CutsTable)
     hub_gflops: float | None = None
     schedule: Schedule = "cosine"
     evaluate_every: int = 1
@@ -147,7 +171,13 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> Job:
         """Read the file; :class:`ConfigError` names what is wrong."""
-        return config.load(cls, path)
+        job = config.load(cls, path)
+        if job.cuts != CutsTable() and job.method != "splitft":
+            raise ConfigError(
+                f"{path}: [cuts] says how cuts move; with the method {job.method!r} they do not, "
+                "they do with 'splitft'"
+            )
+        return job
 
 
 def check_method(name: str) -> None:

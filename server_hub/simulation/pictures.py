@@ -13,6 +13,7 @@ from edge_sdk.bundle import write_atomically
 from edge_sdk.protocol.tensors import Array
 
 if TYPE_CHECKING:
+    from server_hub.run import Metric
     from server_hub.simulation.results import Point, Runs, Score
 
 WRITTEN = 24
@@ -83,13 +84,14 @@ def draw_partition(counts: Array, path: Path, title: str) -> None:
 def draw_comparison(runs: Runs, path: Path, target: float | None = None) -> None:
     """What methods reach, after how much, and which devices.
 
-    Above, the fleet's accuracy against rounds, traffic and virtual time: a line per method, the
-    mean over the seeds, in a band from the worst seed to the best. Below, the tiers at the end.
+    Above, the fleet's accuracy, or perplexity, against rounds, traffic and virtual time: a line per
+    method, the mean over the seeds, in a band from the worst seed to the best. Below, the tiers at
+    the end.
 
     Args:
         runs: by method and seed.
         path: ``.png`` to write.
-        target: accuracy to draw a line at; None for the one that tables use.
+        target: value to draw a line at; None for the one that tables use.
 
     Raises:
         ConfigError: a run without a measured round.
@@ -103,22 +105,26 @@ def draw_comparison(runs: Runs, path: Path, target: float | None = None) -> None
     grid = figure.add_gridspec(2, 3, height_ratios=[1.15, 1])
     first = figure.add_subplot(grid[0, 0])
     axes = [first, *(figure.add_subplot(grid[0, column], sharey=first) for column in (1, 2))]
-    _draw_curves(axes, curves(runs), found.target)
+    _draw_curves(axes, curves(runs), found.target, found.metric)
     if found.seeds > 1:
         figure.suptitle(
             f"means of {found.seeds} seeds; bands from the worst to the best, whiskers: standard "
             "deviation"
         )
-    _draw_tiers(figure.add_subplot(grid[1, :]), found.scores)
+    _draw_tiers(figure.add_subplot(grid[1, :]), found.scores, found.metric)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
     write_atomically(path, picture.getvalue())
 
 
-def _draw_curves(axes: list[Any], lines: dict[str, list[Point]], target: float) -> None:
-    """Accuracy against rounds, traffic and time."""
+def _draw_curves(
+    axes: list[Any], lines: dict[str, list[Point]], target: float, metric: Metric
+) -> None:
+    """Accuracy or perplexity against rounds, traffic and time."""
     from server_hub.methods.registry import RECIPES
+    from server_hub.run import scale_of, shown
 
+    factor, name = scale_of(metric)
     styles = dict(zip(RECIPES, cycle(LINES), strict=False))
     scales = (("round", "round"), ("megabytes", "traffic of all devices, up and down (MB)"),
               ("seconds", "virtual time (s)"))  # fmt: skip
@@ -128,32 +134,40 @@ def _draw_curves(axes: list[Any], lines: dict[str, list[Point]], target: float) 
             along = [getattr(p, scale) for p in points]
             step = max(1, len(points) // 6)
             axis.plot(
-                along, [100 * p.accuracy for p in points], color=colour, linestyle=line,
+                along, [factor * p.accuracy for p in points], color=colour, linestyle=line,
                 marker=marker, markevery=(number % step, step), markersize=5, label=method,
             )  # fmt: skip
-            low, high = ([100 * getattr(p, end) for p in points] for end in ("low", "high"))
+            low, high = ([factor * getattr(p, end) for p in points] for end in ("low", "high"))
             axis.fill_between(along, low, high, color=colour, alpha=0.15, linewidth=0)
         ends = [getattr(points[-1], scale) for points in lines.values()]
         if max(ends) > APART * min(ends) > 0:
             axis.set_xscale("log")
-        axis.axhline(100 * target, color="grey", linewidth=0.8, linestyle=(0, (6, 4)), zorder=0)
+        axis.axhline(factor * target, color="grey", linewidth=0.8, linestyle=(0, (6, 4)), zorder=0)
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="fleet accuracy (%)")
+    axes[0].set(ylabel=f"fleet {name}")
     axes[0].text(
-        1, 100 * target, f"{target:.1%} ", transform=axes[0].get_yaxis_transform(),
+        1, factor * target, f"{shown(target, metric)} ", transform=axes[0].get_yaxis_transform(),
         ha="right", va="bottom", fontsize=8, color="dimgrey",
         bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
     )  # fmt: skip
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), title="method")
 
 
-def _draw_tiers(axis: Any, scores: list[Score]) -> None:
-    """Groups of bars: a group per method, a bar per tier, device alone before the best path."""
+def _draw_tiers(axis: Any, scores: list[Score], metric: Metric) -> None:
+    """Groups of bars: a group per method, a bar per tier, device alone before the best path.
+
+    The lower of the two is in front: with perplexity the best path.
+    """
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
+    from server_hub.run import best as best_of
+    from server_hub.run import scale_of
+
+    factor, label = scale_of(metric)
+    highest = factor * max(s.mean for s in scores) if metric == "perplexity" else 100
     tiers = list(dict.fromkeys(s.tier for s in scores))
     own = [tier for tier in tiers if tier not in ("all", "server")]
     shades = dict(zip(own, colormaps["viridis"](np.linspace(0.15, 0.75, len(own))), strict=True))
@@ -164,26 +178,33 @@ def _draw_tiers(axis: Any, scores: list[Score]) -> None:
         centres[method] = left + width / 2
         for number, tier in enumerate(bars):
             paths = {s.path: s for s in scores if (s.method, s.tier) == (method, tier)}
-            best = max(paths.values(), key=lambda s: s.mean)
+            value = best_of((s.mean for s in paths.values()), metric)
+            best = next(s for s in paths.values() if s.mean == value)
             at, colour = left + (width - len(bars)) / 2 + number + 0.5, shades.get(tier, "grey")
-            axis.bar(at, 100 * best.mean, 0.86, color=colour, alpha=0.35)
-            if "device_alone" in paths:
-                axis.bar(at, 100 * paths["device_alone"].mean, 0.86, color=colour)
-            top = 100 * best.mean
+            top = factor * best.mean
+            alone = factor * paths["device_alone"].mean if "device_alone" in paths else None
+            tall, short = (top, alone) if metric == "accuracy" else (alone, top)
+            for height, alpha in ((tall, 0.35), (short, 1.0)):
+                if height is not None:
+                    axis.bar(at, height, 0.86, color=colour, alpha=alpha)
             if best.deviation is not None:
-                axis.errorbar(at, top, 100 * best.deviation, color="black", linewidth=0.8)
-                top += 100 * best.deviation
-            axis.text(at, top + 1, f"{100 * best.mean:.1f}", ha="center", fontsize=7)
+                axis.errorbar(at, top, factor * best.deviation, color="black", linewidth=0.8)
+                top += factor * best.deviation
+            axis.text(at, top + highest / 100, f"{factor * best.mean:.1f}", ha="center", fontsize=7)
         left += width + 0.8
     beside = 0.5 + max(0, 18 - left) / 2  # few bars stay slim
-    axis.set(xlim=(-beside, left - 0.8 + beside), ylim=(0, 109), ylabel="accuracy at the end (%)")
-    axis.set_yticks(range(0, 101, 20))
+    limits = (-beside, left - 0.8 + beside)
+    axis.set(xlim=limits, ylim=(0, 1.09 * highest), ylabel=f"{label} at the end")
+    if metric == "accuracy":
+        axis.set_yticks(range(0, 101, 20))
     axis.set_xticks(list(centres.values()), [name.replace("-", "-\n", 1) for name in centres])
     axis.tick_params(axis="x", length=0)
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     keys = [Patch(color=shades.get(tier, "grey"), label=tier) for tier in tiers]
-    keys += [Patch(color="black", label="full: device alone"),
-             Patch(color="black", alpha=0.35, label="pale: best way to answer")]  # fmt: skip
+    names = ["device alone", "best way to answer"]
+    full, pale = names if metric == "accuracy" else reversed(names)
+    keys += [Patch(color="black", label=f"full: {full}"),
+             Patch(color="black", alpha=0.35, label=f"pale: {pale}")]  # fmt: skip
     axis.legend(handles=keys, loc="center left", bbox_to_anchor=(1.01, 0.5), title="tier")

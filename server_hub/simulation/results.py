@@ -10,14 +10,14 @@ from pathlib import Path
 from rich.table import Table
 
 from edge_sdk.errors import ConfigError
-from server_hub.run import PATHS, RoundRecord, markdown_table
+from server_hub.run import PATHS, Metric, RoundRecord, best, markdown_table, shown
 from server_hub.simulation.job import Job
 
 ROW_KEYS = (
     "method", "seed", "data", "partition", "tier", "path", "accuracy", "up_bytes", "down_bytes",
     "sim_seconds", "rounds",
 )  # fmt: skip
-"""Keys of a row, see :func:`rows_of`."""
+"""Keys of a row, see :func:`rows_of`; for a model of tokens ``perplexity`` is that of accuracy."""
 
 KINDS = {
     "activations": "activations",
@@ -37,7 +37,7 @@ Runs = Mapping[tuple[str, int], tuple[Job, Sequence[RoundRecord]]]
 
 
 def rows_of(method: str, job: Job, records: Sequence[RoundRecord]) -> list[dict[str, object]]:
-    """A row per tier and path, with the accuracy that was measured last.
+    """A row per tier and path, with the accuracy or perplexity that was measured last.
 
     ``up_bytes`` and ``down_bytes`` are those of all devices, ``sim_seconds`` are virtual; both are
     from the start to the end of the run.
@@ -54,14 +54,14 @@ def rows_of(method: str, job: Job, records: Sequence[RoundRecord]) -> list[dict[
             "partition": partition_name(job),
             "tier": tier,
             "path": path,
-            "accuracy": accuracy,
+            end.metric: value,
             "up_bytes": end.up,
             "down_bytes": end.down,
             "sim_seconds": end.clock,
             "rounds": len(records),
         }
         for tier, paths in _last_measured(method, job, records).items()
-        for path, accuracy in paths.items()
+        for path, value in paths.items()
     ]
 
 
@@ -78,17 +78,20 @@ def partition_name(job: Job) -> str:
     return f"shards {table.classes_per_client}" if table.kind == "shards" else table.kind
 
 
-def fleet_accuracy(job: Job, accuracy: Mapping[str, Mapping[str, float]]) -> float:
+def fleet_accuracy(
+    job: Job, accuracy: Mapping[str, Mapping[str, float]], metric: Metric = "accuracy"
+) -> float:
     """Mean over the clients, each answering in its tier's best way.
 
     Args:
         job: says how many clients a tier has; one that it does not know, the server that holds
             all data, counts as one.
         accuracy: by tier and path.
+        metric: whether it is accuracy or perplexity.
     """
     clients = {tier: job.tiers[tier].clients if tier in job.tiers else 1 for tier in accuracy}
-    hits = sum(count * max(accuracy[tier].values()) for tier, count in clients.items())
-    return hits / sum(clients.values())
+    total = sum(count * best(accuracy[tier].values(), metric) for tier, count in clients.items())
+    return total / sum(clients.values())
 
 
 def _last_measured(
@@ -113,9 +116,9 @@ class Point:
         round: its number.
         seconds: virtual, since the start.
         megabytes: traffic of all devices up and down, since the start.
-        accuracy: of the fleet.
-        low: of the worst seed.
-        high: of the best seed.
+        accuracy: of the fleet; or its perplexity.
+        low: of the seed with the lowest.
+        high: of the seed with the highest.
     """
 
     round: int
@@ -128,7 +131,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of a method at the end.
+    """Accuracy, or perplexity, of a method at the end.
 
     Attributes:
         method: its name.
@@ -157,7 +160,7 @@ class Cost:
         down: MB to the devices.
         seconds: virtual, of the whole job.
         device_gflop: 10^9 operations of a device in a round that it takes part in.
-        target_s: virtual seconds until the mean over the seeds has the target accuracy; None if it
+        target_s: virtual seconds until the mean over the seeds has reached the target; None if it
             never has.
     """
 
@@ -177,14 +180,16 @@ class Summary:
     Attributes:
         scores: by method, tier and path.
         costs: by method.
-        target: accuracy that ``target_s`` is about.
+        target: accuracy or perplexity that ``target_s`` is about.
         seeds: how many there are.
+        metric: what was measured.
     """
 
     scores: list[Score]
     costs: list[Cost]
     target: float
     seeds: int
+    metric: Metric = "accuracy"
 
 
 def summary(runs: Runs, target: float | None = None) -> Summary:
@@ -192,7 +197,7 @@ def summary(runs: Runs, target: float | None = None) -> Summary:
 
     Args:
         runs: at least one.
-        target: accuracy; None for the highest that every method reaches.
+        target: accuracy or perplexity; None for the best that every method reaches.
 
     Raises:
         ConfigError: a run without a measured round.
@@ -205,12 +210,21 @@ def summary(runs: Runs, target: float | None = None) -> Summary:
         [_cost(method, runs, target) for method in methods],
         target,
         len({seed for _, seed in runs}),
+        metric_of(runs),
     )
 
 
+def metric_of(runs: Runs) -> Metric:
+    """What was measured in the runs, which are of one model."""
+    _, records = next(iter(runs.values()))
+    return records[-1].metric
+
+
 def common_target(runs: Runs) -> float:
-    """The highest accuracy that every method's mean over the seeds reaches."""
-    return min(max(p.accuracy for p in curve) for curve in curves(runs).values())
+    """The best accuracy, or perplexity, that every method's mean over the seeds reaches."""
+    metric = metric_of(runs)
+    ends = [best((p.accuracy for p in curve), metric) for curve in curves(runs).values()]
+    return min(ends) if metric == "accuracy" else max(ends)
 
 
 def curves(runs: Runs) -> dict[str, list[Point]]:
@@ -229,7 +243,7 @@ def curves(runs: Runs) -> dict[str, list[Point]]:
 
 
 def _point(measured: Sequence[tuple[Job, RoundRecord]]) -> Point:
-    accuracy = [fleet_accuracy(job, record.accuracy) for job, record in measured]
+    accuracy = [fleet_accuracy(job, record.accuracy, record.metric) for job, record in measured]
     return Point(
         measured[0][1].round,
         statistics.fmean(r.clock for _, r in measured),
@@ -272,7 +286,10 @@ def _cost(method: str, runs: Runs, target: float) -> Cost:
         for kind, ways in end.bytes.items():
             megabytes[kind if kind in KINDS else OTHER] += sum(ways.values()) / 1e6 / len(ends)
     local_rounds = [sum(r.devices + len(r.dropped) for r in records) for records in cells]
-    reached = (p.seconds for p in curves(runs)[method] if p.accuracy >= target)
+    metric = metric_of(runs)
+    reached = (
+        p.seconds for p in curves(runs)[method] if best((p.accuracy, target), metric) == p.accuracy
+    )
     return Cost(
         method,
         megabytes,
@@ -320,18 +337,18 @@ def accuracy_grid(found: Summary) -> Grid:
     """A line per method and tier, a column per way to answer."""
     paths = [path for path in PATHS if any(s.path == path for s in found.scores)]
     cells: dict[tuple[str, str], dict[str, str]] = {}
+    factor, unit = (100, " in %") if found.metric == "accuracy" else (1, "")
     for s in found.scores:
-        spread = "" if s.deviation is None else f" ± {100 * s.deviation:.1f}"
-        cells.setdefault((s.method, s.tier), {})[s.path] = f"{100 * s.mean:.1f}{spread}"
+        spread = "" if s.deviation is None else f" ± {factor * s.deviation:.1f}"
+        cells.setdefault((s.method, s.tier), {})[s.path] = f"{factor * s.mean:.1f}{spread}"
     rows, above = [], ""
     for (method, tier), answers in cells.items():
         name = "" if method == above else method
         rows.append([name, tier, *(answers.get(path, "") for path in paths)])
         above = method
     spread = f": mean ± standard deviation of {found.seeds} seeds" if found.seeds > 1 else ""
-    return Grid(
-        f"Accuracy in %{spread}", ["method", "tier", *(PATHS[path] for path in paths)], rows, 2
-    )
+    title = f"{found.metric.capitalize()}{unit}{spread}"
+    return Grid(title, ["method", "tier", *(PATHS[path] for path in paths)], rows, 2)
 
 
 def cost_grid(found: Summary) -> Grid:
@@ -339,7 +356,7 @@ def cost_grid(found: Summary) -> Grid:
     kinds = [kind for kind in KINDS if any(cost.megabytes[kind] for cost in found.costs)]
     header = [
         "method", *(KINDS[kind] for kind in kinds), OTHER, "up", "down", "GFLOP", "job, s",
-        f"{found.target:.1%}, s",
+        f"{shown(found.target, found.metric)}, s",
     ]  # fmt: skip
     rows = [
         [
@@ -354,9 +371,10 @@ def cost_grid(found: Summary) -> Grid:
         for cost in found.costs
     ]
     mean = f"; means of {found.seeds} seeds" if found.seeds > 1 else ""
+    article = "an" if found.metric == "accuracy" else "a"
     title = (
         "Traffic of all devices in MB, GFLOP of a device in a round, virtual seconds of the job "
-        f"and until an accuracy of {found.target:.1%}{mean}"
+        f"and until {article} {found.metric} of {shown(found.target, found.metric)}{mean}"
     )
     return Grid(title, header, rows, 1)
 
@@ -369,7 +387,7 @@ def figure(value: float) -> str:
 
 
 def accuracy_table(runs: Runs) -> Table:
-    """Accuracy at the end, for the terminal."""
+    """Accuracy, or perplexity, at the end, for the terminal."""
     return accuracy_grid(summary(runs)).rich()
 
 

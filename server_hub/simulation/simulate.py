@@ -19,7 +19,6 @@ import torch
 
 from edge_sdk.bundle import BlobStore, Bundle, Manifest, write_atomically
 from edge_sdk.data import Examples
-from edge_sdk.device import softmax
 from edge_sdk.errors import ConfigError
 from edge_sdk.index import BundleIndex, TierEntry
 from edge_sdk.learner import Learner
@@ -27,17 +26,18 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
 from export.build import build_model
+from export.flops import flops_per_row
 from export.functional import TorchRuntime
-from export.plan import count_flops
-from export.split import ClientSegment, SplitModel
+from export.split import SplitModel
 from export.steps import ClientSteps
-from export.writer import WEIGHTS, make_steps, write_tier
+from export.writer import WEIGHTS, Tier, make_steps, segment_of, write_tier
 from server_hub.config import HubConfig, Limits
+from server_hub.evaluation import Tally, batches_to_measure, vocabulary
 from server_hub.hub import Hub
 from server_hub.methods.fleet import Fleet, Schedule
 from server_hub.methods.registry import RECIPES
 from server_hub.rounds import Phase, RoundRules
-from server_hub.run import METRICS, RoundRecord, RunFolder, read_records
+from server_hub.run import METRICS, Metric, RoundRecord, RunFolder, read_records
 from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.clock import VirtualLoop
@@ -48,9 +48,6 @@ from server_hub.simulation.partition import partition, table_of
 from server_hub.simulation.pictures import draw_partition
 from server_hub.simulation.trunk import TimedTrunk, flop_above
 from server_hub.trunk import Arrival, TrunkCore
-
-_EVALUATED = 256
-"""Rows that are measured at a time."""
 
 _PATIENCE = 10
 """Rounds in a row that nobody delivers for, until a run is given up."""
@@ -101,6 +98,7 @@ class Simulation:
         self._resumed = resume(folder, self._described)
         say("reading data")
         self.data = read_data(job, base)
+        self._length = job.data.length if self.data.task == "tokens" else None
         self.tiers = self._pooled_tiers() if self.recipe.pooled else dict(job.tiers)
         self.clients = share_out(job, self.tiers, self.data, self.recipe.pooled)
         say("arranging the fleet")
@@ -134,12 +132,12 @@ class Simulation:
     def _arrange(self) -> Fleet:
         job = self.job
         model = build_model(job.model)
-        for tier in self.tiers.values():
-            model.check_cut(tier.cut)
+        for cut in (*(tier.cut for tier in self.tiers.values()), *job.cuts.options):
+            model.check_cut(cut)
         example = torch.from_numpy(self.data.train.x[:8])
         check_fit(model, example, self.data.classes)
         tiers = {n: t.exported(self.runtime, job.local.batch_size) for n, t in self.tiers.items()}
-        return self.recipe.arrange(Fleet(model, tiers, example, self.data.classes))
+        return self.recipe.arrange(fleet_of(job, model, tiers, example, self.data.classes))
 
     def _export(self, say: Say) -> BundleIndex:
         """Write the bundles that devices will fetch."""
@@ -150,13 +148,13 @@ class Simulation:
         for model in {id(m): m for m in (fleet.model, *fleet.models.values())}.values():
             model.add_heads(cuts, fleet.example, fleet.classes)
         for name, tier in fleet.tiers.items():
-            segment = ClientSegment(fleet.model_of(name), tier.cut)
+            segment = segment_of(fleet.model_of(name), tier)
             steps = make_steps(segment, tier, fleet.example, fleet.classes, self.job.optimizer)
             exact = tier.runtime != "torch"  # the functional step itself needs no check
             manifest = write_tier(steps, name, tier, blobs, fleet.example, say, verified=exact)
             entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(manifest.to_bytes()))
             self._steps[name] = steps
-            self._flop[name] = {s.name: count_flops(s, 1) / 2 for s in steps.all()}
+            self._flop[name] = {s.name: flops_per_row(s, self._length or 1) for s in steps.all()}
         fleet.model.save(folder / WEIGHTS)
         index = BundleIndex(folder, None, fleet.classes, self.job.optimizer, entries, {})
         index.write()
@@ -170,13 +168,18 @@ class Simulation:
     # --- the run --------------------------------------------------------------------------------
 
     @property
+    def metric(self) -> Metric:
+        """What is measured on held-out examples."""
+        return "perplexity" if self.data.task == "tokens" else "accuracy"
+
+    @property
     def records(self) -> list[RoundRecord]:
         """The rounds that an earlier run in this folder has made."""
         return [] if self._resumed is None else read_records(self.folder)[: self._resumed.completed]
 
     def report(self) -> None:
         """Write ``report.md``, ``curves.png`` and ``partition.png``."""
-        run = RunFolder(self.folder, keep=len(read_records(self.folder)))
+        run = RunFolder(self.folder, len(read_records(self.folder)), self.metric)
         draw_partition(self.holdings(), self.folder / "partition.png", "who holds what")
         run.write_report(
             f"{self.recipe.title}: {len(run.records)} simulated rounds",
@@ -207,7 +210,7 @@ class Simulation:
         def after_round(record: RoundRecord) -> None:
             wall = time.perf_counter() - began
             Checkpoint.of(hub, loop.time(), wall, self.meter).write(self.folder)
-            on_round(record)
+            on_round(replace(record, metric=self.metric))
 
         put_down(self.folder, self._described)
         tokens = _Tokens(self.clients)
@@ -264,13 +267,19 @@ class Simulation:
             rounds=rules,
             local=job.local,
             trunk=job.trunk,
-            limits=Limits(connections=4 * len(self.clients)),
+            cuts=job.cuts,
+            limits=Limits(
+                connections=4 * len(self.clients),
+                window=max(Limits.window, job.local.staleness + 2),
+            ),
         )
         model = fleet.model
         core = TrunkCore(model, "cpu")
         above = flop_above(model, [t.cut for t in fleet.tiers.values()], fleet.example)
         initial = {n: t.detach().numpy().copy() for n, t in model.trained().items()}
-        schedule = Schedule(job.rounds.count, job.local.epochs, job.share)
+        schedule = Schedule(
+            job.rounds.count, job.local.epochs, job.share, job.optimizer, job.cuts.rank
+        )
         hub = Hub(
             config,
             model,
@@ -279,7 +288,7 @@ class Simulation:
             tokens=tokens,
             evaluate=lambda: self._evaluate(hub),
             costs=costs,
-            run=RunFolder(self.folder, keep=None if last is None else last.completed),
+            run=RunFolder(self.folder, None if last is None else last.completed, self.metric),
             on_round=on_round,
         )
         if last is not None:
@@ -295,8 +304,9 @@ class Simulation:
         tier, data = self.tiers[client.tier], self.data.train
 
         def load(bundle: Bundle, threads: int) -> Runtime:
-            flop = self._flop[client.tier]
-            return TimedRuntime(self._runtime(bundle, threads), flop, tier.gflops, self.meter, loop)
+            flop = self._flop[bundle.manifest.tier]
+            runtime = self._runtime(bundle, threads)
+            return TimedRuntime(runtime, flop, tier.gflops, self.meter, loop, self._length)
 
         return SimulatedDevice(
             client.name,
@@ -323,26 +333,27 @@ class Simulation:
     # --- accuracy -------------------------------------------------------------------------------
 
     async def _evaluate(self, hub: Hub) -> dict[str, dict[str, float]]:
-        """Accuracy by tier and path, on the graphs that the devices predict with."""
+        """Accuracy or perplexity by tier and path, on the graphs that the devices predict with."""
         if hub.rounds.completed % self.job.evaluate_every and hub.rounds.phase is not Phase.DONE:
             return {}
         measured: dict[tuple[Any, ...], dict[str, float]] = {}
-        accuracy = {}
-        for tier, manifest in hub.manifests.items():
+        values = {}
+        for tier in self.tiers:
+            manifest = hub.manifests[tier]
             key = (id(self.fleet.model_of(tier)), manifest.cut, manifest.codec)
             if key not in measured:  # tiers that hold the same give the same answers
                 measured[key] = await self._measure(hub, manifest)
-            accuracy[tier] = measured[key]
-        return accuracy
+            values[tier] = measured[key]
+        return values
 
     async def _measure(self, hub: Hub, manifest: Manifest) -> dict[str, float]:
         bundle = Bundle.open(manifest, self.index.blobs().read)
         learner = Learner(manifest, self._runtime(bundle, 1))
-        learner.runtime.set_state(hub.method.aggregation.device_state(manifest.exchanged))
+        learner.runtime.set_state(hub.method.aggregation.device_state(manifest.exchanged()))
         paths = hub.method.paths
-        hits = dict.fromkeys(paths, 0)
+        tallies = {path: Tally(hub.model.task) for path in paths}
         examples = self.data.held_out.fitted(manifest)
-        for batch in examples.batches(_EVALUATED):
+        for batch in batches_to_measure(examples, hub.model):
             heads, parts = learner.predict(batch.x)
             logits = {"device_alone": heads}
             if paths != ("device_alone",):
@@ -351,20 +362,15 @@ class Simulation:
                 )
                 logits |= {"through_hub": above[-1:], "ensemble": np.concatenate([heads, above])}
             for path in paths:
-                answers = softmax(logits[path]).mean(0).argmax(1)
-                hits[path] += int((answers == batch.y).sum())
-        return {path: n / len(examples) for path, n in hits.items()}
+                tallies[path].add(
+                    torch.from_numpy(logits[path]).double(), torch.from_numpy(batch.y)
+                )
+        return {path: tally.value for path, tally in tallies.items()}
 
 
 def read_data(job: Job, base: Path) -> Dataset:
-    """The job's data; :class:`ConfigError` unless they have what its method learns from."""
-    data = load_dataset(job.data, base)
-    if data.task != "classes":
-        raise ConfigError(
-            f"the examples of {job.data.source} have no labels: a text; method {job.method!r} "
-            "learns to classify and needs a label for each example"
-        )
-    return data
+    """The job's data; raises :class:`DataError`."""
+    return load_dataset(job.data, base)
 
 
 def share_out(
@@ -388,9 +394,45 @@ def share_out(
     ]
 
 
+def fleet_of(
+    job: Job, model: SplitModel, tiers: Mapping[str, Tier], example: torch.Tensor, classes: int
+) -> Fleet:
+    """The fleet that a method arranges; ``classes`` are those of the data."""
+    return Fleet(
+        model,
+        tiers,
+        example,
+        vocabulary(model) if model.task == "tokens" else classes,
+        options=tuple(job.cuts.options),
+        cut_rank=job.cuts.rank,
+    )
+
+
 def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:
-    """Raise :class:`ConfigError` unless the model takes the data, and knows their classes."""
+    """Raise :class:`ConfigError` unless the model takes the data, and knows their classes.
+
+    Args:
+        model: the model.
+        example: some inputs; a text is tokens, int64 (rows, positions).
+        classes: number of classes, or of tokens.
+    """
     shape = list(example.shape[1:])
+    texts = not example.is_floating_point()
+    if texts and model.task == "classes":
+        raise ConfigError(
+            "the examples are texts without labels, the model classifies; take a model of tokens, "
+            "which learns what comes next"
+        )
+    if model.task == "tokens":
+        if not texts:
+            raise ConfigError(
+                f"the model is one of tokens, the examples have shape {shape}; take a text"
+            )
+        if vocabulary(model) < classes:
+            raise ConfigError(
+                f"the data have {classes} tokens, the model knows {vocabulary(model)}; take the "
+                "tokenizer that belongs to the model, or a model with more"
+            )
     try:
         with torch.no_grad():
             answers = model.eval()(example)
@@ -398,7 +440,7 @@ def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:
         raise ConfigError(f"the model does not take examples of shape {shape}: {error}") from error
     finally:
         model.train()
-    if answers.dim() != 2 or answers.shape[1] < classes:
+    if answers.dim() != (3 if texts else 2) or answers.shape[-1] < classes:
         raise ConfigError(
             f"the model's answers have shape {list(answers.shape[1:])}; the data have {classes} "
             "classes"

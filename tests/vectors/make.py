@@ -38,6 +38,7 @@ from edge_sdk.protocol.messages import (
     Hello,
     Infer,
     Message,
+    Move,
     Ready,
     Round,
     Stop,
@@ -116,6 +117,8 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("blob", Blob(HASH, 0, 4, b"test"), 0, 0),
     ("blob of nothing", Blob(HASH, 4, 4, b""), 0, 0),
     ("ready", Ready(1000), 1, 0),
+    ("ready with another bundle", Ready(1000, "large", 512), 3, 2),
+    ("move", Move("large", HASH, "there is time for it"), 2, 1),
     (
         "round",
         Round(3, HASH, 1, 32, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0005}, "train", 7),
@@ -123,6 +126,12 @@ VALID: list[tuple[str, Message, int, int]] = [
         1,
     ),
     ("round without activations", Round(4, HASH, 5, 1, {"lr": 1}, "none", MAX_INT), 2, 2),
+    (
+        "round with gradients that come back late",
+        Round(5, HASH, 1, 32, {"lr": 0.05}, "returned", 7, 2),
+        3,
+        2,
+    ),
     ("decline", Decline(3, "battery low"), 2, 1),
     ("activations", Activations(3, 0, PARTS, LABELS), 2, 1),
     (
@@ -135,6 +144,7 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("last update", Update(3, {}, True, 1000, {"loss": 2.25, "accuracy": 0.125}), 4, 1),
     ("gradient", Gradient(3, 0, {"g": np.array([[1.5], [-2.5]], np.float32)}), 2, 2),
     ("infer", Infer(1, PARTS), 5, 2),
+    ("infer with a tier", Infer(2, PARTS, "large"), 6, 2),
     (
         "answer",
         Answer(1, ["aux.3", "head"], np.arange(8, dtype=np.float32).reshape(2, 2, 2)),

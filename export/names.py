@@ -1,0 +1,22 @@
+"""Names of tensors: which layer one belongs to."""
+
+from __future__ import annotations
+
+
+def layer_of(name: str) -> str:
+    """The layer that a tensor belongs to: ``block.3.conv.weight`` -> ``block.3``.
+
+    An optimizer's slot, ``mean/block.3.conv.weight``, belongs to its parameter's.
+    """
+    parts = name.rpartition("/")[2].split(".")
+    return ".".join(parts[:2]) if parts[0] in ("block", "aux") else parts[0]
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is a running statistic of a batch norm, which no optimizer changes."""
+    return name.endswith((".running_mean", ".running_var"))
+
+
+def is_slot(name: str) -> bool:
+    """Whether a tensor is an optimizer's slot, ``mean/block.3.conv.weight``."""
+    return "/" in name

@@ -1,0 +1,259 @@
+"""Adapters in the files of PEFT, for the original model of transformers."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from export.adapters import TransformersModel, from_transformers
+from export.adapters.weights import new_folder
+from export.errors import ExportError, reason
+from export.lora import ADAPTER, adapted_modules, put_adapter
+from export.split import SplitModel
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "cutlayer_base"
+"""Key in the configuration: sha256 of the base that the adapters were trained on."""
+
+_UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias", "modules_to_save")
+"""Settings of PEFT under which an adapter is more than ``alpha / rank`` times a product."""
+
+T = TypeVar("T")
+
+
+def save_adapter(model: SplitModel, folder: str | Path, base_name: str) -> None:
+    """Write the adapters as PEFT does, for ``PeftModel.from_pretrained`` on the original model.
+
+    Modules have the names that they have in transformers' class; ranks that differ are in
+    ``rank_pattern``. Auxiliary heads are not written: the original has no place for them.
+
+    Args:
+        model: of :func:`~export.adapters.from_transformers`, with adapters.
+        folder: must not exist, or be empty. It appears when all of it is written.
+        base_name: what the original is called, for ``base_model_name_or_path``: a folder, or a
+            name on a model hub. It is only noted.
+
+    Raises:
+        ExportError: the model is another one or has no adapters, or ``folder`` is taken.
+    """
+    model = _adapted(model)
+    names = _original_names(model)
+    modules = {names[name]: module for name, module in adapted_modules(model).items()}
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        for key, weight in zip(_keys(name), _weights(module), strict=True):
+            tensors[key] = weight.detach().cpu().contiguous()
+    with new_folder(Path(folder)) as out:
+        save_file(tensors, out / WEIGHTS, {"format": "pt"})
+        config = _config(model, modules)
+        config.base_model_name_or_path = base_name
+        config.target_modules = _targets(names.values(), modules)
+        config.save_pretrained(str(out))
+        written = json.loads((out / CONFIG).read_text("utf-8"))
+        written[BASE] = base_fingerprint(model)
+        (out / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def load_adapter(model: SplitModel, folder: str | Path) -> None:
+    """Read adapters from files of PEFT into a model that has adapters on the same modules.
+
+    Ranks and scales become those of the files. Where a rank changes the parameters are new ones,
+    so an optimizer must be made afterwards.
+
+    Args:
+        model: of :func:`~export.adapters.from_transformers`, with adapters
+            (:func:`~export.lora.add_lora`).
+        folder: as written by :func:`save_adapter`, or by PEFT.
+
+    Raises:
+        ExportError: a file is missing or damaged, or the adapters are of another kind, for other
+            modules or for another base. Nothing was changed.
+    """
+    folder = Path(folder)
+    model = _adapted(model)
+    names = _original_names(model)
+    modules = {names[name]: module for name, module in adapted_modules(model).items()}
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    _check_names(folder, tensors, modules)
+    alphas = _alphas(folder, config, modules)
+    values = {name: (tensors[a], tensors[b]) for name in modules for a, b in [_keys(name)]}
+    for name, module in modules.items():
+        _check_shapes(folder, name, values[name], _weights(module))
+    if config.get(BASE) not in (None, base_fingerprint(model)):
+        raise ExportError(
+            f"the adapters in {folder} were trained on another base than this model "
+            f"({config.get('base_model_name_or_path')!r}, other weights); load that base"
+        )
+    for name, module in modules.items():
+        put_adapter(module, *values[name], alphas[name])
+
+
+def base_fingerprint(model: SplitModel) -> str:
+    """sha256, in hex, of the base: names, shapes and values of all parameters that are not of an
+    adapter or an auxiliary head."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if ".lora_" in name or name.startswith("aux."):
+            continue
+        tensor = parameter.detach().cpu().contiguous()
+        name = name.replace(".base_layer.", ".")
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def _adapted(model: SplitModel) -> TransformersModel:
+    """The model, if PEFT has names for its adapters."""
+    if not isinstance(model, TransformersModel):
+        raise ExportError(
+            "this model does not come from transformers, so PEFT has no names for its modules; "
+            "save its weights with model.save"
+        )
+    if not adapted_modules(model):
+        raise ExportError("the model has no adapters; add_lora puts them in")
+    return model
+
+
+def _original_names(model: TransformersModel) -> dict[str, str]:
+    """What the modules that have weights are called in transformers' class."""
+    with torch.device("meta"):  # names in a checkpoint may be others than those in the class
+        twin = from_transformers(model.origin.config)
+    return {
+        own.removesuffix(".weight"): name.removesuffix(".weight")
+        for name, own in twin.origin.names.items()
+        if own.endswith(".weight")
+    }
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """What A and B of a module are called in the file."""
+    return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
+
+
+def _weights(module: Any) -> tuple[Tensor, Tensor]:
+    return module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+
+
+def _config(model: TransformersModel, modules: Mapping[str, Any]) -> Any:
+    """PEFT's configuration, with the ranks and scales that the adapters have."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    origin = model.origin
+    configs: Any = model.peft_config
+    config = copy.deepcopy(configs[ADAPTER])
+    config.r, config.rank_pattern = _usual({n: m.r[ADAPTER] for n, m in modules.items()})
+    config.lora_alpha, config.alpha_pattern = _usual(
+        {n: _whole(m.lora_alpha[ADAPTER]) for n, m in modules.items()}
+    )
+    config.inference_mode = True
+    if CAUSAL.get(origin.config.model_type) == origin.architecture:
+        config.task_type = "CAUSAL_LM"
+    return config
+
+
+def _whole(alpha: float) -> float:
+    """An integer where it is one, as PEFT writes it."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _usual(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """The most common value, and the others by name."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, {name: value for name, value in values.items() if value != usual}
+
+
+def _targets(originals: Iterable[str], modules: Mapping[str, Any]) -> list[str]:
+    """Last parts of the names, as people write them; whole names where other modules share one."""
+    last = {name.rpartition(".")[2] for name in modules}
+    matched = {name for name in originals if name.rpartition(".")[2] in last}
+    return sorted(last if matched == modules.keys() else modules)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ExportError(f"there is no {path}; give a folder with an adapter of PEFT")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        kind = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path} is no configuration of LoRA ({error}); get it again") from error
+    if kind != "LORA":
+        raise ExportError(f"{path} is of the type {kind!r}, must be LORA")
+    for setting in _UNSUPPORTED:
+        if config.get(setting):
+            raise ExportError(f"{path} has {setting}, which is not supported; train without it")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ExportError(f"there is no {path}; the adapter must be saved as safetensors")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{path} is damaged ({error}); get it again") from error
+
+
+def _check_names(folder: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, Any]) -> None:
+    expected = {key for name in modules for key in _keys(name)}
+    if unknown := sorted(tensors.keys() - expected):
+        raise ExportError(
+            f"{folder} has {unknown[0]}{_more(unknown)}, and this model has no adapter there; "
+            "it is for another model, or for other targets in [lora]"
+        )
+    if missing := sorted(expected - tensors.keys()):
+        raise ExportError(
+            f"{folder} lacks {missing[0]}{_more(missing)}, where this model has an adapter; "
+            "it is for another model, or for other targets in [lora]"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _check_shapes(
+    folder: Path, name: str, given: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
+) -> None:
+    (A, B), (down, up) = given, own
+    fits = A.dim() == down.dim() and B.dim() == up.dim()
+    # the rank is free, the same in both
+    fits = fits and A.shape[1:] == down.shape[1:] and B.shape[:1] == up.shape[:1]
+    fits = fits and B.shape[2:] == up.shape[2:] and len(A) * up.shape[1] == B.shape[1] * len(down)
+    fits = fits and len(A) > 0
+    if not fits:
+        raise ExportError(
+            f"the adapter of {name} in {folder} is {list(B.shape)} times {list(A.shape)}, must be "
+            f"[{len(up)}, rank{''.join(f', {n}' for n in up.shape[2:])}] times "
+            f"[rank{''.join(f', {n}' for n in down.shape[1:])}]; it is for another base"
+        )
+
+
+def _alphas(folder: Path, config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, float]:
+    """The modules' alpha, by the patterns as PEFT reads them."""
+    alphas = {}
+    try:
+        patterns = dict(config.get("alpha_pattern") or {})
+        for name in modules:
+            matching = (a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", name))
+            alphas[name] = float(next(matching, config["lora_alpha"]))
+    except (ValueError, KeyError, TypeError, re.error) as error:
+        raise ExportError(
+            f"{folder / CONFIG} has no valid lora_alpha ({reason(error)}); get it again"
+        ) from error
+    return alphas

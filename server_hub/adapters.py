@@ -1,0 +1,193 @@
+"""Averages of low-rank adapters as products (HLoRA, https://arxiv.org/abs/2503.00813).
+
+A module's adapter is the matrix ``scale * B @ A``. The mean of A times the mean of B is another
+matrix than the mean of the products, and ranks that differ have no mean of A at all. So the
+products are averaged, and the mean is cut back to a rank by SVD.
+
+Shapes: ``O`` outputs and ``I`` inputs of the module, ``R`` rank, ``S`` sum of the copies' ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from edge_sdk.protocol.tensors import Array
+
+_SIZE = 1 / math.sqrt(3)
+"""Norm of a row of A as PEFT draws it: uniform with the variance 1 / (3 I)."""
+
+_CONDITION = 1e3
+"""Largest condition number of a change of basis; float32 has 7 digits to lose."""
+
+_PRESENT = 1e-8
+"""Size from which on a direction, relative to the rows it is taken from, is more than rounding."""
+
+
+class AdapterCopy(NamedTuple):
+    """A module's adapter as somebody has trained it.
+
+    Attributes:
+        B: (out, rank).
+        A: (rank, in).
+        scale: of their product, ``alpha / rank``.
+        weight: how much the copy counts, usually the number of samples it was trained on.
+    """
+
+    B: Array
+    A: Array
+    scale: float
+    weight: float
+
+
+def average(
+    copies: Sequence[AdapterCopy | tuple[Array, Array, float, float]], rank: int, scale: float
+) -> tuple[Array, Array]:
+    """The adapter of a rank whose product is nearest to the weighted mean of the copies' products.
+
+    Nearest in the Frobenius norm. Where all copies have the rank, the basis of the result is the
+    one nearest to the mean of their A, so that optimizer slots averaged beside them still belong
+    to it, and equal copies come back as they were. Otherwise the rows of A are orthogonal, with
+    the norm that they have at the start. A is never zero, even if every B is. The matrix itself,
+    (out, in), is never formed.
+
+    Args:
+        copies: of one module; finite, weights above zero with any sum.
+        rank: of the result.
+        scale: of the result's product.
+
+    Returns:
+        B (out, rank) and A (rank, in), in the copies' dtype.
+
+    Raises:
+        ValueError: no copies, a weight that is not above zero, shapes that do not fit each other,
+            or a rank above the number of inputs or outputs.
+    """
+    adapters = [AdapterCopy(*copy) for copy in copies]
+    _check(adapters, rank)
+    total = sum(copy.weight for copy in adapters)
+    shares = [copy.weight / total for copy in adapters]
+    scaled = [s * c.scale * c.B.astype(np.float64) for s, c in zip(shares, adapters, strict=True)]
+    left_OS = np.hstack(scaled)
+    right_SI = np.vstack([copy.A.astype(np.float64) for copy in adapters])
+
+    mean_RI = None
+    if all(len(copy.A) == rank for copy in adapters):
+        mean_RI = np.tensordot(shares, right_SI.reshape(len(adapters), rank, -1), 1)
+    sources = [right_SI] if mean_RI is None else [mean_RI, right_SI]
+    basis_RI = _completed(_leading(left_OS, right_SI, rank), sources, rank)
+    image_OR = left_OS @ (right_SI @ basis_RI.T)
+
+    gauge_RR = np.eye(rank) * _SIZE
+    if mean_RI is not None:
+        nearest_RR = mean_RI @ basis_RI.T
+        if np.linalg.cond(nearest_RR) <= _CONDITION:
+            gauge_RR = nearest_RR
+    B = np.linalg.solve(gauge_RR.T, image_OR.T).T / scale
+    A = gauge_RR @ basis_RI
+    return B.astype(adapters[0].B.dtype), A.astype(adapters[0].A.dtype)
+
+
+def reduce(B: Array, A: Array, rank: int) -> tuple[Array, Array]:
+    """An adapter with another rank, its product kept as well as the rank allows.
+
+    A lower rank keeps the leading part of the product. A higher one adds rows to A, orthogonal to
+    those that are there, and zero columns to B. The product is ``B @ A``: where the scale changes
+    with the rank, multiply the new B by the old scale over the new one.
+
+    Args:
+        B: (out, old rank).
+        A: (old rank, in).
+        rank: new rank.
+
+    Returns:
+        B (out, rank) and A (rank, in).
+
+    Raises:
+        ValueError: the shapes do not fit each other, or a rank above the number of inputs or
+            outputs.
+    """
+    copy = AdapterCopy(B, A, 1.0, 1.0)
+    if rank < len(A):
+        return average([copy], rank, 1.0)
+    _check([copy], rank)
+    added = rank - len(A)
+    rows = A.astype(np.float64)
+    known = _completed(np.empty((0, A.shape[1])), [rows], len(A), rest=False)
+    new = _completed(known, [], len(known) + added)[len(known) :]
+    columns = np.zeros((len(B), added), B.dtype)
+    return np.hstack([B, columns]), np.vstack([A, (_SIZE * new).astype(A.dtype)])
+
+
+_FACTOR = re.compile(r"(?P<module>[^/]+)\.lora_(?P<factor>[AB])\.(?P<adapter>[^./]+)\.weight")
+
+
+def adapter_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The names of the adapters' A and B among those of a state, pair by pair.
+
+    Optimizer slots, as ``momentum/block.0...``, are none of them.
+
+    Raises:
+        ValueError: an A without a B, or a B without an A.
+    """
+    known = dict.fromkeys(names)
+    pairs: dict[tuple[str, str], None] = {}
+    for name in known:
+        if factor := _FACTOR.fullmatch(name):
+            stem, end = f"{factor['module']}.lora_", f".{factor['adapter']}.weight"
+            pair = f"{stem}A{end}", f"{stem}B{end}"
+            if not known.keys() >= set(pair):
+                raise ValueError(f"{name} comes alone; an adapter is {' and '.join(pair)}")
+            pairs[pair] = None
+    return list(pairs)
+
+
+def _check(copies: Sequence[AdapterCopy], rank: int) -> None:
+    if not copies:
+        raise ValueError("there are no copies to average")
+    outputs, inputs = copies[0].B.shape[0], copies[0].A.shape[-1]
+    for B, A, _, weight in copies:
+        if B.shape != (outputs, len(A)) or A.shape != (len(A), inputs):
+            raise ValueError(
+                f"B is {B.shape} and A {A.shape}; "
+                f"they must be ({outputs}, rank) and (rank, {inputs})"
+            )
+        if not weight > 0:
+            raise ValueError(f"the weight of a copy is {weight}; it must be above 0")
+    if not 1 <= rank <= min(outputs, inputs):
+        raise ValueError(f"rank {rank} does not fit a module that is {outputs} x {inputs}")
+
+
+def _leading(left_OS: Array, right_SI: Array, rank: int) -> Array:
+    """The leading right singular vectors of ``left @ right``: ``rank`` rows, or fewer if its
+    numerical rank is lower."""
+    small_left = np.linalg.qr(left_OS, "r")
+    Q_IK, small_right = np.linalg.qr(right_SI.T)
+    _, sizes, directions = np.linalg.svd(small_left @ small_right.T)
+    rounding = np.finfo(np.float64).eps * left_OS.shape[1]
+    rounding *= np.linalg.norm(small_left) * np.linalg.norm(small_right)
+    found = min(rank, int((sizes > rounding).sum()))
+    leading: Array = directions[:found] @ Q_IK.T
+    return leading
+
+
+def _completed(basis: Array, sources: Sequence[Array], rank: int, *, rest: bool = True) -> Array:
+    """Orthonormal rows, completed to ``rank`` by the main directions of the sources, in order.
+
+    Where all of them have fewer, ``rest`` adds random ones, always the same.
+    """
+    inputs = basis.shape[1]
+    drawn = np.random.default_rng(0).standard_normal((rank, inputs))
+    for source in [*sources, drawn] if rest else sources:
+        if len(basis) == rank:
+            break
+        remainder = source - (source @ basis.T) @ basis
+        _, sizes, directions = np.linalg.svd(remainder, full_matrices=False)
+        present = directions[sizes > _PRESENT * np.linalg.norm(source)]
+        basis = np.vstack([basis, present[: rank - len(basis)]])
+        basis = np.linalg.qr(basis.T)[0].T  # the remainder is orthogonal up to rounding only
+    return basis

@@ -1,0 +1,149 @@
+"""SplitFT (https://arxiv.org/abs/2604.26388): split fine-tuning of a model with adapters.
+
+::
+
+    per batch: device forward -> activations up; trunk forward, loss, backward, step;
+               gradient at the cut down; device backward, step
+    per round: adapters up, averaged layer by layer over the copies of each layer; cuts adjusted
+
+Every device has a cut of its own, and it may move (:mod:`server_hub.cuts`). The trunk is one for
+all, and its steps merge what devices at different cuts have sent. The base is frozen and stays
+where it is: what travels are adapters and the optimizers' slots, so a layer goes on where it was
+when it moves from a device to the hub, or back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from edge_sdk.protocol.tensors import Array, TensorSpec
+from export.names import is_slot, is_statistic, layer_of
+from export.optimizers import get_optimizer
+from server_hub.adapters import AdapterCopy, adapter_pairs, average, reduce
+from server_hub.layers import LayerCopy, LayerStore, State, weighted_mean
+from server_hub.methods.fleet import Fleet, Recipe, Schedule
+from server_hub.methods.parts import Merged, Method, SharedCopy, Stage, always
+
+
+class AdapterStore(LayerStore):
+    """Averages adapters as products (HLoRA, https://arxiv.org/abs/2503.00813), at full rank.
+
+    Their slots are averaged beside them, over the copies that have the full rank.
+    """
+
+    def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
+        old = self.entries[layer].tensors
+        pairs = adapter_pairs(old)
+        whole = [c for c in copies if all(c.tensors[n].shape == old[n].shape for pair in pairs
+                                          for n in pair)]  # fmt: skip
+        factors = {name for pair in pairs for name in pair}
+        own = {name for name in old if name not in factors and not is_slot(name)}
+        tensors = weighted_mean({n: old[n] for n in own}, copies)
+        slots = {name: t for name, t in old.items() if is_slot(name)}
+        tensors |= weighted_mean(slots, whole) if whole else _zeros(slots)
+        for a, b in pairs:
+            rank = len(old[a])
+            adapters = [
+                AdapterCopy(c.tensors[b], c.tensors[a], 1 / len(c.tensors[a]), c.weight)
+                for c in copies
+            ]  # the scale is alpha / rank, and alpha the same for all
+            tensors[b], tensors[a] = average(adapters, rank, 1 / rank)
+        return {name: tensors[name] for name in old}
+
+
+class MergedAdapters(Merged):
+    """One store for devices and trunk, of adapters whose ranks may be lower at a cut.
+
+    Args:
+        initial: the tensors that are trained.
+        optimizer: of devices and trunk, for its slots.
+        cut_rank: rank of the block that activations enter on the hub; None for that of all.
+    """
+
+    def __init__(self, initial: State, optimizer: str, cut_rank: int | None = None) -> None:
+        super().__init__(initial)
+        parameters = {
+            n: torch.from_numpy(np.array(t)) for n, t in initial.items() if not is_statistic(n)
+        }
+        slots = get_optimizer(optimizer).slots(parameters)
+        self.store = AdapterStore(initial | {n: t.numpy() for n, t in slots.items()})
+        self._cut_rank = cut_rank
+
+    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+        """What a device holds, its adapters cut down to the ranks that it has."""
+        everything = self.trunk_state()
+        names = [spec.name for spec in specs]
+        ranks = {s.name: int(s.shape[0]) for s in specs if ".lora_A." in s.name}
+        return at_ranks({name: everything[name] for name in names}, ranks)
+
+    def trunk_state(self, cuts: Collection[int] = ()) -> State:
+        """What the trunk starts from: lower ranks in the blocks that activations enter."""
+        everything = super().trunk_state()
+        if self._cut_rank is None or not cuts:
+            return everything
+        entered = {f"block.{cut}" for cut in cuts}
+        ranks = {
+            a: min(self._cut_rank, len(everything[a]))
+            for a, _ in adapter_pairs(everything)
+            if layer_of(a) in entered
+        }
+        return at_ranks(everything, ranks)
+
+
+def at_ranks(state: State, ranks: Mapping[str, int]) -> State:
+    """A state whose adapters have other ranks, their products kept as well as that allows.
+
+    The slots of a layer with such an adapter start anew: another basis is another direction.
+
+    Args:
+        state: tensors by name.
+        ranks: by the name of an adapter's A; others keep theirs.
+    """
+    result = dict(state)
+    for a, b in adapter_pairs(state):
+        old, new = len(state[a]), ranks.get(a, len(state[a]))
+        if new == old:
+            continue
+        B, A = reduce(state[b], state[a], new)
+        result[a], result[b] = A, (B * (new / old)).astype(B.dtype)  # the scale is alpha / rank
+        for name in [n for n in result if is_slot(n) and layer_of(n) == layer_of(a)]:
+            whose = name.partition("/")[2]
+            result[name] = np.zeros_like(result[whose] if whose in result else result[name])
+    return result
+
+
+def splitft(initial: State, schedule: Schedule) -> Method:
+    """Merged trunk, gradients that come back, adapters and slots in one store."""
+    return Method(
+        name="SplitFT",
+        stage=always(Stage("returned")),
+        copies=SharedCopy(),
+        aggregation=MergedAdapters(initial, schedule.optimizer, schedule.cut_rank),
+        paths=("through_hub",),
+        keeps_slots=True,
+    )
+
+
+def moving(fleet: Fleet) -> Fleet:
+    """A bundle for every cut that a device of a tier may have, with graphs that take gradients.
+
+    A further one is called ``TIER@CUT``.
+    """
+    tiers = {}
+    for name, tier in fleet.tiers.items():
+        tiers[name] = replace(tier, returned=True, cut_rank=fleet.cut_rank)
+        for cut in fleet.options:
+            if cut != tier.cut:
+                tiers[f"{name}@{cut}"] = replace(tiers[name], cut=cut)
+    return replace(fleet, tiers=tiers)
+
+
+SPLITFT = Recipe("SplitFT", splitft, moving)
+
+
+def _zeros(tensors: Mapping[str, Array]) -> State:
+    return {name: np.zeros_like(tensor) for name, tensor in tensors.items()}

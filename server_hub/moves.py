@@ -1,0 +1,149 @@
+"""Moving cuts: a device goes on with the bundle of another tier, between two rounds.
+
+What a layer has learned, and its optimizer's slots, are in the LayerStore after every round. So a
+device that takes a block over finds them in the state of its new tier, and the trunk finds those
+of a block that it gets back: nothing else has to be handed over, and no step is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from edge_sdk.bundle import Manifest
+from edge_sdk.errors import ProtocolError
+from edge_sdk.index import BundleIndex
+from edge_sdk.protocol.messages import Move, Ready
+from server_hub.changes import Changes
+from server_hub.config import Cuts
+from server_hub.cuts import CutMove, Seen, policy_of
+from server_hub.gateway import Gateway, Peer
+from server_hub.methods.parts import DeviceUpdate
+
+log = logging.getLogger("cutlayer.hub")
+
+
+class Moves:
+    """Which devices are to have another cut, and which are on their way to it.
+
+    Args:
+        settings: the policy, and what bounds it.
+        index: the bundles.
+        manifests: by tier.
+        gateway: where the devices are.
+        leave: tells the rounds that a device is not there for a while, with the reason.
+    """
+
+    def __init__(
+        self,
+        settings: Cuts,
+        index: BundleIndex,
+        manifests: Mapping[str, Manifest],
+        gateway: Gateway,
+        leave: Callable[[str, str], None],
+    ) -> None:
+        self._settings, self._index, self._manifests = settings, index, manifests
+        self._gateway, self._leave = gateway, leave
+        self._policy = policy_of(settings.policy)
+        self._moving: dict[str, str] = {}
+        self._memory_mb: dict[str, int | None] = {}
+        self._unfit: dict[str, set[str]] = {}
+        self._changes = Changes()
+
+    def cut_of(self, device: str) -> int | None:
+        """The cut of a device, if it is here."""
+        peer = self._gateway.peers.get(device)
+        return None if peer is None else self._manifests[peer.tier].cut
+
+    def plan(
+        self, updates: Sequence[DeviceUpdate], losses: Mapping[str, tuple[float, int]]
+    ) -> list[CutMove]:
+        """What the policy wants after a round.
+
+        Args:
+            updates: what the devices say of the round.
+            losses: sum of the trunk's losses on what each has sent, and the number of labels.
+        """
+        fleet = {}
+        for update in updates:
+            cut = self.cut_of(update.device)
+            if cut is not None:
+                loss, labels = losses.get(update.device, (0.0, 0))
+                fleet[update.device] = Seen(
+                    cut=cut,
+                    options=sorted(self._options(update.device)),
+                    step_s=update.metrics.get("step_s"),
+                    loss=loss / labels if labels else None,
+                )
+        return [
+            CutMove(device, fleet[device].cut, target.cut, target.reason)
+            for device, target in self._policy.targets(fleet).items()
+            if target.cut != fleet[device].cut
+        ]
+
+    def begin(self, moves: Sequence[CutMove]) -> None:
+        """Tell devices to load another bundle; they say ``ready`` when they have it."""
+        for move in moves:
+            peer = self._gateway.peers.get(move.device)
+            if peer is not None:
+                tier = self._options(move.device)[move.to]
+                log.info("%s goes from cut %d to %d: %s", move.device, move.cut, move.to,
+                         move.reason)  # fmt: skip
+                self._leave(move.device, "it loads another bundle")
+                self._moving[move.device] = tier
+                manifest = self._index.tiers[tier].manifest
+                self._gateway.post(peer, Move(tier=tier, manifest=manifest, reason=move.reason))
+
+    async def until_ready(self) -> None:
+        """Wait until the devices have loaded their bundles, or have taken too long.
+
+        Those take part again when they have.
+        """
+        now = asyncio.get_running_loop().time
+        deadline = now() + self._settings.wait_s
+        await self._changes.until(lambda: not self._moving or now() >= deadline, deadline)
+
+    def ready(self, peer: Peer, message: Ready) -> None:
+        """A device has its bundle; or the one that it was told to load; or could not load that.
+
+        Raises:
+            ProtocolError: it says that it has a bundle which it was not told to load.
+        """
+        device, asked = peer.device, self._moving.pop(peer.device, None)
+        self._memory_mb[device] = message.memory_mb
+        self._changes.wake()
+        if message.tier is not None and message.tier != peer.tier:
+            if message.tier != asked:
+                raise ProtocolError(
+                    "unknown_tier",
+                    f"{device} says that it has the bundle of {message.tier!r}; "
+                    f"it is of tier {peer.tier!r}",
+                    "tier",
+                )
+            peer.tier = message.tier
+        elif asked is not None:
+            log.warning("%s could not load the bundle of %s and stays at %s", device, asked,
+                        peer.tier)  # fmt: skip
+            self._unfit.setdefault(device, set()).add(asked)
+
+    def gone(self, device: str) -> None:
+        """A device has left."""
+        self._moving.pop(device, None)
+        self._changes.wake()
+
+    def _options(self, device: str) -> dict[int, str]:
+        """The tiers that a device can go on with, by cut: of its kind, and within its memory."""
+        tier = self._gateway.peers[device].tier
+        own, takes = self._manifests[tier], self._settings.memory_mb
+        says = self._memory_mb.get(device)
+        memory = math.inf if says is None else says
+        found = {
+            manifest.cut: name
+            for name, manifest in self._manifests.items()
+            if (manifest.runtime, manifest.codec) == (own.runtime, own.codec)
+            and takes.get(name, 0.0) <= memory
+            and name not in self._unfit.get(device, ())
+        }
+        return found | {own.cut: tier}
