@@ -40,6 +40,10 @@ from server_hub.simulation.results import (
 )
 
 JOB = Path(__file__).with_name("methods.toml")
+METHODS = (
+    "fedsplitx,fedsplitx-paper,exc,fedavg,depthfl,fjord,accsfl,splitfed-v1,splitfed-v2,ampere,"
+    "centralized"
+)
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 
 PARTITIONS: tuple[Kind, ...] = ("dirichlet", "iid")
@@ -48,7 +52,7 @@ PARTITIONS: tuple[Kind, ...] = ("dirichlet", "iid")
 def main(
     data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an .npz file.")],
     work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/methods"),
-    methods: Annotated[str, typer.Option(help="Methods, with commas; all for all.")] = "all",
+    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = METHODS,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
     finished: Annotated[
@@ -116,8 +120,8 @@ def section(job: Job, runs: Runs, kind: str) -> str:
         [
             f"### {partition_name(job)}",
             seeds_of(runs),
-            accuracy_grid(found).markdown(),
-            cost_grid(found).markdown(),
+            accuracy_grid(found).markdown(level=4),
+            cost_grid(found).markdown(level=4),
             f"![accuracy against rounds, traffic and time, and by tier](methods-{kind}.png)",
         ]
     )

@@ -167,6 +167,16 @@ class Manifest:
         return tuple(entry.spec for entry in self.state if slots or entry.kind != "slot")
 
     @property
+    def features(self) -> tuple[TensorSpec, ...]:
+        """The tensors of packed features, where the device has the model's head."""
+        outputs = self.graphs["finish"].outputs if "finish" in self.graphs else ()
+        return tuple(
+            TensorSpec(p.spec.name.removeprefix("grad."), p.spec.dtype, p.spec.shape)
+            for p in outputs
+            if p.role == "packed"
+        )
+
+    @property
     def x(self) -> TensorSpec:
         """What an input batch must be."""
         return next(port.spec for port in self.graphs["predict"].inputs if port.spec.name == "x")

@@ -33,6 +33,7 @@ class DeviceConfig:
     cache: Path = DEFAULT_CACHE
     trust: list[str] | None = None
     threads: int = 1
+    memory_mb: int | None = None
     patience_s: float = 60.0
 
 
@@ -51,7 +52,7 @@ def device(
         Path | None, typer.Option(help=".npz with x and y to train on; without it, only evaluate.")
     ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option(help=".npz with x and y to measure accuracy on at the end.")
+        Path | None, typer.Option(help=".npz with x and y to measure accuracy or perplexity on.")
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps bundles.")] = None,
     trust: Annotated[
@@ -59,6 +60,9 @@ def device(
         typer.Option(help="Public key or .pub file that must have signed the bundle; repeatable."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")] = None,
+    memory_mb: Annotated[
+        int | None, typer.Option(min=1, help="MB to spare for training, where cuts move.")
+    ] = None,
     patience_s: Annotated[
         float | None, typer.Option(help="Seconds to go on trying to reach the hub.")
     ] = None,
@@ -70,7 +74,7 @@ def device(
     given = {
         "url": url, "token": token, "tier": tier, "data": data,
         "evaluate": evaluate, "cache": cache, "trust": trust or None, "threads": threads,
-        "patience_s": patience_s,
+        "memory_mb": memory_mb, "patience_s": patience_s,
     }  # fmt: skip
     raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
     raw |= {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
@@ -106,6 +110,7 @@ async def _run(
         cache=settings.cache,
         trust=settings.trust,
         threads=settings.threads,
+        memory_mb=settings.memory_mb,
         patience_s=settings.patience_s,
     )
     async with joined:
@@ -119,7 +124,7 @@ async def _run(
         if training is not None:
             console.print(f"stopped: {training.reason}")
         evaluation = await joined.evaluate(held_out) if held_out is not None else None
-    return joined.name, manifest.tier, training, evaluation
+    return joined.name, joined.manifest.tier, training, evaluation
 
 
 def _summary(
@@ -150,12 +155,12 @@ def peak_rss_mb() -> float:
 
 
 def _table(evaluation: Evaluation) -> Table:
-    table = Table(title=f"accuracy on {evaluation.samples} examples")
+    table = Table(title=f"{evaluation.metric} on {evaluation.samples} examples")
     for column in ("device alone", "through hub", "ensemble"):
         table.add_column(column, justify="right")
     table.add_row(
         *(
-            f"{value:.1%}"
+            f"{value:.1%}" if evaluation.metric == "accuracy" else f"{value:.4g}"
             for value in (evaluation.device_alone, evaluation.through_hub, evaluation.ensemble)
         )
     )

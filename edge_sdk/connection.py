@@ -20,6 +20,7 @@ from edge_sdk.protocol.messages import (
     BlobGet,
     Bye,
     Error,
+    Features,
     Gradient,
     Hello,
     Infer,
@@ -37,6 +38,10 @@ Work = tuple[Session, Delivery]
 
 OpenLink = Callable[[], Awaitable[Link]]
 """Opens a link to the hub, or raises :class:`LinkClosed`."""
+
+
+Returned = Gradient | Features
+"""What comes back for a batch."""
 
 
 class RoundOver(CutlayerError):
@@ -70,7 +75,7 @@ class Connection:
         self._downloading = asyncio.Lock()
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._requests = 0
-        self._gradients: dict[tuple[int, int], asyncio.Future[Gradient]] = {}
+        self._returns: dict[tuple[int, int, str], asyncio.Future[Any]] = {}
         self._round: float = 0  # the newest; infinite after the last
         self._work: asyncio.Queue[Work | CutlayerError] = asyncio.Queue()
         self._keeper: asyncio.Task[None] | None = None
@@ -142,31 +147,49 @@ class Connection:
             raise item
         return item
 
-    async def gradient(self, session: Session, number: int, batch: int) -> dict[str, Array]:
-        """The packed gradient of a batch that was sent in round ``number``.
+    @property
+    def linked(self) -> bool:
+        """Whether there is a link to the hub now."""
+        return self._linked.is_set()
+
+    async def returned(
+        self, kind: type[Returned], session: Session, number: int, batch: int
+    ) -> Returned:
+        """What comes back for a batch that was sent in round ``number``.
+
+        Args:
+            kind: :class:`Gradient`, or :class:`Features`.
+            session: the one that the round came over.
+            number: the round.
+            batch: the batch.
 
         Raises:
             RoundOver: the hub has begun another round, or the job is over.
             SessionLost: the session has ended, and the round with it.
         """
-        key = (number, batch)
-        future = self._gradients.setdefault(key, asyncio.get_running_loop().create_future())
+        key = (number, batch, kind.TYPE)
+        future = self._returns.setdefault(key, asyncio.get_running_loop().create_future())
         try:
-            self._check_round(session, number)
-            return (await future).parts
+            self.check_round(session, number)
+            message: Returned = await future
+            return message
         finally:
-            self._gradients.pop(key, None)
+            self._returns.pop(key, None)
 
-    def gradient_now(self, session: Session, number: int, batch: int) -> dict[str, Array] | None:
-        """The same, if it is there already; raises as :meth:`gradient` does."""
-        self._check_round(session, number)
-        future = self._gradients.get((number, batch))
+    def returned_now(
+        self, kind: type[Returned], session: Session, number: int, batch: int
+    ) -> Returned | None:
+        """The same, if it is there already; raises as :meth:`returned` does."""
+        self.check_round(session, number)
+        future = self._returns.get((number, batch, kind.TYPE))
         if future is None or not future.done():
             return None
-        del self._gradients[number, batch]
-        return future.result().parts
+        del self._returns[number, batch, kind.TYPE]
+        message: Returned = future.result()
+        return message
 
-    def _check_round(self, session: Session, number: int) -> None:
+    def check_round(self, session: Session, number: int) -> None:
+        """Raises as :meth:`returned` does."""
         session.check()
         if number < self._round:
             raise RoundOver(f"round {number} is over")
@@ -174,8 +197,8 @@ class Connection:
     def _end_rounds_before(self, number: float) -> None:
         """Gradients of earlier rounds will not come, and those that have are of no use."""
         self._round = number
-        for key in [key for key in self._gradients if key[0] < number]:
-            future = self._gradients.pop(key)
+        for key in [key for key in self._returns if key[0] < number]:
+            future = self._returns.pop(key)
             if not future.done():
                 future.set_exception(RoundOver(f"round {key[0]} is over"))
 
@@ -307,15 +330,15 @@ class Connection:
             if future is not None and not future.done():
                 future.set_result(message)
             session.settle(delivery.seq)
-        elif isinstance(message, Gradient):
-            key = (message.round, message.batch)
+        elif isinstance(message, Gradient | Features):
+            key = (message.round, message.batch, message.TYPE)
             if message.round < self._round:
                 session.settle(delivery.seq)
                 return
-            waiting = self._gradients.get(key)
+            waiting = self._returns.get(key)
             if waiting is None:  # it may come before anybody waits for it
                 waiting = asyncio.get_running_loop().create_future()
-                self._gradients[key] = waiting
+                self._returns[key] = waiting
             if not waiting.done():
                 waiting.set_result(message)
             session.settle(delivery.seq)
@@ -337,11 +360,11 @@ class Connection:
         """Everything that waits for the old session ends."""
         self._round = 0
         lost = SessionLost("the hub does not know this session any more")
-        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._gradients.values()]
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._returns.values()]
         for future in waiting:
             if not future.done():
                 future.set_exception(lost)
-        self._gradients.clear()  # those that somebody waits for are theirs to see
+        self._returns.clear()  # those that somebody waits for are theirs to see
         while not self._work.empty():
             self._work.get_nowait()
         self._work.put_nowait(lost)
@@ -351,7 +374,7 @@ class Connection:
         if self._failure is None:
             self._failure = error
         self._linked.set()
-        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._gradients.values()]
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._returns.values()]
         for future in (self._blob, *waiting):
             if future is not None and not future.done():
                 future.set_exception(error)

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from edge_sdk.bundle import BlobStore, Bundle, Manifest, verify_blob
 from edge_sdk.connection import Connection, OpenLink, RoundOver
 from edge_sdk.data import Examples
-from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError, LinkClosed
+from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError
+from edge_sdk.exchange import Exchange
 from edge_sdk.learner import (
+    Finished,
     Learner,
     LocalPlan,
     LocalResult,
     Packed,
     Precision,
+    Reply,
     Training,
     Wanted,
     advance,
 )
 from edge_sdk.link import open_websocket
+from edge_sdk.prediction import Evaluation, Prediction, Predictor, softmax
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import (
-    Activations,
     Decline,
     Move,
     Ready,
@@ -42,6 +42,17 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.session import Session, SessionLost
 from edge_sdk.signing import check, read_trust
+
+__all__ = [
+    "DEFAULT_CACHE",
+    "Device",
+    "Evaluation",
+    "MayTrain",
+    "Prediction",
+    "RoundReport",
+    "TrainReport",
+    "softmax",
+]
 
 log = logging.getLogger("cutlayer.device")
 
@@ -70,31 +81,6 @@ class TrainReport:
 
     reason: str = ""
     rounds: list[RoundReport] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An answer.
-
-    Attributes:
-        labels: most probable class of each row (rows,).
-        probabilities: (rows, classes), mean of the softmax of the heads that were asked.
-        by_hub: (rows,) whether the hub finished the answer.
-    """
-
-    labels: Array
-    probabilities: Array
-    by_hub: Array
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy on labelled examples, as fractions, of the three ways to answer."""
-
-    device_alone: float
-    through_hub: float
-    ensemble: float
-    samples: int
 
 
 class Device:
@@ -129,7 +115,9 @@ class Device:
         self._store = BlobStore(cache)
         self._threads = threads
         self._learner: Learner | None = None
+        self._bundle: str | None = None  # whose manifest the learner has
         self._connection = Connection(open_link, token=token, tier=tier, patience_s=patience_s)
+        self._predictor = Predictor(self._need_learner, self._connection.ask)
 
     @classmethod
     async def connect(
@@ -190,7 +178,7 @@ class Device:
         """Connect to the hub and load the tier's bundle; raises as :meth:`connect` does."""
         try:
             welcome = await self._connection.open()
-            self._learner = await self._load_bundle(welcome.manifest, welcome.tier)
+            await self._load_welcomed()
             await self._load_present_state(welcome)
         except BaseException:
             await self.close()
@@ -227,6 +215,7 @@ class Device:
 
         Raises:
             DataError: the device was connected without examples.
+            BundleError: the hub has come back with another bundle, which cannot be loaded.
             HubError: the hub refused a message and ended the session.
             LinkClosed: the hub was out of reach for longer than ``patience_s``.
         """
@@ -238,6 +227,7 @@ class Device:
         while True:
             try:
                 if not joined:
+                    await self._load_welcomed()
                     await self._connection.send(self._ready())
                     joined = True
                 session, delivery = await self._connection.next_work()
@@ -274,9 +264,11 @@ class Device:
         Only what the cache lacks is fetched: layers that both bundles have are the same blobs.
         """
         try:
-            self._learner = await self._load_bundle(move.manifest, move.tier)
+            learner = await self._load_bundle(move.manifest, move.tier)
+            session.check()  # in a new session the hub knows us by the tier that we had
+            self._learner, self._bundle = learner, move.manifest
             self._connection.tier = move.tier
-        except (BundleError, DataError) as error:
+        except (BundleError, DataError, HubError, OSError) as error:
             log.warning("cannot move to %s (%s): %s", move.tier, move.reason, error)
         await session.send(self._ready())
 
@@ -304,9 +296,11 @@ class Device:
             task.epochs, task.batch_size, task.hyper, task.activations, task.seed, task.staleness
         )
         try:
-            result = await self._train_locally(session, task.round, plan, state, data)
+            result, compute_s = await self._train_locally(session, task.round, plan, state, data)
         except RoundOver:
             return None  # too slow: the hub went on without us
+        times = {"compute_s": compute_s, "wait_s": now() - started - compute_s}
+        result = replace(result, metrics=result.metrics | times)
         await self._send_update(session, task.round, result)
         loss, accuracy = (result.metrics.get(name) for name in ("loss", "accuracy"))
         return RoundReport(task.round, loss, accuracy, now() - started)
@@ -318,34 +312,30 @@ class Device:
         plan: LocalPlan,
         state: dict[str, Array],
         data: Examples,
-    ) -> LocalResult:
+    ) -> tuple[LocalResult, float]:
         """Step by step in a thread; what a step yields is sent before the next one.
 
-        The result's metrics also say how long the device has computed for a batch, ``step_s``.
+        Returns the result, and the seconds of computing; loading the graphs does not count.
         """
-        training: Training = self._need_learner().training(state, data, plan)
+        learner = self._need_learner()
+        training: Training = learner.training(state, data, plan)
+        loaded = learner.runtime.loading_s
         now = asyncio.get_running_loop().time
-        gradient, computing, batches = None, 0.0, 0
+        reply: Reply = None
+        computing = 0.0
+        optional = plan.activations == "fused"
+        exchange = Exchange(self._connection, session, number, optional=optional)
         while True:
             started = now()
-            step = await asyncio.to_thread(advance, training, gradient)
+            step = await asyncio.to_thread(advance, training, reply)
             computing += now() - started
-            gradient = None
+            reply = None
             if isinstance(step, LocalResult):
-                if batches:
-                    return replace(step, metrics={**step.metrics, "step_s": computing / batches})
-                return step
-            batches += isinstance(step, Packed)
-            if isinstance(step, Packed):  # waits while the outbox has no room, not until it is sent
-                await session.send(
-                    Activations(
-                        round=number, batch=step.batch, parts=step.parts, labels=step.labels
-                    )
-                )
-            elif isinstance(step, Wanted) and step.wait:
-                gradient = await self._connection.gradient(session, number, step.batch)
+                return step, computing - (learner.runtime.loading_s - loaded)
+            if isinstance(step, Packed | Finished):
+                await exchange.send(step)
             elif isinstance(step, Wanted):
-                gradient = self._connection.gradient_now(session, number, step.batch)
+                reply = await exchange.reply(step)
 
     async def _send_update(self, session: Session, number: int, result: LocalResult) -> None:
         """Send what was trained in messages that each stay under the frame limit."""
@@ -391,7 +381,8 @@ class Device:
         the device's own answer stands.
 
         Args:
-            x: inputs (rows, ...), dtype and shape as the model takes them.
+            x: inputs (rows, ...), dtype and shape as the model takes them. For a model of tokens
+                the answer is the token that comes behind the last position of each row.
             confidence: from 0 (never ask the hub) to above 1 (always ask it).
             timeout_s: how long to wait for the hub.
             precision: ``int8`` runs the bundle's small graph, whose weights are those of the
@@ -399,61 +390,53 @@ class Device:
 
         Raises:
             BundleError: the bundle has no graph of this precision.
+            DataError: the inputs do not fit the model, or a text is too long for one message.
         """
-        limit = self.manifest.limits.get("batch", len(x))
-        if len(x) > limit:
-            answers = [
-                await self.predict(
-                    x[start : start + limit],
-                    confidence=confidence,
-                    timeout_s=timeout_s,
-                    precision=precision,
-                )
-                for start in range(0, len(x), limit)
-            ]
-            return Prediction(
-                np.concatenate([answer.labels for answer in answers]),
-                np.concatenate([answer.probabilities for answer in answers]),
-                np.concatenate([answer.by_hub for answer in answers]),
-            )
-        manifest, heads, parts = await self._run_predict(x, precision)
-        probabilities = softmax(heads).mean(0)
-        unsure = np.flatnonzero(probabilities.max(1) < confidence)
-        by_hub = np.zeros(len(probabilities), bool)
-        if len(unsure):
-            with contextlib.suppress(TimeoutError, LinkClosed):
-                hub = await asyncio.wait_for(
-                    self._connection.ask(rows_of(parts, unsure, manifest), manifest.tier),
-                    timeout_s,
-                )
-                every = np.concatenate([heads[:, unsure], hub.logits])
-                probabilities[unsure] = softmax(every).mean(0)
-                by_hub[unsure] = True
-        return Prediction(probabilities.argmax(1), probabilities, by_hub)
+        return await self._predictor.predict(x, confidence, timeout_s, precision)
 
     async def evaluate(self, examples: Examples, batch_size: int = 256) -> Evaluation:
-        """Accuracy on labelled examples: device alone, through the hub, ensemble of all heads."""
-        examples = examples.fitted(self.manifest)
-        hits = np.zeros(3)
-        size = min(batch_size, self.manifest.limits.get("batch", batch_size))
-        for batch in examples.batches(size):
-            manifest, heads, parts = await self._run_predict(batch.x)
-            hub = await self._connection.ask(parts, manifest.tier)
-            for path, logits in enumerate(
-                (heads, hub.logits[-1:], np.concatenate([heads, hub.logits]))
-            ):
-                hits[path] += (softmax(logits).mean(0).argmax(1) == batch.y).sum()
-        alone, through, ensemble = (hits / len(examples)).tolist()
-        return Evaluation(alone, through, ensemble, len(examples))
+        """Measure the three ways to answer: accuracy, or perplexity for a model of tokens.
 
-    async def _run_predict(
-        self, x: Array, precision: Precision = "float32"
-    ) -> tuple[Manifest, Array, dict[str, Array]]:
-        """What :meth:`Learner.predict` gives, and the manifest of the bundle that gave it."""
-        learner = self._need_learner()  # another one may take its place meanwhile
-        fitted = Examples(x, np.zeros(len(x), np.int64)).fitted(learner.manifest)
-        heads, parts = await asyncio.to_thread(learner.predict, fitted.x, precision)
-        return learner.manifest, heads, parts
+        Args:
+            examples: inputs and labels.
+            batch_size: examples at a time at most; fewer where logits take much memory.
+
+        Raises:
+            DataError: the examples do not fit the model, or a text is too long for one message.
+            LinkClosed: the hub is out of reach.
+        """
+        return await self._predictor.evaluate(examples, batch_size)
+
+    async def generate(
+        self,
+        x: Array,
+        tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        context: int | None = None,
+    ) -> Array:
+        """Go on with texts through the whole model: its first half here, the rest on the hub.
+
+        Every token takes one pass over the text, on the device and on the hub.
+
+        Args:
+            x: tokens (rows, positions) to begin with.
+            tokens: how many to append to each row.
+            temperature: 0 appends the most probable token; above it, one that is drawn with the
+                softmax of the logits divided by it.
+            seed: of the draws.
+            context: positions that the model looks back at, at most; those that the bundle
+                takes, where it has a limit, if not given.
+
+        Returns:
+            (rows, positions + tokens), what was given at the start.
+
+        Raises:
+            DataError: the model is not one of tokens, or the text does not fit it.
+            LinkClosed: the hub is out of reach.
+        """
+        return await self._predictor.generate(x, tokens, temperature, seed, context)
 
     # --- leaving --------------------------------------------------------------------------------
 
@@ -462,6 +445,12 @@ class Device:
         await self._connection.close(reason)
 
     # --- bundles and state ----------------------------------------------------------------------
+
+    async def _load_welcomed(self) -> None:
+        """Load the bundle of the last welcome, if it is not the one that is here."""
+        while (welcome := self._connection.welcome).manifest != self._bundle:
+            self._learner = await self._load_bundle(welcome.manifest, welcome.tier)
+            self._bundle = welcome.manifest
 
     async def _load_bundle(self, name: str, tier: str) -> Learner:
         """Fetch the manifest called ``name`` and its blobs, verify them, load the runtime."""
@@ -525,19 +514,3 @@ class Device:
         if self._learner is None:
             raise CutlayerError("the device is not connected; use Device.connect")
         return self._learner
-
-
-def rows_of(parts: Mapping[str, Array], rows: Array, manifest: Manifest) -> dict[str, Array]:
-    """The packed activations of some rows of a batch."""
-    return {
-        spec.name: parts[spec.name][rows] if spec.shape[:1] == ("batch",) else parts[spec.name]
-        for spec in manifest.packed
-    }
-
-
-def softmax(logits: Array) -> Array:
-    """Softmax over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    weights: Array = np.exp(shifted)
-    total: Array = weights / weights.sum(-1, keepdims=True)
-    return total

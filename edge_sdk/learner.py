@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from edge_sdk import text
 from edge_sdk.bundle import Manifest
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError
+from edge_sdk.protocol.messages import Features, Gradient
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 
@@ -55,35 +56,86 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class Packed:
-    """The packed activations of a batch and its labels, on their way to the hub."""
+    """The packed activations of a batch and its labels, on their way to the hub.
+
+    There are no labels where they stay here.
+    """
 
     batch: int
     parts: dict[str, Array]
-    labels: Array
+    labels: Array | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The packed gradient of a batch's features, of the mean loss over so many ``labels``."""
+
+    batch: int
+    parts: dict[str, Array]
+    labels: int
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The gradient of a batch that was sent: to be waited for, or taken if it is there."""
+    """The gradient of a batch that was sent: to be waited for, or taken if it is there.
+
+    Or its ``features``, where the device has the model's head.
+    """
 
     batch: int
     wait: bool
+    features: bool = False
 
 
-@dataclass(frozen=True)
+class Alone(NamedTuple):
+    """Instead of a gradient: there will be none."""
+
+
+@dataclass
 class _Flight:
     """A batch on its way: what its step will be computed from again."""
 
     batch: int
     inputs: Mapping[str, Array]
+    examples: Examples
+    finished: bool = False
 
 
-Training = Generator[Packed | Wanted | None, dict[str, Array] | None, LocalResult]
+Reply = Gradient | Features | Alone | None
+
+Training = Generator[Packed | Finished | Wanted | None, Reply, LocalResult]
 """Local training, a step at a time; returns the result.
 
-Yields what is to be sent; or which gradient it wants, to be sent it, packed, or None if it need
-not wait and there is none yet; or None.
+Yields what is to be sent; or which gradient it wants, to be sent it; or None if it need not wait
+and there is none yet; or, in ``"fused"`` rounds, :class:`Alone` if none will come. Or yields None.
 """
+
+
+class _Scores:
+    """Loss and accuracy of the heads in an epoch, weighted by labels."""
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """An epoch begins."""
+        self.loss = self.correct = 0.0
+        self.labels = 0
+
+    def add(self, outputs: dict[str, Array], examples: Examples) -> dict[str, Array]:
+        """Count a step; returns the outputs that are left."""
+        self.last = float(outputs.pop("loss"))
+        self.loss += self.last * examples.labels
+        self.correct += float(outputs.pop("correct"))
+        self.labels += examples.labels
+        return outputs
+
+    def metrics(self) -> dict[str, float]:
+        """Means; nothing where no step was made."""
+        if not self.labels:
+            return {}
+        return {"loss": self.loss / self.labels, "accuracy": self.correct / self.labels}
 
 
 class Learner:
@@ -110,6 +162,7 @@ class Learner:
             if isinstance(step, LocalResult):
                 return step
             if isinstance(step, Packed):
+                assert step.labels is not None
                 emit(step.batch, step.parts, step.labels)
 
     def training(self, state: Mapping[str, Array], data: Examples, plan: LocalPlan) -> Training:
@@ -123,6 +176,18 @@ class Learner:
         their way while a gradient is waited for: a gradient is that of activations which the
         steps since have made older by as many at most, and steps are made in the batches' order.
 
+        With ``"fused"`` the same, and the heads' gradient is joined with what came back, as in
+        SuperSFL (https://arxiv.org/abs/2601.02092): by the weight
+
+            own = share * hub's loss / (heads' mean loss + hub's loss)
+
+        where ``share`` is the hyper-parameter ``own`` of the plan and the heads' loss that of the
+        step before. A batch whose gradient does not come is trained on by the heads alone.
+
+        With ``"u_shaped"`` labels stay on the device: for the activations of a batch the features
+        come back, the model's head makes a step here, the gradient of the features goes to the
+        hub, and then that of the activations comes back.
+
         Args:
             state: parameters to start from, and optimizer slots, or these start at zero; the
                 result has slots if the state has.
@@ -131,37 +196,36 @@ class Learner:
         """
         runtime, rng = self.runtime, np.random.default_rng(plan.seed)
         runtime.set_state(state)
-        hyper = {name: np.asarray(value, np.float32) for name, value in plan.hyper.items()}
+        hyper = {n: np.asarray(v, np.float32) for n, v in plan.hyper.items() if n != "own"}
         seeded = any(port.role == "seed" for port in self.manifest.graphs["train"].inputs)
         size = min(plan.batch_size, self.manifest.limits.get("batch", plan.batch_size))
         if plan.activations == "forward":
             for number, batch in enumerate(self._batches(data, size, rng)):
                 yield Packed(number, runtime.run("forward", {"x": batch.x}), batch.y)
-        loss = correct = 0.0
+        returned = plan.activations in ("returned", "fused", "u_shaped")
+        scores = _Scores()
         flights: deque[_Flight] = deque()
         sent = 0
         for epoch in range(plan.epochs):
-            loss = correct = 0.0
+            scores.restart()
             for number, batch in enumerate(self._batches(data, size, rng)):
                 seed = {"seed": np.asarray(rng.integers(MAX_SEED))} if seeded else {}
-                if plan.activations == "returned":
+                if returned:
                     inputs = {"x": batch.x, **seed}
-                    yield Packed(sent, runtime.run("activate", inputs), batch.y)
-                    flights.append(_Flight(sent, inputs | hyper))
+                    labels = None if plan.activations == "u_shaped" else batch.y
+                    yield Packed(sent, runtime.run("activate", inputs), labels)
+                    flights.append(_Flight(sent, inputs, batch))
                     sent += 1
-                    yield from self._land(flights, most=plan.staleness)
+                    yield from self._land(flights, plan, hyper, scores, most=plan.staleness)
                     continue
-                outputs = runtime.run("train", {"x": batch.x, "y": batch.y, **hyper, **seed})
-                loss += float(outputs.pop("loss")) * batch.labels
-                correct += float(outputs.pop("correct"))
+                inputs = {"x": batch.x, "y": batch.y, **hyper, **seed}
+                outputs = scores.add(runtime.run("train", inputs), batch)
                 wanted = epoch == 0 and plan.activations == "train"
                 yield Packed(number, outputs, batch.y) if wanted else None
-        yield from self._land(flights, most=0)
-        heads_trained = plan.epochs > 0 and plan.activations != "returned"
-        metrics = {"loss": loss / data.labels, "accuracy": correct / data.labels}
+        yield from self._land(flights, plan, hyper, scores, most=0)
         slots = any(e.kind == "slot" and e.spec.name in state for e in self.manifest.state)
         result = runtime.get_state(slots)
-        return LocalResult(result, len(data), metrics if heads_trained else {})
+        return LocalResult(result, len(data), scores.metrics())
 
     def _batches(self, data: Examples, size: int, rng: np.random.Generator) -> Iterator[Examples]:
         """Shuffled batches; texts come with others of their length."""
@@ -169,18 +233,69 @@ class Learner:
         return text.batches(data, size, rng) if texts else data.batches(size, rng)
 
     def _land(
-        self, flights: deque[_Flight], most: int
-    ) -> Generator[Wanted | None, dict[str, Array] | None, None]:
+        self,
+        flights: deque[_Flight],
+        plan: LocalPlan,
+        hyper: Mapping[str, Array],
+        scores: _Scores,
+        most: int,
+    ) -> Generator[Finished | Wanted | None, Reply, None]:
         """Step with the gradients that are there, and wait until ``most`` batches are left."""
+        fused = plan.activations == "fused"
         while flights:
+            if plan.activations == "u_shaped":
+                yield from self._finish(flights, hyper, scores, most)
             wait = len(flights) > most
-            gradient = yield Wanted(flights[0].batch, wait)
-            if gradient is None:
+            reply = yield Wanted(flights[0].batch, wait)
+            if reply is None:
                 assert not wait
                 return
-            grad = {f"grad.{name}": part for name, part in gradient.items()}
-            self.runtime.run("backward", {**flights.popleft().inputs, **grad})
+            flight = flights.popleft()
+            inputs = {**flight.inputs, **hyper}
+            if isinstance(reply, Alone):
+                outputs = self.runtime.run("train", {**inputs, "y": flight.examples.y})
+                scores.add(outputs, flight.examples)
+            else:
+                assert isinstance(reply, Gradient)
+                inputs |= {f"grad.{name}": part for name, part in reply.parts.items()}
+                if fused:
+                    own = self._own(plan, scores, reply.loss)
+                    inputs |= {"y": flight.examples.y, "own": np.asarray(own, np.float32)}
+                    scores.add(self.runtime.run("fuse", inputs), flight.examples)
+                else:
+                    self.runtime.run("backward", inputs)
             yield None
+
+    def _finish(
+        self, flights: deque[_Flight], hyper: Mapping[str, Array], scores: _Scores, most: int
+    ) -> Generator[Finished | Wanted | None, Reply, None]:
+        """Step the head with the features that are there; wait for the oldest's if need be."""
+        for flight in flights:
+            if flight.finished:
+                continue
+            wait = flight is flights[0] and len(flights) > most
+            reply = yield Wanted(flight.batch, wait, features=True)
+            if reply is None:
+                assert not wait
+                return
+            assert isinstance(reply, Features)
+            seed = {name: value for name, value in flight.inputs.items() if name == "seed"}
+            inputs = {f"features.{name}": part for name, part in reply.parts.items()}
+            inputs |= {"y": flight.examples.y, **hyper, **seed}
+            outputs = scores.add(self.runtime.run("finish", inputs), flight.examples)
+            parts = {name.removeprefix("grad."): part for name, part in outputs.items()}
+            flight.finished = True
+            yield Finished(flight.batch, parts, flight.examples.labels)
+
+    def _own(self, plan: LocalPlan, scores: _Scores, hub_loss: float | None) -> float:
+        """Weight of the heads' gradient; equal losses are assumed before the first step."""
+        share = plan.hyper["own"]
+        if scores.last is None or hub_loss is None:
+            return share / 2
+        heads_loss = scores.last / len(self.manifest.heads)
+        smallest = 1e-6
+        own = share * (hub_loss + smallest) / (heads_loss + hub_loss + 2 * smallest)
+        return max(own, 1e-3)  # heads' gradients are divided by it
 
     def predict(self, x: Array, precision: Precision = "float32") -> tuple[Array, dict[str, Array]]:
         """Logits of the device's heads, and the packed activations.
@@ -206,8 +321,8 @@ class Learner:
 
 
 def advance(
-    training: Training, gradient: dict[str, Array] | None = None
-) -> Packed | Wanted | LocalResult | None:
+    training: Training, gradient: Reply = None
+) -> Packed | Finished | Wanted | LocalResult | None:
     """The next step of local training: what it yields, or the result at its end."""
     try:
         return training.send(gradient)

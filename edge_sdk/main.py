@@ -17,7 +17,7 @@ from edge_sdk.errors import BundleError, ConfigError, CutlayerError, DataError
 
 GROUP = "cutlayer.commands"
 
-EXTRAS = {"export": "export", "plan": "export"}
+EXTRAS = {"export": "export", "plan": "export", "adapter": "transformers"}
 """The extra that brings what a command needs; ``hub`` for the others."""
 
 

@@ -103,7 +103,11 @@ def _run_stages(stages: Mapping[str, nn.Module], example: Tensor) -> None:
 
 def check_parameters(segment: ClientSegment, example: Tensor) -> None:
     """Raise :class:`ExportError` for the first parameter that a training step cannot train."""
-    parameters = {n: p for n, p in segment.named_parameters() if p.requires_grad}
+    parameters = {
+        n: p
+        for n, p in segment.named_parameters()
+        if p.requires_grad and not n.startswith("head.")  # it answers what comes from the hub
+    }
     for name, p in segment.named_parameters():
         if p.dtype != torch.float32:
             raise ExportError(f"{name} is {p.dtype}; parameters must be float32")

@@ -38,6 +38,9 @@ class TorchRuntime:
         BundleError: the manifest is of other steps.
     """
 
+    loading_s = 0.0
+    """There is nothing to load."""
+
     def __init__(self, manifest: Manifest, steps: ClientSteps) -> None:
         if manifest.state != steps.state or manifest.packed != steps.packed:
             raise BundleError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from edge_sdk.errors import ConfigError
 from export.errors import ExportError, reason
+from export.low_rank import reduce
 from export.split import SplitModel
 
 
@@ -37,6 +39,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; it must be 1 or more")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be from 0 to below 1")
 
@@ -174,6 +178,31 @@ def set_ranks(model: SplitModel, ranks: Mapping[int, int]) -> None:
                 _start(module, ranks[block], generator)
 
 
+def lower_ranks(model: SplitModel, ranks: Mapping[int, int]) -> None:
+    """Like :func:`set_ranks`; what adapters have learned is kept as well as the ranks allow.
+
+    Args:
+        model: with adapters, by :func:`add_lora`.
+        ranks: rank by block.
+
+    Raises:
+        ExportError: as :func:`set_ranks`.
+    """
+    learned = {
+        name: [module.lora_A[ADAPTER].weight.detach(), module.lora_B[ADAPTER].weight.detach()]
+        for name, module in adapted_modules(model).items()
+    }
+    set_ranks(model, ranks)
+    for name, module in adapted_modules(model).items():
+        (A, B), rank = learned[name], module.r[ADAPTER]
+        if len(A) != rank:
+            scale = rank / len(A)  # alpha stays
+            b, a = reduce(scale * B.flatten(1).numpy(), A.flatten(1).numpy(), rank)
+            A = torch.from_numpy(a).view(rank, *A.shape[1:])
+            B = torch.from_numpy(b).view(len(B), rank, *B.shape[2:])
+            put_adapter(module, A, B, module.lora_alpha[ADAPTER])
+
+
 def fit_ranks(model: SplitModel, tensors: Mapping[str, Tensor]) -> None:
     """Give the blocks of a model the ranks that the adapters in ``tensors`` have, in place.
 
@@ -184,9 +213,49 @@ def fit_ranks(model: SplitModel, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ExportError: as :func:`set_ranks`.
     """
-    ranks = {int(n.split(".")[1]): len(t) for n, t in tensors.items() if ".lora_A." in n}
+    ranks = {}
+    for name, tensor in tensors.items():
+        if factor := re.match(r"block\.(\d+)\..*\.lora_A\.", name):
+            ranks[int(factor[1])] = len(tensor)
     if ranks:
         set_ranks(model, ranks)
+
+
+def unify(model: SplitModel, lora: Lora) -> None:
+    """Give all adapters one rank and one scale, in place; what they compute stays the same.
+
+    Where the rank grows, the new directions are as in a fresh adapter: A random, always the same,
+    and B zero. Adapters that have the rank and the scale already stay as they are, bit for bit.
+
+    Args:
+        model: with adapters.
+        lora: the rank and ``alpha`` that all get.
+
+    Raises:
+        ExportError: an adapter has a higher rank. Nothing was changed.
+    """
+    adapted = adapted_modules(model)
+    for name, module in adapted.items():
+        if module.r[ADAPTER] > lora.rank:
+            raise ExportError(
+                f"the adapter of {name} has rank {module.r[ADAPTER]}, and [lora] says "
+                f"{lora.rank}; a rank cannot shrink without loss, set rank to that of the adapter"
+            )
+    generator = torch.Generator().manual_seed(0)
+    for module in adapted.values():
+        A, B = module.lora_A[ADAPTER].weight.detach(), module.lora_B[ADAPTER].weight.detach()
+        factor = module.scaling[ADAPTER] / (lora.alpha / lora.rank)
+        if factor != 1:
+            B = B * factor
+        if len(A) < lora.rank:
+            groups = getattr(module.lora_B[ADAPTER], "groups", 1)  # each has its part of the rank
+            fresh = A.new_empty(lora.rank, *A.shape[1:])
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+            known, drawn = A.unflatten(0, (groups, -1)), fresh.unflatten(0, (groups, -1))
+            A = torch.cat([known, drawn[:, known.shape[1] :]], 1).flatten(0, 1)
+            columns = B.new_zeros(len(B), lora.rank // groups - B.shape[1], *B.shape[2:])
+            B = torch.cat([B, columns], 1)
+        put_adapter(module, A, B, lora.alpha)
 
 
 def put_adapter(module: Any, A: Tensor, B: Tensor, alpha: float) -> None:

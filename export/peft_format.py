@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edge_sdk.errors import BundleError
 from export.adapters import TransformersModel, from_transformers
 from export.adapters.weights import new_folder
 from export.errors import ExportError, reason
-from export.lora import ADAPTER, adapted_modules, put_adapter
+from export.lora import ADAPTER, adapted_modules, fit_ranks, put_adapter
 from export.split import SplitModel
 
 CONFIG = "adapter_config.json"
@@ -101,6 +102,39 @@ def load_adapter(model: SplitModel, folder: str | Path) -> None:
         put_adapter(module, *values[name], alphas[name])
 
 
+def load_trained(model: SplitModel, weights: Path) -> None:
+    """Read the weights of a run into the model that its bundles were exported from.
+
+    The ranks of the blocks become those of the weights.
+
+    Args:
+        model: of :func:`~export.adapters.from_transformers`, with adapters, as it was built.
+        weights: as a hub writes them, or :meth:`~export.split.SplitModel.save`.
+
+    Raises:
+        ExportError: the model is another one or has no adapters; or the weights have none, or are
+            for another base than the model's own, on which PEFT would put the adapters.
+        BundleError: the weights cannot be read, or are not of this model.
+    """
+    _adapted(model)
+    try:
+        with safe_open(weights, "pt") as file:
+            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+            adapters = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"cannot read the weights {weights}: {error}") from error
+    if not adapters:
+        raise ExportError(f"{weights} has no adapters; give a run whose bundles have [lora]")
+    fit_ranks(model, adapters)
+    base = base_fingerprint(model)
+    model.load(weights)
+    if base_fingerprint(model) != base:
+        raise ExportError(
+            f"the adapters in {weights} were trained on another base than the model's own; give "
+            "the bundles of that run, exported from the model without other --weights"
+        )
+
+
 def base_fingerprint(model: SplitModel) -> str:
     """sha256, in hex, of the base: names, shapes and values of all parameters that are not of an
     adapter or an auxiliary head."""
@@ -123,7 +157,9 @@ def _adapted(model: SplitModel) -> TransformersModel:
             "save its weights with model.save"
         )
     if not adapted_modules(model):
-        raise ExportError("the model has no adapters; add_lora puts them in")
+        raise ExportError(
+            "the model has no adapters; add_lora puts them in, or [lora] in tiers.toml"
+        )
     return model
 
 

@@ -15,10 +15,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from edge_sdk.bundle import BlobStore, Manifest
 from edge_sdk.errors import BundleError
@@ -26,9 +23,9 @@ from edge_sdk.index import BundleIndex, TierEntry
 from edge_sdk.measure import Measurement, measure_apart
 from export.errors import ExportError
 from export.exact import check_parameters, check_stages
-from export.lowering.trace import without_onednn
+from export.flops import flops_per_row
 from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps, Step
+from export.steps import ClientSteps
 from export.tiers import TierTable
 from export.writer import Tier, make_steps, modes_kept, write_tier
 
@@ -406,7 +403,7 @@ class Planner:
         return Counts(
             parameters=sum(t.numel() for t in steps.parameters.values()),
             frozen=sum(steps.constants[n].numel() for n in frozen),
-            flops=count_flops(steps.train(), self._length) // _ROWS,
+            flops=int(flops_per_row(steps.train(), self._length)),
             tokens=tokens,
             activation_bytes=packed / (tier.batch * tokens),
             update_bytes=sum(t.nbytes for t in steps.initial.values()),
@@ -446,29 +443,6 @@ class _Written:
     @property
     def path(self) -> Path:
         return Path(self.folder.name)
-
-
-def count_flops(step: Step, length: int) -> int:
-    """FLOPs of a step on a batch of two, by running it in eager mode on tensors without data.
-
-    Args:
-        step: the step.
-        length: size of the dimension ``seq``, if the step has one.
-    """
-    sizes = {"batch": _ROWS, "seq": length}
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        constants = {n: fake.from_tensor(t) for n, t in step.constants.items()}
-        inputs = [
-            torch.zeros(
-                [sizes[n] if isinstance(n, str) else n for n in port.spec.shape],
-                dtype=getattr(torch, port.spec.dtype),
-            )
-            for port in step.inputs
-        ]
-        # what is exported has no fused LSTM, whose operations would not be counted
-        with without_onednn(), FlopCounterMode(display=False) as counter:
-            step.function(constants, *inputs)
-    return int(counter.get_total_flops())
 
 
 def epoch_s(table: TierTable, counts: Counts) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
@@ -129,6 +129,11 @@ class SplitModel(nn.Module):
             h = block(h)
         return h
 
+    def features(self, x: Tensor) -> Tensor:
+        """What enters the head, in evaluation mode."""
+        with _evaluating(self):
+            return self.segment(x, self.depth)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, classes) of the whole model, without auxiliary heads."""
         logits: Tensor = self.head(self.segment(x, self.depth))
@@ -195,9 +200,14 @@ class ClientSegment(nn.Module):
     """What a device holds at a cut: the stem, the first blocks, and the heads up to the cut.
 
     Parameters keep the names they have in the :class:`SplitModel`, which it shares.
+
+    Args:
+        model: the whole model.
+        cut: cut layer.
+        u_shaped: the device has the model's head, too, so that labels need not leave it.
     """
 
-    def __init__(self, model: SplitModel, cut: int) -> None:
+    def __init__(self, model: SplitModel, cut: int, *, u_shaped: bool = False) -> None:
         super().__init__()
         model.check_cut(cut)
         self.cut = cut
@@ -206,6 +216,11 @@ class ClientSegment(nn.Module):
         self.block = model.block[:cut]
         self.aux = nn.ModuleDict({str(d): model.aux[str(d)] for d in model.head_depths if d <= cut})
         self.channels_first = model.channels_first
+        self.features: Callable[[Tensor], Tensor] | None = None
+        """What enters the head, from inputs; None where the device does not have the head."""
+        if u_shaped:
+            self.head = model.head
+            self.features = model.features
         if not self.aux:
             raise ExportError(f"there is no auxiliary head at or before cut {cut}; add one")
 
@@ -220,12 +235,13 @@ class ClientSegment(nn.Module):
         For ``tokens`` logits are (heads, batch, positions, vocabulary).
         """
         h = self.stem(x)
-        logits = []
+        read = []
         for depth, block in enumerate(self.block, start=1):
             h = block(h)
             if str(depth) in self.aux:
-                logits.append(answer(self.aux[str(depth)], self.stem, h))
-        return h, torch.stack(logits)
+                read.append((self.aux[str(depth)], h))
+        # heads last: dropouts of the blocks draw the same with them and without
+        return h, torch.stack([answer(head, self.stem, at) for head, at in read])
 
 
 def answer(head: nn.Module, stem: nn.Module, h: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class ClientSteps:
         classes: number of classes; for tokens the size of the vocabulary.
         limits: largest batch (and ``seq``, for tokens) that a graph must take, where there is one.
         returned: whether gradients come back from the hub: adds ``activate`` and ``backward``.
+        fused: whether they are joined with those of the heads: adds ``activate`` and ``fuse``.
         distill: weight of what heads learn from each other, see :func:`export.losses.local_loss`.
 
     Raises:
@@ -78,22 +79,23 @@ class ClientSteps:
         limits: Mapping[str, int] | None = None,
         *,
         returned: bool = False,
+        fused: bool = False,
         distill: float = 0.0,
     ) -> None:
         if not 0 <= distill < math.inf:
             raise ExportError(f"distill is {distill}; the weight must be 0 or more")
         self.segment, self.optimizer, self.codec = segment, optimizer, codec
         self.classes, self.limits = classes, dict(limits or {})
-        self.returned, self.distill = returned, distill
+        self.returned, self.fused, self.distill = returned, fused, distill
         self.parameters = {
             n: p.detach().clone() for n, p in segment.named_parameters() if p.requires_grad
         }
         self.statistics = {n: b.detach().clone() for n, b in statistics(segment).items()}
         self.slots = optimizer.slots(self.parameters)
-        if returned and all(_in_head(name) for name in self.parameters):
+        if (returned or fused) and not any(_below(name) for name in self.parameters):
             raise ExportError(
                 f"gradients that come back have nothing to train: before cut {segment.cut} every "
-                "parameter is frozen; cut deeper, or leave out returned"
+                "parameter is frozen; cut deeper, or leave out what comes back"
             )
         everything = {**dict(segment.named_parameters()), **dict(segment.named_buffers())}
         self.constants = {
@@ -103,6 +105,7 @@ class ClientSteps:
         }
         self._counters = [n for n in everything if _counts(n)]
         self._blocks = _Blocks(segment)
+        self._head = _Head(segment) if segment.features is not None else None
         self._modules = list(segment.modules())
         self._tied = _tied(segment)
         shape: tuple[int | str, ...] = ("batch", *example.shape[1:])
@@ -119,6 +122,12 @@ class ClientSteps:
         self.seeded = dropout.calls > 0
         self.axis = channel_axis(h, segment.channels_first)
         self.packed = codec.specs(self._symbolic(h, example), self.axis)
+        self.features: tuple[TensorSpec, ...] = ()
+        if segment.features is not None:
+            with torch.no_grad():
+                deep = segment.features(example)
+            self.features_axis = channel_axis(deep, segment.channels_first)
+            self.features = codec.specs(self._symbolic(deep, example), self.features_axis)
 
     def _takes_any_length(self, example: Tensor) -> bool:
         """Whether the input is a text, and the segment takes shorter ones as well."""
@@ -155,7 +164,13 @@ class ClientSteps:
     def all(self) -> list[Step]:
         """Every step of the bundle."""
         steps = [self.predict(), self.train(), self.forward()]
-        return [*steps, self.activate(), self.backward()] if self.returned else steps
+        if self.returned or self.fused:
+            steps.append(self.activate())
+        if self.returned:
+            steps.append(self.backward())
+        if self.fused:
+            steps.append(self.fuse())
+        return [*steps, self.finish()] if self.features else steps
 
     def predict(self) -> Step:
         """``(parameters, statistics, x) -> logits, packed activations``, in evaluation mode.
@@ -203,22 +218,11 @@ class ClientSteps:
             with self._seeded(given):
                 h, logits = self._call(True, {**constants, **parameters, **moved}, x)
             loss = local_loss(logits, y, self.distill)
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            with torch.no_grad():
-                new_parameters, new_slots = self.optimizer.step(
-                    {n: p.detach() for n, p in parameters.items()},
-                    dict(zip(parameters, gradients, strict=True)),
-                    slots,
-                    hyper,
-                )
-                return (
-                    *new_parameters.values(),
-                    *moved.values(),
-                    *new_slots.values(),
-                    loss.detach(),
-                    _correct(logits, y),
-                    *self._pack(h),
-                )
+            trained = [n for n in parameters if not _in_head(n)]
+            gradients = torch.autograd.grad(loss, [parameters[n] for n in trained])
+            found = dict(zip(trained, gradients, strict=True))
+            state = self._stepped(parameters, found, moved, slots, hyper)
+            return *state, loss.detach(), _correct(logits, y), *self._pack(h)
 
         inputs = self._training_inputs(Port(self.y, "batch"))
         outputs = (
@@ -262,29 +266,123 @@ class ClientSteps:
             parameters = {n: next(given).detach() for n in self.parameters}
             moved = {n: next(given).clone() for n in self.statistics}
             slots = {n: next(given) for n in self.slots}
-            trained = {n: p.requires_grad_() for n, p in parameters.items() if not _in_head(n)}
+            trained = {n: p.requires_grad_() for n, p in parameters.items() if _below(n)}
             x = next(given)
             gradient = self.codec.unpack({spec.name: next(given) for spec in self.packed})
             hyper = {n: next(given) for n in hyper_names}
             with self._seeded(given):
                 h = self._activations({**constants, **parameters, **moved}, x)
             gradients = torch.autograd.grad(h, list(trained.values()), gradient)
-            with torch.no_grad():
-                new_parameters, new_slots = self.optimizer.step(
-                    {n: p.detach() for n, p in trained.items()},
-                    dict(zip(trained, gradients, strict=True)),
-                    slots,
-                    hyper,
-                )
-                results = parameters | new_parameters | moved | slots | new_slots
-                return tuple(results[entry.spec.name] for entry in self.state)
+            found = dict(zip(trained, gradients, strict=True))
+            return self._stepped(parameters, found, moved, slots, hyper)
 
+        inputs = self._training_inputs(*self._gradient_ports())
+        return self._step("backward", function, inputs, self._next_state())
+
+    def fuse(self) -> Step:
+        """``(state, x, y, packed gradient, hyper, seed) -> state', loss, correct``: both at once.
+
+        As SuperSFL (https://arxiv.org/abs/2601.02092) fuses gradients: the stem and the blocks
+        step with ``own`` times the gradient of the heads' loss and ``1 - own`` times that which
+        came back, the heads with their own. ``own`` is a hyper-parameter above 0, 1 at most. The
+        forward pass is computed again, as in :meth:`backward`.
+        """
+        hyper_names = list(self.optimizer.hyper)
+
+        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+            given = iter(tensors)
+            parameters = {n: next(given).detach().requires_grad_() for n in self.parameters}
+            moved = {n: next(given).clone() for n in self.statistics}
+            slots = {n: next(given) for n in self.slots}
+            x, y = next(given), next(given)
+            gradient = self.codec.unpack({spec.name: next(given) for spec in self.packed})
+            hyper = {n: next(given) for n in hyper_names}
+            own = next(given)
+            with self._seeded(given):
+                h, logits = self._call(True, {**constants, **parameters, **moved}, x)
+            loss = local_loss(logits, y, self.distill)
+            trained = [n for n in parameters if not _in_head(n)]
+            fused = torch.autograd.grad(
+                [loss, h], [parameters[n] for n in trained], [own, (1 - own) * gradient]
+            )
+            with torch.no_grad():
+                found = {
+                    n: g if _below(n) else g / own for n, g in zip(trained, fused, strict=True)
+                }
+            state = self._stepped(parameters, found, moved, slots, hyper)
+            return *state, loss.detach(), _correct(logits, y)
+
+        inputs = self._training_inputs(Port(self.y, "batch"), *self._gradient_ports(), own=True)
+        outputs = (
+            *self._next_state(),
+            Port(TensorSpec("loss", "float32", ()), "result"),
+            Port(TensorSpec("correct", "float32", ()), "result"),
+        )
+        return self._step("fuse", function, inputs, outputs)
+
+    def finish(self) -> Step:
+        """``(state, packed features, y, hyper, seed) -> state', loss, correct, packed gradient``.
+
+        A step of the model's head, for labels that do not leave the device: ``features.NAME`` are
+        what leaves the last block on the hub, ``grad.NAME`` is the gradient of their mean loss.
+        """
+        hyper_names = list(self.optimizer.hyper)
+        head = self._head
+        assert head is not None
+
+        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+            given = iter(tensors)
+            parameters = {n: next(given).detach() for n in self.parameters}
+            moved = {n: next(given).clone() for n in self.statistics}
+            slots = {n: next(given) for n in self.slots}
+            trained = {n: p.requires_grad_() for n, p in parameters.items() if _in_head(n)}
+            features = self.codec.unpack({spec.name: next(given) for spec in self.features})
+            features = features.detach().requires_grad_()
+            y = next(given)
+            hyper = {n: next(given) for n in hyper_names}
+            with self._seeded(given):
+                tensors_ = {**constants, **parameters, **moved}
+                logits = self._apply(head, True, tensors_, features).unsqueeze(0)
+            loss = local_loss(logits, y)
+            gradients = torch.autograd.grad(loss, [features, *trained.values()])
+            found = dict(zip(trained, gradients[1:], strict=True))
+            state = self._stepped(parameters, found, moved, slots, hyper)
+            packed = self.codec.pack(gradients[0], self.features_axis)
+            back = (packed[spec.name] for spec in self.features)
+            return *state, loss.detach(), _correct(logits, y), *back
+
+        features = (
+            Port(TensorSpec(f"features.{s.name}", s.dtype, s.shape), "packed")
+            for s in self.features
+        )
         gradient = (
-            Port(TensorSpec(f"grad.{s.name}", s.dtype, s.shape), "packed") for s in self.packed
+            Port(TensorSpec(f"grad.{s.name}", s.dtype, s.shape), "packed") for s in self.features
         )
-        return self._step(
-            "backward", function, self._training_inputs(*gradient), self._next_state()
+        inputs = self._training_inputs(*features, Port(self.y, "batch"), x=False)
+        outputs = (
+            *self._next_state(),
+            Port(TensorSpec("loss", "float32", ()), "result"),
+            Port(TensorSpec("correct", "float32", ()), "result"),
+            *gradient,
         )
+        return self._step("finish", function, inputs, outputs)
+
+    def _stepped(
+        self,
+        parameters: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        moved: dict[str, Tensor],
+        slots: dict[str, Tensor],
+        hyper: dict[str, Tensor],
+    ) -> tuple[Tensor, ...]:
+        """The state after an optimizer step of the parameters that have gradients."""
+        with torch.no_grad():
+            new_parameters, new_slots = self.optimizer.step(
+                {n: parameters[n].detach() for n in gradients}, gradients, slots, hyper
+            )
+            results = {n: p.detach() for n, p in parameters.items()} | new_parameters
+            results |= moved | slots | new_slots
+            return tuple(results[entry.spec.name] for entry in self.state)
 
     def _step(
         self,
@@ -310,8 +408,8 @@ class ClientSteps:
         """Call the segment, or its blocks; it keeps its own tensors and its mode."""
         given = tensors | {n: torch.zeros((), dtype=torch.int64) for n in self._counters}
         given |= {name: given[first] for name, first in self._tied.items()}
-        if module is self._blocks:
-            given = {n: t for n, t in given.items() if not _in_head(n)}
+        children = dict(module.named_children())
+        given = {n: t for n, t in given.items() if n.partition(".")[0] in children}
         modes = [(part, part.training) for part in self._modules]
         try:
             module.train(training)  # a module may have its own opinion of what that means
@@ -332,13 +430,18 @@ class ClientSteps:
         state = (Port(_spec(n, t), "state") for n, t in self.initial.items())
         return (*state, Port(self.x, "batch"))
 
-    def _training_inputs(self, *given: Port) -> tuple[Port, ...]:
+    def _gradient_ports(self) -> Iterator[Port]:
+        for spec in self.packed:
+            yield Port(TensorSpec(f"grad.{spec.name}", spec.dtype, spec.shape), "packed")
+
+    def _training_inputs(self, *given: Port, own: bool = False, x: bool = True) -> tuple[Port, ...]:
         """State, ``x``, what a step is ``given``, hyper-parameters, seed."""
+        hyper = [*self.optimizer.hyper, "own"] if own else self.optimizer.hyper
         return (
             *(Port(entry.spec, "state") for entry in self.state),
-            Port(self.x, "batch"),
+            *((Port(self.x, "batch"),) if x else ()),
             *given,
-            *(Port(TensorSpec(n, "float32", ()), "hyper") for n in self.optimizer.hyper),
+            *(Port(TensorSpec(n, "float32", ()), "hyper") for n in hyper),
             *self._seed_port(),
         )
 
@@ -368,9 +471,27 @@ class _Blocks(nn.Module):
         return h
 
 
+class _Head(nn.Module):
+    """The model's head of a segment that has it, under the same names."""
+
+    def __init__(self, segment: ClientSegment) -> None:
+        super().__init__()
+        self.head = segment.head
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.head(h)
+        return logits
+
+
 def _in_head(name: str) -> bool:
-    """Whether a tensor belongs to an auxiliary head."""
-    return layer_of(name).startswith("aux.")
+    """Whether a tensor belongs to the model's head."""
+    return layer_of(name) == "head"
+
+
+def _below(name: str) -> bool:
+    """Whether a tensor belongs to the stem or a block."""
+    return not name.startswith(("aux.", "head."))
 
 
 def _correct(logits: Tensor, y: Tensor) -> Tensor:

@@ -97,6 +97,8 @@ class TiersConfig:
         length: tokens of a text.
         optimizer: what the training graphs update with.
         returned: with graphs for gradients that the hub sends back.
+        u_shaped: with the model's head, for labels that stay on the device; goes with returned.
+        fused: with graphs that join these with the heads' own.
         lora: train adapters on a frozen base.
     """
 
@@ -108,6 +110,8 @@ class TiersConfig:
     length: int = _LENGTH
     optimizer: Literal["sgd", "adamw"] = "sgd"
     returned: bool = False
+    u_shaped: bool = False
+    fused: bool = False
     lora: LoraTable | None = None
 
     def __post_init__(self) -> None:
@@ -177,7 +181,13 @@ class TiersConfig:
                 cuts = planner.choose(self.tiers)
         cut_rank = None if self.lora is None else self.lora.cut_rank
         return {
-            name: replace(tier.at(cuts[name]), returned=self.returned, cut_rank=cut_rank)
+            name: replace(
+                tier.at(cuts[name]),
+                returned=self.returned,
+                u_shaped=self.u_shaped,
+                fused=self.fused,
+                cut_rank=cut_rank,
+            )
             for name, tier in self.tiers.items()
         }
 

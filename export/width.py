@@ -26,7 +26,7 @@ from edge_sdk.bundle import Port
 from edge_sdk.protocol.tensors import TensorSpec
 from export.dropout import CONVOLUTIONS, OrderedDropout, mask_channels, remove_ordered_dropout
 from export.errors import ExportError, reason
-from export.plan import count_flops
+from export.flops import flops_per_row
 from export.split import SplitModel, answer
 from export.steps import Step
 
@@ -143,7 +143,7 @@ def step_flops(model: SplitModel, example: Tensor) -> float:
     dtype = str(example.dtype).removeprefix("torch.")
     x = Port(TensorSpec("x", dtype, ("batch", *example.shape[1:])), "batch")
     step = Step("train", function, (x,), (), {n: t.detach() for n, t in tensors.items()})
-    return count_flops(step, 1) / 2  # counted on a batch of two
+    return flops_per_row(step)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from edge_sdk.protocol.tensors import DTYPES, TensorSpec
 from edge_sdk.signing import PrivateKey, sign
 from export.errors import ExportError
 from export.exact import check_parameters, check_stages, find_culprit
-from export.lora import set_ranks
+from export.lora import lower_ranks
 from export.lowering.lowered import Lowered, RuntimeName, lower
 from export.lowering.onnx import Place
 from export.lowering.verify import verify
@@ -60,7 +60,10 @@ class Tier:
         batch: largest batch; ExecuTorch plans its memory for it, ONNX Runtime takes any.
         precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.quantize`.
         returned: gradients come back: adds the graphs ``activate`` and ``backward``.
-        distill: weight of what the heads learn from each other, in ``train``.
+        u_shaped: the devices have the model's head, so that labels stay with them: adds the graph
+            ``finish``; goes with ``returned``.
+        fused: they are joined with the heads' own: adds the graphs ``activate`` and ``fuse``.
+        distill: weight of what the heads learn from each other, in ``train`` and ``fuse``.
         cut_rank: rank of the adapters in the last block before the cut, as SplitFT
             (https://arxiv.org/abs/2604.26388) has it; None for that of all.
     """
@@ -71,6 +74,8 @@ class Tier:
     batch: int = 32
     precision: Precision = "float32"
     returned: bool = False
+    u_shaped: bool = False
+    fused: bool = False
     distill: float = 0.0
     cut_rank: int | None = None
 
@@ -243,8 +248,8 @@ def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:
     if tier.cut_rank is not None:
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         model = copy.deepcopy(model, dict(frozen))
-        set_ranks(model, {tier.cut - 1: tier.cut_rank})
-    return ClientSegment(model, tier.cut)
+        lower_ranks(model, {tier.cut - 1: tier.cut_rank})
+    return ClientSegment(model, tier.cut, u_shaped=tier.u_shaped)
 
 
 def make_steps(
@@ -264,6 +269,7 @@ def make_steps(
         classes,
         limits,
         returned=tier.returned,
+        fused=tier.fused,
         distill=tier.distill,
     )
 

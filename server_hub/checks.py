@@ -34,6 +34,23 @@ def check_packed(parts: Mapping[str, Array], manifest: Manifest) -> dict[str, in
     return symbols
 
 
+def check_features(
+    parts: Mapping[str, Array], labels: int, sizes: Mapping[str, int], manifest: Manifest
+) -> None:
+    """The gradient of a batch's features is as the manifest says, of as many rows as it has.
+
+    Args:
+        parts: the packed gradient.
+        labels: how many labels it is the mean over.
+        sizes: what :func:`check_packed` has found.
+        manifest: the tier's manifest.
+    """
+    check_tensors(dict(parts), manifest.features, dict(sizes))
+    most = sizes["batch"] * sizes.get("seq", 1)
+    if labels > most:
+        raise ProtocolError("bad_labels", f"{labels} labels for {most} answers", "labels")
+
+
 def check_labels(labels: Array, sizes: Mapping[str, int], manifest: Manifest) -> None:
     """Labels are int64, one for each row, each of a class that there is.
 

@@ -30,7 +30,7 @@ def hub(
     tokens: Annotated[Path | None, typer.Option(help="File written by cutlayer token.")] = None,
     run: Annotated[Path | None, typer.Option(help="Folder for metrics, report and model.")] = None,
     held_out: Annotated[
-        Path | None, typer.Option(help=".npz with x and y to measure accuracy on.")
+        Path | None, typer.Option(help=".npz with x and y to measure accuracy or perplexity on.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one.")] = None,
@@ -62,6 +62,7 @@ def hub(
             raw[table] = {**raw.get(table, {}), key: value}
     from server_hub.config import HubConfig
     from server_hub.hub import Hub
+    from server_hub.run import move_lines
     from server_hub.tensorboard import Board
 
     logging.basicConfig(
@@ -80,7 +81,8 @@ def hub(
     def on_round(record: RoundRecord) -> None:
         board.round(record)
         emit("round", **dataclasses.asdict(record))
-        console.print(_line(record), soft_wrap=True)
+        for line in (round_line(record), *move_lines(record)):
+            console.print(line, soft_wrap=True, markup=False)
 
     job = Hub(settings, on_round=on_round)
 
@@ -115,13 +117,23 @@ async def _serve(job: Hub, ready: Any) -> bool:
     return False
 
 
-def _line(record: RoundRecord) -> str:
-    accuracy = "  ".join(f"{t} {a['ensemble']:.1%}" for t, a in record.accuracy.items())
+def round_line(record: RoundRecord) -> str:
+    """A round in a line, with each tier's ensemble; its best way to answer if it has none."""
+    from server_hub.run import best, shown
+
+    metric = record.metric
+    values = {
+        tier: paths["ensemble"] if "ensemble" in paths else best(paths.values(), metric)
+        for tier, paths in record.accuracy.items()
+    }
+    measured = "  ".join(f"{tier} {shown(value, metric)}" for tier, value in values.items())
+    if measured and metric == "perplexity":
+        measured = f"perplexity {measured}"
     local = "" if record.local_loss is None else f"  loss {record.local_loss:.3f}"
     trunk = "" if record.trunk_loss is None else f"  trunk loss {record.trunk_loss:.3f}"
     return (
         f"round {record.round:3d}  {record.devices} devices{local}"
-        f"{trunk}  {accuracy}  {record.seconds:.1f} s"
+        f"{trunk}  {measured}  {record.seconds:.1f} s"
     )
 
 

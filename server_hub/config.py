@@ -31,20 +31,21 @@ class MethodConfig:
     """The training method.
 
     Attributes:
-        name: ``fedsplitx``, or ``splitft`` with bundles whose gradients come back.
+        name: ``fedsplitx``; ``splitft`` with bundles that take gradients, ``splitft-u`` with those
+            that have the model's head, ``supersfl`` with those that fuse gradients.
         form: of FedSplitX.
         cut_rank: of SplitFT, rank of the adapters in the block that activations enter; None for
             that of all.
     """
 
-    name: Literal["fedsplitx", "splitft"] = "fedsplitx"
+    name: Literal["fedsplitx", "splitft", "splitft-u", "supersfl"] = "fedsplitx"
     form: Form = "merged"
     cut_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.cut_rank is not None and self.cut_rank < 1:
             raise ValueError(f"cut_rank is {self.cut_rank}; it must be 1 or more")
-        if self.name != "splitft" and self.cut_rank is not None:
+        if not self.name.startswith("splitft") and self.cut_rank is not None:
             raise ValueError('cut_rank says nothing without name = "splitft"')
         if self.name != "fedsplitx" and self.form != "merged":
             raise ValueError(f"{self.name} has no form {self.form!r}; leave form out")

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 PolicyName = Literal["fixed", "latency", "adaptive"]
 
 TOLERANCE = 0.1
-"""How much longer than its share a step may take: times that are measured are never the same."""
+"""How much longer than the slowest a round may take: times that are measured are never the same."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,21 @@ class Seen:
     Attributes:
         cut: its cut layer.
         options: the cuts that it can carry, its present one among them, shallowest first.
-        step_s: seconds that it computes for a batch; None if it has not said.
+        compute_s: seconds that it has computed in the round; None if it has not said.
         loss: mean loss of the trunk on what it has sent; None if it has sent nothing.
+        wait_s: seconds of the round in which it has not computed: transfers, and what it has
+            waited for.
     """
 
     cut: int
     options: Sequence[int]
-    step_s: float | None
+    compute_s: float | None
     loss: float | None
+    wait_s: float = 0.0
 
     def time_at(self, cut: int) -> float | None:
-        """Seconds for a batch at another cut: blocks take about the same time each."""
-        return None if self.step_s is None else self.step_s * cut / self.cut
+        """Seconds for a round at another cut: blocks take about the same time each."""
+        return None if self.compute_s is None else self.wait_s + self.compute_s * cut / self.cut
 
     def within(self, seconds: float) -> int:
         """The deepest option that takes no longer than this, or the shallowest there is."""
@@ -92,11 +95,11 @@ class Latency:
         return {
             device: Target(
                 cut := seen.within(bound),
-                f"a batch takes it {seen.step_s:.3g} s at cut {seen.cut}; "
+                f"a round takes it {seen.time_at(seen.cut):.3g} s at cut {seen.cut}; "
                 f"{seen.time_at(cut):.3g} s fit into {bound:.3g} s",
             )
             for device, seen in fleet.items()
-            if seen.step_s is not None
+            if seen.compute_s is not None
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -64,8 +65,10 @@ class Feed:
         self._changes = Changes()
         self._last = True
         self._stepping = False
+        self.steps = 0
+        """Steps of the round."""
         self.losses: list[tuple[float, int]] = []
-        """Loss and rows of every step of the round."""
+        """Loss and rows of every step, where labels are here."""
         self.device_losses: dict[str, tuple[float, int]] = {}
         """Of each device in the round: sum of the losses on its labels, and their number."""
 
@@ -76,7 +79,7 @@ class Feed:
         """A round begins; ``mixes`` unless devices wait for the gradients of what they send."""
         self._mixer.begin(self._settings.mix_rows if mixes else 0, number)
         self._last = False
-        self.losses, self.device_losses = [], {}
+        self.steps, self.losses, self.device_losses = 0, [], {}
 
     def put(self, waiting: Waiting) -> None:
         """A batch has come."""
@@ -102,16 +105,22 @@ class Feed:
 
     async def _step(self, group: list[Waiting]) -> None:
         report = await self._trunk.step([waiting.arrival for waiting in group])
-        for waiting, parts in zip_longest(group, report.gradients):
+        for waiting, parts, found in zip_longest(group, report.gradients, report.losses):
             if parts is not None:
-                gradient = Gradient(round=waiting.round, batch=waiting.batch, parts=dict(parts))
+                gradient = Gradient(
+                    round=waiting.round,
+                    batch=waiting.batch,
+                    parts=dict(parts),
+                    loss=None if found is None else found[0] / found[1],
+                )
                 self._returned(waiting.peer, gradient)
             waiting.settle()
-        for waiting, found in zip_longest(group, report.losses):
             if found is not None:
                 loss, labels = self.device_losses.get(waiting.arrival.device, (0.0, 0))
                 self.device_losses[waiting.arrival.device] = loss + found[0], labels + found[1]
         if report.rows:
+            self.steps += 1
+        if math.isfinite(report.loss):
             self.losses.append((report.loss, report.rows))
         for device, reason in report.refused.items():
             peer = next(w.peer for w in group if w.peer.device == device)

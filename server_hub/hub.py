@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from edge_sdk.protocol.messages import (
     Activations,
     Answer,
     Decline,
+    FeatureGradient,
     Infer,
     Ready,
     Round,
@@ -32,40 +33,30 @@ from export.names import is_slot
 from export.optimizers import check_hyper
 from export.split import SplitModel
 from export.writer import WEIGHTS
+from server_hub.background import Background
 from server_hub.changes import Changes
-from server_hub.checks import check_answer, check_labels, check_packed, check_update
+from server_hub.checks import (
+    check_answer,
+    check_packed,
+)
 from server_hub.config import HubConfig, learning_rate_factor
-from server_hub.feed import Feed, Waiting
+from server_hub.feed import Feed
 from server_hub.gateway import Gateway, Peer
-from server_hub.layers import State
+from server_hub.intake import Intake
 from server_hub.methods.fleet import Schedule
-from server_hub.methods.parts import DeviceUpdate, Method, Stage
+from server_hub.methods.parts import RETURNING, DeviceUpdate, Method, Stage
 from server_hub.methods.registry import method_of
 from server_hub.moves import Moves
 from server_hub.rounds import Phase, Rounds
-from server_hub.run import RoundRecord, RunFolder
+from server_hub.run import Metric, RoundRecord, RunFolder
 from server_hub.tokens import TokenFile, Tokens
 from server_hub.trunk import Arrival, Trunk, TrunkPlan
-from server_hub.worker import TrunkFailed, WorkerTrunk
+from server_hub.worker import WorkerTrunk
 
 log = logging.getLogger("cutlayer.hub")
 
 Evaluate = Callable[[], Awaitable[dict[str, dict[str, float]]]]
-"""Accuracy by tier and path."""
-
-
-@dataclass
-class _Member:
-    """What the hub knows of a device beyond its session."""
-
-    samples: int
-    activation_rows: int = 0
-    state: State = field(default_factory=dict)
-
-    def reset(self) -> None:
-        """Forget what belonged to the last round."""
-        self.activation_rows = 0
-        self.state = {}
+"""Accuracy, or perplexity, by tier and path."""
 
 
 class JobFailed(CutlayerError):
@@ -123,7 +114,7 @@ class Hub:
             config.rounds.count, config.local.epochs, optimizer=self.index.optimizer
         )
         self.method = method or method_of(config.method, initial, schedule)
-        self._check_graphs()
+        self._check_bundles()
         self.local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         if self.method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
             raise ConfigError(
@@ -135,7 +126,7 @@ class Hub:
         self.trunk = trunk if trunk is not None else self._worker(held_out)
         self._costs, self._evaluate = costs, evaluate
         if evaluate is None and held_out is not None:
-            self._evaluate = lambda: self.trunk.evaluate(self._tier_cuts())
+            self._evaluate = self._measure
         self.rounds = Rounds(config.rounds)
         if tokens is None:
             tokens = TokenFile(config.tokens)
@@ -148,22 +139,31 @@ class Hub:
             self._handle,
             self._gone,
         )
-        self.run = run if run is not None else RunFolder(config.run)
+        metric: Metric = "perplexity" if self.model.task == "tokens" else "accuracy"
+        self.run = run if run is not None else RunFolder(config.run, metric=metric)
         self.began = 0.0
         self.address: str | None = None
         self._on_round = on_round
-        self._members: dict[str, _Member] = {}
-        self._updates: dict[str, DeviceUpdate] = {}
         self._changes = Changes()
         self._feed = Feed(
             self.trunk, config.trunk, self.method.merges, self.gateway.post, self._refused
         )
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._background = Background()
+        self._intake = Intake(
+            config,
+            self.manifests,
+            self.method,
+            self.rounds,
+            self.trunk,
+            self._feed,
+            self.gateway.post,
+            self._refused,
+            self._background,
+        )
         self._moves = Moves(
             config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave
         )
         self._over = False
-        self._stage = Stage("none")
         self._states: dict[str, str] = {}
 
     # --- the job --------------------------------------------------------------------------------
@@ -219,7 +219,8 @@ class Hub:
         log.info("all %d rounds done", self.rounds.completed)
         self._over = True
         for peer in list(self.gateway.peers.values()):
-            self._stop(peer)
+            if not self._moves.under_way(peer.device):  # it is told when it is ready
+                self._stop(peer)
         while self.config.keep_serving or self.gateway.peers:
             await self._changes.until(
                 lambda: not self.gateway.peers and not self.config.keep_serving
@@ -241,7 +242,8 @@ class Hub:
             config.trunk.max_rows,
             seed=number,
             max_norm=config.trunk.max_norm,
-            returned=stage.activations == "returned",
+            u_shaped=stage.activations == "u_shaped",
+            returned=stage.activations in RETURNING,
             anneal=stage.anneal,
             keeps_slots=method.keeps_slots,
         )
@@ -249,14 +251,12 @@ class Hub:
         await self.trunk.begin(method.aggregation.trunk_state(cuts), plan)
         if not self.rounds.can_start():
             return  # somebody left meanwhile
-        self._feed.begin(number, mixes=stage.activations != "returned")
+        self._feed.begin(number, mixes=not plan.returned)
         members = self.rounds.start(now(), stage.everyone)
-        self._stage = stage
+        self._intake.begin(stage, members)
         log.debug("round %d with %d devices", number, len(members))
-        self._updates.clear()
         epochs = config.local.epochs if stage.local_epochs is None else stage.local_epochs
         for order, device in enumerate(sorted(members)):
-            self._members[device].reset()
             peer = self.gateway.peers[device]
             self.gateway.post(
                 peer,
@@ -265,7 +265,7 @@ class Hub:
                     state=self._states[peer.tier],
                     epochs=epochs,
                     batch_size=config.local.batch_size,
-                    hyper={**self.local_hyper, "lr": self.local_hyper["lr"] * rate},
+                    hyper=self._hyper(peer, stage, rate),
                     activations=stage.activations,
                     seed=number * 1_000_003 + order,
                     staleness=config.local.staleness if plan.returned else 0,
@@ -287,7 +287,7 @@ class Hub:
                     f"{'; '.join(reasons[:3])}"
                 )
             return
-        updates = [self._updates[device] for device in delivered]
+        updates = [self._intake.updates[device] for device in delivered]
         at = {d: cut for d in delivered if (cut := self._moves.cut_of(d)) is not None}
         last = self.rounds.phase is Phase.DONE
         moves = [] if last else self._moves.plan(updates, self._feed.device_losses)
@@ -305,7 +305,7 @@ class Hub:
             local_loss=weighted_mean(updates, "loss"),
             local_accuracy=weighted_mean(updates, "accuracy"),
             trunk_loss=sum(x * n for x, n in losses) / rows if rows else None,
-            trunk_steps=len(losses),
+            trunk_steps=self._feed.steps,
             accuracy=await self._evaluate() if self._evaluate is not None else {},
             bytes=self.gateway.traffic.by_kind(),
             costs=self._costs(),
@@ -313,9 +313,16 @@ class Hub:
             moves=[asdict(move) for move in moves],
         )
         self._moves.begin(moves)
-        self.run.append(record)
+        record = self.run.append(record)
         if self._on_round is not None:
             self._on_round(record)
+
+    def _hyper(self, peer: Peer, stage: Stage, rate: float) -> dict[str, float]:
+        """Hyper-parameters of a device; its own gradient counts by its part of the blocks."""
+        hyper = {**self.local_hyper, "lr": self.local_hyper["lr"] * rate}
+        if stage.activations == "fused":
+            hyper["own"] = self.manifests[peer.tier].cut / self.model.depth
+        return hyper
 
     async def _publish_states(self) -> None:
         """Offer each tier the present state, and give the trunk the model to answer with."""
@@ -349,14 +356,25 @@ class Hub:
     def _tier_cuts(self) -> dict[str, tuple[int, str]]:
         return {name: (entry.cut, entry.codec) for name, entry in self.index.tiers.items()}
 
+    async def _measure(self) -> dict[str, dict[str, float]]:
+        """The ways to answer that the method trains, measured on the trunk."""
+        measured = await self.trunk.evaluate(self._tier_cuts())
+        return {
+            tier: {path: values[path] for path in self.method.paths}
+            for tier, values in measured.items()
+        }
+
     # --- messages -------------------------------------------------------------------------------
 
     def _handle(self, peer: Peer, delivery: Delivery) -> None:
         """Act on a device's message; a :class:`ProtocolError` goes back to it."""
         message = delivery.message
         if isinstance(message, Activations):
-            self._activations(peer, message, delivery.seq)
+            self._intake.activations(peer, message, delivery.seq)
             return  # settled once the trunk has used it
+        if isinstance(message, FeatureGradient):
+            self._intake.finished(peer, message, delivery.seq)
+            return  # the same
         if isinstance(message, Infer):
             self._infer(peer, message, delivery.seq)
             return  # settled once it is answered
@@ -364,7 +382,7 @@ class Hub:
             self._moves.ready(peer, message)
             if self.rounds.expects(peer.device, self.rounds.number):
                 self.rounds.drop(peer.device, "it joined anew")
-            self._members[peer.device] = _Member(message.samples)
+            self._intake.join(peer.device, message.samples)
             if self._over:
                 self._stop(peer)
             else:  # in the last round, too: its result has to be averaged first
@@ -373,54 +391,11 @@ class Hub:
             if self.rounds.expects(peer.device, message.round):
                 self.rounds.drop(peer.device, f"declined: {message.reason}")
         elif isinstance(message, Update):
-            self._update(peer, message)
+            self._intake.update(peer, message)
         else:
             raise ProtocolError("bad_message", f"a device does not send {message.TYPE}")
         peer.session.settle(delivery.seq)
         self._changes.wake()
-
-    def _activations(self, peer: Peer, message: Activations, seq: int) -> None:
-        if not self.rounds.expects(peer.device, message.round):
-            peer.session.settle(seq)  # late, or from a device that is not in this round
-            return
-        manifest, member = self.manifests[peer.tier], self._members[peer.device]
-        sizes = check_packed(message.parts, manifest)
-        check_labels(message.labels, sizes, manifest)
-        rows = sizes["batch"]
-        member.activation_rows += rows
-        times = self.config.local.epochs if self._stage.activations == "returned" else 1
-        if rows > self.config.local.batch_size or member.activation_rows > times * member.samples:
-            raise ProtocolError(
-                "bad_message",
-                f"{member.activation_rows} rows of activations in batches of {rows}; a "
-                f"round takes each of {member.samples} examples "
-                f"{'once' if times == 1 else f'{times} times'}, in batches of at most "
-                f"{self.config.local.batch_size}",
-                "parts",
-            )
-        arrival = Arrival(
-            peer.device,
-            self.method.copies.replica_of(peer.device),
-            manifest.cut,
-            manifest.codec,
-            message.parts,
-            message.labels,
-        )
-        self._feed.put(Waiting(message.round, message.batch, arrival, peer, seq))
-
-    def _update(self, peer: Peer, message: Update) -> None:
-        if not self.rounds.expects(peer.device, message.round):
-            return
-        member = self._members[peer.device]
-        specs = self.manifests[peer.tier].exchanged(self.method.keeps_slots)
-        check_update(message, specs, member.state, member.samples)
-        member.state.update(message.tensors)
-        if not message.done:
-            return
-        self._updates[peer.device] = DeviceUpdate(
-            peer.device, member.state, member.samples, message.metrics
-        )
-        self.rounds.deliver(peer.device)
 
     def _infer(self, peer: Peer, message: Infer, seq: int) -> None:
         manifest = self.manifests.get(message.tier or peer.tier)
@@ -438,12 +413,14 @@ class Hub:
             self.gateway.post(peer, Answer(request=message.request, heads=heads, logits=logits))
             peer.session.settle(seq)
 
-        self._spawn(answer())
+        self._background.spawn(answer())
 
     def _refused(self, peer: Peer, reason: str) -> None:
         """The trunk cannot use what a device has sent."""
         self.rounds.drop(peer.device, reason)
-        self._spawn(self.gateway.refuse(peer, ProtocolError("not_finite", reason, "parts")))
+        self._background.spawn(
+            self.gateway.refuse(peer, ProtocolError("not_finite", reason, "parts"))
+        )
 
     def _gone(self, peer: Peer, reason: str) -> None:
         log.info("%s %s", peer.device, reason)
@@ -451,28 +428,28 @@ class Hub:
         self.rounds.leave(peer.device, reason)
         self._changes.wake()
 
-    # --- background tasks ------------------------------------------------------------------------
+    # --- before the job begins -------------------------------------------------------------------
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            level = logging.WARNING if isinstance(task.exception(), TrunkFailed) else logging.ERROR
-            log.log(level, "%s", task.exception())
-
-    def _check_graphs(self) -> None:
-        """Gradients that come back need graphs that take them."""
+    def _check_bundles(self) -> None:
+        """The bundles have the graphs that the method needs, and hold what it will send them."""
         stage = self.method.stage(1, self.config.rounds.count)
+        needed = {"returned": "backward", "u_shaped": "finish", "fused": "fuse"}
+        graph = needed.get(stage.activations)
         for tier, manifest in self.manifests.items():
-            if stage.activations == "returned" and "backward" not in manifest.graphs:
+            if graph is not None and graph not in manifest.graphs:
                 raise ConfigError(
                     f"{self.method.name} sends gradients back, and the bundle of {tier!r} has no "
-                    "graphs for them; export with returned = true in tiers.toml"
+                    f"graphs for them; export with {stage.activations} = true in tiers.toml"
                 )
+            specs = manifest.exchanged(self.method.keeps_slots)
+            state = self.method.aggregation.device_state(specs)
+            for spec in specs:
+                if state[spec.name].shape != spec.shape:
+                    raise ConfigError(
+                        f"{spec.name} is {list(spec.shape)} in the bundle of {tier!r} and "
+                        f"{list(state[spec.name].shape)} in the model; other ranks at a cut are "
+                        "for splitft, else leave cut_rank out of tiers.toml"
+                    )
 
     def _held_out(self) -> tuple[Any, Any] | None:
         if self.config.held_out is None:

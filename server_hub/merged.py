@@ -70,6 +70,26 @@ def depth_merged_loss(
     return (row_losses * weights).sum(), row_losses.detach()
 
 
+def merged_features(model: SplitModel, entering: Mapping[int, Sequence[Tensor]]) -> Tensor:
+    """What leaves the last block, for arrivals that enter at different depths.
+
+    Args:
+        model: its blocks.
+        entering: by cut, the activations (rows, ...) of each arrival.
+
+    Returns:
+        (rows, ...) in the order of cut, then arrival; texts padded as in the loss.
+    """
+    h: Tensor | None = None
+    for depth in range(min(entering), model.depth):
+        if new := entering.get(depth):
+            h = _merged([*([] if h is None else [h]), *new], 0)
+        assert h is not None
+        h = model.block[depth](h)
+    assert h is not None
+    return h
+
+
 def _merged(arrivals: Sequence[Tensor], filler: int) -> Tensor:
     """The rows of all, texts (rows, positions, ...) filled up at the right to the longest."""
     if arrivals[0].dim() == 1:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from edge_sdk.bundle import Manifest
-from edge_sdk.errors import ProtocolError
+from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.index import BundleIndex
 from edge_sdk.protocol.messages import Move, Ready
 from server_hub.changes import Changes
@@ -34,6 +34,9 @@ class Moves:
         manifests: by tier.
         gateway: where the devices are.
         leave: tells the rounds that a device is not there for a while, with the reason.
+
+    Raises:
+        ConfigError: the settings name a tier that has no bundle.
     """
 
     def __init__(
@@ -44,11 +47,15 @@ class Moves:
         gateway: Gateway,
         leave: Callable[[str, str], None],
     ) -> None:
+        for tier in settings.memory_mb:
+            if tier not in manifests:
+                known = ", ".join(sorted(manifests))
+                raise ConfigError(f"[cuts.memory_mb] names the tier {tier!r}; there are {known}")
         self._settings, self._index, self._manifests = settings, index, manifests
         self._gateway, self._leave = gateway, leave
         self._policy = policy_of(settings.policy)
-        self._moving: dict[str, str] = {}
-        self._memory_mb: dict[str, int | None] = {}
+        self._moving: dict[str, tuple[str, float]] = {}  # to which tier, and waited for until when
+        self._memory_mb: dict[str, int | None] = {}  # of those that have said ready
         self._unfit: dict[str, set[str]] = {}
         self._changes = Changes()
 
@@ -56,6 +63,10 @@ class Moves:
         """The cut of a device, if it is here."""
         peer = self._gateway.peers.get(device)
         return None if peer is None else self._manifests[peer.tier].cut
+
+    def under_way(self, device: str) -> bool:
+        """Whether a device has been told to load another bundle, and has not said ready since."""
+        return device in self._moving
 
     def plan(
         self, updates: Sequence[DeviceUpdate], losses: Mapping[str, tuple[float, int]]
@@ -69,13 +80,14 @@ class Moves:
         fleet = {}
         for update in updates:
             cut = self.cut_of(update.device)
-            if cut is not None:
+            if cut is not None and update.device in self._memory_mb:
                 loss, labels = losses.get(update.device, (0.0, 0))
                 fleet[update.device] = Seen(
                     cut=cut,
                     options=sorted(self._options(update.device)),
-                    step_s=update.metrics.get("step_s"),
-                    loss=loss / labels if labels else None,
+                    compute_s=update.metrics.get("compute_s"),
+                    loss=loss / labels if labels else update.metrics.get("loss"),
+                    wait_s=max(update.metrics.get("wait_s", 0.0), 0.0),
                 )
         return [
             CutMove(device, fleet[device].cut, target.cut, target.reason)
@@ -84,26 +96,35 @@ class Moves:
         ]
 
     def begin(self, moves: Sequence[CutMove]) -> None:
-        """Tell devices to load another bundle; they say ``ready`` when they have it."""
+        """Tell devices to load another bundle; they say ``ready`` when they have it.
+
+        Since it was planned a device may have left, and even come back with another tier.
+        """
+        until = asyncio.get_running_loop().time() + self._settings.wait_s
         for move in moves:
             peer = self._gateway.peers.get(move.device)
-            if peer is not None:
-                tier = self._options(move.device)[move.to]
+            if peer is None or move.device not in self._memory_mb:
+                continue
+            tier = self._options(move.device).get(move.to, peer.tier)
+            if tier != peer.tier:
                 log.info("%s goes from cut %d to %d: %s", move.device, move.cut, move.to,
                          move.reason)  # fmt: skip
                 self._leave(move.device, "it loads another bundle")
-                self._moving[move.device] = tier
+                self._moving[move.device] = tier, until
                 manifest = self._index.tiers[tier].manifest
                 self._gateway.post(peer, Move(tier=tier, manifest=manifest, reason=move.reason))
 
     async def until_ready(self) -> None:
         """Wait until the devices have loaded their bundles, or have taken too long.
 
-        Those take part again when they have.
+        Those take part again when they have. A device is waited for once, however many rounds it
+        takes.
         """
         now = asyncio.get_running_loop().time
-        deadline = now() + self._settings.wait_s
-        await self._changes.until(lambda: not self._moving or now() >= deadline, deadline)
+        deadline = max((until for _, until in self._moving.values()), default=now())
+        await self._changes.until(
+            lambda: all(now() >= until for _, until in self._moving.values()), deadline
+        )
 
     def ready(self, peer: Peer, message: Ready) -> None:
         """A device has its bundle; or the one that it was told to load; or could not load that.
@@ -111,7 +132,7 @@ class Moves:
         Raises:
             ProtocolError: it says that it has a bundle which it was not told to load.
         """
-        device, asked = peer.device, self._moving.pop(peer.device, None)
+        device, (asked, _) = peer.device, self._moving.pop(peer.device, (None, 0.0))
         self._memory_mb[device] = message.memory_mb
         self._changes.wake()
         if message.tier is not None and message.tier != peer.tier:
@@ -131,6 +152,7 @@ class Moves:
     def gone(self, device: str) -> None:
         """A device has left."""
         self._moving.pop(device, None)
+        self._memory_mb.pop(device, None)
         self._changes.wake()
 
     def _options(self, device: str) -> dict[int, str]:
@@ -142,8 +164,13 @@ class Moves:
         found = {
             manifest.cut: name
             for name, manifest in self._manifests.items()
-            if (manifest.runtime, manifest.codec) == (own.runtime, own.codec)
+            if _kind(manifest) == _kind(own)
             and takes.get(name, 0.0) <= memory
             and name not in self._unfit.get(device, ())
         }
         return found | {own.cut: tier}
+
+
+def _kind(manifest: Manifest) -> tuple[str, str, bool]:
+    """What a device keeps when its cut moves: runtime, codec, and a graph in 8 bits or not."""
+    return manifest.runtime, manifest.codec, "predict_int8" in manifest.graphs

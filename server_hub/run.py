@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 from safetensors.numpy import save
 
 from edge_sdk.bundle import write_atomically
 from edge_sdk.errors import ConfigError
+from edge_sdk.prediction import Metric as Metric
 from edge_sdk.protocol.tensors import Array
 
 METRICS = "metrics.jsonl"
+
+_NAMED = 36
+"""Devices up to which a picture names them all."""
 
 PATHS = {
     "device_alone": "device alone",
@@ -22,10 +28,6 @@ PATHS = {
     "ensemble": "ensemble",
 }
 """The three ways to answer, and how tables call them."""
-
-
-Metric = Literal["accuracy", "perplexity"]
-"""What is measured on held-out examples; of perplexity, less is better."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class RoundRecord:
         costs: what a simulation has spent since the start, see :mod:`server_hub.simulation`.
         metric: what ``accuracy`` holds: accuracy, or for a model of tokens perplexity.
         cuts: of the devices that delivered, their cut layers in this round.
-        moves: devices that go on with another tier's bundle after this round.
+        moves: devices that go on with another tier's bundle after this round: ``device``, its
+            ``cut``, the one that it goes ``to``, and the ``reason``.
     """
 
     round: int
@@ -137,7 +140,9 @@ class RunFolder:
     def save_model(self, state: Mapping[str, Array], tier: str | None) -> Path:
         """Write the whole model as safetensors; ``SplitModel.load`` reads it."""
         path = self.folder / ("model.safetensors" if tier is None else f"model.{tier}.safetensors")
-        write_atomically(path, save(dict(state)))
+        # safetensors writes arrays as they lie in memory, whatever their order
+        whole = {name: np.require(tensor, requirements="C") for name, tensor in state.items()}
+        write_atomically(path, save(whole))
         return path
 
     def write_report(
@@ -146,7 +151,7 @@ class RunFolder:
         sections: Sequence[str] = (),
         reference: tuple[str, float] | None = None,
     ) -> None:
-        """Write ``report.md`` and ``curves.png``.
+        """Write ``report.md`` and ``curves.png``; where cuts have moved, ``cuts.png`` too.
 
         Args:
             title: of the report.
@@ -157,13 +162,18 @@ class RunFolder:
         parts = [f"# {title}", *sections]
         if self.records:
             parts += [rounds_table(self.records), traffic_table(self.records[-1].bytes)]
+        if any(record.moves for record in self.records):
+            draw_cuts(self.records, self.folder / "cuts.png")
+            parts += [moves_table(self.records), "![cut of each device over the rounds](cuts.png)"]
         parts.append(f"![{self.metric} and traffic over the rounds](curves.png)")
         write_atomically(self.folder / "report.md", "\n\n".join([*parts, ""]).encode())
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, first column to the left, the others to the right."""
-    rule = ["---", *("---:" for _ in header[1:])]
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[int] = (0,)
+) -> str:
+    """A table in Markdown, the columns ``left`` to the left, the others to the right."""
+    rule = ["---" if column in left else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
@@ -190,6 +200,24 @@ def rounds_table(records: Sequence[RoundRecord]) -> str:
 
 def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+def move_lines(record: RoundRecord) -> list[str]:
+    """The moves of cuts after a round, a line each."""
+    return [
+        f"{m['device']} goes from cut {m['cut']} to {m['to']}: {m['reason']}" for m in record.moves
+    ]
+
+
+def moves_table(records: Sequence[RoundRecord]) -> str:
+    """The moves of cuts with their reasons."""
+    rows = [
+        [m["device"], str(r.round), str(m["cut"]), str(m["to"]), m["reason"].replace("|", "\\|")]
+        for r in records
+        for m in r.moves
+    ]
+    header = ["device", "after round", "cut", "to", "reason"]
+    return "## Moves of cuts\n\n" + markdown_table(header, rows, left=(0, 4))
 
 
 def traffic_table(traffic: Mapping[str, Mapping[str, int]]) -> str:
@@ -236,3 +264,53 @@ def draw_curves(
     traffic.grid(alpha=0.3)
     traffic.legend(loc="upper left")
     figure.savefig(path, dpi=110)
+
+
+def draw_cuts(records: Sequence[RoundRecord], path: Path) -> None:
+    """The cut of each device over the rounds, as a picture.
+
+    A row per device, a column per round, a colour per cut; white where the device's update did
+    not count.
+    """
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    devices = sorted({device for r in records for device in r.cuts}, key=_natural)
+    cuts = sorted({cut for r in records for cut in r.cuts.values()})
+    number = {cut: i for i, cut in enumerate(cuts)}
+    cells = np.array([[number.get(r.cuts.get(d, 0), -1) for r in records] for d in devices])
+    colours = ListedColormap(colormaps["viridis"](np.linspace(0.95, 0.1, len(cuts))))
+    norm = BoundaryNorm(np.arange(len(cuts) + 1) - 0.5, len(cuts))
+
+    height = float(np.clip(1.2 + 0.22 * len(devices), 2.4, 9))
+    figure = Figure(figsize=(8.4, height), layout="constrained")
+    axis = figure.subplots()
+    first, last = records[0].round, records[-1].round
+    picture = axis.imshow(
+        np.ma.masked_less(cells, 0), colours, norm, aspect="auto", interpolation="nearest",
+        extent=(first - 0.5, last + 0.5, len(devices) - 0.5, -0.5),
+    )  # fmt: skip
+    axis.set(title="cut of each device; white: no update of it counted", xlabel="round")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(devices) <= _NAMED:
+        axis.set_yticks(range(len(devices)), devices)
+        axis.set_yticks(np.arange(0.5, len(devices) - 1), minor=True)
+        axis.grid(which="minor", axis="y", color="white", linewidth=1.5)
+    else:
+        axis.set(ylabel=f"{len(devices)} devices", yticks=[])
+    axis.tick_params(which="both", length=0)
+    axis.spines[:].set_visible(False)
+    key = figure.colorbar(picture, ax=axis, label="cut", pad=0.02)
+    key.set_ticks(range(len(cuts)), labels=[str(cut) for cut in cuts])
+    key.ax.minorticks_off()
+    figure.savefig(path, dpi=110)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts ``phone-2`` before ``phone-10``."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]

@@ -11,7 +11,7 @@ from server_hub.run import RoundRecord
 
 
 class Board:
-    """Writes every round's losses, accuracies and traffic; used in ``with``.
+    """Writes every round's losses, accuracy or perplexity, cuts and traffic; used in ``with``.
 
     Args:
         folder: where TensorBoard looks; None writes nothing.
@@ -71,5 +71,6 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         "traffic/MB down": record.down / 1e6,
     }
     for tier, paths in record.accuracy.items():
-        values |= {f"accuracy/{tier}/{path}": value for path, value in paths.items()}
+        values |= {f"{record.metric}/{tier}/{path}": value for path, value in paths.items()}
+    values |= {f"cut/{device}": cut for device, cut in record.cuts.items()}
     return {name: value for name, value in values.items() if value is not None}

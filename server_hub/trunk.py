@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from edge_sdk.protocol.tensors import Array
 from export.names import layer_of
@@ -20,10 +21,23 @@ from export.optimizers import get_optimizer
 from export.packing import get_codec
 from export.split import SplitModel, channel_axis
 from server_hub.evaluation import Served
-from server_hub.merged import depth_merged_loss
+from server_hub.merged import depth_merged_loss, merged_features
 
 State = dict[str, Array]
 """Tensors by name, ``block.3.conv.weight``."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a device says of the features of a batch whose labels it keeps.
+
+    Attributes:
+        gradient: packed gradient of the mean loss over its labels, by the features.
+        labels: labels that count.
+    """
+
+    gradient: Mapping[str, Array]
+    labels: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,10 @@ class Arrival:
         codec: how they are packed.
         parts: the packed tensors.
         labels: (rows,) int64; (rows, positions) for a model of tokens, where -1 does not count.
+            None where they stay on the device.
         weight: weight of a label in the loss.
+        shape: of the labels, where these stay on the device.
+        finished: what comes instead of them, once the device has had the features.
     """
 
     device: str
@@ -45,13 +62,20 @@ class Arrival:
     cut: int
     codec: str
     parts: Mapping[str, Array]
-    labels: Array
+    labels: Array | None
     weight: float = 1.0
+    shape: tuple[int, ...] = ()
+    finished: Finished | None = None
 
     @property
     def rows(self) -> int:
         """Number of examples."""
-        return len(self.labels)
+        return (self.shape if self.labels is None else self.labels.shape)[0]
+
+    @property
+    def positions(self) -> int:
+        """Number of labels, whether they count or not."""
+        return math.prod(self.shape if self.labels is None else self.labels.shape)
 
 
 @dataclass(frozen=True)
@@ -60,7 +84,7 @@ class StepReport:
 
     Attributes:
         loss: mean over the labels that count of the summed cross-entropy of the heads that they
-            passed; NaN if no row was used.
+            passed; NaN if no row was used, or the labels are not here.
         rows: rows that were used; of texts, labels that count.
         refused: devices whose activations were refused, with the reason.
         gradients: of each arrival, packed as it was, where the plan has them returned: the
@@ -97,6 +121,8 @@ class TrunkPlan:
         max_rows: rows in one merged step at most.
         seed: order of the passes after the first.
         max_norm: gradients of a step are scaled down to this norm.
+        u_shaped: labels stay on the devices, and the head is trained there. Dropouts rest: the pass
+            that a gradient goes back through must be the one that the device has seen.
         returned: whether steps report the gradients of the arrivals; these are of the head's loss
             alone, and the auxiliary heads rest.
         anneal: the learning rate goes to zero over the passes, by a cosine.
@@ -109,6 +135,7 @@ class TrunkPlan:
     max_rows: int = 256
     seed: int = 0
     max_norm: float = math.inf
+    u_shaped: bool = False
     returned: bool = False
     anneal: bool = False
     keeps_slots: bool = False
@@ -122,6 +149,9 @@ class Trunk(Protocol):
 
     async def begin(self, state: State, plan: TrunkPlan) -> None:
         """Start a round from ``state``: no replicas yet, fresh optimizers."""
+
+    async def features(self, arrival: Arrival) -> dict[str, Array] | None:
+        """What leaves the last block for activations, packed as they are; None if not finite."""
 
     async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
         """One depth-merged step per replica over all arrivals."""
@@ -162,6 +192,7 @@ class _Packed:
     parts: dict[str, Tensor]
     labels: Tensor
     counted: int
+    gradient: Tensor | None
 
 
 class TrunkCore(Served):
@@ -194,6 +225,21 @@ class TrunkCore(Served):
         if self._plan.epochs > 1:
             self._kept.extend(packed)
         return self._train(packed)
+
+    @torch.no_grad()
+    def features(self, arrival: Arrival) -> dict[str, Array] | None:
+        """What leaves the last block for activations, packed as they are; None if not finite.
+
+        :meth:`step` computes it again, with the parameters that there are then.
+        """
+        replica = self._replicas.get(arrival.replica) or self._new_replica(arrival.replica)
+        codec = get_codec(arrival.codec)
+        h = codec.unpack({name: self._move(part) for name, part in arrival.parts.items()})
+        h = merged_features(replica.model, {arrival.cut: [h]})
+        if not torch.isfinite(h).all():
+            return None
+        parts = codec.pack(h, channel_axis(h, self._template.channels_first))
+        return {name: part.cpu().numpy() for name, part in parts.items()}
 
     @property
     def keeps_memory(self) -> bool:
@@ -240,8 +286,13 @@ class TrunkCore(Served):
 
     def _receive(self, arrival: Arrival) -> _Packed:
         parts = {name: self._move(part) for name, part in arrival.parts.items()}
-        counted = int((arrival.labels >= 0).sum())
-        return _Packed(arrival, parts, self._move(arrival.labels), counted)
+        if arrival.labels is not None:
+            counted = int((arrival.labels >= 0).sum())
+            return _Packed(arrival, parts, self._move(arrival.labels), counted, None)
+        assert arrival.finished is not None
+        back = {name: self._move(part) for name, part in arrival.finished.gradient.items()}
+        gradient = get_codec(arrival.codec).unpack(back)
+        return _Packed(arrival, parts, torch.empty(0), arrival.finished.labels, gradient)
 
     def _train(self, packed: Sequence[_Packed]) -> StepReport:
         refused: dict[str, str] = {}
@@ -285,7 +336,8 @@ class TrunkCore(Served):
             found, gradients_finite = self._gradients(replica, unpacked)
             if gradients_finite:
                 for (p, _), loss in zip(unpacked, found, strict=True):
-                    losses[id(p)] = loss, p.counted
+                    if p.gradient is None:
+                        losses[id(p)] = loss, p.counted
                 replica.optimizer.step()
                 self._count(replica, unpacked)
                 if self._plan.returned:
@@ -307,27 +359,52 @@ class TrunkCore(Served):
         """Backward pass of the merged loss; each arrival's loss, and whether all is finite."""
         entering: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         labels = _counted(unpacked)
+        replica.optimizer.zero_grad()
+        for _, h in unpacked:
+            h.grad = None
+        if unpacked[0][0].gradient is not None:
+            finite = self._by_features(replica, unpacked)
+            return [math.nan for _ in unpacked], finite
         for p, h in unpacked:
             weights = torch.full(
                 (p.source.rows,), p.source.weight / labels, dtype=h.dtype, device=self.device
             )
             entering.setdefault(p.source.cut, []).append((h, p.labels, weights))
-        replica.optimizer.zero_grad()
-        for _, h in unpacked:
-            h.grad = None
         loss, row_losses = depth_merged_loss(
             replica.model, entering, auxiliary=not self._plan.returned
         )
         if not torch.isfinite(loss):
             return [], False
         loss.backward()  # type: ignore[no-untyped-call]
+        finite = self._clip(replica)
+        order = _as_merged(unpacked)
+        rows = [unpacked[i][0].source.rows for i in order]
+        sums = [float(part.sum()) for part in torch.split(row_losses, rows)]
+        return [sums[order.index(i)] for i in range(len(order))], finite
+
+    def _by_features(self, replica: _Replica, unpacked: Sequence[tuple[_Packed, Tensor]]) -> bool:
+        """Backward pass from gradients of the features; whether all is finite."""
+        entering: dict[int, list[Tensor]] = {}
+        for p, h in unpacked:
+            entering.setdefault(p.source.cut, []).append(h)
+        merged = merged_features(replica.model, entering)
+        gradient, row = torch.zeros_like(merged), 0
+        for p, _ in (unpacked[i] for i in _as_merged(unpacked)):
+            assert p.gradient is not None
+            rows = gradient[row : row + p.source.rows]
+            own = p.gradient * (p.source.weight * p.counted / _counted(unpacked))
+            # a text may have been padded: nothing comes back for what it did not have
+            (rows[:, : own.shape[1]] if own.dim() == 3 else rows).copy_(own)
+            row += p.source.rows
+        merged.backward(gradient)  # type: ignore[no-untyped-call]
+        return self._clip(replica)
+
+    def _clip(self, replica: _Replica) -> bool:
+        """Bound the gradients; whether they are finite."""
         trained = [p for p in replica.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         nn.utils.clip_grads_with_norm_(trained, self._plan.max_norm, norm)
-        order = sorted(range(len(unpacked)), key=lambda i: unpacked[i][0].source.cut)
-        rows = [unpacked[i][0].source.rows for i in order]
-        sums = [float(part.sum()) for part in torch.split(row_losses, rows)]
-        return [sums[order.index(i)] for i in range(len(order))], bool(torch.isfinite(norm))
+        return bool(torch.isfinite(norm))
 
     def _pack_gradient(self, packed: _Packed, h: Tensor, labels: int) -> Mapping[str, Array]:
         """The gradient at the cut, of the mean over the arrival's labels, not the merged ones."""
@@ -343,13 +420,18 @@ class TrunkCore(Served):
             above = [f"block.{i}" for i in range(p.source.cut, model.depth)]
             if not self._plan.returned:
                 above += [f"aux.{d}" for d in model.head_depths if d > p.source.cut]
-            for layer in (*above, "head"):
+            if p.gradient is None:
+                above.append("head")
+            for layer in above:
                 replica.samples[layer] = replica.samples.get(layer, 0) + p.source.rows
 
     def _new_replica(self, name: str) -> _Replica:
         model = self._model_with(self._state)
         # a head may read the stem's table, but the stem is trained where it is: on the devices
         model.stem.requires_grad_(False)
+        for module in model.modules() if self._plan.u_shaped else ():
+            if isinstance(module, _DropoutNd):
+                module.eval()
         rule = get_optimizer(self._plan.optimizer)
         trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         optimizer = rule.reference(trained, dict(self._plan.hyper))
@@ -375,6 +457,11 @@ class TrunkCore(Served):
                     yield replica.optimizer.state[parameter], slot, f"{kind}/{whose}"
 
 
+def _as_merged(unpacked: Sequence[tuple[_Packed, Tensor]]) -> list[int]:
+    """The order in which arrivals' rows stand behind each other when they are merged."""
+    return sorted(range(len(unpacked)), key=lambda i: unpacked[i][0].source.cut)
+
+
 def _counted(unpacked: Iterable[tuple[_Packed, Tensor]]) -> int:
     return sum(p.counted for p, _ in unpacked)
 
@@ -390,6 +477,9 @@ class LocalTrunk:
 
     async def begin(self, state: State, plan: TrunkPlan) -> None:
         self.core.begin(state, plan)
+
+    async def features(self, arrival: Arrival) -> dict[str, Array] | None:
+        return self.core.features(arrival)
 
     async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
         return self.core.step(arrivals)

@@ -116,6 +116,10 @@ class WorkerTrunk:
     async def begin(self, state: State, plan: TrunkPlan) -> None:
         await self._call("begin", state, plan)
 
+    async def features(self, arrival: Arrival) -> dict[str, Array] | None:
+        parts: dict[str, Array] | None = await self._call_with_arrivals("features", [arrival])
+        return parts
+
     async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
         report: StepReport = await self._call_with_arrivals("step", arrivals)
         return report
@@ -156,7 +160,7 @@ class WorkerTrunk:
         """Like :meth:`_call`; the payloads go through the arena."""
         async with self._turn:
             assert self._arena is not None
-            arrays = [part for a in arrivals for part in (*a.parts.values(), a.labels)]
+            arrays = [array for a in arrivals for array in _arrays(a).values()]
             places = self._arena.write(arrays)
             if places is None:
                 needed = sum(array.nbytes for array in arrays)
@@ -167,8 +171,8 @@ class WorkerTrunk:
             rest = iter(places)
             described = []
             for a in arrivals:
-                where = {name: next(rest) for name in a.parts}
-                described.append((dataclasses.replace(a, parts={}, labels=None), where, next(rest)))  # type: ignore[arg-type]
+                where = {name: next(rest) for name in _arrays(a)}
+                described.append((_without_arrays(a), where))
             return await self._exchange(command, (described,))
 
     async def _exchange(self, command: str, arguments: Any) -> Any:
@@ -219,9 +223,8 @@ def _work(
     core = TrunkCore(model, device, held_out)
 
     def arrivals(described: list[Any]) -> Iterator[Arrival]:
-        for arrival, where, labels in described:
-            parts = {name: arena.read(place) for name, place in where.items()}
-            yield dataclasses.replace(arrival, parts=parts, labels=arena.read(labels))
+        for arrival, where in described:
+            yield _with_arrays(arrival, {key: arena.read(place) for key, place in where.items()})
 
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # the hub has gone
         while True:
@@ -232,8 +235,8 @@ def _work(
             try:
                 if command == "step":
                     result: Any = core.step(_owned(core, arrivals(*arguments)))
-                elif command == "answer":
-                    result = core.answer(next(arrivals(*arguments)))
+                elif command in ("answer", "features"):
+                    result = getattr(core, command)(next(arrivals(*arguments)))
                 elif command == "hello":
                     result = None
                 else:
@@ -249,8 +252,30 @@ def _owned(core: TrunkCore, arrivals: Iterator[Arrival]) -> list[Arrival]:
     if not core.keeps_memory:
         return list(arrivals)
     return [
-        dataclasses.replace(
-            a, parts={n: p.copy() for n, p in a.parts.items()}, labels=a.labels.copy()
-        )
-        for a in arrivals
+        _with_arrays(a, {key: array.copy() for key, array in _arrays(a).items()}) for a in arrivals
     ]
+
+
+def _arrays(arrival: Arrival) -> dict[tuple[str, str], Array]:
+    """What of an arrival goes through the arena, by where it belongs."""
+    arrays = {("parts", name): part for name, part in arrival.parts.items()}
+    if arrival.labels is not None:
+        arrays["labels", ""] = arrival.labels
+    if arrival.finished is not None:
+        arrays |= {("gradient", name): part for name, part in arrival.finished.gradient.items()}
+    return arrays
+
+
+def _without_arrays(arrival: Arrival) -> Arrival:
+    finished = arrival.finished and dataclasses.replace(arrival.finished, gradient={})
+    return dataclasses.replace(arrival, parts={}, labels=None, finished=finished)
+
+
+def _with_arrays(arrival: Arrival, arrays: Mapping[tuple[str, str], Array]) -> Arrival:
+    def of(what: str) -> dict[str, Array]:
+        return {name: array for (where, name), array in arrays.items() if where == what}
+
+    finished = arrival.finished and dataclasses.replace(arrival.finished, gradient=of("gradient"))
+    return dataclasses.replace(
+        arrival, parts=of("parts"), labels=arrays.get(("labels", "")), finished=finished
+    )

@@ -243,6 +243,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
+        self.loading_s = 0.0
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
         """Nothing."""
@@ -265,7 +266,9 @@ def seeds_of_a_round(seed: int) -> list[int]:
     """The seeds of the training steps of a round of three epochs of four batches."""
     recorder = Recorder()
     port = SimpleNamespace(role="seed")
-    manifest: Any = SimpleNamespace(graphs={"train": SimpleNamespace(inputs=[port])}, limits={})
+    manifest: Any = SimpleNamespace(
+        graphs={"train": SimpleNamespace(inputs=[port])}, limits={}, task="classes", state=()
+    )
     data = Examples(np.zeros((16, 2), np.float32), np.zeros(16, np.int64))
     plan = LocalPlan(3, 4, {"lr": 0.1}, "none", seed)
     Learner(manifest, recorder).train({}, data, plan, lambda *_: None)

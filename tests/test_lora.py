@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from export.adapters import TransformersModel, from_transformers
 from export.errors import ExportError
 from export.lora import Lora, adapted_modules, add_lora, cut_ranks, set_ranks
+from export.low_rank import adapter_pairs, average
 from export.peft_format import load_adapter, save_adapter
 from export.split import SplitModel
-from server_hub.adapters import adapter_pairs, average
 from tests.models import conv_model
 
 WORDS = 50

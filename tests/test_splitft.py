@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.data import Examples
 from edge_sdk.learner import Learner, LocalPlan, LocalResult, Packed, Wanted, advance
+from edge_sdk.protocol.messages import Gradient
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from export import packing
 from export.adapters import from_transformers
@@ -162,7 +163,8 @@ def drive(
     """Local training against a hub; a late one gives gradients only when they are waited for."""
     training = learner.training(learner.runtime.get_state(), data, plan)
     sent: dict[int, dict[str, Array]] = {}
-    most, gradient = 0, None
+    most = 0
+    gradient: Gradient | None = None
     while True:
         step = advance(training, gradient)
         gradient = None
@@ -173,7 +175,7 @@ def drive(
             sent[step.batch] = hub(step)
             most = max(most, len(sent))
         elif isinstance(step, Wanted) and (step.wait or not late):
-            gradient = sent.pop(step.batch)
+            gradient = Gradient(1, step.batch, sent.pop(step.batch))
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3, 20])

@@ -30,6 +30,8 @@ from edge_sdk.protocol.messages import (
     Bye,
     Decline,
     Error,
+    FeatureGradient,
+    Features,
     Gradient,
     Hello,
     Infer,
@@ -87,7 +89,8 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     Ready: st.builds(Ready, from_1, st.none() | texts, st.none() | from_1),
     Decline: st.builds(Decline, from_1, texts),
     BlobGet: st.builds(BlobGet, hashes, from_0),
-    Activations: st.builds(Activations, from_1, from_0, parts, small_arrays),
+    Activations: st.builds(Activations, from_1, from_0, parts, st.none() | small_arrays),
+    FeatureGradient: st.builds(FeatureGradient, from_1, from_0, parts, from_1),
     Update: st.builds(Update, from_1, parts, st.booleans(), from_1, numbers),
     Infer: st.builds(Infer, from_1, parts, st.none() | texts),
     Bye: st.builds(Bye, texts),
@@ -112,11 +115,18 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         from_1,
         from_1,
         numbers,
-        st.sampled_from(["train", "forward", "returned", "none"]),
+        st.sampled_from(["train", "forward", "returned", "u_shaped", "fused", "none"]),
         from_0,
         st.integers(0, 1024),
     ),
-    Gradient: st.builds(Gradient, from_1, from_0, parts),
+    Features: st.builds(Features, from_1, from_0, parts),
+    Gradient: st.builds(
+        Gradient,
+        from_1,
+        from_0,
+        parts,
+        st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    ),
     Move: st.builds(Move, texts, hashes, texts),
     Stop: st.builds(Stop, texts, st.none() | hashes),
     Answer: st.builds(Answer, from_1, st.lists(names, max_size=3), small_arrays),
@@ -135,13 +145,15 @@ GOOD: list[Message] = [
     Decline(3, "battery low"),
     BlobGet(HASH, 0),
     Activations(1, 0, {"h": FLOAT}, np.array([1, 2])),
+    FeatureGradient(1, 0, {"h": FLOAT}, 2),
     Update(1, {"stem.weight": FLOAT}, True, 100, {"loss": 0.5}),
     Infer(1, {"h": FLOAT}, "small"),
     Bye("done"),
     Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH),
     Blob(HASH, 0, 3, b"abc"),
     Round(1, HASH, 1, 32, {"lr": 0.05}, "returned", 0, 2),
-    Gradient(1, 0, {"g": FLOAT}),
+    Features(1, 0, {"h": FLOAT}),
+    Gradient(1, 0, {"g": FLOAT}, 0.5),
     Move("large", HASH, "there is time for it"),
     Stop("finished", HASH),
     Answer(1, ["head"], FLOAT),
@@ -393,7 +405,8 @@ WRONG: dict[str, list[object]] = {
     "offset": [-1, "0", None],
     "batch": [-1, 0.0, None],
     "parts": [None, [FLOAT], {"h": 1}, {"h": b"bytes"}, {"x" * 513: FLOAT}, {b"h": FLOAT}],
-    "labels": [None, [1, 2], b"", 3],
+    "labels": [[1, 2], b"", "3", True],
+    "loss": [math.nan, math.inf, "0", True],
     "tensors": [None, [], {"w": 0.5}],
     "done": [0, 1, None, "true", FLOAT],
     "metrics": [
@@ -447,9 +460,17 @@ def test_limits_are_inclusive() -> None:
     ):
         assert isinstance(decode(frame_bytes("hello", body, 0)).message, Hello)
     metrics = {"m" * 500 + str(i): i for i in range(64)}
-    update = {**raw(GOOD[5]), "metrics": metrics, "round": MAX_INT}
+    update = {
+        **raw(next(m for m in GOOD if isinstance(m, Update))),
+        "metrics": metrics,
+        "round": MAX_INT,
+    }
     assert decode(frame_bytes("update", update)).message.body()["metrics"] == metrics
-    answer = decode(frame_bytes("answer", {**raw(GOOD[13]), "heads": ["h"] * 1024})).message
+    answer = decode(
+        frame_bytes(
+            "answer", {**raw(next(m for m in GOOD if isinstance(m, Answer))), "heads": ["h"] * 1024}
+        )
+    ).message
     assert len(answer.body()["heads"]) == 1024
 
 

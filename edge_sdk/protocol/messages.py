@@ -97,6 +97,10 @@ def _finite(value: object) -> bool:
     return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
+def _number(value: object) -> str | None:
+    return None if _finite(value) else "a finite number"
+
+
 _tensors = _map_of("tensors", lambda v: isinstance(v, np.ndarray), MAX_TENSORS)
 _numbers = _map_of("finite numbers", _finite, 64)
 
@@ -189,13 +193,27 @@ class BlobGet(Message):
 
 @dataclass(frozen=True)
 class Activations(Message):
-    """Packed activations of one batch at the device's cut, with their labels."""
+    """Packed activations of one batch at the device's cut, with their labels.
+
+    These are nil in rounds in which labels stay on the device.
+    """
 
     TYPE = "activations"
     round: int = _must(_integer(1))
     batch: int = _must(_integer())
     parts: dict[str, Array] = _must(_tensors)
-    labels: Array = _must(_tensor)
+    labels: Array | None = _must(_optional(_tensor), None)
+
+
+@dataclass(frozen=True)
+class FeatureGradient(Message):
+    """Packed gradient of the ``features`` of one batch: of the mean loss over its ``labels``."""
+
+    TYPE = "feature_gradient"
+    round: int = _must(_integer(1))
+    batch: int = _must(_integer())
+    parts: dict[str, Array] = _must(_tensors)
+    labels: int = _must(_integer(1))
 
 
 @dataclass(frozen=True)
@@ -281,22 +299,33 @@ class Round(Message):
     epochs: int = _must(_integer())
     batch_size: int = _must(_integer(1))
     hyper: dict[str, float] = _must(_numbers)
-    activations: str = _must(_choice("train", "forward", "returned", "none"))
+    activations: str = _must(_choice("train", "forward", "returned", "u_shaped", "fused", "none"))
     seed: int = _must(_integer())
     staleness: int = _must(_integer(0, 1024), 0)
+
+
+@dataclass(frozen=True)
+class Features(Message):
+    """What leaves the last block for the activations of one batch, packed as these are."""
+
+    TYPE = "features"
+    round: int = _must(_integer(1))
+    batch: int = _must(_integer())
+    parts: dict[str, Array] = _must(_tensors)
 
 
 @dataclass(frozen=True)
 class Gradient(Message):
     """Packed gradient of the activations of one batch, in rounds with returned gradients.
 
-    It is that of the mean loss over the batch.
+    It is that of the mean loss over the batch, which is ``loss`` if it is there.
     """
 
     TYPE = "gradient"
     round: int = _must(_integer(1))
     batch: int = _must(_integer())
     parts: dict[str, Array] = _must(_tensors)
+    loss: float | None = _must(_optional(_number), None)
 
 
 @dataclass(frozen=True)
@@ -354,8 +383,8 @@ class Ack(Message):
 MESSAGES: dict[str, type[Message]] = {
     cls.TYPE: cls
     for cls in (
-        Hello, Ready, Decline, BlobGet, Activations, Update, Infer, Bye,
-        Welcome, Blob, Round, Gradient, Move, Stop, Answer, Error, Ack,
+        Hello, Ready, Decline, BlobGet, Activations, FeatureGradient, Update, Infer, Bye,
+        Welcome, Blob, Round, Features, Gradient, Move, Stop, Answer, Error, Ack,
     )
 }  # fmt: skip
 

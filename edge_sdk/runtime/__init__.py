@@ -16,6 +16,10 @@ class Runtime(Protocol):
     The state stays inside the runtime between steps; :meth:`get_state` copies it out.
     """
 
+    @property
+    def loading_s(self) -> float:
+        """Seconds that graphs have taken to load so far; that is when they are first run."""
+
     def set_state(self, tensors: Mapping[str, Array]) -> None:
         """Replace parameters and statistics; optimizer slots that are not given become zero."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -63,6 +64,8 @@ class ExecutorchRuntime:
         self._state: dict[str, Any] = {}
         self._turn = threading.Lock()
         self._loaded: set[str] = set()
+        self.loading_s = 0.0
+        """Seconds that methods have taken to load so far, with their first run."""
         self.set_state(bundle.initial_state)
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
@@ -100,9 +103,12 @@ class ExecutorchRuntime:
             ]
             try:
                 # a method is loaded when it is first run, and XNNPACK talks while it is
-                with contextlib.nullcontext() if graph in self._loaded else quiet():
+                began, first = time.perf_counter(), graph not in self._loaded
+                with quiet() if first else contextlib.nullcontext():
                     outputs = self._modules[spec.blob].run_method(graph, inputs)
-                self._loaded.add(graph)
+                if first:
+                    self._loaded.add(graph)
+                    self.loading_s += time.perf_counter() - began
             except RuntimeError as error:
                 raise BundleError(
                     f"ExecuTorch cannot run the graph {graph!r} ({error}); export the bundle "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,12 +36,16 @@ class _Sessions:
         }
         self._loaded: dict[str, Any] = {}
         self._loading = threading.Lock()
+        self.seconds = 0.0
+        """That loading has taken so far."""
 
     def get(self, graph: str) -> Any:
         """The session of a graph; :class:`BundleError` if ONNX Runtime cannot load it."""
         with self._loading:
             if graph not in self._loaded:
+                began = time.perf_counter()
                 self._loaded[graph] = self._load(graph)
+                self.seconds += time.perf_counter() - began
                 del self._files[graph]  # the session has its own copy
             return self._loaded[graph]
 
@@ -117,6 +122,11 @@ class OnnxRuntime:
             if port.role == "state":
                 binding.bind_ortvalue_output(port.spec.name, self._buffers[1 - side][next(states)])
         return binding
+
+    @property
+    def loading_s(self) -> float:
+        """Seconds that graphs have taken to load so far."""
+        return self._sessions.seconds
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
         with self._turn:

@@ -7,7 +7,7 @@ float64, lets autograd and ``torch.optim`` do the rest, and packs nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import Array, TensorSpec
 from export.dropout import PRIME, SeededDropout
 from export.errors import ExportError, reason
 from export.losses import NO_LABEL
@@ -30,6 +30,9 @@ SEEDS = (0, 1)
 DRAWS = 16
 LENGTHS = {1: 2, 3: 5, 8: 3}
 """Of texts, by batch; the last batch has the example's own length."""
+
+_OWN = 0.3
+"""Weight of the heads' gradient where it is fused with one that came back."""
 
 _RELATIVE, _ROUNDING, _GLOBAL = 1e-3, 1e-6, 1e-5
 _VERIFY_HYPER = {
@@ -97,7 +100,9 @@ def _compare(
             h, logits = reference(_wide(x))
     got = run(step, feeds)
     wanted = {"logits": logits} if "logits" in got else {}
-    return _first(_differences(got, _Eager({}, h, wanted, {}))) or _packed(steps, got, h)
+    return _first(_differences(got, _Eager({}, h, wanted, {}))) or _packed(
+        steps, got, h, steps.packed
+    )
 
 
 def _compare_training(
@@ -107,13 +112,16 @@ def _compare_training(
     hyper = _VERIFY_HYPER[steps.optimizer.name]
     scalars = {key: np.asarray(value, np.float32) for key, value in hyper.items()}
     state = {n: _numpy(t) for n, t in (steps.initial | steps.slots).items()}
-    if step.name == "backward":
-        state |= {n: _numpy(t) for n, t in _resting(steps).items()}
+    if step.name == "fuse":
+        scalars["own"] = np.asarray(_OWN, np.float32)
+    state |= {n: _numpy(t) for n, t in _resting(steps, step.name).items()}
     for eager in _TRAINING[step.name](steps, x, seed):
-        got = run(step, {**state, "x": _numpy(x), **scalars, **eager.feeds})
+        feeds = eager.feeds if step.name == "finish" else {"x": _numpy(x), **eager.feeds}
+        got = run(step, {**state, **scalars, **feeds})
         wrong = _first(_differences(got, eager))
         if wrong is None and eager.h is not None:
-            wrong = _packed(steps, got, eager.h)
+            deep = step.name == "finish"
+            wrong = _packed(steps, got, eager.h, steps.features if deep else steps.packed)
         if wrong is not None:
             return wrong
         # the reference's: rounding of the first step, where a gradient is zero but for rounding,
@@ -126,7 +134,7 @@ def _compare_training(
 class _Eager:
     """A step in eager PyTorch: what went in besides the state, what a graph has to put out.
 
-    ``h`` are the activations that it has to pack, if it does.
+    ``h`` is what it has to pack, if it does: activations, or the gradient of features.
     """
 
     feeds: dict[str, Array]
@@ -147,14 +155,15 @@ def _train_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
     generator = torch.Generator().manual_seed(seed)
     name = steps.optimizer.name
     reference = copy.deepcopy(steps.segment).double().train()
-    parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
+    parameters, resting = _split(steps, reference, "train")
     moved = statistics(reference)
     optimizer = steps.optimizer.reference(list(parameters.values()), _VERIFY_HYPER[name])
     done = []
     for _ in range(2):
         y = _labels(steps, x, generator)
         key = torch.randint(PRIME, (), generator=generator)
-        old = {f"next/{n}": t.detach().clone() for n, t in (parameters | moved).items()}
+        everything = parameters | moved | resting
+        old = {f"next/{n}": t.detach().clone() for n, t in everything.items()}
         with SeededDropout(key):
             h, logits = reference(_wide(x))
         loss = _loss(logits, y, steps.distill)
@@ -163,11 +172,89 @@ def _train_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
         optimizer.step()
         answers = logits.detach().softmax(-1).mean(0).argmax(-1)
         wanted = {"loss": loss.detach(), "correct": (answers == y).double().sum()}
-        wanted |= {f"next/{n}": t.detach().clone() for n, t in (parameters | moved).items()}
+        wanted |= {f"next/{n}": t.detach().clone() for n, t in everything.items()}
         slots = _slots(name, parameters, optimizer)
         wanted |= {f"next/{n}": s.detach().clone() for n, s in slots}
         feeds = {"y": _numpy(y)} | _seeds(steps, key)
         done.append(_Eager(feeds, h.detach(), wanted, old))
+    return done
+
+
+def _fuse_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
+    """Two steps in float64: heads by their loss; the rest by both gradients, each on its own."""
+    generator = torch.Generator().manual_seed(seed)
+    name = steps.optimizer.name
+    reference = copy.deepcopy(steps.segment).double().train()
+    heads = {id(p) for p in reference.aux.parameters()}
+    parameters, resting = _split(steps, reference, "fuse")
+    moved = statistics(reference)
+    optimizer = steps.optimizer.reference(list(parameters.values()), _VERIFY_HYPER[name])
+    done = []
+    for _ in range(2):
+        y = _labels(steps, x, generator)
+        key = torch.randint(PRIME, (), generator=generator)
+        everything = parameters | moved | resting
+        old = {f"next/{n}": t.detach().clone() for n, t in everything.items()}
+        with SeededDropout(key):
+            h, logits = reference(_wide(x))
+        loss = _loss(logits, y, steps.distill)
+        parts = steps.codec.pack(torch.randn(h.shape, generator=generator), steps.axis)
+        optimizer.zero_grad()
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        for p in parameters.values():
+            if p.grad is not None and id(p) not in heads:
+                p.grad *= _OWN
+        h.backward((1 - _OWN) * steps.codec.unpack(parts).double())
+        optimizer.step()
+        answers = logits.detach().softmax(-1).mean(0).argmax(-1)
+        wanted = {"loss": loss.detach(), "correct": (answers == y).double().sum()}
+        wanted |= {f"next/{n}": t.detach().clone() for n, t in everything.items()}
+        slots = _slots(name, parameters, optimizer)
+        wanted |= {f"next/{n}": s.detach().clone() for n, s in slots}
+        feeds = {f"grad.{n}": _numpy(part) for n, part in parts.items()}
+        feeds |= {"y": _numpy(y)} | _seeds(steps, key)
+        done.append(_Eager(feeds, None, wanted, old))
+    return done
+
+
+def _finish_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
+    """Two steps of the model's head in float64, on features of random values; the rest stays."""
+    generator = torch.Generator().manual_seed(seed)
+    name = steps.optimizer.name
+    reference = copy.deepcopy(steps.segment).double().train()
+    parameters, resting = _split(steps, reference, "finish")
+    moved, rule = statistics(reference), steps.optimizer
+    optimizer = (
+        rule.reference(list(parameters.values()), _VERIFY_HYPER[name]) if parameters else None
+    )
+    assert steps.segment.features is not None
+    with torch.no_grad():
+        like = steps.segment.features(x)
+    done = []
+    for _ in range(2):
+        y = _labels(steps, x, generator)
+        key = torch.randint(PRIME, (), generator=generator)
+        old = {f"next/{n}": t.detach().clone() for n, t in (parameters | moved | resting).items()}
+        parts = steps.codec.pack(torch.randn(like.shape, generator=generator), steps.features_axis)
+        h = steps.codec.unpack(parts).double().requires_grad_()
+        with SeededDropout(key):
+            logits = reference.head(h).unsqueeze(0)
+        loss = _loss(logits, y, 0.0)
+        for p in parameters.values():
+            p.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        if optimizer is not None:
+            optimizer.step()
+        answers = logits[0].detach().argmax(-1)
+        wanted = {"loss": loss.detach(), "correct": (answers == y).double().sum()}
+        values = parameters | moved | resting
+        if optimizer is not None:
+            values |= dict(_slots(name, parameters, optimizer))
+        wanted |= {f"next/{n}": t.detach().clone() for n, t in values.items()}
+        feeds = {f"features.{n}": _numpy(part) for n, part in parts.items()}
+        feeds |= {"y": _numpy(y)} | _seeds(steps, key)
+        assert h.grad is not None
+        done.append(_Eager(feeds, h.grad, wanted, old))
     return done
 
 
@@ -191,31 +278,46 @@ def _return_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
     generator = torch.Generator().manual_seed(seed)
     name = steps.optimizer.name
     reference = copy.deepcopy(steps.segment).double().train()
-    heads = {id(p) for p in reference.aux.parameters()}
-    parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
-    trained = {n: p for n, p in parameters.items() if id(p) not in heads}
-    moved, resting = statistics(reference), _resting(steps)
+    trained, resting = _split(steps, reference, "backward")
+    moved = statistics(reference)
     optimizer = steps.optimizer.reference(list(trained.values()), _VERIFY_HYPER[name])
     done = []
     for _ in range(2):
         key = torch.randint(PRIME, (), generator=generator)
-        old = {f"next/{n}": t.detach().clone() for n, t in (parameters | moved | resting).items()}
+        old = {f"next/{n}": t.detach().clone() for n, t in (trained | moved | resting).items()}
         h = _activations(reference, x, key)
         parts = steps.codec.pack(torch.randn(h.shape, generator=generator), steps.axis)
         optimizer.zero_grad()
         h.backward(steps.codec.unpack(parts).double())  # type: ignore[no-untyped-call]
         optimizer.step()
-        values = parameters | moved | resting | dict(_slots(name, trained, optimizer))
+        values = trained | moved | resting | dict(_slots(name, trained, optimizer))
         wanted = {f"next/{n}": t.detach().clone() for n, t in values.items()}
         feeds = {f"grad.{n}": _numpy(part) for n, part in parts.items()} | _seeds(steps, key)
         done.append(_Eager(feeds, None, wanted, old))
     return done
 
 
-def _resting(steps: ClientSteps) -> dict[str, Tensor]:
-    """Slots of the heads' parameters that a gradient from the hub must leave alone."""
-    heads = [n for n in steps.slots if layer_of(n) in steps.segment.heads]
-    return {n: torch.full_like(steps.slots[n], 0.5) for n in heads}
+def _trains(graph: str, name: str) -> bool:
+    """Whether a graph trains a parameter, or the slot belongs to one that it trains."""
+    layer = layer_of(name)
+    if graph == "finish":
+        return layer == "head"
+    return layer != "head" and (graph != "backward" or not layer.startswith("aux."))
+
+
+def _resting(steps: ClientSteps, graph: str) -> dict[str, Tensor]:
+    """Slots that a graph must leave alone, whatever they hold."""
+    return {n: torch.full_like(t, 0.5) for n, t in steps.slots.items() if not _trains(graph, n)}
+
+
+def _split(
+    steps: ClientSteps, reference: ClientSegment, graph: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters that a graph trains; parameters and slots that it must leave alone."""
+    parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
+    trained: dict[str, Tensor] = {n: p for n, p in parameters.items() if _trains(graph, n)}
+    rest: dict[str, Tensor] = {n: p for n, p in parameters.items() if n not in trained}
+    return trained, rest | _resting(steps, graph)
 
 
 def _activations(segment: ClientSegment, x: Tensor, seed: Tensor) -> Tensor:
@@ -235,7 +337,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-_TRAINING = {"train": _train_eagerly, "backward": _return_eagerly}
+_TRAINING = {
+    "train": _train_eagerly,
+    "backward": _return_eagerly,
+    "fuse": _fuse_eagerly,
+    "finish": _finish_eagerly,
+}
 """Graphs that change the state, with what they have to do."""
 
 
@@ -286,9 +393,12 @@ def _differences(got: dict[str, Array], eager: _Eager) -> Iterator[tuple[str, fl
             yield name, float(error)
 
 
-def _packed(steps: ClientSteps, got: dict[str, Array], h: Tensor) -> tuple[str, float] | None:
-    """Whether what was packed unpacks to the activations, within the codec's own error."""
-    parts = {spec.name: torch.from_numpy(got[spec.name]) for spec in steps.packed}
+def _packed(
+    steps: ClientSteps, got: dict[str, Array], h: Tensor, specs: Sequence[TensorSpec]
+) -> tuple[str, float] | None:
+    """Whether what was packed unpacks to what it is of, within the codec's own error."""
+    gradient = "" if specs[0].name in got else "grad."
+    parts = {spec.name: torch.from_numpy(got[f"{gradient}{spec.name}"]) for spec in specs}
     slack = 1e-4 * h.abs().max().item() + 1e-6  # norms over few values amplify rounding
     bound = steps.codec.error_bound(parts).double() * (1 + 1e-3) + slack
     excess = ((steps.codec.unpack(parts).double() - h).abs() - bound).max().item()

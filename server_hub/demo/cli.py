@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,19 +20,36 @@ def demo(
     run: Annotated[
         Path | None, typer.Option(help="Run folder  [default: runs/demo-DATE-TIME]")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of federated training.")] = 40,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rounds of training.  [default: 40; with --text 16]"),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Fine-tune a language model, by SplitFT, instead.")
+    ] = False,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Also write TensorBoard logs to this folder.")
     ] = None,
 ) -> None:
-    """Train one model over six unequal devices, in seven processes, on handwritten digits."""
-    from server_hub.demo.job import run_demo
+    """Train one model over six unequal devices, in seven processes, on handwritten digits.
+
+    With --text, fine-tune a small GPT-2 on texts instead, while the devices' cuts move.
+    """
     from server_hub.tensorboard import Board
 
     folder = run or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     console = Console(highlight=False)
     with Board(tensorboard) as board:
-        result = run_demo(folder, rounds, console, board.round)
+        result: dict[str, Any]
+        if text:
+            from server_hub.demo.text_job import TextDemo, run_text_demo
+
+            size = TextDemo() if rounds is None else TextDemo(rounds=rounds)
+            result = run_text_demo(folder, size, console, board.round)
+        else:
+            from server_hub.demo.job import run_demo
+
+            result = run_demo(folder, rounds or 40, console, board.round)
     if json_file is not None:
         write_atomically(json_file.absolute(), (json.dumps(result, indent=1) + "\n").encode())
         console.print(f"results in {json_file}")

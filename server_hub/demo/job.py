@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console
 from rich.table import Table
 
 from edge_sdk.data import Examples
@@ -26,7 +19,17 @@ from edge_sdk.index import BundleIndex
 from export.writer import WEIGHTS, Tier, export_bundles
 from server_hub.demo import digits
 from server_hub.demo.no_hub import federated_averaging
-from server_hub.run import PATHS, RoundRecord, RunFolder, markdown_table, megabytes
+from server_hub.demo.processes import (
+    CUTLAYER,
+    DeviceProcess,
+    device_report,
+    hub_events,
+    module_process,
+    save_npz,
+    traffic_table,
+    watch,
+)
+from server_hub.run import PATHS, RoundRecord, RunFolder, markdown_table
 from server_hub.tokens import TokenFile
 
 TIERS = {"small": Tier(cut=1), "medium": Tier(cut=3), "large": Tier(cut=5)}
@@ -59,15 +62,6 @@ max_rows = {max_rows}
 hyper = {{ lr = {lr} }}
 threads = 1
 """
-
-
-@dataclass
-class DeviceProcess:
-    """A device of the demo: its name, tier and process."""
-
-    name: str
-    tier: str
-    process: subprocess.Popen[str]
 
 
 def run_demo(
@@ -123,7 +117,7 @@ def run_demo(
             stack, folder, inputs, shares, rounds, console, on_round
         )
         training_seconds = time.monotonic() - trained_at
-        reports = [_report(device, console) for device in devices]
+        reports = [device_report(device, folder, console) for device in devices]
         traffic = next(event["bytes"] for event in events if event["event"] == "done")
 
     console.print("[bold]4[/]  the same devices without a hub: the model of the poorest, FedAvg")
@@ -142,7 +136,7 @@ def run_demo(
     result = _result(index, reports, records, traffic, no_hub, training_seconds, started)
     _check_saved_model(folder, result, held_out)
     console.print(accuracy_table(result))
-    console.print(traffic_table(result))
+    console.print(traffic_table(traffic))
     rate = 60 * len(records) / sum(r.seconds for r in records)
     console.print(
         f"{len(records)} rounds, {rate:.0f} rounds a minute, {result['seconds']:.0f} s in all; "
@@ -184,8 +178,11 @@ def _federate(
             lr=HYPER["lr"],
         )
     )
-    hub = stack.enter_context(_process(folder, "hub", "hub", "--config", str(folder / "hub.toml")))
-    events = _events(hub, folder)
+    config = str(folder / "hub.toml")
+    hub = stack.enter_context(
+        module_process(folder, "hub", CUTLAYER, "hub", "--config", config, "--json")
+    )
+    events = hub_events(hub, folder)
     address = next(event["address"] for event in events if event["event"] == "ready")
     devices = []
     for name, tier, share in zip(names, tiers, shares, strict=True):
@@ -193,79 +190,11 @@ def _federate(
         arguments = [
             "device", "--url", address, "--data", str(inputs / f"{name}.npz"),
             "--evaluate", str(inputs / "held_out.npz"),
-            "--cache", str(folder / "cache" / name),
+            "--cache", str(folder / "cache" / name), "--json",
         ]  # fmt: skip
-        process = _process(folder, name, *arguments, token=secrets[name])
+        process = module_process(folder, name, CUTLAYER, *arguments, token=secrets[name])
         devices.append(DeviceProcess(name, tier, stack.enter_context(process)))
-    records = []
-    bar = Progress(TextColumn("   rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    task = bar.add_task("", total=rounds)
-    with Live(Group(bar, "   devices start and join"), console=console) as live:
-        for event in events:
-            if event.pop("event") == "round":
-                records.append(RoundRecord(**event))
-                on_round(records[-1])
-                bar.update(task, completed=len(records))
-                live.update(Group(bar, _rounds_table(records)))
-                if len(records) == rounds:
-                    break
-    if len(records) < rounds:
-        raise CutlayerError(f"the hub ended after {len(records)} rounds:\n{_tail(folder, 'hub')}")
-    return devices, events, records
-
-
-@contextmanager
-def _process(
-    folder: Path, name: str, *arguments: str, token: str = ""
-) -> Iterator[subprocess.Popen[str]]:
-    """A ``cutlayer`` command with JSON on its stdout, its log in a file; ended on leaving."""
-    logs = folder / "logs"
-    logs.mkdir(exist_ok=True)
-    with open(logs / f"{name}.log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "edge_sdk.main", *arguments, "--json"],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, "CUTLAYER_TOKEN": token, "PYTHONUNBUFFERED": "1"},
-        )
-        try:
-            yield process
-        finally:
-            try:
-                process.wait(15 if sys.exc_info()[0] is None else 0)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-
-
-def _events(hub: subprocess.Popen[str], folder: Path) -> Iterator[dict[str, Any]]:
-    assert hub.stdout is not None
-    for line in hub.stdout:
-        yield json.loads(line)
-    if hub.wait() != 0:
-        raise CutlayerError(f"the hub failed:\n{_tail(folder, 'hub')}")
-
-
-def _report(device: DeviceProcess, console: Console) -> dict[str, Any]:
-    """What a device printed at its end."""
-    with console.status(f"{device.name} measures its accuracy"):
-        out, _ = device.process.communicate(timeout=120)
-    if device.process.returncode != 0:
-        raise CutlayerError(f"the device {device.name} failed with {device.process.returncode}")
-    report: dict[str, Any] = json.loads(out)
-    if report["torch_imported"]:
-        raise CutlayerError(f"the device {device.name} imported torch; a device must not need it")
-    return report
-
-
-def _tail(folder: Path, name: str) -> str:
-    lines = (folder / "logs" / f"{name}.log").read_text("utf-8").splitlines()
-    return "\n".join(lines[-5:])
+    return devices, events, watch(events, folder, rounds, console, on_round, _rounds_table)
 
 
 def _result(
@@ -358,19 +287,6 @@ def _accuracy_rows(result: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def traffic_table(result: dict[str, Any]) -> Table:
-    """Bytes up and down by kind of message."""
-    table = Table(title="traffic of the whole job, MB")
-    for column in ("message", "up", "down"):
-        table.add_column(column, justify="left" if column == "message" else "right")
-    for kind, size in sorted(result["bytes"].items(), key=lambda k: -sum(k[1].values())):
-        table.add_row(kind, megabytes(size["up"]), megabytes(size["down"]))
-    total = {way: sum(s[way] for s in result["bytes"].values()) for way in ("up", "down")}
-    table.add_section()
-    table.add_row("all", megabytes(total["up"]), megabytes(total["down"]))
-    return table
-
-
 def _write_report(run: RunFolder, result: dict[str, Any]) -> None:
     header = ["tier", "cut", *PATHS.values(), "without a hub"]
     run.write_report(
@@ -385,8 +301,3 @@ def _write_report(run: RunFolder, result: dict[str, Any]) -> None:
         ],
         reference=("without a hub", result["no_hub"]),
     )
-
-
-def save_npz(path: Path, examples: Examples) -> None:
-    """Write examples as ``Examples.from_npz`` reads them."""
-    np.savez(path, x=examples.x, y=examples.y)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from export.flops import flops_per_row
 from export.optimizers import get_optimizer
 from export.packing import get_codec
-from export.plan import count_flops
 from export.split import ClientSegment
 from export.steps import ClientSteps
 from export.width import narrow, ordered_dropout, widths_within
@@ -62,7 +62,7 @@ def _budgets(fleet: Fleet) -> dict[str, float]:
             fleet.example,
             fleet.classes,
         )
-        budgets[name] = count_flops(steps.train(), 1) / 2  # it counts a batch of two
+        budgets[name] = flops_per_row(steps.train())
     return budgets
 
 

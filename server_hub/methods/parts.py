@@ -26,12 +26,16 @@ class DeviceUpdate:
 
 # --- what crosses the cut -------------------------------------------------------------------------
 
-ActivationMode = Literal["train", "forward", "returned", "none"]
+ActivationMode = Literal["train", "forward", "returned", "u_shaped", "fused", "none"]
 """When a device sends activations: from its training steps, from a pass before training, never.
 
 No gradient comes back in these: a device learns from its auxiliary heads alone. With ``returned``
-it sends each batch, gets the gradient of its activations, and learns from that alone.
+it sends each batch, gets the gradient of its activations, and learns from that alone; with
+``fused`` from both. With ``u_shaped`` labels stay on the device, and the model's head is there.
 """
+
+RETURNING = ("returned", "u_shaped", "fused")
+"""Those in which gradients come back."""
 
 
 # --- copies of the trunk --------------------------------------------------------------------------

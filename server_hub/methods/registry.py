@@ -15,7 +15,8 @@ from server_hub.methods.fjord import FJORD
 from server_hub.methods.fleet import Recipe, Schedule
 from server_hub.methods.parts import Method
 from server_hub.methods.splitfed import SPLITFED_V1, SPLITFED_V2
-from server_hub.methods.splitft import SPLITFT, splitft
+from server_hub.methods.splitft import SPLITFT, SPLITFT_U, splitft, splitft_u
+from server_hub.methods.supersfl import SUPERSFL, supersfl
 
 
 def _merged(initial: State, schedule: Schedule) -> Method:
@@ -28,8 +29,11 @@ def _paper(initial: State, schedule: Schedule) -> Method:
 
 def method_of(settings: MethodConfig, initial: State, schedule: Schedule) -> Method:
     """The method that a hub is to use."""
-    if settings.name == "splitft":
-        return splitft(initial, replace(schedule, cut_rank=settings.cut_rank))
+    if settings.name == "supersfl":
+        return supersfl(initial, schedule)
+    if settings.name.startswith("splitft"):
+        compose = splitft_u if settings.name == "splitft-u" else splitft
+        return compose(initial, replace(schedule, cut_rank=settings.cut_rank))
     return fedsplitx(initial, settings.form, schedule.local_epochs)
 
 
@@ -44,6 +48,8 @@ RECIPES: dict[str, Recipe] = {
     "splitfed-v1": SPLITFED_V1,
     "splitfed-v2": SPLITFED_V2,
     "splitft": SPLITFT,
+    "splitft-u": SPLITFT_U,
+    "supersfl": SUPERSFL,
     "ampere": AMPERE,
     "centralized": CENTRALIZED,
 }

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from edge_sdk.protocol.tensors import Array, TensorSpec
+from export.low_rank import AdapterCopy, adapter_pairs, average, reduce
 from export.names import is_slot, is_statistic, layer_of
 from export.optimizers import get_optimizer
-from server_hub.adapters import AdapterCopy, adapter_pairs, average, reduce
 from server_hub.layers import LayerCopy, LayerStore, State, weighted_mean
 from server_hub.methods.fleet import Fleet, Recipe, Schedule
 from server_hub.methods.parts import Merged, Method, SharedCopy, Stage, always
@@ -116,6 +116,11 @@ def at_ranks(state: State, ranks: Mapping[str, int]) -> State:
     return result
 
 
+def splitft_u(initial: State, schedule: Schedule) -> Method:
+    """The same, and labels stay on the devices: these have the model's head, which is averaged."""
+    return replace(splitft(initial, schedule), stage=always(Stage("u_shaped")))
+
+
 def splitft(initial: State, schedule: Schedule) -> Method:
     """Merged trunk, gradients that come back, adapters and slots in one store."""
     return Method(
@@ -142,7 +147,14 @@ def moving(fleet: Fleet) -> Fleet:
     return replace(fleet, tiers=tiers)
 
 
+def with_heads(fleet: Fleet) -> Fleet:
+    """The same, with the model's head on every device."""
+    fleet = moving(fleet)
+    return replace(fleet, tiers={n: replace(t, u_shaped=True) for n, t in fleet.tiers.items()})
+
+
 SPLITFT = Recipe("SplitFT", splitft, moving)
+SPLITFT_U = Recipe("SplitFT (labels on the devices)", splitft_u, with_heads)
 
 
 def _zeros(tensors: Mapping[str, Array]) -> State:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
@@ -67,7 +68,7 @@ class Checkpoint:
     def write(self, folder: Path) -> None:
         """Write it in place of the last one."""
         tensors = {
-            f"{store}/{name}": tensor
+            f"{store}/{name}": np.require(tensor, requirements="C")  # they are saved as they lie
             for store, state in self.stores.items()
             for name, tensor in state.items()
         }

@@ -57,6 +57,7 @@ def simulate(
     """Run a job's hub and devices in one process, on a virtual clock."""
     job = read_job(job_file, runtime, method=method, rounds=rounds, seed=seed)
     folder = run or Path("runs") / f"{job_file.stem}-{job.method}-seed-{job.seed}"
+    from server_hub.run import move_lines
     from server_hub.simulation.results import accuracy_table, cost_table, rows_of
     from server_hub.simulation.simulate import Simulation
     from server_hub.tensorboard import Board
@@ -79,6 +80,8 @@ def simulate(
 
             def on_round(record: RoundRecord) -> None:
                 records.append(record)
+                for line in move_lines(record):
+                    console.print(line, soft_wrap=True, markup=False)
                 board.round(record)
                 bar.update(task, completed=len(records))
                 live.update(Group(bar, rounds_table(records)))
@@ -129,9 +132,12 @@ def fleet_table(job: Job) -> Table:
 
 
 def rounds_table(records: Sequence[RoundRecord]) -> Table:
-    """The last rounds."""
-    table = Table(box=None, padding=(0, 1))
+    """The last rounds, with what is measured of each tier in its best way to answer."""
+    from server_hub.run import best, shown
+
     measured = next((r for r in reversed(records) if r.accuracy), None)
+    title = None if measured is None else f"{measured.metric} by tier"
+    table = Table(title=title, box=None, padding=(0, 1))
     tiers = list(measured.accuracy) if measured is not None else []
     header = ("round", "time, s", "devices", "gone", "loss", "trunk loss", *tiers, "MB up",
               "MB down")  # fmt: skip
@@ -139,9 +145,12 @@ def rounds_table(records: Sequence[RoundRecord]) -> Table:
         table.add_column(column, justify="right")
     for r in records[-6:]:
         losses = ("" if v is None else f"{v:.3f}" for v in (r.local_loss, r.trunk_loss))
-        best = [f"{max(r.accuracy[t].values()):.1%}" if r.accuracy else "" for t in tiers]
+        values = [
+            shown(best(r.accuracy[t].values(), r.metric), r.metric) if r.accuracy else ""
+            for t in tiers
+        ]
         table.add_row(
-            str(r.round), f"{r.clock:.1f}", str(r.devices), str(len(r.dropped)), *losses, *best,
+            str(r.round), f"{r.clock:.1f}", str(r.devices), str(len(r.dropped)), *losses, *values,
             f"{r.up / 1e6:.1f}", f"{r.down / 1e6:.1f}",
         )  # fmt: skip
     return table
@@ -159,7 +168,10 @@ def compare(
     rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
     target: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Accuracy to reach  [default: what all methods reach]"),
+        typer.Option(
+            min=0,
+            help="Accuracy, as a fraction, or perplexity to reach  [default: what all reach]",
+        ),
     ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time  [default: processors]")
@@ -173,8 +185,11 @@ def compare(
     from server_hub.simulation.compare import write_comparison
     from server_hub.simulation.job import methods_of
     from server_hub.simulation.results import accuracy_table, cost_table, rows_of
+    from server_hub.simulation.simulate import read_data
 
     job = read_job(job_file, runtime, rounds=rounds)
+    if target is not None and target > 1 and read_data(job, job_file.parent).task == "classes":
+        raise ConfigError(f"--target is {target:g}; accuracy is a fraction, from 0 to 1")
     folder = run or Path("runs") / f"compare-{job_file.stem}"
     console = Console(stderr=as_json, highlight=False)
     console.print(fleet_table(job))

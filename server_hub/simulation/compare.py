@@ -189,7 +189,7 @@ def write_comparison(folder: Path, runs: Runs, target: float | None = None) -> N
     Args:
         folder: where.
         runs: by method and seed.
-        target: accuracy to reach; None for the highest that every method reaches.
+        target: accuracy or perplexity to reach; None for the best that every method reaches.
 
     Raises:
         ConfigError: a run without a measured round, or the folder cannot be written.
@@ -205,7 +205,7 @@ def write_comparison(folder: Path, runs: Runs, target: float | None = None) -> N
         f"seeds {seeds}.",
         accuracy_grid(found).markdown(),
         cost_grid(found).markdown(),
-        "![accuracy against rounds, traffic and time, and by tier](comparison.png)",
+        f"![{found.metric} against rounds, traffic and time, and by tier](comparison.png)",
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -172,7 +172,7 @@ class Job:
     def read(cls, path: Path) -> Job:
         """Read the file; :class:`ConfigError` names what is wrong."""
         job = config.load(cls, path)
-        if job.cuts != CutsTable() and job.method != "splitft":
+        if job.cuts != CutsTable() and not job.method.startswith("splitft"):
             raise ConfigError(
                 f"{path}: [cuts] says how cuts move; with the method {job.method!r} they do not, "
                 "they do with 'splitft'"

@@ -328,9 +328,9 @@ class Grid:
             table.add_row(*row)
         return table
 
-    def markdown(self) -> str:
-        """For a report: a heading and the table."""
-        return f"## {self.title}\n\n" + markdown_table(self.header, self.rows)
+    def markdown(self, level: int = 2) -> str:
+        """For a report: a heading of this level and the table."""
+        return f"{'#' * level} {self.title}\n\n" + markdown_table(self.header, self.rows)
 
 
 def accuracy_grid(found: Summary) -> Grid:
@@ -358,6 +358,8 @@ def cost_grid(found: Summary) -> Grid:
         "method", *(KINDS[kind] for kind in kinds), OTHER, "up", "down", "GFLOP", "job, s",
         f"{shown(found.target, found.metric)}, s",
     ]  # fmt: skip
+    if found.metric == "perplexity":
+        header[-1] = f"perplexity {header[-1]}"  # a number alone would not say of what
     rows = [
         [
             cost.method,

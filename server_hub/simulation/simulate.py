@@ -35,6 +35,7 @@ from server_hub.config import HubConfig, Limits
 from server_hub.evaluation import Tally, batches_to_measure, vocabulary
 from server_hub.hub import Hub
 from server_hub.methods.fleet import Fleet, Schedule
+from server_hub.methods.parts import RETURNING
 from server_hub.methods.registry import RECIPES
 from server_hub.rounds import Phase, RoundRules
 from server_hub.run import METRICS, Metric, RoundRecord, RunFolder, read_records
@@ -275,16 +276,19 @@ class Simulation:
         )
         model = fleet.model
         core = TrunkCore(model, "cpu")
-        above = flop_above(model, [t.cut for t in fleet.tiers.values()], fleet.example)
         initial = {n: t.detach().numpy().copy() for n, t in model.trained().items()}
         schedule = Schedule(
             job.rounds.count, job.local.epochs, job.share, job.optimizer, job.cuts.rank
         )
+        method = self.recipe.compose(initial, schedule)
+        heads = method.stage(1, job.rounds.count).activations not in RETURNING
+        cuts = [tier.cut for tier in fleet.tiers.values()]
+        above = flop_above(model, cuts, fleet.example, auxiliary=heads)
         hub = Hub(
             config,
             model,
             TimedTrunk(core, above, job.hub_gflops, self.meter),
-            method=self.recipe.compose(initial, schedule),
+            method=method,
             tokens=tokens,
             evaluate=lambda: self._evaluate(hub),
             costs=costs,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from edge_sdk.protocol.tensors import Array
 from export.split import SplitModel
 from server_hub.simulation.devices import Meter
 from server_hub.trunk import Arrival, LocalTrunk, State, StepReport, TrunkCopy, TrunkCore, TrunkPlan
@@ -25,7 +26,7 @@ class TimedTrunk(LocalTrunk):
 
     Args:
         core: the trunk.
-        flop: operations of the forward pass above each cut, per row.
+        flop: operations of the forward pass above each cut, per row; of texts per position.
         gflops: what the hub computes, in 10^9 operations per second; None for no limit.
         meter: counts.
     """
@@ -42,11 +43,18 @@ class TimedTrunk(LocalTrunk):
         self._epochs, self._round_flop = plan.epochs, 0.0
         await super().begin(state, plan)
 
+    async def features(self, arrival: Arrival) -> dict[str, Array] | None:
+        started = time.perf_counter()
+        parts = await super().features(arrival)
+        self._meter.seconds += time.perf_counter() - started
+        await self._take(self._flop[arrival.cut] * arrival.positions)
+        return parts
+
     async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
         started = time.perf_counter()
         report = await super().step(arrivals)
         self._meter.seconds += time.perf_counter() - started
-        flop = sum(_TRAINING * self._flop[a.cut] * a.rows for a in arrivals)
+        flop = sum(_TRAINING * self._flop[a.cut] * a.positions for a in arrivals)
         self._round_flop += flop
         await self._take(flop)
         return report
@@ -65,8 +73,14 @@ class TimedTrunk(LocalTrunk):
 
 
 @torch.no_grad()
-def flop_above(model: SplitModel, cuts: Iterable[int], example: torch.Tensor) -> dict[int, float]:
-    """Operations of the forward pass above each cut, heads included, per row."""
+def flop_above(
+    model: SplitModel, cuts: Iterable[int], example: torch.Tensor, *, auxiliary: bool = True
+) -> dict[int, float]:
+    """Operations of the forward pass above each cut; ``auxiliary`` heads have a part in it, or not.
+
+    Per row of ``example``; of texts per position, so that a shorter one takes less in proportion.
+    """
+    units = example.numel() if model.task == "tokens" else len(example)
     counts = {}
     model = copy.deepcopy(model).eval()  # the trunk goes on to train the one that was given
     for cut in set(cuts):
@@ -74,8 +88,8 @@ def flop_above(model: SplitModel, cuts: Iterable[int], example: torch.Tensor) ->
         with FlopCounterMode(display=False) as counter:
             for depth in range(cut, model.depth):
                 h = model.block[depth](h)
-                if str(depth + 1) in model.aux:
+                if auxiliary and str(depth + 1) in model.aux:
                     model.answer(depth + 1, h)
             model.head(h)
-        counts[cut] = counter.get_total_flops() / len(example)
+        counts[cut] = counter.get_total_flops() / units
     return counts

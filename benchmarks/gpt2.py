@@ -1,0 +1,69 @@
+"""A small GPT-2 for bytes: eight blocks, trained on a text once, then adapted with LoRA."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+from edge_sdk import text
+from edge_sdk.errors import ConfigError
+from export.adapters import from_transformers, save_original
+from export.build import build_model
+from export.lora import Lora
+from export.split import SplitModel
+from server_hub.simulation.datasets import BYTES, DataTable, load_dataset
+
+BASE = "CUTLAYER_BENCHMARK_BASE"
+"""Environment variable that names the folder of the trained base: jobs name a function."""
+
+LENGTH, WIDTH, DEPTH, RANK = 64, 96, 8, 16
+STEPS, BATCH, RATE = 1000, 16, 3e-3
+
+
+def pretrain(source: Path, folder: Path) -> None:
+    """Train the base on one text, centrally, and write it as transformers does.
+
+    Args:
+        source: the text.
+        folder: to write; appears when the base is trained.
+
+    Raises:
+        DataError: the text cannot be read.
+    """
+    data = load_dataset(DataTable(str(source), held_out=1e-6, length=LENGTH)).train
+    config = transformers.GPT2Config(
+        n_embd=WIDTH, n_layer=DEPTH, n_head=4, vocab_size=BYTES, n_positions=LENGTH,
+        bos_token_id=0, eos_token_id=0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    model = from_transformers(config)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=0.1)
+    rng = np.random.default_rng(0)
+    done = 0
+    while done < STEPS:
+        for batch in text.batches(data, BATCH, rng):
+            logits = model(torch.from_numpy(batch.x))
+            labels = torch.from_numpy(batch.y)
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            done += 1
+            if done == STEPS:
+                break
+    save_original(model, folder)
+
+
+def build() -> SplitModel:
+    """The trained base, frozen, with adapters of rank 16."""
+    folder = os.environ.get(BASE)
+    if folder is None:
+        raise ConfigError(f"set {BASE} to the folder of the trained base")
+    return build_model(folder, Lora(rank=RANK))

@@ -1,0 +1,110 @@
+"""A device of the demo with texts: one that is as slow as it is told to be.
+
+Seven processes share the machine, so nothing that they take is what a device would. Each device
+therefore emulates its speed: a step takes so many times the processor time that it has cost, and
+the rest of that is slept. What is computed, and what goes over the wire, is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.bundle import Bundle
+from edge_sdk.cli import peak_rss_mb
+from edge_sdk.data import Examples
+from edge_sdk.device import Device
+from edge_sdk.link import open_websocket
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime import Runtime, load_runtime
+
+
+class SlowRuntime:
+    """A runtime that takes ``slower`` times the processor time of the thread that runs it.
+
+    Args:
+        runtime: what runs the graphs, in the thread that calls it.
+        slower: factor, 1 or more.
+    """
+
+    def __init__(self, runtime: Runtime, slower: float) -> None:
+        self._runtime, self._slower = runtime, slower
+
+    @property
+    def loading_s(self) -> float:
+        """What the runtime says: loading is not made slower."""
+        return self._runtime.loading_s
+
+    def set_state(self, tensors: Mapping[str, Array]) -> None:
+        self._runtime.set_state(tensors)
+
+    def get_state(self, slots: bool = False) -> dict[str, Array]:
+        return self._runtime.get_state(slots)
+
+    def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
+        began, computed = time.perf_counter(), time.thread_time()
+        loaded = self._runtime.loading_s
+        outputs = self._runtime.run(graph, batch)
+        if self._runtime.loading_s > loaded:  # what that has cost is not to be told from the step
+            return outputs
+        takes = self._slower * (time.thread_time() - computed)
+        time.sleep(max(began + takes - time.perf_counter(), 0.0))
+        return outputs
+
+
+async def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    def load(bundle: Bundle, threads: int) -> Runtime:
+        return SlowRuntime(load_runtime(bundle, threads), arguments.slower)
+
+    device = Device(
+        lambda: open_websocket(arguments.url),
+        load,
+        token=os.environ["CUTLAYER_TOKEN"],
+        data=Examples.from_npz(arguments.data),
+        cache=arguments.cache,
+    )
+    await device.join()
+    async with device:
+        training = await device.train()
+        written = ""
+        if arguments.prompt:
+            prompt = np.frombuffer(arguments.prompt.encode(), np.uint8).astype(np.int64)
+            tokens = await device.generate(
+                prompt[None], arguments.tokens, temperature=0.5, context=arguments.context
+            )
+            written = bytes(tokens[0].astype(np.uint8)).decode("utf-8", "replace")
+        return {
+            "name": device.name,
+            "cut": device.manifest.cut,
+            "rounds": len(training.rounds),
+            "stopped": training.reason,
+            "written": written,
+            "rss_mb": round(peak_rss_mb(), 1),
+            "torch_imported": "torch" in sys.modules,
+        }
+
+
+def main() -> None:
+    """Take part in a job, go on with a text, print a report as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--slower", type=float, default=1.0)
+    parser.add_argument("--prompt", default="", help="a text to go on with at the end")
+    parser.add_argument("--tokens", type=int, default=80)
+    parser.add_argument("--context", type=int, help="positions that the model takes")
+    print(json.dumps(asyncio.run(_run(parser.parse_args()))))
+
+
+if __name__ == "__main__":
+    main()

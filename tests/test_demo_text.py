@@ -1,0 +1,131 @@
+"""The demo with texts, as small as it can be: real processes over real websockets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from edge_sdk.protocol.tensors import Array
+from server_hub.demo import texts
+from server_hub.demo.slow_device import SlowRuntime
+from server_hub.demo.text_job import TextDemo, run_text_demo
+from server_hub.demo.texts import Pretraining, Shape
+from server_hub.run import RoundRecord, read_records
+
+SMALL = TextDemo(
+    Shape(blocks=3, width=16, heads=2, context=32),
+    Pretraining(steps=60, batch_size=8, lr=2e-2, warmup=5),
+    rounds=4,
+    texts=32,
+    held_out=8,
+    lr=2e-2,
+    lr_centralized=2e-2,
+    cuts={"phone": 1, "laptop": 2},
+    fleet={"phone-1": ("phone", 8), "laptop-1": ("laptop", 2), "laptop-2": ("laptop", 16)},
+)
+
+
+@pytest.fixture(scope="module")
+def demo(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Any], Path, list[RoundRecord]]:
+    """What the demo returns, its folder, and the rounds that it told of."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    told: list[RoundRecord] = []
+    result = run_text_demo(folder, SMALL, Console(quiet=True), told.append)
+    return json.loads(json.dumps(result)), folder, told
+
+
+@pytest.mark.slow
+def test_fine_tuning_lowers_perplexity(demo: Any) -> None:
+    """On texts that no device has, through the hub and in the saved model."""
+    result, _, _ = demo
+    assert result["ppl_after"] < 0.99 * result["ppl_before"]
+    assert result["ppl_centralized"] < 0.99 * result["ppl_before"]
+    assert result["through_hub"].keys() == SMALL.cuts.keys()
+    for value in result["through_hub"].values():
+        assert value == pytest.approx(result["ppl_after"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_cuts_are_those_that_the_moves_say(demo: Any) -> None:
+    """From the cut of its tier on, a device's cut changes with its moves and no other way."""
+    result, _, told = demo
+    cuts = {name: SMALL.cuts[tier] for name, (tier, _) in SMALL.fleet.items()}
+    assert len(result["cuts"]) == SMALL.rounds
+    for number, round_cuts in enumerate(result["cuts"], 1):
+        assert round_cuts == cuts
+        for move in result["moves"]:
+            if move["round"] == number:
+                assert (cuts[move["device"]], "a batch takes it" in move["reason"]) == (
+                    move["cut"], True
+                )  # fmt: skip
+                cuts[move["device"]] = move["to"]
+    assert [record.cuts for record in told] == result["cuts"]
+    assert sum(len(record.moves) for record in told) == len(result["moves"])
+
+
+@pytest.mark.slow
+def test_the_run_folder_and_the_json_say_what_happened(demo: Any) -> None:
+    """Traffic of adapters, activations and gradients; a text that goes on; a report."""
+    result, folder, told = demo
+    keys = {"ppl_before", "ppl_after", "ppl_centralized", "cuts", "moves", "bytes", "seconds"}
+    assert keys <= result.keys()
+    for kind, way in (("activations", "up"), ("update", "up"), ("infer", "up"),
+                      ("gradient", "down"), ("blob", "down"), ("answer", "down")):  # fmt: skip
+        assert result["bytes"][kind][way] > 0
+    assert result["written"].startswith("Return a copy of the ")
+    assert len(result["written"]) > 40
+    assert result["device_rss_mb"] < 250
+    assert read_records(folder) == told
+    report = (folder / "report.md").read_text()
+    assert "all texts in one place" in report
+    for name in ("curves.png", "model.safetensors", "base/config.json", "logs/hub.log"):
+        assert (folder / name).exists()
+
+
+@pytest.mark.parametrize("context", [48, 64])
+def test_no_text_is_on_two_sides(context: int) -> None:
+    """Pretraining, devices and held-out texts share no paragraph; every load is the same."""
+    data, again = (texts.load(texts.TOPICS, context, 50, 10) for _ in range(2))
+    written = bytes(data.pretraining.numpy().astype(np.uint8))
+    seen: set[bytes] = set()
+    for part in (*data.shares.values(), data.held_out):
+        for x, y in zip(part.x, part.y, strict=True):
+            length = int((y >= 0).sum())
+            assert (x[1:length] == y[: length - 1]).all()
+            text = bytes(x[:length].astype(np.uint8)) + bytes([int(y[length - 1])])
+            if length == context and len(set(text)) > 12:  # not headings, nor lines of dashes
+                assert text not in written
+                seen.add(text)
+    assert len(seen) > 100
+    np.testing.assert_array_equal(data.held_out.x, again.held_out.x)
+    assert data.shares.keys() == set(texts.TOPICS)
+
+
+def test_a_slow_device_computes_the_same_and_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sleeps for what its factor leaves of the time that a step has taken."""
+
+    class Fake:
+        clock, slept = 0.0, 0.0
+
+        def run(self, graph: str, batch: Any) -> dict[str, Array]:
+            Fake.clock += 0.25
+            return {"loss": np.array(7.0)}
+
+    def sleep(seconds: float) -> None:
+        Fake.slept += seconds
+
+    monkeypatch.setattr("server_hub.demo.slow_device.time.perf_counter", lambda: Fake.clock)
+    monkeypatch.setattr("server_hub.demo.slow_device.time.thread_time", lambda: Fake.clock)
+    monkeypatch.setattr("server_hub.demo.slow_device.time.sleep", sleep)
+    for slower, want in ((1, 0.0), (4, 0.75), (16, 3.75)):
+        Fake.slept = 0.0
+        runtime: Any = Fake()
+        assert SlowRuntime(runtime, slower).run("train", {})["loss"] == 7.0
+        assert Fake.slept == pytest.approx(want)
