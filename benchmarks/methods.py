@@ -20,8 +20,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.pages import put_between
 from edge_sdk.bundle import write_atomically
-from edge_sdk.errors import ConfigError, CutlayerError
+from edge_sdk.errors import CutlayerError
 from server_hub.run import RoundRecord, read_records
 from server_hub.simulation.cli import run_comparison
 from server_hub.simulation.compare import cells_of
@@ -44,7 +45,6 @@ METHODS = (
     "fedsplitx,fedsplitx-paper,exc,fedavg,depthfl,fjord,accsfl,splitfed-v1,splitfed-v2,ampere,"
     "centralized"
 )
-BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 
 PARTITIONS: tuple[Kind, ...] = ("dirichlet", "iid")
 
@@ -91,7 +91,7 @@ def main(
         lines = ",\n".join(json.dumps(row) for row in rows)
         write_atomically(json_file.absolute(), f"[\n{lines}\n]\n".encode())
     if docs is not None:
-        write_docs(docs, "\n\n".join([setting(job), *sections]))
+        put_between(docs / "results.md", "methods", "\n\n".join([setting(job), *sections]))
 
 
 def finished_runs(
@@ -125,20 +125,6 @@ def section(job: Job, runs: Runs, kind: str) -> str:
             f"![accuracy against rounds, traffic and time, and by tier](methods-{kind}.png)",
         ]
     )
-
-
-def write_docs(folder: Path, text: str) -> None:
-    """Put text into ``results.md``, in place of what stands between the marks.
-
-    Raises:
-        ConfigError: the file has no marks.
-    """
-    path = folder / "results.md"
-    before, begin, rest = path.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{path} has no marks {BEGIN} and {END} to write between")
-    write_atomically(path.absolute(), f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
 
 def setting(job: Job) -> str:

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import gpt2
+from benchmarks.pages import put_between
 from edge_sdk.bundle import write_atomically
 from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, CutlayerError
@@ -42,7 +43,6 @@ from server_hub.simulation.results import Grid, figure, fleet_accuracy, partitio
 from server_hub.simulation.simulate import Simulation
 
 JOB = Path(__file__).with_name("splitft.toml")
-BEGIN, END = "<!-- splitft: begin -->", "<!-- splitft: end -->"
 PICTURE = "splitft.png"
 
 ADAPTIVE, CENTRALIZED = "adaptive", "centralized"
@@ -248,7 +248,7 @@ def main(
             setting_text(job, before, seeds), *(t.markdown().replace("## ", "### ", 1)
             for t in tables), "\n".join(f"- {verdict}" for verdict in verdicts), picture,
         ]  # fmt: skip
-        write_docs(docs, "\n\n".join(parts))
+        put_between(docs / "results.md", "splitft", "\n\n".join(parts))
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -451,20 +451,6 @@ def setting_text(job: Job, before: float, seeds: int) -> str:
         "times as many rounds, which only the time to the fixed cut's perplexity and the picture "
         "look at. Times are virtual."
     )
-
-
-def write_docs(folder: Path, text: str) -> None:
-    """Put text into ``results.md``, in place of what stands between the marks.
-
-    Raises:
-        ConfigError: the file has no marks.
-    """
-    path = folder / "results.md"
-    before, begin, rest = path.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{path} has no marks {BEGIN} and {END} to write between")
-    write_atomically(path.absolute(), f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
 
 COLOURS = {ADAPTIVE: "#d62728", "cut 2": "#1f77b4", "cut 4": "#17becf", "cut 6": "#7f7f7f"}

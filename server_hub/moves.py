@@ -107,7 +107,7 @@ class Moves:
                 continue
             tier = self._options(move.device).get(move.to, peer.tier)
             if tier != peer.tier:
-                log.info("%s goes from cut %d to %d: %s", move.device, move.cut, move.to,
+                log.debug("%s goes from cut %d to %d: %s", move.device, move.cut, move.to,
                          move.reason)  # fmt: skip
                 self._leave(move.device, "it loads another bundle")
                 self._moving[move.device] = tier, until

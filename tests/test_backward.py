@@ -411,3 +411,21 @@ def test_a_wrong_activate_is_refused() -> None:
                 steps.forward(), feeds
             ), images(8),
         )  # fmt: skip
+
+
+def test_constants_that_a_step_does_not_need_are_not_in_its_file(tmp_path: Path) -> None:
+    """A bias behind all that is trained, large enough to be stored outside of the graph."""
+    config = transformers.GPT2Config(
+        n_embd=256, n_layer=2, n_head=2, vocab_size=WORDS, n_positions=16, bos_token_id=1,
+        eos_token_id=1, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = from_transformers(config)
+    add_lora(model, Lora(rank=3), "gpt2")
+    index = export_bundles(
+        model, {"t": Tier(1, returned=True)}, tmp_path / "out", example=words(8), classes=WORDS
+    )
+    last = "block.0.layer.mlp.c_proj.bias"
+    graphs = index.manifest("t").graphs
+    assert last in graphs["activate"].constants
+    assert last not in graphs["backward"].constants

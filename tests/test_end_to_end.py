@@ -49,6 +49,7 @@ hyper = {{ lr = 0.05 }}
 [trunk]
 device = "cpu"
 threads = 1
+mix_rows = 32
 hyper = {{ lr = 0.05 }}
 [limits]
 session_s = {session_s}

@@ -66,6 +66,7 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
             ) from error
     _rename(model.graph, step)
     _read_as_stored(model.graph)
+    _prune(model.graph)
     _strip(model)
     for tensor in model.graph.initializer:
         if places and tensor.name in places:
@@ -134,6 +135,25 @@ def _read_as_stored(graph: onnx.GraphProto) -> None:
         if node.op_type == "Transpose" and node.output[0] in stored and not read[node.output[0]]:
             read[node.input[0]] -= 1
             graph.node.remove(node)
+
+
+def _prune(graph: onnx.GraphProto) -> None:
+    """Drop what no output needs: ONNX Runtime refuses external data of constants that nobody reads.
+
+    A step with a gradient that came back, for one, does not need what the last bias adds.
+    """
+    needed = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):  # which are in topological order
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(node.input)
+            inner = (a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
+            needed.update(name for g in inner for n in g.node for name in n.input)
+    nodes, constants = kept[::-1], [t for t in graph.initializer if t.name in needed]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants)
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -1,0 +1,187 @@
+"""Steps per second of a device whose gradients come back over a slow link.
+
+    python -m benchmarks.latency [--round-trip-ms 50] [--json FILE]
+
+A hub in a process of its own, a device in this one, and between them, over real websockets, a relay
+that passes bytes on after half a round trip. The device trains the first two blocks of a small
+GPT-2 with SplitFT. Measured are its steps per second, with and without the relay's delay, for
+several bounds of staleness; settings take turns, and ratios are those of their medians.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from edge_sdk.bundle import write_atomically
+from edge_sdk.data import Examples
+from edge_sdk.device import Device
+from export.adapters import from_transformers
+from export.lora import Lora, add_lora
+from export.split import SplitModel
+from export.writer import Tier, export_bundles
+from server_hub.demo.processes import CUTLAYER, hub_events, module_process
+from server_hub.tokens import TokenFile
+
+WIDTH, DEPTH, WORDS, LENGTH, CUT = 256, 6, 256, 64, 2
+BATCH, TEXTS, EPOCHS, ROUNDS = 8, 64, 4, 3
+STEPS = EPOCHS * TEXTS // BATCH
+"""In a round; the first round, which loads the graphs, does not count."""
+
+STALENESS = (0, 1, 2, 4)
+REPEATS = 3
+
+HUB_TOML = """\
+bundles = "{folder}/bundles"
+tokens = "{folder}/tokens.toml"
+run = "{run}"
+model = "benchmarks.latency:build"
+[listen]
+port = 0
+[method]
+name = "splitft"
+[rounds]
+count = {rounds}
+[local]
+batch_size = {batch}
+epochs = {epochs}
+staleness = {staleness}
+[trunk]
+optimizer = "adamw"
+threads = 1
+max_rows = 1
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Steps per second in a setting: the median of its repetitions, and all of them."""
+
+    round_trip_ms: float
+    staleness: int
+    steps_per_s: float
+    all: list[float]
+
+
+def build() -> SplitModel:
+    """A small GPT-2 of random weights with adapters."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=WIDTH, n_layer=DEPTH, n_head=4, vocab_size=WORDS, n_positions=LENGTH,
+        bos_token_id=0, eos_token_id=0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    return add_lora(from_transformers(config), Lora(rank=8), "gpt2")
+
+
+@asynccontextmanager
+async def relay(port: int, delay_s: float) -> AsyncIterator[int]:
+    """A port from which bytes reach another, and come back, so much later; at any rate."""
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        now = asyncio.get_running_loop().time
+        line: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def arrive() -> None:
+            while True:
+                due, data = await line.get()
+                await asyncio.sleep(max(due - now(), 0))
+                writer.write(data)
+                if not data:
+                    writer.close()
+                    return
+                await writer.drain()
+
+        arriving = asyncio.create_task(arrive())
+        while data := await reader.read(2**16):
+            line.put_nowait((now() + delay_s, data))
+        line.put_nowait((now() + delay_s, b""))
+        await arriving
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection("127.0.0.1", port)
+        with suppress(ConnectionError, asyncio.CancelledError):
+            await asyncio.gather(pass_on(reader, there[1]), pass_on(there[0], writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def steps_per_second(folder: Path, round_trip_ms: float, staleness: int) -> float:
+    """Of a job over a link with this round trip."""
+    run = Path(tempfile.mkdtemp(dir=folder))
+    config = run / "hub.toml"
+    config.write_text(
+        HUB_TOML.format(
+            folder=folder, run=run / "run", rounds=ROUNDS, batch=BATCH, epochs=EPOCHS,
+            staleness=staleness,
+        )
+    )  # fmt: skip
+    tokens = TokenFile(folder / "tokens.toml")
+    token = tokens.issue(run.name, "device")
+    rng = np.random.default_rng(0)
+    x = rng.integers(WORDS, size=(TEXTS, LENGTH))
+    with module_process(run, "hub", CUTLAYER, "hub", "--config", str(config), "--json") as hub:
+        address = next(e["address"] for e in hub_events(hub, run) if e["event"] == "ready")
+        port = int(address.rpartition(":")[2])
+        async with relay(port, round_trip_ms / 2000) as through:
+            device = await Device.connect(
+                f"ws://127.0.0.1:{through}", token=token, data=Examples(x, x), cache=run / "cache"
+            )
+            async with device:
+                report = await device.train()
+        assert hub.stdout is not None
+        hub.stdout.read()
+    seconds = [done.seconds for done in report.rounds[1:]]
+    return STEPS * len(seconds) / sum(seconds)
+
+
+def main(
+    round_trip_ms: Annotated[float, typer.Option(help="Of the slow link.")] = 50.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+) -> None:
+    """Measure, and show how much of the speed without delay is left."""
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with console.status("export"):
+            export_bundles(
+                build(), {"device": Tier(CUT, returned=True)}, folder / "bundles",
+                example=torch.randint(WORDS, (BATCH, LENGTH)), classes=WORDS, optimizer="adamw",
+            )  # fmt: skip
+        settings = [(ms, s) for s in STALENESS for ms in (0.0, round_trip_ms)]
+        found: dict[tuple[float, int], list[float]] = {setting: [] for setting in settings}
+        for repeat in range(REPEATS):
+            for ms, staleness in settings:
+                with console.status(f"{repeat + 1} of {REPEATS}: {ms:g} ms, staleness {staleness}"):
+                    speed = asyncio.run(steps_per_second(folder, ms, staleness))
+                found[ms, staleness].append(speed)
+    rows = [Row(ms, s, statistics.median(v), v) for (ms, s), v in found.items()]
+    table = Table(title=f"steps per second, {WIDTH} wide, {CUT} of {DEPTH} blocks on the device")
+    for column in ("staleness", "0 ms", f"{round_trip_ms:g} ms", "ratio"):
+        table.add_column(column, justify="right")
+    for staleness in STALENESS:
+        fast, slow = (statistics.median(found[ms, staleness]) for ms in (0.0, round_trip_ms))
+        table.add_row(str(staleness), f"{fast:.2f}", f"{slow:.2f}", f"{slow / fast:.0%}")
+    console.print(table)
+    if json_file is not None:
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+        write_atomically(json_file.absolute(), f"[\n{lines}\n]\n".encode())
+
+
+if __name__ == "__main__":
+    typer.run(main)
