@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-from edge_sdk.bundle import BlobStore, Bundle, Manifest, verify_blob
+from edge_sdk.bundle import BlobStore, Bundle, Manifest
 from edge_sdk.connection import Connection, OpenLink, RoundOver
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError
 from edge_sdk.exchange import Exchange
+from edge_sdk.fetch import Fetcher
 from edge_sdk.learner import (
     Finished,
     Learner,
@@ -112,11 +113,11 @@ class Device:
         self._data, self._may_train, self._load = data, may_train, load
         self._memory_mb = memory_mb
         self._trust = read_trust(trust)
-        self._store = BlobStore(cache)
         self._threads = threads
         self._learner: Learner | None = None
         self._bundle: str | None = None  # whose manifest the learner has
         self._connection = Connection(open_link, token=token, tier=tier, patience_s=patience_s)
+        self._fetcher = Fetcher(self._connection, BlobStore(cache))
         self._predictor = Predictor(self._need_learner, self._connection.ask)
 
     @classmethod
@@ -287,7 +288,7 @@ class Device:
         now = asyncio.get_running_loop().time
         started = now()
         try:
-            state = unpack_tensors(await self._fetch_state(task.state))
+            state = unpack_tensors(await self._fetcher.state(task.state))
         except HubError as error:
             if error.code != "unknown_blob":
                 raise
@@ -454,34 +455,17 @@ class Device:
 
     async def _load_bundle(self, name: str, tier: str) -> Learner:
         """Fetch the manifest called ``name`` and its blobs, verify them, load the runtime."""
-        data = await self._fetch_blob(name)
+        data = await self._fetcher.blob(name)
         manifest = Manifest.from_bytes(data)
         check(data, self._trust)
         if manifest.tier != tier:
             raise BundleError(f"the hub sent the bundle of {manifest.tier!r} for tier {tier!r}")
-        blobs = {name: await self._fetch_blob(name) for name in manifest.blobs}
+        blobs = {name: await self._fetcher.blob(name) for name in manifest.blobs}
         if self._data is not None:
             self._data = self._data.fitted(manifest)
         bundle = Bundle.open(manifest, blobs.__getitem__)
         runtime = await asyncio.to_thread(self._load, bundle, self._threads)
         return Learner(manifest, runtime)
-
-    async def _fetch_blob(self, name: str) -> bytes:
-        """A blob of the bundle, from the cache or downloaded into it, resumed if broken off."""
-        if name in self._store:
-            try:
-                return self._store.read(name)
-            except BundleError:
-                self._store.remove(name)  # damaged on disk: fetch again
-        with self._store.claim() as mine:
-            if not mine:  # another process is downloading it into this cache
-                data = await self._fetch_state(name)
-                self._store.write(data)
-                return data
-            await self._connection.download(
-                name, self._store.partial(name), lambda data: self._store.append(name, data)
-            )
-            return self._store.finish(name)
 
     async def _load_present_state(self, welcome: Welcome) -> None:
         """Fetch the tier's present state, if it is no longer the bundle's initial one."""
@@ -497,18 +481,7 @@ class Device:
 
     async def _load_state(self, name: str) -> None:
         """Fetch a state and predict with it from now on."""
-        self._need_learner().runtime.set_state(unpack_tensors(await self._fetch_state(name)))
-
-    async def _fetch_state(self, name: str) -> bytes:
-        """The state of a round; kept in memory, since every round has another.
-
-        The first round's is that of the bundle, which is here already.
-        """
-        if name in self._store:
-            return self._store.read(name)
-        buffer = bytearray()
-        await self._connection.download(name, 0, buffer.extend)
-        return verify_blob(name, bytes(buffer))
+        self._need_learner().runtime.set_state(unpack_tensors(await self._fetcher.state(name)))
 
     def _need_learner(self) -> Learner:
         if self._learner is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +18,7 @@ from export.names import is_slot
 from export.packing import get_codec
 from export.split import SplitModel, Task, channel_axis
 from server_hub.layers import State
-
-if TYPE_CHECKING:
-    from server_hub.trunk import Arrival
+from server_hub.trunk import Arrival
 
 _ROWS = 256
 """Examples that are measured at a time."""

@@ -22,7 +22,8 @@ import numpy as np
 from edge_sdk.errors import CutlayerError
 from edge_sdk.protocol.tensors import Array
 from export.split import SplitModel
-from server_hub.trunk import Arrival, State, StepReport, TrunkCopy, TrunkCore, TrunkPlan
+from server_hub.trunk import Arrival, State, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk_core import TrunkCore
 
 _ALIGN = 64
 

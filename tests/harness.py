@@ -22,7 +22,7 @@ from server_hub.config import HubConfig, Limits, Listen, LocalTraining, TrunkTra
 from server_hub.hub import Hub
 from server_hub.rounds import RoundRules
 from server_hub.tokens import TokenFile
-from server_hub.trunk import LocalTrunk, TrunkCore
+from server_hub.trunk_core import LocalTrunk, TrunkCore
 from tests.models import build
 
 

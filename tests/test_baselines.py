@@ -27,7 +27,8 @@ from server_hub.methods.fleet import without_trunk
 from server_hub.methods.parts import DeviceUpdate, Nested
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
-from server_hub.simulation.simulate import Client, Simulation
+from server_hub.simulation.prepare import Client
+from server_hub.simulation.simulate import Simulation
 from tests.models import BUILD, CLASSES, build
 
 EPOCHS, BATCH = 2, 16

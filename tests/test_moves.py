@@ -58,7 +58,7 @@ from server_hub.cuts import Seen, Target
 from server_hub.hub import Hub
 from server_hub.rounds import RoundRules
 from server_hub.tokens import TokenFile
-from server_hub.trunk import LocalTrunk, TrunkCore
+from server_hub.trunk_core import LocalTrunk, TrunkCore
 from tests.harness import cutlayer, finish, next_event, save_npz
 from tests.harness import examples as images
 from tests.models import CLASSES, FEATURES, MeanHead, TokenBlock

@@ -34,7 +34,8 @@ from server_hub.methods.splitft import MergedAdapters, at_ranks
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
-from server_hub.trunk import Arrival, TrunkCopy, TrunkCore, TrunkPlan
+from server_hub.trunk import Arrival, TrunkCopy, TrunkPlan
+from server_hub.trunk_core import TrunkCore
 from tests.test_backward import Exact, manifest_of
 
 WORDS, LENGTH, DEPTH = 23, 7, 4

@@ -50,7 +50,8 @@ from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.trunk import flop_above
 from server_hub.tensorboard import scalars
 from server_hub.tokens import TokenFile
-from server_hub.trunk import Arrival, LocalTrunk, TrunkCore
+from server_hub.trunk import Arrival
+from server_hub.trunk_core import LocalTrunk, TrunkCore
 from tests.models import AttentionBlock, TokenBlock
 
 WORDS, WIDTH, LENGTH = 11, 8, 9

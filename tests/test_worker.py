@@ -24,7 +24,8 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.sync.client import connect
 
 from export.split import SplitModel
-from server_hub.trunk import Arrival, LocalTrunk, Trunk, TrunkCopy, TrunkCore, TrunkPlan
+from server_hub.trunk import Arrival, Trunk, TrunkCopy, TrunkPlan
+from server_hub.trunk_core import LocalTrunk, TrunkCore
 from server_hub.worker import Arena, TrunkFailed, WorkerTrunk
 from tests.trunk_models import (
     BusyBlock,

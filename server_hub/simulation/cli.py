@@ -184,8 +184,8 @@ def compare(
     """Run a job with several methods and seeds, and show them side by side."""
     from server_hub.simulation.compare import write_comparison
     from server_hub.simulation.job import methods_of
+    from server_hub.simulation.prepare import read_data
     from server_hub.simulation.results import accuracy_table, cost_table, rows_of
-    from server_hub.simulation.simulate import read_data
 
     job = read_job(job_file, runtime, rounds=rounds)
     if target is not None and target > 1 and read_data(job, job_file.parent).task == "classes":

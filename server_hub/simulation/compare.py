@@ -26,6 +26,14 @@ from server_hub.methods.registry import RECIPES
 from server_hub.run import METRICS, RoundRecord, read_records
 from server_hub.simulation.job import DeviceRuntime, Job
 from server_hub.simulation.pictures import draw_comparison
+from server_hub.simulation.prepare import (
+    check_fit,
+    describe,
+    fleet_of,
+    read_data,
+    resume,
+    share_out,
+)
 from server_hub.simulation.results import (
     Runs,
     accuracy_grid,
@@ -35,15 +43,7 @@ from server_hub.simulation.results import (
     rows_of,
     summary,
 )
-from server_hub.simulation.simulate import (
-    Simulation,
-    check_fit,
-    describe,
-    fleet_of,
-    read_data,
-    resume,
-    share_out,
-)
+from server_hub.simulation.simulate import Simulation
 
 _POLL_S = 0.25
 """Seconds between two looks at how far the runs are."""

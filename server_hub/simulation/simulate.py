@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from edge_sdk.bundle import BlobStore, Bundle, Manifest, write_atomically
+from edge_sdk.bundle import BlobStore, Bundle, Manifest
 from edge_sdk.data import Examples
-from edge_sdk.errors import ConfigError
 from edge_sdk.index import BundleIndex, TierEntry
 from edge_sdk.learner import Learner
 from edge_sdk.protocol.tensors import Array
@@ -28,43 +26,41 @@ from edge_sdk.runtime.onnx import OnnxRuntime
 from export.build import build_model
 from export.flops import flops_per_row
 from export.functional import TorchRuntime
-from export.split import SplitModel
 from export.steps import ClientSteps
-from export.writer import WEIGHTS, Tier, make_steps, segment_of, write_tier
+from export.writer import WEIGHTS, make_steps, segment_of, write_tier
 from server_hub.config import HubConfig, Limits
-from server_hub.evaluation import Tally, batches_to_measure, vocabulary
+from server_hub.evaluation import Tally, batches_to_measure
 from server_hub.hub import Hub
 from server_hub.methods.fleet import Fleet, Schedule
 from server_hub.methods.parts import RETURNING
 from server_hub.methods.registry import RECIPES
 from server_hub.rounds import Phase, RoundRules
-from server_hub.run import METRICS, Metric, RoundRecord, RunFolder, read_records
+from server_hub.run import Metric, RoundRecord, RunFolder, read_records
 from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.clock import VirtualLoop
-from server_hub.simulation.datasets import Dataset, load_dataset
 from server_hub.simulation.devices import Meter, SimulatedDevice, TimedRuntime
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job
-from server_hub.simulation.partition import partition, table_of
+from server_hub.simulation.partition import table_of
 from server_hub.simulation.pictures import draw_partition
+from server_hub.simulation.prepare import (
+    Client,
+    check_fit,
+    describe,
+    fleet_of,
+    put_down,
+    read_data,
+    resume,
+    share_out,
+)
 from server_hub.simulation.trunk import TimedTrunk, flop_above
-from server_hub.trunk import Arrival, TrunkCore
+from server_hub.trunk import Arrival
+from server_hub.trunk_core import TrunkCore
 
 _PATIENCE = 10
 """Rounds in a row that nobody delivers for, until a run is given up."""
 
-JOB = "job.json"
-
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Client:
-    """A device to be: its name, tier and the rows of the training data that it holds."""
-
-    name: str
-    tier: str
-    rows: Array
 
 
 class Simulation:
@@ -370,125 +366,6 @@ class Simulation:
                     torch.from_numpy(logits[path]).double(), torch.from_numpy(batch.y)
                 )
         return {path: tally.value for path, tally in tallies.items()}
-
-
-def read_data(job: Job, base: Path) -> Dataset:
-    """The job's data; raises :class:`DataError`."""
-    return load_dataset(job.data, base)
-
-
-def share_out(
-    job: Job, tiers: Mapping[str, FleetTier], data: Dataset, pooled: bool = False
-) -> list[Client]:
-    """Who holds what. Tiers are dealt at random, so that they have nothing to do with the data.
-
-    Raises:
-        ConfigError: more clients than examples, or a client without any.
-    """
-    names = [f"{tier}-{i + 1}" for tier, table in tiers.items() for i in range(table.clients)]
-    owners = [tier for tier, table in tiers.items() for _ in range(table.clients)]
-    table = replace(job.partition, seed=job.partition.seed + job.seed)
-    if pooled:
-        table = replace(table, kind="iid")
-    shares = partition(data, len(names), table)
-    dealt = np.random.default_rng([job.seed, 1]).permutation(len(names))
-    return [
-        Client(name, tier, shares[share])
-        for name, tier, share in zip(names, owners, dealt, strict=True)
-    ]
-
-
-def fleet_of(
-    job: Job, model: SplitModel, tiers: Mapping[str, Tier], example: torch.Tensor, classes: int
-) -> Fleet:
-    """The fleet that a method arranges; ``classes`` are those of the data."""
-    return Fleet(
-        model,
-        tiers,
-        example,
-        vocabulary(model) if model.task == "tokens" else classes,
-        options=tuple(job.cuts.options),
-        cut_rank=job.cuts.rank,
-    )
-
-
-def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:
-    """Raise :class:`ConfigError` unless the model takes the data, and knows their classes.
-
-    Args:
-        model: the model.
-        example: some inputs; a text is tokens, int64 (rows, positions).
-        classes: number of classes, or of tokens.
-    """
-    shape = list(example.shape[1:])
-    texts = not example.is_floating_point()
-    if texts and model.task == "classes":
-        raise ConfigError(
-            "the examples are texts without labels, the model classifies; take a model of tokens, "
-            "which learns what comes next"
-        )
-    if model.task == "tokens":
-        if not texts:
-            raise ConfigError(
-                f"the model is one of tokens, the examples have shape {shape}; take a text"
-            )
-        if vocabulary(model) < classes:
-            raise ConfigError(
-                f"the data have {classes} tokens, the model knows {vocabulary(model)}; take the "
-                "tokenizer that belongs to the model, or a model with more"
-            )
-    try:
-        with torch.no_grad():
-            answers = model.eval()(example)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ConfigError(f"the model does not take examples of shape {shape}: {error}") from error
-    finally:
-        model.train()
-    if answers.dim() != (3 if texts else 2) or answers.shape[-1] < classes:
-        raise ConfigError(
-            f"the model's answers have shape {list(answers.shape[1:])}; the data have {classes} "
-            "classes"
-        )
-
-
-def describe(job: Job, runtime: DeviceRuntime) -> str:
-    """The job as JSON, to know it again."""
-    return json.dumps({"job": asdict(job), "runtime": runtime}, indent=1, default=str) + "\n"
-
-
-def resume(folder: Path, described: str) -> Checkpoint | None:
-    """Where a run of the same job in a folder has stopped; None if nothing is there.
-
-    Raises:
-        ConfigError: the folder holds something else, or is none.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; choose a folder for the run")
-    if (folder / JOB).exists():
-        if (folder / JOB).read_text("utf-8") != described:
-            raise ConfigError(
-                f"{folder} holds a run of another job; choose another folder, or remove it"
-            )
-        last = Checkpoint.read(folder)
-        written = len(read_records(folder)) if (folder / METRICS).exists() else 0
-        if last is not None and written < last.completed:
-            raise ConfigError(
-                f"{folder / METRICS} has {written} rounds, the checkpoint {last.completed}; "
-                "remove the folder to start anew"
-            )
-        return last
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no simulation; choose another folder")
-    return None
-
-
-def put_down(folder: Path, described: str) -> None:
-    """Note which job a folder is for; :class:`ConfigError` if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / JOB, described.encode())
-    except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 class _Tokens:
