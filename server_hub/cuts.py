@@ -68,14 +68,22 @@ class CutMove:
 class CutPolicy(Protocol):
     """Says after a round which devices should have another cut."""
 
-    def targets(self, fleet: Mapping[str, Seen]) -> dict[str, Target]:
-        """By device; those that are not named, or named with the cut they have, stay."""
+    def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
+        """The cuts that devices should have.
+
+        Args:
+            fleet: devices by name.
+            busy: share of the round in which the trunk has computed.
+
+        Returns:
+            By device; those that are not named, or named with the cut they have, stay.
+        """
 
 
 class Fixed:
     """Every device keeps the cut of its tier."""
 
-    def targets(self, fleet: Mapping[str, Seen]) -> dict[str, Target]:
+    def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
         return {}
 
 
@@ -86,7 +94,7 @@ class Latency:
     as deep as that time allows, which takes work from the hub.
     """
 
-    def targets(self, fleet: Mapping[str, Seen]) -> dict[str, Target]:
+    def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
         times = [seen.time_at(min(seen.options)) for seen in fleet.values()]
         bound = max((t for t in times if t is not None), default=None)
         if bound is None:
@@ -114,23 +122,27 @@ class Adaptive:
         w_i <- w_i (1 + gamma (p_i - mean p)),   1/2 <= w_i <= 3/2
         cut_i = the limit, or the option below it where w_i < behind * mean w
 
-    with ``p_i = exp(-loss_i)``, the inverse of the perplexity, relative to the best. A device
-    moves once its target has been the same for ``patience`` rounds, because every move means to
-    load other graphs.
+    with ``p_i = exp(-loss_i)``, the inverse of the perplexity, relative to the best. Nobody goes
+    deeper while the hub has time to spare: that would make no round shorter, and blocks that are
+    averaged over devices learn more slowly than those that the trunk trains on everybody's
+    batches. A device moves once its target has been the same for ``patience`` rounds, because
+    every move means to load other graphs.
 
     Attributes:
+        full: share of a round that the trunk computes from which on it has no time to spare.
         gamma: how strongly progress counts.
         behind: share of the mean weight below which a device is given less to do.
         patience: rounds that a target must stand.
     """
 
+    full: float = 0.8
     gamma: float = 0.5
     behind: float = 0.75
     patience: int = 2
     _weights: dict[str, float] = field(default_factory=dict)
     _wanted: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def targets(self, fleet: Mapping[str, Seen]) -> dict[str, Target]:
+    def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
         progress = self._progress(fleet)
         mean_progress = fmean(progress.values()) if progress else 0.0
         for device, p in progress.items():
@@ -138,15 +150,19 @@ class Adaptive:
             self._weights[device] = min(max(weight, 0.5), 1.5)
         mean = fmean(self._weights.get(device, 1.0) for device in fleet) if fleet else 1.0
         moves = {}
-        for device, limit in Latency().targets(fleet).items():
+        for device, limit in Latency().targets(fleet, busy).items():
             seen, share = fleet[device], self._weights.get(device, 1.0) / mean
-            allowed = [cut for cut in seen.options if cut <= limit.cut]
+            most = limit.cut if busy >= self.full else min(limit.cut, seen.cut)
+            allowed = [cut for cut in seen.options if cut <= most]
             cut = allowed[-2] if share < self.behind and len(allowed) > 1 else allowed[-1]
             before, times = self._wanted.get(device, (cut, 0))
             times = times + 1 if cut == before else 1
             self._wanted[device] = cut, times
             if cut != seen.cut and times >= self.patience:
-                reason = f"{limit.reason}; its weight is {share:.2f} of the mean"
+                reason = (
+                    f"{limit.reason}; its weight is {share:.2f} of the mean, the hub computes "
+                    f"{busy:.0%} of a round"
+                )
                 moves[device] = Target(cut, reason)
         return moves
 

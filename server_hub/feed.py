@@ -67,6 +67,8 @@ class Feed:
         self._stepping = False
         self.steps = 0
         """Steps of the round."""
+        self.seconds = 0.0
+        """That they have taken."""
         self.losses: list[tuple[float, int]] = []
         """Loss and rows of every step, where labels are here."""
         self.device_losses: dict[str, tuple[float, int]] = {}
@@ -79,7 +81,8 @@ class Feed:
         """A round begins; ``mixes`` unless devices wait for the gradients of what they send."""
         self._mixer.begin(self._settings.mix_rows if mixes else 0, number)
         self._last = False
-        self.steps, self.losses, self.device_losses = 0, [], {}
+        self.steps, self.seconds = 0, 0.0
+        self.losses, self.device_losses = [], {}
 
     def put(self, waiting: Waiting) -> None:
         """A batch has come."""
@@ -104,7 +107,10 @@ class Feed:
             self._changes.wake()
 
     async def _step(self, group: list[Waiting]) -> None:
+        now = asyncio.get_running_loop().time
+        began = now()
         report = await self._trunk.step([waiting.arrival for waiting in group])
+        self.seconds += now() - began
         for waiting, parts, found in zip_longest(group, report.gradients, report.losses):
             if parts is not None:
                 gradient = Gradient(

@@ -290,7 +290,8 @@ class Hub:
         updates = [self._intake.updates[device] for device in delivered]
         at = {d: cut for d in delivered if (cut := self._moves.cut_of(d)) is not None}
         last = self.rounds.phase is Phase.DONE
-        moves = [] if last else self._moves.plan(updates, self._feed.device_losses)
+        busy = self._feed.seconds / max(now() - started, 1e-9)
+        moves = [] if last else self._moves.plan(updates, self._feed.device_losses, busy)
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
         await self._publish_states()
         self._save()

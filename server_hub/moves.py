@@ -69,13 +69,17 @@ class Moves:
         return device in self._moving
 
     def plan(
-        self, updates: Sequence[DeviceUpdate], losses: Mapping[str, tuple[float, int]]
+        self,
+        updates: Sequence[DeviceUpdate],
+        losses: Mapping[str, tuple[float, int]],
+        busy: float,
     ) -> list[CutMove]:
         """What the policy wants after a round.
 
         Args:
             updates: what the devices say of the round.
             losses: sum of the trunk's losses on what each has sent, and the number of labels.
+            busy: share of the round in which the trunk has computed.
         """
         fleet = {}
         for update in updates:
@@ -91,7 +95,7 @@ class Moves:
                 )
         return [
             CutMove(device, fleet[device].cut, target.cut, target.reason)
-            for device, target in self._policy.targets(fleet).items()
+            for device, target in self._policy.targets(fleet, busy).items()
             if target.cut != fleet[device].cut
         ]
 

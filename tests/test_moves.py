@@ -129,7 +129,7 @@ class Script:
         self.rounds = list(rounds)
         self.seen: list[dict[str, Seen]] = []
 
-    def targets(self, fleet: Mapping[str, Seen]) -> dict[str, Target]:
+    def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
         """The script's cuts."""
         self.seen.append(dict(fleet))
         wanted = self.rounds[len(self.seen) - 1] if len(self.seen) <= len(self.rounds) else {}
