@@ -62,7 +62,7 @@ def test_cuts_are_those_that_the_moves_say(demo: Any) -> None:
         assert round_cuts == cuts
         for move in result["moves"]:
             if move["round"] == number:
-                assert (cuts[move["device"]], "a batch takes it" in move["reason"]) == (
+                assert (cuts[move["device"]], "a round takes it" in move["reason"]) == (
                     move["cut"], True
                 )  # fmt: skip
                 cuts[move["device"]] = move["to"]
@@ -112,7 +112,7 @@ def test_a_slow_device_computes_the_same_and_takes_longer(monkeypatch: pytest.Mo
     """It sleeps for what its factor leaves of the time that a step has taken."""
 
     class Fake:
-        clock, slept = 0.0, 0.0
+        clock, slept, loading_s = 0.0, 0.0, 0.0
 
         def run(self, graph: str, batch: Any) -> dict[str, Array]:
             Fake.clock += 0.25

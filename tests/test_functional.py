@@ -187,7 +187,7 @@ def test_local_loss(
     ("kind", "runtime"),
     [
         *((kind, runtime) for kind in ("conv", "decoder") for runtime in ("onnx", "torch")),
-        ("conv", "executorch"),
+        pytest.param("conv", "executorch", marks=pytest.mark.exhaustive),
         pytest.param("decoder", "executorch", marks=pytest.mark.exhaustive),
     ],
 )

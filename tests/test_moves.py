@@ -824,7 +824,8 @@ def test_a_device_moves_between_processes(tmp_path: Path, bundles: BundleIndex) 
     config.write_text(
         f'bundles = "{bundles.folder}"\ntokens = "{tmp_path / "tokens.toml"}"\n'
         f'run = "{tmp_path / "run"}"\n[listen]\nport = 0\n[rounds]\ncount = 3\n'
-        '[local]\nhyper = { lr = 0.05 }\n[trunk]\ndevice = "cpu"\nthreads = 1\n'
+        "[local]\nepochs = 30\nbatch_size = 4\nhyper = { lr = 0.05 }\n"
+        '[trunk]\ndevice = "cpu"\nthreads = 1\n'
         'hyper = { lr = 0.05 }\n[cuts]\npolicy = "latency"\n'
     )
     hub = cutlayer("hub", "--config", str(config), "--json")

@@ -394,6 +394,7 @@ examples = 10
 """
 
 
+@pytest.mark.exhaustive
 def test_the_command_on_adapters(
     tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

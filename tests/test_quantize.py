@@ -392,6 +392,7 @@ def test_sizes(runtime: RuntimeName) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.exhaustive
 def test_same_bundle(tmp_path: Path) -> None:
     """Exporting twice gives the same bundle."""
     indices = [exported("text", tmp_path / str(i))[1] for i in range(2)]

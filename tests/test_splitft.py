@@ -397,7 +397,7 @@ def test_a_job_whose_cuts_move_ends_where_one_with_fixed_cuts_ends(tmp_path: Pat
     assert [record.cuts["a-1"] for record in records] == [2, 1, 1, 1]
     (move,) = records[0].moves
     assert (move["device"], move["cut"], move["to"]) == ("a-1", 2, 1)
-    assert "a batch takes it" in move["reason"]
+    assert "a round takes it" in move["reason"]
     trained = [n for n in want if "lora" in n]
     assert len(trained) == 2 * DEPTH
     start = {n: t.detach().numpy() for n, t in build_bytes().named_parameters()}

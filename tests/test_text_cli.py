@@ -371,7 +371,7 @@ def test_a_text_cannot_be_generated_without_the_hub(tmp_path: Path, bundles: Any
 
 # --- what is shown of rounds ----------------------------------------------------------------------
 
-MOVE = {"device": "phone-3", "cut": 4, "to": 2, "reason": "a batch takes it 0.9 s, 0.4 s at cut 2"}
+MOVE = {"device": "phone-3", "cut": 4, "to": 2, "reason": "a round takes it 0.9 s, 0.4 s at cut 2"}
 
 
 def record(number: int, **changes: Any) -> RoundRecord:
@@ -401,7 +401,7 @@ def test_the_line_of_a_round_has_the_metric_and_the_best_way_where_there_is_no_e
 def test_every_move_is_a_line() -> None:
     assert move_lines(record(1)) == []
     lines = move_lines(record(1, moves=[MOVE, {**MOVE, "device": "tv"}]))
-    assert lines[0] == "phone-3 goes from cut 4 to 2: a batch takes it 0.9 s, 0.4 s at cut 2"
+    assert lines[0] == "phone-3 goes from cut 4 to 2: a round takes it 0.9 s, 0.4 s at cut 2"
     assert lines[1].startswith("tv goes")
 
 

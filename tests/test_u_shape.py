@@ -251,7 +251,7 @@ def test_the_train_graph_leaves_the_head_alone() -> None:
 # --- a fleet --------------------------------------------------------------------------------------
 
 
-def job_of(method: str, staleness: int = 0, **changes: Any) -> Job:
+def job_of(method: str, **changes: Any) -> Job:
     """Digits over two tiers of one device, each batch a step of its own."""
     settings: dict[str, Any] = {
         "model": "tests.test_u_shape:build_digits",
@@ -260,7 +260,7 @@ def job_of(method: str, staleness: int = 0, **changes: Any) -> Job:
                   "b": FleetTier(clients=1, cut=2, codec="fp16")},
         "method": method,
         "rounds": RoundsTable(count=3),
-        "local": LocalTraining(batch_size=64, hyper={"lr": 0.05}, staleness=staleness),
+        "local": LocalTraining(batch_size=64, hyper={"lr": 0.05}),
         "trunk": TrunkTraining(hyper={"lr": 0.05}, max_rows=1, wait_s=0.0),
         "schedule": "constant",
     }  # fmt: skip
@@ -287,8 +287,11 @@ def test_a_fleet_learns_and_no_label_leaves_a_device(
 
     monkeypatch.setattr(TrunkCore, "_receive", watched)
     accuracies = []
-    for staleness in (0, 2):
-        with Simulation(job_of("splitft-u", staleness), tmp_path / str(staleness)) as simulation:
+    hyper = {"lr": 0.05, "momentum": 0.0}  # steps that come late do not go with momentum
+    calm: dict[str, Any] = {"trunk": TrunkTraining(hyper=hyper, max_rows=1, wait_s=0.0)}
+    for staleness in (0, 1):
+        calm["local"] = LocalTraining(batch_size=64, hyper=hyper, staleness=staleness)
+        with Simulation(job_of("splitft-u", **calm), tmp_path / str(staleness)) as simulation:
             records = simulation.run()
         assert len(records) == 3
         accuracies.append([r.accuracy["a"]["through_hub"] for r in records])
@@ -297,9 +300,9 @@ def test_a_fleet_learns_and_no_label_leaves_a_device(
         assert records[-1].local_loss is not None
     assert seen
     assert all(labels is None for labels in seen)
-    for first, last in accuracies:
-        assert last > 0.5
-        assert last > first - 0.05
+    for first, *_, last in accuracies:
+        assert last > 0.4
+        assert last > first + 0.1
 
 
 def test_cuts_move_with_labels_on_the_devices(tmp_path: Path) -> None:
