@@ -45,20 +45,24 @@ class AdapterCopy(NamedTuple):
 
 
 def average(
-    copies: Sequence[AdapterCopy | tuple[Array, Array, float, float]], rank: int, scale: float
+    copies: Sequence[AdapterCopy | tuple[Array, Array, float, float]],
+    rank: int,
+    scale: float,
+    near: Array | None = None,
 ) -> tuple[Array, Array]:
     """The adapter of a rank whose product is nearest to the weighted mean of the copies' products.
 
-    Nearest in the Frobenius norm. Where all copies have the rank, the basis of the result is the
-    one nearest to the mean of their A, so that optimizer slots averaged beside them still belong
-    to it, and equal copies come back as they were. Otherwise the rows of A are orthogonal, with
-    the norm that they have at the start. A is never zero, even if every B is. The matrix itself,
-    (out, in), is never formed.
+    Nearest in the Frobenius norm. The basis of the result is the one nearest to ``near``, so that
+    optimizer slots that belong to that basis still do. Where all copies have the rank, it is the
+    mean of their A, and equal copies come back as they were. Without one the rows of A are
+    orthogonal, with the norm that they have at the start. A is never zero, even if every B is. The
+    matrix itself, (out, in), is never formed.
 
     Args:
         copies: of one module; finite, weights above zero with any sum.
         rank: of the result.
         scale: of the result's product.
+        near: an A (rank, in) whose basis to stay near to.
 
     Returns:
         B (out, rank) and A (rank, in), in the copies' dtype.
@@ -75,8 +79,8 @@ def average(
     left_OS = np.hstack(scaled)
     right_SI = np.vstack([copy.A.astype(np.float64) for copy in adapters])
 
-    mean_RI = None
-    if all(len(copy.A) == rank for copy in adapters):
+    mean_RI = None if near is None else near.astype(np.float64)
+    if mean_RI is None and all(len(copy.A) == rank for copy in adapters):
         mean_RI = np.tensordot(shares, right_SI.reshape(len(adapters), rank, -1), 1)
     sources = [right_SI] if mean_RI is None else [mean_RI, right_SI]
     basis_RI = _completed(_leading(left_OS, right_SI, rank), sources, rank)

@@ -303,7 +303,10 @@ def layers_between(state: Mapping[str, Array], first: int, last: int) -> dict[st
 
 
 def test_adapters_of_different_ranks_are_averaged_as_products() -> None:
-    """A block that one device holds at its cut, with a lower rank, another and the trunk whole."""
+    """A block that one device holds at its cut, with a lower rank, another and the trunk whole.
+
+    What the lower rank could not hold from the start on counts as unchanged.
+    """
     full = build(4)
     store = MergedAdapters(state_of(full), "adamw", cut_rank=2)
     lower = build(4)
@@ -326,9 +329,14 @@ def test_adapters_of_different_ranks_are_averaged_as_products() -> None:
     copies = [TrunkCopy("shared", f"block.{i}", layers_between(deep, i, i + 1), 5) for i in (2, 3)]
     store.commit([DeviceUpdate("a", small, 3), DeviceUpdate("b", large, 1)], copies)
     after = store.trunk_state()
+    kept = product(everything, 1) - product(at_cut, 1)
+    assert np.abs(kept).max() > 1e-3
     for block, parts in {0: [(small, 3), (large, 1)], 1: [(small, 3), (large, 1)],
                          2: [(large, 1), (deep, 5)], 3: [(deep, 5)]}.items():  # fmt: skip
-        mean = sum(w * product(state, block) for state, w in parts) / sum(w for _, w in parts)
+        mean = sum(
+            w * (product(state, block) + (kept if block == 1 and state is small else 0))
+            for state, w in parts
+        ) / sum(w for _, w in parts)
         u, s, vt = np.linalg.svd(mean)
         np.testing.assert_allclose(product(after, block), (u[:, :4] * s[:4]) @ vt[:4], atol=1e-5)
     slot = "mean/block.{}.layer.attn.c_attn.lora_A.default.weight"
@@ -342,6 +350,31 @@ def test_adapters_of_different_ranks_are_averaged_as_products() -> None:
     assert ranks == [4, 4, 2, 4]
     assert not entered[slot.format(2)].any()
     assert entered[slot.format(3)].any()
+
+
+def test_where_all_copies_have_a_lower_rank_it_stays_and_so_do_the_slots() -> None:
+    """Nothing is cut back again in every round; the whole model is saved at its full ranks."""
+    store = MergedAdapters(state_of(build(4)), "adamw", cut_rank=2)
+    lower = build(4)
+    set_ranks(lower, {1: 2})
+    specs = [TensorSpec(n, "float32", t.shape) for n, t in state_of(lower).items()
+             if n.startswith("block.1")]  # fmt: skip
+    rule = get_optimizer("adamw")
+    own = {s.name: torch.zeros([int(n) for n in s.shape]) for s in specs}
+    specs += [TensorSpec(n, "float32", tuple(t.shape)) for n, t in rule.slots(own).items()]
+    for seed in range(2):  # after the first the store has the rank
+        sent = noisy(store.device_state(specs), seed)
+        store.commit([DeviceUpdate("a", sent, 3), DeviceUpdate("b", dict(sent), 1)], [])
+    back = store.device_state(specs)
+    assert back.keys() == sent.keys()
+    for name in sent:
+        np.testing.assert_allclose(back[name], sent[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    whole = store.path_state(lower, 1)
+    assert whole is store.path_state(lower, 2)
+    assert {n: t.shape for n, t in whole.items() if "/" not in n} == {
+        n: t.shape for n, t in state_of(build(4)).items()
+    }
+    np.testing.assert_allclose(product(whole, 1), product(sent, 1), rtol=1e-3, atol=1e-5)
 
 
 # --- jobs -----------------------------------------------------------------------------------------
@@ -406,8 +439,12 @@ def test_a_job_whose_cuts_move_ends_where_one_with_fixed_cuts_ends(tmp_path: Pat
     assert np.linalg.norm(error) < 0.05 * np.linalg.norm(moved)
 
 
-def test_a_fleet_finds_its_cuts_and_learns(tmp_path: Path) -> None:
-    """Slow devices get fewer blocks, fast ones more; perplexity falls; runs are the same."""
+@pytest.mark.parametrize(("hub_gflops", "fast"), [(None, 2), (0.003, 3)])
+def test_a_fleet_finds_its_cuts_and_learns(
+    hub_gflops: float | None, fast: int, tmp_path: Path
+) -> None:
+    """Slow devices get fewer blocks, fast ones more if the hub has too much to do; perplexity
+    falls; runs are the same."""
     tiers = {
         "slow": FleetTier(clients=1, cut=2, codec="fp16", gflops=0.001),
         "fast": FleetTier(clients=2, cut=2, codec="fp16", gflops=0.01),
@@ -415,14 +452,14 @@ def test_a_fleet_finds_its_cuts_and_learns(tmp_path: Path) -> None:
     task = job(
         tmp_path, tiers=tiers, cuts=CutsTable(policy="adaptive", options=[1, 2, 3], rank=2),
         rounds=RoundsTable(8), local=LocalTraining(1, 4, {"lr": 0.02}, staleness=1),
-        trunk=TrunkTraining(optimizer="adamw", hyper={"lr": 0.02}),
+        trunk=TrunkTraining(optimizer="adamw", hyper={"lr": 0.02}), hub_gflops=hub_gflops,
     )  # fmt: skip
     records, model = run(task, tmp_path / "one")
     assert records[0].cuts == {"slow-1": 2, "fast-1": 2, "fast-2": 2}
-    assert records[-1].cuts == {"slow-1": 1, "fast-1": 3, "fast-2": 3}
-    assert sum(len(record.moves) for record in records) == 3
+    assert records[-1].cuts == {"slow-1": 1, "fast-1": fast, "fast-2": fast}
+    assert sum(len(record.moves) for record in records) == 2 * fast - 3
     perplexity = [record.accuracy["slow"]["through_hub"] for record in records]
-    assert perplexity[-1] < 0.9 * perplexity[0]
+    assert perplexity[-1] < 0.95 * perplexity[0]
     assert records[-1].metric == "perplexity"
     again, same = run(task, tmp_path / "two")
     assert [r.cuts for r in again] == [r.cuts for r in records]

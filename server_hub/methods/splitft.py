@@ -24,35 +24,55 @@ from edge_sdk.protocol.tensors import Array, TensorSpec
 from export.low_rank import AdapterCopy, adapter_pairs, average, reduce
 from export.names import is_slot, is_statistic, layer_of
 from export.optimizers import get_optimizer
+from export.split import SplitModel
 from server_hub.layers import LayerCopy, LayerStore, State, weighted_mean
 from server_hub.methods.fleet import Fleet, Recipe, Schedule
 from server_hub.methods.parts import Merged, Method, SharedCopy, Stage, always
 
 
 class AdapterStore(LayerStore):
-    """Averages adapters as products (HLoRA, https://arxiv.org/abs/2503.00813), at full rank.
+    """Averages adapters as products (HLoRA, https://arxiv.org/abs/2503.00813).
 
-    Their slots are averaged beside them, over the copies that have the full rank.
+    The mean has the highest rank that a copy has, and the basis and the slots of the copies that
+    have it: where all have the same, nothing is lost. A copy of a lower rank has started from what
+    that rank could hold. What it could not is not unlearned: what counts is how the copy's product
+    has changed.
     """
 
     def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
         old = self.entries[layer].tensors
         pairs = adapter_pairs(old)
-        whole = [c for c in copies if all(c.tensors[n].shape == old[n].shape for pair in pairs
-                                          for n in pair)]  # fmt: skip
+        ranks = {a: max(len(copy.tensors[a]) for copy in copies) for a, _ in pairs}
+        whole = [c for c in copies if all(len(c.tensors[a]) == r for a, r in ranks.items())]
         factors = {name for pair in pairs for name in pair}
         own = {name for name in old if name not in factors and not is_slot(name)}
         tensors = weighted_mean({n: old[n] for n in own}, copies)
-        slots = {name: t for name, t in old.items() if is_slot(name)}
-        tensors |= weighted_mean(slots, whole) if whole else _zeros(slots)
+        slots = [name for name in old if is_slot(name)]
+        like = max(copies, key=lambda copy: sum(len(copy.tensors[a]) for a in ranks)).tensors
+        tensors |= (
+            weighted_mean({n: like[n] for n in slots}, whole)
+            if whole
+            else {n: np.zeros_like(like[n]) for n in slots}
+        )
+        shares = np.array([c.weight for c in whole]) / sum(c.weight for c in whole)
         for a, b in pairs:
-            rank = len(old[a])
             adapters = [
-                AdapterCopy(c.tensors[b], c.tensors[a], 1 / len(c.tensors[a]), c.weight)
-                for c in copies
-            ]  # the scale is alpha / rank, and alpha the same for all
-            tensors[b], tensors[a] = average(adapters, rank, 1 / rank)
+                _changed(old[b], old[a], c.tensors[b], c.tensors[a], c.weight) for c in copies
+            ]
+            near = (
+                sum(w * c.tensors[a] for w, c in zip(shares, whole, strict=True)) if whole else None
+            )
+            tensors[b], tensors[a] = average(adapters, ranks[a], 1 / ranks[a], near)
         return {name: tensors[name] for name in old}
+
+
+def _changed(old_B: Array, old_A: Array, B: Array, A: Array, weight: float) -> AdapterCopy:
+    """The old product and what a copy has added to it; the scale is alpha / rank, alpha one."""
+    if len(A) >= len(old_A):
+        return AdapterCopy(B, A, 1 / len(A), weight)
+    start_B, start_A = reduce(old_B, old_A, len(A))  # as at_ranks has sent it: see there
+    sides = np.hstack([old_B / len(old_A), -start_B / len(old_A), B / len(A)])
+    return AdapterCopy(sides, np.vstack([old_A, start_A, A]), 1.0, weight)
 
 
 class MergedAdapters(Merged):
@@ -72,26 +92,35 @@ class MergedAdapters(Merged):
         slots = get_optimizer(optimizer).slots(parameters)
         self.store = AdapterStore(initial | {n: t.numpy() for n, t in slots.items()})
         self._cut_rank = cut_rank
+        self._ranks = {a: len(initial[a]) for a, _ in adapter_pairs(initial)}
+        self._whole: tuple[State, State] | None = None
 
     def device_state(self, specs: Sequence[TensorSpec]) -> State:
-        """What a device holds, its adapters cut down to the ranks that it has."""
-        everything = self.trunk_state()
+        """What a device holds, its adapters at the ranks that it has."""
+        everything = super().trunk_state()
         names = [spec.name for spec in specs]
         ranks = {s.name: int(s.shape[0]) for s in specs if ".lora_A." in s.name}
         return at_ranks({name: everything[name] for name in names}, ranks)
 
     def trunk_state(self, cuts: Collection[int] = ()) -> State:
         """What the trunk starts from: lower ranks in the blocks that activations enter."""
-        everything = super().trunk_state()
-        if self._cut_rank is None or not cuts:
-            return everything
         entered = {f"block.{cut}" for cut in cuts}
         ranks = {
-            a: min(self._cut_rank, len(everything[a]))
-            for a, _ in adapter_pairs(everything)
-            if layer_of(a) in entered
-        }
-        return at_ranks(everything, ranks)
+            a: rank if self._cut_rank is None or layer_of(a) not in entered
+            else min(self._cut_rank, rank)
+            for a, rank in self._ranks.items()
+        }  # fmt: skip
+        return at_ranks(super().trunk_state(), ranks)
+
+    def path_state(self, model: SplitModel, cut: int) -> State:
+        """The whole model at its full ranks; one object for all cuts."""
+        everything = super().trunk_state()
+        if self._whole is None or self._whole[0] is not everything:
+            self._whole = everything, at_ranks(everything, self._ranks)
+        return self._whole[1]
+
+    def stores(self) -> Mapping[str, State]:
+        return {"all": super().trunk_state()}
 
 
 def at_ranks(state: State, ranks: Mapping[str, int]) -> State:
@@ -155,7 +184,3 @@ def with_heads(fleet: Fleet) -> Fleet:
 
 SPLITFT = Recipe("SplitFT", splitft, moving)
 SPLITFT_U = Recipe("SplitFT (labels on the devices)", splitft_u, with_heads)
-
-
-def _zeros(tensors: Mapping[str, Array]) -> State:
-    return {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
