@@ -24,6 +24,10 @@ _SIZE = 1 / math.sqrt(3)
 _CONDITION = 1e3
 """Largest condition number of a change of basis; float32 has 7 digits to lose."""
 
+_GROWTH = 2.0
+"""How much larger than the copies' a B may become in a basis that is kept: where that basis hardly
+has a direction of the mean, B would have to be huge there, and the next step with it."""
+
 _PRESENT = 1e-8
 """Size from which on a direction, relative to the rows it is taken from, is more than rounding."""
 
@@ -54,9 +58,9 @@ def average(
 
     Nearest in the Frobenius norm. The basis of the result is the one nearest to ``near``, so that
     optimizer slots that belong to that basis still do. Where all copies have the rank, it is the
-    mean of their A, and equal copies come back as they were. Without one the rows of A are
-    orthogonal, with the norm that they have at the start. A is never zero, even if every B is. The
-    matrix itself, (out, in), is never formed.
+    mean of their A, and equal copies come back as they were. Without one, or where it lacks a
+    direction of the mean, the rows of A are orthogonal, with the norm that they have at the start.
+    A is never zero, even if every B is. The matrix itself, (out, in), is never formed.
 
     Args:
         copies: of one module; finite, weights above zero with any sum.
@@ -86,13 +90,15 @@ def average(
     basis_RI = _completed(_leading(left_OS, right_SI, rank), sources, rank)
     image_OR = left_OS @ (right_SI @ basis_RI.T)
 
-    gauge_RR = np.eye(rank) * _SIZE
+    A: Array = _SIZE * basis_RI
+    B: Array = image_OR / (_SIZE * scale)
     if mean_RI is not None:
         nearest_RR = mean_RI @ basis_RI.T
         if np.linalg.cond(nearest_RR) <= _CONDITION:
-            gauge_RR = nearest_RR
-    B = np.linalg.solve(gauge_RR.T, image_OR.T).T / scale
-    A = gauge_RR @ basis_RI
+            near_B = np.linalg.solve(nearest_RR.T, image_OR.T).T / scale
+            largest = max(np.linalg.norm(c.scale * c.B) for c in adapters) / scale
+            if np.linalg.norm(near_B) <= _GROWTH * largest:
+                A, B = nearest_RR @ basis_RI, near_B
     return B.astype(adapters[0].B.dtype), A.astype(adapters[0].A.dtype)
 
 

@@ -20,7 +20,7 @@ from server_hub.run import RoundRecord, read_records
 SMALL = TextDemo(
     Shape(blocks=3, width=16, heads=2, context=32),
     Pretraining(steps=60, batch_size=8, lr=2e-2, warmup=5),
-    rounds=4,
+    rounds=6,
     texts=32,
     held_out=8,
     lr=2e-2,

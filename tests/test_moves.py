@@ -265,7 +265,7 @@ def test_a_device_goes_deeper_and_shallower_and_no_step_is_lost(
     tmp_path: Path, export: Export, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The model after the job is the one of a device that stays where it is."""
-    caplog.set_level(logging.INFO, "cutlayer.hub")
+    caplog.set_level(logging.DEBUG, "cutlayer.hub")
     hub, own, stayed = run(one_job(tmp_path / "stays", export, Script()))
     assert cuts_of(hub, "a") == own == [2, 2, 2, 2, 2]
     script = Script({"a": 3}, {"a": 1}, {}, {"a": 2})

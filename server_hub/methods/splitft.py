@@ -47,22 +47,24 @@ class AdapterStore(LayerStore):
         factors = {name for pair in pairs for name in pair}
         own = {name for name in old if name not in factors and not is_slot(name)}
         tensors = weighted_mean({n: old[n] for n in own}, copies)
-        slots = [name for name in old if is_slot(name)]
-        like = max(copies, key=lambda copy: sum(len(copy.tensors[a]) for a in ranks)).tensors
-        tensors |= (
-            weighted_mean({n: like[n] for n in slots}, whole)
-            if whole
-            else {n: np.zeros_like(like[n]) for n in slots}
-        )
-        shares = np.array([c.weight for c in whole]) / sum(c.weight for c in whole)
+        kept = bool(whole)
+        total = sum(copy.weight for copy in whole)
         for a, b in pairs:
             adapters = [
                 _changed(old[b], old[a], c.tensors[b], c.tensors[a], c.weight) for c in copies
             ]
-            near = (
-                sum(w * c.tensors[a] for w, c in zip(shares, whole, strict=True)) if whole else None
-            )
-            tensors[b], tensors[a] = average(adapters, ranks[a], 1 / ranks[a], near)
+            near = sum((c.weight / total * c.tensors[a] for c in whole), np.zeros(1))
+            basis = near if whole else None
+            tensors[b], tensors[a] = average(adapters, ranks[a], 1 / ranks[a], basis)
+            apart = np.linalg.norm(tensors[a] - near) / np.linalg.norm(tensors[a])
+            kept = kept and bool(apart < 0.5)
+        like = max(copies, key=lambda copy: sum(len(copy.tensors[a]) for a in ranks)).tensors
+        slots = {name: like[name] for name in old if is_slot(name)}
+        tensors |= (
+            weighted_mean(slots, whole)
+            if kept  # else they belong to another basis
+            else {name: np.zeros_like(tensor) for name, tensor in slots.items()}
+        )
         return {name: tensors[name] for name in old}
 
 
