@@ -6,6 +6,7 @@ topics, which are about the language; every device has one of those about the li
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,11 @@ def pretrain(
         vocab_size=BYTES, bos_token_id=0, eos_token_id=0,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
-    model = from_transformers(config)
+    logging.disable(logging.WARNING)  # what transformers imports talks about missing hardware
+    try:
+        model = from_transformers(config)
+    finally:
+        logging.disable(logging.NOTSET)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(0)
     positions_T = torch.arange(shape.context + 1)
