@@ -109,7 +109,7 @@ class Hub:
         initial = {n: t.detach().cpu().numpy() for n, t in self.model.trained().items()}
         # copies: starting the worker moves the model's tensors to shared memory
         frozen = {n: t for n, t in self.model.tensors().items() if n not in initial}
-        self._frozen = {n: np.array(t.detach().cpu()) for n, t in frozen.items()}
+        self._frozen = {n: t.detach().cpu().numpy().copy() for n, t in frozen.items()}
         schedule = Schedule(
             config.rounds.count, config.local.epochs, optimizer=self.index.optimizer
         )
