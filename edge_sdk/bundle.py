@@ -86,7 +86,7 @@ class StateSpec:
     Attributes:
         spec: name, dtype and shape.
         kind: ``parameter`` and ``statistic`` (of a batch norm) travel to the hub, ``slot`` (of the
-            optimizer) stays on the device and starts each round at zero.
+            optimizer) starts each round at zero, unless the method hands it on: then it travels.
     """
 
     spec: TensorSpec

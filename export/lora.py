@@ -117,29 +117,6 @@ def adapted_modules(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
-def cut_ranks(depth: int, cut: int, rank: int = 16, cut_rank: int = 8) -> dict[int, int]:
-    """Ranks of all blocks in SplitFT (https://arxiv.org/abs/2604.26388): lower ones at the cut.
-
-    Args:
-        depth: number of blocks.
-        cut: cut layer.
-        rank: of a block away from the cut.
-        cut_rank: of the last block on the device and the first on the hub.
-
-    Returns:
-        Rank by block, for :func:`set_ranks`.
-
-    Raises:
-        ExportError: the cut is outside the model.
-    """
-    if not 1 <= cut < depth:
-        raise ExportError(
-            f"cut {cut} is outside the model: it has {depth} blocks, "
-            f"so a cut is from 1 to {depth - 1}"
-        )
-    return {block: cut_rank if block in (cut - 1, cut) else rank for block in range(depth)}
-
-
 def set_ranks(model: SplitModel, ranks: Mapping[int, int]) -> None:
     """Give the adapters of some blocks other ranks, in place.
 

@@ -13,14 +13,12 @@ import peft
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from export.adapters import TransformersModel, from_transformers
 from export.errors import ExportError
-from export.lora import Lora, adapted_modules, add_lora, cut_ranks, set_ranks
+from export.lora import Lora, adapted_modules, add_lora, set_ranks
 from export.low_rank import adapter_pairs, average
 from export.peft_format import load_adapter, save_adapter
 from export.split import SplitModel
@@ -95,22 +93,6 @@ def ranks(model: SplitModel) -> dict[str, int]:
 
 
 # ranks
-
-
-@given(st.data())
-def test_the_two_blocks_at_the_cut_have_the_lower_rank(data: st.DataObject) -> None:
-    depth = data.draw(st.integers(2, 20))
-    cut = data.draw(st.integers(1, depth - 1))
-    found = cut_ranks(depth, cut)
-    assert list(found) == list(range(depth))
-    assert {block for block, rank in found.items() if rank == 8} == {cut - 1, cut}
-    assert set(found.values()) <= {8, 16}
-
-
-@pytest.mark.parametrize("cut", [0, 3, -1])
-def test_a_cut_outside_of_the_model_has_no_ranks(cut: int) -> None:
-    with pytest.raises(ExportError, match=f"cut {cut} is outside the model: it has 3 blocks"):
-        cut_ranks(3, cut)
 
 
 def test_ranks_change_where_they_differ_and_only_there() -> None:
