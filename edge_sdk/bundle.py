@@ -37,7 +37,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 GRAPHS = ("predict", "train", "forward")
 KINDS = ("parameter", "statistic", "slot")
-ROLES = ("state", "batch", "hyper", "seed", "packed", "result")
+ROLES = ("state", "bases", "batch", "hyper", "seed", "packed", "result")
 
 
 def sha256(data: bytes) -> str:
@@ -56,7 +56,9 @@ class Port:
 
     Attributes:
         spec: name, dtype and shape.
-        role: ``state`` (trainable tensors, statistics, optimizer slots), ``batch`` (x and y),
+        role: ``state`` (trainable tensors, statistics, optimizer slots), ``bases`` (stacked
+            parameters and statistics of some base networks), ``batch`` (x, y and what goes with
+            them),
             ``hyper`` (scalars of the optimizer), ``seed`` (of dropout), ``packed`` (a part of the
             packed activations, or of their gradient) or ``result`` (loss, correct, logits).
     """

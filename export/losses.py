@@ -49,6 +49,20 @@ def _disagreement(logits_HNC: Tensor) -> Tensor:
     return (others_HNC.exp() * excess_HNC).sum((0, 2))
 
 
+def masked(logits: Tensor, present: Tensor | None = None) -> Tensor:
+    """Logits of which classes that are not there cannot win, nor lose anything.
+
+    Args:
+        logits: (..., classes).
+        present: (classes,), 1 for classes that are there, 0 for others; all are if not given.
+    """
+    return logits if present is None else logits + (present - 1) * _NEVER
+
+
+_NEVER = 1e9
+"""What is taken from the logit of a class that is not there: its probability is exactly zero."""
+
+
 def local_loss(logits: Tensor, y: Tensor, distill: float = 0.0) -> Tensor:
     """FedSplitX's loss of a device: the sum over its heads of their mean cross-entropy.
 
@@ -76,3 +90,9 @@ def local_loss(logits: Tensor, y: Tensor, distill: float = 0.0) -> Tensor:
     if counted_N is None:
         return losses_N.mean()
     return (losses_N * counted_N).sum() / counted_N.sum().clamp(min=1)
+
+
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """How many labels the mean of the heads' softmax gets right; see :func:`local_loss`."""
+    scores = torch.softmax(logits, -1).mean(0) if len(logits) > 1 else logits[0]
+    return (scores.argmax(-1) == y).to(torch.float32).sum()

@@ -19,9 +19,11 @@ from torch.func import functional_call
 
 from edge_sdk.bundle import Port, StateSpec
 from edge_sdk.protocol.tensors import TensorSpec
+from export import mix_steps
 from export.dropout import SeededDropout
+from export.dual_norm import has_dual_norms, noise_tensors, robustness
 from export.errors import ExportError
-from export.losses import local_loss
+from export.losses import correct, local_loss, masked
 from export.names import layer_of
 from export.optimizers import Optimizer
 from export.packing import Codec
@@ -63,10 +65,15 @@ class ClientSteps:
         returned: whether gradients come back from the hub: adds ``activate`` and ``backward``.
         fused: whether they are joined with those of the heads: adds ``activate`` and ``fuse``.
         distill: weight of what heads learn from each other, see :func:`export.losses.local_loss`.
+        bases: the segment is one of so many base networks, of which any number can be mixed: adds
+            graphs for it, and an input ``present`` to those that train, (classes,), 1 for classes
+            that the device has examples of and 0 for those that its loss leaves out.
+        adversarial: with dual norms, whether the device trains on examples that it has made hard:
+            adds ``attack`` and ``harden``.
 
     Raises:
-        ExportError: ``distill`` is negative; or gradients come back and there is nothing to train
-            with them.
+        ExportError: ``distill`` is negative; ``adversarial`` without dual norms; or gradients come
+            back and there is nothing to train with them.
     """
 
     def __init__(
@@ -81,16 +88,26 @@ class ClientSteps:
         returned: bool = False,
         fused: bool = False,
         distill: float = 0.0,
+        bases: int = 0,
+        adversarial: bool = False,
     ) -> None:
         if not 0 <= distill < math.inf:
             raise ExportError(f"distill is {distill}; the weight must be 0 or more")
         self.segment, self.optimizer, self.codec = segment, optimizer, codec
         self.classes, self.limits = classes, dict(limits or {})
         self.returned, self.fused, self.distill = returned, fused, distill
+        self.bases, self.adversarial = bases, adversarial
+        self.dual = has_dual_norms(segment)
+        if adversarial and not self.dual:
+            raise ExportError(
+                "adversarial steps train noise norms, and the model has none; export with "
+                "dual_norms = true, or leave out adversarial"
+            )
         self.parameters = {
             n: p.detach().clone() for n, p in segment.named_parameters() if p.requires_grad
         }
         self.statistics = {n: b.detach().clone() for n, b in statistics(segment).items()}
+        self.noise = {n for n in self.parameters if n in noise_tensors(segment)}
         self.slots = optimizer.slots(self.parameters)
         if (returned or fused) and not any(_below(name) for name in self.parameters):
             raise ExportError(
@@ -114,7 +131,7 @@ class ClientSteps:
         self.x = TensorSpec("x", _dtype(example), shape)
         self.y = TensorSpec("y", "int64", shape if segment.task == "tokens" else ("batch",))
         with torch.no_grad(), SeededDropout(torch.zeros((), dtype=torch.int64)) as dropout:
-            h, _ = self._call(
+            h, _ = self.call(
                 training=True,
                 tensors={**self.constants, **self.parameters, **_copies(self.statistics)},
                 x=example,
@@ -136,7 +153,7 @@ class ClientSteps:
         tensors = {**self.constants, **self.initial}
         try:
             with torch.no_grad():
-                self._call(False, tensors, example[:, :-1])
+                self.call(False, tensors, example[:, :-1])
         except (RuntimeError, ValueError, IndexError):
             return False
         return True
@@ -170,7 +187,11 @@ class ClientSteps:
             steps.append(self.backward())
         if self.fused:
             steps.append(self.fuse())
-        return [*steps, self.finish()] if self.features else steps
+        if self.features:
+            steps.append(self.finish())
+        if self.adversarial:
+            steps += [mix_steps.attack(self), mix_steps.harden(self)]
+        return [*steps, *(mix_steps.mix(self, n) for n in mixed_at_once(self.bases))]
 
     def predict(self) -> Step:
         """``(parameters, statistics, x) -> logits, packed activations``, in evaluation mode.
@@ -179,14 +200,15 @@ class ClientSteps:
         """
 
         def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            *values, x = tensors
-            named = dict(zip(self.initial, values, strict=True))
-            h, logits = self._call(False, {**constants, **named}, x)
-            return logits, *self._pack(h)
+            given = iter(tensors)
+            named = {n: next(given) for n in self.initial}
+            x = next(given)
+            with self.robust(given):
+                h, logits = self.call(False, {**constants, **named}, x)
+            return logits, *self.pack(h)
 
-        shape = (len(self.segment.heads), *self.y.shape, self.classes)
-        logits = Port(TensorSpec("logits", "float32", shape), "result")
-        return self._step("predict", function, self._inputs(), (logits, *self._packed_ports()))
+        inputs = (*self.inputs(), *self.robustness_port())
+        return self.step("predict", function, inputs, (self.logits_port(), *self.packed_ports()))
 
     def forward(self) -> Step:
         """``(parameters, statistics, x) -> packed activations``, in evaluation mode."""
@@ -194,10 +216,10 @@ class ClientSteps:
         def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
             *values, x = tensors
             named = dict(zip(self.initial, values, strict=True))
-            h, _ = self._call(False, {**constants, **named}, x)
-            return self._pack(h)
+            h, _ = self.call(False, {**constants, **named}, x)
+            return self.pack(h)
 
-        return self._step("forward", function, self._inputs(), self._packed_ports())
+        return self.step("forward", function, self.inputs(), self.packed_ports())
 
     def train(self) -> Step:
         """``(state, x, y, hyper) -> state', loss, correct, packed activations``: one local step.
@@ -214,24 +236,25 @@ class ClientSteps:
             moved = {n: next(given).clone() for n in self.statistics}
             slots = {n: next(given) for n in self.slots}
             x, y = next(given), next(given)
+            present = [next(given) for _ in self.present_port()]
             hyper = {n: next(given) for n in hyper_names}
-            with self._seeded(given):
-                h, logits = self._call(True, {**constants, **parameters, **moved}, x)
+            with self.seeded_by(given):
+                h, logits = self.call(True, {**constants, **parameters, **moved}, x)
+            logits = masked(logits, *present)
             loss = local_loss(logits, y, self.distill)
-            trained = [n for n in parameters if not _in_head(n)]
+            trained = [n for n in parameters if not _in_head(n) and n not in self.noise]
             gradients = torch.autograd.grad(loss, [parameters[n] for n in trained])
             found = dict(zip(trained, gradients, strict=True))
-            state = self._stepped(parameters, found, moved, slots, hyper)
-            return *state, loss.detach(), _correct(logits, y), *self._pack(h)
+            state = self.stepped(parameters, found, moved, slots, hyper)
+            return *state, loss.detach(), correct(logits, y), *self.pack(h)
 
-        inputs = self._training_inputs(Port(self.y, "batch"))
+        inputs = self.training_inputs(Port(self.y, "batch"), *self.present_port())
         outputs = (
-            *self._next_state(),
-            Port(TensorSpec("loss", "float32", ()), "result"),
-            Port(TensorSpec("correct", "float32", ()), "result"),
-            *self._packed_ports(),
+            *self.next_state(),
+            *self.results(),
+            *self.packed_ports(),
         )
-        return self._step("train", function, inputs, outputs)
+        return self.step("train", function, inputs, outputs)
 
     def activate(self) -> Step:
         """``(parameters, statistics, x, seed) -> packed activations``, in training mode.
@@ -244,12 +267,12 @@ class ClientSteps:
             parameters = {n: next(given) for n in self.parameters}
             moved = {n: next(given).clone() for n in self.statistics}
             x = next(given)
-            with self._seeded(given):
+            with self.seeded_by(given):
                 h = self._activations({**constants, **parameters, **moved}, x)
-            return self._pack(h)
+            return self.pack(h)
 
-        inputs = (*self._inputs(), *self._seed_port())
-        return self._step("activate", function, inputs, self._packed_ports())
+        inputs = (*self.inputs(), *self._seed_port())
+        return self.step("activate", function, inputs, self.packed_ports())
 
     def backward(self) -> Step:
         """``(state, x, packed gradient, hyper, seed) -> state'``: a step with what came back.
@@ -270,14 +293,14 @@ class ClientSteps:
             x = next(given)
             gradient = self.codec.unpack({spec.name: next(given) for spec in self.packed})
             hyper = {n: next(given) for n in hyper_names}
-            with self._seeded(given):
+            with self.seeded_by(given):
                 h = self._activations({**constants, **parameters, **moved}, x)
             gradients = torch.autograd.grad(h, list(trained.values()), gradient)
             found = dict(zip(trained, gradients, strict=True))
-            return self._stepped(parameters, found, moved, slots, hyper)
+            return self.stepped(parameters, found, moved, slots, hyper)
 
-        inputs = self._training_inputs(*self._gradient_ports())
-        return self._step("backward", function, inputs, self._next_state())
+        inputs = self.training_inputs(*self._gradient_ports())
+        return self.step("backward", function, inputs, self.next_state())
 
     def fuse(self) -> Step:
         """``(state, x, y, packed gradient, hyper, seed) -> state', loss, correct``: both at once.
@@ -298,8 +321,8 @@ class ClientSteps:
             gradient = self.codec.unpack({spec.name: next(given) for spec in self.packed})
             hyper = {n: next(given) for n in hyper_names}
             own = next(given)
-            with self._seeded(given):
-                h, logits = self._call(True, {**constants, **parameters, **moved}, x)
+            with self.seeded_by(given):
+                h, logits = self.call(True, {**constants, **parameters, **moved}, x)
             loss = local_loss(logits, y, self.distill)
             trained = [n for n in parameters if not _in_head(n)]
             fused = torch.autograd.grad(
@@ -309,16 +332,15 @@ class ClientSteps:
                 found = {
                     n: g if _below(n) else g / own for n, g in zip(trained, fused, strict=True)
                 }
-            state = self._stepped(parameters, found, moved, slots, hyper)
-            return *state, loss.detach(), _correct(logits, y)
+            state = self.stepped(parameters, found, moved, slots, hyper)
+            return *state, loss.detach(), correct(logits, y)
 
-        inputs = self._training_inputs(Port(self.y, "batch"), *self._gradient_ports(), own=True)
+        inputs = self.training_inputs(Port(self.y, "batch"), *self._gradient_ports(), own=("own",))
         outputs = (
-            *self._next_state(),
-            Port(TensorSpec("loss", "float32", ()), "result"),
-            Port(TensorSpec("correct", "float32", ()), "result"),
+            *self.next_state(),
+            *self.results(),
         )
-        return self._step("fuse", function, inputs, outputs)
+        return self.step("fuse", function, inputs, outputs)
 
     def finish(self) -> Step:
         """``(state, packed features, y, hyper, seed) -> state', loss, correct, packed gradient``.
@@ -340,16 +362,16 @@ class ClientSteps:
             features = features.detach().requires_grad_()
             y = next(given)
             hyper = {n: next(given) for n in hyper_names}
-            with self._seeded(given):
+            with self.seeded_by(given):
                 tensors_ = {**constants, **parameters, **moved}
                 logits = self._apply(head, True, tensors_, features).unsqueeze(0)
             loss = local_loss(logits, y)
             gradients = torch.autograd.grad(loss, [features, *trained.values()])
             found = dict(zip(trained, gradients[1:], strict=True))
-            state = self._stepped(parameters, found, moved, slots, hyper)
+            state = self.stepped(parameters, found, moved, slots, hyper)
             packed = self.codec.pack(gradients[0], self.features_axis)
             back = (packed[spec.name] for spec in self.features)
-            return *state, loss.detach(), _correct(logits, y), *back
+            return *state, loss.detach(), correct(logits, y), *back
 
         features = (
             Port(TensorSpec(f"features.{s.name}", s.dtype, s.shape), "packed")
@@ -358,16 +380,15 @@ class ClientSteps:
         gradient = (
             Port(TensorSpec(f"grad.{s.name}", s.dtype, s.shape), "packed") for s in self.features
         )
-        inputs = self._training_inputs(*features, Port(self.y, "batch"), x=False)
+        inputs = self.training_inputs(*features, Port(self.y, "batch"), x=False)
         outputs = (
-            *self._next_state(),
-            Port(TensorSpec("loss", "float32", ()), "result"),
-            Port(TensorSpec("correct", "float32", ()), "result"),
+            *self.next_state(),
+            *self.results(),
             *gradient,
         )
-        return self._step("finish", function, inputs, outputs)
+        return self.step("finish", function, inputs, outputs)
 
-    def _stepped(
+    def stepped(
         self,
         parameters: dict[str, Tensor],
         gradients: dict[str, Tensor],
@@ -384,7 +405,7 @@ class ClientSteps:
             results |= moved | slots | new_slots
             return tuple(results[entry.spec.name] for entry in self.state)
 
-    def _step(
+    def step(
         self,
         name: str,
         function: Callable[..., tuple[Tensor, ...]],
@@ -393,7 +414,7 @@ class ClientSteps:
     ) -> Step:
         return Step(name, function, inputs, outputs, self.constants, self.limits)
 
-    def _call(self, training: bool, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    def call(self, training: bool, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = self._apply(self.segment, training, tensors, x)
         return result
 
@@ -418,15 +439,15 @@ class ClientSteps:
             for part, mode in modes:
                 part.training = mode
 
-    def _seeded(self, given: Iterator[Tensor]) -> AbstractContextManager[object]:
+    def seeded_by(self, given: Iterator[Tensor]) -> AbstractContextManager[object]:
         """Dropouts that draw from the next input, if there are any."""
         return SeededDropout(next(given)) if self.seeded else nullcontext()
 
-    def _pack(self, h: Tensor) -> tuple[Tensor, ...]:
+    def pack(self, h: Tensor) -> tuple[Tensor, ...]:
         parts = self.codec.pack(h, self.axis)
         return tuple(parts[spec.name] for spec in self.packed)
 
-    def _inputs(self) -> tuple[Port, ...]:
+    def inputs(self) -> tuple[Port, ...]:
         state = (Port(_spec(n, t), "state") for n, t in self.initial.items())
         return (*state, Port(self.x, "batch"))
 
@@ -434,9 +455,11 @@ class ClientSteps:
         for spec in self.packed:
             yield Port(TensorSpec(f"grad.{spec.name}", spec.dtype, spec.shape), "packed")
 
-    def _training_inputs(self, *given: Port, own: bool = False, x: bool = True) -> tuple[Port, ...]:
-        """State, ``x``, what a step is ``given``, hyper-parameters, seed."""
-        hyper = [*self.optimizer.hyper, "own"] if own else self.optimizer.hyper
+    def training_inputs(
+        self, *given: Port, own: tuple[str, ...] = (), x: bool = True
+    ) -> tuple[Port, ...]:
+        """State, ``x``, what a step is ``given``, hyper-parameters and its ``own``, seed."""
+        hyper = [*self.optimizer.hyper, *own]
         return (
             *(Port(entry.spec, "state") for entry in self.state),
             *((Port(self.x, "batch"),) if x else ()),
@@ -445,15 +468,46 @@ class ClientSteps:
             *self._seed_port(),
         )
 
+    def logits_port(self) -> Port:
+        """What answers are."""
+        shape = (len(self.segment.heads), *self.y.shape, self.classes)
+        return Port(TensorSpec("logits", "float32", shape), "result")
+
+    def results(self) -> tuple[Port, ...]:
+        """What a training step tells."""
+        return tuple(Port(TensorSpec(n, "float32", ()), "result") for n in ("loss", "correct"))
+
+    def present_port(self) -> tuple[Port, ...]:
+        """Which classes there are, where the loss leaves out the others."""
+        masks = self.bases > 0 and self.segment.task == "classes"
+        return (Port(TensorSpec("present", "float32", (self.classes,)), "batch"),) if masks else ()
+
+    def robustness_port(self) -> tuple[Port, ...]:
+        """How answers mix dual norms, where there are any."""
+        return (mix_steps.ROBUSTNESS,) if self.dual else ()
+
+    def robust(self, given: Iterator[Tensor]) -> AbstractContextManager[None]:
+        """Dual norms mixed by the next input, where there are any."""
+        return robustness(next(given)) if self.dual else nullcontext()
+
     def _seed_port(self) -> tuple[Port, ...]:
         return (Port(TensorSpec("seed", "int64", ()), "seed"),) if self.seeded else ()
 
-    def _next_state(self) -> tuple[Port, ...]:
+    def next_state(self) -> tuple[Port, ...]:
         specs = (entry.spec for entry in self.state)
         return tuple(Port(replace(s, name=f"next/{s.name}"), "state") for s in specs)
 
-    def _packed_ports(self) -> tuple[Port, ...]:
+    def packed_ports(self) -> tuple[Port, ...]:
         return tuple(Port(spec, "packed") for spec in self.packed)
+
+
+def mixed_at_once(bases: int) -> list[int]:
+    """Numbers of bases that there is a graph for: powers of two, and all; others are sums of them.
+
+    Empty where the answers of bases are not mixed.
+    """
+    powers = [2**i for i in range(bases.bit_length()) if 2**i <= bases]
+    return sorted({*powers, bases}) if bases else []
 
 
 class _Blocks(nn.Module):
@@ -492,11 +546,6 @@ def _in_head(name: str) -> bool:
 def _below(name: str) -> bool:
     """Whether a tensor belongs to the stem or a block."""
     return not name.startswith(("aux.", "head."))
-
-
-def _correct(logits: Tensor, y: Tensor) -> Tensor:
-    scores = torch.softmax(logits, -1).mean(0) if len(logits) > 1 else logits[0]
-    return (scores.argmax(-1) == y).to(torch.float32).sum()
 
 
 def _counts(name: str) -> bool:

@@ -56,7 +56,7 @@ def narrow(model: SplitModel, width: float, example: Tensor) -> SplitModel:
             the channels last). Names the layer.
     """
     _check_width(width)
-    layers = _find_layers(model, example)
+    layers = find_layers(model, example)
     result = _slice(model, layers, width)
     _check(model, layers, width, example)
     return result
@@ -88,7 +88,7 @@ def ordered_dropout(model: SplitModel, widths: Sequence[float], example: Tensor)
         raise ExportError("ordered dropout has no widths to draw from; give it some, [0.5, 1.0]")
     for width in widths:
         narrow(model, width, example)
-    layers = _find_layers(model, example)
+    layers = find_layers(model, example)
     remove_ordered_dropout(model)
     for layer in layers:
         if not layer.keeps_output:
@@ -147,7 +147,7 @@ def step_flops(model: SplitModel, example: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A layer with channels, and what of it has the same size at every width.
 
     Attributes:
@@ -166,7 +166,7 @@ def _check_width(width: float) -> None:
         raise ExportError(f"the width is {width:g}; it must be above 0 and at most 1")
 
 
-def _find_layers(model: SplitModel, example: Tensor) -> list[_Layer]:
+def find_layers(model: SplitModel, example: Tensor) -> list[Layer]:
     """The layers that have channels, in the order in which they are called.
 
     Autograd tells the data flow. With gradients for the weights of convolutions and linear layers
@@ -192,11 +192,11 @@ def _find_layers(model: SplitModel, example: Tensor) -> list[_Layer]:
         module.register_forward_hook(note)
     with torch.enable_grad():
         x = example[:2].detach().cpu().double()
-        answers = _answers(model, x, "on the example", "give some inputs as devices have them")
+        answers = answers_of(model, x, "on the example", "give some inputs as devices have them")
     for name, module in layers.items():
         if name not in raw:
             raise ExportError(
-                f"{_called(name, module)} that the example does not reach, so its width is not "
+                f"{called(name, module)} that the example does not reach, so its width is not "
                 "known; remove it"
             )
     whole = set()
@@ -211,9 +211,7 @@ def _find_layers(model: SplitModel, example: Tensor) -> list[_Layer]:
             if isinstance(layers[makers[node]], _WEIGHTS):
                 continue
         nodes.extend(before for before, _ in node.next_functions)
-    return [
-        _Layer(n, raw[n], n in whole or (raw[n] and isinstance(layers[n], _NORMS))) for n in raw
-    ]
+    return [Layer(n, raw[n], n in whole or (raw[n] and isinstance(layers[n], _NORMS))) for n in raw]
 
 
 def _check_kinds(model: SplitModel) -> None:
@@ -222,17 +220,17 @@ def _check_kinds(model: SplitModel) -> None:
         if isinstance(module, (*_WEIGHTS, *_NORMS)):
             if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
                 raise ExportError(
-                    f"{_called(name, module)} over {list(module.normalized_shape)}, positions and "
+                    f"{called(name, module)} over {list(module.normalized_shape)}, positions and "
                     "channels; only one over channels can be narrowed, or a GroupNorm"
                 )
         elif next(module.parameters(recurse=False), None) is not None:
             raise ExportError(
-                f"{_called(name, module)}, which cannot be narrowed: there are rules for "
+                f"{called(name, module)}, which cannot be narrowed: there are rules for "
                 "Conv1d, Conv2d, Conv3d, Linear, GroupNorm, LayerNorm and BatchNorm only"
             )
 
 
-def _answers(model: SplitModel, x: Tensor, where: str, advice: str) -> list[Tensor]:
+def answers_of(model: SplitModel, x: Tensor, where: str, advice: str) -> list[Tensor]:
     """Logits of the auxiliary heads, shallowest first, and of the head. Puts hooks on the model."""
     running: list[str] = []
     for name, module in model.named_modules():
@@ -254,11 +252,11 @@ def _answers(model: SplitModel, x: Tensor, where: str, advice: str) -> list[Tens
                 logits.append(answer(model.aux[str(depth)], model.stem, h))
         return [*logits, model.head(h)]
     except Exception as error:  # a model's code runs: anything can come out
-        called = _called(running[-1], model.get_submodule(running[-1]))
-        raise ExportError(f"{called} and fails {where}: {reason(error)}; {advice}") from error
+        failed = called(running[-1], model.get_submodule(running[-1]))
+        raise ExportError(f"{failed} and fails {where}: {reason(error)}; {advice}") from error
 
 
-def _slice(model: SplitModel, layers: Sequence[_Layer], width: float) -> SplitModel:
+def _slice(model: SplitModel, layers: Sequence[Layer], width: float) -> SplitModel:
     """A copy with the leading part of the channels."""
     result = copy.deepcopy(model)
     remove_ordered_dropout(result)
@@ -272,7 +270,7 @@ def _slice(model: SplitModel, layers: Sequence[_Layer], width: float) -> SplitMo
                 slices[p] = nn.Parameter(part, p.requires_grad)
             elif slices[p].shape != part.shape:
                 raise ExportError(
-                    f"{_called(layer.name, module)} that shares its {name} with a layer of another "
+                    f"{called(layer.name, module)} that shares its {name} with a layer of another "
                     f"size at width {width:g}; give each its own"
                 )
             setattr(module, name, slices[p])
@@ -287,7 +285,7 @@ def _leading(tensor: Tensor, after: int, before: int | None) -> Tensor:
     return (tensor[:after] if tensor.dim() == 1 else tensor[:after, :before]).clone()
 
 
-def _resize(layer: _Layer, module: nn.Module, width: float) -> tuple[int | None, int]:
+def _resize(layer: Layer, module: nn.Module, width: float) -> tuple[int | None, int]:
     """Give a layer the sizes that it has at a width: input channels of its weight, and output.
 
     The first is None where a weight has all of them: a group's.
@@ -299,7 +297,7 @@ def _resize(layer: _Layer, module: nn.Module, width: float) -> tuple[int | None,
         narrowed = round(count * width)
         if narrowed < 1 or abs(count * width - narrowed) > _TOLERANCE:
             raise ExportError(
-                f"{_called(layer.name, module)} with {count} {what}, of which width {width:g} "
+                f"{called(layer.name, module)} with {count} {what}, of which width {width:g} "
                 f"leaves {count * width:g}; take a multiple of 1/{count}, or another size"
             )
         return narrowed
@@ -313,7 +311,7 @@ def _resize(layer: _Layer, module: nn.Module, width: float) -> tuple[int | None,
         if grouped and (layer.keeps_input or layer.keeps_output) and width != 1:
             where = "input" if layer.keeps_input else "answer"
             raise ExportError(
-                f"{_called(layer.name, module)} in {module.groups} groups at the model's {where}, "
+                f"{called(layer.name, module)} in {module.groups} groups at the model's {where}, "
                 "whose channels stay; use one without groups"
             )
         module.in_channels = part(module.in_channels, "input channels", layer.keeps_input)
@@ -338,7 +336,7 @@ def _resize(layer: _Layer, module: nn.Module, width: float) -> tuple[int | None,
     return None, module.num_features
 
 
-def _check(model: SplitModel, layers: Sequence[_Layer], width: float, example: Tensor) -> None:
+def _check(model: SplitModel, layers: Sequence[Layer], width: float, example: Tensor) -> None:
     """Compare the narrow model with the masked one, for random weights, in float64.
 
     Random ones, because a layer that starts at zero hides what comes before it.
@@ -361,13 +359,13 @@ def _check(model: SplitModel, layers: Sequence[_Layer], width: float, example: T
     wanted, answers = _run(full, layers, x)
     found, slim_answers = _run(slim, layers, x)
     for name, h in found.items():
-        _compare(_called(name, slim.get_submodule(name)), wanted[name], h, width)
+        _compare(called(name, slim.get_submodule(name)), wanted[name], h, width)
     for want, got in zip(answers, slim_answers, strict=True):
         _compare("what comes after the last layer of the model", want, got, width)
 
 
 def _run(
-    model: SplitModel, layers: Sequence[_Layer], x: Tensor
+    model: SplitModel, layers: Sequence[Layer], x: Tensor
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What every layer gives in its last call, and the answers."""
     given: dict[str, Tensor] = {}
@@ -379,7 +377,7 @@ def _run(
         model.get_submodule(layer.name).register_forward_hook(note)
     advice = "its code must not hold a number of channels, nor read channels that are not narrowed"
     with torch.no_grad():
-        return given, _answers(model, x, "with fewer channels", advice)
+        return given, answers_of(model, x, "with fewer channels", advice)
 
 
 def _compare(what: str, full: Tensor, slim: Tensor, width: float) -> None:
@@ -392,5 +390,5 @@ def _compare(what: str, full: Tensor, slim: Tensor, width: float) -> None:
         )
 
 
-def _called(name: str, module: nn.Module) -> str:
+def called(name: str, module: nn.Module) -> str:
     return f"{name} is a {type(module).__name__}"

@@ -66,6 +66,10 @@ class Tier:
         distill: weight of what the heads learn from each other, in ``train`` and ``fuse``.
         cut_rank: rank of the adapters in the last block before the cut, as SplitFT
             (https://arxiv.org/abs/2604.26388) has it; None for that of all.
+        bases: the model is one of so many base networks, as in Split-Mix
+            (https://arxiv.org/abs/2203.09747): adds graphs that mix their answers.
+        adversarial: the devices make examples that are hard, and train dual norms on them: adds
+            ``attack`` and ``harden``.
     """
 
     cut: int
@@ -78,6 +82,8 @@ class Tier:
     fused: bool = False
     distill: float = 0.0
     cut_rank: int | None = None
+    bases: int = 0
+    adversarial: bool = False
 
 
 def export_bundles(
@@ -271,6 +277,8 @@ def make_steps(
         returned=tier.returned,
         fused=tier.fused,
         distill=tier.distill,
+        bases=tier.bases,
+        adversarial=tier.adversarial,
     )
 
 

@@ -20,10 +20,10 @@ from edge_sdk.protocol.tensors import Array, TensorSpec
 from export.losses import local_loss
 from export.packing import get_codec
 from export.split import SplitModel
+from export.whole import without_trunk
 from export.width import narrow
 from server_hub.config import LocalTraining, TrunkTraining
 from server_hub.layers import State
-from server_hub.methods.fleet import without_trunk
 from server_hub.methods.parts import DeviceUpdate, Nested
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable

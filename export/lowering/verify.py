@@ -17,8 +17,10 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from export.dropout import PRIME, SeededDropout
+from export.dual_norm import robustness
 from export.errors import ExportError, reason
 from export.losses import NO_LABEL
+from export.lowering import verify_mix
 from export.lowering.lowered import Run
 from export.names import layer_of
 from export.optimizers import get_optimizer
@@ -88,6 +90,10 @@ def _compare(
     x = draw_like(example, batch, generator)
     if step.name in _TRAINING:
         return _compare_training(steps, step, run, x, seed)
+    if step.name.startswith("mix_"):
+        return verify_mix.compare_mix(steps, step, run, x, generator)
+    if step.name == "attack":
+        return verify_mix.compare_attack(steps, step, run, x, generator)
     feeds = {name: _numpy(t) for name, t in steps.initial.items()} | {"x": _numpy(x)}
     reference = copy.deepcopy(steps.segment).double().eval()
     logits = torch.empty(0)
@@ -96,6 +102,10 @@ def _compare(
             key = torch.randint(PRIME, (), generator=generator)
             feeds |= _seeds(steps, key)
             h = _activations(reference.train(), x, key)
+        elif step.name == "predict" and steps.dual:
+            feeds["robustness"] = np.asarray(verify_mix.ROBUSTNESS, np.float32)
+            with robustness(verify_mix.ROBUSTNESS):
+                h, logits = reference(_wide(x))
         else:
             h, logits = reference(_wide(x))
     got = run(step, feeds)
@@ -119,9 +129,12 @@ def _compare_training(
         feeds = eager.feeds if step.name == "finish" else {"x": _numpy(x), **eager.feeds}
         got = run(step, {**state, **scalars, **feeds})
         wrong = _first(_differences(got, eager))
+        if wrong is None and eager.h_adv is not None:
+            wrong = _packed(steps, got, eager.h_adv, steps.packed, "noise.")
         if wrong is None and eager.h is not None:
             deep = step.name == "finish"
-            wrong = _packed(steps, got, eager.h, steps.features if deep else steps.packed)
+            specs, prefix = (steps.features, "grad.") if deep else (steps.packed, "")
+            wrong = _packed(steps, got, eager.h, specs, prefix)
         if wrong is not None:
             return wrong
         # the reference's: rounding of the first step, where a gradient is zero but for rounding,
@@ -134,13 +147,15 @@ def _compare_training(
 class _Eager:
     """A step in eager PyTorch: what went in besides the state, what a graph has to put out.
 
-    ``h`` is what it has to pack, if it does: activations, or the gradient of features.
+    ``h`` is what it has to pack, if it does: activations, or the gradient of features; ``h_adv``
+    activations of examples that were made hard.
     """
 
     feeds: dict[str, Array]
     h: Tensor | None
     wanted: dict[str, Tensor]
     old: dict[str, Tensor]
+    h_adv: Tensor | None = None
 
     def changes(self) -> dict[str, float]:
         """Largest change of every tensor; of what has no value before, the largest value."""
@@ -152,21 +167,45 @@ class _Eager:
 
 def _train_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
     """Two steps of training in float64, by autograd and torch.optim."""
+    return _train(steps, x, seed, "train")
+
+
+def _harden_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
+    """Two steps on examples and on others like them, behind the clean and the noise norms."""
+    return _train(steps, x, seed, "harden")
+
+
+def _train(steps: ClientSteps, x: Tensor, seed: int, graph: str) -> list[_Eager]:
     generator = torch.Generator().manual_seed(seed)
     name = steps.optimizer.name
     reference = copy.deepcopy(steps.segment).double().train()
-    parameters, resting = _split(steps, reference, "train")
+    parameters, resting = _split(steps, reference, graph)
     moved = statistics(reference)
     optimizer = steps.optimizer.reference(list(parameters.values()), _VERIFY_HYPER[name])
     done = []
     for _ in range(2):
         y = _labels(steps, x, generator)
+        present = verify_mix.draw_present(steps, generator)
+        if present is not None:
+            y = verify_mix.labels_among(present, len(x), generator)
         key = torch.randint(PRIME, (), generator=generator)
         everything = parameters | moved | resting
         old = {f"next/{n}": t.detach().clone() for n, t in everything.items()}
+        x_adv = x + 0.1 * torch.randn(x.shape, generator=generator) if graph == "harden" else None
+        h_adv = None
         with SeededDropout(key):
             h, logits = reference(_wide(x))
-        loss = _loss(logits, y, steps.distill)
+            if x_adv is not None:
+                with robustness(1):
+                    h_adv, logits_adv = reference(x_adv.double())
+        if present is None:
+            loss = _loss(logits, y, steps.distill)
+        else:
+            loss = verify_mix.loss_of(logits, y, present)
+            logits = logits.masked_fill(present == 0, -torch.inf)
+        if x_adv is not None:
+            hard = verify_mix.loss_of(logits_adv, y, present)
+            loss = (1 - verify_mix.ROBUSTNESS) * loss + verify_mix.ROBUSTNESS * hard
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -176,7 +215,12 @@ def _train_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
         slots = _slots(name, parameters, optimizer)
         wanted |= {f"next/{n}": s.detach().clone() for n, s in slots}
         feeds = {"y": _numpy(y)} | _seeds(steps, key)
-        done.append(_Eager(feeds, h.detach(), wanted, old))
+        if present is not None:
+            feeds["present"] = _numpy(present)
+        if x_adv is not None:
+            feeds["x_adv"] = _numpy(x_adv)
+            feeds["robustness"] = np.asarray(verify_mix.ROBUSTNESS, np.float32)
+        done.append(_Eager(feeds, h.detach(), wanted, old, h_adv))
     return done
 
 
@@ -307,7 +351,11 @@ def _trains(graph: str, name: str) -> bool:
 
 def _resting(steps: ClientSteps, graph: str) -> dict[str, Tensor]:
     """Slots that a graph must leave alone, whatever they hold."""
-    return {n: torch.full_like(t, 0.5) for n, t in steps.slots.items() if not _trains(graph, n)}
+    idle = verify_mix.idle(steps, graph)
+    return {
+        n: torch.full_like(t, 0.5) for n, t in steps.slots.items()
+        if not _trains(graph, n) or n.partition("/")[2] in idle
+    }  # fmt: skip
 
 
 def _split(
@@ -315,7 +363,10 @@ def _split(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters that a graph trains; parameters and slots that it must leave alone."""
     parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
-    trained: dict[str, Tensor] = {n: p for n, p in parameters.items() if _trains(graph, n)}
+    idle = verify_mix.idle(steps, graph)
+    trained: dict[str, Tensor] = {
+        n: p for n, p in parameters.items() if _trains(graph, n) and n not in idle
+    }
     rest: dict[str, Tensor] = {n: p for n, p in parameters.items() if n not in trained}
     return trained, rest | _resting(steps, graph)
 
@@ -339,6 +390,7 @@ def _wide(x: Tensor) -> Tensor:
 
 _TRAINING = {
     "train": _train_eagerly,
+    "harden": _harden_eagerly,
     "backward": _return_eagerly,
     "fuse": _fuse_eagerly,
     "finish": _finish_eagerly,
@@ -394,11 +446,14 @@ def _differences(got: dict[str, Array], eager: _Eager) -> Iterator[tuple[str, fl
 
 
 def _packed(
-    steps: ClientSteps, got: dict[str, Array], h: Tensor, specs: Sequence[TensorSpec]
+    steps: ClientSteps,
+    got: dict[str, Array],
+    h: Tensor,
+    specs: Sequence[TensorSpec],
+    prefix: str = "",
 ) -> tuple[str, float] | None:
     """Whether what was packed unpacks to what it is of, within the codec's own error."""
-    gradient = "" if specs[0].name in got else "grad."
-    parts = {spec.name: torch.from_numpy(got[f"{gradient}{spec.name}"]) for spec in specs}
+    parts = {spec.name: torch.from_numpy(got[f"{prefix}{spec.name}"]) for spec in specs}
     slack = 1e-4 * h.abs().max().item() + 1e-6  # norms over few values amplify rounding
     bound = steps.codec.error_bound(parts).double() * (1 + 1e-3) + slack
     excess = ((steps.codec.unpack(parts).double() - h).abs() - bound).max().item()

@@ -15,9 +15,10 @@ from export.optimizers import get_optimizer
 from export.packing import get_codec
 from export.split import ClientSegment
 from export.steps import ClientSteps
+from export.whole import without_trunk
 from export.width import narrow, ordered_dropout, widths_within
 from server_hub.layers import State
-from server_hub.methods.fleet import Fleet, Recipe, Schedule, without_trunk
+from server_hub.methods.fleet import Fleet, Recipe, Schedule
 from server_hub.methods.parts import Method, Nested, SharedCopy, Stage, always
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from export.split import SplitModel
+from export.whole import without_trunk
 from export.writer import Tier
 from server_hub.layers import State
 from server_hub.methods.parts import Method
@@ -91,20 +91,3 @@ def whole_on_device(fleet: Fleet) -> Fleet:
         model=without_trunk(fleet.model),
         tiers={n: replace(t, cut=depth) for n, t in fleet.tiers.items()},
     )
-
-
-def without_trunk(model: SplitModel) -> SplitModel:
-    """A model that is cut behind its last block: its head stands where an auxiliary head would.
-
-    Nothing is left above the cut but a block and a head that do nothing.
-    """
-    model = copy.deepcopy(model)
-    whole = SplitModel(
-        model.stem,
-        [*model.block, nn.Identity()],
-        nn.Identity(),
-        model.task,
-        channels_first=model.channels_first,
-    )
-    whole.aux[str(model.depth)] = model.head
-    return whole

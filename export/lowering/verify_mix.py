@@ -1,0 +1,134 @@
+"""What the graphs of Split-Mix have to do, in eager PyTorch; see :mod:`export.lowering.verify`.
+
+As there, the reference is the module itself, in float64, by autograd and ``torch.optim``; networks
+are mixed one after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from edge_sdk.protocol.tensors import Array
+from export.dual_norm import noise_tensors, robustness
+from export.losses import NO_LABEL
+from export.lowering.lowered import Run
+from export.split import ClientSegment
+from export.steps import ClientSteps, Step
+
+ROBUSTNESS = 0.3
+"""Of answers, and of the training steps."""
+
+_EPSILON, _RATE, _LOW, _HIGH = 0.05, 0.02, -1.0, 1.0
+
+_FLAT = 1e-3
+"""Part of the largest gradient below which its sign may be a matter of rounding."""
+
+
+def draw_present(steps: ClientSteps, generator: torch.Generator) -> Tensor | None:
+    """Which classes there are: about half, the first one always; None where all count."""
+    if not steps.present_port():
+        return None
+    present = (torch.rand(steps.classes, generator=generator) < 0.5).float()
+    present[0] = 1.0
+    return present
+
+
+def labels_among(present: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """Random labels (rows,) of classes that there are."""
+    there = present.nonzero().flatten()
+    return there[torch.randint(len(there), (rows,), generator=generator)]
+
+
+def loss_of(logits: Tensor, y: Tensor, present: Tensor | None) -> Tensor:
+    """The sum of the heads' losses, over the classes that there are and no others."""
+    if present is not None:
+        there = present.nonzero().flatten()
+        logits, y = logits[..., there], torch.searchsorted(there, y)
+    rows = y.reshape(-1)
+    return torch.stack(
+        [cross_entropy(z.reshape(-1, z.shape[-1]), rows, ignore_index=NO_LABEL) for z in logits]
+    ).sum()
+
+
+def compare_mix(
+    steps: ClientSteps, step: Step, run: Run, x: Tensor, generator: torch.Generator
+) -> tuple[str, float] | None:
+    """Whether ``mix_N`` gives the mean of what N networks answer; the first difference."""
+    bases = int(step.name.removeprefix("mix_"))
+    states = [_noisy(steps.initial, generator) for _ in range(bases)]
+    feeds = {
+        f"bases/{n}": torch.stack([s[n] for s in states]).numpy() for n in steps.initial
+    } | _scalars(steps)
+    (got,) = run(step, {**feeds, "x": x.numpy()}).values()
+    answers = []
+    for state in states:
+        reference = _reference(steps, state).eval()
+        with torch.no_grad(), robustness(ROBUSTNESS if steps.dual else 0):
+            answers.append(reference(_wide(x))[1])
+    want = torch.stack(answers).mean(0).numpy()
+    error = float(np.abs(got - want).max(initial=0.0))
+    return None if error <= 1e-4 * np.abs(want).max() + 1e-5 else ("logits", error)
+
+
+def compare_attack(
+    steps: ClientSteps, step: Step, run: Run, x: Tensor, generator: torch.Generator
+) -> tuple[str, float] | None:
+    """Whether ``attack`` goes where the gradient of the loss says; the first difference."""
+    state = _noisy(steps.initial, generator)
+    present = draw_present(steps, generator)
+    y = (
+        torch.randint(steps.classes, x.shape[:1], generator=generator)
+        if present is None else labels_among(present, len(x), generator)
+    )  # fmt: skip
+    start = x + _EPSILON * (2 * torch.rand(x.shape, generator=generator) - 1)
+    scalars = {"epsilon": _EPSILON, "rate": _RATE, "low": _LOW, "high": _HIGH}
+    feeds = {n: t.numpy() for n, t in state.items()}
+    feeds |= {"x": x.numpy(), "y": y.numpy(), "start": start.numpy()}
+    feeds |= {n: np.asarray(v, np.float32) for n, v in scalars.items()}
+    if present is not None:
+        feeds["present"] = present.numpy()
+    (got,) = run(step, feeds).values()
+    there = start.double().requires_grad_()
+    with robustness(1):
+        _, logits = _reference(steps, state).eval()(there)
+    (gradient,) = torch.autograd.grad(loss_of(logits, y, present), [there])
+    want = (there.detach() + _RATE * gradient.sign()).clamp(_LOW, _HIGH)
+    near = torch.maximum(torch.minimum(want, x.double() + _EPSILON), x.double() - _EPSILON)
+    near = near.clamp(_LOW, _HIGH)
+    steep = gradient.abs() > _FLAT * gradient.abs().max()
+    error = float((np.abs(got - near.numpy()) * steep.numpy()).max(initial=0.0))
+    return None if error <= 1e-5 else ("x_adv", error)
+
+
+def _reference(steps: ClientSteps, state: Mapping[str, Tensor]) -> ClientSegment:
+    reference = copy.deepcopy(steps.segment).double()
+    reference.load_state_dict(dict(state), strict=False)
+    return reference
+
+
+def _noisy(state: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Other values than those that all copies start from; variances stay above zero."""
+    return {
+        n: t * (1 + 0.2 * torch.rand(t.shape, generator=generator))
+        + (0 if n.endswith("running_var") else 0.05 * torch.randn(t.shape, generator=generator))
+        for n, t in state.items()
+    }
+
+
+def _scalars(steps: ClientSteps) -> dict[str, Array]:
+    return {"robustness": np.asarray(ROBUSTNESS, np.float32)} if steps.dual else {}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def idle(steps: ClientSteps, graph: str) -> set[str]:
+    """Parameters that ``train`` leaves alone: those of noise copies, which ``harden`` trains."""
+    return noise_tensors(steps.segment) if graph == "train" else set()

@@ -1,0 +1,133 @@
+"""Step graphs for Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747).
+
+A client segment is one of several *base networks*. They have one form, so one set of graphs serves
+all of them. Their answers are mixed in one pass, and where norms are there twice (``clean`` and
+``noise``, see :mod:`export.dual_norm`) a device also trains on examples that it has made hard.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from edge_sdk.bundle import Port
+from edge_sdk.protocol.tensors import TensorSpec
+from export.dual_norm import robustness
+from export.losses import correct, local_loss, masked
+from export.stacked import over_bases
+
+if TYPE_CHECKING:
+    from export.steps import ClientSteps, Step
+
+ROBUSTNESS = Port(TensorSpec("robustness", "float32", ()), "hyper")
+"""Weight of the noise norms, from 0 to 1."""
+
+
+def mix(steps: ClientSteps, bases: int) -> Step:
+    """``(tensors of some bases, x) -> logits``: the mean of their logits, in one pass.
+
+    Logits are (heads, batch, classes), or (heads, batch, positions, vocabulary).
+
+    Args:
+        steps: of one base.
+        bases: how many are mixed; the tensors of their states are (bases, ...).
+    """
+
+    def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        stacked = {n: next(given) for n in steps.initial}
+        x = next(given)
+        with steps.robust(given):
+            logits = over_bases(lambda own: steps.call(False, {**constants, **own}, x)[1], stacked)
+        return (logits.mean(0),)
+
+    inputs = (
+        *(
+            Port(TensorSpec(f"bases/{n}", "float32", (bases, *t.shape)), "bases")
+            for n, t in steps.initial.items()
+        ),
+        Port(steps.x, "batch"),
+        *steps.robustness_port(),
+    )
+    return steps.step(f"mix_{bases}", function, inputs, (steps.logits_port(),))
+
+
+def attack(steps: ClientSteps) -> Step:
+    """``(parameters, statistics, x, y, start, epsilon, rate, low, high) -> x_adv``.
+
+    One step of projected gradient ascent (Madry et al., ICLR 2018,
+    https://arxiv.org/abs/1706.06083) on the loss behind the noise norms, in evaluation mode: from
+    ``start`` by ``rate`` along the sign of the gradient, not farther than ``epsilon`` from ``x``,
+    between ``low`` and ``high``.
+    """
+
+    def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        named = {n: next(given) for n in steps.initial}
+        x, y = next(given), next(given)
+        present = [next(given) for _ in steps.present_port()]
+        start = next(given).detach().requires_grad_()
+        epsilon, rate, low, high = given
+        with robustness(1):
+            _, logits = steps.call(False, {**constants, **named}, start)
+        loss = local_loss(masked(logits, *present), y)
+        (gradient,) = torch.autograd.grad(loss, [start])
+        with torch.no_grad():
+            there = start.detach() + rate * gradient.sign()
+            there = torch.minimum(torch.maximum(there, x - epsilon), x + epsilon)
+            return (torch.minimum(torch.maximum(there, low), high),)
+
+    inputs = (
+        *steps.inputs(),
+        Port(steps.y, "batch"),
+        *steps.present_port(),
+        Port(TensorSpec("start", steps.x.dtype, steps.x.shape), "batch"),
+        *(Port(TensorSpec(n, "float32", ()), "hyper") for n in ("epsilon", "rate", "low", "high")),
+    )
+    result = Port(TensorSpec("x_adv", steps.x.dtype, steps.x.shape), "result")
+    return steps.step("attack", function, inputs, (result,))
+
+
+def harden(steps: ClientSteps) -> Step:
+    """``(state, x, y, x_adv, hyper, robustness) -> state', loss, correct, packed activations``.
+
+    A training step on ``(1 - robustness) * loss(x)`` behind the clean norms plus ``robustness *
+    loss(x_adv)`` behind the noise norms. Activations are packed of both, ``noise.NAME`` for those
+    of ``x_adv``.
+    """
+    hyper_names = list(steps.optimizer.hyper)
+
+    def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        parameters = {n: next(given).detach().requires_grad_() for n in steps.parameters}
+        moved = {n: next(given).clone() for n in steps.statistics}
+        slots = {n: next(given) for n in steps.slots}
+        x, y = next(given), next(given)
+        present = [next(given) for _ in steps.present_port()]
+        x_adv = next(given)
+        hyper = {n: next(given) for n in hyper_names}
+        weight = next(given)
+        named = {**constants, **parameters, **moved}
+        with steps.seeded_by(given):
+            with robustness(0):
+                h, logits = steps.call(True, named, x)
+            with robustness(1):
+                h_adv, logits_adv = steps.call(True, named, x_adv)
+        logits = masked(logits, *present)
+        clean = local_loss(logits, y)
+        loss = (1 - weight) * clean + weight * local_loss(masked(logits_adv, *present), y)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        found = dict(zip(parameters, gradients, strict=True))
+        state = steps.stepped(parameters, found, moved, slots, hyper)
+        return *state, loss.detach(), correct(logits, y), *steps.pack(h), *steps.pack(h_adv)
+
+    added = (
+        *steps.present_port(),
+        Port(TensorSpec("x_adv", steps.x.dtype, steps.x.shape), "batch"),
+    )
+    inputs = steps.training_inputs(Port(steps.y, "batch"), *added, own=("robustness",))
+    noise = (Port(TensorSpec(f"noise.{s.name}", s.dtype, s.shape), "packed") for s in steps.packed)
+    outputs = (*steps.next_state(), *steps.results(), *steps.packed_ports(), *noise)
+    return steps.step("harden", function, inputs, outputs)
