@@ -105,6 +105,12 @@ _tensors = _map_of("tensors", lambda v: isinstance(v, np.ndarray), MAX_TENSORS)
 _numbers = _map_of("finite numbers", _finite, 64)
 
 
+MAX_BASES = 64
+"""Base networks that a model may be split into."""
+
+_states = _map_of("sha256s", lambda v: _hash(v) is None, MAX_BASES)
+
+
 def _names(value: object) -> str | None:
     ok = (
         isinstance(value, list)
@@ -195,7 +201,9 @@ class BlobGet(Message):
 class Activations(Message):
     """Packed activations of one batch at the device's cut, with their labels.
 
-    These are nil in rounds in which labels stay on the device.
+    These are nil in rounds in which labels stay on the device. Of several base networks ``base`` is
+    the one that they are of, ``present`` (classes,) says with 1 and 0 which classes the device has
+    examples of, and ``noise`` that they have come through the noise norms.
     """
 
     TYPE = "activations"
@@ -203,6 +211,9 @@ class Activations(Message):
     batch: int = _must(_integer())
     parts: dict[str, Array] = _must(_tensors)
     labels: Array | None = _must(_optional(_tensor), None)
+    base: int = _must(_integer(0, MAX_BASES - 1), 0)
+    noise: bool = _must(_flag, False)
+    present: Array | None = _must(_optional(_tensor), None)
 
 
 @dataclass(frozen=True)
@@ -232,13 +243,16 @@ class Update(Message):
 class Infer(Message):
     """Asks the hub to finish an answer from activations that the bundle of ``tier`` has packed.
 
-    ``tier`` is nil for the device's present one.
+    ``tier`` is nil for the device's present one. Of several base networks ``base`` is the one that
+    they are of; ``robustness`` mixes the hub's dual norms, if the model has any.
     """
 
     TYPE = "infer"
     request: int = _must(_integer(1))
     parts: dict[str, Array] = _must(_tensors)
     tier: str | None = _must(_optional(_text(128)), None)
+    base: int = _must(_integer(0, MAX_BASES - 1), 0)
+    robustness: float = _must(_number, 0.0)
 
 
 @dataclass(frozen=True)
@@ -256,7 +270,8 @@ class Bye(Message):
 class Welcome(Message):
     """Answer to ``hello``. ``resumed`` says whether the session of the hello goes on.
 
-    ``state`` is the tier's present state, or nil while it is the bundle's initial one.
+    ``state`` is the tier's present state, or nil while it is the bundle's initial one. Of several
+    base networks ``bases`` has the present states, by number, those that answer best first.
     """
 
     TYPE = "welcome"
@@ -271,6 +286,7 @@ class Welcome(Message):
     window: int = _must(_integer(1))
     max_frame: int = _must(_integer(1024))
     state: str | None = _must(_optional(_hash), None)
+    bases: dict[str, str] | None = _must(_optional(_states), None)
 
 
 @dataclass(frozen=True)
@@ -290,18 +306,20 @@ class Round(Message):
     """Start of a round: where the state is, and how to train.
 
     No epochs mean that activations are wanted, but no training. ``staleness`` is for returned
-    gradients: so many batches more than one may be on their way.
+    gradients: so many batches more than one may be on their way. ``bases`` are the base networks
+    that the device is to train, with their states, by number; then ``state`` is nil.
     """
 
     TYPE = "round"
     round: int = _must(_integer(1))
-    state: str = _must(_hash)
+    state: str | None = _must(_optional(_hash))
     epochs: int = _must(_integer())
     batch_size: int = _must(_integer(1))
     hyper: dict[str, float] = _must(_numbers)
     activations: str = _must(_choice("train", "forward", "returned", "u_shaped", "fused", "none"))
     seed: int = _must(_integer())
     staleness: int = _must(_integer(0, 1024), 0)
+    bases: dict[str, str] | None = _must(_optional(_states), None)
 
 
 @dataclass(frozen=True)
@@ -340,11 +358,12 @@ class Move(Message):
 
 @dataclass(frozen=True)
 class Stop(Message):
-    """The job is over. ``state`` is the final state, if there is one to fetch."""
+    """The job is over. ``state`` is the final state, if there is one to fetch, or ``bases`` are."""
 
     TYPE = "stop"
     reason: str = _must(_text())
     state: str | None = _must(_optional(_hash), None)
+    bases: dict[str, str] | None = _must(_optional(_states), None)
 
 
 @dataclass(frozen=True)
