@@ -54,15 +54,22 @@ class Connection:
     Args:
         open_link: opens a link to the hub.
         token: the device's token, which says who it is.
-        tier: the tier whose bundle it can carry; None takes the one that the token is for.
+        tier: the tier whose bundle it can carry; None takes the one that the hub has for it.
         patience_s: how long to go on trying to (re)connect, in seconds.
+        memory_mb: what it can spare for training; None if it does not say.
     """
 
     def __init__(
-        self, open_link: OpenLink, *, token: str, tier: str | None, patience_s: float
+        self,
+        open_link: OpenLink,
+        *,
+        token: str,
+        tier: str | None,
+        patience_s: float,
+        memory_mb: int | None = None,
     ) -> None:
         self._open_link, self._token, self.tier = open_link, token, tier
-        self._patience_s = patience_s
+        self._patience_s, self._memory_mb = patience_s, memory_mb
         # so that many devices that lost one hub do not all come back at the same moment
         self._jitter = random.Random(token)
         self._session: Session | None = None
@@ -288,6 +295,7 @@ class Connection:
             tier=self.tier,
             session=self._session_id,
             last_seq=settled,
+            memory_mb=self._memory_mb,
         )
         await link.send(encode(hello, 0, 0))
         try:

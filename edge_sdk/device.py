@@ -111,12 +111,13 @@ class Device:
         patience_s: float = 60.0,
     ) -> None:
         self._data, self._may_train, self._load = data, may_train, load
-        self._memory_mb = memory_mb
         self._trust = read_trust(trust)
         self._threads = threads
         self._learner: Learner | None = None
         self._bundle: str | None = None  # whose manifest the learner has
-        self._connection = Connection(open_link, token=token, tier=tier, patience_s=patience_s)
+        self._connection = Connection(
+            open_link, token=token, tier=tier, patience_s=patience_s, memory_mb=memory_mb
+        )
         self._fetcher = Fetcher(self._connection, BlobStore(cache))
         self._predictor = Predictor(self._need_learner, self._connection.ask)
 
@@ -141,8 +142,8 @@ class Device:
             url: ``ws://`` or ``wss://`` address of the hub.
             token: this device's token; it says who the device is.
             data: local examples; without them the device can only predict.
-            tier: the tier whose bundle the device can carry; the one that the token was issued
-                for if not given.
+            tier: the tier whose bundle the device can carry; if not given, the one that the hub
+                has moved it to, else the one that the token was issued for.
             cache: folder for bundles, so that they are fetched once.
             trust: public keys, each 64 hex digits or a ``.pub`` file, one of which must have
                 signed the bundle; without them an unsigned bundle is taken, too.
@@ -256,8 +257,7 @@ class Device:
 
     def _ready(self) -> Ready:
         assert self._data is not None
-        tier = self.manifest.tier
-        return Ready(samples=len(self._data), tier=tier, memory_mb=self._memory_mb)
+        return Ready(samples=len(self._data), tier=self.manifest.tier)
 
     async def _move(self, session: Session, move: Move) -> None:
         """Go on with another bundle; with the one that is here if the other cannot be loaded.

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 PolicyName = Literal["fixed", "latency", "adaptive"]
 
@@ -79,15 +79,23 @@ class CutPolicy(Protocol):
             By device; those that are not named, or named with the cut they have, stay.
         """
 
+    def state(self) -> dict[str, Any]:
+        """What it keeps from round to round, for JSON."""
+        return {}
 
-class Fixed:
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state`."""
+        return
+
+
+class Fixed(CutPolicy):
     """Every device keeps the cut of its tier."""
 
     def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
         return {}
 
 
-class Latency:
+class Latency(CutPolicy):
     """All devices take the time that the slowest takes at its shallowest cut.
 
     A round is as long as its slowest device, so that is the shortest there can be; the others go
@@ -112,7 +120,7 @@ class Latency:
 
 
 @dataclass
-class Adaptive:
+class Adaptive(CutPolicy):
     """SplitFT's cut adaptation (https://arxiv.org/abs/2604.26388), reconstructed by us.
 
     Devices that do better than the mean get more layers, those that do worse fewer, within what
@@ -165,6 +173,13 @@ class Adaptive:
                 )
                 moves[device] = Target(cut, reason)
         return moves
+
+    def state(self) -> dict[str, Any]:
+        return {"weights": dict(self._weights), "wanted": dict(self._wanted)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._weights = dict(state["weights"])
+        self._wanted = {device: (cut, times) for device, (cut, times) in state["wanted"].items()}
 
     @staticmethod
     def _progress(fleet: Mapping[str, Seen]) -> dict[str, float]:

@@ -43,6 +43,7 @@ class Peer:
         tier: its tier.
         session_id: what it resumes with.
         session: the channel and whatever link there is.
+        memory_mb: what it can spare for training; None if it does not say.
         lost_at: when the link broke; None while there is one.
     """
 
@@ -50,6 +51,7 @@ class Peer:
     tier: str
     session_id: str
     session: Session
+    memory_mb: int | None
     lost_at: float | None = None
 
 
@@ -84,6 +86,8 @@ class Gateway:
         handle: called with every message that is not the gateway's own; must not block. A
             :class:`ProtocolError` that it raises goes to the peer and ends its session.
         gone: called when a session has ended, with the reason.
+        moved: where a device that names no tier has been moved to, given its name, the tier of its
+            token and its memory; None takes the tier of its token.
     """
 
     def __init__(
@@ -94,9 +98,10 @@ class Gateway:
         store: BlobStore,
         handle: Callable[[Peer, Delivery], None],
         gone: Callable[[Peer, str], None],
+        moved: Callable[[str, str | None, int | None], str | None],
     ) -> None:
         self._limits, self._tokens, self._manifests = limits, tokens, manifests
-        self._store, self._handle, self._gone = store, handle, gone
+        self._store, self._handle, self._gone, self._moved = store, handle, gone, moved
         self._cache: dict[str, bytes] = {}
         self._states: dict[str, str] = {}
         self._state_blobs: list[dict[str, bytes]] = [{}, {}]
@@ -229,7 +234,8 @@ class Gateway:
             else:
                 await self.end(old, "the device started over")
         channel = Channel(self._limits.window, self._limits.max_frame)
-        peer = Peer(device, tier, secrets.token_hex(16), Session(channel, self.traffic.count))
+        session = Session(channel, self.traffic.count)
+        peer = Peer(device, tier, secrets.token_hex(16), session, hello.memory_mb)
         self.peers[device] = peer
         return peer, False
 
@@ -237,12 +243,13 @@ class Gateway:
         """The device and the tier of a hello."""
         try:
             device = self._tokens.device_of(hello.token)
-            tier = hello.tier or (self._tokens.tier_of(device) if device else None)
+            issued = self._tokens.tier_of(device) if device and not hello.tier else None
         except ConfigError as error:
             log.error("the token file cannot be used: %s", error)
             raise ProtocolError("internal", "the hub cannot check tokens now; try later") from error
         if device is None:
             raise ProtocolError("bad_token", "the token is no device's", "token")
+        tier = hello.tier or self._moved(device, issued, hello.memory_mb) or issued
         known = ", ".join(sorted(self._manifests))
         if tier is None:
             raise ProtocolError(

@@ -138,6 +138,7 @@ class Hub:
             self.index.blobs(),
             self._handle,
             self._gone,
+            lambda device, issued, memory: self.moves.moved(device, issued, memory),
         )
         metric: Metric = "perplexity" if self.model.task == "tokens" else "accuracy"
         self.run = run if run is not None else RunFolder(config.run, metric=metric)
@@ -160,9 +161,7 @@ class Hub:
             self._refused,
             self._background,
         )
-        self._moves = Moves(
-            config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave
-        )
+        self.moves = Moves(config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave)
         self._over = False
         self._states: dict[str, str] = {}
 
@@ -213,13 +212,13 @@ class Hub:
 
     async def _job(self) -> None:
         while self.rounds.phase is not Phase.DONE:
-            await self._moves.until_ready()
+            await self.moves.until_ready()
             await self._changes.until(self.rounds.can_start)
             await self._round()
         log.info("all %d rounds done", self.rounds.completed)
         self._over = True
         for peer in list(self.gateway.peers.values()):
-            if not self._moves.under_way(peer.device):  # it is told when it is ready
+            if not self.moves.under_way(peer.device):  # it is told when it is ready
                 self._stop(peer)
         while self.config.keep_serving or self.gateway.peers:
             await self._changes.until(
@@ -288,10 +287,10 @@ class Hub:
                 )
             return
         updates = [self._intake.updates[device] for device in delivered]
-        at = {d: cut for d in delivered if (cut := self._moves.cut_of(d)) is not None}
+        at = {d: cut for d in delivered if (cut := self.moves.cut_of(d)) is not None}
         last = self.rounds.phase is Phase.DONE
         busy = self._feed.seconds / max(now() - started, 1e-9)
-        moves = [] if last else self._moves.plan(updates, self._feed.device_losses, busy)
+        moves = [] if last else self.moves.plan(updates, self._feed.device_losses, busy)
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
         await self._publish_states()
         self._save()
@@ -313,7 +312,7 @@ class Hub:
             cuts=at,
             moves=[asdict(move) for move in moves],
         )
-        self._moves.begin(moves)
+        self.moves.begin(moves)
         record = self.run.append(record)
         if self._on_round is not None:
             self._on_round(record)
@@ -380,7 +379,7 @@ class Hub:
             self._infer(peer, message, delivery.seq)
             return  # settled once it is answered
         if isinstance(message, Ready):
-            self._moves.ready(peer, message)
+            self.moves.ready(peer, message)
             if self.rounds.expects(peer.device, self.rounds.number):
                 self.rounds.drop(peer.device, "it joined anew")
             self._intake.join(peer.device, message.samples)
@@ -425,7 +424,7 @@ class Hub:
 
     def _gone(self, peer: Peer, reason: str) -> None:
         log.info("%s %s", peer.device, reason)
-        self._moves.gone(peer.device)
+        self.moves.gone(peer.device)
         self.rounds.leave(peer.device, reason)
         self._changes.wake()
 

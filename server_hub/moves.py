@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from edge_sdk.bundle import Manifest
 from edge_sdk.errors import ConfigError, ProtocolError
@@ -26,7 +26,7 @@ log = logging.getLogger("cutlayer.hub")
 
 
 class Moves:
-    """Which devices are to have another cut, and which are on their way to it.
+    """Which devices are to have another cut, which are on their way to it, and where they have got.
 
     Args:
         settings: the policy, and what bounds it.
@@ -55,7 +55,8 @@ class Moves:
         self._gateway, self._leave = gateway, leave
         self._policy = policy_of(settings.policy)
         self._moving: dict[str, tuple[str, float]] = {}  # to which tier, and waited for until when
-        self._memory_mb: dict[str, int | None] = {}  # of those that have said ready
+        self._ready: set[str] = set()
+        self._tiers: dict[str, str] = {}  # of those that have moved, also while they are away
         self._unfit: dict[str, set[str]] = {}
         self._changes = Changes()
 
@@ -84,7 +85,7 @@ class Moves:
         fleet = {}
         for update in updates:
             cut = self.cut_of(update.device)
-            if cut is not None and update.device in self._memory_mb:
+            if cut is not None and update.device in self._ready:
                 loss, labels = losses.get(update.device, (0.0, 0))
                 fleet[update.device] = Seen(
                     cut=cut,
@@ -107,7 +108,7 @@ class Moves:
         until = asyncio.get_running_loop().time() + self._settings.wait_s
         for move in moves:
             peer = self._gateway.peers.get(move.device)
-            if peer is None or move.device not in self._memory_mb:
+            if peer is None or move.device not in self._ready:
                 continue
             tier = self._options(move.device).get(move.to, peer.tier)
             if tier != peer.tier:
@@ -137,7 +138,7 @@ class Moves:
             ProtocolError: it says that it has a bundle which it was not told to load.
         """
         device, (asked, _) = peer.device, self._moving.pop(peer.device, (None, 0.0))
-        self._memory_mb[device] = message.memory_mb
+        self._ready.add(device)
         self._changes.wake()
         if message.tier is not None and message.tier != peer.tier:
             if message.tier != asked:
@@ -147,7 +148,7 @@ class Moves:
                     f"it is of tier {peer.tier!r}",
                     "tier",
                 )
-            peer.tier = message.tier
+            peer.tier = self._tiers[device] = message.tier
         elif asked is not None:
             log.warning("%s could not load the bundle of %s and stays at %s", device, asked,
                         peer.tier)  # fmt: skip
@@ -156,23 +157,55 @@ class Moves:
     def gone(self, device: str) -> None:
         """A device has left."""
         self._moving.pop(device, None)
-        self._memory_mb.pop(device, None)
+        self._ready.discard(device)
         self._changes.wake()
+
+    def moved(self, device: str, issued: str | None, memory_mb: int | None) -> str | None:
+        """The tier that a device has moved to, if it can go on there when it starts anew.
+
+        Args:
+            device: its name.
+            issued: the tier of its token, whose kind it is of; None if the token is for none.
+            memory_mb: what it can spare for training; None if it does not say.
+        """
+        tier = self._tiers.get(device)
+        if tier is None or tier not in self._manifests or not self._fits(tier, memory_mb):
+            return None
+        if issued is not None:  # a token that was issued anew may be for a device of another kind
+            own = self._manifests.get(issued)
+            if own is None or _kind(own) != _kind(self._manifests[tier]):
+                return None
+        return tier
+
+    def state(self) -> dict[str, Any]:
+        """What a hub that goes on with the job needs to know, for JSON.
+
+        Devices that are on their way to a tier are there by then.
+        """
+        ahead = {device: tier for device, (tier, _) in self._moving.items()}
+        return {"tiers": self._tiers | ahead, "policy": self._policy.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state`."""
+        self._tiers = dict(state["tiers"])
+        self._policy.restore(state["policy"])
+
+    def _fits(self, tier: str, memory_mb: int | None) -> bool:
+        """Whether a tier takes no more memory than a device says it has."""
+        return memory_mb is None or self._settings.memory_mb.get(tier, 0.0) <= memory_mb
 
     def _options(self, device: str) -> dict[int, str]:
         """The tiers that a device can go on with, by cut: of its kind, and within its memory."""
-        tier = self._gateway.peers[device].tier
-        own, takes = self._manifests[tier], self._settings.memory_mb
-        says = self._memory_mb.get(device)
-        memory = math.inf if says is None else says
+        peer = self._gateway.peers[device]
+        own = self._manifests[peer.tier]
         found = {
             manifest.cut: name
             for name, manifest in self._manifests.items()
             if _kind(manifest) == _kind(own)
-            and takes.get(name, 0.0) <= memory
+            and self._fits(name, peer.memory_mb)
             and name not in self._unfit.get(device, ())
         }
-        return found | {own.cut: tier}
+        return found | {own.cut: peer.tier}
 
 
 def _kind(manifest: Manifest) -> tuple[str, str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -178,6 +179,20 @@ def test_targets_that_alternate_never_move_a_device(patience: int, rounds: int) 
         compute_s = 0.2 if number % 2 else 0.9
         fleet = {"a": Seen(2, [1, 2, 3], compute_s, 1.0), "slow": Seen(1, [1], 0.4, 1.0)}
         assert "a" not in policy.targets(fleet, 1.0)
+
+
+@given(st.lists(fleets, max_size=6), st.lists(fleets, min_size=1, max_size=6))
+def test_a_policy_goes_on_from_its_state_as_if_nothing_had_been(
+    before: list[dict[str, Seen]], after: list[dict[str, Seen]]
+) -> None:
+    for name in ("fixed", "latency", "adaptive"):
+        whole, resumed = policy_of(name), policy_of(name)  # type: ignore[arg-type]
+        for fleet in before:
+            whole.targets(fleet, 1.0)
+        resumed.restore(json.loads(json.dumps(whole.state())))
+        for fleet in after:
+            assert resumed.targets(fleet, 1.0) == whole.targets(fleet, 1.0)
+        assert resumed.state() == whole.state()
 
 
 # --- what devices do not say ----------------------------------------------------------------------

@@ -129,6 +129,13 @@ class Script:
         self.rounds = list(rounds)
         self.seen: list[dict[str, Seen]] = []
 
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
     def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
         """The script's cuts."""
         self.seen.append(dict(fleet))
@@ -166,7 +173,7 @@ async def running(config: HubConfig, script: Script) -> AsyncIterator[tuple[Hub,
     model = build()
     model.load(config.bundles / WEIGHTS)
     hub = Hub(config, model, LocalTrunk(TrunkCore(model, "cpu")))
-    hub._moves._policy = script
+    hub.moves._policy = script
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(hub.serve(ready.set_result))
     await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)
@@ -425,14 +432,14 @@ def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, expor
         rules = RoundRules(5, min_devices=1)
         async with fleet(tmp_path, export, script, 5, cuts=settings, rounds=rules) as made:
             hub, waits = made.hub, []
-            wait = hub._moves.until_ready
+            wait = hub.moves.until_ready
 
             async def timed() -> None:
                 started = asyncio.get_running_loop().time()
                 await wait()
                 waits.append(asyncio.get_running_loop().time() - started)
 
-            hub._moves.until_ready = timed  # type: ignore[method-assign]
+            hub.moves.until_ready = timed  # type: ignore[method-assign]
             slow, other = await made.join("a", "two"), await made.join("b", "one")
             load = slow._load_bundle
 
@@ -560,6 +567,75 @@ def test_a_device_comes_back_with_the_tier_that_it_was_moved_to(
                 assert device.manifest.tier == made.tier_of("a") == "three"
             assert cuts_of(hub, "a") == [2, 3, 3, 3]
             assert hub.run.records[-1].round == 4
+
+    run(job())
+
+
+@dataclass(frozen=True)
+class Return:
+    """How a device comes back that was moved from ``two`` to ``three``, and what it then gets."""
+
+    issued: str | None
+    tier: str | None
+    memory_mb: int | None
+    gets: str
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        Return("two", None, None, gets="three"),
+        Return("two", None, 100, gets="three"),
+        Return("two", None, 99, gets="two"),
+        Return("two", "one", None, gets="one"),
+        Return(None, None, None, gets="three"),
+        Return("one", None, None, gets="three"),
+        Return("half", None, None, gets="half"),  # of another codec
+    ],
+    ids=str,
+)
+def test_a_device_that_starts_anew_goes_on_where_it_was_moved_to(
+    tmp_path: Path, export: Export, back: Return
+) -> None:
+    """Unless it names a tier, or its memory or its token's tier no longer allow that."""
+    settings = Cuts(memory_mb={"three": 100.0})
+
+    async def job() -> None:
+        async with fleet(tmp_path, export, Script({"a": 3}), 6, cuts=settings) as made:
+            hub = made.hub
+            first = await made.join("a", issued="two", memory_mb=100)
+            training = asyncio.create_task(first.train())
+            await until(lambda: len(hub.run.records) >= 2)
+            training.cancel()
+            await asyncio.gather(training, return_exceptions=True)
+            await first.close()
+            await until(lambda: not hub.gateway.peers)
+            rounds = len(hub.run.records)
+            again = await made.join("a", back.tier, issued=back.issued, memory_mb=back.memory_mb)
+            async with again:
+                assert again.manifest.tier == made.tier_of("a") == back.gets
+                assert (await again.train()).reason == "the job is finished"
+                assert again.manifest.tier == back.gets
+            cut = hub.manifests[back.gets].cut
+            assert cuts_of(hub, "a") == [2] + [3] * (rounds - 1) + [cut] * (6 - rounds)
+
+    run(job())
+
+
+def test_a_session_goes_on_though_the_device_names_no_tier(tmp_path: Path, export: Export) -> None:
+    """It was moved in an earlier process: the link breaks, the session is that of the new tier."""
+
+    async def job() -> None:
+        async with fleet(tmp_path, export, Script(), 3) as made:
+            hub = made.hub
+            hub.moves.restore({"tiers": {"a": "three"}, "policy": {}})
+            async with await made.join("a", issued="two") as device:
+                before = hub.gateway.peers["a"]
+                assert before.tier == "three"
+                assert (await device._connection.renew()).resumed
+                assert hub.gateway.peers["a"] is before
+                await device.train()
+            assert cuts_of(hub, "a") == [3, 3, 3]
 
     run(job())
 

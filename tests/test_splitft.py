@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from export.steps import ClientSteps
 from server_hub.config import LocalTraining, TrunkTraining
 from server_hub.methods.parts import DeviceUpdate
 from server_hub.methods.splitft import MergedAdapters, at_ranks
+from server_hub.run import RoundRecord
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
@@ -465,3 +467,88 @@ def test_a_fleet_finds_its_cuts_and_learns(
     assert [r.cuts for r in again] == [r.cuts for r in records]
     for name in model:
         np.testing.assert_array_equal(model[name], same[name])
+
+
+class Interrupted(Exception):
+    """What stops a run in a test."""
+
+
+def unequal(folder: Path, **changes: Any) -> Job:
+    """A fleet whose cuts move: the slow device goes to cut 1, the fast ones go to 3."""
+    tiers = {
+        "slow": FleetTier(clients=1, cut=2, codec="fp16", gflops=0.001),
+        "fast": FleetTier(clients=2, cut=2, codec="fp16", gflops=0.01),
+    }
+    cuts = CutsTable(policy="adaptive", options=[1, 2, 3])
+    rounds = RoundsTable(changes.pop("count", 6))
+    settings = {"tiers": tiers, "cuts": cuts, "rounds": rounds, "hub_gflops": 0.003}
+    return job(folder, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[RoundRecord]:
+    """The rounds of a run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    records, _ = run(unequal(folder), folder / "run")
+    assert [len(record.moves) for record in records] == [0, 1, 0, 2, 0, 0]
+    assert [record.cuts["slow-1"] for record in records] == [2, 2, 1, 1, 1, 1]
+    assert [record.cuts["fast-1"] for record in records] == [2, 2, 2, 2, 3, 3]
+    return records
+
+
+@pytest.mark.parametrize("last", [1, 2, 4])
+def test_a_run_that_was_interrupted_goes_on_with_its_cuts(
+    last: int, uninterrupted: list[RoundRecord], tmp_path: Path
+) -> None:
+    """When the first target has stood for a round, when a device moves, and when the others do.
+
+    Links take no time here, so the clocks agree. Handshakes are made twice, and bundles are not
+    fetched twice, so only the bytes of training are the same.
+    """
+
+    def stop(record: RoundRecord) -> None:
+        if record.round == last:
+            raise Interrupted
+
+    task = unequal(tmp_path)
+    with pytest.raises(Interrupted), Simulation(task, tmp_path / "run") as simulation:
+        simulation.run(stop)
+    with Simulation(task, tmp_path / "run") as simulation:
+        records = simulation.run()
+    assert len(records) == len(uninterrupted)
+    for found, wanted in zip(records, uninterrupted, strict=True):
+        assert (found.round, found.cuts, found.devices) == (
+            wanted.round, wanted.cuts, wanted.devices,
+        )  # fmt: skip
+        assert without_reasons(found) == without_reasons(wanted)
+        assert found.clock == pytest.approx(wanted.clock, rel=1e-6)
+        assert found.seconds == pytest.approx(wanted.seconds, rel=1e-6)
+        for kind in ("activations", "gradient", "update", "round"):
+            assert found.bytes[kind] == wanted.bytes[kind]
+        for tier, paths in wanted.accuracy.items():
+            assert found.accuracy[tier] == pytest.approx(paths, rel=1e-3)
+        assert found.trunk_loss == pytest.approx(wanted.trunk_loss, rel=1e-4)
+
+
+def without_reasons(record: RoundRecord) -> list[tuple[str, int, int]]:
+    """The moves, but for their reasons, which name times to three digits."""
+    return [(move["device"], move["cut"], move["to"]) for move in record.moves]
+
+
+def test_a_device_that_was_away_comes_back_at_the_cut_that_it_had(tmp_path: Path) -> None:
+    """A cut changes where the record of a round names the move, and nowhere else."""
+    tiers = {
+        "slow": FleetTier(clients=1, cut=2, codec="fp16", gflops=0.001),
+        "fast": FleetTier(
+            clients=2, cut=3, codec="fp16", gflops=0.002, online_s=300.0, offline_s=30.0
+        ),
+    }
+    homes = {"slow-1": 2, "fast-1": 3, "fast-2": 3}
+    records, _ = run(unequal(tmp_path, count=9, tiers=tiers), tmp_path / "run")
+    cuts, gone, back = dict(homes), set(), set()
+    for before, record in pairwise(records):
+        cuts |= {device: to for device, _, to in without_reasons(before)}
+        assert record.cuts.items() <= cuts.items()
+        gone |= {device for device in before.dropped if cuts[device] != homes[device]}
+        back |= gone & record.cuts.keys()
+    assert back, "the job is made so that somebody who has moved is away"

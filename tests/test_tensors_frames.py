@@ -84,9 +84,15 @@ texts = st.text(max_size=100)
 
 STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: st.builds(
-        Hello, versions, texts, st.none() | texts, st.none() | st.text(max_size=64), from_0
+        Hello,
+        versions,
+        texts,
+        st.none() | texts,
+        st.none() | st.text(max_size=64),
+        from_0,
+        st.none() | from_1,
     ),
-    Ready: st.builds(Ready, from_1, st.none() | texts, st.none() | from_1),
+    Ready: st.builds(Ready, from_1, st.none() | texts),
     Decline: st.builds(Decline, from_1, texts),
     BlobGet: st.builds(BlobGet, hashes, from_0),
     Activations: st.builds(Activations, from_1, from_0, parts, st.none() | small_arrays),
@@ -140,8 +146,8 @@ frames = st.one_of(*STRATEGIES.values()).flatmap(
 )
 
 GOOD: list[Message] = [
-    Hello(1, "secret", "small", "s1", 7),
-    Ready(100, "small", 512),
+    Hello(1, "secret", "small", "s1", 7, 512),
+    Ready(100, "small"),
     Decline(3, "battery low"),
     BlobGet(HASH, 0),
     Activations(1, 0, {"h": FLOAT}, np.array([1, 2])),

@@ -152,7 +152,9 @@ class Message:
 class Hello(Message):
     """First frame of a connection: the token says who the device is.
 
-    ``tier`` is nil to take the one that the token was issued for. ``session`` is to be resumed.
+    ``tier`` is nil to take the one that the hub has for the device: where it has moved it to, else
+    the one that the token was issued for. ``session`` is to be resumed. ``memory_mb`` is what the
+    device can spare for training, if it says so.
     """
 
     TYPE = "hello"
@@ -162,20 +164,19 @@ class Hello(Message):
     tier: str | None = _must(_optional(_text(128)), None)
     session: str | None = _must(_optional(_text(64)), None)
     last_seq: int = _must(_integer(), 0)
+    memory_mb: int | None = _must(_optional(_integer(1)), None)
 
 
 @dataclass(frozen=True)
 class Ready(Message):
     """The bundle of ``tier`` is loaded; the device can be picked for rounds.
 
-    ``tier`` is nil for the one that the hub's welcome named. ``memory_mb`` is what the device can
-    spare for training, if it says so.
+    ``tier`` is nil for the one that the hub's welcome named.
     """
 
     TYPE = "ready"
     samples: int = _must(_integer(1))
     tier: str | None = _must(_optional(_text(128)), None)
-    memory_mb: int | None = _must(_optional(_integer(1)), None)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -32,6 +33,8 @@ class Checkpoint:
         down: bytes by kind of message to the devices.
         meter: what was computed.
         stores: the global model.
+        moves: where devices have moved to, and what the policy of cuts keeps; empty in a file that
+            was written before that was kept.
     """
 
     number: int
@@ -42,6 +45,7 @@ class Checkpoint:
     down: dict[str, int]
     meter: Meter
     stores: dict[str, State]
+    moves: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, hub: Hub, clock: float, wall: float, meter: Meter) -> Checkpoint:
@@ -56,6 +60,7 @@ class Checkpoint:
             dict(traffic.down),
             meter,
             {name: dict(state) for name, state in hub.method.aggregation.stores().items()},
+            hub.moves.state(),
         )
 
     def apply(self, hub: Hub) -> None:
@@ -64,6 +69,8 @@ class Checkpoint:
         hub.gateway.traffic.up.update(self.up)
         hub.gateway.traffic.down.update(self.down)
         hub.method.aggregation.restore(self.stores)
+        if self.moves:
+            hub.moves.restore(self.moves)
 
     def write(self, folder: Path) -> None:
         """Write it in place of the last one."""
@@ -80,6 +87,7 @@ class Checkpoint:
             "up": self.up,
             "down": self.down,
             "meter": asdict(self.meter),
+            "moves": self.moves,
         }
         write_atomically(folder / FILE, save(tensors, {"numbers": json.dumps(numbers)}))
 

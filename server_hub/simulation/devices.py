@@ -95,7 +95,7 @@ class SimulatedDevice:
     """A device that comes and goes, and trains while it is there.
 
     It goes without a word: its link breaks, its local round is lost. When it comes back it starts
-    over, with the bundle that it has kept.
+    over, with the bundles that it has kept, at the cut that it had.
 
     Args:
         name: its name.

@@ -299,7 +299,7 @@ class Simulation:
         self, client: Client, tokens: _Tokens, hub: Hub, loop: VirtualLoop
     ) -> SimulatedDevice:
         cache = self._scratch_folder / "devices" / client.name
-        if self._resumed is not None:  # it had fetched its bundle before
+        if self._resumed is not None:  # it had fetched its bundles before
             shutil.copytree(self.index.folder / "blobs", cache, copy_function=os.link)
         tier, data = self.tiers[client.tier], self.data.train
 

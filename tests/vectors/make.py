@@ -101,6 +101,7 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("hello", Hello(VERSION, "secret"), 0, 0),
     ("hello that resumes", Hello(VERSION, "secret", "small", "5f2a", 17), 0, 0),
     ("hello with text beyond ASCII", Hello(VERSION, "gehéim", "小"), 0, 0),
+    ("hello with memory", Hello(VERSION, "secret", memory_mb=512), 0, 0),
     ("welcome", Welcome(VERSION, "phone-1", "small", "5f2a", False, 0, HASH, 64, 2**26), 0, 0),
     (
         "welcome that resumes",
@@ -119,7 +120,7 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("blob", Blob(HASH, 0, 4, b"test"), 0, 0),
     ("blob of nothing", Blob(HASH, 4, 4, b""), 0, 0),
     ("ready", Ready(1000), 1, 0),
-    ("ready with another bundle", Ready(1000, "large", 512), 3, 2),
+    ("ready with another bundle", Ready(1000, "large"), 3, 2),
     ("move", Move("large", HASH, "there is time for it"), 2, 1),
     (
         "round",
