@@ -30,7 +30,7 @@ from edge_sdk.errors import BundleError, ProtocolError
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 
-FORMAT = 2
+FORMAT = 3
 """Version of the manifest format."""
 
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -146,6 +146,8 @@ class Manifest:
         initial_state: blob with the initial parameters and statistics.
         constants: frozen tensors by layer, for graphs that do not hold them.
         blobs: size in bytes of every blob, by sha256.
+        bases: the model is one of so many base networks whose answers can be mixed; 0 if it is not.
+        whole: all of the model is on the device, nothing on the hub.
     """
 
     tier: str
@@ -163,6 +165,8 @@ class Manifest:
     initial_state: str
     constants: tuple[Constants, ...]
     blobs: dict[str, int]
+    bases: int = 0
+    whole: bool = False
 
     def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
         """The state tensors that travel: parameters, statistics, and ``slots`` where they do."""
@@ -177,6 +181,11 @@ class Manifest:
             for p in outputs
             if p.role == "packed"
         )
+
+    @property
+    def mixes(self) -> list[int]:
+        """How many base networks are mixed in one call, at least first."""
+        return sorted(int(g.removeprefix("mix_")) for g in self.graphs if g.startswith("mix_"))
 
     @property
     def x(self) -> TensorSpec:
@@ -241,6 +250,8 @@ class Manifest:
                 initial_state=str(raw["initial_state"]),
                 constants=tuple(_constants(entry) for entry in raw["constants"]),
                 blobs={str(name): int(size) for name, size in raw["blobs"].items()},
+                bases=int(raw["bases"]),
+                whole=bool(raw["whole"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is damaged ({error}); export again") from error

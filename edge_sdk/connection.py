@@ -7,6 +7,7 @@ import contextlib
 import math
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from edge_sdk.errors import BundleError, CutlayerError, HubError, LinkClosed
@@ -42,6 +43,16 @@ OpenLink = Callable[[], Awaitable[Link]]
 
 Returned = Gradient | Features
 """What comes back for a batch."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the hub is to finish an answer from; see :class:`edge_sdk.protocol.messages.Infer`."""
+
+    parts: dict[str, Array]
+    tier: str
+    base: int = 0
+    robustness: float = 0.0
 
 
 class RoundOver(CutlayerError):
@@ -209,8 +220,8 @@ class Connection:
             if not future.done():
                 future.set_exception(RoundOver(f"round {key[0]} is over"))
 
-    async def ask(self, parts: dict[str, Array], tier: str) -> Answer:
-        """The hub's answer to what the bundle of ``tier`` has packed.
+    async def ask(self, question: Question) -> Answer:
+        """The hub's answer to what a bundle has packed.
 
         Raises:
             LinkClosed: the hub restarts, or is out of reach for good.
@@ -220,7 +231,7 @@ class Connection:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._answers[request] = future
         try:
-            await self.send(Infer(request=request, parts=parts, tier=tier))
+            await self.send(Infer(request=request, **vars(question)))
             return await future
         except SessionLost:
             self.raise_failure()

@@ -84,6 +84,10 @@ class Examples:
             raise DataError("x holds values that are not finite (NaN or infinity)")
         return Examples(x, np.ascontiguousarray(self.y, np.int64))
 
+    def take(self, rows: Array) -> Examples:
+        """The examples in some rows."""
+        return Examples(self.x[rows], self.y[rows])
+
     def batches(self, size: int, rng: np.random.Generator | None = None) -> Iterator[Examples]:
         """Batches of ``size``, the last one shorter; shuffled when a generator is given."""
         order = np.arange(len(self)) if rng is None else rng.permutation(len(self))

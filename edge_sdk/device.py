@@ -28,7 +28,8 @@ from edge_sdk.learner import (
     advance,
 )
 from edge_sdk.link import open_websocket
-from edge_sdk.prediction import Evaluation, Prediction, Predictor, softmax
+from edge_sdk.mix import Mix
+from edge_sdk.prediction import Evaluation, Manner, Prediction, Predictor, softmax
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import (
     Decline,
@@ -119,7 +120,8 @@ class Device:
             open_link, token=token, tier=tier, patience_s=patience_s, memory_mb=memory_mb
         )
         self._fetcher = Fetcher(self._connection, BlobStore(cache))
-        self._predictor = Predictor(self._need_learner, self._connection.ask)
+        self._mix: Mix | None = None
+        self._predictor = Predictor(self._need_learner, self._connection.ask, self.fetch_bases)
 
     @classmethod
     async def connect(
@@ -237,6 +239,9 @@ class Device:
                     report.reason = delivery.message.reason
                     if delivery.message.state is not None:
                         await self._load_state(delivery.message.state)
+                    if delivery.message.bases is not None:
+                        self._mix = Mix(self.manifest, self._need_learner().runtime)
+                        self._mix.offer(delivery.message.bases)
                     session.settle(delivery.seq)
                     return report
                 if isinstance(delivery.message, Move):
@@ -267,7 +272,7 @@ class Device:
         try:
             learner = await self._load_bundle(move.manifest, move.tier)
             session.check()  # in a new session the hub knows us by the tier that we had
-            self._learner, self._bundle = learner, move.manifest
+            self._learner, self._bundle, self._mix = learner, move.manifest, None
             self._connection.tier = move.tier
         except (BundleError, DataError, HubError, OSError) as error:
             log.warning("cannot move to %s (%s): %s", move.tier, move.reason, error)
@@ -288,7 +293,7 @@ class Device:
         now = asyncio.get_running_loop().time
         started = now()
         try:
-            state = unpack_tensors(await self._fetcher.state(task.state))
+            states = await self._states_of(task)
         except HubError as error:
             if error.code != "unknown_blob":
                 raise
@@ -297,7 +302,7 @@ class Device:
             task.epochs, task.batch_size, task.hyper, task.activations, task.seed, task.staleness
         )
         try:
-            result, compute_s = await self._train_locally(session, task.round, plan, state, data)
+            result, compute_s = await self._train_locally(session, task.round, plan, states, data)
         except RoundOver:
             return None  # too slow: the hub went on without us
         times = {"compute_s": compute_s, "wait_s": now() - started - compute_s}
@@ -306,12 +311,22 @@ class Device:
         loss, accuracy = (result.metrics.get(name) for name in ("loss", "accuracy"))
         return RoundReport(task.round, loss, accuracy, now() - started)
 
+    async def _states_of(self, task: Round) -> dict[int | None, dict[str, Array]]:
+        """What a round starts from: of each base, or of the model under None."""
+        if task.bases is None:
+            assert task.state is not None
+            return {None: unpack_tensors(await self._fetcher.state(task.state))}
+        return {
+            int(base): unpack_tensors(await self._fetcher.state(name))
+            for base, name in task.bases.items()
+        }
+
     async def _train_locally(
         self,
         session: Session,
         number: int,
         plan: LocalPlan,
-        state: dict[str, Array],
+        states: dict[int | None, dict[str, Array]],
         data: Examples,
     ) -> tuple[LocalResult, float]:
         """Step by step in a thread; what a step yields is sent before the next one.
@@ -319,7 +334,12 @@ class Device:
         Returns the result, and the seconds of computing; loading the graphs does not count.
         """
         learner = self._need_learner()
-        training: Training = learner.training(state, data, plan)
+        training: Training
+        if None in states:
+            training = learner.training(states[None], data, plan)
+        else:
+            bases = {base: state for base, state in states.items() if base is not None}
+            training = learner.training_bases(bases, data, plan)
         loaded = learner.runtime.loading_s
         now = asyncio.get_running_loop().time
         reply: Reply = None
@@ -373,6 +393,8 @@ class Device:
         confidence: float = 0.9,
         timeout_s: float = 10.0,
         precision: Precision = "float32",
+        bases: int | None = None,
+        robustness: float = 0.0,
     ) -> Prediction:
         """Answer from the device's own heads where they are confident, else through the hub.
 
@@ -388,12 +410,42 @@ class Device:
             timeout_s: how long to wait for the hub.
             precision: ``int8`` runs the bundle's small graph, whose weights are those of the
                 export: it does not follow training.
+            bases: of a model of several base networks, how many have a part in the answer; the
+                best so many, all if not given. Those that are not here yet are fetched.
+            robustness: of a model with dual norms, from 0 (for inputs as they should be) to 1 (for
+                inputs that somebody has made hard).
 
         Raises:
             BundleError: the bundle has no graph of this precision.
-            DataError: the inputs do not fit the model, or a text is too long for one message.
+            DataError: the inputs do not fit the model, a text is too long for one message, there
+                are not so many bases, or the robustness cannot be had.
         """
-        return await self._predictor.predict(x, confidence, timeout_s, precision)
+        manner = Manner(precision, bases, robustness)
+        return await self._predictor.predict(x, confidence, timeout_s, manner)
+
+    async def fetch_bases(self, bases: int) -> Mix:
+        """Have the best ``bases`` base networks here; only those that are not are fetched.
+
+        Raises:
+            DataError: there are not so many.
+            HubError: the hub does not give them.
+        """
+        learner = self._need_learner()
+        for attempt in range(4):
+            if self._mix is None:
+                self._mix = Mix(learner.manifest, learner.runtime)
+                self._mix.offer(self._connection.welcome.bases or {})
+            mix = self._mix
+            try:
+                for base, name in mix.missing(bases):
+                    mix.put(base, name, unpack_tensors(await self._fetcher.state(name)))
+                return mix
+            except HubError as error:
+                if error.code != "unknown_blob" or attempt == 3:
+                    raise
+            await self._connection.renew()  # rounds went by since the hub named them
+            self._mix = None
+        raise AssertionError("the last attempt returns or raises")
 
     async def evaluate(self, examples: Examples, batch_size: int = 256) -> Evaluation:
         """Measure the three ways to answer: accuracy, or perplexity for a model of tokens.
@@ -452,6 +504,7 @@ class Device:
         while (welcome := self._connection.welcome).manifest != self._bundle:
             self._learner = await self._load_bundle(welcome.manifest, welcome.tier)
             self._bundle = welcome.manifest
+            self._mix = None
 
     async def _load_bundle(self, name: str, tier: str) -> Learner:
         """Fetch the manifest called ``name`` and its blobs, verify them, load the runtime."""

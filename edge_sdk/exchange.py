@@ -44,7 +44,15 @@ class Exchange:
             self._unsent.add(packed.batch)
             return
         await self._session.send(
-            Activations(round=number, batch=batch, parts=parts, labels=packed.labels)
+            Activations(
+                round=number,
+                batch=batch,
+                parts=parts,
+                labels=packed.labels,
+                base=packed.base,
+                noise=packed.noise,
+                present=packed.present,
+            )
         )
 
     async def reply(self, wanted: Wanted) -> Reply:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from edge_sdk import text
+from edge_sdk.attack import Attack
 from edge_sdk.bundle import Manifest
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError
+from edge_sdk.mix import check_robustness, tensor_of
 from edge_sdk.protocol.messages import Features, Gradient
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
@@ -44,7 +46,8 @@ class LocalResult:
     """Outcome of local training.
 
     Attributes:
-        state: what was trained, by name: the tensors that training started from.
+        state: what was trained, by name: the tensors that training started from; of several base
+            networks by :func:`edge_sdk.mix.tensor_of`.
         samples: number of local examples.
         metrics: ``loss`` and ``accuracy`` of the last epoch, before each step, weighted by labels.
     """
@@ -58,12 +61,17 @@ class LocalResult:
 class Packed:
     """The packed activations of a batch and its labels, on their way to the hub.
 
-    There are no labels where they stay here.
+    There are no labels where they stay here. Of several base networks they are of ``base``, and
+    ``present`` says with 1 and 0 of which classes there are examples here; ``noise`` that they have
+    come through the noise norms.
     """
 
     batch: int
     parts: dict[str, Array]
     labels: Array | None
+    base: int = 0
+    noise: bool = False
+    present: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,30 @@ class Learner:
                 assert step.labels is not None
                 emit(step.batch, step.parts, step.labels)
 
+    def training_bases(
+        self, states: Mapping[int, Mapping[str, Array]], data: Examples, plan: LocalPlan
+    ) -> Training:
+        """:meth:`training` of several base networks, one after the other.
+
+        They have nothing in common, so this is what training them batch by batch in turns would
+        give, and takes the memory of one. Every one sees the same batches.
+
+        Args:
+            states: of each base, by number.
+            data: as for :meth:`training`.
+            plan: the same; no gradients come back.
+        """
+        trained: dict[str, Array] = {}
+        metrics: list[dict[str, float]] = []
+        for base, state in states.items():
+            training = self.training(state, data, plan)
+            while not isinstance(step := advance(training), LocalResult):
+                yield replace(step, base=base) if isinstance(step, Packed) else step
+            trained |= {tensor_of(base, n): t for n, t in step.state.items()}
+            metrics.append(step.metrics)
+        means = {n: float(np.mean([m[n] for m in metrics])) for n in metrics[0]}
+        return LocalResult(trained, len(data), means)
+
     def training(self, state: Mapping[str, Array], data: Examples, plan: LocalPlan) -> Training:
         """The local epochs of one round, a step at a time.
 
@@ -196,9 +228,14 @@ class Learner:
         """
         runtime, rng = self.runtime, np.random.default_rng(plan.seed)
         runtime.set_state(state)
-        hyper = {n: np.asarray(v, np.float32) for n, v in plan.hyper.items() if n != "own"}
+        hyper = {
+            n: np.asarray(v, np.float32) for n, v in plan.hyper.items()
+            if n != "own" and not n.startswith("attack_")
+        }  # fmt: skip
         seeded = any(port.role == "seed" for port in self.manifest.graphs["train"].inputs)
         size = min(plan.batch_size, self.manifest.limits.get("batch", plan.batch_size))
+        present = self._present(data)
+        attack = Attack.of(plan.hyper) if plan.hyper.get("robustness") and self._hardens else None
         if plan.activations == "forward":
             for number, batch in enumerate(self._batches(data, size, rng)):
                 yield Packed(number, runtime.run("forward", {"x": batch.x}), batch.y)
@@ -218,14 +255,38 @@ class Learner:
                     sent += 1
                     yield from self._land(flights, plan, hyper, scores, most=plan.staleness)
                     continue
-                inputs = {"x": batch.x, "y": batch.y, **hyper, **seed}
-                outputs = scores.add(runtime.run("train", inputs), batch)
-                wanted = epoch == 0 and plan.activations == "train"
-                yield Packed(number, outputs, batch.y) if wanted else None
+                given = {"x": batch.x, "y": batch.y, **present}
+                if attack is None:
+                    outputs = runtime.run("train", {**given, **hyper, **seed})
+                else:
+                    hard = {"x_adv": attack.on(runtime, given, rng)}
+                    outputs = runtime.run("harden", {**given, **hard, **hyper, **seed})
+                outputs = scores.add(outputs, batch)
+                if epoch > 0 or plan.activations != "train":
+                    yield None
+                    continue
+                noisy = {n: outputs.pop(n) for n in list(outputs) if n.startswith("noise.")}
+                there = present.get("present")
+                yield Packed(number, outputs, batch.y, present=there)
+                if noisy:
+                    parts = {n.removeprefix("noise."): part for n, part in noisy.items()}
+                    yield Packed(number, parts, batch.y, noise=True, present=there)
         yield from self._land(flights, plan, hyper, scores, most=0)
         slots = any(e.kind == "slot" and e.spec.name in state for e in self.manifest.state)
         result = runtime.get_state(slots)
         return LocalResult(result, len(data), scores.metrics())
+
+    @property
+    def _hardens(self) -> bool:
+        return "harden" in self.manifest.graphs
+
+    def _present(self, data: Examples) -> dict[str, Array]:
+        """Of which classes there are examples, where the loss leaves out the others."""
+        if all(port.spec.name != "present" for port in self.manifest.graphs["train"].inputs):
+            return {}
+        classes = np.zeros(self.manifest.classes, np.float32)
+        classes[np.unique(data.y)] = 1
+        return {"present": classes}
 
     def _batches(self, data: Examples, size: int, rng: np.random.Generator) -> Iterator[Examples]:
         """Shuffled batches; texts come with others of their length."""
@@ -297,7 +358,9 @@ class Learner:
         own = share * (hub_loss + smallest) / (heads_loss + hub_loss + 2 * smallest)
         return max(own, 1e-3)  # heads' gradients are divided by it
 
-    def predict(self, x: Array, precision: Precision = "float32") -> tuple[Array, dict[str, Array]]:
+    def predict(
+        self, x: Array, precision: Precision = "float32", robustness: float = 0.0
+    ) -> tuple[Array, dict[str, Array]]:
         """Logits of the device's heads, and the packed activations.
 
         Logits are (heads, batch, classes), or (heads, batch, positions, vocabulary).
@@ -307,16 +370,21 @@ class Learner:
             precision: ``float32`` for the state that the runtime holds; ``int8`` for the weights
                 of the export.
 
+            robustness: weight of the noise norms, from 0 to 1.
+
         Raises:
             BundleError: the bundle has no graph of this precision.
+            DataError: the model has no dual norms to be robust with.
         """
+        check_robustness(robustness, self.manifest)
         graph = "predict" if precision == "float32" else f"predict_{precision}"
         if graph not in self.manifest.graphs:
             raise BundleError(
                 f"the bundle of tier {self.manifest.tier!r} has no graph {graph!r}; export the "
                 f'tier with precision = "{precision}", or predict in float32'
             )
-        outputs = self.runtime.run(graph, {"x": x})
+        weight = np.asarray(robustness, np.float32)
+        outputs = self.runtime.run(graph, {"x": x, "robustness": weight})
         return outputs.pop("logits"), outputs
 
 

@@ -13,9 +13,11 @@ import numpy as np
 
 from edge_sdk import text
 from edge_sdk.bundle import Manifest
+from edge_sdk.connection import Question
 from edge_sdk.data import Examples
 from edge_sdk.errors import DataError, LinkClosed
 from edge_sdk.learner import Learner, Precision
+from edge_sdk.mix import Mix, check_robustness
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import Answer
 from edge_sdk.protocol.tensors import Array
@@ -23,14 +25,45 @@ from edge_sdk.protocol.tensors import Array
 Metric = Literal["accuracy", "perplexity"]
 """What is measured on held-out examples; of perplexity, less is better."""
 
-Ask = Callable[[dict[str, Array], str], Awaitable[Answer]]
-"""Sends what the bundle of a tier has packed to the hub; gives its answer."""
+Ask = Callable[[Question], Awaitable[Answer]]
+"""Sends what a bundle has packed to the hub; gives its answer."""
+
+Mixing = Callable[[int], Awaitable[Mix]]
+"""Base networks of which the best so many are here; fetches those that are not."""
 
 _ROOM = DEFAULT_MAX_FRAME - 2**16
 """Bytes of logits that the hub puts into one answer."""
 
 _HEADS = 32
 """Heads that the hub is taken to have above a cut, until it has answered once."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How to answer.
+
+    Attributes:
+        precision: of the weights.
+        bases: how many base networks to mix, where there are any; None for all.
+        robustness: weight of the noise norms, where there are any.
+    """
+
+    precision: Precision = "float32"
+    bases: int | None = None
+    robustness: float = 0.0
+
+
+_PLAIN = Manner()
+
+
+@dataclass(frozen=True)
+class _Own:
+    """The device's part of an answer: what it has come from, logits, packed activations by base."""
+
+    manifest: Manifest
+    heads: Array
+    parts: Mapping[int, Mapping[str, Array]]
+    robustness: float
 
 
 @dataclass(frozen=True)
@@ -73,20 +106,21 @@ class Predictor:
     Args:
         learner: gives the present learner; a move may put another in its place at any time.
         ask: asks the hub.
+        mixing: gives the base networks.
     """
 
-    def __init__(self, learner: Callable[[], Learner], ask: Ask) -> None:
-        self._learner, self._ask = learner, ask
+    def __init__(self, learner: Callable[[], Learner], ask: Ask, mixing: Mixing) -> None:
+        self._learner, self._ask, self._mixing = learner, ask, mixing
         self._hub_heads: dict[str, int] = {}
 
     async def predict(
-        self, x: Array, confidence: float, timeout_s: float, precision: Precision
+        self, x: Array, confidence: float, timeout_s: float, manner: Manner
     ) -> Prediction:
         """See :meth:`edge_sdk.device.Device.predict`."""
         limit = self._learner().manifest.limits.get("batch", len(x))
         if len(x) > limit:
             answers = [
-                await self.predict(x[start : start + limit], confidence, timeout_s, precision)
+                await self.predict(x[start : start + limit], confidence, timeout_s, manner)
                 for start in range(0, len(x), limit)
             ]
             return Prediction(
@@ -94,15 +128,15 @@ class Predictor:
                 np.concatenate([answer.probabilities for answer in answers]),
                 np.concatenate([answer.by_hub for answer in answers]),
             )
-        manifest, heads, parts = await self._own(x, precision)
-        heads = _asked_for(heads, manifest)
+        own = await self._own(x, manner)
+        heads = _asked_for(own.heads, own.manifest)
         probabilities = softmax(heads).mean(0)
         unsure = np.flatnonzero(probabilities.max(1) < confidence)
         by_hub = np.zeros(len(probabilities), bool)
-        if len(unsure):
+        if len(unsure) and not own.manifest.whole:
             with contextlib.suppress(TimeoutError, LinkClosed):
-                hub = await asyncio.wait_for(self._hub(parts, unsure, manifest, x), timeout_s)
-                every = np.concatenate([heads[:, unsure], _asked_for(hub, manifest)])
+                hub = await asyncio.wait_for(self._hub(own, unsure, x), timeout_s)
+                every = np.concatenate([heads[:, unsure], _asked_for(hub, own.manifest)])
                 probabilities[unsure] = softmax(every).mean(0)
                 by_hub[unsure] = True
         return Prediction(probabilities.argmax(1), probabilities, by_hub)
@@ -120,9 +154,12 @@ class Predictor:
             batches = examples.batches(size)
         totals = np.zeros(3)
         for batch in batches:
-            now, heads, parts = await self._own(batch.x)
-            hub = await self._hub(parts, np.arange(len(batch)), now, batch.x)
-            for path, logits in enumerate((heads, hub[-1:], np.concatenate([heads, hub]))):
+            own = await self._own(batch.x)
+            paths = [own.heads] * 3
+            if not own.manifest.whole:
+                hub = await self._hub(own, np.arange(len(batch)), batch.x)
+                paths = [own.heads, hub[-1:], np.concatenate([own.heads, hub])]
+            for path, logits in enumerate(paths):
                 if manifest.task == "tokens":
                     totals[path] += _loss(logits, batch.y)
                 else:
@@ -155,34 +192,51 @@ class Predictor:
         rng = np.random.default_rng(seed)
         for _ in range(tokens):
             seen = x if x.shape[1] <= window else x[:, -int(window) :]
-            now, _, parts = await self._own(seen)
-            logits_BV = (await self._hub(parts, np.arange(len(x)), now, seen))[-1, :, -1]
+            own = await self._own(seen)
+            whole = own.manifest.whole
+            logits = own.heads if whole else await self._hub(own, np.arange(len(x)), seen)
+            logits_BV = logits[-1, :, -1]
             if temperature > 0:  # the largest with Gumbel noise is a sample of the softmax
                 logits_BV = logits_BV / temperature + rng.gumbel(size=logits_BV.shape)
             x = np.concatenate([x, logits_BV.argmax(1)[:, None].astype(x.dtype)], axis=1)
         return x
 
-    async def _own(
-        self, x: Array, precision: Precision = "float32"
-    ) -> tuple[Manifest, Array, dict[str, Array]]:
-        """What :meth:`Learner.predict` gives, and the manifest of the bundle that gave it."""
+    async def _own(self, x: Array, manner: Manner = _PLAIN) -> _Own:
+        """The device's part of an answer, by :meth:`Learner.predict` or :meth:`Mix.answer`."""
         learner = self._learner()  # another one may take its place meanwhile
-        shape = x.shape if learner.manifest.task == "tokens" else x.shape[:1]
-        fitted = Examples(x, np.zeros(shape, np.int64)).fitted(learner.manifest)
-        heads, parts = await asyncio.to_thread(learner.predict, fitted.x, precision)
-        return learner.manifest, heads, parts
+        manifest = learner.manifest
+        shape = x.shape if manifest.task == "tokens" else x.shape[:1]
+        x = Examples(x, np.zeros(shape, np.int64)).fitted(manifest).x
+        if not manifest.bases and manner.bases is not None:
+            raise DataError(
+                f"{manner.bases} bases are to be mixed, and the model has none; leave out bases, "
+                "or export it with bases in tiers.toml"
+            )
+        if not manifest.bases or manner.precision != "float32":
+            asked = x, manner.precision, manner.robustness
+            heads, parts = await asyncio.to_thread(learner.predict, *asked)
+            return _Own(manifest, heads, {0: parts}, manner.robustness)
+        check_robustness(manner.robustness, manifest)
+        bases = manifest.bases if manner.bases is None else manner.bases
+        mix = await self._mixing(bases)
+        mixed = await asyncio.to_thread(mix.answer, x, bases, manner.robustness)
+        return _Own(manifest, mixed.logits, mixed.parts, manner.robustness)
 
-    async def _hub(
-        self, parts: Mapping[str, Array], rows: Array, manifest: Manifest, x: Array
-    ) -> Array:
-        """The hub's logits for some rows, asked for in as many requests as its answers take.
+    async def _hub(self, own: _Own, rows: Array, x: Array) -> Array:
+        """The hub's logits for some rows, the mean over the bases.
 
         Args:
-            parts: the packed activations of a batch.
+            own: what the device has made of a batch.
             rows: numbers of the rows.
-            manifest: of the bundle that packed them.
             x: the batch.
         """
+        logits = [await self._hub_of(base, own, rows, x) for base in own.parts]
+        mean: Array = np.mean(logits, axis=0)
+        return mean
+
+    async def _hub_of(self, base: int, own: _Own, rows: Array, x: Array) -> Array:
+        """That of one base, asked for in as many requests as its answers take."""
+        manifest, parts = own.manifest, own.parts[base]
         tier = manifest.tier
         positions = x.shape[1] if manifest.task == "tokens" else 1
         row = 4 * positions * manifest.classes
@@ -195,7 +249,8 @@ class Predictor:
                     f"message holds {_ROOM}; take shorter texts"
                 )
             many = max(_ROOM // (row * self._hub_heads.get(tier, _HEADS)), 1)
-            answer = await self._ask(rows_of(parts, rows[done : done + many], manifest), tier)
+            some = rows_of(parts, rows[done : done + many], manifest)
+            answer = await self._ask(Question(some, tier, base, own.robustness))
             self._hub_heads[tier] = len(answer.heads)
             answers.append(answer.logits)
             done += many

@@ -26,9 +26,10 @@ ROBUSTNESS = Port(TensorSpec("robustness", "float32", ()), "hyper")
 
 
 def mix(steps: ClientSteps, bases: int) -> Step:
-    """``(tensors of some bases, x) -> logits``: the mean of their logits, in one pass.
+    """``(tensors of some bases, x) -> logits, packed activations``, in one pass.
 
-    Logits are (heads, batch, classes), or (heads, batch, positions, vocabulary).
+    Logits are the mean over the bases, (heads, batch, classes), or (heads, batch, positions,
+    vocabulary). Activations are packed for each, (bases, ...), where the hub has a part of them.
 
     Args:
         steps: of one base.
@@ -39,9 +40,14 @@ def mix(steps: ClientSteps, bases: int) -> Step:
         given = iter(tensors)
         stacked = {n: next(given) for n in steps.initial}
         x = next(given)
+
+        def one(own: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            h, logits = steps.call(False, {**constants, **own}, x)
+            return (logits,) if steps.segment.whole else (logits, *steps.pack(h))
+
         with steps.robust(given):
-            logits = over_bases(lambda own: steps.call(False, {**constants, **own}, x)[1], stacked)
-        return (logits.mean(0),)
+            logits, *parts = over_bases(one, stacked)
+        return logits.mean(0), *parts
 
     inputs = (
         *(
@@ -51,7 +57,12 @@ def mix(steps: ClientSteps, bases: int) -> Step:
         Port(steps.x, "batch"),
         *steps.robustness_port(),
     )
-    return steps.step(f"mix_{bases}", function, inputs, (steps.logits_port(),))
+    packed = (
+        Port(TensorSpec(f"bases.{s.name}", s.dtype, (bases, *s.shape)), "packed")
+        for s in steps.packed
+        if not steps.segment.whole
+    )
+    return steps.step(f"mix_{bases}", function, inputs, (steps.logits_port(), *packed))
 
 
 def attack(steps: ClientSteps) -> Step:

@@ -211,6 +211,8 @@ class ClientSegment(nn.Module):
         super().__init__()
         model.check_cut(cut)
         self.cut = cut
+        self.whole = isinstance(model.head, NoHead) and cut == model.depth - 1
+        """Whether all of the model is here, with nothing to compute on the hub."""
         self.task = model.task
         self.stem = model.stem
         self.block = model.block[:cut]
@@ -242,6 +244,14 @@ class ClientSegment(nn.Module):
                 read.append((self.aux[str(depth)], h))
         # heads last: dropouts of the blocks draw the same with them and without
         return h, torch.stack([answer(head, self.stem, at) for head, at in read])
+
+
+class NoHead(nn.Module):
+    """Stands where a model's head would: its answers are those of its last auxiliary head."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``h``."""
+        return h
 
 
 def answer(head: nn.Module, stem: nn.Module, h: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ so a convolution is one with groups, and nothing is copied between layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+Result = TypeVar("Result")
+
 
 def over_bases(
-    function: Callable[[dict[str, Tensor]], Tensor], tensors: Mapping[str, Tensor]
-) -> Tensor:
+    function: Callable[[dict[str, Tensor]], Result], tensors: Mapping[str, Tensor]
+) -> Result:
     """``function`` of every network's tensors, in one pass.
 
     Args:
@@ -28,14 +30,14 @@ def over_bases(
         tensors: (bases, ...), by name.
 
     Returns:
-        (bases, ...), what it gives for each.
+        What it gives for each, a tensor (bases, ...) or several.
     """
 
-    def one(own: dict[str, Tensor]) -> Tensor:
+    def one(own: dict[str, Tensor]) -> Result:
         with _RowsLeftOpen(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule
             return function(own)
 
-    result: Tensor = torch.vmap(one)(dict(tensors))
+    result: Result = torch.vmap(one)(dict(tensors))
     return result
 
 
@@ -125,11 +127,22 @@ def _embedding(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tens
     return h
 
 
-def _pooling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    h: Tensor = _Joined.apply(dim, *tensors)  # type: ignore[no-untyped-call]
+    return h
+
+
+def _by_channel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def rule(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _apply(lambda h, bases: function(h, *args, **kwargs), input)
 
     return rule
+
+
+def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+    if mode == "constant":  # of any axes, the channels' among them
+        return F.pad(input, pad, mode, value)
+    return _apply(lambda h, bases: F.pad(h, pad, mode), input)
 
 
 def _apply(
@@ -249,22 +262,49 @@ class _Tables(torch.autograd.Function):
         return F.embedding(rows, table.flatten(0, 1)), 0
 
 
+class _Joined(torch.autograd.Function):
+    """Tensors of all bases joined, each repeated where all bases have it in common."""
+
+    @staticmethod
+    def forward(dim: int, *tensors: Tensor) -> Tensor:
+        return torch.cat(tensors, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: there are no gradients."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, dim: int, *tensors: Tensor) -> tuple[Tensor, int]:
+        repeated = [
+            t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0)
+            for t, axis in zip(tensors, in_dims[1:], strict=True)
+        ]
+        return torch.cat(repeated, dim if dim < 0 else dim + 1), 0
+
+
 _RULES: dict[Any, Callable[..., Tensor]] = {
     F.group_norm: _group_norm,
     F.batch_norm: _batch_norm,
     F.linear: _linear,
     F.layer_norm: _layer_norm,
     F.embedding: _embedding,
+    F.pad: _pad,
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
     **{f: _convolution(f) for f in (torch.conv1d, torch.conv2d, torch.conv3d)},
     **{
-        f: _pooling(f)
+        f: _by_channel(f)
         for f in (
             F.adaptive_avg_pool1d,
             F.adaptive_avg_pool2d,
+            F.adaptive_max_pool1d,
+            F.adaptive_max_pool2d,
             F.avg_pool1d,
             F.avg_pool2d,
+            F.avg_pool3d,
+            F.interpolate,
             F.max_pool1d,
             F.max_pool2d,
+            F.max_pool3d,
         )
     },
 }

@@ -68,12 +68,12 @@ class ClientSteps:
         bases: the segment is one of so many base networks, of which any number can be mixed: adds
             graphs for it, and an input ``present`` to those that train, (classes,), 1 for classes
             that the device has examples of and 0 for those that its loss leaves out.
-        adversarial: with dual norms, whether the device trains on examples that it has made hard:
-            adds ``attack`` and ``harden``.
+        adversarial: whether the device trains on examples that it has made hard, behind noise norms
+            where there are any: adds ``attack`` and ``harden``.
 
     Raises:
-        ExportError: ``distill`` is negative; ``adversarial`` without dual norms; or gradients come
-            back and there is nothing to train with them.
+        ExportError: ``distill`` is negative; or gradients come back and there is nothing to train
+            with them.
     """
 
     def __init__(
@@ -98,11 +98,6 @@ class ClientSteps:
         self.returned, self.fused, self.distill = returned, fused, distill
         self.bases, self.adversarial = bases, adversarial
         self.dual = has_dual_norms(segment)
-        if adversarial and not self.dual:
-            raise ExportError(
-                "adversarial steps train noise norms, and the model has none; export with "
-                "dual_norms = true, or leave out adversarial"
-            )
         self.parameters = {
             n: p.detach().clone() for n, p in segment.named_parameters() if p.requires_grad
         }

@@ -345,6 +345,8 @@ def write_tier(
         initial_state=initial,
         constants=tuple(constants),
         blobs=sizes,
+        bases=tier.bases,
+        whole=steps.segment.whole,
     )
 
 

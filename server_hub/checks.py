@@ -81,6 +81,29 @@ def check_labels(labels: Array, sizes: Mapping[str, int], manifest: Manifest) ->
         raise ProtocolError("bad_labels", "no label counts: all are -1", "labels")
 
 
+def check_present(present: Array | None, labels: Array, manifest: Manifest) -> None:
+    """Which classes a device has, where its loss leaves out the others: those of its labels, too.
+
+    Args:
+        present: (classes,) float32, 1 for those that there are and 0 for others.
+        labels: of a batch, each of a class.
+        manifest: the tier's manifest.
+    """
+    wanted = any(port.spec.name == "present" for port in manifest.graphs["train"].inputs)
+    if not wanted and present is None:
+        return
+    if not wanted or present is None:
+        what = "is missing" if wanted else "is not for this model"
+        raise ProtocolError("bad_message", f"which classes are present {what}", "present")
+    shape = (manifest.classes,)
+    if present.dtype != np.float32 or present.shape != shape or not np.isin(present, (0, 1)).all():
+        raise ProtocolError(
+            "bad_tensor", f"present must be float32 {list(shape)} of zeros and ones", "present"
+        )
+    if not present[labels].all():
+        raise ProtocolError("bad_labels", "a label is of a class that is not present", "labels")
+
+
 def check_answer(sizes: Mapping[str, int], heads: int, classes: int) -> None:
     """The logits that were asked for fit one message.
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from edge_sdk.attack import Attack
 from server_hub.cuts import PolicyName
 from server_hub.methods.fedsplitx import Form
+from server_hub.methods.mixing import Mixing
 from server_hub.rounds import RoundRules
 
 Schedule = Literal["constant", "cosine", "step"]
@@ -32,13 +34,14 @@ class MethodConfig:
 
     Attributes:
         name: ``fedsplitx``; ``splitft`` with bundles that take gradients, ``splitft-u`` with those
-            that have the model's head, ``supersfl`` with those that fuse gradients.
+            that have the model's head, ``supersfl`` with those that fuse gradients, ``splitmix``
+            with those of base networks.
         form: of FedSplitX.
         cut_rank: of SplitFT, rank of the adapters in the block that activations enter; None for
             that of all.
     """
 
-    name: Literal["fedsplitx", "splitft", "splitft-u", "supersfl"] = "fedsplitx"
+    name: Literal["fedsplitx", "splitft", "splitft-u", "supersfl", "splitmix"] = "fedsplitx"
     form: Form = "merged"
     cut_rank: int | None = None
 
@@ -133,6 +136,32 @@ class Cuts:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """How base networks are trained; see :mod:`server_hub.methods.splitmix`.
+
+    Attributes:
+        budgets: by tier, the part of the wide model that a device trains in a round; all of it for
+            tiers that are not named.
+        robustness: weight of examples made hard in the loss, where devices make them; 0 for none.
+        attack: how they are made.
+        seed: of the draws of bases.
+    """
+
+    budgets: dict[str, float] = field(default_factory=dict)
+    robustness: float = 0.0
+    attack: Attack = field(default_factory=Attack)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.robustness <= 1:
+            raise ValueError(f"robustness is {self.robustness}; it must be from 0 to 1")
+
+    def of(self, bases: int) -> Mixing:
+        """For so many bases; raises :class:`ConfigError` for a budget below one of them."""
+        return Mixing(bases, self.budgets, self.robustness, attack=self.attack, seed=self.seed)
+
+
+@dataclass(frozen=True)
 class Limits:
     """What a peer may do.
 
@@ -184,6 +213,7 @@ class HubConfig:
     local: LocalTraining = field(default_factory=LocalTraining)
     trunk: TrunkTraining = field(default_factory=TrunkTraining)
     cuts: Cuts = field(default_factory=Cuts)
+    mix: Mix = field(default_factory=Mix)
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from edge_sdk import text
 from edge_sdk.data import Examples
 from edge_sdk.protocol.tensors import Array
+from export.dual_norm import robustness
 from export.lora import fit_ranks
 from export.names import is_slot
 from export.packing import get_codec
-from export.split import SplitModel, Task, channel_axis
+from export.split import NoHead, SplitModel, Task, channel_axis
 from server_hub.layers import State
-from server_hub.trunk import Arrival
+from server_hub.trunk import Arrival, MixReport
 
 _ROWS = 256
 """Examples that are measured at a time."""
@@ -95,16 +96,24 @@ class Served:
     ) -> None:
         self.device = torch.device(device)
         self._template = model.to(self.device)
-        self._serving: dict[int, SplitModel] = {}
+        self._serving: dict[tuple[int, int], SplitModel] = {}
         self._held_out = None if held_out is None else Examples(*held_out)
 
-    def serve(self, states: Mapping[int, State]) -> None:
-        """Models to answer and evaluate with, by cut; equal states share one model."""
-        models: dict[int, SplitModel] = {}
+    def serve(self, states: Mapping[int, State], bases: int = 0) -> None:
+        """Models to answer and evaluate with, by cut; equal states share one model.
+
+        Of several ``bases`` each tensor is (bases, ...).
+        """
+        models: dict[int, list[SplitModel]] = {}
         for state in states.values():
             if id(state) not in models:
-                models[id(state)] = self._model_with(state).eval()
-        self._serving = {cut: models[id(state)] for cut, state in states.items()}
+                each = [{n: t[b] for n, t in state.items()} for b in range(bases)] or [state]
+                models[id(state)] = [self._model_with(own).eval() for own in each]
+        self._serving = {
+            (cut, base): model
+            for cut, state in states.items()
+            for base, model in enumerate(models[id(state)])
+        }
 
     @torch.no_grad()
     def answer(self, arrival: Arrival) -> Array:
@@ -113,7 +122,8 @@ class Served:
         They are (heads, rows, classes), or (heads, rows, positions, vocabulary).
         """
         h = get_codec(arrival.codec).unpack({n: self._move(p) for n, p in arrival.parts.items()})
-        logits = _above(self._serving[arrival.cut], h, arrival.cut)
+        with robustness(arrival.robustness):
+            logits = _above(self._serving[arrival.cut, arrival.base], h, arrival.cut)
         result: Array = logits.cpu().numpy()
         return result
 
@@ -127,7 +137,7 @@ class Served:
         task = self._template.task
         values = {}
         for name, (cut, codec_name) in tiers.items():
-            model, codec = self._serving[cut], get_codec(codec_name)
+            model, codec = self._serving[cut, 0], get_codec(codec_name)
             tallies = {path: Tally(task) for path in ("device_alone", "through_hub", "ensemble")}
             for batch in batches_to_measure(self._held_out, model):
                 h, own = model.stem(self._move(batch.x)), []
@@ -142,6 +152,32 @@ class Served:
                 tallies["ensemble"].add(torch.cat([device, hub]), y)
             values[name] = {path: tally.value for path, tally in tallies.items()}
         return values
+
+    @torch.no_grad()
+    def evaluate_bases(self) -> MixReport:
+        """How good the bases are as whole models, each alone, and the best of them mixed.
+
+        Every fifth held-out example serves to put them in order, the others to measure mixtures:
+        the mean of the logits of the best so many.
+        """
+        assert self._held_out is not None
+        cut = min(cut for cut, _ in self._serving)
+        models = [self._serving[key] for key in sorted(self._serving) if key[0] == cut]
+        task, metric = self._template.task, max if self._template.task == "classes" else min
+        rows = np.arange(len(self._held_out))
+        single = [Tally(task) for _ in models]
+        for batch in batches_to_measure(self._held_out.take(rows[rows % 5 == 0]), models[0]):
+            for model, tally in zip(models, single, strict=True):
+                tally.add(whole_answer(model, self._move(batch.x))[None], self._move(batch.y))
+        scores = [tally.value for tally in single]
+        order = sorted(range(len(models)), key=lambda b: scores[b], reverse=metric is max)
+        mixed = [Tally(task) for _ in models]
+        for batch in batches_to_measure(self._held_out.take(rows[rows % 5 != 0]), models[0]):
+            total = torch.zeros((), device=self.device)
+            for i, base in enumerate(order):
+                total = total + whole_answer(models[base], self._move(batch.x))
+                mixed[i].add((total / (i + 1))[None], self._move(batch.y))
+        return MixReport(order, scores, {i + 1: tally.value for i, tally in enumerate(mixed)})
 
     def _model_with(self, state: State) -> SplitModel:
         frozen = {id(p): p for p in self._template.parameters() if not p.requires_grad}
@@ -158,10 +194,17 @@ class Served:
         return torch.from_numpy(np.require(array, requirements="W")).to(self.device)
 
 
+def whole_answer(model: SplitModel, x: Tensor) -> Tensor:
+    """Logits of the whole model for inputs (rows, ...)."""
+    return _above(model, model.stem(x), 0)[-1]
+
+
 def _above(model: SplitModel, h: Tensor, cut: int) -> Tensor:
     logits = []
     for depth in range(cut, model.depth):
         h = model.block[depth](h)
         if str(depth + 1) in model.aux:
             logits.append(model.answer(depth + 1, h))
-    return torch.stack([*logits, model.head(h)])
+    if not isinstance(model.head, NoHead):
+        logits.append(model.head(h))
+    return torch.stack(logits)

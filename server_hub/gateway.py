@@ -104,6 +104,7 @@ class Gateway:
         self._store, self._handle, self._gone, self._moved = store, handle, gone, moved
         self._cache: dict[str, bytes] = {}
         self._states: dict[str, str] = {}
+        self._bases: dict[str, dict[str, str]] = {}
         self._state_blobs: list[dict[str, bytes]] = [{}, {}]
         self.peers: dict[str, Peer] = {}
         """Peers by device name."""
@@ -181,6 +182,7 @@ class Gateway:
             window=self._limits.window,
             max_frame=self._limits.max_frame,
             state=self._states.get(peer.tier),
+            bases=self._bases.get(peer.tier),
         )
         log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
         peer.lost_at = None
@@ -290,9 +292,20 @@ class Gateway:
         Those before them are kept once more, for devices that are downloading them.
         """
         self._states = {tier: sha256(state) for tier, state in states.items()}
-        present = {self._states[tier]: state for tier, state in states.items()}
-        self._state_blobs = [present, self._state_blobs[0]]
+        self._serve({self._states[tier]: state for tier, state in states.items()})
         return self._states
+
+    def publish_bases(self, states: Mapping[str, Mapping[int, bytes]]) -> dict[str, dict[str, str]]:
+        """The same for base networks: of each tier by number, those that answer best first."""
+        self._bases = {
+            tier: {str(base): sha256(state) for base, state in bases.items()}
+            for tier, bases in states.items()
+        }
+        self._serve({sha256(s): s for bases in states.values() for s in bases.values()})
+        return self._bases
+
+    def _serve(self, present: dict[str, bytes]) -> None:
+        self._state_blobs = [present, self._state_blobs[0]]
 
     def _bundle_blob(self, name: str) -> bytes | None:
         if name not in self._cache:

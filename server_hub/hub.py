@@ -29,9 +29,11 @@ from edge_sdk.protocol.messages import (
     Update,
 )
 from export.build import model_of
+from export.dual_norm import noise_tensors
 from export.names import is_slot
 from export.optimizers import check_hyper
-from export.split import SplitModel
+from export.split import NoHead, SplitModel, statistics
+from export.whole import load_bases
 from export.writer import WEIGHTS
 from server_hub.background import Background
 from server_hub.changes import Changes
@@ -43,9 +45,12 @@ from server_hub.config import HubConfig, learning_rate_factor
 from server_hub.feed import Feed
 from server_hub.gateway import Gateway, Peer
 from server_hub.intake import Intake
+from server_hub.layers import State
 from server_hub.methods.fleet import Schedule
+from server_hub.methods.mixing import Mixing
 from server_hub.methods.parts import RETURNING, DeviceUpdate, Method, Stage
 from server_hub.methods.registry import method_of
+from server_hub.methods.splitmix import PerBase
 from server_hub.moves import Moves
 from server_hub.rounds import Phase, Rounds
 from server_hub.run import Metric, RoundRecord, RunFolder
@@ -110,10 +115,7 @@ class Hub:
         # copies: starting the worker moves the model's tensors to shared memory
         frozen = {n: t for n, t in self.model.tensors().items() if n not in initial}
         self._frozen = {n: t.detach().cpu().numpy().copy() for n, t in frozen.items()}
-        schedule = Schedule(
-            config.rounds.count, config.local.epochs, optimizer=self.index.optimizer
-        )
-        self.method = method or method_of(config.method, initial, schedule)
+        self.method = method or self._compose(initial)
         self._check_bundles()
         self.local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         if self.method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
@@ -160,7 +162,11 @@ class Hub:
             self.gateway.post,
             self._refused,
             self._background,
+            noise_tensors(self.model),
         )
+        self._order = list(range(0 if self.method.mixing is None else self.method.mixing.bases))
+        self._bases: dict[str, dict[str, str]] = {}
+        self._mixed: dict[int, float] = {}
         self.moves = Moves(config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave)
         self._over = False
         self._states: dict[str, str] = {}
@@ -245,6 +251,7 @@ class Hub:
             returned=stage.activations in RETURNING,
             anneal=stage.anneal,
             keeps_slots=method.keeps_slots,
+            bases=0 if method.mixing is None else method.mixing.bases,
         )
         cuts = {self.manifests[peer.tier].cut for peer in self.gateway.peers.values()}
         await self.trunk.begin(method.aggregation.trunk_state(cuts), plan)
@@ -252,7 +259,11 @@ class Hub:
             return  # somebody left meanwhile
         self._feed.begin(number, mixes=not plan.returned)
         members = self.rounds.start(now(), stage.everyone)
-        self._intake.begin(stage, members)
+        drawn = None
+        if method.mixing is not None:
+            tiers = {device: self.gateway.peers[device].tier for device in members}
+            drawn = method.mixing.draw(number, tiers)
+        self._intake.begin(stage, members, drawn)
         log.debug("round %d with %d devices", number, len(members))
         epochs = config.local.epochs if stage.local_epochs is None else stage.local_epochs
         for order, device in enumerate(sorted(members)):
@@ -261,13 +272,14 @@ class Hub:
                 peer,
                 Round(
                     round=number,
-                    state=self._states[peer.tier],
+                    state=None if drawn is not None else self._states[peer.tier],
                     epochs=epochs,
                     batch_size=config.local.batch_size,
                     hyper=self._hyper(peer, stage, rate),
-                    activations=stage.activations,
+                    activations="none" if self.manifests[peer.tier].whole else stage.activations,
                     seed=number * 1_000_003 + order,
                     staleness=config.local.staleness if plan.returned else 0,
+                    bases=None if drawn is None else self._states_of(peer.tier, drawn[device]),
                 ),
             )
         await self._changes.until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
@@ -311,6 +323,8 @@ class Hub:
             costs=self._costs(),
             cuts=at,
             moves=[asdict(move) for move in moves],
+            mixed={str(bases): value for bases, value in self._mixed.items()},
+            order=list(self._order),
         )
         self.moves.begin(moves)
         record = self.run.append(record)
@@ -320,6 +334,8 @@ class Hub:
     def _hyper(self, peer: Peer, stage: Stage, rate: float) -> dict[str, float]:
         """Hyper-parameters of a device; its own gradient counts by its part of the blocks."""
         hyper = {**self.local_hyper, "lr": self.local_hyper["lr"] * rate}
+        if self.method.mixing is not None and "harden" in self.manifests[peer.tier].graphs:
+            hyper |= self.method.mixing.hyper()
         if stage.activations == "fused":
             hyper["own"] = self.manifests[peer.tier].cut / self.model.depth
         return hyper
@@ -327,17 +343,40 @@ class Hub:
     async def _publish_states(self) -> None:
         """Offer each tier the present state, and give the trunk the model to answer with."""
         aggregation, states = self.method.aggregation, {}
+        cuts = {entry.cut for entry in self.index.tiers.values()}
+        served = {cut: aggregation.path_state(self.model, cut) for cut in cuts}
+        await self.trunk.serve(served, len(self._order))
+        if isinstance(aggregation, PerBase):
+            self._publish_bases(aggregation)
+            return
         for tier, manifest in self.manifests.items():
             specs = manifest.exchanged(self.method.keeps_slots)
             states[tier] = pack_tensors(aggregation.device_state(specs))
         self._states = self.gateway.publish(states)
-        cuts = {entry.cut for entry in self.index.tiers.values()}
-        path = aggregation.path_state
-        await self.trunk.serve({cut: path(self.model, cut) for cut in cuts})
+
+    def _publish_bases(self, aggregation: PerBase) -> None:
+        """Offer each tier the present state of every base, those that answer best first."""
+        self._bases = self.gateway.publish_bases(
+            {
+                tier: {
+                    base: pack_tensors(aggregation.base_state(base, manifest.exchanged()))
+                    for base in self._order
+                }
+                for tier, manifest in self.manifests.items()
+            }
+        )
+
+    def _states_of(self, tier: str, bases: Sequence[int]) -> dict[str, str]:
+        """Where the states of some bases are, by number."""
+        return {str(base): self._bases[tier][str(base)] for base in bases}
 
     def _save(self) -> None:
         """Write the present model; one file, or one per tier where tiers have different layers."""
         aggregation = self.method.aggregation
+        if isinstance(aggregation, PerBase):
+            for base, store in enumerate(aggregation.bases):
+                self.run.save_model({**self._frozen, **store.state()}, f"base-{base}")
+            return
         states = {
             tier: aggregation.path_state(self.model, entry.cut)
             for tier, entry in self.index.tiers.items()
@@ -351,18 +390,29 @@ class Hub:
 
     def _stop(self, peer: Peer) -> None:
         """Tell a device that the job is over, and where the final state is."""
-        self.gateway.post(peer, Stop(reason="the job is finished", state=self._states[peer.tier]))
+        state, bases = self._states.get(peer.tier), self._bases.get(peer.tier)
+        self.gateway.post(peer, Stop(reason="the job is finished", state=state, bases=bases))
 
     def _tier_cuts(self) -> dict[str, tuple[int, str]]:
         return {name: (entry.cut, entry.codec) for name, entry in self.index.tiers.items()}
 
     async def _measure(self) -> dict[str, dict[str, float]]:
         """The ways to answer that the method trains, measured on the trunk."""
+        if self.method.mixing is not None:
+            return await self.measure_bases()
         measured = await self.trunk.evaluate(self._tier_cuts())
         return {
             tier: {path: values[path] for path in self.method.paths}
             for tier, values in measured.items()
         }
+
+    async def measure_bases(self) -> dict[str, dict[str, float]]:
+        """What all bases mixed come to; puts them in order for devices that mix fewer."""
+        report = await self.trunk.evaluate_bases()
+        self._order, self._mixed = report.order, report.mixed
+        assert isinstance(self.method.aggregation, PerBase)
+        self._publish_bases(self.method.aggregation)
+        return {tier: {"mix": report.mixed[len(report.order)]} for tier in self.manifests}
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -403,10 +453,24 @@ class Hub:
             raise ProtocolError("unknown_tier", f"there is no tier {message.tier!r}", "tier")
         sizes = check_packed(message.parts, manifest)
         depths = [d for d in self.model.head_depths if d > manifest.cut]
-        heads = [*(f"aux.{d}" for d in depths), "head"]
+        heads = [f"aux.{d}" for d in depths]
+        if not isinstance(self.model.head, NoHead):
+            heads.append("head")
+        if not heads:
+            raise ProtocolError("bad_message", "all of the model is on the device", "tier")
+        self._check_manner(message)
         check_answer(sizes, len(heads), manifest.classes)
         labels = np.zeros(sizes["batch"], np.int64)
-        arrival = Arrival(peer.device, "", manifest.cut, manifest.codec, message.parts, labels)
+        arrival = Arrival(
+            peer.device,
+            "",
+            manifest.cut,
+            manifest.codec,
+            message.parts,
+            labels,
+            base=message.base,
+            robustness=message.robustness,
+        )
 
         async def answer() -> None:
             logits = await self.trunk.answer(arrival)
@@ -414,6 +478,18 @@ class Hub:
             peer.session.settle(seq)
 
         self._background.spawn(answer())
+
+    def _check_manner(self, message: Infer) -> None:
+        """There is such a base, and the model can be as robust."""
+        bases = max(len(self._order), 1)
+        if message.base >= bases:
+            raise ProtocolError(
+                "bad_message", f"there is no base {message.base}; there are {bases}", "base"
+            )
+        if not 0 <= message.robustness <= 1:
+            raise ProtocolError(
+                "bad_message", f"robustness is {message.robustness:g}, not in 0 to 1", "robustness"
+            )
 
     def _refused(self, peer: Peer, reason: str) -> None:
         """The trunk cannot use what a device has sent."""
@@ -430,8 +506,36 @@ class Hub:
 
     # --- before the job begins -------------------------------------------------------------------
 
+    def _compose(self, initial: State) -> Method:
+        """The configuration's method."""
+        config = self.config
+        bases = {manifest.bases for manifest in self.manifests.values()}
+        mixes = config.method.name == "splitmix"
+        if bases != {0} and not (mixes and len(bases) == 1):
+            raise ConfigError(
+                'the bundles are of base networks of one model; set name = "splitmix" in '
+                "[method], and export all tiers together"
+            )
+        if mixes and bases == {0}:
+            raise ConfigError(
+                "Split-Mix trains base networks, and the bundles are of one model; export with "
+                "bases = 8 in tiers.toml"
+            )
+        if mixes:
+            initial = load_bases(config.bundles)
+        schedule = Schedule(
+            config.rounds.count,
+            config.local.epochs,
+            optimizer=self.index.optimizer,
+            mixing=config.mix.of(bases.pop()) if mixes else None,
+            split=not all(manifest.whole for manifest in self.manifests.values()),
+        )
+        return method_of(config.method, initial, schedule)
+
     def _check_bundles(self) -> None:
         """The bundles have the graphs that the method needs, and hold what it will send them."""
+        if self.method.mixing is not None:
+            self._check_mixing(self.method.mixing)
         stage = self.method.stage(1, self.config.rounds.count)
         needed = {"returned": "backward", "u_shaped": "finish", "fused": "fuse"}
         graph = needed.get(stage.activations)
@@ -450,6 +554,18 @@ class Hub:
                         f"{list(state[spec.name].shape)} in the model; other ranks at a cut are "
                         "for splitft, else leave cut_rank out of tiers.toml"
                     )
+
+    def _check_mixing(self, mixing: Mixing) -> None:
+        """Every tier can train a base, and the trunk can train those that are cut."""
+        for tier, manifest in self.manifests.items():
+            mixing.count(tier)
+            above = self.model.block[manifest.cut :]
+            if not manifest.whole and statistics(above):
+                raise ConfigError(
+                    f"the bases have batch norms above cut {manifest.cut} of tier {tier!r}, and "
+                    "the trunk trains all bases in one batch; use GroupNorm, or cut behind the "
+                    "last block"
+                )
 
     def _held_out(self) -> tuple[Any, Any] | None:
         if self.config.held_out is None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from edge_sdk.bundle import Manifest
 from edge_sdk.errors import ProtocolError
+from edge_sdk.mix import tensor_of
 from edge_sdk.protocol.messages import Activations, FeatureGradient, Features, Update
+from edge_sdk.protocol.tensors import TensorSpec
 from server_hub.background import Background
-from server_hub.checks import check_features, check_labels, check_packed, check_update
+from server_hub.checks import (
+    check_features,
+    check_labels,
+    check_packed,
+    check_present,
+    check_update,
+)
 from server_hub.config import HubConfig
 from server_hub.feed import Feed, Waiting
 from server_hub.gateway import Peer
 from server_hub.layers import State
+from server_hub.methods.mixing import Mixing
 from server_hub.methods.parts import RETURNING, DeviceUpdate, Method, Stage
 from server_hub.rounds import Rounds
 from server_hub.trunk import Arrival, Finished, Trunk
@@ -24,6 +33,7 @@ class _Member:
     """What a device has brought in a round."""
 
     samples: int
+    bases: list[int] | None = None
     activation_rows: int = 0
     state: State = field(default_factory=dict)
     unfinished: dict[int, tuple[Arrival, dict[str, int]]] = field(default_factory=dict)
@@ -42,6 +52,7 @@ class Intake:
         post: sends features to a device.
         refused: told of a device whose activations are of no use, with the reason.
         background: runs what takes longer.
+        noise: the tensors of noise norms.
     """
 
     def __init__(
@@ -55,10 +66,12 @@ class Intake:
         post: Callable[[Peer, Features], None],
         refused: Callable[[Peer, str], None],
         background: Background,
+        noise: Collection[str] = (),
     ) -> None:
         self._config, self._manifests, self._method = config, manifests, method
         self._rounds, self._trunk, self._feed = rounds, trunk, feed
         self._post, self._refused, self._background = post, refused, background
+        self._noise = frozenset(noise)
         self._members: dict[str, _Member] = {}
         self._stage = Stage("none")
         self.updates: dict[str, DeviceUpdate] = {}
@@ -68,12 +81,19 @@ class Intake:
         """A device says how many examples it has."""
         self._members[device] = _Member(samples)
 
-    def begin(self, stage: Stage, members: Iterable[str]) -> None:
-        """A round begins."""
+    def _untrained(self, name: str) -> bool:
+        """Whether a tensor of a base belongs to a noise norm."""
+        return bool(self._noise) and name.split(".", 2)[2] in self._noise
+
+    def begin(
+        self, stage: Stage, members: Iterable[str], drawn: Mapping[str, list[int]] | None = None
+    ) -> None:
+        """A round begins; ``drawn`` are the base networks that each device trains."""
         self._stage = stage
         self.updates.clear()
         for device in members:
-            self._members[device] = _Member(self._members[device].samples)
+            bases = None if drawn is None else drawn[device]
+            self._members[device] = _Member(self._members[device].samples, bases)
 
     def activations(self, peer: Peer, message: Activations, seq: int) -> None:
         if not self._rounds.expects(peer.device, message.round):
@@ -95,6 +115,8 @@ class Intake:
         rows = sizes["batch"]
         member.activation_rows += rows
         times = self._config.local.epochs if self._stage.activations in RETURNING else 1
+        if self._method.mixing is not None:
+            times = self._check_base(message, member, manifest, self._method.mixing)
         if rows > self._config.local.batch_size or member.activation_rows > times * member.samples:
             raise ProtocolError(
                 "bad_message",
@@ -111,6 +133,10 @@ class Intake:
             manifest.codec,
             message.parts,
             message.labels,
+            base=message.base,
+            present=message.present,
+            noise=message.noise,
+            weight=self._weight(message, manifest),
         )
         if u_shaped and len(member.unfinished) >= self._config.limits.window:
             raise ProtocolError(
@@ -123,6 +149,46 @@ class Intake:
             self._background.spawn(self._features(peer, message, arrival, sizes, seq))
             return
         self._feed.put(Waiting(message.round, message.batch, arrival, peer, seq))
+
+    def _hardens(self, manifest: Manifest) -> bool:
+        """Whether devices of a tier train on examples that they make hard."""
+        mixing = self._method.mixing
+        return mixing is not None and mixing.robustness > 0 and "harden" in manifest.graphs
+
+    def _weight(self, message: Activations, manifest: Manifest) -> float:
+        """Of a label in the trunk's loss."""
+        mixing = self._method.mixing
+        if mixing is None or not self._hardens(manifest):
+            return 1.0
+        return mixing.robustness if message.noise else 1 - mixing.robustness
+
+    def _check_base(
+        self, message: Activations, member: _Member, manifest: Manifest, mixing: Mixing
+    ) -> int:
+        """Activations are of a base that the device trains; how often each example may come."""
+        assert member.bases is not None
+        if message.base not in member.bases:
+            raise ProtocolError(
+                "bad_message",
+                f"activations of base {message.base}; the device trains "
+                f"{', '.join(map(str, member.bases))} in this round",
+                "base",
+            )
+        hardens = self._hardens(manifest)
+        if message.noise and not hardens:
+            raise ProtocolError(
+                "bad_message", "examples are not made hard in this tier and round", "noise"
+            )
+        assert message.labels is not None
+        check_present(message.present, message.labels, manifest)
+        return len(member.bases) * (2 if hardens else 1)
+
+    def _specs(self, manifest: Manifest, member: _Member) -> list[TensorSpec]:
+        """What an update has: the state, or that of each base."""
+        specs = manifest.exchanged(self._method.keeps_slots)
+        if member.bases is None:
+            return list(specs)
+        return [replace(s, name=tensor_of(base, s.name)) for base in member.bases for s in specs]
 
     async def _features(
         self, peer: Peer, message: Activations, arrival: Arrival, sizes: dict[str, int], seq: int
@@ -160,12 +226,15 @@ class Intake:
         if not self._rounds.expects(peer.device, message.round):
             return
         member = self._members[peer.device]
-        specs = self._manifests[peer.tier].exchanged(self._method.keeps_slots)
-        check_update(message, specs, member.state, member.samples)
+        manifest = self._manifests[peer.tier]
+        check_update(message, self._specs(manifest, member), member.state, member.samples)
         member.state.update(message.tensors)
         if not message.done:
             return
+        state = member.state
+        if not self._hardens(manifest):  # nobody has trained its noise norms
+            state = {n: t for n, t in state.items() if not self._untrained(n)}
         self.updates[peer.device] = DeviceUpdate(
-            peer.device, member.state, member.samples, message.metrics
+            peer.device, state, member.samples, message.metrics
         )
         self._rounds.deliver(peer.device)

@@ -15,18 +15,39 @@ each arrival gives alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from export.losses import NO_LABEL
-from export.split import SplitModel
+from export.dual_norm import robustness
+from export.losses import NO_LABEL, masked
+from export.split import NoHead, SplitModel
+
+
+class Entering(NamedTuple):
+    """An arrival that enters the trunk.
+
+    Attributes:
+        h: activations (rows, ...).
+        labels: (rows,) or, for tokens, (rows, positions).
+        weights: of each row (rows,).
+        present: (rows, classes), 1 for classes that the loss of a row is over; all if None.
+        noise: (rows,), 1 for rows that go through the noise norms; none if None.
+    """
+
+    h: Tensor
+    labels: Tensor
+    weights: Tensor
+    present: Tensor | None = None
+    noise: Tensor | None = None
 
 
 def depth_merged_loss(
     model: SplitModel,
-    entering: Mapping[int, Sequence[tuple[Tensor, Tensor, Tensor]]],
+    entering: Mapping[int, Sequence[Entering]],
     *,
     auxiliary: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -37,8 +58,7 @@ def depth_merged_loss(
 
     Args:
         model: blocks, auxiliary heads and head.
-        entering: by cut, ``(h, labels, weights)`` of each arrival: activations (rows, ...),
-            labels (rows,) or, for tokens, (rows, positions), and weight of each row (rows,).
+        entering: the arrivals by cut; all have ``present`` or none, and likewise ``noise``.
         auxiliary: whether the auxiliary heads have a part in the loss.
 
     Returns:
@@ -46,28 +66,25 @@ def depth_merged_loss(
         and the unweighted loss of each row, in the order of cut, then arrival. That of a text is
         the sum over its labels that count.
     """
-    h: Tensor | None = None
-    labels = weights = row_losses = torch.empty(0)
+    rows: Entering | None = None
+    row_losses = torch.empty(0)
     for depth in range(min(entering), model.depth):
         if new := entering.get(depth):
-            fresh = [
-                _merged([arrival[i] for arrival in new], filler)
-                for i, filler in enumerate((0, NO_LABEL, 0))
-            ]
-            zeros = torch.zeros_like(fresh[2])
-            if h is None:
-                h, labels, weights, row_losses = fresh[0], fresh[1], fresh[2], zeros
-            else:
-                h = _merged([h, fresh[0]], 0)
-                labels = _merged([labels, fresh[1]], NO_LABEL)
-                weights = torch.cat([weights, fresh[2]])
-                row_losses = torch.cat([row_losses, zeros])
-        h = model.block[depth](h)
+            fresh = _joined(new)
+            zeros = torch.zeros_like(fresh.weights)
+            row_losses = zeros if rows is None else torch.cat([row_losses, zeros])
+            rows = fresh if rows is None else _joined([rows, fresh])
+        assert rows is not None
+        with nullcontext() if rows.noise is None else robustness(rows.noise):
+            h = model.block[depth](rows.h)
+        rows = rows._replace(h=h)
         if auxiliary and str(depth + 1) in model.aux:
-            logits = model.answer(depth + 1, h)
-            row_losses = row_losses + _row_losses(logits, labels)
-    row_losses = row_losses + _row_losses(model.head(h), labels)
-    return (row_losses * weights).sum(), row_losses.detach()
+            logits = masked(model.answer(depth + 1, h), rows.present)
+            row_losses = row_losses + _row_losses(logits, rows.labels)
+    assert rows is not None
+    if not isinstance(model.head, NoHead):
+        row_losses = row_losses + _row_losses(model.head(rows.h), rows.labels)
+    return (row_losses * rows.weights).sum(), row_losses.detach()
 
 
 def merged_features(model: SplitModel, entering: Mapping[int, Sequence[Tensor]]) -> Tensor:
@@ -88,6 +105,19 @@ def merged_features(model: SplitModel, entering: Mapping[int, Sequence[Tensor]])
         h = model.block[depth](h)
     assert h is not None
     return h
+
+
+def _joined(arrivals: Sequence[Entering]) -> Entering:
+    """The rows of all."""
+    present = [a.present for a in arrivals if a.present is not None]
+    noise = [a.noise for a in arrivals if a.noise is not None]
+    return Entering(
+        _merged([a.h for a in arrivals], 0),
+        _merged([a.labels for a in arrivals], NO_LABEL),
+        torch.cat([a.weights for a in arrivals]),
+        torch.cat(present) if present else None,
+        torch.cat(noise) if noise else None,
+    )
 
 
 def _merged(arrivals: Sequence[Tensor], filler: int) -> Tensor:

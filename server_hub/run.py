@@ -27,7 +27,10 @@ PATHS = {
     "through_hub": "through hub",
     "ensemble": "ensemble",
 }
-"""The three ways to answer, and how tables call them."""
+"""The three ways to answer with one model, and how tables call them."""
+
+LABELS = {**PATHS, "mix": "all bases"}
+"""All ways."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class RoundRecord:
         cuts: of the devices that delivered, their cut layers in this round.
         moves: devices that go on with another tier's bundle after this round: ``device``, its
             ``cut``, the one that it goes ``to``, and the ``reason``.
+        mixed: with base networks, what ``accuracy`` says of the best so many, mixed.
+        order: their numbers, best first.
     """
 
     round: int
@@ -70,6 +75,8 @@ class RoundRecord:
     metric: Metric = "accuracy"
     cuts: dict[str, int] = field(default_factory=dict)
     moves: list[dict[str, Any]] = field(default_factory=list)
+    mixed: dict[str, float] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
 
     @property
     def up(self) -> int:
@@ -182,7 +189,7 @@ def rounds_table(records: Sequence[RoundRecord]) -> str:
     measured = [r for r in records if r.accuracy]
     tiers = list(measured[-1].accuracy) if measured else []
     paths = {tier: list(measured[-1].accuracy[tier])[-1] for tier in tiers}
-    columns = [f"{tier}: {PATHS[path]}" for tier, path in paths.items()]
+    columns = [f"{tier}: {LABELS[path]}" for tier, path in paths.items()]
     header = ["round", "devices", "local loss", "trunk loss", *columns]
     rows = [
         [
@@ -247,7 +254,7 @@ def draw_curves(
     figure = Figure(figsize=(4.2 * (len(tiers) + 1), 3.6), layout="constrained")
     axes = figure.subplots(1, len(tiers) + 1, squeeze=False)[0]
     for axis, tier in zip(axes, tiers, strict=False):
-        for name, label in PATHS.items():
+        for name, label in LABELS.items():
             if name in measured[-1].accuracy[tier]:
                 curve = [factor * r.accuracy[tier][name] for r in measured]
                 axis.plot([r.round for r in measured], curve, label=label)

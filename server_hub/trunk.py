@@ -44,6 +44,10 @@ class Arrival:
         weight: weight of a label in the loss.
         shape: of the labels, where these stay on the device.
         finished: what comes instead of them, once the device has had the features.
+        base: which base network they are of, where there are several.
+        present: (classes,), 1 for classes that the device has examples of; None where all count.
+        noise: whether they have come through the noise norms.
+        robustness: weight of the noise norms in an answer.
     """
 
     device: str
@@ -55,6 +59,10 @@ class Arrival:
     weight: float = 1.0
     shape: tuple[int, ...] = ()
     finished: Finished | None = None
+    base: int = 0
+    present: Array | None = None
+    noise: bool = False
+    robustness: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -91,12 +99,16 @@ class StepReport:
 
 @dataclass(frozen=True)
 class TrunkCopy:
-    """A layer as one replica of the trunk has trained it; ``samples`` passed through it."""
+    """A layer as one replica of the trunk has trained it; ``samples`` passed through it.
+
+    ``base`` is the base network that it is of, where there are several.
+    """
 
     replica: str
     layer: str
     tensors: State
     samples: int
+    base: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,8 @@ class TrunkPlan:
             alone, and the auxiliary heads rest.
         anneal: the learning rate goes to zero over the passes, by a cosine.
         keeps_slots: the state has optimizer slots to go on from, and the copies have them, too.
+        bases: the state is that of so many base networks, each tensor (bases, ...); one step trains
+            all that something has arrived for.
     """
 
     optimizer: str
@@ -128,6 +142,22 @@ class TrunkPlan:
     returned: bool = False
     anneal: bool = False
     keeps_slots: bool = False
+    bases: int = 0
+
+
+@dataclass(frozen=True)
+class MixReport:
+    """How good base networks are, each as a whole.
+
+    Attributes:
+        order: their numbers, best first, by the held-out examples that are for that.
+        scores: accuracy, or perplexity, of each by number, on the same.
+        mixed: that of the best so many, on the other held-out examples.
+    """
+
+    order: list[int]
+    scores: list[float]
+    mixed: dict[int, float]
 
 
 class Trunk(Protocol):
@@ -149,14 +179,20 @@ class Trunk(Protocol):
     async def finish(self) -> list[TrunkCopy]:
         """The passes that are left, then every layer that was trained."""
 
-    async def serve(self, states: Mapping[int, State]) -> None:
-        """The whole model's state by cut, to answer and to evaluate with."""
+    async def serve(self, states: Mapping[int, State], bases: int = 0) -> None:
+        """The whole model's state by cut, to answer and to evaluate with.
+
+        Of several ``bases`` each tensor is (bases, ...).
+        """
 
     async def answer(self, arrival: Arrival) -> Array:
         """Logits (heads, rows, ..., classes) of the heads above the cut, the true head last."""
 
     async def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
         """Accuracy, or perplexity, by tier (cut, codec) on the held-out examples, by path."""
+
+    async def evaluate_bases(self) -> MixReport:
+        """How good the bases are on the held-out examples, each alone and mixed."""
 
     async def close(self) -> None:
         """Release everything."""

@@ -17,8 +17,9 @@ from export.optimizers import get_optimizer
 from export.packing import get_codec
 from export.split import SplitModel, channel_axis
 from server_hub.evaluation import Served
-from server_hub.merged import depth_merged_loss, merged_features
-from server_hub.trunk import Arrival, State, StepReport, TrunkCopy, TrunkPlan
+from server_hub.merged import Entering, depth_merged_loss, merged_features
+from server_hub.trunk import Arrival, MixReport, State, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk_stacked import StackedTrunk
 
 
 @dataclass
@@ -61,15 +62,21 @@ class TrunkCore(Served):
         self._plan = TrunkPlan("sgd", {})
         self._replicas: dict[str, _Replica] = {}
         self._kept: list[_Packed] = []
+        self._stacked: StackedTrunk | None = None
 
     def begin(self, state: State, plan: TrunkPlan) -> None:
         """Start a round from ``state``."""
         self._state, self._plan = state, plan
         self._replicas.clear()
         self._kept.clear()
+        self._stacked = (
+            StackedTrunk(self._template, state, plan, self.device) if plan.bases else None
+        )
 
     def step(self, arrivals: Sequence[Arrival]) -> StepReport:
         """One depth-merged step per replica; arrivals that are not finite are refused."""
+        if self._stacked is not None:
+            return self._stacked.step(arrivals)
         packed = [self._receive(arrival) for arrival in arrivals]
         if self._plan.epochs > 1:
             self._kept.extend(packed)
@@ -97,6 +104,8 @@ class TrunkCore(Served):
 
     def finish(self) -> list[TrunkCopy]:
         """The passes after the first, over shuffled arrivals; then what was trained."""
+        if self._stacked is not None:
+            return self._stacked.finish()
         rng = np.random.default_rng(self._plan.seed)
         for done in range(1, self._plan.epochs):
             if self._plan.anneal:
@@ -206,7 +215,7 @@ class TrunkCore(Served):
         self, replica: _Replica, unpacked: Sequence[tuple[_Packed, Tensor]]
     ) -> tuple[list[float], bool]:
         """Backward pass of the merged loss; each arrival's loss, and whether all is finite."""
-        entering: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        entering: dict[int, list[Entering]] = {}
         labels = _counted(unpacked)
         replica.optimizer.zero_grad()
         for _, h in unpacked:
@@ -218,7 +227,7 @@ class TrunkCore(Served):
             weights = torch.full(
                 (p.source.rows,), p.source.weight / labels, dtype=h.dtype, device=self.device
             )
-            entering.setdefault(p.source.cut, []).append((h, p.labels, weights))
+            entering.setdefault(p.source.cut, []).append(Entering(h, p.labels, weights))
         loss, row_losses = depth_merged_loss(
             replica.model, entering, auxiliary=not self._plan.returned
         )
@@ -336,14 +345,17 @@ class LocalTrunk:
     async def finish(self) -> list[TrunkCopy]:
         return self.core.finish()
 
-    async def serve(self, states: Mapping[int, State]) -> None:
-        self.core.serve(states)
+    async def serve(self, states: Mapping[int, State], bases: int = 0) -> None:
+        self.core.serve(states, bases)
 
     async def answer(self, arrival: Arrival) -> Array:
         return self.core.answer(arrival)
 
     async def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
         return self.core.evaluate(tiers)
+
+    async def evaluate_bases(self) -> MixReport:
+        return self.core.evaluate_bases()
 
     async def close(self) -> None:
         pass

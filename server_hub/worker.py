@@ -22,7 +22,7 @@ import numpy as np
 from edge_sdk.errors import CutlayerError
 from edge_sdk.protocol.tensors import Array
 from export.split import SplitModel
-from server_hub.trunk import Arrival, State, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk import Arrival, MixReport, State, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk_core import TrunkCore
 
 _ALIGN = 64
@@ -129,8 +129,8 @@ class WorkerTrunk:
         copies: list[TrunkCopy] = await self._call("finish")
         return copies
 
-    async def serve(self, states: Mapping[int, State]) -> None:
-        await self._call("serve", dict(states))
+    async def serve(self, states: Mapping[int, State], bases: int = 0) -> None:
+        await self._call("serve", dict(states), bases)
 
     async def answer(self, arrival: Arrival) -> Array:
         logits: Array = await self._call_with_arrivals("answer", [arrival])
@@ -139,6 +139,10 @@ class WorkerTrunk:
     async def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
         accuracy: dict[str, dict[str, float]] = await self._call("evaluate", dict(tiers))
         return accuracy
+
+    async def evaluate_bases(self) -> MixReport:
+        report: MixReport = await self._call("evaluate_bases")
+        return report
 
     async def close(self) -> None:
         if self._pipe is not None:
@@ -262,6 +266,8 @@ def _arrays(arrival: Arrival) -> dict[tuple[str, str], Array]:
     arrays = {("parts", name): part for name, part in arrival.parts.items()}
     if arrival.labels is not None:
         arrays["labels", ""] = arrival.labels
+    if arrival.present is not None:
+        arrays["present", ""] = arrival.present
     if arrival.finished is not None:
         arrays |= {("gradient", name): part for name, part in arrival.finished.gradient.items()}
     return arrays
@@ -269,7 +275,7 @@ def _arrays(arrival: Arrival) -> dict[tuple[str, str], Array]:
 
 def _without_arrays(arrival: Arrival) -> Arrival:
     finished = arrival.finished and dataclasses.replace(arrival.finished, gradient={})
-    return dataclasses.replace(arrival, parts={}, labels=None, finished=finished)
+    return dataclasses.replace(arrival, parts={}, labels=None, present=None, finished=finished)
 
 
 def _with_arrays(arrival: Arrival, arrays: Mapping[tuple[str, str], Array]) -> Arrival:
@@ -278,5 +284,9 @@ def _with_arrays(arrival: Arrival, arrays: Mapping[tuple[str, str], Array]) -> A
 
     finished = arrival.finished and dataclasses.replace(arrival.finished, gradient=of("gradient"))
     return dataclasses.replace(
-        arrival, parts=of("parts"), labels=arrays.get(("labels", "")), finished=finished
+        arrival,
+        parts=of("parts"),
+        labels=arrays.get(("labels", "")),
+        present=arrays.get(("present", "")),
+        finished=finished,
     )

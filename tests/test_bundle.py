@@ -499,7 +499,7 @@ def test_no_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"format": 2}', "\udcff", '{"format": 2, "tiers": 3}']
+    "text", ["", "{", "[]", "{}", '{"format": 3}', "\udcff", '{"format": 3, "tiers": 3}']
 )
 def test_damaged_index(tmp_path: Path, text: str) -> None:
     """Neither JSON nor an index."""

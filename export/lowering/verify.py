@@ -91,7 +91,7 @@ def _compare(
     if step.name in _TRAINING:
         return _compare_training(steps, step, run, x, seed)
     if step.name.startswith("mix_"):
-        return verify_mix.compare_mix(steps, step, run, x, generator)
+        return verify_mix.compare_mix(steps, step, run, x, generator, _packed)
     if step.name == "attack":
         return verify_mix.compare_attack(steps, step, run, x, generator)
     feeds = {name: _numpy(t) for name, t in steps.initial.items()} | {"x": _numpy(x)}

@@ -7,7 +7,7 @@ are mixed one after the other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -57,22 +57,35 @@ def loss_of(logits: Tensor, y: Tensor, present: Tensor | None) -> Tensor:
 
 
 def compare_mix(
-    steps: ClientSteps, step: Step, run: Run, x: Tensor, generator: torch.Generator
+    steps: ClientSteps,
+    step: Step,
+    run: Run,
+    x: Tensor,
+    generator: torch.Generator,
+    packed: Callable[..., tuple[str, float] | None],
 ) -> tuple[str, float] | None:
-    """Whether ``mix_N`` gives the mean of what N networks answer; the first difference."""
+    """Whether ``mix_N`` gives the mean of what N networks answer; the first difference.
+
+    ``packed`` compares what was packed with what it is of.
+    """
     bases = int(step.name.removeprefix("mix_"))
     states = [_noisy(steps.initial, generator) for _ in range(bases)]
     feeds = {
         f"bases/{n}": torch.stack([s[n] for s in states]).numpy() for n in steps.initial
     } | _scalars(steps)
-    (got,) = run(step, {**feeds, "x": x.numpy()}).values()
+    got = run(step, {**feeds, "x": x.numpy()})
     answers = []
-    for state in states:
+    for base, state in enumerate(states):
         reference = _reference(steps, state).eval()
         with torch.no_grad(), robustness(ROBUSTNESS if steps.dual else 0):
-            answers.append(reference(_wide(x))[1])
+            h, logits = reference(_wide(x))
+        answers.append(logits)
+        own = {n.removeprefix("bases."): part[base] for n, part in got.items() if n != "logits"}
+        wrong = packed(steps, own, h, steps.packed) if own else None
+        if wrong is not None:
+            return wrong
     want = torch.stack(answers).mean(0).numpy()
-    error = float(np.abs(got - want).max(initial=0.0))
+    error = float(np.abs(got["logits"] - want).max(initial=0.0))
     return None if error <= 1e-4 * np.abs(want).max() + 1e-5 else ("logits", error)
 
 

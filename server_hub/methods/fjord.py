@@ -8,6 +8,7 @@ dropout). An element of a tensor is averaged over the devices that hold it.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from export.flops import flops_per_row
@@ -37,11 +38,15 @@ def fjord(initial: State, schedule: Schedule) -> Method:
 
 def by_width(fleet: Fleet) -> Fleet:
     """Every tier holds the whole depth, as wide as it can carry."""
-    own = widths_within(fleet.model, _budgets(fleet), WIDTHS, fleet.example)
+    return nested(fleet, widths_within(fleet.model, _budgets(fleet), WIDTHS, fleet.example), WIDTHS)
+
+
+def nested(fleet: Fleet, own: Mapping[str, float], widths: Collection[float]) -> Fleet:
+    """Every tier holds the whole depth in its ``own`` width, and trains all ``widths`` up to it."""
     models = {}
     for name, width in own.items():
         model = narrow(fleet.model, width, fleet.example)
-        ordered_dropout(model, [w / width for w in WIDTHS if w <= width], fleet.example)
+        ordered_dropout(model, [w / width for w in widths if w <= width], fleet.example)
         models[name] = without_trunk(model)
     return replace(
         fleet,

@@ -11,6 +11,7 @@ from export.split import SplitModel
 from export.whole import without_trunk
 from export.writer import Tier
 from server_hub.layers import State
+from server_hub.methods.mixing import Mixing
 from server_hub.methods.parts import Method
 
 
@@ -26,6 +27,8 @@ class Fleet:
         models: the models of tiers whose layers are not the hub's.
         options: cuts that devices may move to, beside that of their tier.
         cut_rank: rank of adapters at a cut; None for that of all.
+        mixing: how bases are trained, where a model is split into some.
+        bases: their initial tensors, each (bases, ...); empty for one model.
     """
 
     model: SplitModel
@@ -35,6 +38,8 @@ class Fleet:
     models: Mapping[str, SplitModel] = field(default_factory=dict)
     options: tuple[int, ...] = ()
     cut_rank: int | None = None
+    mixing: Mixing | None = None
+    bases: State = field(default_factory=dict)
 
     def model_of(self, tier: str) -> SplitModel:
         """The model that a tier trains a part of."""
@@ -51,6 +56,8 @@ class Schedule:
         share: part of the devices that takes part in a round.
         optimizer: of the devices.
         cut_rank: rank of adapters at a cut; None for that of all.
+        mixing: how bases are trained, where a model is split into some.
+        split: whether some tier trains them up to a cut.
     """
 
     rounds: int
@@ -58,6 +65,8 @@ class Schedule:
     share: float = 1.0
     optimizer: str = "sgd"
     cut_rank: int | None = None
+    mixing: Mixing | None = None
+    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,14 @@ class Recipe:
         compose: the method, from the whole model's initial tensors.
         arrange: what the fleet trains with it, from what it would train with FedSplitX.
         pooled: all data lie in one place, on a device that takes part in every round.
+        takes_whole: a tier may be cut behind the last block: its devices train all of the model.
     """
 
     title: str
     compose: Callable[[State, Schedule], Method]
     arrange: Callable[[Fleet], Fleet] = lambda fleet: fleet
     pooled: bool = False
+    takes_whole: bool = False
 
 
 def at_poorest_cut(fleet: Fleet) -> Fleet:

@@ -11,6 +11,7 @@ import numpy as np
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from export.split import SplitModel
 from server_hub.layers import LayerCopy, LayerStore, State, split_by_layer
+from server_hub.methods.mixing import Mixing
 from server_hub.trunk import TrunkCopy
 
 
@@ -206,10 +207,12 @@ def _layer_copies(update: DeviceUpdate, weight: float) -> list[LayerCopy]:
 
 # --- the composition ------------------------------------------------------------------------------
 
-Path = Literal["device_alone", "through_hub", "ensemble"]
-"""A way to answer: the device's own heads, the model's head on the hub, all heads together."""
+Path = Literal["device_alone", "through_hub", "ensemble", "mix"]
+"""A way to answer: the device's own heads, the model's head on the hub, all heads together; or all
+base networks, mixed."""
 
 ALL_PATHS: tuple[Path, ...] = ("device_alone", "through_hub", "ensemble")
+"""Those of a single model."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,7 @@ class Method:
         merges: whether the trunk merges arrivals into one step; else each is a step of its own.
         keeps_slots: the optimizers' slots are averaged and handed on as the parameters are; else
             every round starts with fresh optimizers.
+        mixing: how base networks are trained, where the model is split into some.
     """
 
     name: str
@@ -253,6 +257,7 @@ class Method:
     paths: tuple[Path, ...] = ALL_PATHS
     merges: bool = True
     keeps_slots: bool = False
+    mixing: Mixing | None = None
 
 
 def always(stage: Stage) -> Callable[[int, int], Stage]:

@@ -13,9 +13,11 @@ from server_hub.methods.fedavg import CENTRALIZED, EXC, FEDAVG
 from server_hub.methods.fedsplitx import fedsplitx
 from server_hub.methods.fjord import FJORD
 from server_hub.methods.fleet import Recipe, Schedule
+from server_hub.methods.heterofl import HETEROFL
 from server_hub.methods.parts import Method
 from server_hub.methods.splitfed import SPLITFED_V1, SPLITFED_V2
 from server_hub.methods.splitft import SPLITFT, SPLITFT_U, splitft, splitft_u
+from server_hub.methods.splitmix import SPLITMIX, splitmix
 from server_hub.methods.supersfl import SUPERSFL, supersfl
 
 
@@ -29,6 +31,8 @@ def _paper(initial: State, schedule: Schedule) -> Method:
 
 def method_of(settings: MethodConfig, initial: State, schedule: Schedule) -> Method:
     """The method that a hub is to use."""
+    if settings.name == "splitmix":
+        return splitmix(initial, schedule)
     if settings.name == "supersfl":
         return supersfl(initial, schedule)
     if settings.name.startswith("splitft"):
@@ -44,12 +48,14 @@ RECIPES: dict[str, Recipe] = {
     "fedavg": FEDAVG,
     "depthfl": DEPTHFL,
     "fjord": FJORD,
+    "heterofl": HETEROFL,
     "accsfl": ACCSFL,
     "splitfed-v1": SPLITFED_V1,
     "splitfed-v2": SPLITFED_V2,
     "splitft": SPLITFT,
     "splitft-u": SPLITFT_U,
     "supersfl": SUPERSFL,
+    "splitmix": SPLITMIX,
     "ampere": AMPERE,
     "centralized": CENTRALIZED,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -63,6 +64,8 @@ class DataTable:
         test: held-out rows at most, drawn in the same way.
         length: tokens of one text; a longer paragraph becomes several texts.
         tokenizer: folder of a tokenizer of transformers, for texts; None for bytes as tokens.
+        scale: what pixels become: ``standard``, with mean 0 and deviation 1 per channel, or
+            ``unit``, from 0 to 1, as examples made hard need them.
         seed: of the split and of the rows that are drawn.
     """
 
@@ -72,6 +75,7 @@ class DataTable:
     test: int | None = None
     length: int = 64
     tokenizer: str | None = None
+    scale: Literal["standard", "unit"] = "standard"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,8 +96,8 @@ def load_dataset(table: DataTable, base: Path = Path()) -> Dataset:
     """Read the data of a job.
 
     Images (n, h, w) and (n, h, w, c) become (n, 1, h, w) and (n, c, h, w) float32. Pixels in
-    uint8 are scaled to [0, 1], then standardised per channel with mean and deviation of the
-    training rows; floats keep their values. The tokens of a text are its bytes, or what a
+    uint8 are scaled to [0, 1], then, if so asked, standardised per channel with mean and deviation
+    of the training rows; floats keep their values. The tokens of a text are its bytes, or what a
     tokenizer makes of its paragraphs: x (n, length) int64, padded with 0; y is the token that
     follows, -1 where none does.
 
@@ -129,7 +133,7 @@ def load_dataset(table: DataTable, base: Path = Path()) -> Dataset:
     classes = 1 + int(max(train.y.max(), test.y.max()))
     rows = rows[stratified(strata[rows], table.train, of_train)]
     train, test = _take(train, rows), _take(test, stratified(test.y, table.test, of_test))
-    train_x, test_x = _scaled(train.x, test.x)
+    train_x, test_x = _scaled(train.x, test.x, table.scale == "unit")
     return Dataset(
         Examples(train_x, train.y),
         Examples(test_x, test.y),
@@ -280,8 +284,8 @@ def _checked_part(data: Examples, name: str) -> Examples:
     return Examples(data.x, data.y.astype(np.int64))
 
 
-def _scaled(train: Array, test: Array) -> tuple[Array, Array]:
-    """Both with channels first, as float32; pixels in uint8 standardised."""
+def _scaled(train: Array, test: Array, unit: bool) -> tuple[Array, Array]:
+    """Both with channels first, as float32; pixels in uint8 standardised, or from 0 to 1."""
     train, test = _channels_first(train), _channels_first(test)
     if train.dtype != np.uint8:
         return train.astype(np.float32), test.astype(np.float32)
@@ -290,8 +294,8 @@ def _scaled(train: Array, test: Array) -> tuple[Array, Array]:
     for channel in range(train.shape[1]):
         # There are 256 values only: counting them is exact and needs no copy in float64.
         counts = np.bincount(train[:, channel].ravel(), minlength=256)
-        mean = np.average(levels, weights=counts)
-        deviation = np.sqrt(np.average((levels - mean) ** 2, weights=counts))
+        mean = 0.0 if unit else np.average(levels, weights=counts)
+        deviation = 1.0 if unit else np.sqrt(np.average((levels - mean) ** 2, weights=counts))
         # A channel that is the same everywhere has nothing to scale.
         values = ((levels - mean) / (deviation or 1.0)).astype(np.float32)
         for target, pixels in zip(scaled, (train, test), strict=True):

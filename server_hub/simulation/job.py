@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from edge_sdk import config
+from edge_sdk.attack import Attack
 from edge_sdk.errors import ConfigError
+from edge_sdk.protocol.messages import MAX_BASES
 from export.errors import ExportError
 from export.optimizers import check_hyper
 from export.writer import Tier
 from server_hub.config import Cuts, LocalTraining, Schedule, TrunkTraining
+from server_hub.methods.mixing import Mixing
 from server_hub.methods.registry import RECIPES
 from server_hub.rounds import RoundRules
 from server_hub.simulation.datasets import DataTable
@@ -34,6 +37,9 @@ class FleetTier(Network):
         gflops: what a device computes, in 10^9 operations per second; None for no limit.
         online_s: how long a device is there at a time, on average; None for always.
         offline_s: how long it is away in between, on average.
+        budget: with Split-Mix, the part of the wide model that a device trains in a round.
+        adversarial: with Split-Mix, whether devices train on examples that they make hard, where
+            the job has any.
     """
 
     clients: int
@@ -42,6 +48,8 @@ class FleetTier(Network):
     gflops: float | None = None
     online_s: float | None = None
     offline_s: float = 0.0
+    budget: float = 1.0
+    adversarial: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,9 +66,10 @@ class FleetTier(Network):
         if self.offline_s and self.online_s is None:
             raise ValueError("offline_s says nothing without online_s")
 
-    def exported(self, runtime: DeviceRuntime, batch: int) -> Tier:
-        """What is exported for the tier."""
-        return Tier(cut=self.cut, codec=self.codec, runtime=runtime, batch=batch)
+    def exported(self, runtime: DeviceRuntime, batch: int, hardens: bool = False) -> Tier:
+        """What is exported for the tier; ``hardens`` if the job has examples made hard."""
+        adversarial = hardens and self.adversarial
+        return Tier(self.cut, self.codec, runtime, batch, adversarial=adversarial)
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,30 @@ class CutsTable(Cuts):
 
 
 @dataclass(frozen=True)
+class MixTable:
+    """How a model is split into base networks, with Split-Mix.
+
+    Attributes:
+        bases: how many.
+        robustness: weight of examples made hard in the loss; 0 for none.
+        dual_norms: whether there are norms of their own for these; then answers are as robust as
+            whoever asks wants them to be. Else it is plain adversarial training.
+        attack: how they are made, in units of the inputs.
+    """
+
+    bases: int = 8
+    robustness: float = 0.0
+    dual_norms: bool = True
+    attack: Attack = field(default_factory=Attack)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bases <= MAX_BASES:
+            raise ValueError(f"bases is {self.bases}; it must be from 1 to {MAX_BASES}")
+        if not 0 <= self.robustness <= 1:
+            raise ValueError(f"robustness is {self.robustness}; it must be from 0 to 1")
+
+
+@dataclass(frozen=True)
 class Job:
     """A fleet on one machine.
 
@@ -118,6 +151,7 @@ class Job:
         local: training on the devices.
         trunk: training of the trunk.
         cuts: whether cuts move.
+        mix: the base networks of Split-Mix.
         hub_gflops: what the hub computes, in 10^9 operations per second; None for no limit.
         schedule: how learning rates go over the rounds.
         evaluate_every: accuracy is measured after every so many rounds, and after the last.
@@ -134,6 +168,7 @@ class Job:
     local: LocalTraining = field(default_factory=LocalTraining)
     trunk: TrunkTraining = field(default_factory=TrunkTraining)
     cuts: CutsTable = field(default_factory=CutsTable)
+    mix: MixTable = field(default_factory=MixTable)
     hub_gflops: float | None = None
     schedule: Schedule = "cosine"
     evaluate_every: int = 1
@@ -162,6 +197,15 @@ class Job:
     def clients(self) -> int:
         """Devices in all."""
         return sum(tier.clients for tier in self.tiers.values())
+
+    @property
+    def mixing(self) -> Mixing:
+        """Who trains which bases; raises :class:`ConfigError` for a budget below one of them."""
+        budgets = {name: tier.budget for name, tier in self.tiers.items()}
+        mix = self.mix
+        return Mixing(
+            mix.bases, budgets, mix.robustness, mix.dual_norms, mix.attack, seed=self.seed
+        )
 
     @property
     def share(self) -> float:

@@ -72,6 +72,7 @@ def fleet_of(
         vocabulary(model) if model.task == "tokens" else classes,
         options=tuple(job.cuts.options),
         cut_rank=job.cuts.rank,
+        mixing=job.mixing if job.method in ("splitmix", "heterofl") else None,
     )
 
 

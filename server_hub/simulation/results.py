@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from edge_sdk.errors import ConfigError
-from server_hub.run import PATHS, Metric, RoundRecord, best, markdown_table, shown
+from server_hub.run import LABELS, Metric, RoundRecord, best, markdown_table, shown
 from server_hub.simulation.job import Job
 
 ROW_KEYS = (
@@ -335,7 +335,7 @@ class Grid:
 
 def accuracy_grid(found: Summary) -> Grid:
     """A line per method and tier, a column per way to answer."""
-    paths = [path for path in PATHS if any(s.path == path for s in found.scores)]
+    paths = [path for path in LABELS if any(s.path == path for s in found.scores)]
     cells: dict[tuple[str, str], dict[str, str]] = {}
     factor, unit = (100, " in %") if found.metric == "accuracy" else (1, "")
     for s in found.scores:
@@ -348,7 +348,7 @@ def accuracy_grid(found: Summary) -> Grid:
         above = method
     spread = f": mean ± standard deviation of {found.seeds} seeds" if found.seeds > 1 else ""
     title = f"{found.metric.capitalize()}{unit}{spread}"
-    return Grid(title, ["method", "tier", *(PATHS[path] for path in paths)], rows, 2)
+    return Grid(title, ["method", "tier", *(LABELS[path] for path in paths)], rows, 2)
 
 
 def cost_grid(found: Summary) -> Grid:

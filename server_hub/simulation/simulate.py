@@ -129,11 +129,17 @@ class Simulation:
     def _arrange(self) -> Fleet:
         job = self.job
         model = build_model(job.model)
+        whole = model.depth if self.recipe.takes_whole else None
         for cut in (*(tier.cut for tier in self.tiers.values()), *job.cuts.options):
-            model.check_cut(cut)
+            if cut != whole:
+                model.check_cut(cut)
         example = torch.from_numpy(self.data.train.x[:8])
         check_fit(model, example, self.data.classes)
-        tiers = {n: t.exported(self.runtime, job.local.batch_size) for n, t in self.tiers.items()}
+        hardens = job.method == "splitmix" and job.mix.robustness > 0
+        tiers = {
+            name: tier.exported(self.runtime, job.local.batch_size, hardens)
+            for name, tier in self.tiers.items()
+        }
         return self.recipe.arrange(fleet_of(job, model, tiers, example, self.data.classes))
 
     def _export(self, say: Say) -> BundleIndex:
@@ -142,8 +148,9 @@ class Simulation:
         blobs = BlobStore(folder / "blobs")
         entries = {}
         cuts = [tier.cut for tier in fleet.tiers.values()]
-        for model in {id(m): m for m in (fleet.model, *fleet.models.values())}.values():
-            model.add_heads(cuts, fleet.example, fleet.classes)
+        if not fleet.bases:  # these have their heads, with the weights of each base
+            for model in {id(m): m for m in (fleet.model, *fleet.models.values())}.values():
+                model.add_heads(cuts, fleet.example, fleet.classes)
         for name, tier in fleet.tiers.items():
             segment = segment_of(fleet.model_of(name), tier)
             steps = make_steps(segment, tier, fleet.example, fleet.classes, self.job.optimizer)
@@ -271,10 +278,19 @@ class Simulation:
             ),
         )
         model = fleet.model
-        core = TrunkCore(model, "cpu")
-        initial = {n: t.detach().numpy().copy() for n, t in model.trained().items()}
+        held_out = self.data.held_out
+        core = TrunkCore(model, "cpu", (held_out.x, held_out.y) if fleet.bases else None)
+        initial = fleet.bases or {
+            n: t.detach().numpy().copy() for n, t in model.trained().items()
+        }  # fmt: skip
         schedule = Schedule(
-            job.rounds.count, job.local.epochs, job.share, job.optimizer, job.cuts.rank
+            job.rounds.count,
+            job.local.epochs,
+            job.share,
+            job.optimizer,
+            job.cuts.rank,
+            fleet.mixing,
+            split=any(not fleet.models.get(name) for name in fleet.tiers),
         )
         method = self.recipe.compose(initial, schedule)
         heads = method.stage(1, job.rounds.count).activations not in RETURNING
@@ -336,6 +352,8 @@ class Simulation:
         """Accuracy or perplexity by tier and path, on the graphs that the devices predict with."""
         if hub.rounds.completed % self.job.evaluate_every and hub.rounds.phase is not Phase.DONE:
             return {}
+        if self.fleet.bases:
+            return await hub.measure_bases()
         measured: dict[tuple[Any, ...], dict[str, float]] = {}
         values = {}
         for tier in self.tiers:

@@ -1,0 +1,155 @@
+"""Several narrow base networks on a device, mixed at the moment of use.
+
+Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747): the more bases have a part in
+an answer, the better it is and the longer it takes. An answer is the mean of their logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_sdk.bundle import Manifest
+from edge_sdk.errors import BundleError, DataError
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime import Runtime
+
+
+def tensor_of(base: int, name: str) -> str:
+    """What a tensor of a base is called where there are tensors of several."""
+    return f"base.{base}.{name}"
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What some bases answer.
+
+    Attributes:
+        logits: their mean, (heads, rows, classes), or (heads, rows, positions, vocabulary).
+        parts: packed activations of each, by number; none where all of a base is on the device.
+    """
+
+    logits: Array
+    parts: dict[int, dict[str, Array]]
+
+
+class Mix:
+    """The bases that a device holds, those that answer best first.
+
+    Args:
+        manifest: of the bundle, which is the same for all bases.
+        runtime: runs its graphs; the state that it holds is not used, and stays.
+    """
+
+    def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
+        self._manifest, self._runtime = manifest, runtime
+        self._offered: dict[int, str] = {}
+        self._states: dict[int, Mapping[str, Array]] = {}
+        self._stacked: dict[str, Array] = {}
+        self._held: list[int] = []
+
+    def offer(self, bases: Mapping[str, str]) -> None:
+        """The present versions of all bases, by number, best first; older ones are forgotten."""
+        offered = {int(base): version for base, version in bases.items()}
+        self._states = {
+            base: state for base, state in self._states.items()
+            if self._offered[base] == offered.get(base)
+        }  # fmt: skip
+        self._offered = offered
+        self._stacked, self._held = {}, []
+
+    @property
+    def held(self) -> list[int]:
+        """The bases that are here, best first."""
+        return [base for base in self._offered if base in self._states]
+
+    def missing(self, bases: int) -> list[tuple[int, str]]:
+        """Number and version of those of the best ``bases`` that are not here.
+
+        Raises:
+            DataError: there are not so many, or none is asked for.
+        """
+        if not 1 <= bases <= len(self._offered):
+            raise DataError(
+                f"{bases} bases are to be mixed; there are {len(self._offered)}, so ask for 1 to "
+                f"{len(self._offered)}"
+            )
+        first = list(self._offered.items())[:bases]
+        return [(base, version) for base, version in first if base not in self._states]
+
+    def put(self, base: int, version: str, state: Mapping[str, Array]) -> None:
+        """Add a base.
+
+        Raises:
+            BundleError: it is of another version than the others, or not of this bundle.
+        """
+        if self._offered.get(base) != version:
+            raise BundleError(
+                f"base {base} is here in version {version[:12]}…, and the others go with "
+                f"{self._offered.get(base, 'none')[:12]}…; fetch it again, versions do not mix"
+            )
+        for spec in self._manifest.exchanged():
+            if spec.name not in state or state[spec.name].shape != spec.shape:
+                raise BundleError(
+                    f"base {base} lacks a fitting {spec.name}; it is of another model"
+                )
+        self._states[base] = state
+        self._stacked, self._held = {}, []
+
+    def answer(self, x: Array, bases: int, robustness: float = 0.0) -> Mixed:
+        """What the best ``bases`` answer, in one call where the bundle has a graph for so many.
+
+        Other numbers are sums of a few calls, 7 of 4, 2 and 1.
+
+        Args:
+            x: inputs (rows, ...).
+            bases: how many have a part in it; they must be here.
+            robustness: weight of the noise norms, from 0 to 1.
+
+        Raises:
+            DataError: there are not so many, or the robustness cannot be had.
+        """
+        check_robustness(robustness, self._manifest)
+        absent = self.missing(bases)
+        if absent:
+            raise DataError(f"base {absent[0][0]} is not here yet; fetch it before it is mixed")
+        if not self._stacked:
+            self._held = self.held
+            names = [spec.name for spec in self._manifest.exchanged()]
+            self._stacked = {
+                n: np.stack([self._states[b][n] for b in self._held]) for n in names
+            }  # fmt: skip
+        given = {"x": x, "robustness": np.asarray(robustness, np.float32)}
+        total: Array = np.zeros((), np.float32)
+        parts = {}
+        for first, count in self._calls(bases):
+            some = {f"bases/{n}": t[first : first + count] for n, t in self._stacked.items()}
+            outputs = self._runtime.run(f"mix_{count}", {**given, **some})
+            total = total + outputs.pop("logits") * np.float32(count / bases)
+            for i, base in enumerate(self._held[first : first + count]):
+                own = {n.removeprefix("bases."): part[i] for n, part in outputs.items()}
+                if own:
+                    parts[base] = own
+        return Mixed(total, parts)
+
+    def _calls(self, bases: int) -> Iterator[tuple[int, int]]:
+        """From which base on, and how many, each call takes."""
+        first = 0
+        for count in reversed(self._manifest.mixes):
+            while bases - first >= count:
+                yield first, count
+                first += count
+
+
+def check_robustness(robustness: float, manifest: Manifest) -> None:
+    """Raise :class:`DataError` unless a bundle can answer with this robustness."""
+    if not 0 <= robustness <= 1:
+        raise DataError(f"robustness is {robustness:g}; it must be from 0 to 1")
+    names = [port.spec.name for port in manifest.graphs["predict"].inputs]
+    if robustness and "robustness" not in names:
+        raise DataError(
+            f"robustness is {robustness:g}, and the model has no dual norms; export it with "
+            "dual_norms = true, or leave robustness at 0"
+        )
