@@ -45,7 +45,7 @@ from tests.models import (
     text_model,
     token_model,
 )
-from tests.test_bases import gpt2, resnet
+from tests.test_bases import gpt2
 
 WORDS = 12
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -629,8 +629,10 @@ def test_what_is_frozen_is_shared(tmp_path: Path) -> None:
 
 def conv_base() -> SplitModel:
     """One of three bases of a wide model, with dual norms, to lie on the devices as a whole."""
-    bases = split_width(resnet(12), 3, pictures(8)).with_dual_norms()
-    return without_trunk(bases.model)
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
+    model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), [block], MeanHead(6, CLASSES))
+    return without_trunk(split_width(model, 3, pictures(8)).with_dual_norms().model)
 
 
 @pytest.mark.parametrize(

@@ -28,5 +28,5 @@ def fedavg(initial: State, schedule: Schedule) -> Method:
 
 
 EXC = Recipe("EXC (model of the poorest)", fedavg, at_poorest_cut)
-FEDAVG = Recipe("FedAvg (whole model)", fedavg, whole_on_device)
+FEDAVG = Recipe("FedAvg (whole model)", fedavg, whole_on_device, takes_whole=True)
 CENTRALIZED = Recipe("Centralized", fedavg, whole_on_device, pooled=True)
