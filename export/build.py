@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from edge_sdk.errors import ConfigError
+from export.bases import split_width
 from export.lora import Lora, add_lora
 from export.split import SplitModel
+from export.whole import without_trunk
 
 
 def build_model(source: str | None, lora: Lora | None = None) -> SplitModel:
@@ -63,7 +68,26 @@ def _call(source: str, module: str, function: str) -> SplitModel:
     return model
 
 
+def draw_inputs(shape: Sequence[int], high: int | None) -> Tensor:
+    """Random inputs (rows, *shape), always the same: floats, or integers below ``high``."""
+    generator = torch.Generator().manual_seed(0)
+    if high is None:
+        return torch.randn((_ROWS, *shape), generator=generator)
+    return torch.randint(high, (_ROWS, *shape), generator=generator)
+
+
+_ROWS = 8
+
+
 def model_of(index_model: str | None, extra: Mapping[str, Any], override: str | None) -> SplitModel:
-    """The model that bundles were exported from, as their index says."""
+    """The model that bundles were exported from, as their index says.
+
+    Of base networks it is one of them, cut behind its last block.
+    """
     lora = Lora(**extra["lora"]) if extra.get("lora") else None
-    return build_model(override or index_model, lora)
+    model = build_model(override or index_model, lora)
+    mix = extra.get("mix")
+    if not mix:
+        return model
+    bases = split_width(model, mix["bases"], draw_inputs(mix["shape"], mix["high"]))
+    return without_trunk((bases.with_dual_norms() if mix["dual_norms"] else bases).model)

@@ -68,6 +68,16 @@ def export(
         chosen = settings.exported(
             split, example, classes, lambda text, _: status.update(f"looking for cuts: {text}")
         )
+        extra: dict[str, Any] = {} if lora is None else {"lora": vars(lora)}
+        bases = None
+        if settings.bases:
+            status.update(f"splitting the model into {settings.bases} bases")
+            for tier in chosen.values():
+                if tier.cut != split.depth:
+                    split.check_cut(tier.cut)
+            extra["mix"] = settings.mix(example)
+            bases = settings.make_bases(split, chosen, example, classes)
+            split = bases.hub
         index = export_bundles(
             split,
             chosen,
@@ -76,7 +86,8 @@ def export(
             classes=classes,
             optimizer=settings.optimizer,
             model_path=model,
-            extra={} if lora is None else {"lora": vars(lora)},
+            extra=extra,
+            bases=bases,
             key=key,
             overwrite=overwrite,
             int8=check,

@@ -15,6 +15,7 @@ from torch import Tensor
 from edge_sdk.bundle import Port
 from edge_sdk.protocol.tensors import TensorSpec
 from export.dual_norm import robustness
+from export.errors import ExportError
 from export.losses import correct, local_loss, masked
 from export.stacked import over_bases
 
@@ -72,7 +73,15 @@ def attack(steps: ClientSteps) -> Step:
     https://arxiv.org/abs/1706.06083) on the loss behind the noise norms, in evaluation mode: from
     ``start`` by ``rate`` along the sign of the gradient, not farther than ``epsilon`` from ``x``,
     between ``low`` and ``high``.
+
+    Raises:
+        ExportError: inputs are whole numbers, which have no gradient.
     """
+    if steps.x.dtype != "float32":
+        raise ExportError(
+            f"adversarial steps move inputs along a gradient, and these are {steps.x.dtype}; leave "
+            "out adversarial"
+        )
 
     def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         given = iter(tensors)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_sdk import config
 from edge_sdk.errors import ConfigError
+from edge_sdk.protocol.messages import MAX_BASES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +17,8 @@ if TYPE_CHECKING:
     from export.lora import Lora
     from export.plan import Report
     from export.split import SplitModel
+    from export.whole import WholeBases
     from export.writer import Tier
-
-_ROWS = 8
-"""Examples that are drawn to export with."""
 
 _LENGTH = 64
 
@@ -38,6 +38,7 @@ class TierTable:
         uplink_mbit: what they upload, in 10^6 bits per second.
         max_epoch_s: how long an epoch over the local examples may take, in seconds.
         examples: local examples of a device.
+        adversarial: with dual norms, whether the devices train on examples that they make hard.
     """
 
     cut: int | None = None
@@ -50,6 +51,7 @@ class TierTable:
     uplink_mbit: float | None = None
     max_epoch_s: float | None = None
     examples: int = 1000
+    adversarial: bool = False
 
     def __post_init__(self) -> None:
         for name in ("memory_mb", "gflops", "uplink_mbit", "max_epoch_s"):
@@ -66,7 +68,9 @@ class TierTable:
         """What is exported for the tier at a cut."""
         from export.writer import Tier
 
-        return Tier(cut, self.codec, self.runtime, self.batch, self.precision)
+        return Tier(
+            cut, self.codec, self.runtime, self.batch, self.precision, adversarial=self.adversarial
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,9 @@ class TiersConfig:
         u_shaped: with the model's head, for labels that stay on the device; goes with returned.
         fused: with graphs that join these with the heads' own.
         lora: train adapters on a frozen base.
+        bases: split the model by width into so many base networks, for Split-Mix; tiers without a
+            cut train them as a whole. 0 for one model.
+        dual_norms: with bases, norms of their own for examples made hard.
     """
 
     tiers: dict[str, TierTable]
@@ -113,12 +120,25 @@ class TiersConfig:
     u_shaped: bool = False
     fused: bool = False
     lora: LoraTable | None = None
+    bases: int = 0
+    dual_norms: bool = False
 
     def __post_init__(self) -> None:
         if not self.tiers:
             raise ValueError("there are no tiers; add [tiers.NAME]")
         if self.input_shape is not None and not all(n > 0 for n in self.input_shape):
             raise ValueError("input_shape must be a list of positive integers")
+        if not 0 <= self.bases <= MAX_BASES:
+            raise ValueError(f"bases is {self.bases}; it must be from 1 to {MAX_BASES}, or 0")
+        adversarial = [name for name, tier in self.tiers.items() if tier.adversarial]
+        if not self.bases and (self.dual_norms or adversarial):
+            what = "dual_norms" if self.dual_norms else f"adversarial of tier {adversarial[0]!r}"
+            raise ValueError(f"{what} says nothing without bases; say bases = 1 or more")
+        if self.bases and (self.lora is not None or self.returned or self.fused or self.u_shaped):
+            raise ValueError(
+                "bases are trained from the start, by the devices' own losses; leave out lora, "
+                "returned, fused and u_shaped"
+            )
         if self.length < 2:
             raise ValueError(f"length is {self.length}; a text has 2 tokens or more")
 
@@ -139,13 +159,32 @@ class TiersConfig:
         except ValueError as error:
             raise ConfigError(f"[lora]: {error}") from error
 
+    def mix(self, example: Tensor) -> dict[str, Any]:
+        """What an index says of base networks, for :func:`export.build.model_of`."""
+        high = None if example.is_floating_point() else int(example.max()) + 1
+        shape = list(example.shape[1:])
+        return {"bases": self.bases, "dual_norms": self.dual_norms, "shape": shape, "high": high}
+
+    def make_bases(
+        self, model: SplitModel, tiers: Mapping[str, Tier], example: Tensor, classes: int
+    ) -> WholeBases:
+        """The base networks that are asked for; raises :class:`ExportError` if they cannot be."""
+        from export.bases import split_width
+        from export.whole import whole_bases
+
+        bases = split_width(model, self.bases, example)
+        if self.dual_norms:
+            bases = bases.with_dual_norms()
+        cuts = {tier.cut for tier in tiers.values() if tier.cut != model.depth}
+        return whole_bases(bases, cuts, example, classes)
+
     def example(self, model: SplitModel) -> tuple[Tensor, int]:
         """Random inputs of the model's kind, and the number of classes.
 
         Raises:
             ConfigError: neither the file nor the model says what they are.
         """
-        import torch
+        from export.build import draw_inputs
 
         known = _known(model, self.length)
         shape = self.input_shape if self.input_shape is not None else known.get("shape")
@@ -154,10 +193,7 @@ class TiersConfig:
             missing = "input_shape" if shape is None else "classes"
             raise ConfigError(f"tiers.toml must say {missing}: this model does not")
         high = known.get("high", self.input_high if self.input_dtype == "int64" else None)
-        generator = torch.Generator().manual_seed(0)
-        if high is None:
-            return torch.randn((_ROWS, *shape), generator=generator), classes
-        return torch.randint(high, (_ROWS, *shape), generator=generator), classes
+        return draw_inputs(shape, high), classes
 
     def exported(
         self, model: SplitModel, example: Tensor, classes: int, report: Report
@@ -174,6 +210,8 @@ class TiersConfig:
             ExportError: a tier can carry no cut, or a cut is outside the model.
         """
         cuts = {name: tier.cut for name, tier in self.tiers.items() if tier.cut is not None}
+        if self.bases:
+            cuts = {name: cuts.get(name, model.depth) for name in self.tiers}
         if len(cuts) < len(self.tiers):
             from export.plan import Planner
 
@@ -187,6 +225,7 @@ class TiersConfig:
                 u_shaped=self.u_shaped,
                 fused=self.fused,
                 cut_rank=cut_rank,
+                bases=self.bases,
             )
             for name, tier in self.tiers.items()
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,22 @@ def without_trunk(model: SplitModel) -> SplitModel:
     return whole
 
 
-def whole_bases(
-    bases: Bases, cuts: Collection[int], example: Tensor, classes: int
-) -> tuple[SplitModel, SplitModel, dict[str, Array]]:
+@dataclass(frozen=True)
+class WholeBases:
+    """Base networks that are cut behind their last block.
+
+    Attributes:
+        hub: one of them as the hub has it, and tiers that train it up to a cut.
+        whole: one for tiers that train it as a whole, without other heads than its own.
+        states: the initial tensors that are trained, each (bases, ...).
+    """
+
+    hub: SplitModel
+    whole: SplitModel
+    states: dict[str, Array]
+
+
+def whole_bases(bases: Bases, cuts: Collection[int], example: Tensor, classes: int) -> WholeBases:
     """Base networks for a hub and for devices, cut behind their last block.
 
     Args:
@@ -46,11 +60,6 @@ def whole_bases(
         cuts: of the tiers that train bases up to a cut; there are auxiliary heads at them.
         example: some inputs (batch, ...).
         classes: number of classes, or of tokens.
-
-    Returns:
-        A base as the hub has it and tiers with a cut train it; a base for tiers that train it as
-        a whole, without other heads than its own; and the initial tensors that are trained, each
-        (bases, ...).
     """
     whole = without_trunk(bases.model)
     hub = copy.deepcopy(whole)
@@ -64,7 +73,7 @@ def whole_bases(
     for name, tensor in hub.trained().items():  # heads at cuts start the same in every base
         each = [state.get(name, tensor).detach().cpu().numpy() for state in renamed]
         states[name] = np.stack(each)
-    return hub, whole, states
+    return WholeBases(hub, whole, states)
 
 
 BASES = "bases.safetensors"

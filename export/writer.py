@@ -39,6 +39,7 @@ from export.quantize import (
 )
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
+from export.whole import WholeBases, save_bases
 
 WEIGHTS = "model.safetensors"
 
@@ -101,6 +102,7 @@ def export_bundles(
     int8: LossCheck | None = None,
     compared: Compared = lambda tier, comparison: None,
     verified: bool = True,
+    bases: WholeBases | None = None,
     progress: Progress = lambda line: None,
 ) -> BundleIndex:
     """Export one bundle per tier, with an auxiliary head at every tier's cut.
@@ -122,6 +124,8 @@ def export_bundles(
         int8: what the graphs of tiers with the precision int8 may lose, and on which examples.
         compared: told what they are worth.
         verified: compare the graphs with eager PyTorch; only a simulation may do without.
+        bases: base networks instead of ``model``, which is then the one of the hub: tiers that are
+            cut behind its last block get whole ones.
         progress: told what is being done.
 
     Raises:
@@ -148,13 +152,15 @@ def export_bundles(
     _check_precisions(tiers, int8)
     get_optimizer(optimizer)
     check_stages(model, max(tier.cut for tier in tiers.values()), example)
-    model.add_heads([tier.cut for tier in tiers.values()], example, classes)
+    if bases is None:
+        model.add_heads([tier.cut for tier in tiers.values()], example, classes)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _folder_for(out) as folder, modes_kept(model):
         blobs = BlobStore(folder / "blobs")
         entries = {}
         for name, tier in tiers.items():
-            segment = segment_of(model, tier)
+            whole = bases is not None and tier.cut == model.depth - 1
+            segment = segment_of(bases.whole if bases is not None and whole else model, tier)
             check_parameters(segment, example)
             steps = make_steps(segment, tier, example, classes, optimizer)
             manifest = write_tier(steps, name, tier, blobs, example, progress, verified=verified)
@@ -166,6 +172,8 @@ def export_bundles(
             data = manifest.to_bytes() if key is None else sign(manifest.to_bytes(), key)
             entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(data))
         model.save(folder / WEIGHTS)
+        if bases is not None:
+            save_bases(bases.states, folder)
         index = BundleIndex(folder, model_path, classes, optimizer, entries, dict(extra or {}))
         index.write()
         folder.chmod(0o755)

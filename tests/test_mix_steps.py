@@ -352,6 +352,29 @@ def test_hardening_is_training_on_both_losses(name: str, whole: bool, optimizer:
         reference.assert_state(state)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_hardening_without_dual_norms_is_plain_adversarial_training(name: str) -> None:
+    """Both losses behind the same norms; statistics move by ``x`` first, by ``x_adv`` then."""
+    build, draw = MODELS[name]
+    model = without_trunk(build())
+    tier = Tier(model.depth - 1, adversarial=True)
+    steps = make_steps(ClientSegment(model, tier.cut), tier, draw(8, 0), CLASSES, "sgd")
+    assert not steps.dual
+    reference = Reference(steps, SGD, set(steps.parameters))
+    state = {n: t.double() for n, t in (steps.initial | steps.slots).items()}
+    everything = list(range(CLASSES))
+    for seed, weight in enumerate((0.3, 0.7)):
+        x, x_adv, y = draw(4, seed), draw(4, 50 + seed), labels_of(everything, 4, seed)
+        loss = (1 - weight) * cross_entropy(reference.logits(x), y, everything)
+        loss = loss + weight * cross_entropy(reference.logits(x_adv), y, everything)
+        reference.step(loss)
+        feeds = {"x": x, "y": y, "x_adv": x_adv, **scalars(SGD | {"robustness": weight})}
+        got = run(by_name(steps, "harden"), {**state, **feeds})
+        torch.testing.assert_close(got["loss"], loss.detach())
+        state = {n: got[f"next/{n}"] for n in state}
+        reference.assert_state(state)
+
+
 def test_hardening_packs_what_both_passes_give() -> None:
     """Activations of ``x``, and under ``noise`` those of ``x_adv``."""
     steps, draw = steps_of("batch norms", whole=False)
@@ -631,7 +654,7 @@ def conv_base() -> SplitModel:
     """One of three bases of a wide model, with dual norms, to lie on the devices as a whole."""
     torch.manual_seed(0)
     block = nn.Sequential(nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
-    model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), [block], MeanHead(6, CLASSES))
+    model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), [block, nn.Tanh()], MeanHead(6, CLASSES))
     return without_trunk(split_width(model, 3, pictures(8)).with_dual_norms().model)
 
 
@@ -771,13 +794,13 @@ def test_a_graph_that_differs_is_refused(
         verify(steps, step, wrong, draw(8, 0))
 
 
-def test_hardening_needs_dual_norms(tmp_path: Path) -> None:
-    """A model that has none is refused, and nothing is written."""
-    model = conv_model()
-    with pytest.raises(ExportError, match="adversarial steps train noise norms, and the model has"):
+def test_words_cannot_be_made_hard(tmp_path: Path) -> None:
+    """They have no gradient: refused, and nothing is written."""
+    model = without_trunk(with_dual_norms(text_model()))
+    tier = Tier(model.depth - 1, adversarial=True)
+    with pytest.raises(ExportError, match="along a gradient, and these are int64; leave out"):
         export_bundles(
-            model, {"t": Tier(1, adversarial=True)}, tmp_path / "out", example=pictures(8),
-            classes=CLASSES,
+            model, {"t": tier}, tmp_path / "out", example=words(8), classes=CLASSES
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
 

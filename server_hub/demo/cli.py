@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from edge_sdk.bundle import write_atomically
+from edge_sdk.errors import ConfigError
 
 
 def demo(
@@ -22,10 +23,14 @@ def demo(
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Rounds of training.  [default: 40; with --text 16]"),
+        typer.Option(min=1, help="Rounds of training.  [default: 40; --text and --mix: 16]"),
     ] = None,
     text: Annotated[
         bool, typer.Option("--text", help="Fine-tune a language model, by SplitFT, instead.")
+    ] = False,
+    mix: Annotated[
+        bool,
+        typer.Option("--mix", help="Train networks that can be mixed, by Split-Mix, instead."),
     ] = False,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Also write TensorBoard logs to this folder.")
@@ -33,8 +38,11 @@ def demo(
 ) -> None:
     """Train one model over six unequal devices, in seven processes, on handwritten digits.
 
-    With --text, fine-tune a small GPT-2 on texts instead, while the devices' cuts move.
+    With --text, fine-tune a small GPT-2 on texts instead, while the devices' cuts move. With --mix,
+    train narrow networks; one device then mixes as many as it likes, as robust as it likes.
     """
+    if text and mix:
+        raise ConfigError("--text and --mix are two demos; choose one")
     from server_hub.tensorboard import Board
 
     folder = run or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
@@ -46,6 +54,11 @@ def demo(
 
             size = TextDemo() if rounds is None else TextDemo(rounds=rounds)
             result = run_text_demo(folder, size, console, board.round)
+        elif mix:
+            from server_hub.demo.mix_job import MixDemo, run_mix_demo
+
+            wide = MixDemo() if rounds is None else MixDemo(rounds=rounds)
+            result = run_mix_demo(folder, wide, console, board.round)
         else:
             from server_hub.demo.job import run_demo
 

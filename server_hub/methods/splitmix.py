@@ -129,7 +129,7 @@ def by_bases(fleet: Fleet) -> Fleet:
         bases = bases.with_dual_norms()
     depth = fleet.model.depth
     cuts = {tier.cut for tier in fleet.tiers.values() if tier.cut < depth}
-    hub, whole, states = whole_bases(bases, cuts, fleet.example, fleet.classes)
+    found = whole_bases(bases, cuts, fleet.example, fleet.classes)
     tiers = {
         name: replace(
             tier,
@@ -138,8 +138,8 @@ def by_bases(fleet: Fleet) -> Fleet:
         )
         for name, tier in fleet.tiers.items()
     }
-    models = {name: whole for name, tier in tiers.items() if tier.cut == depth}
-    return replace(fleet, model=hub, tiers=tiers, models=models, bases=states)
+    models = {name: found.whole for name, tier in tiers.items() if tier.cut == depth}
+    return replace(fleet, model=found.hub, tiers=tiers, models=models, bases=found.states)
 
 
 SPLITMIX = Recipe("Split-Mix", splitmix, by_bases, takes_whole=True)

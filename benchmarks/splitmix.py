@@ -1,0 +1,390 @@
+"""Split-Mix: width and robustness that are chosen at the moment of use, against FedAvg and HeteroFL.
+
+    python -m benchmarks.splitmix --cifar PATH [--work runs/splitmix] [--jobs 2] [--finished]
+        [--json FILE] [--docs FOLDER]
+
+Twenty simulated devices have budgets of 1/8, 1/4, 1/2 and all of a model. Split-Mix trains eight
+base networks over all of them; HeteroFL nested widths; FedAvg a model for each width, with the
+devices that can carry it. On digits all are trained again for robustness against examples made
+hard. The plan is ``splitmix.toml`` beside this file. What is finished in the work folder is not run
+again; a run that was interrupted goes on. ``--docs docs`` also writes tables, verdicts and pictures
+into ``docs/results.md``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing as mp
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks import splitmix_report as report
+from benchmarks.pages import put_between
+from benchmarks.splitmix_report import ADVERSARIAL, DUAL, FEDAVG, HETEROFL, PLAIN, SPLITMIX
+from benchmarks.splitmix_report import WIDTHS, Run, Runs, Setting
+from edge_sdk import config
+from edge_sdk.attack import Attack
+from edge_sdk.bundle import write_atomically
+from edge_sdk.errors import ConfigError, CutlayerError
+from export.build import build_model
+from export.dual_norm import robustness
+from export.split import SplitModel
+from server_hub.evaluation import whole_answer
+from server_hub.run import read_records
+from server_hub.simulation.compare import Cell
+from server_hub.simulation.job import Job, MixTable
+from server_hub.simulation.partition import PartitionTable
+from server_hub.simulation.simulate import Simulation
+
+PLAN = Path(__file__).with_name("splitmix.toml")
+PICTURE, ROBUST_PICTURE = "splitmix.png", "splitmix-robust.png"
+
+NON_IID = "3 classes"
+PARTITIONS = {
+    "iid": PartitionTable("iid"),
+    NON_IID: PartitionTable("shards", classes_per_client=3),
+}
+METHODS = {SPLITMIX: "splitmix", FEDAVG: "fedavg", HETEROFL: "heterofl"}
+"""By name, as jobs call them. The runs for robustness are all Split-Mix; of one base and without
+dual norms it is FedAvg."""
+
+ROBUST = "robust.json"
+"""In the folder of a run: its answers to examples made hard."""
+ROBUSTNESS = (0.0, 0.2, 0.5, 0.8, 1.0)
+MIXED = (1, 4, 8)
+ATTACK_STEPS = 20
+"""Of the attack that is measured; the one that is trained on takes fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What the runs on some data have in common.
+
+    Attributes:
+        rounds: of all methods.
+        rates: learning rate by method.
+        every: rounds from one measurement to the next.
+        train: examples at most.
+        test: held-out examples at most.
+        batch_size: rows of a local step.
+        mix: base networks.
+    """
+
+    rounds: int
+    rates: dict[str, float]
+    every: int = 1
+    train: int | None = None
+    test: int | None = None
+    batch_size: int = 32
+    mix: MixTable = field(default_factory=MixTable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """``splitmix.toml``.
+
+    Attributes:
+        job: what all runs have in common.
+        fleets: by data.
+        robust: the runs for robustness.
+    """
+
+    job: Job
+    fleets: dict[str, Part]
+    robust: Part
+
+    def cell(self, setting: Setting, seed: int, work: Path, cifar: Path) -> Cell:
+        """The job of a setting with this seed, and its folder."""
+        robust = setting.method in report.ROBUST_NAMES
+        part = self.robust if robust else self.fleets[setting.data]
+        method = "splitmix" if robust else METHODS[setting.method]
+        data = replace(
+            self.job.data,
+            source="digits" if setting.data == "digits" else str(cifar.absolute()),
+            train=part.train,
+            test=part.test,
+            scale="unit" if robust else "standard",
+        )
+        hyper = {**self.job.local.hyper, "lr": part.rates[setting.method if robust else method]}
+        depth = build_model(setting.model).depth
+        tiers = {name: replace(tier, cut=depth) for name, tier in self.job.tiers.items()}
+        mix = part.mix
+        if setting.method in (ADVERSARIAL, PLAIN):  # one base of all channels: federated averaging
+            tiers = {name: replace(tier, budget=1.0) for name, tier in tiers.items()}
+            mix = replace(mix, bases=1, dual_norms=False)
+        if setting.method == PLAIN:
+            mix = replace(mix, robustness=0.0)
+        name = f"{setting.data}-{setting.partition}-{setting.method}-{setting.width}"
+        return Cell(
+            replace(
+                self.job,
+                model=setting.model,
+                method=method,
+                data=data,
+                partition=PARTITIONS[setting.partition],
+                rounds=replace(self.job.rounds, count=part.rounds),
+                local=replace(self.job.local, batch_size=part.batch_size, hyper=hyper),
+                tiers=tiers,
+                mix=mix,
+                evaluate_every=part.every,
+                seed=seed,
+            ),
+            work / name.replace("/", "-").replace(" ", "-").lower() / f"seed-{seed}",
+        )
+
+
+SETTINGS = [
+    *(
+        Setting(data, partition, method, width)
+        for data in ("digits", "cifar10")
+        for partition in PARTITIONS
+        for method, widths in ((SPLITMIX, ("1",)), (FEDAVG, tuple(WIDTHS)), (HETEROFL, ("1",)))
+        for width in widths
+    ),
+    *(Setting("digits", "iid", method) for method in report.ROBUST_NAMES),
+]
+
+
+def main(
+    cifar: Annotated[Path, typer.Option(help="CIFAR-10: its folder, or an .npz of images.")],
+    work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/splitmix"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of a thread each.")] = 2,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Run nothing; show what is finished so far.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="Write into results.md here, and pictures.")
+    ] = None,
+) -> None:
+    """Run the benchmark, or what is left of it."""
+    console = Console(highlight=False)
+    torch.set_num_threads(1)
+    plan = config.load(Plan, PLAN)
+    cells = {(s, n): plan.cell(s, n, work, cifar) for n in range(seeds) for s in SETTINGS}
+    if not finished:
+        run_cells(console, {key: cell for key, cell in cells.items() if not done(*key, cell)}, jobs)
+    runs: Runs = {
+        (setting, seed): read_run(setting, cell)
+        for (setting, seed), cell in cells.items()
+        if done(setting, seed, cell)
+    }
+    if not runs:
+        raise ConfigError("nothing is finished")
+    attack = plan.robust.mix.attack
+    how = f"an attack of {ATTACK_STEPS} steps within {attack.epsilon:g} ({seeds_of(runs)} seeds)"
+    tables = [report.panel_grid(panel) for panel in report.panels(runs)]
+    tables.append(report.robust_grid(runs, how))
+    for table in tables:
+        console.print(table.rich())
+    verdicts = list(report.verdicts(runs))
+    for verdict in verdicts:
+        console.print(verdict)
+    if json_file is not None:
+        write_atomically(json_file.absolute(), report.json_of(runs))
+    if docs is not None:
+        report.draw(runs, docs / PICTURE)
+        report.draw_robust(runs, docs / ROBUST_PICTURE)
+        parts = [
+            setting_text(plan), *(table.markdown(3) for table in tables),
+            "\n".join(f"- {verdict}" for verdict in verdicts),
+            f"![accuracy over operations per answer]({PICTURE})",
+            f"![robust over clean accuracy]({ROBUST_PICTURE})",
+        ]  # fmt: skip
+        put_between(docs / "results.md", "splitmix", "\n\n".join(parts))
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def done(setting: Setting, seed: int, cell: Cell) -> bool:
+    """Whether a cell is at its end, and its robustness measured if that is wanted."""
+    measured = setting.method not in report.ROBUST_NAMES or (cell.folder / ROBUST).exists()
+    return cell.finished("torch") and measured
+
+
+def read_run(setting: Setting, cell: Cell) -> Run:
+    """A cell that is done."""
+    robust = cell.folder / ROBUST
+    found = json.loads(robust.read_text("utf-8")) if robust.exists() else ()
+    return Run(setting, cell.job, read_records(cell.folder), found)
+
+
+def run_cells(console: Console, cells: dict[tuple[Setting, int], Cell], jobs: int) -> None:
+    """Run cells, so many at a time, in processes of one thread."""
+    bar = Progress(
+        TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console,
+    )  # fmt: skip
+    context = mp.get_context("spawn")
+    with bar, ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        task = bar.add_task("", total=sum(cell.job.rounds.count for cell in cells.values()))
+        waiting = {pool.submit(run_cell, setting, cell) for (setting, _), cell in cells.items()}
+        try:
+            while waiting:
+                ended, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    future.result()
+                bar.update(task, completed=sum(cell.rounds_done() for cell in cells.values()))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_cell(setting: Setting, cell: Cell) -> None:
+    """Run a cell, or what is left of it. FedAvg's devices are those that can carry the model."""
+    with Simulation(cell.job, cell.folder) as simulation:
+        if setting.method == FEDAVG:
+            simulation.clients = [
+                client for client in simulation.clients
+                if cell.job.tiers[client.tier].budget >= WIDTHS[setting.width]
+            ]  # fmt: skip
+        simulation.run()
+        if setting.method not in report.ROBUST_NAMES:
+            return
+        held_out = simulation.data.held_out
+        rows = [row for row in range(len(held_out)) if row % 5]  # the others gave bases their order
+        x = torch.from_numpy(held_out.x[rows])
+        y = torch.from_numpy(held_out.y[rows])
+        models = trained_bases(simulation.fleet.model, cell)
+        dual = setting.method == DUAL
+        found = measure_robustness(
+            models,
+            x,
+            y,
+            cell.job.mix.attack,
+            MIXED if dual else (1,),
+            ROBUSTNESS if dual else (0.0,),
+        )
+    write_atomically((cell.folder / ROBUST).absolute(), json.dumps(found).encode())
+
+
+# --- robustness -----------------------------------------------------------------------------------
+
+
+def trained_bases(structure: SplitModel, cell: Cell) -> list[SplitModel]:
+    """The bases that a run has ended with, best first."""
+    models = []
+    for base in read_records(cell.folder)[-1].order:
+        model = copy.deepcopy(structure).eval().requires_grad_(False)
+        model.load_state_dict(load_file(cell.folder / f"model.base-{base}.safetensors"))
+        models.append(model)
+    return models
+
+
+def measure_robustness(
+    models: Sequence[SplitModel],
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    mixed: Sequence[int],
+    wanted: Sequence[float],
+) -> list[dict[str, float]]:
+    """Accuracy clean and attacked of mixtures of the first so many models.
+
+    The attack knows everything: its gradients are those of the very mixture, with the robustness
+    that it answers with.
+
+    Returns:
+        Rows with ``bases``, ``robustness``, ``clean`` and ``robust``.
+    """
+    found = []
+    for bases in mixed:
+        for value in wanted:
+
+            def answer(x: Tensor, bases: int = bases, value: float = value) -> Tensor:
+                with robustness(value):
+                    return torch.stack([whole_answer(m, x) for m in models[:bases]]).mean(0)
+
+            hard = harden(answer, x, y, attack)
+            with torch.no_grad():
+                clean, robust = (
+                    float((answer(inputs).argmax(1) == y).float().mean()) for inputs in (x, hard)
+                )
+            found.append({"bases": bases, "robustness": value, "clean": clean, "robust": robust})
+    return found
+
+
+def harden(answer: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, attack: Attack) -> Tensor:
+    """Projected gradient ascent (Madry et al., 2018) of the loss from a random point.
+
+    Args:
+        answer: logits (rows, classes) of inputs.
+        x: inputs (rows, ...).
+        y: labels (rows,).
+        attack: its bounds and rate; it takes :data:`ATTACK_STEPS` steps.
+    """
+    generator = torch.Generator().manual_seed(0)
+    offset = (2 * torch.rand(x.shape, generator=generator) - 1) * attack.epsilon
+    low = (x - attack.epsilon).clamp(min=attack.low)
+    high = (x + attack.epsilon).clamp(max=attack.high)
+    hard = (x + offset).clamp(low, high)
+    for _ in range(ATTACK_STEPS):
+        hard = hard.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropy(answer(hard), y), hard)
+        hard = (hard + attack.rate * gradient.sign()).clamp(low, high)
+    return hard.detach()
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def seeds_of(runs: Runs) -> int:
+    """How many seeds the runs for robustness have."""
+    return len({seed for setting, seed in runs if setting.method in report.ROBUST_NAMES})
+
+
+def setting_text(plan: Plan) -> str:
+    """What the runs are, in Markdown."""
+    tiers = ", ".join(f"{tier.budget:g}" for tier in plan.job.tiers.values())
+    fleets = "; ".join(
+        f"{name}: {part.rounds} rounds, "
+        + (f"{part.train:,} images" if part.train else "all images")
+        + f", batches of {part.batch_size}, rates "
+        + ", ".join(f"{rate:g} ({method})" for method, rate in part.rates.items())
+        for name, part in plan.fleets.items()
+    )
+    robust = plan.robust
+    mix, rates = robust.mix, ", ".join(f"{r:g} ({m})" for m, r in robust.rates.items())
+    return (
+        f"{plan.job.clients} devices, as many with each budget of {tiers}; all take part in every "
+        f"round of one local epoch; SGD with momentum and a cosine schedule. {fleets}. Rates were "
+        "chosen on another seed. Whole bases are on the devices. A seed changes who holds what and "
+        "the order of batches, not the initial weights.\n\n"
+        "*Width* is a part of the channels; for Split-Mix n of 8 bases, mixed, which have that part "
+        "of the channels and n/64 of the weights. FedAvg trains a model for each width with the "
+        "devices whose budget carries it. *Accuracy* is that after the last round, on held-out "
+        "examples; Split-Mix's bases are put in order on a fifth of them, and measured on the "
+        "rest. *Equal FLOPs* is accuracy when all devices together have spent what Split-Mix "
+        "spends in the whole job, between two measured rounds on a straight line, of a learning "
+        "rate that has not come down; a star marks runs that end before, whose accuracy is that "
+        "at their end. HeteroFL's devices are charged the widths that they draw, in the mean. "
+        "Training costs are those of all devices (FLOPs) and per device of the fleet (traffic); "
+        "Split-Mix and HeteroFL have all widths for the cost in their first line. Of Split-Mix's "
+        "loss, logits of classes that a device has no examples of are left out.\n\n"
+        f"For robustness: digits, IID, {robust.rounds} rounds, examples made hard with "
+        f"{mix.attack.steps} steps of {mix.attack.rate:g} within {mix.attack.epsilon:g} and "
+        f"weight {mix.robustness:g}, rates {rates}. FedAvg is one base of all channels "
+        "on devices that can all carry it. The attack that is measured knows the mixture and the "
+        f"robustness that it answers with, and takes {ATTACK_STEPS} steps."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except CutlayerError as error:
+        raise SystemExit(f"benchmarks.splitmix: {error}") from error

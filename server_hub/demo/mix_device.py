@@ -1,0 +1,98 @@
+"""The device of the demo with mixtures that is asked in every manner, without another download.
+
+It joins a hub whose job is over, fetches one base network after the other, and prints a line of
+JSON for each mixture that it has tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.cli import peak_rss_mb
+from edge_sdk.data import Examples
+from edge_sdk.device import Device
+from edge_sdk.policy import Condition, MixPolicy
+
+CALLS = 50
+"""Answers to one example each, of which the median time counts."""
+
+BATCH = 16
+"""Examples that are answered at a time for accuracy; more would be what takes memory."""
+
+CONDITIONS = {
+    "a phone at 80 %": Condition(battery=0.8),
+    "the same phone at 15 %": Condition(battery=0.15),
+    "a camera in the rain": Condition(hostile=0.5),
+    "half a millisecond for an answer": Condition(latency_s=0.0005),
+}
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    device = await Device.connect(
+        arguments.url, token=os.environ["CUTLAYER_TOKEN"], cache=arguments.cache
+    )
+    async with device:
+        hard = np.load(arguments.hard)
+        seconds = {}
+        for bases in arguments.bases:
+            for robustness in arguments.robustness:
+                x, y = hard["x"], hard["y"]
+                row: dict[str, Any] = {"bases": bases, "lambda": robustness}
+                for name, inputs in (("clean", x), ("robust", hard[f"{bases}/{robustness:g}"])):
+                    row[f"{name}_accuracy"] = await _accuracy(
+                        device, Examples(inputs, y), bases, robustness
+                    )
+                took = await _median_seconds(device, Examples(x, y), bases, robustness)
+                seconds[bases] = took
+                row |= {"latency_ms": round(1e3 * took, 3), "rss_mb": round(peak_rss_mb(), 1)}
+                print(json.dumps(row))
+        policy = MixPolicy(seconds)
+        choices = {name: asdict(policy.choose(now)) for name, now in CONDITIONS.items()}
+        print(json.dumps({"choices": choices, "torch_imported": "torch" in sys.modules}))
+
+
+async def _accuracy(device: Device, examples: Examples, bases: int, robustness: float) -> float:
+    right = 0
+    for batch in examples.batches(BATCH):
+        answer = await device.predict(batch.x, confidence=0, bases=bases, robustness=robustness)
+        right += int((answer.labels == batch.y).sum())
+    return right / len(examples)
+
+
+async def _median_seconds(
+    device: Device, examples: Examples, bases: int, robustness: float
+) -> float:
+    """What an answer to one example takes."""
+    seconds = []
+    for row in range(CALLS):
+        started = perf_counter()
+        await device.predict(
+            examples.x[row : row + 1], confidence=0, bases=bases, robustness=robustness
+        )
+        seconds.append(perf_counter() - started)
+    return float(np.median(seconds))
+
+
+def main() -> None:
+    """Ask a device in every manner."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--hard", type=Path, required=True, help="x, y and x made hard, .npz")
+    parser.add_argument("--bases", type=int, nargs="+", required=True)
+    parser.add_argument("--robustness", type=float, nargs="+", required=True)
+    asyncio.run(_run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
