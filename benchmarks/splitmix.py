@@ -1,4 +1,4 @@
-"""Split-Mix: width and robustness that are chosen at the moment of use, against FedAvg and HeteroFL.
+"""Split-Mix against FedAvg and HeteroFL: width and robustness chosen at the moment of use.
 
     python -m benchmarks.splitmix --cifar PATH [--work runs/splitmix] [--jobs 2] [--finished]
         [--json FILE] [--docs FOLDER]
@@ -32,8 +32,18 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import splitmix_report as report
 from benchmarks.pages import put_between
-from benchmarks.splitmix_report import ADVERSARIAL, DUAL, FEDAVG, HETEROFL, PLAIN, SPLITMIX
-from benchmarks.splitmix_report import WIDTHS, Run, Runs, Setting
+from benchmarks.splitmix_report import (
+    ADVERSARIAL,
+    DUAL,
+    FEDAVG,
+    HETEROFL,
+    PLAIN,
+    SPLITMIX,
+    WIDTHS,
+    Run,
+    Runs,
+    Setting,
+)
 from edge_sdk import config
 from edge_sdk.attack import Attack
 from edge_sdk.bundle import write_atomically
@@ -74,7 +84,7 @@ class Part:
 
     Attributes:
         rounds: of all methods.
-        rates: learning rate by method.
+        rates: learning rate by method; of a FedAvg model by ``fedavg WIDTH``, where it has its own.
         every: rounds from one measurement to the next.
         train: examples at most.
         test: held-out examples at most.
@@ -117,7 +127,9 @@ class Plan:
             test=part.test,
             scale="unit" if robust else "standard",
         )
-        hyper = {**self.job.local.hyper, "lr": part.rates[setting.method if robust else method]}
+        rates = part.rates
+        rate = rates[setting.method if robust else method]
+        hyper = {**self.job.local.hyper, "lr": rates.get(f"{method} {setting.width}", rate)}
         depth = build_model(setting.model).depth
         tiers = {name: replace(tier, cut=depth) for name, tier in self.job.tiers.items()}
         mix = part.mix
@@ -364,9 +376,9 @@ def setting_text(plan: Plan) -> str:
         f"round of one local epoch; SGD with momentum and a cosine schedule. {fleets}. Rates were "
         "chosen on another seed. Whole bases are on the devices. A seed changes who holds what and "
         "the order of batches, not the initial weights.\n\n"
-        "*Width* is a part of the channels; for Split-Mix n of 8 bases, mixed, which have that part "
-        "of the channels and n/64 of the weights. FedAvg trains a model for each width with the "
-        "devices whose budget carries it. *Accuracy* is that after the last round, on held-out "
+        "*Width* is a part of the channels; for Split-Mix n of 8 bases, mixed, with that part "
+        "of the channels and about n/64 of the weights. FedAvg trains a model for each width, with "
+        "the devices whose budget carries it. *Accuracy* is that after the last round, on held-out "
         "examples; Split-Mix's bases are put in order on a fifth of them, and measured on the "
         "rest. *Equal FLOPs* is accuracy when all devices together have spent what Split-Mix "
         "spends in the whole job, between two measured rounds on a straight line, of a learning "

@@ -503,8 +503,12 @@ def draw_robust(runs: Runs, path: Path) -> None:
         line = {k[2]: v for k, v in means.items() if k[:2] == (DUAL, bases)}
         if not line:
             continue
-        clean, robust = zip(*line.values(), strict=True)
-        axis.plot(clean, robust, color=colour, marker=".", label=f"Split-Mix, {bases} bases")
+        axis.plot(
+            *zip(*line.values(), strict=True),
+            color=colour,
+            marker=".",
+            label=f"Split-Mix, {bases} bases",
+        )
         for wanted, place in line.items():
             axis.annotate(f"{wanted:g}", place, fontsize=7, xytext=(3, 3),
                           textcoords="offset points")  # fmt: skip

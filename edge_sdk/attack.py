@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
+from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 
@@ -31,8 +33,8 @@ class Attack:
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be 1 or more")
         if not self.low < self.high:
@@ -44,9 +46,21 @@ class Attack:
 
     @classmethod
     def of(cls, hyper: Mapping[str, float]) -> Attack:
-        """What :meth:`to_hyper` has given."""
+        """What :meth:`to_hyper` has given.
+
+        Raises:
+            ProtocolError: a number is missing, unknown or wrong.
+        """
         own = {n.removeprefix("attack_"): v for n, v in hyper.items() if n.startswith("attack_")}
-        return cls(**own | {"steps": int(own["steps"])})  # type: ignore[arg-type]
+        wrong = own.keys() ^ {field.name for field in fields(cls)}
+        if wrong:
+            name = min(wrong)
+            what = "has" if name in own else "lacks"
+            raise ProtocolError("bad_message", f"hyper {what} attack_{name}", "hyper")
+        try:
+            return cls(**own | {"steps": int(own["steps"])})  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ProtocolError("bad_message", f"hyper: attack_{error}", "hyper") from error
 
     def on(self, runtime: Runtime, batch: Mapping[str, Array], rng: np.random.Generator) -> Array:
         """Inputs that are hard for the present state, of the shape of ``x``.

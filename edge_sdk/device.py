@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -240,8 +241,7 @@ class Device:
                     if delivery.message.state is not None:
                         await self._load_state(delivery.message.state)
                     if delivery.message.bases is not None:
-                        self._mix = Mix(self.manifest, self._need_learner().runtime)
-                        self._mix.offer(delivery.message.bases)
+                        self._offer(delivery.message.bases)
                     session.settle(delivery.seq)
                     return report
                 if isinstance(delivery.message, Move):
@@ -430,12 +430,8 @@ class Device:
             DataError: there are not so many.
             HubError: the hub does not give them.
         """
-        learner = self._need_learner()
         for attempt in range(4):
-            if self._mix is None:
-                self._mix = Mix(learner.manifest, learner.runtime)
-                self._mix.offer(self._connection.welcome.bases or {})
-            mix = self._mix
+            mix = self._mix or self._offer(self._connection.welcome.bases or {})
             try:
                 for base, name in mix.missing(bases):
                     mix.put(base, name, unpack_tensors(await self._fetcher.state(name)))
@@ -443,9 +439,20 @@ class Device:
             except HubError as error:
                 if error.code != "unknown_blob" or attempt == 3:
                     raise
-            await self._connection.renew()  # rounds went by since the hub named them
-            self._mix = None
+            # rounds went by since the hub named them
+            self._offer((await self._connection.renew()).bases or {})
         raise AssertionError("the last attempt returns or raises")
+
+    def _offer(self, bases: Mapping[str, str]) -> Mix:
+        """From now on these are mixed; of those that are here, the ones that are as they were stay.
+
+        Answers that are under way go on with what they have begun with.
+        """
+        learner = self._need_learner()
+        mix = Mix(learner.manifest, learner.runtime) if self._mix is None else copy.copy(self._mix)
+        mix.offer(bases)
+        self._mix = mix
+        return mix
 
     async def evaluate(self, examples: Examples, batch_size: int = 256) -> Evaluation:
         """Measure the three ways to answer: accuracy, or perplexity for a model of tokens.

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_sdk.bundle import Manifest
 from edge_sdk.errors import BundleError, DataError
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import DTYPES, Array
 from edge_sdk.runtime import Runtime
 
 
@@ -35,6 +35,14 @@ class Mixed:
     parts: dict[int, dict[str, Array]]
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Numbers of some bases, best first, and their tensors, each (bases, ...)."""
+
+    bases: list[int]
+    tensors: dict[str, Array]
+
+
 class Mix:
     """The bases that a device holds, those that answer best first.
 
@@ -47,8 +55,8 @@ class Mix:
         self._manifest, self._runtime = manifest, runtime
         self._offered: dict[int, str] = {}
         self._states: dict[int, Mapping[str, Array]] = {}
-        self._stacked: dict[str, Array] = {}
-        self._held: list[int] = []
+        # replaced, never changed: an answer may be on its way in another thread
+        self._stack = _Stack([], {})
 
     def offer(self, bases: Mapping[str, str]) -> None:
         """The present versions of all bases, by number, best first; older ones are forgotten."""
@@ -58,7 +66,7 @@ class Mix:
             if self._offered[base] == offered.get(base)
         }  # fmt: skip
         self._offered = offered
-        self._stacked, self._held = {}, []
+        self._stack = _Stack([], {})
 
     @property
     def held(self) -> list[int]:
@@ -71,6 +79,11 @@ class Mix:
         Raises:
             DataError: there are not so many, or none is asked for.
         """
+        if not self._offered:
+            raise DataError(
+                f"{bases} bases are to be mixed, and the hub has named none; the model is not one "
+                "of several bases"
+            )
         if not 1 <= bases <= len(self._offered):
             raise DataError(
                 f"{bases} bases are to be mixed; there are {len(self._offered)}, so ask for 1 to "
@@ -91,12 +104,12 @@ class Mix:
                 f"{self._offered.get(base, 'none')[:12]}…; fetch it again, versions do not mix"
             )
         for spec in self._manifest.exchanged():
-            if spec.name not in state or state[spec.name].shape != spec.shape:
+            tensor = state.get(spec.name)
+            if tensor is None or (tensor.shape, tensor.dtype) != (spec.shape, DTYPES[spec.dtype]):
                 raise BundleError(
                     f"base {base} lacks a fitting {spec.name}; it is of another model"
                 )
-        self._states[base] = state
-        self._stacked, self._held = {}, []
+        self._states = {**self._states, base: state}
 
     def answer(self, x: Array, bases: int, robustness: float = 0.0) -> Mixed:
         """What the best ``bases`` answer, in one call where the bundle has a graph for so many.
@@ -115,24 +128,28 @@ class Mix:
         absent = self.missing(bases)
         if absent:
             raise DataError(f"base {absent[0][0]} is not here yet; fetch it before it is mixed")
-        if not self._stacked:
-            self._held = self.held
-            names = [spec.name for spec in self._manifest.exchanged()]
-            self._stacked = {
-                n: np.stack([self._states[b][n] for b in self._held]) for n in names
-            }  # fmt: skip
+        stack = self._stacked(bases)
         given = {"x": x, "robustness": np.asarray(robustness, np.float32)}
         total: Array = np.zeros((), np.float32)
         parts = {}
         for first, count in self._calls(bases):
-            some = {f"bases/{n}": t[first : first + count] for n, t in self._stacked.items()}
+            some = {f"bases/{n}": t[first : first + count] for n, t in stack.tensors.items()}
             outputs = self._runtime.run(f"mix_{count}", {**given, **some})
             total = total + outputs.pop("logits") * np.float32(count / bases)
-            for i, base in enumerate(self._held[first : first + count]):
+            for i, base in enumerate(stack.bases[first : first + count]):
                 own = {n.removeprefix("bases."): part[i] for n, part in outputs.items()}
                 if own:
                     parts[base] = own
         return Mixed(total, parts)
+
+    def _stacked(self, bases: int) -> _Stack:
+        """The best so many, and those behind them that are here, too."""
+        stack, held = self._stack, self.held
+        if stack.bases[:bases] != held[:bases]:
+            states = [self._states[base] for base in held]
+            names = [spec.name for spec in self._manifest.exchanged()]
+            stack = self._stack = _Stack(held, {n: np.stack([s[n] for s in states]) for n in names})
+        return stack
 
     def _calls(self, bases: int) -> Iterator[tuple[int, int]]:
         """From which base on, and how many, each call takes."""

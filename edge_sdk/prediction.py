@@ -212,6 +212,11 @@ class Predictor:
                 f"{manner.bases} bases are to be mixed, and the model has none; leave out bases, "
                 "or export it with bases in tiers.toml"
             )
+        if manner.bases is not None and manner.precision != "float32":
+            raise DataError(
+                f"{manner.bases} bases are to be mixed in {manner.precision}; bases are mixed in "
+                "float32, so leave out bases or precision"
+            )
         if not manifest.bases or manner.precision != "float32":
             asked = x, manner.precision, manner.robustness
             heads, parts = await asyncio.to_thread(learner.predict, *asked)

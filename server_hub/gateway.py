@@ -305,6 +305,8 @@ class Gateway:
         return self._bases
 
     def _serve(self, present: dict[str, bytes]) -> None:
+        if present.keys() == self._state_blobs[0].keys():
+            return  # in another order, maybe
         self._state_blobs = [present, self._state_blobs[0]]
 
     def _bundle_blob(self, name: str) -> bytes | None:

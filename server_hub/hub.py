@@ -16,7 +16,6 @@ from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, CutlayerError, ProtocolError
 from edge_sdk.index import BundleIndex
 from edge_sdk.protocol.channel import Delivery
-from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.messages import (
     Activations,
     Answer,
@@ -30,10 +29,8 @@ from edge_sdk.protocol.messages import (
 )
 from export.build import model_of
 from export.dual_norm import noise_tensors
-from export.names import is_slot
 from export.optimizers import check_hyper
-from export.split import NoHead, SplitModel, statistics
-from export.whole import load_bases
+from export.split import NoHead, SplitModel
 from export.writer import WEIGHTS
 from server_hub.background import Background
 from server_hub.changes import Changes
@@ -45,13 +42,10 @@ from server_hub.config import HubConfig, learning_rate_factor
 from server_hub.feed import Feed
 from server_hub.gateway import Gateway, Peer
 from server_hub.intake import Intake
-from server_hub.layers import State
-from server_hub.methods.fleet import Schedule
-from server_hub.methods.mixing import Mixing
 from server_hub.methods.parts import RETURNING, DeviceUpdate, Method, Stage
-from server_hub.methods.registry import method_of
-from server_hub.methods.splitmix import PerBase
 from server_hub.moves import Moves
+from server_hub.offers import Offers
+from server_hub.preparation import check_bundles, compose
 from server_hub.rounds import Phase, Rounds
 from server_hub.run import Metric, RoundRecord, RunFolder
 from server_hub.tokens import TokenFile, Tokens
@@ -115,8 +109,8 @@ class Hub:
         # copies: starting the worker moves the model's tensors to shared memory
         frozen = {n: t for n, t in self.model.tensors().items() if n not in initial}
         self._frozen = {n: t.detach().cpu().numpy().copy() for n, t in frozen.items()}
-        self.method = method or self._compose(initial)
-        self._check_bundles()
+        self.method = method or compose(config, self.index, self.manifests, initial)
+        check_bundles(self.method, config.rounds.count, self.manifests, self.model)
         self.local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         if self.method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
             raise ConfigError(
@@ -164,12 +158,9 @@ class Hub:
             self._background,
             noise_tensors(self.model),
         )
-        self._order = list(range(0 if self.method.mixing is None else self.method.mixing.bases))
-        self._bases: dict[str, dict[str, str]] = {}
-        self._mixed: dict[int, float] = {}
+        self._offers = Offers(self.method, self.model, self.manifests, self.gateway, self.trunk)
         self.moves = Moves(config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave)
         self._over = False
-        self._states: dict[str, str] = {}
 
     # --- the job --------------------------------------------------------------------------------
 
@@ -197,7 +188,7 @@ class Hub:
         """Make the trunk ready and publish the states that devices start from."""
         self.began = asyncio.get_running_loop().time()
         await self.trunk.start()
-        await self._publish_states()
+        await self._offers.publish()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until ``condition`` holds; looked at whenever something happens to the hub."""
@@ -268,18 +259,21 @@ class Hub:
         epochs = config.local.epochs if stage.local_epochs is None else stage.local_epochs
         for order, device in enumerate(sorted(members)):
             peer = self.gateway.peers[device]
+            bases = None if drawn is None else self._offers.bases_of(peer.tier, drawn[device])
             self.gateway.post(
                 peer,
                 Round(
                     round=number,
-                    state=None if drawn is not None else self._states[peer.tier],
+                    state=None if drawn is not None else self._offers.states[peer.tier],
                     epochs=epochs,
                     batch_size=config.local.batch_size,
                     hyper=self._hyper(peer, stage, rate),
                     activations="none" if self.manifests[peer.tier].whole else stage.activations,
                     seed=number * 1_000_003 + order,
                     staleness=config.local.staleness if plan.returned else 0,
-                    bases=None if drawn is None else self._states_of(peer.tier, drawn[device]),
+                    bases=None
+                    if drawn is None
+                    else self._offers.bases_of(peer.tier, drawn[device]),
                 ),
             )
         await self._changes.until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
@@ -304,8 +298,8 @@ class Hub:
         busy = self._feed.seconds / max(now() - started, 1e-9)
         moves = [] if last else self.moves.plan(updates, self._feed.device_losses, busy)
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
-        await self._publish_states()
-        self._save()
+        await self._offers.publish()
+        self._offers.save(self.run, self._frozen)
         losses = self._feed.losses
         rows = sum(n for _, n in losses)
         record = RoundRecord(
@@ -323,8 +317,8 @@ class Hub:
             costs=self._costs(),
             cuts=at,
             moves=[asdict(move) for move in moves],
-            mixed={str(bases): value for bases, value in self._mixed.items()},
-            order=list(self._order),
+            mixed={str(bases): value for bases, value in self._offers.mixed.items()},
+            order=list(self._offers.order),
         )
         self.moves.begin(moves)
         record = self.run.append(record)
@@ -340,57 +334,9 @@ class Hub:
             hyper["own"] = self.manifests[peer.tier].cut / self.model.depth
         return hyper
 
-    async def _publish_states(self) -> None:
-        """Offer each tier the present state, and give the trunk the model to answer with."""
-        aggregation, states = self.method.aggregation, {}
-        cuts = {entry.cut for entry in self.index.tiers.values()}
-        served = {cut: aggregation.path_state(self.model, cut) for cut in cuts}
-        await self.trunk.serve(served, len(self._order))
-        if isinstance(aggregation, PerBase):
-            self._publish_bases(aggregation)
-            return
-        for tier, manifest in self.manifests.items():
-            specs = manifest.exchanged(self.method.keeps_slots)
-            states[tier] = pack_tensors(aggregation.device_state(specs))
-        self._states = self.gateway.publish(states)
-
-    def _publish_bases(self, aggregation: PerBase) -> None:
-        """Offer each tier the present state of every base, those that answer best first."""
-        self._bases = self.gateway.publish_bases(
-            {
-                tier: {
-                    base: pack_tensors(aggregation.base_state(base, manifest.exchanged()))
-                    for base in self._order
-                }
-                for tier, manifest in self.manifests.items()
-            }
-        )
-
-    def _states_of(self, tier: str, bases: Sequence[int]) -> dict[str, str]:
-        """Where the states of some bases are, by number."""
-        return {str(base): self._bases[tier][str(base)] for base in bases}
-
-    def _save(self) -> None:
-        """Write the present model; one file, or one per tier where tiers have different layers."""
-        aggregation = self.method.aggregation
-        if isinstance(aggregation, PerBase):
-            for base, store in enumerate(aggregation.bases):
-                self.run.save_model({**self._frozen, **store.state()}, f"base-{base}")
-            return
-        states = {
-            tier: aggregation.path_state(self.model, entry.cut)
-            for tier, entry in self.index.tiers.items()
-        }
-        shared = len({id(state) for state in states.values()}) == 1
-        for tier, state in states.items():
-            trained = {name: tensor for name, tensor in state.items() if not is_slot(name)}
-            self.run.save_model({**self._frozen, **trained}, None if shared else tier)
-            if shared:
-                break
-
     def _stop(self, peer: Peer) -> None:
         """Tell a device that the job is over, and where the final state is."""
-        state, bases = self._states.get(peer.tier), self._bases.get(peer.tier)
+        state, bases = self._offers.states.get(peer.tier), self._offers.bases.get(peer.tier)
         self.gateway.post(peer, Stop(reason="the job is finished", state=state, bases=bases))
 
     def _tier_cuts(self) -> dict[str, tuple[int, str]]:
@@ -409,9 +355,7 @@ class Hub:
     async def measure_bases(self) -> dict[str, dict[str, float]]:
         """What all bases mixed come to; puts them in order for devices that mix fewer."""
         report = await self.trunk.evaluate_bases()
-        self._order, self._mixed = report.order, report.mixed
-        assert isinstance(self.method.aggregation, PerBase)
-        self._publish_bases(self.method.aggregation)
+        self._offers.rank(report)
         return {tier: {"mix": report.mixed[len(report.order)]} for tier in self.manifests}
 
     # --- messages -------------------------------------------------------------------------------
@@ -481,7 +425,7 @@ class Hub:
 
     def _check_manner(self, message: Infer) -> None:
         """There is such a base, and the model can be as robust."""
-        bases = max(len(self._order), 1)
+        bases = max(len(self._offers.order), 1)
         if message.base >= bases:
             raise ProtocolError(
                 "bad_message", f"there is no base {message.base}; there are {bases}", "base"
@@ -505,67 +449,6 @@ class Hub:
         self._changes.wake()
 
     # --- before the job begins -------------------------------------------------------------------
-
-    def _compose(self, initial: State) -> Method:
-        """The configuration's method."""
-        config = self.config
-        bases = {manifest.bases for manifest in self.manifests.values()}
-        mixes = config.method.name == "splitmix"
-        if bases != {0} and not (mixes and len(bases) == 1):
-            raise ConfigError(
-                'the bundles are of base networks of one model; set name = "splitmix" in '
-                "[method], and export all tiers together"
-            )
-        if mixes and bases == {0}:
-            raise ConfigError(
-                "Split-Mix trains base networks, and the bundles are of one model; export with "
-                "bases = 8 in tiers.toml"
-            )
-        if mixes:
-            initial = load_bases(config.bundles)
-        schedule = Schedule(
-            config.rounds.count,
-            config.local.epochs,
-            optimizer=self.index.optimizer,
-            mixing=config.mix.of(bases.pop()) if mixes else None,
-            split=not all(manifest.whole for manifest in self.manifests.values()),
-        )
-        return method_of(config.method, initial, schedule)
-
-    def _check_bundles(self) -> None:
-        """The bundles have the graphs that the method needs, and hold what it will send them."""
-        if self.method.mixing is not None:
-            self._check_mixing(self.method.mixing)
-        stage = self.method.stage(1, self.config.rounds.count)
-        needed = {"returned": "backward", "u_shaped": "finish", "fused": "fuse"}
-        graph = needed.get(stage.activations)
-        for tier, manifest in self.manifests.items():
-            if graph is not None and graph not in manifest.graphs:
-                raise ConfigError(
-                    f"{self.method.name} sends gradients back, and the bundle of {tier!r} has no "
-                    f"graphs for them; export with {stage.activations} = true in tiers.toml"
-                )
-            specs = manifest.exchanged(self.method.keeps_slots)
-            state = self.method.aggregation.device_state(specs)
-            for spec in specs:
-                if state[spec.name].shape != spec.shape:
-                    raise ConfigError(
-                        f"{spec.name} is {list(spec.shape)} in the bundle of {tier!r} and "
-                        f"{list(state[spec.name].shape)} in the model; other ranks at a cut are "
-                        "for splitft, else leave cut_rank out of tiers.toml"
-                    )
-
-    def _check_mixing(self, mixing: Mixing) -> None:
-        """Every tier can train a base, and the trunk can train those that are cut."""
-        for tier, manifest in self.manifests.items():
-            mixing.count(tier)
-            above = self.model.block[manifest.cut :]
-            if not manifest.whole and statistics(above):
-                raise ConfigError(
-                    f"the bases have batch norms above cut {manifest.cut} of tier {tier!r}, and "
-                    "the trunk trains all bases in one batch; use GroupNorm, or cut behind the "
-                    "last block"
-                )
 
     def _held_out(self) -> tuple[Any, Any] | None:
         if self.config.held_out is None:

@@ -100,6 +100,10 @@ class Intake:
             peer.session.settle(seq)  # late, or from a device that is not in this round
             return
         manifest, member = self._manifests[peer.tier], self._members[peer.device]
+        if manifest.whole or self._stage.activations == "none":
+            raise ProtocolError(
+                "bad_message", "no activations are wanted of this tier in this round", "parts"
+            )
         sizes = check_packed(message.parts, manifest)
         u_shaped = self._stage.activations == "u_shaped"
         if u_shaped != (message.labels is None):
@@ -117,6 +121,9 @@ class Intake:
         times = self._config.local.epochs if self._stage.activations in RETURNING else 1
         if self._method.mixing is not None:
             times = self._check_base(message, member, manifest, self._method.mixing)
+        elif message.base or message.noise or message.present is not None:
+            field = "base" if message.base else "noise" if message.noise else "present"
+            raise ProtocolError("bad_message", "the model is not one of several bases", field)
         if rows > self._config.local.batch_size or member.activation_rows > times * member.samples:
             raise ProtocolError(
                 "bad_message",

@@ -388,7 +388,6 @@ def step_of(net: nn.Module, stacked: dict[str, Tensor], x: Tensor) -> Step:
         pytest.param(name, marks=pytest.mark.exhaustive)
         if name in ("bert", "opt", "vit", "gpt2") else name
         for name in NETS
-        if name != "attention of torch"
     ],
 )  # fmt: skip
 def test_a_graph_takes_any_number_of_rows(name: str) -> None:

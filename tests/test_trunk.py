@@ -18,7 +18,7 @@ from edge_sdk.protocol.tensors import Array
 from export.optimizers import OPTIMIZERS
 from export.packing import CODECS, get_codec
 from export.split import SplitModel, channel_axis
-from server_hub.merged import depth_merged_loss
+from server_hub.merged import Entering, depth_merged_loss
 from server_hub.trunk import Arrival, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk_core import TrunkCore
 from tests.models import AttentionBlock, TokenBlock
@@ -84,19 +84,19 @@ def check_gradients(
         device: where to calculate.
     """
     model = model.double().to(device)
-    arrivals: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    arrivals: dict[int, list[Entering]] = {}
     for seed, (cut, rows, weight) in enumerate(entering):
         h, labels = activations(model, rows, seed)
         h = h.double().to(device).requires_grad_()
         weights = torch.full((rows,), weight, dtype=torch.float64, device=device)
-        arrivals.setdefault(cut, []).append((h, labels.to(device), weights))
+        arrivals.setdefault(cut, []).append(Entering(h, labels.to(device), weights))
 
     expected: dict[str, Tensor] = {}
     expected_h, expected_losses = [], []
     expected_loss = 0.0
     parameters = dict(model.named_parameters())
     for cut in sorted(arrivals):
-        for h, labels, weights in arrivals[cut]:
+        for h, labels, weights, *_ in arrivals[cut]:
             losses = plain_row_losses(model, h, labels, cut)
             alone = torch.autograd.grad(
                 losses.sum(), [h, *parameters.values()], materialize_grads=True
@@ -121,7 +121,7 @@ def check_gradients(
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-11, msg=name)
         else:
             assert p.grad is None, f"{name} is below every cut"
-    got_h = [h.grad for cut in sorted(arrivals) for h, _, _ in arrivals[cut]]
+    got_h = [h.grad for cut in sorted(arrivals) for h, *_ in arrivals[cut]]
     for got, want in zip(got_h, expected_h, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
@@ -159,7 +159,7 @@ def test_every_row_has_a_weight_of_its_own() -> None:
     model = dense_model().double()
     h, labels = activations(model, 5, seed=0)
     weights = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
-    loss, row_losses = depth_merged_loss(model, {2: [(h.double(), labels, weights)]})
+    loss, row_losses = depth_merged_loss(model, {2: [Entering(h.double(), labels, weights)]})
     want = plain_row_losses(model, h.double(), labels, 2)
     torch.testing.assert_close(row_losses, want.detach())
     assert loss.item() == pytest.approx(float((want.detach() * weights).sum()))
@@ -168,11 +168,11 @@ def test_every_row_has_a_weight_of_its_own() -> None:
 def test_row_losses_come_by_cut_and_then_by_arrival() -> None:
     model = dense_model().double()
     order = [(3, 2), (1, 3), (3, 1), (1, 1), (2, 2)]
-    entering: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    entering: dict[int, list[Entering]] = {}
     for seed, (cut, rows) in enumerate(order):
         h, labels = activations(model, rows, seed)
         weights = torch.ones(rows, dtype=torch.float64)
-        entering.setdefault(cut, []).append((h.double(), labels, weights))
+        entering.setdefault(cut, []).append(Entering(h.double(), labels, weights))
     _, row_losses = depth_merged_loss(model, entering)
     want = []
     for seed, cut in ((1, 1), (3, 1), (4, 2), (0, 3), (2, 3)):
@@ -620,8 +620,8 @@ def test_one_model_serves_all_cuts_that_have_the_same_state() -> None:
     shared, own = state_of(model), state_of(model)
     core.serve({1: shared, 2: own, 3: shared})
     serving = core._serving
-    assert serving[1] is serving[3]
-    assert serving[1] is not serving[2]
+    assert serving[1, 0] is serving[3, 0]
+    assert serving[1, 0] is not serving[2, 0]
 
 
 def test_what_is_served_changes_with_serve_alone() -> None:
@@ -716,7 +716,7 @@ def test_merged_texts_of_any_length_learn_as_each_does_alone(
 ) -> None:
     model = language_model(seed).double()
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith("stem.pos")}
-    batches: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    batches: dict[int, list[Entering]] = {}
     arrivals = []
     for number, (cut, rows, length, weight) in enumerate(entering):
         x, labels = some_texts(rows, length, seed + number)
@@ -725,7 +725,7 @@ def test_merged_texts_of_any_length_learn_as_each_does_alone(
     counted = sum(int((labels >= 0).sum()) for _, _, labels, _ in arrivals)
     for cut, h, labels, weight in arrivals:
         weights = torch.full((len(h),), weight / counted, dtype=torch.float64)
-        batches.setdefault(cut, []).append((h, labels, weights))
+        batches.setdefault(cut, []).append(Entering(h, labels, weights))
 
     loss, row_losses = depth_merged_loss(model, batches)
     sources = [h for _, h, _, _ in arrivals]

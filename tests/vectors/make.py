@@ -59,6 +59,12 @@ INT8 = np.array([[-128, -1, 0], [1, 2, 127]], np.int8)
 SCALE = np.array([[0.5, 0.25, 1e-12]], np.float32)
 LABELS = np.array([3, 0], np.int64)
 PARTS: dict[str, Array] = {"h.q": INT8, "h.scale": SCALE}
+PRESENT = np.array([1, 0, 0, 1], np.float32)
+OTHER = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""sha256 of no bytes."""
+
+BASES = {"3": HASH, "0": OTHER}
+"""States of base networks by number, those that answer best first."""
 
 
 def plain(value: Any) -> Any:
@@ -115,6 +121,12 @@ VALID: list[tuple[str, Message, int, int]] = [
         0,
         0,
     ),
+    (
+        "welcome with base networks",
+        Welcome(VERSION, "phone-1", "small", "5f2a", False, 0, HASH, 64, 2**26, bases=BASES),
+        0,
+        0,
+    ),
     ("blob_get", BlobGet(HASH, 0), 0, 0),
     ("blob_get further on", BlobGet(HASH, 2**32), 0, 5),
     ("blob", Blob(HASH, 0, 4, b"test"), 0, 0),
@@ -142,6 +154,29 @@ VALID: list[tuple[str, Message, int, int]] = [
         3,
         2,
     ),
+    (
+        "round with base networks and examples made hard",
+        Round(
+            8,
+            None,
+            1,
+            32,
+            {
+                "lr": 0.05,
+                "robustness": 0.5,
+                "attack_epsilon": 0.03125,
+                "attack_rate": 0.0078125,
+                "attack_steps": 7,
+                "attack_low": 0,
+                "attack_high": 1,
+            },
+            "train",
+            7,
+            bases=BASES,
+        ),
+        3,
+        2,
+    ),
     ("decline", Decline(3, "battery low"), 2, 1),
     ("activations", Activations(3, 0, PARTS, LABELS), 2, 1),
     (
@@ -151,10 +186,23 @@ VALID: list[tuple[str, Message, int, int]] = [
         70000,
     ),
     ("activations without labels", Activations(6, 0, PARTS), 2, 1),
+    ("activations of a base network", Activations(8, 0, PARTS, LABELS, 3, False, PRESENT), 2, 1),
+    (
+        "activations of examples made hard",
+        Activations(8, 0, PARTS, LABELS, 3, True, PRESENT),
+        3,
+        1,
+    ),
     ("features", Features(6, 0, PARTS), 4, 2),
     ("feature_gradient", FeatureGradient(6, 0, PARTS, 2), 3, 4),
     ("update", Update(3, {"stem.0.weight": SCALE}, False, 1000, {"loss": 2.25}), 3, 1),
     ("last update", Update(3, {}, True, 1000, {"loss": 2.25, "accuracy": 0.125}), 4, 1),
+    (
+        "update of base networks",
+        Update(8, {"base.3.stem.0.weight": SCALE, "base.0.stem.0.weight": SCALE}, True, 1000, {}),
+        5,
+        1,
+    ),
     ("gradient", Gradient(3, 0, {"g": np.array([[1.5], [-2.5]], np.float32)}), 2, 2),
     (
         "gradient with the loss",
@@ -164,6 +212,8 @@ VALID: list[tuple[str, Message, int, int]] = [
     ),
     ("infer", Infer(1, PARTS), 5, 2),
     ("infer with a tier", Infer(2, PARTS, "large"), 6, 2),
+    ("infer of a base network", Infer(4, PARTS, None, 3), 7, 2),
+    ("infer with noise norms", Infer(5, PARTS, None, 3, 0.5), 8, 2),
     (
         "answer",
         Answer(1, ["aux.3", "head"], np.arange(8, dtype=np.float32).reshape(2, 2, 2)),
@@ -172,6 +222,7 @@ VALID: list[tuple[str, Message, int, int]] = [
     ),
     ("stop", Stop("all rounds are done"), 4, 5),
     ("stop with a final state", Stop("all rounds are done", HASH), 4, 5),
+    ("stop with base networks", Stop("all rounds are done", None, BASES), 4, 5),
     ("bye", Bye("done"), 6, 4),
     ("error", Error("unknown_blob", "the blob is not here", False, "hash"), 0, 6),
     ("error that is fatal", Error("bad_token", "the token is wrong", True), 0, 0),
@@ -216,6 +267,14 @@ def accepted() -> list[tuple[str, bytes]]:
             "defaults spelled out",
             msgpack.packb(["hello", 0, 0, {**hello, "session": None, "last_seq": 0}]),
         ),
+        (
+            "defaults of a model without base networks spelled out",
+            msgpack.packb(["stop", 1, 0, {"reason": "", "state": None, "bases": None}]),
+        ),
+        (
+            "robustness as an integer",
+            msgpack.packb(["infer", 1, 0, {"request": 1, "parts": {}, "robustness": 1}]),
+        ),
         ("long forms", b"\xdd\x00\x00\x00\x04" + text32 + wide + b"\xcc\x00" + body32),
         ("single precision and integers among metrics", update),
         (
@@ -246,6 +305,7 @@ def invalid() -> list[dict[str, Any]]:
 
     blob_get = {"hash": HASH, "offset": 0}
     update = {"round": 1, "tensors": {}, "done": True, "samples": 1}
+    batch = {"round": 1, "batch": 0, "parts": {}}
     cases: list[tuple[str, bytes, str]] = [
         ("no bytes", b"", "bad_frame"),
         ("not msgpack", b"\xc1", "bad_frame"),
@@ -283,6 +343,20 @@ def invalid() -> list[dict[str, Any]]:
          "bad_message"),
         ("hash too short", packed("blob_get", 0, 0, {**blob_get, "hash": "0" * 63}),
          "bad_message"),
+        ("base beyond the last", packed("infer", 1, 0, {"request": 1, "parts": {}, "base": 64}),
+         "bad_message"),
+        ("state of a base that is no hash",
+         packed("stop", 1, 0, {"reason": "", "bases": {"0": "test"}}), "bad_message"),
+        ("states of bases in an array", packed("stop", 1, 0, {"reason": "", "bases": [HASH]}),
+         "bad_message"),
+        ("more bases than there can be",
+         packed("stop", 1, 0, {"reason": "", "bases": {str(n): HASH for n in range(65)}}),
+         "bad_message"),
+        ("noise as an integer", packed("activations", 1, 0, {**batch, "noise": 1}), "bad_message"),
+        ("present as an array", packed("activations", 1, 0, {**batch, "present": [1, 0]}),
+         "bad_message"),
+        ("robustness not finite",
+         packed("infer", 1, 0, {"request": 1, "parts": {}, "robustness": math.inf}), "bad_message"),
         ("number not finite", packed("update", 1, 0, {**update, "metrics": {"loss": math.nan}}),
          "bad_message"),
         ("array for a tensor", packed("infer", 1, 0, {"request": 1, "parts": {"h": [1]}}),

@@ -19,6 +19,7 @@ from export.lowering.decompositions.indexing import (
     pow_scalar,
     select_backward,
     slice_backward,
+    squeeze_dims,
     unfold_backward,
 )
 from export.lowering.decompositions.norms import (
@@ -84,5 +85,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.select_backward.default: select_backward,
         aten.embedding_dense_backward.default: embedding_dense_backward,
         aten.pow.Tensor_Scalar: pow_scalar,
+        aten.squeeze.dims: squeeze_dims,
     }
     return {**core_aten_decompositions(), **ours}

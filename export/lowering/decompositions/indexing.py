@@ -37,6 +37,13 @@ def select_backward(grad_out: Tensor, input_sizes: list[int], dim: int, index: i
     return pad(grad_out.unsqueeze(dim), dim, index, size - 1 - index)
 
 
+def squeeze_dims(x: Tensor, dims: list[int]) -> Tensor:
+    """Without some dimensions, one by one, the last first."""
+    for dim in sorted((d % x.dim() for d in dims), reverse=True):
+        x = x.squeeze(dim)
+    return x
+
+
 def unfold_backward(
     grad_out: Tensor, input_sizes: list[int], dim: int, size: int, step: int
 ) -> Tensor:
