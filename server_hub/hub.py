@@ -271,9 +271,7 @@ class Hub:
                     activations="none" if self.manifests[peer.tier].whole else stage.activations,
                     seed=number * 1_000_003 + order,
                     staleness=config.local.staleness if plan.returned else 0,
-                    bases=None
-                    if drawn is None
-                    else self._offers.bases_of(peer.tier, drawn[device]),
+                    bases=bases,
                 ),
             )
         await self._changes.until(lambda: self.rounds.is_over(now()), self.rounds.deadline)

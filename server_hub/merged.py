@@ -15,7 +15,7 @@ each arrival gives alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -75,15 +75,16 @@ def depth_merged_loss(
             row_losses = zeros if rows is None else torch.cat([row_losses, zeros])
             rows = fresh if rows is None else _joined([rows, fresh])
         assert rows is not None
-        with nullcontext() if rows.noise is None else robustness(rows.noise):
+        with _noisy(rows):
             h = model.block[depth](rows.h)
-        rows = rows._replace(h=h)
-        if auxiliary and str(depth + 1) in model.aux:
-            logits = masked(model.answer(depth + 1, h), rows.present)
-            row_losses = row_losses + _row_losses(logits, rows.labels)
+            rows = rows._replace(h=h)
+            if auxiliary and str(depth + 1) in model.aux:
+                logits = masked(model.answer(depth + 1, h), rows.present)
+                row_losses = row_losses + _row_losses(logits, rows.labels)
     assert rows is not None
     if not isinstance(model.head, NoHead):
-        row_losses = row_losses + _row_losses(model.head(rows.h), rows.labels)
+        with _noisy(rows):
+            row_losses = row_losses + _row_losses(model.head(rows.h), rows.labels)
     return (row_losses * rows.weights).sum(), row_losses.detach()
 
 
@@ -105,6 +106,11 @@ def merged_features(model: SplitModel, entering: Mapping[int, Sequence[Tensor]])
         h = model.block[depth](h)
     assert h is not None
     return h
+
+
+def _noisy(rows: Entering) -> AbstractContextManager[None]:
+    """In which noise norms, those of heads too, are for the rows that are noise."""
+    return nullcontext() if rows.noise is None else robustness(rows.noise)
 
 
 def _joined(arrivals: Sequence[Entering]) -> Entering:

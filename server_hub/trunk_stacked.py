@@ -191,7 +191,8 @@ class StackedTrunk:
         if self._dual:
             fields["noise"] = h.new_zeros(bases, rows)
         for i, (base, group) in enumerate(at.items()):
-            total = sum(u.source.weight * u.counted for u in groups[base])
+            # clean rows weigh nothing where all is on hard ones, and these may come later
+            total = sum(u.source.weight * u.counted for u in groups[base]) or 1.0
             row = 0
             for u in group:
                 place = (i, slice(row, row + u.source.rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -286,9 +286,7 @@ CLIPPED = st.sampled_from([math.inf, 1e6, 0.3])
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    plan=PLANS, norm=CLIPPED, steps=two_steps(sents("vectors", 3)), seed=st.integers(0, 99)
-)
+@given(plan=PLANS, norm=CLIPPED, steps=two_steps(sents("vectors", 3)), seed=st.integers(0, 99))
 def test_a_step_trains_each_base_as_if_it_were_alone(
     plan: TrunkPlan, norm: float, steps: list[list[Sent]], seed: int
 ) -> None:
@@ -562,6 +560,3 @@ def test_noise_of_a_refused_arrival_leaves_the_noise_norms() -> None:
     names = of_base(trunk.finish(), 0).keys()
     assert names
     assert not names & noise_tensors(model)
-
-
-Step = Callable[[], StepReport]
