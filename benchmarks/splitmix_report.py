@@ -233,20 +233,22 @@ class Panel:
                     found = replace(found, ended=True)
         return found
 
-    def gains(self, method: str, width: str, equal: bool) -> list[float]:
+    def gains(self, method: str, width: str, equal: bool, bases: str = "") -> list[float]:
         """Points that Split-Mix is ahead of a method at a width, seed by seed.
 
         Args:
             method: the other.
-            width: of the other; Split-Mix mixes as many channels.
+            width: of the other.
             equal: at as many operations as Split-Mix, else after as many rounds.
+            bases: width of Split-Mix; that of the other if it is not given.
         """
-        mine, its = self.runs_of(SPLITMIX, width), self.runs_of(method, width)
+        bases = bases or width
+        mine, its = self.runs_of(SPLITMIX, bases), self.runs_of(method, width)
         found = []
-        for seed in mine.keys() & its.keys():
+        for seed in sorted(mine.keys() & its.keys()):
             curve = its[seed].curve(width)
             value = at_flop(curve, mine[seed].flop) if equal else curve[-1].accuracy
-            found.append(100 * (mine[seed].curve(width)[-1].accuracy - value))
+            found.append(100 * (mine[seed].curve(bases)[-1].accuracy - value))
         return found
 
 
@@ -336,7 +338,7 @@ def panel_grid(panel: Panel) -> Grid:
         "training GFLOP", "down MB", "up MB",
     ]  # fmt: skip
     seeds = len({seed for _, _, seed in panel.runs})
-    return Grid(f"{panel.name}: accuracy in %, {seeds} seeds", header, rows, 2)
+    return Grid(f"{panel.name}: accuracy in %, seeds: {seeds}", header, rows, 2)
 
 
 def training_costs(runs: Sequence[Run]) -> list[float]:
@@ -382,41 +384,25 @@ def robust_grid(runs: Runs, attack: str) -> Grid:
 
 def verdict(runs: Runs, method: str, equal: bool) -> str:
     """Whether Split-Mix beats another method width by width."""
-    parts, ahead, total = [], 0, 0
-    for panel in panels(runs):
-        gains = {width: panel.gains(method, width, equal) for width in WIDTHS}
-        gains = {width: values for width, values in gains.items() if values}
-        if not gains:
-            continue
-        total += len(gains)
-        ahead += sum(fmean(values) > 0 for values in gains.values())
-        shown = ", ".join(f"{width}: {points(values)}" for width, values in gains.items())
-        parts.append(f"{panel.name}: {shown}")
+    cases = {
+        panel.name: {w: panel.gains(method, w, equal) for w in WIDTHS} for panel in panels(runs)
+    }
     at = "as many training FLOPs as Split-Mix has spent" if equal else "equal rounds"
-    return (
-        f"Split-Mix, n of 8 bases, beats {method} of n/8 of the width at {at}: "
-        f"{answer(ahead, total, parts)}"
-    )
+    return f"Split-Mix, n of 8 bases, beats {method} of n/8 of the width at {at}: {answer(cases)}"
 
 
 def inference_verdict(runs: Runs) -> str:
     """Whether 4 bases beat the models that take about as many operations, a quarter as wide."""
-    parts, ahead, total = [], 0, 0
-    for panel in panels(runs):
-        mine = panel.runs_of(SPLITMIX, "1/2")
-        for method in (FEDAVG, HETEROFL):
-            its = panel.runs_of(method, "1/4")
-            gains = [
-                100 * (mine[s].curve("1/2")[-1].accuracy - its[s].curve("1/4")[-1].accuracy)
-                for s in mine.keys() & its.keys()
-            ]
-            if gains:
-                total += 1
-                ahead += fmean(gains) > 0
-                parts.append(f"{panel.name}, {method}: {points(gains)}")
+    cases = {
+        panel.name: {
+            method: panel.gains(method, "1/4", equal=False, bases="1/2")
+            for method in (FEDAVG, HETEROFL)
+        }
+        for panel in panels(runs)
+    }
     return (
         "Split-Mix with 4 bases beats a model of a quarter of the width, about as many operations "
-        f"an answer, at equal rounds: {answer(ahead, total, parts)}"
+        f"an answer, at equal rounds: {answer(cases)}"
     )
 
 
@@ -444,12 +430,28 @@ def points(values: Sequence[float]) -> str:
     return f"{fmean(values):+.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def answer(ahead: int, total: int, parts: Sequence[str]) -> str:
-    """How often it is ahead in the mean over the seeds, and by how many points."""
-    if not total:
+def answer(cases: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """How often Split-Mix is ahead in the mean over the seeds, how clearly, by how many points.
+
+    Args:
+        cases: by panel and case, points that it is ahead, seed by seed; empty where not measured.
+    """
+    every = [values for found in cases.values() for values in found.values() if values]
+    if not every:
         return "not run yet."
-    said = "yes" if ahead == total else f"in {ahead} of {total} cases" if ahead else "no"
-    return f"**{said}** (points; {'; '.join(parts)})."
+    ahead = sum(fmean(values) > 0 for values in every)
+    said = "yes" if ahead == len(every) else f"in {ahead} of {len(every)} cases" if ahead else "no"
+    clear = [fmean(v) for v in every if len(v) > 1 and abs(fmean(v)) > stdev(v)]
+    won = sum(mean > 0 for mean in clear)
+    shown = "; ".join(
+        f"{name}: " + ", ".join(f"{case}: {points(v)}" for case, v in found.items() if v)
+        for name, found in cases.items()
+        if any(found.values())
+    )
+    return (
+        f"**{said}**; by more than the standard deviation over the seeds ahead in {won}, behind in "
+        f"{len(clear) - won} (points: {shown})."
+    )
 
 
 def verdicts(runs: Runs) -> Iterator[str]:
@@ -507,7 +509,7 @@ def draw_robust(runs: Runs, path: Path) -> None:
             *zip(*line.values(), strict=True),
             color=colour,
             marker=".",
-            label=f"Split-Mix, {bases} bases",
+            label=f"Split-Mix, bases: {bases}",
         )
         for wanted, place in line.items():
             axis.annotate(f"{wanted:g}", place, fontsize=7, xytext=(3, 3),

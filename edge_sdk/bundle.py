@@ -148,6 +148,8 @@ class Manifest:
         blobs: size in bytes of every blob, by sha256.
         bases: the model is one of so many base networks whose answers can be mixed; 0 if it is not.
         whole: all of the model is on the device, nothing on the hub.
+        base_states: blobs with the states of trained base networks, best first; empty while they
+            are trained, when a hub says where they are.
     """
 
     tier: str
@@ -167,6 +169,7 @@ class Manifest:
     blobs: dict[str, int]
     bases: int = 0
     whole: bool = False
+    base_states: tuple[str, ...] = ()
 
     def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
         """The state tensors that travel: parameters, statistics, and ``slots`` where they do."""
@@ -252,6 +255,7 @@ class Manifest:
                 blobs={str(name): int(size) for name, size in raw["blobs"].items()},
                 bases=int(raw["bases"]),
                 whole=bool(raw["whole"]),
+                base_states=tuple(map(str, raw["base_states"])),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is damaged ({error}); export again") from error
@@ -259,7 +263,7 @@ class Manifest:
             if not _HASH.fullmatch(name):  # it becomes a file name
                 raise BundleError(f"the manifest names a blob {name[:80]!r}, which is no sha256")
         used = [g.blob for g in manifest.graphs.values()] + [c.blob for c in manifest.constants]
-        for name in (manifest.initial_state, *used):
+        for name in (manifest.initial_state, *manifest.base_states, *used):
             if name not in manifest.blobs:
                 raise BundleError(f"the manifest does not list its blob {name[:80]!r}")
         for name in GRAPHS:

@@ -6,15 +6,19 @@ an answer, the better it is and the longer it takes. An answer is the mean of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from edge_sdk.bundle import Manifest
+from edge_sdk.bundle import Bundle, Manifest
 from edge_sdk.errors import BundleError, DataError
+from edge_sdk.index import BundleIndex
+from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.tensors import DTYPES, Array
-from edge_sdk.runtime import Runtime
+from edge_sdk.runtime import Runtime, load_runtime
+from edge_sdk.signing import check, read_trust
 
 
 def tensor_of(base: int, name: str) -> str:
@@ -57,6 +61,47 @@ class Mix:
         self._states: dict[int, Mapping[str, Array]] = {}
         # replaced, never changed: an answer may be on its way in another thread
         self._stack = _Stack([], {})
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        tier: str,
+        *,
+        trust: Iterable[str | Path] | None = None,
+        threads: int = 1,
+    ) -> Mix:
+        """All bases of a folder that ``cutlayer mix`` has written, without a hub.
+
+        Args:
+            folder: the folder.
+            tier: whose bundle.
+            trust: public keys, one of which must have signed the bundle; without them an unsigned
+                one is taken, too.
+            threads: of the runtime.
+
+        Raises:
+            BundleError: there is no such bundle, it holds no trained bases, it is damaged, or not
+                signed by a key in ``trust``.
+        """
+        index = BundleIndex.read(Path(folder))
+        if tier not in index.tiers:
+            known = ", ".join(index.tiers)
+            raise BundleError(f"there is no tier {tier!r} in {folder}; it has {known}")
+        blobs = index.blobs()
+        data = blobs.read(index.tiers[tier].manifest)
+        check(data, read_trust(trust))
+        manifest = Manifest.from_bytes(data)
+        if not manifest.base_states:
+            raise BundleError(
+                f"the bundle of {tier!r} in {folder} holds no trained bases; write one with "
+                "cutlayer mix, from a hub's run"
+            )
+        mix = cls(manifest, load_runtime(Bundle.open(manifest, blobs.read), threads))
+        mix.offer({str(i): name for i, name in enumerate(manifest.base_states)})
+        for base, name in mix.missing(manifest.bases):
+            mix.put(base, name, unpack_tensors(blobs.read(name)))
+        return mix
 
     def offer(self, bases: Mapping[str, str]) -> None:
         """The present versions of all bases, by number, best first; older ones are forgotten."""

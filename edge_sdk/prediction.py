@@ -128,7 +128,7 @@ class Predictor:
                 np.concatenate([answer.probabilities for answer in answers]),
                 np.concatenate([answer.by_hub for answer in answers]),
             )
-        own = await self._own(x, manner)
+        own = await self._own(x, manner, timeout_s)
         heads = _asked_for(own.heads, own.manifest)
         probabilities = softmax(heads).mean(0)
         unsure = np.flatnonzero(probabilities.max(1) < confidence)
@@ -201,7 +201,7 @@ class Predictor:
             x = np.concatenate([x, logits_BV.argmax(1)[:, None].astype(x.dtype)], axis=1)
         return x
 
-    async def _own(self, x: Array, manner: Manner = _PLAIN) -> _Own:
+    async def _own(self, x: Array, manner: Manner = _PLAIN, timeout_s: float | None = None) -> _Own:
         """The device's part of an answer, by :meth:`Learner.predict` or :meth:`Mix.answer`."""
         learner = self._learner()  # another one may take its place meanwhile
         manifest = learner.manifest
@@ -223,7 +223,13 @@ class Predictor:
             return _Own(manifest, heads, {0: parts}, manner.robustness)
         check_robustness(manner.robustness, manifest)
         bases = manifest.bases if manner.bases is None else manner.bases
-        mix = await self._mixing(bases)
+        try:
+            mix = await asyncio.wait_for(self._mixing(bases), timeout_s)
+        except TimeoutError:
+            raise LinkClosed(
+                f"not all of {bases} bases are here, and the hub does not give the others; ask for "
+                "fewer"
+            ) from None
         mixed = await asyncio.to_thread(mix.answer, x, bases, manner.robustness)
         return _Own(manifest, mixed.logits, mixed.parts, manner.robustness)
 

@@ -100,7 +100,10 @@ def split_width(model: SplitModel, bases: int, example: Tensor, *, seed: int = 0
         base = _divide(model, units, bases)
         classifiers: set[str] = set()  # they lose no inputs
     else:
-        base = narrow(model, 1 / bases, example)
+        try:
+            base = narrow(model, 1 / bases, example)
+        except ExportError as error:
+            raise ExportError(f"the model cannot be split into {bases} bases: {error}") from error
         classifiers = {n.name for n in find_layers(base, example) if n.keeps_output}
     if isinstance(base, TransformersModel):
         base = _without_origin(base)

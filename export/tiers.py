@@ -139,6 +139,12 @@ class TiersConfig:
                 "bases are trained from the start, by the devices' own losses; leave out lora, "
                 "returned, fused and u_shaped"
             )
+        int8 = [name for name, tier in self.tiers.items() if tier.precision == "int8"]
+        if self.bases and int8:
+            raise ValueError(
+                f"tier {int8[0]!r} has the precision int8, whose weights are those of the export, "
+                "and bases are trained from the start; leave out precision"
+            )
         if self.length < 2:
             raise ValueError(f"length is {self.length}; a text has 2 tokens or more")
 

@@ -155,7 +155,7 @@ def export_bundles(
     if bases is None:
         model.add_heads([tier.cut for tier in tiers.values()], example, classes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _folder_for(out) as folder, modes_kept(model):
+    with folder_for(out) as folder, modes_kept(model):
         blobs = BlobStore(folder / "blobs")
         entries = {}
         for name, tier in tiers.items():
@@ -177,7 +177,7 @@ def export_bundles(
         index = BundleIndex(folder, model_path, classes, optimizer, entries, dict(extra or {}))
         index.write()
         folder.chmod(0o755)
-        _put(folder, out)
+        put(folder, out)
     return replace(index, folder=out)
 
 
@@ -204,7 +204,7 @@ def _check_precisions(tiers: Mapping[str, Tier], int8: LossCheck | None) -> None
 
 
 @contextmanager
-def _folder_for(out: Path) -> Iterator[Path]:
+def folder_for(out: Path) -> Iterator[Path]:
     """A temporary folder beside ``out``; it goes if what is done with it fails."""
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
@@ -238,7 +238,7 @@ def _replaceable(out: Path, overwrite: bool) -> bool:
     return not any(out.iterdir()) or (overwrite and (out / INDEX).is_file())
 
 
-def _put(folder: Path, out: Path) -> None:
+def put(folder: Path, out: Path) -> None:
     """Rename ``folder`` to ``out``; an earlier export there goes when the new one is in place."""
     if not out.exists():
         folder.rename(out)

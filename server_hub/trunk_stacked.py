@@ -202,7 +202,7 @@ class StackedTrunk:
                 fields["weights"][place] = u.source.weight / total
                 if u.source.present is not None:
                     fields["present"][place] = self._move(u.source.present).to(h.dtype)
-                if u.source.noise:
+                if self._dual and u.source.noise:
                     fields["noise"][place] = 1.0
                 row += u.source.rows
         return fields

@@ -71,11 +71,23 @@ def test_split_mix_is_compared_seed_by_seed_at_equal_rounds_and_at_equal_flops()
     assert (scores.final, scores.best) == ([0.7, 0.1], [0.7, 0.3])
     assert scores.equal == pytest.approx([0.5])
     assert not scores.ended
-    assert "**no** (points; digits, iid: 1/4: -10.0)" in report.verdict(runs, FEDAVG, equal=False)
-    assert "**yes** (points; digits, iid: 1/4: +10.0)" in report.verdict(runs, FEDAVG, equal=True)
+    behind = report.verdict(runs, FEDAVG, equal=False)
+    assert "**no**" in behind
+    assert "(points: digits, iid: 1/4: -10.0)" in behind
+    assert "**yes**" in report.verdict(runs, FEDAVG, equal=True)
+    assert "1/4: +10.0" in report.verdict(runs, FEDAVG, equal=True)
     assert "not run yet" in report.verdict(runs, HETEROFL, equal=True)
     runs[average, 0] = run_of(average, 0, [5, 10], [{"1/4": 0.3}, {"1/4": 0.7}])
     assert report.panels(runs)[0].scores(FEDAVG, "1/4").ended
+
+
+def test_a_verdict_says_how_often_the_seeds_agree() -> None:
+    """+2 and +4 are clearly ahead, -1 and +2 ahead by chance, one seed alone says nothing of it."""
+    cases = {"a": {"1/8": [2.0, 4.0], "1/4": [-1.0, 2.0]}, "b": {"1": [-3.0], "1/2": []}}
+    assert report.answer(cases) == (
+        "**in 2 of 3 cases**; by more than the standard deviation over the seeds ahead in 1, "
+        "behind in 0 (points: a: 1/8: +3.0 ± 1.4, 1/4: +0.5 ± 2.1; b: 1: -3.0)."
+    )
 
 
 def test_heterofl_is_charged_the_widths_that_are_drawn() -> None:

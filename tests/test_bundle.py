@@ -49,6 +49,7 @@ def manifest() -> Manifest:
         (
             Port(weight, "state"),
             x,
+            Port(TensorSpec("bases/stem.weight", "float32", (3, 2, 3)), "bases"),
             Port(TensorSpec("lr", "float32", ()), "hyper"),
             Port(TensorSpec("seed", "int64", ()), "seed"),
         ),
@@ -75,7 +76,7 @@ def manifest() -> Manifest:
             StateSpec(mean, "statistic"),
             StateSpec(weight, "slot"),
         ),
-        graphs=dict.fromkeys(GRAPHS, graph),
+        graphs=dict.fromkeys((*GRAPHS, "mix_4", "mix_1", "mix_2", "mix_6", "harden"), graph),
         initial_state="cd" * 32,
         constants=(
             Constants(
@@ -85,6 +86,8 @@ def manifest() -> Manifest:
             ),
         ),
         blobs={"ab" * 32: 10, "cd" * 32: 24, "ef" * 32: 68},
+        bases=6,
+        whole=True,
     )
 
 
@@ -100,6 +103,7 @@ def test_manifest_round_trip() -> None:
     assert read.to_bytes() == manifest().to_bytes()
     assert read.x == TensorSpec("x", "int64", ("batch", "seq"))
     assert [spec.name for spec in read.exchanged()] == ["stem.weight", "stem.running_mean"]
+    assert read.mixes == [1, 2, 4, 6]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +212,8 @@ def test_missing_fields(field: str) -> None:
     [
         {"cut": "one"},
         {"cut": None},
+        {"bases": "some"},
+        {"bases": [8]},
         {"classes": []},
         {"heads": 3},
         {"packed": {"name": "h"}},
@@ -286,7 +292,7 @@ def test_a_bundle_is_put_together_from_its_blobs() -> None:
 
     bundle = Bundle.open(manifest(), once)
     assert sorted(read) == sorted(blobs)
-    assert bundle.graphs == dict.fromkeys(GRAPHS, b"graph")
+    assert bundle.graphs == dict.fromkeys(manifest().graphs, b"graph")
     assert bundle.initial_state["stem.weight"].tolist() == state["stem.weight"].tolist()
     assert bundle.constants["stem.shift"].tolist() == [10.0]
     blobs["cd" * 32] = b"no tensors"

@@ -81,6 +81,8 @@ versions = st.integers(0, 1_000_000)
 from_0 = st.integers(0, MAX_INT)
 from_1 = st.integers(1, MAX_INT)
 texts = st.text(max_size=100)
+bases = st.none() | st.dictionaries(st.integers(0, 63).map(str), hashes, max_size=4)
+base = st.integers(0, 63)
 
 STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: st.builds(
@@ -95,10 +97,19 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     Ready: st.builds(Ready, from_1, st.none() | texts),
     Decline: st.builds(Decline, from_1, texts),
     BlobGet: st.builds(BlobGet, hashes, from_0),
-    Activations: st.builds(Activations, from_1, from_0, parts, st.none() | small_arrays),
+    Activations: st.builds(
+        Activations,
+        from_1,
+        from_0,
+        parts,
+        st.none() | small_arrays,
+        base,
+        st.booleans(),
+        st.none() | small_arrays,
+    ),
     FeatureGradient: st.builds(FeatureGradient, from_1, from_0, parts, from_1),
     Update: st.builds(Update, from_1, parts, st.booleans(), from_1, numbers),
-    Infer: st.builds(Infer, from_1, parts, st.none() | texts),
+    Infer: st.builds(Infer, from_1, parts, st.none() | texts, base, st.floats(0, 1)),
     Bye: st.builds(Bye, texts),
     Welcome: st.builds(
         Welcome,
@@ -112,18 +123,20 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         from_1,
         st.integers(1024, MAX_INT),
         st.none() | hashes,
+        bases,
     ),
     Blob: st.builds(Blob, hashes, from_0, from_0, st.binary(max_size=50)),
     Round: st.builds(
         Round,
         from_1,
-        hashes,
+        st.none() | hashes,
         from_1,
         from_1,
         numbers,
         st.sampled_from(["train", "forward", "returned", "u_shaped", "fused", "none"]),
         from_0,
         st.integers(0, 1024),
+        bases,
     ),
     Features: st.builds(Features, from_1, from_0, parts),
     Gradient: st.builds(
@@ -134,7 +147,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         st.none() | st.floats(allow_nan=False, allow_infinity=False),
     ),
     Move: st.builds(Move, texts, hashes, texts),
-    Stop: st.builds(Stop, texts, st.none() | hashes),
+    Stop: st.builds(Stop, texts, st.none() | hashes, bases),
     Answer: st.builds(Answer, from_1, st.lists(names, max_size=3), small_arrays),
     Error: st.builds(Error, st.text(max_size=64), texts, st.booleans(), st.none() | texts),
     Ack: st.builds(Ack),
@@ -150,18 +163,18 @@ GOOD: list[Message] = [
     Ready(100, "small"),
     Decline(3, "battery low"),
     BlobGet(HASH, 0),
-    Activations(1, 0, {"h": FLOAT}, np.array([1, 2])),
+    Activations(1, 0, {"h": FLOAT}, np.array([1, 2]), 3, True, FLOAT),
     FeatureGradient(1, 0, {"h": FLOAT}, 2),
     Update(1, {"stem.weight": FLOAT}, True, 100, {"loss": 0.5}),
-    Infer(1, {"h": FLOAT}, "small"),
+    Infer(1, {"h": FLOAT}, "small", 3, 0.5),
     Bye("done"),
-    Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH),
+    Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH, {"1": HASH}),
     Blob(HASH, 0, 3, b"abc"),
-    Round(1, HASH, 1, 32, {"lr": 0.05}, "returned", 0, 2),
+    Round(1, HASH, 1, 32, {"lr": 0.05}, "returned", 0, 2, {"1": HASH}),
     Features(1, 0, {"h": FLOAT}),
     Gradient(1, 0, {"g": FLOAT}, 0.5),
     Move("large", HASH, "there is time for it"),
-    Stop("finished", HASH),
+    Stop("finished", HASH, {"1": HASH}),
     Answer(1, ["head"], FLOAT),
     Error("bad_frame", "no", True, "seq"),
     Ack(),
@@ -369,6 +382,15 @@ def test_a_frame_comes_back_as_it_was(kind: type[Message], data: st.DataObject) 
     assert same_message(from_body(kind.TYPE, message.body()), message)
 
 
+@given(order=st.permutations(range(12)))
+def test_base_networks_come_in_the_order_in_which_they_were_sent(order: list[int]) -> None:
+    stop = Stop("done", None, {str(base): HASH for base in order})
+    back = decode(encode(stop, 1, 0)).message
+    assert isinstance(back, Stop)
+    assert back.bases is not None
+    assert [int(base) for base in back.bases] == order
+
+
 def test_defaults_are_left_out_and_may_be_sent() -> None:
     hello = Hello(1, "secret", "small")
     assert hello.body().keys() == {"version", "token", "tier"}
@@ -439,6 +461,11 @@ WRONG: dict[str, list[object]] = {
     "seed": [-1, None],
     "staleness": [-1, 1025, None, True],
     "memory_mb": [0, -1, 2.0, "512"],
+    "base": [-1, 64, 1.0, None, True],
+    "bases": [[HASH], {"0": "0" * 63}, {"0": None}, {str(i): HASH for i in range(65)}, HASH],
+    "noise": [None, 0, 1, "true"],
+    "present": [[1, 0], b"", 1, True],
+    "robustness": [None, math.nan, math.inf, "1", True],
     "heads": [None, "head", [1], ["x" * 513], {"head": 1}],
     "logits": [None, [0.5], b""],
     "code": ["x" * 65, None],

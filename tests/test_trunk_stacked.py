@@ -21,7 +21,7 @@ from export.dual_norm import has_dual_norms, noise_tensors, with_dual_norms
 from export.packing import CODECS
 from export.split import SplitModel
 from export.whole import without_trunk
-from server_hub.trunk import Arrival, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk import Arrival, TrunkCopy, TrunkPlan
 from server_hub.trunk_core import TrunkCore
 from server_hub.trunk_stacked import StackedTrunk
 from tests.models import CLASSES, FEATURES, IMAGE, conv_model, example, token_model
@@ -526,26 +526,6 @@ def test_a_base_with_nothing_but_bad_arrivals_rests() -> None:
     assert report.refused.keys() == {"bad-0", "bad-1", "bad-2"}
     assert report.rows == 3
     assert {c.base for c in trunk.finish()} == {1}
-
-
-def test_what_overflows_only_together_is_refused_together() -> None:
-    model = dense_model().double()
-    trunk = StackedTrunk(model, states_of(model), SGD, torch.device("cpu"))
-    large = [dense(model, 0, 3, i) for i in range(2)]
-    labels = np.zeros(3, np.int64)
-    for arrival in large:
-        arrival.parts["h"][:] = 0.0
-
-    def losses(size: float) -> StepReport:
-        for arrival in large:
-            arrival.parts["h"][0, 0] = size
-        fresh = StackedTrunk(model, states_of(model), SGD, torch.device("cpu"))
-        return fresh.step([replace(a, labels=labels) for a in large])
-
-    # somewhere between there is a size of which one alone is fine and two are not
-    assert losses(1e100).refused == {}
-    assert losses(1e250).refused.keys() == {"device-0", "device-1"}
-    assert trunk.finish() == []
 
 
 def test_noise_of_a_refused_arrival_leaves_the_noise_norms() -> None:

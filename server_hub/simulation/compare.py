@@ -27,6 +27,7 @@ from server_hub.run import METRICS, RoundRecord, read_records
 from server_hub.simulation.job import DeviceRuntime, Job
 from server_hub.simulation.pictures import draw_comparison
 from server_hub.simulation.prepare import (
+    check_cuts,
     check_fit,
     describe,
     fleet_of,
@@ -173,8 +174,7 @@ def check(jobs: Sequence[Job], runtime: DeviceRuntime, base: Path) -> None:
         share_out(job, job.tiers, data)
     for job in {job.method: job for job in jobs}.values():
         model = build_model(job.model)
-        for tier in job.tiers.values():
-            model.check_cut(tier.cut)
+        check_cuts(job, model)
         check_fit(model, example, data.classes)
         tiers = {n: t.exported(runtime, job.local.batch_size) for n, t in job.tiers.items()}
         try:

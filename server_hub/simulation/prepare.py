@@ -17,6 +17,7 @@ from export.split import SplitModel
 from export.writer import Tier
 from server_hub.evaluation import vocabulary
 from server_hub.methods.fleet import Fleet
+from server_hub.methods.registry import RECIPES
 from server_hub.run import METRICS, read_records
 from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.datasets import Dataset, load_dataset
@@ -74,6 +75,17 @@ def fleet_of(
         cut_rank=job.cuts.rank,
         mixing=job.mixing if job.method in ("splitmix", "heterofl") else None,
     )
+
+
+def check_cuts(job: Job, model: SplitModel) -> None:
+    """Raise :class:`ExportError` unless the model can be cut where the job says.
+
+    Methods that can do with whole models also take a cut behind the last block.
+    """
+    whole = model.depth if RECIPES[job.method].takes_whole else None
+    for cut in (*(tier.cut for tier in job.tiers.values()), *job.cuts.options):
+        if cut != whole:
+            model.check_cut(cut)
 
 
 def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:

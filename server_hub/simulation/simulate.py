@@ -45,6 +45,7 @@ from server_hub.simulation.partition import table_of
 from server_hub.simulation.pictures import draw_partition
 from server_hub.simulation.prepare import (
     Client,
+    check_cuts,
     check_fit,
     describe,
     fleet_of,
@@ -129,10 +130,7 @@ class Simulation:
     def _arrange(self) -> Fleet:
         job = self.job
         model = build_model(job.model)
-        whole = model.depth if self.recipe.takes_whole else None
-        for cut in (*(tier.cut for tier in self.tiers.values()), *job.cuts.options):
-            if cut != whole:
-                model.check_cut(cut)
+        check_cuts(job, model)
         example = torch.from_numpy(self.data.train.x[:8])
         check_fit(model, example, self.data.classes)
         hardens = job.method == "splitmix" and job.mix.robustness > 0

@@ -272,8 +272,9 @@ def accepted() -> list[tuple[str, bytes]]:
             msgpack.packb(["stop", 1, 0, {"reason": "", "state": None, "bases": None}]),
         ),
         (
-            "robustness as an integer",
-            msgpack.packb(["infer", 1, 0, {"request": 1, "parts": {}, "robustness": 1}]),
+            "robustness in single precision",
+            b"\x94\xa5infer\x01\x00\x83\xa7request\x01\xa5parts\x80\xaarobustness\xca"
+            + struct.pack(">f", 0.5),
         ),
         ("long forms", b"\xdd\x00\x00\x00\x04" + text32 + wide + b"\xcc\x00" + body32),
         ("single precision and integers among metrics", update),
