@@ -158,7 +158,7 @@ class Hub:
             self._background,
             noise_tensors(self.model),
         )
-        self._offers = Offers(self.method, self.model, self.manifests, self.gateway, self.trunk)
+        self.offers = Offers(self.method, self.model, self.manifests, self.gateway, self.trunk)
         self.moves = Moves(config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave)
         self._over = False
 
@@ -188,7 +188,7 @@ class Hub:
         """Make the trunk ready and publish the states that devices start from."""
         self.began = asyncio.get_running_loop().time()
         await self.trunk.start()
-        await self._offers.publish()
+        await self.offers.publish()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until ``condition`` holds; looked at whenever something happens to the hub."""
@@ -259,12 +259,12 @@ class Hub:
         epochs = config.local.epochs if stage.local_epochs is None else stage.local_epochs
         for order, device in enumerate(sorted(members)):
             peer = self.gateway.peers[device]
-            bases = None if drawn is None else self._offers.bases_of(peer.tier, drawn[device])
+            bases = None if drawn is None else self.offers.bases_of(peer.tier, drawn[device])
             self.gateway.post(
                 peer,
                 Round(
                     round=number,
-                    state=None if drawn is not None else self._offers.states[peer.tier],
+                    state=None if drawn is not None else self.offers.states[peer.tier],
                     epochs=epochs,
                     batch_size=config.local.batch_size,
                     hyper=self._hyper(peer, stage, rate),
@@ -296,8 +296,8 @@ class Hub:
         busy = self._feed.seconds / max(now() - started, 1e-9)
         moves = [] if last else self.moves.plan(updates, self._feed.device_losses, busy)
         await asyncio.to_thread(method.aggregation.commit, updates, copies)
-        await self._offers.publish()
-        self._offers.save(self.run, self._frozen)
+        await self.offers.publish()
+        self.offers.save(self.run, self._frozen)
         losses = self._feed.losses
         rows = sum(n for _, n in losses)
         record = RoundRecord(
@@ -315,8 +315,8 @@ class Hub:
             costs=self._costs(),
             cuts=at,
             moves=[asdict(move) for move in moves],
-            mixed={str(bases): value for bases, value in self._offers.mixed.items()},
-            order=list(self._offers.order),
+            mixed={str(bases): value for bases, value in self.offers.mixed.items()},
+            order=list(self.offers.order),
         )
         self.moves.begin(moves)
         record = self.run.append(record)
@@ -334,7 +334,7 @@ class Hub:
 
     def _stop(self, peer: Peer) -> None:
         """Tell a device that the job is over, and where the final state is."""
-        state, bases = self._offers.states.get(peer.tier), self._offers.bases.get(peer.tier)
+        state, bases = self.offers.states.get(peer.tier), self.offers.bases.get(peer.tier)
         self.gateway.post(peer, Stop(reason="the job is finished", state=state, bases=bases))
 
     def _tier_cuts(self) -> dict[str, tuple[int, str]]:
@@ -353,7 +353,7 @@ class Hub:
     async def measure_bases(self) -> dict[str, dict[str, float]]:
         """What all bases mixed come to; puts them in order for devices that mix fewer."""
         report = await self.trunk.evaluate_bases()
-        self._offers.rank(report)
+        self.offers.rank(report)
         return {tier: {"mix": report.mixed[len(report.order)]} for tier in self.manifests}
 
     # --- messages -------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ class Hub:
 
     def _check_manner(self, message: Infer) -> None:
         """There is such a base, and the model can be as robust."""
-        bases = max(len(self._offers.order), 1)
+        bases = max(len(self.offers.order), 1)
         if message.base >= bases:
             raise ProtocolError(
                 "bad_message", f"there is no base {message.base}; there are {bases}", "base"

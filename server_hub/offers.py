@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from edge_sdk.bundle import Manifest
 from edge_sdk.protocol.frames import pack_tensors
@@ -77,6 +78,15 @@ class Offers:
                 for tier, manifest in self._manifests.items()
             }
         )
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` takes, as JSON can hold it."""
+        return {"order": self.order, "mixed": {str(n): v for n, v in self.mixed.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what :meth:`state` has given."""
+        self.order = list(state["order"])
+        self.mixed = {int(n): value for n, value in state["mixed"].items()}
 
     def bases_of(self, tier: str, bases: Sequence[int]) -> dict[str, str]:
         """Where the states of some base networks are, by number."""

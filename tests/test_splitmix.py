@@ -495,11 +495,14 @@ def test_all_weight_may_be_on_hard_examples(tmp_path: Path, dual: bool) -> None:
     assert any(".noise." in name for name in names) == dual
 
 
-def test_an_interrupted_job_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    task = together(rounds=RoundsTable(count=3, per_round=2), mix=MixTable(bases=4))
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_interrupted_job_goes_on_to_the_same_end(tmp_path: Path, every: int) -> None:
+    task = together(
+        rounds=RoundsTable(count=3, per_round=2), mix=MixTable(bases=4), evaluate_every=every
+    )
     whole = simulate(task, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        simulate(task, tmp_path / "halves", on_round=stop_after(1))
+        simulate(task, tmp_path / "halves", on_round=stop_after(every))
     halves = simulate(task, tmp_path / "halves")
     assert_alike(halves, whole)
     assert read_records(tmp_path / "halves") == halves
@@ -507,6 +510,7 @@ def test_an_interrupted_job_goes_on_to_the_same_end(tmp_path: Path) -> None:
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5, err_msg=name)
     for mine, other in zip(halves, whole, strict=True):
+        assert mine.order == other.order
         assert mine.mixed == pytest.approx(other.mixed, abs=1.5 / 40)  # of 40 examples
 
 

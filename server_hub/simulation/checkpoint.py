@@ -35,6 +35,7 @@ class Checkpoint:
         stores: the global model.
         moves: where devices have moved to, and what the policy of cuts keeps; empty in a file that
             was written before that was kept.
+        offers: the order of base networks; empty likewise.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Checkpoint:
     meter: Meter
     stores: dict[str, State]
     moves: dict[str, Any] = field(default_factory=dict)
+    offers: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, hub: Hub, clock: float, wall: float, meter: Meter) -> Checkpoint:
@@ -61,6 +63,7 @@ class Checkpoint:
             meter,
             {name: dict(state) for name, state in hub.method.aggregation.stores().items()},
             hub.moves.state(),
+            hub.offers.state(),
         )
 
     def apply(self, hub: Hub) -> None:
@@ -71,6 +74,8 @@ class Checkpoint:
         hub.method.aggregation.restore(self.stores)
         if self.moves:
             hub.moves.restore(self.moves)
+        if self.offers:
+            hub.offers.restore(self.offers)
 
     def write(self, folder: Path) -> None:
         """Write it in place of the last one."""
@@ -88,6 +93,7 @@ class Checkpoint:
             "down": self.down,
             "meter": asdict(self.meter),
             "moves": self.moves,
+            "offers": self.offers,
         }
         write_atomically(folder / FILE, save(tensors, {"numbers": json.dumps(numbers)}))
 
