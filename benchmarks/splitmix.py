@@ -191,6 +191,8 @@ def main(
     """Run the benchmark, or what is left of it."""
     console = Console(highlight=False)
     torch.set_num_threads(1)
+    if not finished and not cifar.exists():
+        raise ConfigError(f"there is no {cifar}; give CIFAR-10's folder, or an .npz of images")
     plan = config.load(Plan, PLAN)
     cells = {(s, n): plan.cell(s, n, work, cifar) for n in range(seeds) for s in SETTINGS}
     if not finished:
@@ -381,7 +383,8 @@ def setting_text(plan: Plan) -> str:
         f"{plan.job.clients} devices, as many with each budget of {tiers}; all take part in every "
         f"round of one local epoch; SGD with momentum and a cosine schedule. {fleets}. Rates were "
         "chosen on another seed. Whole bases are on the devices. A seed changes who holds what and "
-        "the order of batches, not the initial weights.\n\n"
+        "the order of batches, not the initial weights, which are Split-Mix's own for bases and "
+        "PyTorch's for the others.\n\n"
         "*Width* is a part of the channels; for Split-Mix n of 8 bases, mixed, with that part "
         "of the channels and about n/64 of the weights. FedAvg trains a model for each width, with "
         "the devices whose budget carries it. *Accuracy* is that after the last round, on held-out "

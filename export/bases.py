@@ -30,8 +30,6 @@ from export.names import is_statistic
 from export.split import SplitModel
 from export.width import answers_of, called, find_layers, narrow
 
-_RELU_GAIN = 2**0.5
-
 
 @dataclass(frozen=True)
 class Bases:
@@ -71,9 +69,8 @@ def split_width(model: SplitModel, bases: int, example: Tensor, *, seed: int = 0
 
     Of what the model has learned only embeddings, positions and class tokens stay, and whatever is
     frozen (the leading slices of it). Convolutions and linear layers start uniform within
-    ``sqrt(3) gain / sqrt(fan_in)``, with the fan-in of the *wide* layer; ``gain`` is ``sqrt(2)`` in
-    nets of convolutions and MLPs, and 1 for their classifiers and in transformers. Biases start at
-    0, norms as the identity. A :class:`export.heads.TokenHead` stays as it is.
+    ``1 / sqrt(fan_in)``, as torch starts them, but with the fan-in of the *wide* layer. Biases
+    start at 0, norms as the identity. A :class:`export.heads.TokenHead` stays as it is.
 
     A layer that lost inputs gives its output, bias included, times ``bases``. The classifier is not
     rescaled, nor a layer whose output only goes into a norm, where a factor cancels.
@@ -115,10 +112,7 @@ def split_width(model: SplitModel, bases: int, example: Tensor, *, seed: int = 0
     ]
     for name in sorted(set(rescaled) - _under_norms(base, rescaled, example)):
         base.get_submodule(name).register_forward_hook(Rescaling(bases))
-    bounds = {
-        name: 3**0.5 * (1.0 if transformer or name in classifiers else _RELU_GAIN) / fan_in**0.5
-        for name, fan_in in wide.items()
-    }
+    bounds = {name: fan_in**-0.5 for name, fan_in in wide.items()}  # as torch's, at one base
     states = [_start(base, bounds, _generator(seed, number)) for number in range(bases)]
     with torch.no_grad():
         for name, tensor in base.trained().items():

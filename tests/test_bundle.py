@@ -88,6 +88,7 @@ def manifest() -> Manifest:
         blobs={"ab" * 32: 10, "cd" * 32: 24, "ef" * 32: 68},
         bases=6,
         whole=True,
+        base_states=("cd" * 32,),
     )
 
 
@@ -115,6 +116,7 @@ def test_manifest_round_trip() -> None:
         ({"initial_state": "12" * 32}, "does not list its blob"),
         ({"blobs": {"cd" * 32: 24, "ef" * 32: 68}}, "does not list its blob 'abab"),
         ({"blobs": {"ab" * 32: 10, "cd" * 32: 24}}, "does not list its blob 'efef"),
+        ({"base_states": ["12" * 32]}, "does not list its blob '1212"),
         ({"graphs": {}}, "lacks the graph"),
     ],
 )

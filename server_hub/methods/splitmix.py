@@ -124,7 +124,7 @@ def by_bases(fleet: Fleet) -> Fleet:
     assert fleet.mixing is not None
     for name in fleet.tiers:
         fleet.mixing.count(name)
-    bases = split_width(fleet.model, fleet.mixing.bases, fleet.example)
+    bases = split_width(fleet.model, fleet.mixing.bases, fleet.example, seed=fleet.mixing.seed)
     if fleet.mixing.robustness and fleet.mixing.dual_norms:
         bases = bases.with_dual_norms()
     depth = fleet.model.depth
