@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing as mp
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from benchmarks import splitmix_report as report
 from benchmarks.pages import put_between
@@ -49,9 +48,8 @@ from edge_sdk.attack import Attack
 from edge_sdk.bundle import write_atomically
 from edge_sdk.errors import ConfigError, CutlayerError
 from export.build import build_model
-from export.dual_norm import robustness
 from export.split import SplitModel
-from server_hub.evaluation import whole_answer
+from server_hub.hardening import hard_examples, mixed_logits
 from server_hub.run import read_records
 from server_hub.simulation.compare import Cell
 from server_hub.simulation.job import Job, MixTable
@@ -322,41 +320,18 @@ def measure_robustness(
         Rows with ``bases``, ``robustness``, ``clean`` and ``robust``.
     """
     found = []
+    attack = replace(attack, steps=ATTACK_STEPS)
     for bases in mixed:
         for value in wanted:
-
-            def answer(x: Tensor, bases: int = bases, value: float = value) -> Tensor:
-                with robustness(value):
-                    return torch.stack([whole_answer(m, x) for m in models[:bases]]).mean(0)
-
-            hard = harden(answer, x, y, attack)
+            chosen = models[:bases]
+            hard = hard_examples(chosen, x, y, attack, value)
             with torch.no_grad():
                 clean, robust = (
-                    float((answer(inputs).argmax(1) == y).float().mean()) for inputs in (x, hard)
+                    float((mixed_logits(chosen, inputs, value).argmax(1) == y).float().mean())
+                    for inputs in (x, hard)
                 )
             found.append({"bases": bases, "robustness": value, "clean": clean, "robust": robust})
     return found
-
-
-def harden(answer: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, attack: Attack) -> Tensor:
-    """Projected gradient ascent (Madry et al., 2018) of the loss from a random point.
-
-    Args:
-        answer: logits (rows, classes) of inputs.
-        x: inputs (rows, ...).
-        y: labels (rows,).
-        attack: its bounds and rate; it takes :data:`ATTACK_STEPS` steps.
-    """
-    generator = torch.Generator().manual_seed(0)
-    offset = (2 * torch.rand(x.shape, generator=generator) - 1) * attack.epsilon
-    low = (x - attack.epsilon).clamp(min=attack.low)
-    high = (x + attack.epsilon).clamp(max=attack.high)
-    hard = (x + offset).clamp(low, high)
-    for _ in range(ATTACK_STEPS):
-        hard = hard.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(cross_entropy(answer(hard), y), hard)
-        hard = (hard + attack.rate * gradient.sign()).clamp(low, high)
-    return hard.detach()
 
 
 # --- the page -------------------------------------------------------------------------------------
