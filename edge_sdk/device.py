@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
+from edge_sdk.bases import Bases
 from edge_sdk.bundle import BlobStore, Bundle, Manifest
 from edge_sdk.connection import Connection, OpenLink, RoundOver
 from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError
-from edge_sdk.exchange import Exchange
+from edge_sdk.exchange import Exchange, send_update
 from edge_sdk.fetch import Fetcher
 from edge_sdk.learner import (
     Finished,
@@ -38,7 +38,6 @@ from edge_sdk.protocol.messages import (
     Ready,
     Round,
     Stop,
-    Update,
     Welcome,
 )
 from edge_sdk.protocol.tensors import Array
@@ -121,8 +120,8 @@ class Device:
             open_link, token=token, tier=tier, patience_s=patience_s, memory_mb=memory_mb
         )
         self._fetcher = Fetcher(self._connection, BlobStore(cache))
-        self._mix: Mix | None = None
-        self._predictor = Predictor(self._need_learner, self._connection.ask, self.fetch_bases)
+        self._bases = Bases(self._connection, self._fetcher, self._need_learner)
+        self._predictor = Predictor(self._need_learner, self._connection.ask, self._bases.have)
 
     @classmethod
     async def connect(
@@ -241,7 +240,7 @@ class Device:
                     if delivery.message.state is not None:
                         await self._load_state(delivery.message.state)
                     if delivery.message.bases is not None:
-                        self._offer(delivery.message.bases)
+                        self._bases.offer(delivery.message.bases)
                     session.settle(delivery.seq)
                     return report
                 if isinstance(delivery.message, Move):
@@ -272,7 +271,8 @@ class Device:
         try:
             learner = await self._load_bundle(move.manifest, move.tier)
             session.check()  # in a new session the hub knows us by the tier that we had
-            self._learner, self._bundle, self._mix = learner, move.manifest, None
+            self._learner, self._bundle = learner, move.manifest
+            self._bases.forget()
             self._connection.tier = move.tier
         except (BundleError, DataError, HubError, OSError) as error:
             log.warning("cannot move to %s (%s): %s", move.tier, move.reason, error)
@@ -293,7 +293,7 @@ class Device:
         now = asyncio.get_running_loop().time
         started = now()
         try:
-            states = await self._states_of(task)
+            states = await self._fetcher.start_of(task)
         except HubError as error:
             if error.code != "unknown_blob":
                 raise
@@ -307,19 +307,9 @@ class Device:
             return None  # too slow: the hub went on without us
         times = {"compute_s": compute_s, "wait_s": now() - started - compute_s}
         result = replace(result, metrics=result.metrics | times)
-        await self._send_update(session, task.round, result)
+        await send_update(session, task.round, result, self._connection.welcome.max_frame)
         loss, accuracy = (result.metrics.get(name) for name in ("loss", "accuracy"))
         return RoundReport(task.round, loss, accuracy, now() - started)
-
-    async def _states_of(self, task: Round) -> dict[int | None, dict[str, Array]]:
-        """What a round starts from: of each base, or of the model under None."""
-        if task.bases is None:
-            assert task.state is not None
-            return {None: unpack_tensors(await self._fetcher.state(task.state))}
-        return {
-            int(base): unpack_tensors(await self._fetcher.state(name))
-            for base, name in task.bases.items()
-        }
 
     async def _train_locally(
         self,
@@ -357,32 +347,6 @@ class Device:
                 await exchange.send(step)
             elif isinstance(step, Wanted):
                 reply = await exchange.reply(step)
-
-    async def _send_update(self, session: Session, number: int, result: LocalResult) -> None:
-        """Send what was trained in messages that each stay under the frame limit."""
-        limit = self._connection.welcome.max_frame - 4096 - 600 * len(result.state)
-        part: dict[str, Array] = {}
-        size = 0
-
-        async def flush(done: bool) -> None:
-            await session.send(
-                Update(
-                    round=number,
-                    tensors=dict(part),
-                    done=done,
-                    samples=result.samples,
-                    metrics=result.metrics,
-                )
-            )
-            part.clear()
-
-        for name, tensor in result.state.items():
-            if part and size + tensor.nbytes > limit:
-                await flush(done=False)
-                size = 0
-            part[name] = tensor
-            size += tensor.nbytes
-        await flush(done=True)
 
     # --- prediction -----------------------------------------------------------------------------
 
@@ -430,29 +394,7 @@ class Device:
             DataError: there are not so many.
             HubError: the hub does not give them.
         """
-        for attempt in range(4):
-            mix = self._mix or self._offer(self._connection.welcome.bases or {})
-            try:
-                for base, name in mix.missing(bases):
-                    mix.put(base, name, unpack_tensors(await self._fetcher.state(name)))
-                return mix
-            except HubError as error:
-                if error.code != "unknown_blob" or attempt == 3:
-                    raise
-            # rounds went by since the hub named them
-            self._offer((await self._connection.renew()).bases or {})
-        raise AssertionError("the last attempt returns or raises")
-
-    def _offer(self, bases: Mapping[str, str]) -> Mix:
-        """From now on these are mixed; of those that are here, the ones that are as they were stay.
-
-        Answers that are under way go on with what they have begun with.
-        """
-        learner = self._need_learner()
-        mix = Mix(learner.manifest, learner.runtime) if self._mix is None else copy.copy(self._mix)
-        mix.offer(bases)
-        self._mix = mix
-        return mix
+        return await self._bases.have(bases)
 
     async def evaluate(self, examples: Examples, batch_size: int = 256) -> Evaluation:
         """Measure the three ways to answer: accuracy, or perplexity for a model of tokens.
@@ -511,7 +453,7 @@ class Device:
         while (welcome := self._connection.welcome).manifest != self._bundle:
             self._learner = await self._load_bundle(welcome.manifest, welcome.tier)
             self._bundle = welcome.manifest
-            self._mix = None
+            self._bases.forget()
 
     async def _load_bundle(self, name: str, tier: str) -> Learner:
         """Fetch the manifest called ``name`` and its blobs, verify them, load the runtime."""

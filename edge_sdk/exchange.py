@@ -5,8 +5,15 @@ from __future__ import annotations
 import asyncio
 
 from edge_sdk.connection import Connection, Returned
-from edge_sdk.learner import Alone, Finished, Packed, Reply, Wanted
-from edge_sdk.protocol.messages import Activations, FeatureGradient, Features, Gradient
+from edge_sdk.learner import Alone, Finished, LocalResult, Packed, Reply, Wanted
+from edge_sdk.protocol.messages import (
+    Activations,
+    FeatureGradient,
+    Features,
+    Gradient,
+    Update,
+)
+from edge_sdk.protocol.tensors import Array
 from edge_sdk.session import Session
 
 PATIENCE_S = 10.0
@@ -73,3 +80,30 @@ class Exchange:
         except TimeoutError:
             self._gave_up = True
             return Alone()
+
+
+async def send_update(session: Session, number: int, result: LocalResult, max_frame: int) -> None:
+    """Send what was trained in messages that each stay under the frame limit."""
+    limit = max_frame - 4096 - 600 * len(result.state)
+    part: dict[str, Array] = {}
+    size = 0
+
+    async def flush(done: bool) -> None:
+        await session.send(
+            Update(
+                round=number,
+                tensors=dict(part),
+                done=done,
+                samples=result.samples,
+                metrics=result.metrics,
+            )
+        )
+        part.clear()
+
+    for name, tensor in result.state.items():
+        if part and size + tensor.nbytes > limit:
+            await flush(done=False)
+            size = 0
+        part[name] = tensor
+        size += tensor.nbytes
+    await flush(done=True)

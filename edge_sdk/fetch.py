@@ -5,6 +5,9 @@ from __future__ import annotations
 from edge_sdk.bundle import BlobStore, verify_blob
 from edge_sdk.connection import Connection
 from edge_sdk.errors import BundleError
+from edge_sdk.protocol.frames import unpack_tensors
+from edge_sdk.protocol.messages import Round
+from edge_sdk.protocol.tensors import Array
 
 
 class Fetcher:
@@ -45,3 +48,12 @@ class Fetcher:
         buffer = bytearray()
         await self._connection.download(name, 0, buffer.extend)
         return verify_blob(name, bytes(buffer))
+
+    async def start_of(self, task: Round) -> dict[int | None, dict[str, Array]]:
+        """What a round starts from: the state of each base network, or of the model under None."""
+        if task.bases is None:
+            assert task.state is not None
+            return {None: unpack_tensors(await self.state(task.state))}
+        return {
+            int(base): unpack_tensors(await self.state(name)) for base, name in task.bases.items()
+        }

@@ -84,6 +84,12 @@ def check_bundles(
 
 def _check_mixing(mixing: Mixing, manifests: Mapping[str, Manifest], model: SplitModel) -> None:
     """Every tier can train a base, and the trunk can train those that are cut."""
+    for tier in mixing.budgets:
+        if tier not in manifests:
+            raise ConfigError(
+                f"[mix] has a budget for a tier {tier!r}, and there is none; there are "
+                f"{', '.join(manifests)}"
+            )
     for tier, manifest in manifests.items():
         mixing.count(tier)
         if not manifest.whole and statistics(model.block[manifest.cut :]):
