@@ -169,6 +169,8 @@ class RunFolder:
         parts = [f"# {title}", *sections]
         if self.records:
             parts += [rounds_table(self.records), traffic_table(self.records[-1].bytes)]
+        if self.records and self.records[-1].mixed:
+            parts.append(mixture_table(self.records[-1]))
         if any(record.moves for record in self.records):
             draw_cuts(self.records, self.folder / "cuts.png")
             parts += [moves_table(self.records), "![cut of each device over the rounds](cuts.png)"]
@@ -225,6 +227,19 @@ def moves_table(records: Sequence[RoundRecord]) -> str:
     ]
     header = ["device", "after round", "cut", "to", "reason"]
     return "## Moves of cuts\n\n" + markdown_table(header, rows, left=(0, 4))
+
+
+def mixture_rows(record: RoundRecord) -> tuple[list[str], list[str]]:
+    """Header and row of how good the best so many base networks are, mixed."""
+    header = ["bases", *record.mixed]
+    return header, [record.metric, *(shown(v, record.metric) for v in record.mixed.values())]
+
+
+def mixture_table(record: RoundRecord) -> str:
+    """Mixtures of base networks after a round."""
+    header, row = mixture_rows(record)
+    order = ", ".join(map(str, record.order))
+    return f"## Mixtures\n\n{markdown_table(header, [row])}\n\nBest first: {order}."
 
 
 def traffic_table(traffic: Mapping[str, Mapping[str, int]]) -> str:

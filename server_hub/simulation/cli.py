@@ -57,8 +57,8 @@ def simulate(
     """Run a job's hub and devices in one process, on a virtual clock."""
     job = read_job(job_file, runtime, method=method, rounds=rounds, seed=seed)
     folder = run or Path("runs") / f"{job_file.stem}-{job.method}-seed-{job.seed}"
-    from server_hub.run import move_lines
-    from server_hub.simulation.results import accuracy_table, cost_table, rows_of
+    from server_hub.run import mixture_rows, move_lines
+    from server_hub.simulation.results import Grid, accuracy_table, cost_table, rows_of
     from server_hub.simulation.simulate import Simulation
     from server_hub.tensorboard import Board
 
@@ -91,6 +91,10 @@ def simulate(
         simulation.report()
     console.print(accuracy_table(runs))
     console.print(cost_table(runs))
+    if records[-1].mixed:
+        header, scores = mixture_rows(records[-1])
+        mixtures = Grid("The best base networks, mixed", header, [scores], 1)
+        console.print(mixtures.rich())
     console.print(f"metrics, report, pictures and model in {folder}")
     if as_json:
         for row in rows_of(job.method, job, records):
