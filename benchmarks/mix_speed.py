@@ -3,9 +3,9 @@
     python -m benchmarks.mix_speed [--json FILE]
 
 The wide model is that of ``cutlayer demo --mix``, split into eight. On the device ONNX Runtime
-mixes N bases in one call of ``mix_N``, or in N calls of ``mix_1``. In the trunk, cut behind the stem
-and the first block, a step trains eight bases on a batch each, stacked, or eight trunks train one
-each. One thread; medians, both sides by turns in one process.
+mixes N bases in one call of ``mix_N``, or in N calls of ``mix_1``. In the trunk, cut behind the
+stem and the first block, a step trains eight bases on a batch each, stacked, or eight trunks train
+one each. One thread; medians, both sides by turns in one process.
 """
 
 from __future__ import annotations
