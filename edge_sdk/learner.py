@@ -230,11 +230,11 @@ class Learner:
         runtime.set_state(state)
         hyper = {
             n: np.asarray(v, np.float32) for n, v in plan.hyper.items()
-            if n != "own" and not n.startswith("attack_")
+            if n not in ("own", "masked") and not n.startswith("attack_")
         }  # fmt: skip
         seeded = any(port.role == "seed" for port in self.manifest.graphs["train"].inputs)
         size = min(plan.batch_size, self.manifest.limits.get("batch", plan.batch_size))
-        present = self._present(data)
+        present = self._present(data, plan)
         attack = Attack.of(plan.hyper) if plan.hyper.get("robustness") and self._hardens else None
         if plan.activations == "forward":
             for number, batch in enumerate(self._batches(data, size, rng)):
@@ -280,10 +280,15 @@ class Learner:
     def _hardens(self) -> bool:
         return "harden" in self.manifest.graphs
 
-    def _present(self, data: Examples) -> dict[str, Array]:
-        """Of which classes there are examples, where the loss leaves out the others."""
+    def _present(self, data: Examples, plan: LocalPlan) -> dict[str, Array]:
+        """Of which classes there are examples, where the loss leaves out the others.
+
+        All classes count where the plan's hyper-parameter ``masked`` is 0.
+        """
         if all(port.spec.name != "present" for port in self.manifest.graphs["train"].inputs):
             return {}
+        if plan.hyper.get("masked") == 0:
+            return {"present": np.ones(self.manifest.classes, np.float32)}
         classes = np.zeros(self.manifest.classes, np.float32)
         classes[np.unique(data.y)] = 1
         return {"present": classes}

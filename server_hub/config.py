@@ -144,12 +144,14 @@ class Mix:
             tiers that are not named.
         robustness: weight of examples made hard in the loss, where devices make them; 0 for none.
         attack: how they are made.
+        masked: whether a device's loss leaves out classes that it has no examples of.
         seed: of the draws of bases.
     """
 
     budgets: dict[str, float] = field(default_factory=dict)
     robustness: float = 0.0
     attack: Attack = field(default_factory=Attack)
+    masked: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -158,7 +160,14 @@ class Mix:
 
     def of(self, bases: int) -> Mixing:
         """For so many bases; raises :class:`ConfigError` for a budget below one of them."""
-        return Mixing(bases, self.budgets, self.robustness, attack=self.attack, seed=self.seed)
+        return Mixing(
+            bases,
+            self.budgets,
+            self.robustness,
+            attack=self.attack,
+            masked=self.masked,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)

@@ -326,8 +326,8 @@ class Hub:
     def _hyper(self, peer: Peer, stage: Stage, rate: float) -> dict[str, float]:
         """Hyper-parameters of a device; its own gradient counts by its part of the blocks."""
         hyper = {**self.local_hyper, "lr": self.local_hyper["lr"] * rate}
-        if self.method.mixing is not None and "harden" in self.manifests[peer.tier].graphs:
-            hyper |= self.method.mixing.hyper()
+        if self.method.mixing is not None:
+            hyper |= self.method.mixing.hyper("harden" in self.manifests[peer.tier].graphs)
         if stage.activations == "fused":
             hyper["own"] = self.manifests[peer.tier].cut / self.model.depth
         return hyper

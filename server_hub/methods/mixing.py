@@ -22,6 +22,7 @@ class Mixing:
         robustness: weight of examples made hard in the loss; 0 for none.
         dual_norms: whether bases get norms of their own for them.
         attack: how they are made.
+        masked: whether a device's loss leaves out classes that it has no examples of.
         seed: of the draws.
     """
 
@@ -30,6 +31,7 @@ class Mixing:
     robustness: float = 0.0
     dual_norms: bool = True
     attack: Attack = field(default_factory=Attack)
+    masked: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +74,9 @@ class Mixing:
             drawn[device] = [first, *(int(b) for b in more)]
         return drawn
 
-    def hyper(self) -> dict[str, float]:
-        """What devices that harden their examples need to know."""
-        return {"robustness": self.robustness, **self.attack.to_hyper()} if self.robustness else {}
+    def hyper(self, hardens: bool) -> dict[str, float]:
+        """What devices need to know: those that make examples hard, and others."""
+        hyper = {"masked": float(self.masked)}
+        if self.robustness and hardens:
+            hyper |= {"robustness": self.robustness, **self.attack.to_hyper()}
+        return hyper

@@ -122,12 +122,14 @@ class MixTable:
         dual_norms: whether there are norms of their own for these; then answers are as robust as
             whoever asks wants them to be. Else it is plain adversarial training.
         attack: how they are made, in units of the inputs.
+        masked: whether a device's loss leaves out classes that it has no examples of.
     """
 
     bases: int = 8
     robustness: float = 0.0
     dual_norms: bool = True
     attack: Attack = field(default_factory=Attack)
+    masked: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.bases <= MAX_BASES:
@@ -204,7 +206,13 @@ class Job:
         budgets = {name: tier.budget for name, tier in self.tiers.items()}
         mix = self.mix
         return Mixing(
-            mix.bases, budgets, mix.robustness, mix.dual_norms, mix.attack, seed=self.seed
+            mix.bases,
+            budgets,
+            mix.robustness,
+            mix.dual_norms,
+            mix.attack,
+            mix.masked,
+            self.seed,
         )
 
     @property
