@@ -38,6 +38,7 @@ from benchmarks.splitmix_report import (
     HETEROFL,
     PLAIN,
     SPLITMIX,
+    UNMASKED,
     WIDTHS,
     Run,
     Runs,
@@ -64,7 +65,7 @@ PARTITIONS = {
     "iid": PartitionTable("iid"),
     NON_IID: PartitionTable("shards", classes_per_client=3),
 }
-METHODS = {SPLITMIX: "splitmix", FEDAVG: "fedavg", HETEROFL: "heterofl"}
+METHODS = {SPLITMIX: "splitmix", UNMASKED: "splitmix", FEDAVG: "fedavg", HETEROFL: "heterofl"}
 """By name, as jobs call them. The runs for robustness are all Split-Mix; of one base and without
 dual norms it is FedAvg."""
 
@@ -130,7 +131,7 @@ class Plan:
         hyper = {**self.job.local.hyper, "lr": rates.get(f"{method} {setting.width}", rate)}
         depth = build_model(setting.model).depth
         tiers = {name: replace(tier, cut=depth) for name, tier in self.job.tiers.items()}
-        mix = part.mix
+        mix = replace(part.mix, masked=setting.method != UNMASKED)
         if setting.method in (ADVERSARIAL, PLAIN):  # one base of all channels: federated averaging
             tiers = {name: replace(tier, budget=1.0) for name, tier in tiers.items()}
             mix = replace(mix, bases=1, dual_norms=False)
@@ -157,12 +158,13 @@ class Plan:
 
 def settings_of(data: str) -> list[Setting]:
     """Those on some data, the longest runs first."""
-    widths = {SPLITMIX: ["1"], HETEROFL: ["1"], FEDAVG: list(WIDTHS)}
+    widths = {SPLITMIX: ["1"], UNMASKED: ["1"], HETEROFL: ["1"], FEDAVG: list(WIDTHS)}
     return [
         Setting(data, partition, method, width)
         for partition in PARTITIONS
         for method, trained in widths.items()
         for width in trained
+        if method != UNMASKED or partition == NON_IID
     ]
 
 
@@ -370,7 +372,8 @@ def setting_text(plan: Plan) -> str:
         "at their end. HeteroFL's devices are charged the widths that they draw, in the mean. "
         "Training costs are those of all devices (FLOPs) and per device of the fleet (traffic); "
         "Split-Mix and HeteroFL have all widths for the cost in their first line. Of Split-Mix's "
-        "loss, logits of classes that a device has no examples of are left out.\n\n"
+        "loss, logits of classes that a device has no examples of are left out, as in its paper, "
+        "unless it is *unmasked*; those of FedAvg and HeteroFL are over all classes.\n\n"
         f"For robustness: digits, IID, {robust.rounds} rounds, examples made hard with "
         f"{mix.attack.steps} steps of {mix.attack.rate:g} within {mix.attack.epsilon:g} and "
         f"weight {mix.robustness:g}, rates {rates}. FedAvg is one base of all channels "

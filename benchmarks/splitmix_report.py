@@ -26,6 +26,9 @@ WIDTHS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0}
 """Parts of the channels that FedAvg and HeteroFL train; and of the bases that Split-Mix mixes."""
 BASES = 8
 SPLITMIX, FEDAVG, HETEROFL = "Split-Mix", "FedAvg", "HeteroFL"
+UNMASKED = "Split-Mix, unmasked"
+"""With a loss over all classes, where a device does not have examples of each."""
+MIXES = (SPLITMIX, UNMASKED)
 DUAL, ADVERSARIAL, PLAIN = "dual", "adversarial", "plain"
 ROBUST_NAMES = {
     DUAL: "Split-Mix, dual norms",
@@ -43,7 +46,7 @@ class Setting:
     Attributes:
         data: ``cifar10`` or ``digits``.
         partition: its name.
-        method: one of the three, or a key of :data:`ROBUST_NAMES`.
+        method: one of the four, or a key of :data:`ROBUST_NAMES`.
         width: of FedAvg's model, a key of :data:`WIDTHS`; the others have all.
     """
 
@@ -118,7 +121,7 @@ class Run:
         """The measured rounds of a width; for Split-Mix, of so many bases."""
         found = []
         for record in self.records:
-            if self.setting.method == SPLITMIX:
+            if self.setting.method in MIXES:
                 value = record.mixed.get(str(bases_of(width)))
             else:
                 value = next(
@@ -233,7 +236,9 @@ class Panel:
                     found = replace(found, ended=True)
         return found
 
-    def gains(self, method: str, width: str, equal: bool, bases: str = "") -> list[float]:
+    def gains(
+        self, method: str, width: str, equal: bool, bases: str = "", ours: str = SPLITMIX
+    ) -> list[float]:
         """Points that Split-Mix is ahead of a method at a width, seed by seed.
 
         Args:
@@ -241,9 +246,10 @@ class Panel:
             width: of the other.
             equal: at as many operations as Split-Mix, else after as many rounds.
             bases: width of Split-Mix; that of the other if it is not given.
+            ours: one of :data:`MIXES`.
         """
         bases = bases or width
-        mine, its = self.runs_of(SPLITMIX, bases), self.runs_of(method, width)
+        mine, its = self.runs_of(ours, bases), self.runs_of(method, width)
         found = []
         for seed in sorted(mine.keys() & its.keys()):
             curve = its[seed].curve(width)
@@ -292,7 +298,7 @@ def drawn_share(data: str) -> float:
 
 def use_of(data: str, method: str, width: str) -> tuple[float, int]:
     """Operations of an answer, and parameters."""
-    if method != SPLITMIX:
+    if method not in MIXES:
         return inference_flop(data, width), parameters(data, width)
     bases = bases_of(width)
     return bases * inference_flop(data, "1/8"), bases * parameters(data, "1/8")
@@ -312,7 +318,7 @@ def percent(values: Sequence[float]) -> str:
 def panel_grid(panel: Panel) -> Grid:
     """A line per method and width: accuracy, and what it takes."""
     rows = []
-    for method in (SPLITMIX, FEDAVG, HETEROFL):
+    for method in (*MIXES, FEDAVG, HETEROFL):
         spent = [0.0, 0.0, 0.0]
         for width in WIDTHS:
             runs = list(panel.runs_of(method, width).values())
@@ -382,13 +388,14 @@ def robust_grid(runs: Runs, attack: str) -> Grid:
 # --- verdicts -------------------------------------------------------------------------------------
 
 
-def verdict(runs: Runs, method: str, equal: bool) -> str:
+def verdict(runs: Runs, method: str, equal: bool, ours: str = SPLITMIX) -> str:
     """Whether Split-Mix beats another method width by width."""
     cases = {
-        panel.name: {w: panel.gains(method, w, equal) for w in WIDTHS} for panel in panels(runs)
+        panel.name: {w: panel.gains(method, w, equal, ours=ours) for w in WIDTHS}
+        for panel in panels(runs)
     }
     at = "as many training FLOPs as Split-Mix has spent" if equal else "equal rounds"
-    return f"Split-Mix, n of 8 bases, beats {method} of n/8 of the width at {at}: {answer(cases)}"
+    return f"{ours}, n of 8 bases, beats {method} of n/8 of the width at {at}: {answer(cases)}"
 
 
 def inference_verdict(runs: Runs) -> str:
@@ -459,6 +466,9 @@ def verdicts(runs: Runs) -> Iterator[str]:
     for method in (FEDAVG, HETEROFL):
         for equal in (False, True):
             yield verdict(runs, method, equal)
+    for method in (FEDAVG, HETEROFL):
+        for equal in (False, True):
+            yield verdict(runs, method, equal, UNMASKED)
     yield inference_verdict(runs)
     yield robust_verdict(runs)
 
@@ -471,7 +481,7 @@ def json_of(runs: Runs) -> bytes:
 
 # --- pictures -------------------------------------------------------------------------------------
 
-COLOURS = {SPLITMIX: "#d62728", FEDAVG: "#1f77b4", HETEROFL: "#2ca02c"}
+COLOURS = {SPLITMIX: "#d62728", UNMASKED: "#ff9896", FEDAVG: "#1f77b4", HETEROFL: "#2ca02c"}
 ROBUST_COLOURS = {1: "#ff9896", 4: "#e377c2", 8: "#d62728"}
 
 
@@ -486,6 +496,8 @@ def draw(runs: Runs, path: Path) -> None:
         for method, colour in COLOURS.items():
             scores = {w: panel.scores(method, w).final for w in WIDTHS}
             shown = {w: values for w, values in scores.items() if values}
+            if not shown:
+                continue
             flop = [use_of(panel.data, method, w)[0] / 1e6 for w in shown]
             mean = [100 * fmean(values) for values in shown.values()]
             bars = [100 * stdev(v) if len(v) > 1 else 0.0 for v in shown.values()]
