@@ -504,7 +504,8 @@ def draw(runs: Runs, path: Path) -> None:
             axis.errorbar(flop, mean, bars, color=colour, marker="o", capsize=2, label=method)
         axis.set(title=panel.name, xlabel="MFLOP per answer", xscale="log")
     axes[0].set(ylabel="accuracy (%)")
-    axes[-1].legend(loc="lower right")
+    lines = {a.get_label(): a for axis in axes for a in axis.get_legend_handles_labels()[0]}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
     _save(figure, path)
 
 
