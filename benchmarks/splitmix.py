@@ -359,8 +359,8 @@ def setting_text(plan: Plan) -> str:
     return (
         f"{plan.job.clients} devices, as many with each budget of {tiers}; all take part in every "
         f"round of one local epoch; SGD with momentum and a cosine schedule. {fleets}. Rates were "
-        "chosen on another seed. Whole bases are on the devices. A seed changes who holds what, the "
-        "order of batches, and the initial weights of bases.\n\n"
+        "chosen on another seed. Whole bases are on the devices. A seed changes who holds what, "
+        "the order of batches, and the initial weights of bases.\n\n"
         "*Width* is a part of the channels; for Split-Mix n of 8 bases, mixed, with that part "
         "of the channels and about n/64 of the weights. FedAvg trains a model for each width, with "
         "the devices whose budget carries it. *Accuracy* is that after the last round, on held-out "
