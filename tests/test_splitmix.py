@@ -340,7 +340,7 @@ def papers_loop(task: Job, simulation: Simulation) -> list[dict[str, Array]]:
 
 
 @pytest.mark.parametrize(
-    "model, masked", [("build_wide", True), ("build_wide", False), ("build_batch_norms", True)]
+    ("model", "masked"), [("build_wide", True), ("build_wide", False), ("build_batch_norms", True)]
 )
 def test_a_simulated_job_is_the_loop_of_the_paper(tmp_path: Path, model: str, masked: bool) -> None:
     """Several classes are missing on every device, which the loss leaves out, or not."""
