@@ -298,8 +298,10 @@ def compare(
     ("kind", "runtime"),
     [
         *((kind, runtime) for kind in MODELS for runtime in ("onnx", "torch")),
-        ("batchnorm", "executorch"),
-        pytest.param("lora", "executorch", marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(kind, "executorch", marks=pytest.mark.exhaustive)
+            for kind in ("batchnorm", "lora")
+        ),
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ class Seen:
             raise KeyboardInterrupt
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_interrupted_comparison_goes_on_to_the_rows_of_runs_on_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

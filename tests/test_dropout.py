@@ -265,7 +265,7 @@ class Recorder:
 def seeds_of_a_round(seed: int) -> list[int]:
     """The seeds of the training steps of a round of three epochs of four batches."""
     recorder = Recorder()
-    port = SimpleNamespace(role="seed")
+    port = SimpleNamespace(role="seed", spec=SimpleNamespace(name="seed"))
     manifest: Any = SimpleNamespace(
         graphs={"train": SimpleNamespace(inputs=[port])}, limits={}, task="classes", state=()
     )

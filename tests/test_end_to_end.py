@@ -425,10 +425,10 @@ def test_a_device_that_only_predicts_has_the_present_state(
             def forget_once(peer: Any, wanted: Any) -> None:
                 calls.append(wanted.hash)
                 if len(calls) == 1:  # two rounds end before the device asks
-                    for _ in range(2):
-                        hub.gateway.publish(dict.fromkeys(bundles.tiers, b"\x80"))
+                    for number in range(2):
+                        hub.gateway.publish(dict.fromkeys(bundles.tiers, bytes([number])))
                     asyncio.get_running_loop().call_soon(
-                        lambda: asyncio.ensure_future(hub._publish_states())
+                        lambda: asyncio.ensure_future(hub.offers.publish())
                     )
                 publish(peer, wanted)
 

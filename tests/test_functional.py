@@ -232,6 +232,7 @@ class WordStem(nn.Module):
         return result
 
 
+@pytest.mark.exhaustive
 def test_no_distillation_no_operators() -> None:
     """With a weight of zero, or a single head, the graph is the one without it."""
     model, x, classes = distilled("conv")

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from edge_sdk.bundle import Bundle
-from edge_sdk.connection import Connection, RoundOver
+from edge_sdk.connection import Connection, Question, RoundOver
 from edge_sdk.data import Examples
 from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, ConfigError, HubError
@@ -687,7 +687,7 @@ def test_a_device_that_came_back_after_a_move_was_planned_is_not_moved(
     async def job() -> None:
         async with fleet(tmp_path, export, script, 4) as made:
             hub = made.hub
-            publish = hub._publish_states
+            publish = hub.offers.publish
 
             async def back_meanwhile() -> None:
                 await publish()
@@ -697,7 +697,7 @@ def test_a_device_that_came_back_after_a_move_was_planned_is_not_moved(
                     while hub.gateway.peers.get("a", before) is before:
                         await asyncio.sleep(0)
 
-            hub._publish_states = back_meanwhile  # type: ignore[method-assign]
+            hub.offers.publish = back_meanwhile  # type: ignore[method-assign]
             async with await made.join("a", "two") as device:
                 assert (await device.train()).reason == "the job is finished"
                 assert made.tier_of("a") == device.manifest.tier == "one"
@@ -785,10 +785,10 @@ def test_an_answer_is_that_of_the_tier_which_has_packed_the_question(
                 assert device.manifest.tier == "two"
                 await device.train()
                 assert device.manifest.tier == made.tier_of("a") == "three"
-                late = await device._connection.ask(parts, "two")
-                now = await device._connection.ask(parts, "three")
+                late = await device._connection.ask(Question(parts, "two"))
+                now = await device._connection.ask(Question(parts, "three"))
                 with pytest.raises(HubError, match="no tier 'five'") as caught:
-                    await device._connection.ask(parts, "five")
+                    await device._connection.ask(Question(parts, "five"))
                 assert caught.value.code == "unknown_tier"
             model = build()
             model.load(tmp_path / "run" / "model.safetensors")

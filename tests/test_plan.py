@@ -358,6 +358,7 @@ def test_quantized_inference_is_part_of_the_bundle(planner: Planner) -> None:
     assert sizes["int8"] > sizes["float32"]
 
 
+@pytest.mark.exhaustive
 def test_executorch() -> None:
     pytest.importorskip("executorch")
     tier = TierTable(batch=8, runtime="executorch").at(1)

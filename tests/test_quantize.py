@@ -474,6 +474,7 @@ def unlike(bundle: Bundle, rows: int = 3000) -> Examples:
     return Examples(x[chosen], answers["float32"][chosen])
 
 
+@pytest.mark.exhaustive
 def test_accuracy_at_the_bound(tmp_path: Path) -> None:
     """One example of a hundred is a loss of 0.01, which is allowed, and no bit more."""
     _, index, _ = exported("text", tmp_path / "out")

@@ -607,7 +607,7 @@ def build_for_three_classes() -> SplitModel:
     ("changes", "error", "says"),
     [
         ({"tiers": {"a": FleetTier(clients=2, cut=4)}}, ExportError, "cut 4"),
-        ({"tiers": {"a": FleetTier(clients=2, cut=4)}, "method": "fedavg"}, ExportError, "cut 4"),
+        ({"tiers": {"a": FleetTier(clients=2, cut=5)}, "method": "fedavg"}, ExportError, "cut 5"),
         ({"tiers": {"a": FleetTier(clients=161, cut=1)}}, ConfigError, "161"),
         ({"model": "tests.models:nothing"}, ConfigError, "nothing"),
         ({"model": f"{__name__}:build_for_colour"}, CutlayerError, "channels"),

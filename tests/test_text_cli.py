@@ -19,13 +19,15 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_sdk import DataError, Device, Evaluation, Prediction, prediction
+from edge_sdk.connection import Question
 from edge_sdk.data import Examples
 from edge_sdk.errors import LinkClosed
 from edge_sdk.learner import Learner
 from edge_sdk.link import open_websocket
 from edge_sdk.main import main
 from edge_sdk.measure import Measurement
-from edge_sdk.prediction import Predictor
+from edge_sdk.mix import Mix
+from edge_sdk.prediction import Manner, Predictor
 from edge_sdk.protocol.messages import Answer
 from edge_sdk.protocol.tensors import Array
 from export import plan as plan_module
@@ -158,17 +160,20 @@ def pair(request: pytest.FixtureRequest, bundles: Any) -> tuple[Predictor, Asked
     served.serve({cut: {n: t.detach().numpy() for n, t in model.trained().items()}})
     asked: Asked = []
 
-    async def ask(parts: dict[str, Array], name: str) -> Answer:
-        assert name == tier
-        asked.append(parts)
-        logits = served.answer(Arrival("", "", cut, "fp16", parts, np.zeros(1)))
+    async def ask(question: Question) -> Answer:
+        assert question.tier == tier
+        asked.append(question.parts)
+        logits = served.answer(Arrival("", "", cut, "fp16", question.parts, np.zeros(1)))
         return Answer(request=1, heads=["?"] * len(logits), logits=logits)
 
-    return Predictor(lambda: learner, ask), asked, cut
+    async def mixing(bases: int) -> Mix:
+        raise AssertionError("the model has no bases")
+
+    return Predictor(lambda: learner, ask, mixing), asked, cut
 
 
 def predict(predictor: Predictor, x: Array, confidence: float) -> Prediction:
-    return asyncio.run(predictor.predict(x, confidence, 10.0, "float32"))
+    return asyncio.run(predictor.predict(x, confidence, 10.0, Manner()))
 
 
 def test_a_prediction_for_texts_is_the_token_behind_the_last_position(

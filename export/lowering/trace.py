@@ -72,7 +72,6 @@ def trace(step: Step) -> ExportedProgram:
         return constants + [_empty(port, sizes) for port in step.inputs]
 
     table = decompositions()
-    table.pop(torch.ops.aten.squeeze.dim, None)
     fake = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     # attention in terms of matrix products: the backward of its fused kernels has no translation
     with fake, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), without_onednn():

@@ -87,4 +87,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.pow.Tensor_Scalar: pow_scalar,
         aten.squeeze.dims: squeeze_dims,
     }
-    return {**core_aten_decompositions(), **ours}
+    table = {**core_aten_decompositions(), **ours}
+    table.pop(aten.squeeze.dim, None)  # it would become that of several dimensions
+    return table

@@ -1,0 +1,34 @@
+"""``cutlayer demo --mix``: base networks over real device processes, then mixed on one of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from edge_sdk.mix import Mix
+from server_hub.demo.mix_job import ROBUSTNESS, MixDemo, run_mix_demo
+from server_hub.mix_cli import bundle_bases
+
+
+@pytest.mark.slow
+def test_bases_are_trained_by_processes_and_mixed_on_a_device(tmp_path: Path) -> None:
+    """Two rounds teach little; what is tested is that all of it fits together."""
+    shown = io.StringIO()
+    console = Console(file=shown, width=120)
+    folder = tmp_path / "run"
+    result = run_mix_demo(folder, MixDemo(rounds=2, mixed=(1, 3)), console)
+    rows = {(row["bases"], row["lambda"]): row for row in result["rows"]}
+    assert list(rows) == [(bases, robust) for bases in (1, 3) for robust in ROBUSTNESS]
+    for row in rows.values():
+        assert 0 <= row["robust_accuracy"] <= row["clean_accuracy"] + 0.05 <= 1.05
+        assert row["latency_ms"] > 0
+        assert 20 < row["rss_mb"] < 400
+    assert result["rounds"] == 2
+    assert result["choices"]["the same phone at 15 %"]["bases"] == 1
+    assert result["choices"]["a camera in the rain"]["robustness"] == 0.5
+    assert (folder / "report.md").read_text("utf-8").count("made hard") >= 1
+    bundle_bases(folder, folder / "bundles", tmp_path / "mixed")
+    assert len(Mix.open(tmp_path / "mixed", "large").held) == 8
