@@ -23,7 +23,7 @@ def demo(
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Rounds of training.  [default: 40; --text and --mix: 16]"),
+        typer.Option(min=1, help="Rounds of training.  [default: 40; with --text 16]"),
     ] = None,
     text: Annotated[
         bool, typer.Option("--text", help="Fine-tune a language model, by SplitFT, instead.")

@@ -33,7 +33,7 @@ CONDITIONS = {
     "a phone at 80 %": Condition(battery=0.8),
     "the same phone at 15 %": Condition(battery=0.15),
     "a camera in the rain": Condition(hostile=0.5),
-    "half a millisecond for an answer": Condition(latency_s=0.0005),
+    "a phone that is too hot": Condition(thermal="serious"),
 }
 
 

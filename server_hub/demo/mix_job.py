@@ -95,7 +95,7 @@ class MixDemo:
         mixed: how many bases the device mixes, one after the other.
     """
 
-    rounds: int = 16
+    rounds: int = 40
     lr: float = 0.1
     mixed: Sequence[int] = field(default=MIXED)
 
@@ -144,9 +144,9 @@ def run_mix_demo(
         console.print("[bold]5[/]  one device mixes, without another download than of bases")
         rows, choices = _ask(stack, folder, address, secret, demo, console)
     for name, choice in choices.items():
+        bases = f"[bold]{choice['bases']}[/] {'base' if choice['bases'] == 1 else 'bases'}"
         console.print(
-            f"   {name}: [bold]{choice['bases']}[/] bases, robustness "
-            f"[bold]{choice['robustness']:g}[/]. {choice['reason']}"
+            f"   {name}: {bases}, robustness [bold]{choice['robustness']:g}[/]. {choice['reason']}"
         )
     console.print(traffic_table(traffic))
     result = {
@@ -311,6 +311,8 @@ def _ask(
             if "bases" in last:
                 rows.append(last)
                 live.update(mix_table(rows))
+    if not console.is_terminal:
+        console.line()  # there, what is live ends without one
     if process.wait() != 0:
         raise CutlayerError(f"the device that mixes failed:\n{tail(folder, 'guest')}")
     if last["torch_imported"]:
