@@ -188,7 +188,7 @@ class Manifest:
     @property
     def mixes(self) -> list[int]:
         """How many base networks are mixed in one call, at least first."""
-        return sorted(int(g.removeprefix("mix_")) for g in self.graphs if g.startswith("mix_"))
+        return sorted(int(name[4:]) for name in self.graphs if re.fullmatch("mix_[0-9]+", name))
 
     @property
     def x(self) -> TensorSpec:

@@ -108,7 +108,16 @@ _numbers = _map_of("finite numbers", _finite, 64)
 MAX_BASES = 64
 """Base networks that a model may be split into."""
 
-_states = _map_of("sha256s", lambda v: _hash(v) is None, MAX_BASES)
+_hashes = _map_of("sha256s", lambda v: _hash(v) is None, MAX_BASES)
+
+
+def _states(value: object) -> str | None:
+    wanted = _hashes(value)
+    if wanted is not None:
+        return wanted
+    assert isinstance(value, dict)
+    numbers = all(re.fullmatch("0|[1-9][0-9]?", key) and int(key) < MAX_BASES for key in value)
+    return None if numbers else f"a map from numbers below {MAX_BASES}, as text, to sha256s"
 
 
 def _names(value: object) -> str | None:
