@@ -158,12 +158,17 @@ def export_bundles(
     with folder_for(out) as folder, modes_kept(model):
         blobs = BlobStore(folder / "blobs")
         entries = {}
+        written: dict[Tier, Manifest] = {}  # tiers that are alike have the same graphs
         for name, tier in tiers.items():
-            whole = bases is not None and tier.cut == model.depth - 1
-            segment = segment_of(bases.whole if bases is not None and whole else model, tier)
-            check_parameters(segment, example)
-            steps = make_steps(segment, tier, example, classes, optimizer)
-            manifest = write_tier(steps, name, tier, blobs, example, progress, verified=verified)
+            if tier not in written:
+                whole = bases is not None and tier.cut == model.depth - 1
+                segment = segment_of(bases.whole if bases is not None and whole else model, tier)
+                check_parameters(segment, example)
+                steps = make_steps(segment, tier, example, classes, optimizer)
+                written[tier] = write_tier(
+                    steps, name, tier, blobs, example, progress, verified=verified
+                )
+            manifest = replace(written[tier], tier=name)
             if int8 is not None and tier.precision == "int8":
                 progress(f"{name}: cut {tier.cut}, comparing int8 with float32")
                 comparison = compare(manifest, blobs.read, int8.examples)

@@ -572,7 +572,11 @@ def test_training_step_of(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["BatchNorm2d", "MaxPool2d", "AdaptiveAvgPool2d", "GRU", "Embedding"]
+    "name",
+    [
+        *("BatchNorm2d", "MaxPool2d", "AdaptiveAvgPool2d", "Embedding"),
+        pytest.param("GRU", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_onnx_of(name: str) -> None:
     """The same in ONNX Runtime, in float32."""

@@ -101,6 +101,7 @@ CONVS = {
 }
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(**CONVS)
 @given_example(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from edge_sdk.mix import Mix
 from edge_sdk.signing import new_key, read_private_key, sign_folder
 from export.build import model_of
 from export.split import SplitModel
-from export.writer import WEIGHTS
+from export.writer import WEIGHTS, Tier, export_bundles
 from server_hub.run import RoundRecord, RunFolder
+from tests.mix_models import CLASSES, FEATURES, made
 from tests.test_mix_bad_input import MODEL, refusal, tiers_toml
 
 ORDER = [2, 0, 3, 1]
@@ -131,3 +133,15 @@ def test_an_earlier_folder_is_replaced_only_when_asked_to(
     arguments = "mix", str(run), "--bundles", str(bundles), "--out", str(out)
     assert "exists; choose another folder" in refusal(capsys, *arguments)
     main_quietly(*arguments, "--overwrite")
+
+
+def test_tiers_that_are_alike_have_the_same_graphs(tmp_path: Path) -> None:
+    model = made(2).bases
+    tier = Tier(2, runtime="torch", bases=2)
+    index = export_bundles(
+        model.hub, {"a": tier, "b": tier}, tmp_path / "bundles", bases=model,
+        example=torch.zeros(4, FEATURES), classes=CLASSES, verified=False,
+    )  # fmt: skip
+    first, second = index.manifest("a"), index.manifest("b")
+    assert (first.tier, second.tier) == ("a", "b")
+    assert replace(first, tier="b") == second

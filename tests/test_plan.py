@@ -429,6 +429,7 @@ def test_the_command_on_adapters(
     assert not out.exists()
 
 
+@pytest.mark.exhaustive
 def test_export_uses_the_plans_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tiers.toml").write_text(
         "classes = 10\ninput_shape = [1, 8, 8]\n"

@@ -318,7 +318,11 @@ def repeatable(record: RoundRecord) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("method", "rounds", "epochs"),
-    [("fedsplitx", 2, 1), ("splitfed-v1", 5, 2), ("splitfed-v2", 5, 2)],
+    [
+        ("fedsplitx", 2, 1),
+        ("splitfed-v1", 5, 2),
+        pytest.param("splitfed-v2", 5, 2, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_perplexity_falls_and_a_run_can_be_repeated(
     tmp_path: Path, method: str, rounds: int, epochs: int
