@@ -48,7 +48,7 @@ def demo(
     folder = run or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     console = Console(highlight=False)
     with Board(tensorboard) as board:
-        result: dict[str, Any]
+        result: dict[str, Any] | list[dict[str, Any]]
         if text:
             from server_hub.demo.text_job import TextDemo, run_text_demo
 
@@ -58,7 +58,7 @@ def demo(
             from server_hub.demo.mix_job import MixDemo, run_mix_demo
 
             wide = MixDemo() if rounds is None else MixDemo(rounds=rounds)
-            result = run_mix_demo(folder, wide, console, board.round)
+            result = run_mix_demo(folder, wide, console, board.round)["rows"]
         else:
             from server_hub.demo.job import run_demo
 
