@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edge_sdk.protocol.tensors import Array
 from export.dual_norm import has_dual_norms, noise_tensors
@@ -159,11 +160,11 @@ class StackedTrunk:
             return stepped, moved, loss, row_losses, torch.isfinite(loss) & torch.isfinite(norm)
 
         batched = torch.vmap(one, randomness="different")
-        return _Step(
-            *batched(
-                some(self._parameters), some(self._resting), some(self._slots), self._stack(groups)
+        entering = self._stack(groups)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for several networks
+            return _Step(
+                *batched(some(self._parameters), some(self._resting), some(self._slots), entering)
             )
-        )
 
     def _stack(self, groups: Mapping[int, Sequence[_Unpacked]]) -> dict[int, dict[str, Tensor]]:
         """What enters at each cut, (bases, rows, ...), filled up with rows that do not count."""

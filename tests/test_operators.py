@@ -18,7 +18,6 @@ USUAL = {
     "convolution: Conv2d: stride, padding, dilation",
     "norm: BatchNorm2d",
     "norm: LocalResponseNorm",
-    "pooling: MaxPool2d: overlapping, ceil_mode, dilation",
     "recurrent: LSTM",
     "LoRA: Linear",
 }

@@ -320,8 +320,10 @@ def repeatable(record: RoundRecord) -> dict[str, Any]:
     ("method", "rounds", "epochs"),
     [
         ("fedsplitx", 2, 1),
-        ("splitfed-v1", 5, 2),
-        pytest.param("splitfed-v2", 5, 2, marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(method, 5, 2, marks=pytest.mark.exhaustive)
+            for method in ("splitfed-v1", "splitfed-v2")
+        ),
     ],
 )
 def test_perplexity_falls_and_a_run_can_be_repeated(
