@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing as mp
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
@@ -26,9 +25,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import gpt2
+from benchmarks.cells import run_cells
 from benchmarks.pages import put_between
 from edge_sdk.bundle import write_atomically
 from edge_sdk.data import Examples
@@ -223,7 +222,9 @@ def main(
     held_out = load_dataset(texts).train
     cells = {(s, seed): s.cell(job, seed, work) for seed in range(seeds) for s in SETTINGS}
     if not finished:
-        run_cells(console, list(cells.values()), held_out, jobs)
+        todo = [cell for cell in cells.values() if not cell.finished("torch")]
+        runs_left = [partial(run_cell, cell, held_out) for cell in todo]
+        run_cells(console, list(cells.values()), runs_left, jobs)
     runs = {
         (setting, seed): Run(setting, cell.job, job.rounds.count, read_records(cell.folder))
         for (setting, seed), cell in cells.items()
@@ -252,28 +253,6 @@ def main(
 
 
 # --- running --------------------------------------------------------------------------------------
-
-
-def run_cells(console: Console, cells: Sequence[Cell], held_out: Examples, jobs: int) -> None:
-    """Run what is not finished, so many cells at a time, in processes of one thread."""
-    todo = [cell for cell in cells if not cell.finished("torch")]
-    bar = Progress(
-        TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console,
-    )  # fmt: skip
-    context = mp.get_context("spawn")
-    with bar, ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-        task = bar.add_task("", total=sum(cell.job.rounds.count for cell in cells))
-        waiting = {pool.submit(run_cell, cell, held_out) for cell in todo}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                bar.update(task, completed=sum(cell.rounds_done() for cell in cells))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def run_cell(cell: Cell, held_out: Examples) -> None:

@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing as mp
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import splitmix_report as report
+from benchmarks.cells import run_cells
 from benchmarks.pages import put_between
 from benchmarks.splitmix_report import (
     ADVERSARIAL,
@@ -196,7 +195,9 @@ def main(
     plan = config.load(Plan, PLAN)
     cells = {(s, n): plan.cell(s, n, work, cifar) for n in range(seeds) for s in SETTINGS}
     if not finished:
-        run_cells(console, {key: cell for key, cell in cells.items() if not done(*key, cell)}, jobs)
+        todo = {key: cell for key, cell in cells.items() if not done(*key, cell)}
+        runs_left = [partial(run_cell, setting, cell) for (setting, _), cell in todo.items()]
+        run_cells(console, list(todo.values()), runs_left, jobs)
     runs: Runs = {
         (setting, seed): read_run(setting, cell)
         for (setting, seed), cell in cells.items()
@@ -241,27 +242,6 @@ def read_run(setting: Setting, cell: Cell) -> Run:
     robust = cell.folder / ROBUST
     found = json.loads(robust.read_text("utf-8")) if robust.exists() else ()
     return Run(setting, cell.job, read_records(cell.folder), found)
-
-
-def run_cells(console: Console, cells: dict[tuple[Setting, int], Cell], jobs: int) -> None:
-    """Run cells, so many at a time, in processes of one thread."""
-    bar = Progress(
-        TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console,
-    )  # fmt: skip
-    context = mp.get_context("spawn")
-    with bar, ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-        task = bar.add_task("", total=sum(cell.job.rounds.count for cell in cells.values()))
-        waiting = {pool.submit(run_cell, setting, cell) for (setting, _), cell in cells.items()}
-        try:
-            while waiting:
-                ended, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    future.result()
-                bar.update(task, completed=sum(cell.rounds_done() for cell in cells.values()))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def run_cell(setting: Setting, cell: Cell) -> None:

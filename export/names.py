@@ -20,3 +20,13 @@ def is_statistic(name: str) -> bool:
 def is_slot(name: str) -> bool:
     """Whether a tensor is an optimizer's slot, ``mean/block.3.conv.weight``."""
     return "/" in name
+
+
+def in_head(name: str) -> bool:
+    """Whether a tensor belongs to the model's head."""
+    return layer_of(name) == "head"
+
+
+def is_below_heads(name: str) -> bool:
+    """Whether a tensor belongs to the stem or a block."""
+    return not name.startswith(("aux.", "head."))

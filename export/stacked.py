@@ -152,7 +152,15 @@ def _apply(
     return result
 
 
-class _SideBySide(torch.autograd.Function):
+class _Rule(torch.autograd.Function):
+    """A function with a rule of its own in ``torch.vmap``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: there are no gradients."""
+
+
+class _SideBySide(_Rule):
     """A layer on (rows, bases * channels, ...), its tensors of all bases one behind the other.
 
     ``shared``: activations that all bases have in common need not be repeated for each.
@@ -163,10 +171,6 @@ class _SideBySide(torch.autograd.Function):
         call: Callable[..., Tensor], shared: bool, h: Tensor, *own: Tensor | None
     ) -> Tensor:
         return call(h, 1, *own)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there are no gradients."""
 
     @staticmethod
     def vmap(
@@ -196,16 +200,12 @@ class _SideBySide(torch.autograd.Function):
         return h.reshape(h.shape[0], bases, h.shape[1] // bases, *h.shape[2:]), 1
 
 
-class _Products(torch.autograd.Function):
+class _Products(_Rule):
     """Products with the matrices of all bases."""
 
     @staticmethod
     def forward(h: Tensor, weight: Tensor) -> Tensor:
         return F.linear(h, weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there are no gradients."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, h: Tensor, weight: Tensor) -> tuple[Tensor, int]:
@@ -221,16 +221,12 @@ class _Products(torch.autograd.Function):
         return torch.bmm(h.flatten(1, -2), weight.mT).reshape(bases, *sizes, -1), 0
 
 
-class _LastAxis(torch.autograd.Function):
+class _LastAxis(_Rule):
     """Layer norm without weights: the same for every row, whatever the axes before it are."""
 
     @staticmethod
     def forward(h: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
         return F.layer_norm(h, shape, None, None, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there are no gradients."""
 
     @staticmethod
     def vmap(
@@ -239,16 +235,12 @@ class _LastAxis(torch.autograd.Function):
         return F.layer_norm(h.movedim(in_dims[0], 0), shape, None, None, eps), 0
 
 
-class _Tables(torch.autograd.Function):
+class _Tables(_Rule):
     """Rows of tables that lie one behind the other."""
 
     @staticmethod
     def forward(rows: Tensor, table: Tensor) -> Tensor:
         return F.embedding(rows, table)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there are no gradients."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, rows: Tensor, table: Tensor) -> tuple[Tensor, int]:
@@ -262,16 +254,12 @@ class _Tables(torch.autograd.Function):
         return F.embedding(rows, table.flatten(0, 1)), 0
 
 
-class _Joined(torch.autograd.Function):
+class _Joined(_Rule):
     """Tensors of all bases joined, each repeated where all bases have it in common."""
 
     @staticmethod
     def forward(dim: int, *tensors: Tensor) -> Tensor:
         return torch.cat(tensors, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there are no gradients."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, dim: int, *tensors: Tensor) -> tuple[Tensor, int]:

@@ -19,12 +19,12 @@ from torch.func import functional_call
 
 from edge_sdk.bundle import Port, StateSpec
 from edge_sdk.protocol.tensors import TensorSpec
-from export import mix_steps
+from export import mix_steps, returned_steps
 from export.dropout import SeededDropout
 from export.dual_norm import has_dual_norms, noise_tensors, robustness
 from export.errors import ExportError
 from export.losses import correct, local_loss, masked
-from export.names import layer_of
+from export.names import in_head, is_below_heads
 from export.optimizers import Optimizer
 from export.packing import Codec
 from export.split import ClientSegment, channel_axis, statistics
@@ -104,7 +104,7 @@ class ClientSteps:
         self.statistics = {n: b.detach().clone() for n, b in statistics(segment).items()}
         self.noise = {n for n in self.parameters if n in noise_tensors(segment)}
         self.slots = optimizer.slots(self.parameters)
-        if (returned or fused) and not any(_below(name) for name in self.parameters):
+        if (returned or fused) and not any(is_below_heads(name) for name in self.parameters):
             raise ExportError(
                 f"gradients that come back have nothing to train: before cut {segment.cut} every "
                 "parameter is frozen; cut deeper, or leave out what comes back"
@@ -117,7 +117,7 @@ class ClientSteps:
         }
         self._counters = [n for n in everything if _counts(n)]
         self._blocks = _Blocks(segment)
-        self._head = _Head(segment) if segment.features is not None else None
+        self.head = _Head(segment) if segment.features is not None else None
         self._modules = list(segment.modules())
         self._tied = _tied(segment)
         shape: tuple[int | str, ...] = ("batch", *example.shape[1:])
@@ -177,13 +177,13 @@ class ClientSteps:
         """Every step of the bundle."""
         steps = [self.predict(), self.train(), self.forward()]
         if self.returned or self.fused:
-            steps.append(self.activate())
+            steps.append(returned_steps.activate(self))
         if self.returned:
-            steps.append(self.backward())
+            steps.append(returned_steps.backward(self))
         if self.fused:
-            steps.append(self.fuse())
+            steps.append(returned_steps.fuse(self))
         if self.features:
-            steps.append(self.finish())
+            steps.append(returned_steps.finish(self))
         if self.adversarial:
             steps += [mix_steps.attack(self), mix_steps.harden(self)]
         return [*steps, *(mix_steps.mix(self, n) for n in mixed_at_once(self.bases))]
@@ -237,7 +237,7 @@ class ClientSteps:
                 h, logits = self.call(True, {**constants, **parameters, **moved}, x)
             logits = masked(logits, *present)
             loss = local_loss(logits, y, self.distill)
-            trained = [n for n in parameters if not _in_head(n) and n not in self.noise]
+            trained = [n for n in parameters if not in_head(n) and n not in self.noise]
             gradients = torch.autograd.grad(loss, [parameters[n] for n in trained])
             found = dict(zip(trained, gradients, strict=True))
             state = self.stepped(parameters, found, moved, slots, hyper)
@@ -250,138 +250,6 @@ class ClientSteps:
             *self.packed_ports(),
         )
         return self.step("train", function, inputs, outputs)
-
-    def activate(self) -> Step:
-        """``(parameters, statistics, x, seed) -> packed activations``, in training mode.
-
-        What :meth:`backward` differentiates. Statistics are not moved: ``backward`` does that.
-        """
-
-        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            given = iter(tensors)
-            parameters = {n: next(given) for n in self.parameters}
-            moved = {n: next(given).clone() for n in self.statistics}
-            x = next(given)
-            with self.seeded_by(given):
-                h = self._activations({**constants, **parameters, **moved}, x)
-            return self.pack(h)
-
-        inputs = (*self.inputs(), *self._seed_port())
-        return self.step("activate", function, inputs, self.packed_ports())
-
-    def backward(self) -> Step:
-        """``(state, x, packed gradient, hyper, seed) -> state'``: a step with what came back.
-
-        The forward pass is computed again, in training mode with the seed that ``activate`` had.
-        The gradient of a loss on the hub with respect to the activations is packed as they are,
-        ``grad.NAME`` for their ``NAME``. The heads have no part in that loss: they keep their
-        values and slots.
-        """
-        hyper_names = list(self.optimizer.hyper)
-
-        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            given = iter(tensors)
-            parameters = {n: next(given).detach() for n in self.parameters}
-            moved = {n: next(given).clone() for n in self.statistics}
-            slots = {n: next(given) for n in self.slots}
-            trained = {n: p.requires_grad_() for n, p in parameters.items() if _below(n)}
-            x = next(given)
-            gradient = self.codec.unpack({spec.name: next(given) for spec in self.packed})
-            hyper = {n: next(given) for n in hyper_names}
-            with self.seeded_by(given):
-                h = self._activations({**constants, **parameters, **moved}, x)
-            gradients = torch.autograd.grad(h, list(trained.values()), gradient)
-            found = dict(zip(trained, gradients, strict=True))
-            return self.stepped(parameters, found, moved, slots, hyper)
-
-        inputs = self.training_inputs(*self._gradient_ports())
-        return self.step("backward", function, inputs, self.next_state())
-
-    def fuse(self) -> Step:
-        """``(state, x, y, packed gradient, hyper, seed) -> state', loss, correct``: both at once.
-
-        As SuperSFL (https://arxiv.org/abs/2601.02092) fuses gradients: the stem and the blocks
-        step with ``own`` times the gradient of the heads' loss and ``1 - own`` times that which
-        came back, the heads with their own. ``own`` is a hyper-parameter above 0, 1 at most. The
-        forward pass is computed again, as in :meth:`backward`.
-        """
-        hyper_names = list(self.optimizer.hyper)
-
-        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            given = iter(tensors)
-            parameters = {n: next(given).detach().requires_grad_() for n in self.parameters}
-            moved = {n: next(given).clone() for n in self.statistics}
-            slots = {n: next(given) for n in self.slots}
-            x, y = next(given), next(given)
-            gradient = self.codec.unpack({spec.name: next(given) for spec in self.packed})
-            hyper = {n: next(given) for n in hyper_names}
-            own = next(given)
-            with self.seeded_by(given):
-                h, logits = self.call(True, {**constants, **parameters, **moved}, x)
-            loss = local_loss(logits, y, self.distill)
-            trained = [n for n in parameters if not _in_head(n)]
-            fused = torch.autograd.grad(
-                [loss, h], [parameters[n] for n in trained], [own, (1 - own) * gradient]
-            )
-            with torch.no_grad():
-                found = {
-                    n: g if _below(n) else g / own for n, g in zip(trained, fused, strict=True)
-                }
-            state = self.stepped(parameters, found, moved, slots, hyper)
-            return *state, loss.detach(), correct(logits, y)
-
-        inputs = self.training_inputs(Port(self.y, "batch"), *self._gradient_ports(), own=("own",))
-        outputs = (
-            *self.next_state(),
-            *self.results(),
-        )
-        return self.step("fuse", function, inputs, outputs)
-
-    def finish(self) -> Step:
-        """``(state, packed features, y, hyper, seed) -> state', loss, correct, packed gradient``.
-
-        A step of the model's head, for labels that do not leave the device: ``features.NAME`` are
-        what leaves the last block on the hub, ``grad.NAME`` is the gradient of their mean loss.
-        """
-        hyper_names = list(self.optimizer.hyper)
-        head = self._head
-        assert head is not None
-
-        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            given = iter(tensors)
-            parameters = {n: next(given).detach() for n in self.parameters}
-            moved = {n: next(given).clone() for n in self.statistics}
-            slots = {n: next(given) for n in self.slots}
-            trained = {n: p.requires_grad_() for n, p in parameters.items() if _in_head(n)}
-            features = self.codec.unpack({spec.name: next(given) for spec in self.features})
-            features = features.detach().requires_grad_()
-            y = next(given)
-            hyper = {n: next(given) for n in hyper_names}
-            with self.seeded_by(given):
-                tensors_ = {**constants, **parameters, **moved}
-                logits = self._apply(head, True, tensors_, features).unsqueeze(0)
-            loss = local_loss(logits, y)
-            gradients = torch.autograd.grad(loss, [features, *trained.values()])
-            found = dict(zip(trained, gradients[1:], strict=True))
-            state = self.stepped(parameters, found, moved, slots, hyper)
-            packed = self.codec.pack(gradients[0], self.features_axis)
-            back = (packed[spec.name] for spec in self.features)
-            return *state, loss.detach(), correct(logits, y), *back
-
-        features = (
-            Port(TensorSpec(f"features.{s.name}", s.dtype, s.shape), "packed")
-            for s in self.features
-        )
-        gradient = (
-            Port(TensorSpec(f"grad.{s.name}", s.dtype, s.shape), "packed") for s in self.features
-        )
-        inputs = self.training_inputs(*features, Port(self.y, "batch"), x=False)
-        outputs = (
-            *self.next_state(),
-            *self.results(),
-            *gradient,
-        )
-        return self.step("finish", function, inputs, outputs)
 
     def stepped(
         self,
@@ -410,15 +278,15 @@ class ClientSteps:
         return Step(name, function, inputs, outputs, self.constants, self.limits)
 
     def call(self, training: bool, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self._apply(self.segment, training, tensors, x)
+        result: tuple[Tensor, Tensor] = self.apply(self.segment, training, tensors, x)
         return result
 
-    def _activations(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    def activations(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         """Activations at the cut in training mode, without the heads."""
-        h: Tensor = self._apply(self._blocks, True, tensors, x)
+        h: Tensor = self.apply(self._blocks, True, tensors, x)
         return h
 
-    def _apply(
+    def apply(
         self, module: nn.Module, training: bool, tensors: dict[str, Tensor], x: Tensor
     ) -> Any:
         """Call the segment, or its blocks; it keeps its own tensors and its mode."""
@@ -446,10 +314,6 @@ class ClientSteps:
         state = (Port(_spec(n, t), "state") for n, t in self.initial.items())
         return (*state, Port(self.x, "batch"))
 
-    def _gradient_ports(self) -> Iterator[Port]:
-        for spec in self.packed:
-            yield Port(TensorSpec(f"grad.{spec.name}", spec.dtype, spec.shape), "packed")
-
     def training_inputs(
         self, *given: Port, own: tuple[str, ...] = (), x: bool = True
     ) -> tuple[Port, ...]:
@@ -460,7 +324,7 @@ class ClientSteps:
             *((Port(self.x, "batch"),) if x else ()),
             *given,
             *(Port(TensorSpec(n, "float32", ()), "hyper") for n in hyper),
-            *self._seed_port(),
+            *self.seed_port(),
         )
 
     def logits_port(self) -> Port:
@@ -485,7 +349,7 @@ class ClientSteps:
         """Dual norms mixed by the next input, where there are any."""
         return robustness(next(given)) if self.dual else nullcontext()
 
-    def _seed_port(self) -> tuple[Port, ...]:
+    def seed_port(self) -> tuple[Port, ...]:
         return (Port(TensorSpec("seed", "int64", ()), "seed"),) if self.seeded else ()
 
     def next_state(self) -> tuple[Port, ...]:
@@ -531,16 +395,6 @@ class _Head(nn.Module):
         """Logits."""
         logits: Tensor = self.head(h)
         return logits
-
-
-def _in_head(name: str) -> bool:
-    """Whether a tensor belongs to the model's head."""
-    return layer_of(name) == "head"
-
-
-def _below(name: str) -> bool:
-    """Whether a tensor belongs to the stem or a block."""
-    return not name.startswith(("aux.", "head."))
 
 
 def _counts(name: str) -> bool:

@@ -135,28 +135,37 @@ class Cuts:
             raise ValueError(f"wait_s is {self.wait_s}, must be above 0")
 
 
-@dataclass(frozen=True)
-class Mix:
-    """How base networks are trained; see :mod:`server_hub.methods.splitmix`.
+@dataclass(frozen=True, kw_only=True)
+class BaseLoss:
+    """The loss of base networks on devices; see :mod:`server_hub.methods.splitmix`.
 
     Attributes:
-        budgets: by tier, the part of the wide model that a device trains in a round; all of it for
-            tiers that are not named.
-        robustness: weight of examples made hard in the loss, where devices make them; 0 for none.
-        attack: how they are made.
-        masked: whether a device's loss leaves out classes that it has no examples of.
-        seed: of the draws of bases.
+        robustness: weight of examples made hard, where devices make them; 0 for none.
+        attack: how they are made, in units of the inputs.
+        masked: whether it leaves out classes that the device has no examples of.
     """
 
-    budgets: dict[str, float] = field(default_factory=dict)
     robustness: float = 0.0
     attack: Attack = field(default_factory=Attack)
     masked: bool = True
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.robustness <= 1:
             raise ValueError(f"robustness is {self.robustness}; it must be from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix(BaseLoss):
+    """Who trains which base networks, and how.
+
+    Attributes:
+        budgets: by tier, the part of the wide model that a device trains in a round; all of it for
+            tiers that are not named.
+        seed: of the draws of bases.
+    """
+
+    budgets: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
 
     def of(self, bases: int) -> Mixing:
         """For so many bases; raises :class:`ConfigError` for a budget below one of them."""

@@ -20,7 +20,7 @@ from server_hub.run import RoundRecord, read_records
 SMALL = TextDemo(
     Shape(blocks=3, width=16, heads=2, context=32),
     Pretraining(steps=60, batch_size=8, lr=2e-2, warmup=5),
-    rounds=6,
+    rounds=14,  # when cuts move is a matter of real time, and so is how fast few of them learn
     texts=32,
     held_out=8,
     lr=2e-2,
@@ -45,7 +45,7 @@ def demo(
 def test_fine_tuning_lowers_perplexity(demo: Any) -> None:
     """On texts that no device has, through the hub and in the saved model."""
     result, _, _ = demo
-    assert result["ppl_after"] < result["ppl_before"]  # when cuts move is a matter of real time
+    assert result["ppl_after"] < 0.99 * result["ppl_before"]
     assert result["ppl_centralized"] < 0.99 * result["ppl_before"]
     assert result["through_hub"].keys() == SMALL.cuts.keys()
     for value in result["through_hub"].values():

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from edge_sdk import config
-from edge_sdk.attack import Attack
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import MAX_BASES
 from export.errors import ExportError
 from export.optimizers import check_hyper
 from export.writer import Tier
-from server_hub.config import Cuts, LocalTraining, Schedule, TrunkTraining
+from server_hub.config import BaseLoss, Cuts, LocalTraining, Schedule, TrunkTraining
 from server_hub.methods.mixing import Mixing
 from server_hub.methods.registry import RECIPES
 from server_hub.rounds import RoundRules
@@ -112,30 +111,24 @@ class CutsTable(Cuts):
             raise ValueError(f"rank is {self.rank}; it must be 1 or more")
 
 
-@dataclass(frozen=True)
-class MixTable:
-    """How a model is split into base networks, with Split-Mix.
+@dataclass(frozen=True, kw_only=True)
+class MixTable(BaseLoss):
+    """How a model is split into base networks, and trained, with Split-Mix.
 
     Attributes:
         bases: how many.
-        robustness: weight of examples made hard in the loss; 0 for none.
-        dual_norms: whether there are norms of their own for these; then answers are as robust as
-            whoever asks wants them to be. Else it is plain adversarial training.
-        attack: how they are made, in units of the inputs.
-        masked: whether a device's loss leaves out classes that it has no examples of.
+        dual_norms: whether there are norms of their own for examples made hard, where the loss has
+            any; then answers are as robust as whoever asks wants them to be. Else it is plain
+            adversarial training.
     """
 
     bases: int = 8
-    robustness: float = 0.0
     dual_norms: bool = True
-    attack: Attack = field(default_factory=Attack)
-    masked: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.bases <= MAX_BASES:
             raise ValueError(f"bases is {self.bases}; it must be from 1 to {MAX_BASES}")
-        if not 0 <= self.robustness <= 1:
-            raise ValueError(f"robustness is {self.robustness}; it must be from 0 to 1")
 
 
 @dataclass(frozen=True)
