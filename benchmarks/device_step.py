@@ -227,8 +227,8 @@ def _eager_peak(name: str, threads: str) -> dict[str, Any]:
 
 def _exported(folder: str, threads: int, bare: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """A step through the runtime of ``edge_sdk``, and the bare call that is inside of it."""
-    from edge_sdk.bundle import Bundle
-    from edge_sdk.index import BundleIndex
+    from edge_sdk.bundle.index import BundleIndex
+    from edge_sdk.bundle.manifest import Bundle
     from edge_sdk.runtime import load_runtime
 
     index = BundleIndex.read(Path(folder) / "bundles")

@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from edge_sdk import text
 from edge_sdk.errors import ConfigError
+from edge_sdk.training import text
 from export.adapters import from_transformers, save_original
 from export.build import build_model
 from export.lora import Lora

@@ -27,15 +27,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from edge_sdk.bundle import write_atomically
-from edge_sdk.data import Examples
+from edge_sdk.bundle.store import write_atomically
 from edge_sdk.device import Device
+from edge_sdk.training.data import Examples
 from export.adapters import from_transformers
 from export.lora import Lora, add_lora
 from export.split import SplitModel
 from export.writer import Tier, export_bundles
 from server_hub.demo.processes import CUTLAYER, hub_events, module_process
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
 
 WIDTH, DEPTH, WORDS, LENGTH, CUT = 256, 6, 256, 64, 2
 BATCH, TEXTS, EPOCHS, ROUNDS = 8, 64, 4, 3

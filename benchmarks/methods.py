@@ -21,14 +21,13 @@ import typer
 from rich.console import Console
 
 from benchmarks.pages import put_between
-from edge_sdk.bundle import write_atomically
+from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import CutlayerError
-from server_hub.run import RoundRecord, read_records
+from server_hub.reports.plots import draw_comparison
 from server_hub.simulation.cli import run_comparison
 from server_hub.simulation.compare import cells_of
 from server_hub.simulation.job import Job, methods_of
 from server_hub.simulation.partition import Kind
-from server_hub.simulation.pictures import draw_comparison
 from server_hub.simulation.results import (
     Runs,
     accuracy_grid,
@@ -39,6 +38,7 @@ from server_hub.simulation.results import (
     rows_of,
     summary,
 )
+from server_hub.storage.run_folder import RoundRecord, read_records
 
 JOB = Path(__file__).with_name("methods.toml")
 METHODS = (

@@ -25,7 +25,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from edge_sdk.bundle import Bundle, write_atomically
+from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.bundle.store import write_atomically
 from edge_sdk.runtime import load_runtime
 from export.bases import split_width
 from export.packing import get_codec
@@ -33,8 +34,8 @@ from export.whole import WholeBases, whole_bases
 from export.writer import Tier, export_bundles
 from server_hub.demo.digits import CLASSES
 from server_hub.demo.mix_model import BASES, build
-from server_hub.trunk import Arrival, TrunkPlan
-from server_hub.trunk_core import TrunkCore
+from server_hub.trunk.interface import Arrival, TrunkPlan
+from server_hub.trunk.step import TrunkCore
 
 MIXED = (1, 2, 4, 8)
 ROWS = (1, 16)

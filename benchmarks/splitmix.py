@@ -44,17 +44,17 @@ from benchmarks.splitmix_report import (
     Setting,
 )
 from edge_sdk import config
-from edge_sdk.attack import Attack
-from edge_sdk.bundle import write_atomically
+from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError, CutlayerError
+from edge_sdk.training.adversarial import Attack
 from export.build import build_model
 from export.split import SplitModel
-from server_hub.hardening import hard_examples, mixed_logits
-from server_hub.run import read_records
 from server_hub.simulation.compare import Cell
-from server_hub.simulation.job import Job, MixTable
+from server_hub.simulation.job import Job, SplitMixTable
 from server_hub.simulation.partition import PartitionTable
 from server_hub.simulation.simulate import Simulation
+from server_hub.storage.run_folder import read_records
+from server_hub.trunk.adversarial import hard_examples, mixed_logits
 
 PLAN = Path(__file__).with_name("splitmix.toml")
 PICTURE, ROBUST_PICTURE = "splitmix.png", "splitmix-robust.png"
@@ -96,7 +96,7 @@ class Part:
     train: int | None = None
     test: int | None = None
     batch_size: int = 32
-    mix: MixTable = field(default_factory=MixTable)
+    mix: SplitMixTable = field(default_factory=SplitMixTable)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_sdk.bundle import write_atomically
+from edge_sdk.bundle.store import write_atomically
 from export.build import build_model
 from export.width import step_flops
-from server_hub.run import RoundRecord
 from server_hub.simulation.job import Job
 from server_hub.simulation.results import Grid, figure
+from server_hub.storage.run_folder import RoundRecord
 
 WIDTHS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0}
 """Parts of the channels that FedAvg and HeteroFL train; and of the bases that Split-Mix mixes."""

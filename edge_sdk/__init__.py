@@ -1,19 +1,54 @@
-"""Cutlayer on the device: join a hub, train the first blocks of a model, predict."""
+"""Cutlayer on the device: join a hub, train the first blocks of a model, predict.
 
-from edge_sdk.data import Examples
-from edge_sdk.device import Device, Evaluation, Prediction
-from edge_sdk.errors import (
-    BundleError,
-    ConfigError,
-    CutlayerError,
-    DataError,
-    HubError,
-    LinkClosed,
-    ProtocolError,
-)
+Names are imported when they are used, so that the protocol alone needs no websockets.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_sdk.device import Device, RoundReport, TrainReport
+    from edge_sdk.errors import (
+        BundleError,
+        ConfigError,
+        CutlayerError,
+        DataError,
+        HubError,
+        LinkClosed,
+        ProtocolError,
+    )
+    from edge_sdk.inference.mixture import Mixture
+    from edge_sdk.inference.policy import Choice, Condition, MixturePolicy, measure_latencies
+    from edge_sdk.inference.prediction import Evaluation, Prediction
+    from edge_sdk.training.data import Examples
+
+_HOME = {
+    "BundleError": "edge_sdk.errors",
+    "Choice": "edge_sdk.inference.policy",
+    "Condition": "edge_sdk.inference.policy",
+    "ConfigError": "edge_sdk.errors",
+    "CutlayerError": "edge_sdk.errors",
+    "DataError": "edge_sdk.errors",
+    "Device": "edge_sdk.device",
+    "Evaluation": "edge_sdk.inference.prediction",
+    "Examples": "edge_sdk.training.data",
+    "HubError": "edge_sdk.errors",
+    "LinkClosed": "edge_sdk.errors",
+    "Mixture": "edge_sdk.inference.mixture",
+    "MixturePolicy": "edge_sdk.inference.policy",
+    "Prediction": "edge_sdk.inference.prediction",
+    "ProtocolError": "edge_sdk.errors",
+    "RoundReport": "edge_sdk.device",
+    "TrainReport": "edge_sdk.device",
+    "measure_latencies": "edge_sdk.inference.policy",
+}
 
 __all__ = [
     "BundleError",
+    "Choice",
+    "Condition",
     "ConfigError",
     "CutlayerError",
     "DataError",
@@ -22,6 +57,17 @@ __all__ = [
     "Examples",
     "HubError",
     "LinkClosed",
+    "Mixture",
+    "MixturePolicy",
     "Prediction",
     "ProtocolError",
+    "RoundReport",
+    "TrainReport",
+    "measure_latencies",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'edge_sdk' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -9,28 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-from edge_sdk.bases import Bases
-from edge_sdk.bundle import BlobStore, Bundle, Manifest
-from edge_sdk.connection import Connection, OpenLink, RoundOver
-from edge_sdk.data import Examples
+from edge_sdk.bundle.manifest import Bundle, Manifest
+from edge_sdk.bundle.signing import check, read_trust
+from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError
-from edge_sdk.exchange import Exchange, send_update
-from edge_sdk.fetch import Fetcher
-from edge_sdk.learner import (
-    Finished,
-    Learner,
-    LocalPlan,
-    LocalResult,
-    Packed,
-    Precision,
-    Reply,
-    Training,
-    Wanted,
-    advance,
-)
-from edge_sdk.link import open_websocket
-from edge_sdk.mix import Mix
-from edge_sdk.prediction import Evaluation, Manner, Prediction, Predictor, softmax
+from edge_sdk.inference.base_networks import BaseNetworks
+from edge_sdk.inference.mixture import Mixture
+from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor, softmax
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import (
     Decline,
@@ -42,8 +27,24 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
-from edge_sdk.session import Session, SessionLost
-from edge_sdk.signing import check, read_trust
+from edge_sdk.training.data import Examples
+from edge_sdk.training.exchange import Exchange, send_update
+from edge_sdk.training.learner import (
+    Finished,
+    Learner,
+    LocalPlan,
+    LocalResult,
+    Packed,
+    Precision,
+    Reply,
+    Training,
+    Wanted,
+    advance,
+)
+from edge_sdk.transport.connection import Connection, OpenLink, RoundOver
+from edge_sdk.transport.download import Downloader
+from edge_sdk.transport.link import open_websocket
+from edge_sdk.transport.session import Session, SessionLost
 
 __all__ = [
     "DEFAULT_CACHE",
@@ -119,8 +120,8 @@ class Device:
         self._connection = Connection(
             open_link, token=token, tier=tier, patience_s=patience_s, memory_mb=memory_mb
         )
-        self._fetcher = Fetcher(self._connection, BlobStore(cache))
-        self._bases = Bases(self._connection, self._fetcher, self._need_learner)
+        self._fetcher = Downloader(self._connection, BlobStore(cache))
+        self._bases = BaseNetworks(self._connection, self._fetcher, self._need_learner)
         self._predictor = Predictor(self._need_learner, self._connection.ask, self._bases.have)
 
     @classmethod
@@ -384,10 +385,10 @@ class Device:
             DataError: the inputs do not fit the model, a text is too long for one message, there
                 are not so many bases, or the robustness cannot be had.
         """
-        manner = Manner(precision, bases, robustness)
+        manner = AnswerOptions(precision, bases, robustness)
         return await self._predictor.predict(x, confidence, timeout_s, manner)
 
-    async def fetch_bases(self, bases: int) -> Mix:
+    async def fetch_bases(self, bases: int) -> Mixture:
         """Have the best ``bases`` base networks here; only those that are not are fetched.
 
         Raises:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_sdk.index import BundleIndex
+    from edge_sdk.bundle.index import BundleIndex
     from export.errors import ExportError
     from export.split import SplitModel
     from export.writer import Tier, export_bundles
@@ -19,7 +19,7 @@ __all__ = ["BundleIndex", "ExportError", "SplitModel", "Tier", "export_bundles"]
 _HOME = {
     "ExportError": "export.errors",
     "SplitModel": "export.split",
-    "BundleIndex": "edge_sdk.index",
+    "BundleIndex": "edge_sdk.bundle.index",
     "Tier": "export.writer",
     "export_bundles": "export.writer",
 }

@@ -42,7 +42,7 @@ def export_adapter(
     """Write the adapters of a run for PeftModel.from_pretrained on the original model."""
     if (run is None) == (weights is None):
         raise ConfigError("give the result of training: --run FOLDER, or --weights FILE")
-    from edge_sdk.index import BundleIndex
+    from edge_sdk.bundle.index import BundleIndex
     from export.build import model_of
     from export.peft_format import load_trained, save_adapter
     from export.writer import WEIGHTS

@@ -14,7 +14,7 @@ from rich.table import Table
 from export.tiers import TiersConfig
 
 if TYPE_CHECKING:
-    from edge_sdk.index import BundleIndex
+    from edge_sdk.bundle.index import BundleIndex
     from export.quantize import Comparison
 
 MODEL_HELP = (
@@ -48,8 +48,8 @@ def export(
 ) -> None:
     """Cut a model per tier and export its training steps, checked against PyTorch."""
     settings = TiersConfig.read(tiers)
-    from edge_sdk.data import Examples
-    from edge_sdk.signing import read_private_key
+    from edge_sdk.bundle.signing import read_private_key
+    from edge_sdk.training.data import Examples
     from export.build import build_model
     from export.quantize import LossCheck
     from export.writer import check_out, export_bundles

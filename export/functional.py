@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_sdk.bundle import Manifest, Port
+from edge_sdk.bundle.manifest import Manifest, Port
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import DTYPES, Array
 from export.errors import reason

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from edge_sdk.bundle import Port
+from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec
 from export.dual_norm import robustness
 from export.errors import ExportError

@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from edge_sdk.bundle import BlobStore, Manifest
+from edge_sdk.bundle.index import BundleIndex, TierEntry
+from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError
-from edge_sdk.index import BundleIndex, TierEntry
-from edge_sdk.measure import Measurement, measure_apart
+from edge_sdk.runtime.measure import Measurement, measure_apart
 from export.errors import ExportError
 from export.exact import check_parameters, check_stages
 from export.flops import flops_per_row

@@ -26,12 +26,12 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
-from edge_sdk.bundle import Bundle, Manifest
-from edge_sdk.data import Examples
-from edge_sdk.device import softmax
-from edge_sdk.learner import Learner, Precision
+from edge_sdk.bundle.manifest import Bundle, Manifest
+from edge_sdk.inference.prediction import softmax
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner, Precision
 from export.errors import ExportError
 from export.lowering.lowered import Run, RuntimeName
 from export.lowering.verify import verify

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edge_sdk.bundle import Port, StateSpec
+from edge_sdk.bundle.manifest import Port, StateSpec
 from edge_sdk.protocol.tensors import TensorSpec
 from export import mix_steps, returned_steps
 from export.dropout import SeededDropout

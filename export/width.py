@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from edge_sdk.bundle import Port
+from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec
 from export.dropout import CONVOLUTIONS, OrderedDropout, mask_channels, remove_ordered_dropout
 from export.errors import ExportError, reason

@@ -13,12 +13,13 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from edge_sdk.bundle import BlobStore, Constants, Graph, Manifest
-from edge_sdk.index import INDEX, BundleIndex, TierEntry
-from edge_sdk.learner import Precision
+from edge_sdk.bundle.index import INDEX, BundleIndex, TierEntry
+from edge_sdk.bundle.manifest import Constants, Graph, Manifest
+from edge_sdk.bundle.signing import PrivateKey, sign
+from edge_sdk.bundle.store import BlobStore
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import DTYPES, TensorSpec
-from edge_sdk.signing import PrivateKey, sign
+from edge_sdk.training.learner import Precision
 from export.errors import ExportError
 from export.exact import check_parameters, check_stages, find_culprit
 from export.lora import lower_ranks

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from edge_sdk.attack import Attack
-from server_hub.cuts import PolicyName
+from edge_sdk.training.adversarial import Attack
+from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.fedsplitx import Form
-from server_hub.methods.mixing import Mixing
-from server_hub.rounds import RoundRules
+from server_hub.rounds.cut_policy import PolicyName
+from server_hub.rounds.rounds import RoundRules
 
-Schedule = Literal["constant", "cosine", "step"]
+RateSchedule = Literal["constant", "cosine", "step"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TrunkTraining:
 
 @dataclass(frozen=True)
 class Cuts:
-    """How devices get other cuts during a job; see :mod:`server_hub.cuts`.
+    """How devices get other cuts during a job; see :mod:`server_hub.rounds.cut_policy`.
 
     A device may move between the bundles for its runtime, codec and precision.
 
@@ -155,7 +155,7 @@ class BaseLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mix(BaseLoss):
+class SplitMixConfig(BaseLoss):
     """Who trains which base networks, and how.
 
     Attributes:
@@ -167,9 +167,9 @@ class Mix(BaseLoss):
     budgets: dict[str, float] = field(default_factory=dict)
     seed: int = 0
 
-    def of(self, bases: int) -> Mixing:
+    def of(self, bases: int) -> BaseAssignment:
         """For so many bases; raises :class:`ConfigError` for a budget below one of them."""
-        return Mixing(
+        return BaseAssignment(
             bases,
             self.budgets,
             self.robustness,
@@ -223,7 +223,7 @@ class HubConfig:
     run: Path = Path("runs/hub")
     model: str | None = None
     held_out: Path | None = None
-    schedule: Schedule = "cosine"
+    schedule: RateSchedule = "cosine"
     keep_serving: bool = False
     listen: Listen = field(default_factory=Listen)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -231,7 +231,7 @@ class HubConfig:
     local: LocalTraining = field(default_factory=LocalTraining)
     trunk: TrunkTraining = field(default_factory=TrunkTraining)
     cuts: Cuts = field(default_factory=Cuts)
-    mix: Mix = field(default_factory=Mix)
+    mix: SplitMixConfig = field(default_factory=SplitMixConfig)
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -242,7 +242,7 @@ class HubConfig:
             )
 
 
-def learning_rate_factor(schedule: Schedule, number: int, count: int) -> float:
+def learning_rate_factor(schedule: RateSchedule, number: int, count: int) -> float:
     """What the learning rate is multiplied with in round ``number`` of ``count``, from 1 on.
 
     ``step`` is FedSplitX's: a tenth from half of the rounds on, a hundredth from three quarters.

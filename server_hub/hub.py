@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_sdk.bundle import Manifest
-from edge_sdk.data import Examples
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, CutlayerError, ProtocolError
-from edge_sdk.index import BundleIndex
+from edge_sdk.inference.prediction import Metric
 from edge_sdk.protocol.channel import Delivery
 from edge_sdk.protocol.messages import (
     Activations,
@@ -27,30 +27,29 @@ from edge_sdk.protocol.messages import (
     Stop,
     Update,
 )
+from edge_sdk.training.data import Examples
 from export.build import model_of
 from export.dual_norm import noise_tensors
 from export.optimizers import check_hyper
 from export.split import NoHead, SplitModel
 from export.writer import WEIGHTS
-from server_hub.background import Background
-from server_hub.changes import Changes
-from server_hub.checks import (
-    check_answer,
-    check_packed,
-)
+from server_hub.aggregation.interface import DeviceUpdate
+from server_hub.concurrency import Background, Changes
 from server_hub.config import HubConfig, learning_rate_factor
-from server_hub.feed import Feed
-from server_hub.gateway import Gateway, Peer
-from server_hub.intake import Intake
-from server_hub.methods.parts import RETURNING, DeviceUpdate, Method, Stage
-from server_hub.moves import Moves
-from server_hub.offers import Offers
+from server_hub.gateway.peers import Peer
+from server_hub.gateway.server import Gateway
+from server_hub.gateway.tokens import TokenFile, Tokens
+from server_hub.methods.method import RETURNING, Method, Stage
 from server_hub.preparation import check_bundles, compose
-from server_hub.rounds import Phase, Rounds
-from server_hub.run import Metric, RoundRecord, RunFolder
-from server_hub.tokens import TokenFile, Tokens
-from server_hub.trunk import Arrival, Trunk, TrunkPlan
-from server_hub.worker import WorkerTrunk
+from server_hub.rounds.cut_moves import CutMoves
+from server_hub.rounds.model_publisher import ModelPublisher
+from server_hub.rounds.rounds import Phase, Rounds
+from server_hub.rounds.update_collector import UpdateCollector
+from server_hub.rounds.validation import check_answer, check_packed
+from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.trunk.batcher import StepBatcher
+from server_hub.trunk.interface import Arrival, Trunk, TrunkPlan
+from server_hub.trunk.process import WorkerTrunk
 
 log = logging.getLogger("cutlayer.hub")
 
@@ -142,11 +141,11 @@ class Hub:
         self.address: str | None = None
         self._on_round = on_round
         self._changes = Changes()
-        self._feed = Feed(
+        self._feed = StepBatcher(
             self.trunk, config.trunk, self.method.merges, self.gateway.post, self._refused
         )
         self._background = Background()
-        self._intake = Intake(
+        self._intake = UpdateCollector(
             config,
             self.manifests,
             self.method,
@@ -158,8 +157,12 @@ class Hub:
             self._background,
             noise_tensors(self.model),
         )
-        self.offers = Offers(self.method, self.model, self.manifests, self.gateway, self.trunk)
-        self.moves = Moves(config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave)
+        self.offers = ModelPublisher(
+            self.method, self.model, self.manifests, self.gateway, self.trunk
+        )
+        self.moves = CutMoves(
+            config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave
+        )
         self._over = False
 
     # --- the job --------------------------------------------------------------------------------

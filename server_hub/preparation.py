@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edge_sdk.bundle import Manifest
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError
-from edge_sdk.index import BundleIndex
 from export.split import SplitModel, statistics
 from export.whole import load_bases
+from server_hub.aggregation.layer_store import State
 from server_hub.config import HubConfig
-from server_hub.layers import State
-from server_hub.methods.fleet import Schedule
-from server_hub.methods.mixing import Mixing
-from server_hub.methods.parts import Method
+from server_hub.methods.base_assignment import BaseAssignment
+from server_hub.methods.fleet import JobOutline
+from server_hub.methods.method import Method
 from server_hub.methods.registry import method_of
 
 
@@ -43,14 +43,14 @@ def compose(
             "Split-Mix trains base networks, and the bundles are of one model; export with "
             "bases = 8 in tiers.toml"
         )
-    schedule = Schedule(
+    outline = JobOutline(
         config.rounds.count,
         config.local.epochs,
         optimizer=index.optimizer,
         mixing=config.mix.of(bases.pop()) if mixes else None,
         split=not all(manifest.whole for manifest in manifests.values()),
     )
-    return method_of(config.method, load_bases(config.bundles) if mixes else initial, schedule)
+    return method_of(config.method, load_bases(config.bundles) if mixes else initial, outline)
 
 
 def check_bundles(
@@ -82,7 +82,9 @@ def check_bundles(
                 )
 
 
-def _check_mixing(mixing: Mixing, manifests: Mapping[str, Manifest], model: SplitModel) -> None:
+def _check_mixing(
+    mixing: BaseAssignment, manifests: Mapping[str, Manifest], model: SplitModel
+) -> None:
     """Every tier can train a base, and the trunk can train those that are cut."""
     for tier in mixing.budgets:
         if tier not in manifests:

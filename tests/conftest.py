@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edge_sdk.index import BundleIndex
+from edge_sdk.bundle.index import BundleIndex
 from export.split import SplitModel
 from export.writer import WEIGHTS, Tier, export_bundles
 from tests.models import BUILD, CLASSES, IMAGE, build, example

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.data import Examples
-from edge_sdk.index import BundleIndex
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.training.data import Examples
 from export.writer import WEIGHTS
 from server_hub.config import HubConfig, Limits, Listen, LocalTraining, TrunkTraining
+from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
-from server_hub.rounds import RoundRules
-from server_hub.tokens import TokenFile
-from server_hub.trunk_core import LocalTrunk, TrunkCore
+from server_hub.rounds.rounds import RoundRules
+from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.step import TrunkCore
 from tests.models import build
 
 
@@ -84,7 +85,7 @@ async def running_hub(config: HubConfig) -> AsyncIterator[tuple[Hub, str]]:
 def cutlayer(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
     """A ``cutlayer`` command as a process."""
     return subprocess.Popen(
-        [sys.executable, "-m", "edge_sdk.main", *arguments],
+        [sys.executable, "-m", "edge_sdk.cli.main", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

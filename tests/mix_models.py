@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.bundle import Bundle
-from edge_sdk.data import Examples
-from edge_sdk.index import BundleIndex
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.data import Examples
 from export.bases import split_width
 from export.functional import TorchRuntime
 from export.split import SplitModel

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.bundle import Bundle
-from edge_sdk.index import BundleIndex
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle
 from export.split import SplitModel
 
 CLASSES = 10

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edge_sdk import main
-from edge_sdk.bundle import Bundle
-from edge_sdk.index import BundleIndex
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.cli import main
 from edge_sdk.runtime.onnx import OnnxRuntime
 from export.adapters import TransformersModel, from_transformers
 from export.build import model_of

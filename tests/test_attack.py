@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.attack import Attack
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.adversarial import Attack
 
 
 class Climbing:

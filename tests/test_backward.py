@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from edge_sdk.bundle import Bundle, Graph, Manifest
-from edge_sdk.index import BundleIndex
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from edge_sdk.runtime import Runtime
 from edge_sdk.runtime.executorch import ExecutorchRuntime

@@ -16,8 +16,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from edge_sdk import BundleError, Device
-from edge_sdk.bundle import BlobStore, Bundle, Manifest
-from edge_sdk.index import BundleIndex
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle, Manifest
+from edge_sdk.bundle.store import BlobStore
 from edge_sdk.protocol.frames import decode, encode, unpack_tensors
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
@@ -32,8 +33,8 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.runtime import load_runtime
 from server_hub.config import Limits
-from server_hub.rounds import RoundRules
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
+from server_hub.rounds.rounds import RoundRules
 from tests.harness import cutlayer, examples, finish, hub_config, running_hub, save_npz
 
 GOOD = Hello(version=1, token="", tier="small")

@@ -15,16 +15,17 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.data import Examples
 from edge_sdk.protocol.tensors import Array, TensorSpec
+from edge_sdk.training.data import Examples
 from export.losses import local_loss
 from export.packing import get_codec
 from export.split import SplitModel
 from export.whole import without_trunk
 from export.width import narrow
+from server_hub.aggregation.interface import DeviceUpdate
+from server_hub.aggregation.layer_store import State
+from server_hub.aggregation.nested import Nested
 from server_hub.config import LocalTraining, TrunkTraining
-from server_hub.layers import State
-from server_hub.methods.parts import DeviceUpdate, Nested
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
 from server_hub.simulation.prepare import Client

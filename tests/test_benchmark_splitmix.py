@@ -13,11 +13,11 @@ from benchmarks import splitmix
 from benchmarks import splitmix_report as report
 from benchmarks.splitmix_report import DUAL, FEDAVG, HETEROFL, SPLITMIX, Point, Run, Setting
 from edge_sdk import config
-from edge_sdk.attack import Attack
+from edge_sdk.training.adversarial import Attack
 from export.bases import split_width
 from export.build import build_model
 from export.width import narrow
-from server_hub.run import RoundRecord
+from server_hub.storage.run_folder import RoundRecord
 
 PLAN = config.load(splitmix.Plan, splitmix.PLAN)
 

@@ -14,22 +14,19 @@ import torch
 from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
-from edge_sdk.bundle import (
+from edge_sdk.bundle.index import INDEX, BundleIndex
+from edge_sdk.bundle.manifest import (
     FORMAT,
     GRAPHS,
-    BlobStore,
     Bundle,
     Constants,
     Graph,
     Manifest,
     Port,
     StateSpec,
-    sha256,
-    verify_blob,
-    write_atomically,
 )
+from edge_sdk.bundle.store import BlobStore, sha256, verify_blob, write_atomically
 from edge_sdk.errors import BundleError
-from edge_sdk.index import INDEX, BundleIndex
 from edge_sdk.protocol.frames import pack_tensors, unpack_tensors
 from edge_sdk.protocol.tensors import TensorSpec
 from edge_sdk.runtime import load_runtime

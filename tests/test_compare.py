@@ -16,7 +16,6 @@ from rich.console import Console
 from edge_sdk.errors import ConfigError, CutlayerError, DataError
 from export.errors import ExportError
 from server_hub.config import LocalTraining
-from server_hub.run import METRICS, RoundRecord
 from server_hub.simulation.compare import CellFailed, cells_of, compare, write_comparison
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
@@ -36,6 +35,7 @@ from server_hub.simulation.results import (
     summary,
 )
 from server_hub.simulation.simulate import Simulation
+from server_hub.storage.run_folder import METRICS, RoundRecord
 from tests.models import BUILD
 
 Accuracy = Mapping[str, Mapping[str, float]]

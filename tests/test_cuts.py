@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server_hub.cuts import Adaptive, Fixed, Latency, Seen, policy_of
+from server_hub.rounds.cut_policy import Adaptive, Fixed, Latency, Seen, policy_of
 
 times = st.floats(1e-4, 1e3)
 losses = st.floats(0.0, 1e3)

@@ -15,7 +15,7 @@ from server_hub.demo import texts
 from server_hub.demo.slow_device import SlowRuntime
 from server_hub.demo.text_job import TextDemo, run_text_demo
 from server_hub.demo.texts import Pretraining, Shape
-from server_hub.run import RoundRecord, read_records
+from server_hub.storage.run_folder import RoundRecord, read_records
 
 SMALL = TextDemo(
     Shape(blocks=3, width=16, heads=2, context=32),

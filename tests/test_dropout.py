@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edge_sdk.data import Examples
-from edge_sdk.learner import MAX_SEED, Learner, LocalPlan
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import MAX_SEED, Learner, LocalPlan
 from export.dropout import PRIME, SeededDropout
 
 COUNT = 100_000

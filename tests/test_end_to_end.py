@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from edge_sdk import DataError, Device, HubError, LinkClosed
-from edge_sdk.device import softmax
-from edge_sdk.index import BundleIndex
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.inference.prediction import softmax
 from export.packing import get_codec
 from server_hub.config import Limits, Listen, LocalTraining, MethodConfig
-from server_hub.rounds import RoundRules
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
+from server_hub.rounds.rounds import RoundRules
 from tests.harness import (
     cutlayer,
     examples,

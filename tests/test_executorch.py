@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from edge_sdk.bundle import Bundle, Graph, Manifest
+from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import Array
 from export.lowering.rewrites import rewrite

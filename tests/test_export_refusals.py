@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.bundle import BlobStore
-from edge_sdk.index import INDEX, BundleIndex
+from edge_sdk.bundle.index import INDEX, BundleIndex
+from edge_sdk.bundle.store import BlobStore
 from edge_sdk.protocol.tensors import Array
 from export import exact, writer
 from export.errors import ExportError

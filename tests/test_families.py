@@ -23,8 +23,8 @@ from export.lora import Lora, adapted_modules
 from export.optimizers import get_optimizer
 from export.split import ClientSegment
 from export.steps import ClientSteps
-from server_hub.trunk import Arrival, TrunkPlan
-from server_hub.trunk_core import TrunkCore
+from server_hub.trunk.interface import Arrival, TrunkPlan
+from server_hub.trunk.step import TrunkCore
 from tests.test_backward import Exact, manifest_of
 
 CUT, ROWS, LENGTH = 2, 2, 16

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from edge_sdk.data import Examples
 from edge_sdk.errors import BundleError, DataError
-from edge_sdk.learner import Learner, LocalPlan
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner, LocalPlan
 from export.errors import ExportError
 from export.functional import TorchRuntime
 from export.losses import local_loss

@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from edge_sdk import exchange
-from edge_sdk.bundle import Bundle
-from edge_sdk.data import Examples
+from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.device import Device
 from edge_sdk.errors import LinkClosed
-from edge_sdk.learner import (
+from edge_sdk.protocol.messages import Gradient
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.training import exchange
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import (
     Alone,
     Learner,
     LocalPlan,
@@ -28,9 +30,7 @@ from edge_sdk.learner import (
     Wanted,
     advance,
 )
-from edge_sdk.link import Link, open_websocket
-from edge_sdk.protocol.messages import Gradient
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.transport.link import Link, open_websocket
 from export.errors import ExportError
 from export.functional import TorchRuntime
 from export.lowering.lowered import RuntimeName, lower
@@ -41,8 +41,8 @@ from export.split import ClientSegment
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps, segment_of
 from server_hub.config import LocalTraining, MethodConfig
-from server_hub.rounds import RoundRules
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
+from server_hub.rounds.rounds import RoundRules
 from tests.harness import examples, hub_config, running_hub
 from tests.models import CLASSES, IMAGE, build, example
 from tests.test_backward import CUT, HYPER, MODELS, Exact, images, runtime_of, wrong

@@ -49,9 +49,9 @@ def test_the_protocol_does_no_io() -> None:
     "code",
     [
         "import edge_sdk, edge_sdk.cli, edge_sdk.runtime.onnx, edge_sdk.runtime.executorch",
-        "import edge_sdk.measure, edge_sdk.bundle_cli, edge_sdk.signing, edge_sdk.index",
-        "import edge_sdk.main; import sys; sys.argv = ['cutlayer', '--help']\n"
-        "try: edge_sdk.main.main()\nexcept SystemExit: pass",
+        "import edge_sdk.runtime.measure, edge_sdk.cli.bundle, edge_sdk.bundle.signing",
+        "import edge_sdk.cli.main; import sys; sys.argv = ['cutlayer', '--help']\n"
+        "try: edge_sdk.cli.main.main()\nexcept SystemExit: pass",
     ],
 )
 def test_a_device_never_imports_torch(code: str) -> None:

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.protocol.tensors import Array
-from server_hub.layers import LayerCopy, LayerStore, NotFinite, check_finite, split_by_layer
+from server_hub.aggregation.layer_store import (
+    LayerCopy,
+    LayerStore,
+    NotFinite,
+    check_finite,
+    split_by_layer,
+)
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "stem.weight": (3, 2),

@@ -11,18 +11,14 @@ import pytest
 
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from export.names import layer_of
+from server_hub.aggregation.interface import DeviceUpdate
+from server_hub.aggregation.layer_store import NotFinite, State
+from server_hub.aggregation.merged import Merged
+from server_hub.aggregation.separate import Separate
 from server_hub.config import learning_rate_factor
-from server_hub.layers import NotFinite, State
 from server_hub.methods.fedsplitx import fedsplitx
-from server_hub.methods.parts import (
-    CopyPerDevice,
-    DeviceUpdate,
-    Merged,
-    Separate,
-    SharedCopy,
-    Stage,
-)
-from server_hub.trunk import TrunkCopy
+from server_hub.methods.method import CopyPerDevice, SharedCopy, Stage
+from server_hub.trunk.interface import TrunkCopy
 from tests.trunk_models import dense_model, state_of
 
 MODEL = dense_model(heads=(1, 3))

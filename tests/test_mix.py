@@ -17,27 +17,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.attack import Attack
-from edge_sdk.bundle import Bundle
-from edge_sdk.data import Examples
-from edge_sdk.device import Device, softmax
+from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, DataError, ProtocolError
-from edge_sdk.learner import Learner, LocalPlan, LocalResult, Packed, advance
-from edge_sdk.link import open_websocket
-from edge_sdk.mix import Mix, check_robustness, tensor_of
+from edge_sdk.inference.mixture import Mixture, check_robustness, tensor_of
+from edge_sdk.inference.mixture import Mixture as MixConfig
+from edge_sdk.inference.prediction import softmax
 from edge_sdk.protocol.messages import Activations, Error, Infer, Message, Update, Welcome
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime.onnx import OnnxRuntime
+from edge_sdk.training.adversarial import Attack
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner, LocalPlan, LocalResult, Packed, advance
+from edge_sdk.transport.link import open_websocket
 from export.dual_norm import robustness as noise_norms
 from export.lowering.lowered import lower
 from export.split import SplitModel
 from export.writer import WEIGHTS
 from server_hub.config import HubConfig, LocalTraining, MethodConfig
-from server_hub.config import Mix as MixConfig
+from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
-from server_hub.rounds import RoundRules
-from server_hub.tokens import TokenFile
-from server_hub.trunk_core import LocalTrunk, TrunkCore
+from server_hub.rounds.rounds import RoundRules
+from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.step import TrunkCore
 from tests.harness import hub_config, save_npz
 from tests.mix_models import DEPTH, Made, made, vectors
 from tests.test_bad_input import RawClient, raw
@@ -72,10 +74,10 @@ def version(base: int, number: int = 0) -> str:
 
 def mix_of(
     export: Made, tier: str, order: list[int], runtime: Any = None, seed: int = 0
-) -> tuple[Mix, Counting]:
+) -> tuple[Mixture, Counting]:
     """All bases offered in an order, and here."""
     counting = Counting(export.runtime(tier) if runtime is None else runtime)
-    mix = Mix(export.index.manifest(tier), counting)
+    mix = Mixture(export.index.manifest(tier), counting)
     mix.offer({str(base): version(base) for base in order})
     states = export.states(tier, seed)
     for base in order:
@@ -98,7 +100,7 @@ def singles(
 
 
 def assert_mixture(
-    export: Made, tier: str, mix: Mix, order: list[int], n: int, x: Array, robust: float,
+    export: Made, tier: str, mix: Mixture, order: list[int], n: int, x: Array, robust: float,
     seed: int = 0,
 ) -> None:  # fmt: skip
     """The best ``n`` answer their mean, and pack what each would alone."""
@@ -181,7 +183,7 @@ def test_onnx_runtime_mixes(tmp_path: Path) -> None:
 def test_only_what_is_not_here_is_missing() -> None:
     """One base more takes one; a new version of one takes that one again."""
     export = made(4)
-    mix = Mix(export.index.manifest("cut"), export.runtime("cut"))
+    mix = Mixture(export.index.manifest("cut"), export.runtime("cut"))
     states = export.states("cut")
     mix.offer({str(base): version(base) for base in (2, 0, 3, 1)})
     assert mix.missing(1) == [(2, version(2))]
@@ -251,7 +253,7 @@ def test_answers_may_overlap() -> None:
     export, order = made(4), [1, 3, 0, 2]
     states, x = export.states("cut"), vectors(3).x
     logits, _ = singles(export, "cut", x, 0.0)
-    mix = Mix(export.index.manifest("cut"), export.runtime("cut"))
+    mix = Mixture(export.index.manifest("cut"), export.runtime("cut"))
     mix.offer({str(base): version(base) for base in order})
     mix.put(1, version(1), states[1])
     with ThreadPoolExecutor(4) as threads:
@@ -616,7 +618,7 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
 
 def test_bases_of_a_model_without_bases() -> None:
     """Nothing was offered: said so."""
-    mix = Mix(made(4).index.manifest("cut"), made(4).runtime("cut"))
+    mix = Mixture(made(4).index.manifest("cut"), made(4).runtime("cut"))
     mix.offer({})
     with pytest.raises(DataError, match="2 bases are to be mixed, and the hub has named none"):
         mix.missing(2)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_sdk.index import BundleIndex
-from edge_sdk.main import main
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.cli.main import main
 from edge_sdk.protocol.messages import Error
 from export.writer import Tier, export_bundles
-from server_hub.rounds import RoundRules
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
+from server_hub.rounds.rounds import RoundRules
 from tests.harness import hub_config, running_hub
 from tests.mix_models import made
 from tests.models import BUILD, CLASSES, IMAGE, build, example

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.signing import new_key, read_private_key, sign_folder
+from edge_sdk.cli.main import main
 from edge_sdk.errors import BundleError
-from edge_sdk.index import BundleIndex
-from edge_sdk.main import main
-from edge_sdk.mix import Mix
-from edge_sdk.signing import new_key, read_private_key, sign_folder
+from edge_sdk.inference.mixture import Mixture
 from export.build import model_of
 from export.split import SplitModel
 from export.writer import WEIGHTS, Tier, export_bundles
-from server_hub.run import RoundRecord, RunFolder
+from server_hub.storage.run_folder import RoundRecord, RunFolder
 from tests.mix_models import CLASSES, FEATURES, made
 from tests.test_mix_bad_input import MODEL, refusal, tiers_toml
 
@@ -71,7 +71,7 @@ def mixed(run: Path, bundles: Path, out: Path) -> None:
 def test_the_best_bases_are_mixed_without_a_hub(tmp_path: Path, bundles: Path) -> None:
     models = write_run(tmp_path / "run", bundles, ORDER)
     mixed(tmp_path / "run", bundles, tmp_path / "out")
-    mix = Mix.open(tmp_path / "out", "small")
+    mix = Mixture.open(tmp_path / "out", "small")
     x = np.random.default_rng(0).random((5, 6)).astype(np.float32)
     for bases in range(1, 5):
         with torch.no_grad():
@@ -89,18 +89,18 @@ def test_a_bundle_of_trained_bases_can_be_signed(tmp_path: Path, run: Path, bund
     mixed(run, bundles, tmp_path / "out")
     mine, other = (new_key(tmp_path / name) for name in ("mine", "other"))
     with pytest.raises(BundleError, match="not signed"):
-        Mix.open(tmp_path / "out", "small", trust=[mine])
+        Mixture.open(tmp_path / "out", "small", trust=[mine])
     sign_folder(tmp_path / "out", read_private_key(tmp_path / "mine"))
-    assert Mix.open(tmp_path / "out", "small", trust=[mine]).held == [0, 1, 2, 3]
+    assert Mixture.open(tmp_path / "out", "small", trust=[mine]).held == [0, 1, 2, 3]
     with pytest.raises(BundleError):
-        Mix.open(tmp_path / "out", "small", trust=[other])
+        Mixture.open(tmp_path / "out", "small", trust=[other])
 
 
 def test_bundles_that_are_not_of_trained_bases_are_told(bundles: Path) -> None:
     with pytest.raises(BundleError, match="holds no trained bases; write one with cutlayer mix"):
-        Mix.open(bundles, "small")
+        Mixture.open(bundles, "small")
     with pytest.raises(BundleError, match=r"no tier 'large' in .*; it has small"):
-        Mix.open(bundles, "large")
+        Mixture.open(bundles, "large")
 
 
 def test_what_is_no_run_of_these_bundles_is_refused(

@@ -569,7 +569,7 @@ def torch_runtime(
     return TorchRuntime(index.manifest("t"), steps), steps
 
 
-class Mixer(Protocol):
+class ShuffleBuffer(Protocol):
     """What runs mixtures."""
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
@@ -577,7 +577,7 @@ class Mixer(Protocol):
 
 
 def assert_mixes(
-    runtime: TorchRuntime, mixer: Mixer, steps: ClientSteps, bases: int, x: Tensor,
+    runtime: TorchRuntime, mixer: ShuffleBuffer, steps: ClientSteps, bases: int, x: Tensor,
     weights: tuple[float, ...], tolerance: float = 1e-5,
 ) -> None:  # fmt: skip
     """``mix_N`` of ``mixer`` is the mean of ``predict`` of ``runtime`` for each of the states."""

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edge_sdk.index import BundleIndex
+from edge_sdk.bundle.index import BundleIndex
 from export.writer import Tier, export_bundles
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
 from tests.harness import cutlayer, examples, finish, next_event, save_npz
 from tests.models import CLASSES, IMAGE, build_batchnorm, example
 from tests.test_end_to_end import write_hub_toml

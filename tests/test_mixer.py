@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server_hub.mixer import Mixer
+from server_hub.trunk.shuffle_buffer import ShuffleBuffer
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def test_every_batch_comes_out_once_in_groups_that_keep_their_bound(
     sizes: list[int], capacity: int, max_rows: int, data: st.DataObject
 ) -> None:
     accepted: list[Batch] = []
-    mixer = Mixer[Batch](accepted.append)
+    mixer = ShuffleBuffer[Batch](accepted.append)
     mixer.begin(capacity, seed=1)
     given, taken = batches(sizes), []
     for batch in given:
@@ -56,7 +56,7 @@ def test_every_batch_comes_out_once_in_groups_that_keep_their_bound(
 
 @given(sizes=SIZES, max_rows=st.integers(1, 100))
 def test_without_a_capacity_batches_keep_their_order(sizes: list[int], max_rows: int) -> None:
-    mixer = Mixer[Batch](lambda batch: pytest.fail("nothing is buffered"))
+    mixer = ShuffleBuffer[Batch](lambda batch: pytest.fail("nothing is buffered"))
     mixer.begin(0, seed=1)
     for batch in batches(sizes):
         mixer.put(batch)
@@ -69,7 +69,7 @@ def test_without_a_capacity_batches_keep_their_order(sizes: list[int], max_rows:
 @given(sizes=SIZES, capacity=st.integers(1, 200))
 def test_what_is_accepted_is_bounded(sizes: list[int], capacity: int) -> None:
     accepted: list[Batch] = []
-    mixer = Mixer[Batch](accepted.append)
+    mixer = ShuffleBuffer[Batch](accepted.append)
     mixer.begin(capacity, seed=1)
     for batch in batches(sizes):
         mixer.put(batch)
@@ -78,7 +78,7 @@ def test_what_is_accepted_is_bounded(sizes: list[int], capacity: int) -> None:
 
 
 def test_steps_see_many_devices_although_each_sends_all_its_batches_at_once() -> None:
-    mixer = Mixer[Batch](lambda batch: None)
+    mixer = ShuffleBuffer[Batch](lambda batch: None)
     mixer.begin(1000, seed=1)
     seen = []
     for device in range(10):
@@ -92,7 +92,7 @@ def test_steps_see_many_devices_although_each_sends_all_its_batches_at_once() ->
 def test_draws_are_uniform() -> None:
     first = Counter()
     for seed in range(4000):
-        mixer = Mixer[Batch](lambda batch: None)
+        mixer = ShuffleBuffer[Batch](lambda batch: None)
         mixer.begin(10, seed)
         for batch in batches([1] * 10):
             mixer.put(batch)

@@ -19,13 +19,10 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-from edge_sdk.bundle import Bundle
-from edge_sdk.connection import Connection, Question, RoundOver
-from edge_sdk.data import Examples
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, ConfigError, HubError
-from edge_sdk.index import BundleIndex
-from edge_sdk.link import Link, MemoryLink, open_websocket
 from edge_sdk.protocol.channel import Channel
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
@@ -40,6 +37,9 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.runtime import Runtime
+from edge_sdk.training.data import Examples
+from edge_sdk.transport.connection import Connection, Question, RoundOver
+from edge_sdk.transport.link import Link, MemoryLink, open_websocket
 from export import packing
 from export.functional import TorchRuntime
 from export.split import SplitModel
@@ -54,11 +54,12 @@ from server_hub.config import (
     MethodConfig,
     TrunkTraining,
 )
-from server_hub.cuts import Seen, Target
+from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
-from server_hub.rounds import RoundRules
-from server_hub.tokens import TokenFile
-from server_hub.trunk_core import LocalTrunk, TrunkCore
+from server_hub.rounds.cut_policy import Seen, Target
+from server_hub.rounds.rounds import RoundRules
+from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.step import TrunkCore
 from tests.harness import cutlayer, finish, next_event, save_npz
 from tests.harness import examples as images
 from tests.models import CLASSES, FEATURES, MeanHead, TokenBlock

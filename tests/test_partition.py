@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.data import Examples
 from server_hub.demo.digits import CLASSES, load
 from server_hub.demo.digits import partition as demo_partition
+from server_hub.reports.plots import draw_partition
 from server_hub.simulation.datasets import Dataset, apportion
 from server_hub.simulation.partition import Kind, PartitionTable, dirichlet, partition, table_of
-from server_hub.simulation.pictures import draw_partition
 
 DEMO_DEVICES = 6
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from edge_sdk.bundle_cli import bundle
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.cli.bundle import bundle
+from edge_sdk.cli.main import main
 from edge_sdk.errors import BundleError, ConfigError
-from edge_sdk.index import BundleIndex
-from edge_sdk.main import main
-from edge_sdk.measure import Measurement, measure_apart
 from edge_sdk.runtime import load_runtime
+from edge_sdk.runtime.measure import Measurement, measure_apart
 from export import plan as plan_module
 from export.errors import ExportError
 from export.plan import Cost, Failure, Plan, Planner, epoch_s

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.policy import Choice, Condition, MixPolicy, Thermal, measure_latencies
+from edge_sdk.inference.policy import Choice, Condition, MixturePolicy, Thermal, measure_latencies
 
 EIGHT = {1: 0.002, 2: 0.004, 4: 0.008, 8: 0.016}
 HEAT: tuple[Thermal, ...] = get_args(Thermal)
@@ -52,7 +52,7 @@ def test_at_least_one_base_and_never_more_than_there_are(
     latencies: dict[int, float], low: float, now: Condition
 ) -> None:
     """Under any condition; the robustness is what was asked for."""
-    choice = MixPolicy(latencies, low_battery=low).choose(now)
+    choice = MixturePolicy(latencies, low_battery=low).choose(now)
     assert 1 <= choice.bases <= max(latencies)
     assert choice.robustness == now.hostile
     assert choice.reason.endswith(".")
@@ -63,7 +63,7 @@ def test_more_charge_never_means_fewer_bases(
     latencies: dict[int, float], low: float, now: Condition, one: float, other: float
 ) -> None:
     """Mains and charging allow as many as a full battery."""
-    policy = MixPolicy(latencies, low_battery=low)
+    policy = MixturePolicy(latencies, low_battery=low)
     now = replace(now, charging=False)
     less, more = (policy.choose(replace(now, battery=b)).bases for b in sorted((one, other)))
     mains = policy.choose(replace(now, battery=None)).bases
@@ -74,7 +74,7 @@ def test_more_charge_never_means_fewer_bases(
 @given(measured, conditions)
 def test_more_heat_never_means_more_bases(latencies: dict[int, float], now: Condition) -> None:
     """From nominal to critical."""
-    policy = MixPolicy(latencies)
+    policy = MixturePolicy(latencies)
     bases = [policy.choose(replace(now, thermal=t)).bases for t in HEAT]
     assert bases == sorted(bases, reverse=True)
     assert bases[-1] == 1
@@ -85,7 +85,7 @@ def test_more_time_never_means_fewer_bases(
     latencies: dict[int, float], now: Condition, one: float, other: float
 ) -> None:
     """No budget allows as many as the longest one."""
-    policy = MixPolicy(latencies)
+    policy = MixturePolicy(latencies)
     less, more = (policy.choose(replace(now, latency_s=s)).bases for s in sorted((one, other)))
     assert less <= more <= policy.choose(replace(now, latency_s=None)).bases
 
@@ -95,7 +95,7 @@ def test_what_is_chosen_is_in_time_if_one_base_is(
     latencies: dict[int, float], now: Condition, budget: float
 ) -> None:
     """Also where more bases were measured to be faster than fewer."""
-    choice = MixPolicy(latencies).choose(replace(now, latency_s=budget))
+    choice = MixturePolicy(latencies).choose(replace(now, latency_s=budget))
     if latencies[1] <= budget:
         assert fits(latencies, choice.bases, budget)
 
@@ -105,7 +105,7 @@ def test_a_budget_alone_allows_the_most_bases_that_are_in_time(
     latencies: dict[int, float], budget: float
 ) -> None:
     """No larger number is in time."""
-    choice = MixPolicy(latencies).choose(Condition(latency_s=budget))
+    choice = MixturePolicy(latencies).choose(Condition(latency_s=budget))
     for n in range(choice.bases + 1, max(latencies) + 1):
         assert takes(latencies, n) > Fraction(budget) * (1 - Fraction(1, 10**9))
 
@@ -122,14 +122,14 @@ def test_without_a_budget_the_rules_of_the_table_hold(
             allowed.append(1)
         elif now.battery < 0.5:
             allowed.append(total // 2)
-    policy = MixPolicy({1: 1.0, total: 1.0}, low_battery=low)
+    policy = MixturePolicy({1: 1.0, total: 1.0}, low_battery=low)
     choice = policy.choose(replace(now, latency_s=None))
     assert choice.bases == max(1, min(allowed))
 
 
 def test_a_phone_answers_best_when_full_cheaply_when_low_and_robustly_in_the_rain() -> None:
     """Three devices with eight bases."""
-    policy = MixPolicy(EIGHT)
+    policy = MixturePolicy(EIGHT)
     full = policy.choose(Condition(battery=0.8))
     assert full == Choice(8, 0.0, "Nothing limits the mix of all 8 bases.")
     low = policy.choose(Condition(battery=0.15))
@@ -161,7 +161,7 @@ def test_a_phone_answers_best_when_full_cheaply_when_low_and_robustly_in_the_rai
 )
 def test_the_reason_names_what_decided(now: Condition, bases: int, reason: str) -> None:
     """One sentence with the number that decided."""
-    assert MixPolicy(EIGHT).choose(now) == Choice(bases, 0.0, reason)
+    assert MixturePolicy(EIGHT).choose(now) == Choice(bases, 0.0, reason)
 
 
 @pytest.mark.parametrize(
@@ -176,14 +176,14 @@ def test_the_reason_names_what_decided(now: Condition, bases: int, reason: str) 
 )
 def test_the_smallest_number_wins(now: Condition, bases: int, reason: str) -> None:
     """Of heat, battery and latency; the first of them where they agree."""
-    choice = MixPolicy(EIGHT).choose(now)
+    choice = MixturePolicy(EIGHT).choose(now)
     assert choice.bases == bases
     assert choice.reason.startswith(reason)
 
 
 def test_a_larger_number_that_is_faster_does_not_excuse_a_smaller_one() -> None:
     """Heat allows 2 of 4 bases, and only 1 and 4 are in time."""
-    choice = MixPolicy({1: 0.001, 2: 0.004, 4: 0.002}).choose(
+    choice = MixturePolicy({1: 0.001, 2: 0.004, 4: 0.002}).choose(
         Condition(thermal="fair", latency_s=0.002)
     )
     assert choice == Choice(1, 0.0, "1 of 4 bases fits into 2 ms.")
@@ -191,13 +191,13 @@ def test_a_larger_number_that_is_faster_does_not_excuse_a_smaller_one() -> None:
 
 def test_a_budget_of_seconds_is_written_in_seconds() -> None:
     """From one second on."""
-    choice = MixPolicy({1: 0.9, 2: 1.4}).choose(Condition(latency_s=1.25))
+    choice = MixturePolicy({1: 0.9, 2: 1.4}).choose(Condition(latency_s=1.25))
     assert choice.reason == "1 of 2 bases fits into 1.25 s."
 
 
 def test_a_single_base_is_limited_by_nothing_but_time() -> None:
     """There is nothing to save by mixing less."""
-    policy = MixPolicy({1: 0.5})
+    policy = MixturePolicy({1: 0.5})
     assert "Nothing limits" in policy.choose(Condition(0.1, thermal="critical")).reason
     assert "Not even 1" in policy.choose(Condition(latency_s=0.1)).reason
 
@@ -242,14 +242,14 @@ def test_a_condition_out_of_range_is_refused_by_name(fields: dict[str, Any], mes
 def test_latencies_that_cannot_be_are_refused(latencies: dict[int, float], message: str) -> None:
     """Before anything is chosen by them."""
     with pytest.raises(ConfigError, match=f"^{message}"):
-        MixPolicy(latencies)
+        MixturePolicy(latencies)
 
 
 @pytest.mark.parametrize("low", [-0.1, 20, math.nan])
 def test_a_low_battery_out_of_range_is_refused(low: float) -> None:
     """Such as per cent."""
     with pytest.raises(ConfigError, match=r"^low_battery must be from 0 to 1"):
-        MixPolicy(EIGHT, low_battery=low)
+        MixturePolicy(EIGHT, low_battery=low)
 
 
 class Clock:
@@ -275,7 +275,7 @@ def test_the_median_of_the_repeats_counts_and_the_first_run_does_not(
 ) -> None:
     """One slow run, and a slow start, leave no trace."""
     clock = Clock({1: [64.0, 1.0, 32.0, 2.0], 4: [64.0, 4.0, 3.0, 5.0]})
-    monkeypatch.setattr("edge_sdk.policy.time", clock)
+    monkeypatch.setattr("edge_sdk.inference.policy.time", clock)
     assert measure_latencies(clock.mix, [1, 4], repeats=3) == {1: 2.0, 4: 4.0}
     assert clock.calls == [1] * 4 + [4] * 4
 
@@ -286,7 +286,7 @@ def test_what_was_measured_makes_a_policy() -> None:
     run: Callable[[int], None] = sizes.append
     latencies = measure_latencies(run, [1, 2, 4])
     assert len(sizes) == 3 * (1 + 5)
-    assert MixPolicy(latencies).choose(Condition()).bases == 4
+    assert MixturePolicy(latencies).choose(Condition()).bases == 4
 
 
 @pytest.mark.parametrize(

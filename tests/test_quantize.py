@@ -20,14 +20,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
-from edge_sdk.bundle import Bundle
-from edge_sdk.data import Examples
-from edge_sdk.device import Device, softmax
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, DataError
-from edge_sdk.index import BundleIndex
-from edge_sdk.learner import Learner, Precision
+from edge_sdk.inference.prediction import softmax
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner, Precision
 from export.errors import ExportError
 from export.lowering.lowered import Lowered, RuntimeName, lower
 from export.optimizers import get_optimizer
@@ -46,7 +47,7 @@ from export.quantize import (
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps, Step
 from export.writer import WEIGHTS, Tier, export_bundles
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
 from tests.harness import cutlayer, examples, finish, hub_config, running_hub, save_npz
 from tests.models import (
     BUILD,

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server_hub.rounds import Phase, RoundRules, Rounds
+from server_hub.rounds.rounds import Phase, RoundRules, Rounds
 
 DEVICES = ["ada", "bo", "cy", "dee", "eli", "flo"]
 

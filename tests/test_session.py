@@ -12,7 +12,6 @@ from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
 
 from edge_sdk.errors import ConfigError, LinkClosed, ProtocolError
-from edge_sdk.link import Link, MemoryLink, WebSocketLink, open_websocket
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
@@ -25,7 +24,8 @@ from edge_sdk.protocol.messages import (
     Message,
     Welcome,
 )
-from edge_sdk.session import Session, SessionLost
+from edge_sdk.transport.link import Link, MemoryLink, WebSocketLink, open_websocket
+from edge_sdk.transport.session import Session, SessionLost
 
 HASH = "0" * 64
 TIMEOUT_S = 20.0

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 import edge_sdk.device
 from edge_sdk import BundleError, ConfigError, Device
-from edge_sdk.bundle import FORMAT, BlobStore, canonical_json
-from edge_sdk.index import INDEX, BundleIndex
-from edge_sdk.main import main
-from edge_sdk.signing import (
+from edge_sdk.bundle.index import INDEX, BundleIndex
+from edge_sdk.bundle.manifest import FORMAT, canonical_json
+from edge_sdk.bundle.signing import (
     CONTEXT,
     PrivateKey,
     check,
@@ -34,7 +33,9 @@ from edge_sdk.signing import (
     sign_folder,
     verify_folder,
 )
-from server_hub.tokens import TokenFile
+from edge_sdk.bundle.store import BlobStore
+from edge_sdk.cli.main import main
+from server_hub.gateway.tokens import TokenFile
 from tests.harness import hub_config, running_hub
 
 KEY = PrivateKey.from_private_bytes(bytes(range(32)))

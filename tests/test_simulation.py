@@ -16,14 +16,13 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
+from edge_sdk.cli.main import main
 from edge_sdk.errors import ConfigError, CutlayerError, DataError
-from edge_sdk.main import main
 from edge_sdk.protocol.tensors import Array
 from export.errors import ExportError
 from export.split import SplitModel
 from server_hub.config import LocalTraining, TrunkTraining
 from server_hub.methods.registry import RECIPES
-from server_hub.run import RoundRecord, read_records
 from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import FILE, Checkpoint
 from server_hub.simulation.datasets import DataTable
@@ -31,6 +30,7 @@ from server_hub.simulation.devices import Meter
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.trunk import flop_above
+from server_hub.storage.run_folder import RoundRecord, read_records
 from tests.models import BUILD, CLASSES, IMAGE, MeanHead, NormBlock, build, build_batchnorm, example
 
 UNEQUAL = {

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.data import Examples
-from edge_sdk.learner import Learner, LocalPlan, LocalResult, Packed, Wanted, advance
 from edge_sdk.protocol.messages import Gradient
 from edge_sdk.protocol.tensors import Array, TensorSpec
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner, LocalPlan, LocalResult, Packed, Wanted, advance
 from export import packing
 from export.adapters import from_transformers
 from export.functional import TorchRuntime
@@ -29,15 +29,15 @@ from export.optimizers import get_optimizer
 from export.packing import Shape
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
+from server_hub.aggregation.adapters import MergedAdapters, at_ranks
+from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.config import LocalTraining, TrunkTraining
-from server_hub.methods.parts import DeviceUpdate
-from server_hub.methods.splitft import MergedAdapters, at_ranks
-from server_hub.run import RoundRecord
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
-from server_hub.trunk import Arrival, TrunkCopy, TrunkPlan
-from server_hub.trunk_core import TrunkCore
+from server_hub.storage.run_folder import RoundRecord
+from server_hub.trunk.interface import Arrival, TrunkCopy, TrunkPlan
+from server_hub.trunk.step import TrunkCore
 from tests.test_backward import Exact, manifest_of
 
 WORDS, LENGTH, DEPTH = 23, 7, 4

@@ -19,28 +19,28 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.attack import Attack
 from edge_sdk.errors import ConfigError, CutlayerError
-from edge_sdk.mix import Mix, tensor_of
+from edge_sdk.inference.mixture import Mixture, tensor_of
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.adversarial import Attack
 from export.adapters import from_transformers
 from export.bases import split_width
 from export.dual_norm import noise_tensors, robustness, with_dual_norms
 from export.split import SplitModel
 from export.whole import whole_bases, without_trunk
 from export.writer import Tier
+from server_hub.aggregation.interface import DeviceUpdate
+from server_hub.aggregation.per_base import PerBase
 from server_hub.config import LocalTraining, TrunkTraining
-from server_hub.hardening import hard_examples, mixed_logits
-from server_hub.methods.mixing import Mixing
-from server_hub.methods.parts import DeviceUpdate
-from server_hub.methods.splitmix import PerBase
-from server_hub.run import read_records
+from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.simulation.datasets import DataTable
-from server_hub.simulation.job import FleetTier, Job, MixTable, RoundsTable
+from server_hub.simulation.job import FleetTier, Job, RoundsTable, SplitMixTable
 from server_hub.simulation.partition import PartitionTable
 from server_hub.simulation.simulate import Simulation
-from server_hub.trunk import TrunkCopy
-from server_hub.trunk_core import TrunkCore
+from server_hub.storage.run_folder import read_records
+from server_hub.trunk.adversarial import hard_examples, mixed_logits
+from server_hub.trunk.interface import TrunkCopy
+from server_hub.trunk.step import TrunkCore
 from tests.models import CLASSES, IMAGE, MeanHead, example
 from tests.test_mix_steps import only, shaken, torch_runtime
 from tests.test_simulation import Interrupted, assert_alike, simulate, stop_after
@@ -113,7 +113,7 @@ BUDGETS = st.sampled_from([0.125, 0.2, 0.25, 0.5, 0.7, 1.0])
 def test_a_device_trains_as_many_bases_as_its_budget_pays_for_and_none_twice(
     bases: int, budgets: list[float], number: int, seed: int
 ) -> None:
-    mixing = Mixing(bases, {f"t{i}": b for i, b in enumerate(budgets)}, seed=seed)
+    mixing = BaseAssignment(bases, {f"t{i}": b for i, b in enumerate(budgets)}, seed=seed)
     tiers = {f"d{i}": f"t{i % (len(budgets) + 1)}" for i in range(7)}  # one tier has no budget
     drawn = mixing.draw(number, tiers)
     assert drawn.keys() == tiers.keys()
@@ -134,7 +134,7 @@ def test_a_device_trains_as_many_bases_as_its_budget_pays_for_and_none_twice(
 def test_every_base_comes_first_once_before_any_comes_again(
     bases: int, devices: int, rounds: int, seed: int
 ) -> None:
-    mixing = Mixing(bases, {"t": 1 / bases}, seed=seed)
+    mixing = BaseAssignment(bases, {"t": 1 / bases}, seed=seed)
     tiers = {f"d{i:02}": "t" for i in range(devices)}
     firsts = [
         own[0]
@@ -147,16 +147,16 @@ def test_every_base_comes_first_once_before_any_comes_again(
 
 
 def test_draws_go_by_seed_and_round_and_not_by_who_is_named_first() -> None:
-    mixing = Mixing(8, {"t": 0.5}, seed=3)
+    mixing = BaseAssignment(8, {"t": 0.5}, seed=3)
     tiers = {f"d{i}": "t" for i in range(6)}
     assert mixing.draw(2, tiers) == mixing.draw(2, dict(reversed(tiers.items())))
-    assert mixing.draw(2, tiers) == Mixing(8, {"t": 0.5}, seed=3).draw(2, tiers)
+    assert mixing.draw(2, tiers) == BaseAssignment(8, {"t": 0.5}, seed=3).draw(2, tiers)
     assert mixing.draw(2, tiers) != mixing.draw(3, tiers)
     assert mixing.draw(2, tiers) != replace(mixing, seed=4).draw(2, tiers)
 
 
 def test_all_bases_are_trained_equally_often() -> None:
-    mixing = Mixing(4, {"t": 0.5})
+    mixing = BaseAssignment(4, {"t": 0.5})
     tiers = {f"d{i}": "t" for i in range(5)}
     counts = Counter(
         b for number in range(1, 401) for own in mixing.draw(number, tiers).values() for b in own
@@ -168,11 +168,11 @@ def test_all_bases_are_trained_equally_often() -> None:
 @pytest.mark.parametrize("budget", [0.0, -0.5, 1.01, math.nan, math.inf])
 def test_a_budget_is_some_of_the_model(budget: float) -> None:
     with pytest.raises(ConfigError, match="'poor' has a budget"):
-        Mixing(8, {"poor": budget})
+        BaseAssignment(8, {"poor": budget})
 
 
 def test_a_budget_below_one_base_is_told_with_what_one_takes() -> None:
-    mixing = Mixing(8, {"poor": 0.1, "rich": 0.125})
+    mixing = BaseAssignment(8, {"poor": 0.1, "rich": 0.125})
     assert mixing.count("rich") == 1
     with pytest.raises(ConfigError, match=r"'poor' has a budget of 0\.1 .* takes 0\.125"):
         mixing.count("poor")
@@ -282,7 +282,7 @@ def job(**changes: Any) -> Job:
             "full": FleetTier(clients=1, cut=DEPTH),
         },
         "method": "splitmix",
-        "mix": MixTable(bases=4),
+        "mix": SplitMixTable(bases=4),
         "rounds": RoundsTable(count=2),
         "local": LOCAL,
         "schedule": "constant",
@@ -346,7 +346,7 @@ def test_a_simulated_job_is_the_loop_of_the_paper(tmp_path: Path, model: str, ma
     """Several classes are missing on every device, which the loss leaves out, or not."""
     task = job(
         model=f"{__name__}:{model}",
-        mix=MixTable(bases=4, masked=masked),
+        mix=SplitMixTable(bases=4, masked=masked),
         partition=PartitionTable(kind="shards", classes_per_client=2, seed=1),
     )
     with Simulation(task, tmp_path / "run") as simulation:
@@ -376,7 +376,7 @@ def together(**changes: Any) -> Job:
     """Devices that train bases as a whole, and up to a cut, on hard examples too."""
     given = {
         "tiers": TOGETHER,
-        "mix": MixTable(bases=4, robustness=0.5, attack=HARD),
+        "mix": SplitMixTable(bases=4, robustness=0.5, attack=HARD),
         "data": DataTable("digits", train=48, test=50, scale="unit"),
         "local": replace(LOCAL, epochs=1),
     }
@@ -486,7 +486,7 @@ def test_a_tier_that_has_opted_out_does_not_dilute_the_noise_norms_of_others(
 def test_all_weight_may_be_on_hard_examples(tmp_path: Path, dual: bool) -> None:
     """And steps of the trunk so small that clean rows come in steps of their own."""
     task = together(
-        mix=MixTable(bases=4, robustness=1.0, dual_norms=dual, attack=HARD),
+        mix=SplitMixTable(bases=4, robustness=1.0, dual_norms=dual, attack=HARD),
         trunk=TrunkTraining(max_rows=1, wait_s=0.0),
         rounds=RoundsTable(count=1),
         tiers={"cut": TOGETHER["cut"]},
@@ -501,7 +501,7 @@ def test_all_weight_may_be_on_hard_examples(tmp_path: Path, dual: bool) -> None:
 @pytest.mark.parametrize("every", [1, 2])
 def test_an_interrupted_job_goes_on_to_the_same_end(tmp_path: Path, every: int) -> None:
     task = together(
-        rounds=RoundsTable(count=3, per_round=2), mix=MixTable(bases=4), evaluate_every=every
+        rounds=RoundsTable(count=3, per_round=2), mix=SplitMixTable(bases=4), evaluate_every=every
     )
     whole = simulate(task, tmp_path / "whole")
     with pytest.raises(Interrupted):
@@ -521,7 +521,7 @@ def test_bases_with_batch_norms_lie_on_devices_as_a_whole(tmp_path: Path) -> Non
     """Statistics, too, are averaged by base, and the noise copies have their own."""
     task = job(
         model=f"{__name__}:build_batch_norms",
-        mix=MixTable(bases=2, robustness=0.5, attack=HARD),
+        mix=SplitMixTable(bases=2, robustness=0.5, attack=HARD),
         data=DataTable("digits", train=60, test=50, scale="unit"),
     )
     records = simulate(task, tmp_path / "run")
@@ -562,7 +562,7 @@ def test_bases_of_a_language_model_are_trained_and_mixed(tmp_path: Path) -> None
             "whole": FleetTier(clients=1, cut=2),
         },
         method="splitmix",
-        mix=MixTable(bases=2),
+        mix=SplitMixTable(bases=2),
         rounds=RoundsTable(count=3),
         local=LocalTraining(batch_size=16, hyper={"lr": 0.3}),
         trunk=TrunkTraining(hyper={"lr": 0.3}),
@@ -574,7 +574,7 @@ def test_bases_of_a_language_model_are_trained_and_mixed(tmp_path: Path) -> None
 
 
 def test_heterofl_trains_nested_widths_by_budget(tmp_path: Path) -> None:
-    task = job(method="heterofl", mix=MixTable(), tiers={
+    task = job(method="heterofl", mix=SplitMixTable(), tiers={
         "half": FleetTier(clients=2, cut=DEPTH, budget=0.5),
         "full": FleetTier(clients=1, cut=DEPTH),
     })  # fmt: skip
@@ -596,7 +596,7 @@ def test_heterofl_trains_nested_widths_by_budget(tmp_path: Path) -> None:
         ({"tiers": {"poor": FleetTier(clients=1, cut=DEPTH, budget=0.1)}}, "'poor' has a budget"),
         ({"tiers": {"poor": FleetTier(clients=1, cut=DEPTH, budget=0.0)}}, "'poor' has a budget"),
         ({"tiers": {"rich": FleetTier(clients=1, cut=DEPTH, budget=2.0)}}, "'rich' has a budget"),
-        ({"mix": MixTable(bases=3)}, "3"),
+        ({"mix": SplitMixTable(bases=3)}, "3"),
         ({"tiers": {"deep": FleetTier(clients=1, cut=DEPTH + 1)}}, f"cut {DEPTH + 1}"),
     ],
 )
@@ -773,7 +773,7 @@ def test_an_example_alone_gets_the_answer_that_it_gets_among_others(
         model.add_heads([2], example(IMAGE), CLASSES)
     tier = Tier(depth, "fp16", bases=4)
     runtime, steps = torch_runtime(model, tier, example(IMAGE), CLASSES, tmp_path / "out")
-    mix = Mix(runtime.manifest, runtime)
+    mix = Mixture(runtime.manifest, runtime)
     mix.offer({str(b): f"version {b}" for b in (2, 0, 3, 1)})
     states = {b: shaken(steps.initial, 5 + b) for b in range(4)}
     for b, state in states.items():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edge_sdk.bundle import Port
+from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec
 from export.lowering.lowered import lower
 from export.split import SplitModel

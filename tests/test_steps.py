@@ -20,15 +20,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.bundle import Bundle, Graph, Manifest
-from edge_sdk.data import Examples
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.errors import BundleError, DataError
-from edge_sdk.index import BundleIndex
-from edge_sdk.learner import Learner, LocalPlan
-from edge_sdk.measure import _resident
 from edge_sdk.protocol.tensors import Array, TensorSpec, check_tensors
 from edge_sdk.runtime import load_runtime
+from edge_sdk.runtime.measure import _resident
 from edge_sdk.runtime.onnx import OnnxRuntime
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner, LocalPlan
 from export.lowering.lowered import lower as lower_all
 from export.lowering.onnx import lower
 from export.lowering.verify import verify

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.errors import ConfigError
-from server_hub.run import RoundRecord
-from server_hub.tensorboard import Board
+from server_hub.reports.tensorboard import Board
+from server_hub.storage.run_folder import RoundRecord
 
 
 def record(number: int) -> RoundRecord:

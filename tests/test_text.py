@@ -16,24 +16,25 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from edge_sdk import text
-from edge_sdk.bundle import Manifest
-from edge_sdk.data import Examples
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, DataError, ProtocolError
-from edge_sdk.index import BundleIndex
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training import text
+from edge_sdk.training.data import Examples
 from export.split import SplitModel
 from export.writer import Tier, export_bundles
-from server_hub.checks import MAX_POSITIONS, check_answer, check_labels, check_packed
 from server_hub.config import HubConfig, LocalTraining, TrunkTraining
-from server_hub.evaluation import Tally, batches_to_measure, vocabulary
 from server_hub.hub import Hub
-from server_hub.run import RoundRecord, RunFolder, read_records
+from server_hub.reports.report import write_report
+from server_hub.rounds.validation import MAX_POSITIONS, check_answer, check_labels, check_packed
 from server_hub.simulation.compare import write_comparison
 from server_hub.simulation.datasets import DataTable, load_dataset
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
 from server_hub.simulation.results import accuracy_grid, common_target, cost_grid, rows_of, summary
 from server_hub.simulation.simulate import Simulation
+from server_hub.storage.run_folder import RoundRecord, RunFolder, read_records
+from server_hub.trunk.evaluator import Tally, batches_to_measure, vocabulary
 
 WORDS = 258
 
@@ -434,7 +435,7 @@ def test_lower_perplexity_is_better(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run", metric="perplexity")
     for one in runs["fedsplitx", 0][1]:
         run.append(one)
-    run.write_report("a run")
+    write_report(run, "a run")
     report = (tmp_path / "run" / "report.md").read_text()
     assert "## Rounds: perplexity" in report
     assert "12.5" in report

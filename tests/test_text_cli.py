@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_sdk import DataError, Device, Evaluation, Prediction, prediction
-from edge_sdk.connection import Question
-from edge_sdk.data import Examples
+from edge_sdk import DataError, Device, Evaluation, Prediction
+from edge_sdk.cli.main import main
 from edge_sdk.errors import LinkClosed
-from edge_sdk.learner import Learner
-from edge_sdk.link import open_websocket
-from edge_sdk.main import main
-from edge_sdk.measure import Measurement
-from edge_sdk.mix import Mix
-from edge_sdk.prediction import Manner, Predictor
+from edge_sdk.inference import prediction
+from edge_sdk.inference.mixture import Mixture
+from edge_sdk.inference.prediction import AnswerOptions, Predictor
 from edge_sdk.protocol.messages import Answer
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime.measure import Measurement
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner
+from edge_sdk.transport.connection import Question
+from edge_sdk.transport.link import open_websocket
 from export import plan as plan_module
 from export.flops import flops_per_row
 from export.functional import TorchRuntime
@@ -37,12 +38,14 @@ from export.packing import get_codec
 from export.split import SplitModel
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps, segment_of, write_tier
-from server_hub.cli import round_line
+from server_hub.cli.hub import round_line
 from server_hub.config import HubConfig, Listen, LocalTraining, TrunkTraining
-from server_hub.evaluation import Served
+from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
-from server_hub.rounds import RoundRules
-from server_hub.run import RoundRecord, RunFolder, move_lines
+from server_hub.reports.report import write_report
+from server_hub.reports.tables import move_lines
+from server_hub.reports.tensorboard import scalars
+from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation import cli as simulation_cli
 from server_hub.simulation.cli import rounds_table
 from server_hub.simulation.datasets import DataTable
@@ -50,10 +53,11 @@ from server_hub.simulation.job import FleetTier, Job, RoundsTable
 from server_hub.simulation.results import cost_grid, summary
 from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.trunk import flop_above
-from server_hub.tensorboard import scalars
-from server_hub.tokens import TokenFile
-from server_hub.trunk import Arrival
-from server_hub.trunk_core import LocalTrunk, TrunkCore
+from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.trunk.evaluator import Served
+from server_hub.trunk.interface import Arrival
+from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.step import TrunkCore
 from tests.models import AttentionBlock, TokenBlock
 
 WORDS, WIDTH, LENGTH = 11, 8, 9
@@ -166,14 +170,14 @@ def pair(request: pytest.FixtureRequest, bundles: Any) -> tuple[Predictor, Asked
         logits = served.answer(Arrival("", "", cut, "fp16", question.parts, np.zeros(1)))
         return Answer(request=1, heads=["?"] * len(logits), logits=logits)
 
-    async def mixing(bases: int) -> Mix:
+    async def mixing(bases: int) -> Mixture:
         raise AssertionError("the model has no bases")
 
     return Predictor(lambda: learner, ask, mixing), asked, cut
 
 
 def predict(predictor: Predictor, x: Array, confidence: float) -> Prediction:
-    return asyncio.run(predictor.predict(x, confidence, 10.0, Manner()))
+    return asyncio.run(predictor.predict(x, confidence, 10.0, AnswerOptions()))
 
 
 def test_a_prediction_for_texts_is_the_token_behind_the_last_position(
@@ -422,14 +426,14 @@ def test_a_report_has_the_moves_and_a_picture_of_the_cuts(tmp_path: Path) -> Non
     run = RunFolder(tmp_path / "moved", metric="perplexity")
     run.append(record(1, moves=[MOVE]))
     run.append(record(2, cuts={"phone-3": 2}))
-    run.write_report("SplitFT")
+    write_report(run, "SplitFT")
     report = (tmp_path / "moved" / "report.md").read_text()
     assert f"| phone-3 | 1 | 4 | 2 | {MOVE['reason']} |" in report
     assert "](cuts.png)" in report
     assert (tmp_path / "moved" / "cuts.png").read_bytes().startswith(b"\x89PNG")
     still = RunFolder(tmp_path / "still", metric="perplexity")
     still.append(record(1))
-    still.write_report("SplitFT")
+    write_report(still, "SplitFT")
     assert "oves of cuts" not in (tmp_path / "still" / "report.md").read_text()
     assert not (tmp_path / "still" / "cuts.png").exists()
 
@@ -439,7 +443,7 @@ def test_the_picture_of_the_cuts_takes_any_number_of_devices(tmp_path: Path, dev
     run = RunFolder(tmp_path / "run", metric="perplexity")
     cuts = {f"phone-{i}": 1 + i % 4 for i in range(devices)}
     run.append(record(1, cuts=cuts, moves=[MOVE]))
-    run.write_report("SplitFT")
+    write_report(run, "SplitFT")
     assert (tmp_path / "run" / "cuts.png").stat().st_size > 1000
 
 

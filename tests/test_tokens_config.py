@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from edge_sdk.config import build, load, read_toml
 from edge_sdk.errors import ConfigError
 from server_hub.config import HubConfig
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
 
 # --- tokens ---------------------------------------------------------------------------------------
 

@@ -18,9 +18,9 @@ from edge_sdk.protocol.tensors import Array
 from export.optimizers import OPTIMIZERS
 from export.packing import CODECS, get_codec
 from export.split import SplitModel, channel_axis
-from server_hub.merged import Entering, depth_merged_loss
-from server_hub.trunk import Arrival, StepReport, TrunkCopy, TrunkPlan
-from server_hub.trunk_core import TrunkCore
+from server_hub.trunk.depth_merge import Entering, depth_merged_loss
+from server_hub.trunk.interface import Arrival, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk.step import TrunkCore
 from tests.models import AttentionBlock, TokenBlock
 from tests.trunk_models import (
     CLASSES,

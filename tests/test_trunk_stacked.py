@@ -21,9 +21,9 @@ from export.dual_norm import has_dual_norms, noise_tensors, with_dual_norms
 from export.packing import CODECS
 from export.split import SplitModel
 from export.whole import without_trunk
-from server_hub.trunk import Arrival, TrunkCopy, TrunkPlan
-from server_hub.trunk_core import TrunkCore
-from server_hub.trunk_stacked import StackedTrunk
+from server_hub.trunk.interface import Arrival, TrunkCopy, TrunkPlan
+from server_hub.trunk.step import TrunkCore
+from server_hub.trunk.vmapped import StackedTrunk
 from tests.models import CLASSES, FEATURES, IMAGE, conv_model, example, token_model
 from tests.test_mix_steps import only
 from tests.test_trunk import VOCABULARY, language_model, some_texts

@@ -28,8 +28,8 @@ from server_hub.config import LocalTraining, TrunkTraining
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
-from server_hub.trunk import Arrival, Finished, TrunkPlan
-from server_hub.trunk_core import TrunkCore
+from server_hub.trunk.interface import Arrival, Finished, TrunkPlan
+from server_hub.trunk.step import TrunkCore
 from tests.test_backward import HYPER, MODELS, manifest_of
 from tests.test_splitft import WORDS, Double
 from tests.test_splitft import build as build_gpt2

@@ -24,9 +24,11 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.sync.client import connect
 
 from export.split import SplitModel
-from server_hub.trunk import Arrival, Trunk, TrunkCopy, TrunkPlan
-from server_hub.trunk_core import LocalTrunk, TrunkCore
-from server_hub.worker import Arena, TrunkFailed, WorkerTrunk
+from server_hub.trunk.interface import Arrival, Trunk, TrunkCopy, TrunkPlan
+from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.process import TrunkFailed, WorkerTrunk
+from server_hub.trunk.shared_memory import Arena
+from server_hub.trunk.step import TrunkCore
 from tests.trunk_models import (
     BusyBlock,
     SleepingBlock,
@@ -361,7 +363,7 @@ def test_close_of_a_start_that_was_given_up(when: str) -> None:
 SCRIPT = """
 import asyncio, os, signal, sys
 from server_hub.trunk import TrunkPlan
-from server_hub.worker import TrunkFailed, WorkerTrunk
+from server_hub.trunk.process import TrunkFailed, WorkerTrunk
 from tests.trunk_models import arrival_of, dense_model, state_of
 
 async def main():

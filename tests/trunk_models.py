@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from edge_sdk.protocol.tensors import Array
 from export.packing import get_codec
 from export.split import SplitModel, channel_axis
-from server_hub.trunk import Arrival, TrunkCopy
+from server_hub.trunk.interface import Arrival, TrunkCopy
 
 DEPTH = 4
 WIDTH = 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from edge_sdk.bundle import Bundle
+from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.errors import BundleError
 from edge_sdk.protocol.tensors import Array
 

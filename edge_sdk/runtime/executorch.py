@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.bundle import Bundle, Port
+from edge_sdk.bundle.manifest import Bundle, Port
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import DTYPES, Array
 

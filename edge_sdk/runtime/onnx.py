@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from edge_sdk.bundle import Bundle, Manifest
+from edge_sdk.bundle.manifest import Bundle, Manifest
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import Array
 

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_structure
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from edge_sdk.bundle import Port
+from edge_sdk.bundle.manifest import Port
 from export.errors import ExportError
 from export.lowering.decompositions import decompositions
 from export.lowering.simplify import simplify

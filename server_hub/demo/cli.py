@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from edge_sdk.bundle import write_atomically
+from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def demo(
     """
     if text and mix:
         raise ConfigError("--text and --mix are two demos; choose one")
-    from server_hub.tensorboard import Board
+    from server_hub.reports.tensorboard import Board
 
     folder = run or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     console = Console(highlight=False)
@@ -55,9 +55,9 @@ def demo(
             size = TextDemo() if rounds is None else TextDemo(rounds=rounds)
             result = run_text_demo(folder, size, console, board.round)
         elif mix:
-            from server_hub.demo.mix_job import MixDemo, run_mix_demo
+            from server_hub.demo.mix_job import MixtureDemo, run_mix_demo
 
-            wide = MixDemo() if rounds is None else MixDemo(rounds=rounds)
+            wide = MixtureDemo() if rounds is None else MixtureDemo(rounds=rounds)
             result = run_mix_demo(folder, wide, console, board.round)["rows"]
         else:
             from server_hub.demo.job import run_demo

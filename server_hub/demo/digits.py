@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.data import Examples
+from edge_sdk.training.data import Examples
 from export.heads import AuxiliaryHead
 from export.split import SplitModel
 from server_hub.simulation.partition import dirichlet

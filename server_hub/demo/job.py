@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from edge_sdk.data import Examples
+from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import CutlayerError
-from edge_sdk.index import BundleIndex
+from edge_sdk.training.data import Examples
 from export.writer import WEIGHTS, Tier, export_bundles
 from server_hub.demo import digits
 from server_hub.demo.no_hub import federated_averaging
@@ -29,8 +29,10 @@ from server_hub.demo.processes import (
     traffic_table,
     watch,
 )
-from server_hub.run import PATHS, RoundRecord, RunFolder, markdown_table
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
+from server_hub.reports.report import write_report
+from server_hub.reports.tables import PATHS, markdown_table
+from server_hub.storage.run_folder import RoundRecord, RunFolder
 
 TIERS = {"small": Tier(cut=1), "medium": Tier(cut=3), "large": Tier(cut=5)}
 DEVICES_PER_TIER = 2
@@ -289,7 +291,8 @@ def _accuracy_rows(result: dict[str, Any]) -> list[list[str]]:
 
 def _write_report(run: RunFolder, result: dict[str, Any]) -> None:
     header = ["tier", "cut", *PATHS.values(), "without a hub"]
-    run.write_report(
+    write_report(
+        run,
         "FedSplitX over six devices of three tiers, on digits",
         [
             "## Accuracy on held-out digits\n\n" + markdown_table(header, _accuracy_rows(result)),

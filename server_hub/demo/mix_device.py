@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.cli import peak_rss_mb
-from edge_sdk.data import Examples
+from edge_sdk.cli.device import peak_rss_mb
 from edge_sdk.device import Device
-from edge_sdk.policy import Condition, MixPolicy
+from edge_sdk.inference.policy import Condition, MixturePolicy
+from edge_sdk.training.data import Examples
 
 CALLS = 50
 """Answers to one example each, of which the median time counts."""
@@ -56,7 +56,7 @@ async def _run(arguments: argparse.Namespace) -> None:
                 seconds[bases] = took
                 row |= {"latency_ms": round(1e3 * took, 3), "rss_mb": round(peak_rss_mb(), 1)}
                 print(json.dumps(row))
-        policy = MixPolicy(seconds)
+        policy = MixturePolicy(seconds)
         choices = {name: asdict(policy.choose(now)) for name, now in CONDITIONS.items()}
         print(json.dumps({"choices": choices, "torch_imported": "torch" in sys.modules}))
 

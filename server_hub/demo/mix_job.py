@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from edge_sdk.attack import Attack
-from edge_sdk.data import Examples
+from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import CutlayerError
-from edge_sdk.index import BundleIndex
+from edge_sdk.training.adversarial import Attack
+from edge_sdk.training.data import Examples
 from export.bases import split_width
 from export.build import draw_inputs, model_of
 from export.split import SplitModel
@@ -38,9 +38,11 @@ from server_hub.demo.processes import (
     traffic_table,
     watch,
 )
-from server_hub.hardening import hard_examples
-from server_hub.run import RoundRecord, RunFolder, markdown_table
-from server_hub.tokens import TokenFile
+from server_hub.gateway.tokens import TokenFile
+from server_hub.reports.report import write_report
+from server_hub.reports.tables import markdown_table
+from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.trunk.adversarial import hard_examples
 
 MIX_DEVICE = "server_hub.demo.mix_device"
 ATTACK = Attack(epsilon=0.1, rate=0.025, steps=7)
@@ -86,7 +88,7 @@ budgets = {{ {budgets} }}
 
 
 @dataclass(frozen=True)
-class MixDemo:
+class MixtureDemo:
     """How large the demo is.
 
     Attributes:
@@ -102,7 +104,7 @@ class MixDemo:
 
 def run_mix_demo(
     folder: Path,
-    demo: MixDemo,
+    demo: MixtureDemo,
     console: Console,
     on_round: Callable[[RoundRecord], None] = lambda record: None,
 ) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def _federate(
     folder: Path,
     inputs: Path,
     train: Examples,
-    demo: MixDemo,
+    demo: MixtureDemo,
     console: Console,
     on_round: Callable[[RoundRecord], None],
 ) -> tuple[str, str, list[RoundRecord], dict[str, dict[str, int]]]:
@@ -271,7 +273,7 @@ def _rounds_table(records: Sequence[RoundRecord]) -> Table:
 
 
 def _make_hard(
-    folder: Path, index: BundleIndex, order: Sequence[int], held_out: Examples, demo: MixDemo
+    folder: Path, index: BundleIndex, order: Sequence[int], held_out: Examples, demo: MixtureDemo
 ) -> None:
     """Write the held-out examples as they are, and made hard for each mixture."""
     bases = [_saved_base(folder, index, base) for base in order]
@@ -291,7 +293,7 @@ def _saved_base(folder: Path, index: BundleIndex, base: int) -> SplitModel:
 
 
 def _ask(
-    stack: ExitStack, folder: Path, address: str, token: str, demo: MixDemo, console: Console
+    stack: ExitStack, folder: Path, address: str, token: str, demo: MixtureDemo, console: Console
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Show what one device answers in every manner; returns the rows, and what a policy picks."""
     arguments = [
@@ -360,7 +362,8 @@ def _write_report(run: RunFolder, result: Mapping[str, Any]) -> None:
         for name, c in result["choices"].items()
     ]
     table = markdown_table(list(_COLUMNS.values()), _rows(result["rows"]))
-    run.write_report(
+    write_report(
+        run,
         "Split-Mix over six devices of three tiers, on digits",
         [
             f"## One device, mixing\n\n{table}",

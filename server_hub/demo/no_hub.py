@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from edge_sdk.bundle import Bundle
-from edge_sdk.data import Examples
-from edge_sdk.device import softmax
-from edge_sdk.index import BundleIndex
-from edge_sdk.learner import Learner, LocalPlan
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.inference.prediction import softmax
 from edge_sdk.runtime import load_runtime
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner, LocalPlan
 from export.optimizers import check_hyper
 from export.split import SplitModel
+from server_hub.aggregation.layer_store import LayerCopy, LayerStore, split_by_layer
 from server_hub.config import learning_rate_factor
-from server_hub.layers import LayerCopy, LayerStore, split_by_layer
 
 
 def federated_averaging(

@@ -18,11 +18,12 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from edge_sdk.data import Examples
 from edge_sdk.errors import CutlayerError
-from server_hub.run import RoundRecord, megabytes
+from edge_sdk.training.data import Examples
+from server_hub.reports.tables import megabytes
+from server_hub.storage.run_folder import RoundRecord
 
-CUTLAYER = "edge_sdk.main"
+CUTLAYER = "edge_sdk.cli.main"
 """Module of the ``cutlayer`` command."""
 
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.bundle import Bundle
-from edge_sdk.cli import peak_rss_mb
-from edge_sdk.data import Examples
+from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.cli.device import peak_rss_mb
 from edge_sdk.device import Device
-from edge_sdk.link import open_websocket
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
+from edge_sdk.training.data import Examples
+from edge_sdk.transport.link import open_websocket
 
 
 class SlowRuntime:

@@ -35,9 +35,11 @@ from server_hub.demo.processes import (
     watch,
 )
 from server_hub.demo.texts import TOPICS, Pretraining, Shape, Texts
-from server_hub.run import RoundRecord, RunFolder, markdown_table, move_lines
+from server_hub.gateway.tokens import TokenFile
+from server_hub.reports.report import write_report
+from server_hub.reports.tables import markdown_table, move_lines
 from server_hub.simulation.datasets import BYTES
-from server_hub.tokens import TokenFile
+from server_hub.storage.run_folder import RoundRecord, RunFolder
 
 CUT_RANK = 8
 LORA = Lora(rank=16, alpha=32, targets=["c_attn", "c_proj", "c_fc"])
@@ -371,7 +373,8 @@ def _perplexity_table(result: dict[str, Any]) -> Table:
 
 
 def _write_report(run: RunFolder, result: dict[str, Any]) -> None:
-    run.write_report(
+    write_report(
+        run,
         "SplitFT over devices of unequal speed, on CPython's manual",
         [
             "## Perplexity of a byte on held-out texts\n\n"

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from edge_sdk import text
-from edge_sdk.data import Examples
+from edge_sdk.training import text
+from edge_sdk.training.data import Examples
 from export.adapters import from_transformers, save_original
 from export.losses import NO_LABEL
 from export.optimizers import get_optimizer
 from export.split import SplitModel
 from server_hub.config import learning_rate_factor
-from server_hub.evaluation import Tally
 from server_hub.simulation.datasets import BYTES
 from server_hub.simulation.formats import cut_text
+from server_hub.trunk.evaluator import Tally
 
 TOPICS = ("string-methods", "debugger", "formatstrings", "typesseq", "typesmapping", "strings")
 """What the devices have, a topic each."""

@@ -1,1 +1,1 @@
-"""Training methods: compositions of the parts in :mod:`server_hub.methods.parts`."""
+"""Training methods: compositions of the parts in :mod:`server_hub.methods.method`."""

@@ -18,16 +18,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from server_hub.layers import State
-from server_hub.methods.parts import (
-    CopyPerDevice,
-    Merged,
-    Method,
-    Separate,
-    SharedCopy,
-    Stage,
-    always,
-)
+from server_hub.aggregation.layer_store import State
+from server_hub.aggregation.merged import Merged
+from server_hub.aggregation.separate import Separate
+from server_hub.methods.method import CopyPerDevice, Method, SharedCopy, Stage, always
 
 Form = Literal["merged", "paper"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from export.split import SplitModel
 from export.whole import without_trunk
 from export.writer import Tier
-from server_hub.layers import State
-from server_hub.methods.mixing import Mixing
-from server_hub.methods.parts import Method
+from server_hub.aggregation.layer_store import State
+from server_hub.methods.base_assignment import BaseAssignment
+from server_hub.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Fleet:
     models: Mapping[str, SplitModel] = field(default_factory=dict)
     options: tuple[int, ...] = ()
     cut_rank: int | None = None
-    mixing: Mixing | None = None
+    mixing: BaseAssignment | None = None
     bases: State = field(default_factory=dict)
 
     def model_of(self, tier: str) -> SplitModel:
@@ -47,7 +47,7 @@ class Fleet:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class JobOutline:
     """What a composition may go by.
 
     Attributes:
@@ -65,7 +65,7 @@ class Schedule:
     share: float = 1.0
     optimizer: str = "sgd"
     cut_rank: int | None = None
-    mixing: Mixing | None = None
+    mixing: BaseAssignment | None = None
     split: bool = False
 
 
@@ -82,7 +82,7 @@ class Recipe:
     """
 
     title: str
-    compose: Callable[[State, Schedule], Method]
+    compose: Callable[[State, JobOutline], Method]
     arrange: Callable[[Fleet], Fleet] = lambda fleet: fleet
     pooled: bool = False
     takes_whole: bool = False

@@ -6,159 +6,35 @@
                gradient at the cut down; device backward, step
     per round: adapters up, averaged layer by layer over the copies of each layer; cuts adjusted
 
-Every device has a cut of its own, and it may move (:mod:`server_hub.cuts`). The trunk is one for
-all, and its steps merge what devices at different cuts have sent. The base is frozen and stays
+Every device has a cut of its own, and it may move (:mod:`server_hub.rounds.cut_policy`). The trunk
+is one for all, and its steps merge what devices at different cuts have sent. The base is frozen
+and stays
 where it is: what travels are adapters and the optimizers' slots, so a layer goes on where it was
 when it moves from a device to the hub, or back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-import torch
-
-from edge_sdk.protocol.tensors import Array, TensorSpec
-from export.low_rank import AdapterCopy, adapter_pairs, average, reduce
-from export.names import is_slot, is_statistic, layer_of
-from export.optimizers import get_optimizer
-from export.split import SplitModel
-from server_hub.layers import LayerCopy, LayerStore, State, weighted_mean
-from server_hub.methods.fleet import Fleet, Recipe, Schedule
-from server_hub.methods.parts import Merged, Method, SharedCopy, Stage, always
+from server_hub.aggregation.adapters import MergedAdapters
+from server_hub.aggregation.layer_store import State
+from server_hub.methods.fleet import Fleet, JobOutline, Recipe
+from server_hub.methods.method import Method, SharedCopy, Stage, always
 
 
-class AdapterStore(LayerStore):
-    """Averages adapters as products (HLoRA, https://arxiv.org/abs/2503.00813).
-
-    The mean has the highest rank that a copy has, and the basis and the slots of the copies that
-    have it: where all have the same, nothing is lost. A copy of a lower rank has started from what
-    that rank could hold. What it could not is not unlearned: what counts is how the copy's product
-    has changed.
-    """
-
-    def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
-        old = self.entries[layer].tensors
-        pairs = adapter_pairs(old)
-        ranks = {a: max(len(copy.tensors[a]) for copy in copies) for a, _ in pairs}
-        whole = [c for c in copies if all(len(c.tensors[a]) == r for a, r in ranks.items())]
-        factors = {name for pair in pairs for name in pair}
-        own = {name for name in old if name not in factors and not is_slot(name)}
-        tensors = weighted_mean({n: old[n] for n in own}, copies)
-        kept = bool(whole)
-        total = sum(copy.weight for copy in whole)
-        for a, b in pairs:
-            adapters = [
-                _changed(old[b], old[a], c.tensors[b], c.tensors[a], c.weight) for c in copies
-            ]
-            near = sum((c.weight / total * c.tensors[a] for c in whole), np.zeros(1))
-            basis = near if whole else None
-            tensors[b], tensors[a] = average(adapters, ranks[a], 1 / ranks[a], basis)
-            apart = np.linalg.norm(tensors[a] - near) / np.linalg.norm(tensors[a])
-            kept = kept and bool(apart < 0.5)
-        like = max(copies, key=lambda copy: sum(len(copy.tensors[a]) for a in ranks)).tensors
-        slots = {name: like[name] for name in old if is_slot(name)}
-        tensors |= (
-            weighted_mean(slots, whole)
-            if kept  # else they belong to another basis
-            else {name: np.zeros_like(tensor) for name, tensor in slots.items()}
-        )
-        return {name: tensors[name] for name in old}
-
-
-def _changed(old_B: Array, old_A: Array, B: Array, A: Array, weight: float) -> AdapterCopy:
-    """The old product and what a copy has added to it; the scale is alpha / rank, alpha one."""
-    if len(A) >= len(old_A):
-        return AdapterCopy(B, A, 1 / len(A), weight)
-    start_B, start_A = reduce(old_B, old_A, len(A))  # as at_ranks has sent it: see there
-    sides = np.hstack([old_B / len(old_A), -start_B / len(old_A), B / len(A)])
-    return AdapterCopy(sides, np.vstack([old_A, start_A, A]), 1.0, weight)
-
-
-class MergedAdapters(Merged):
-    """One store for devices and trunk, of adapters whose ranks may be lower at a cut.
-
-    Args:
-        initial: the tensors that are trained.
-        optimizer: of devices and trunk, for its slots.
-        cut_rank: rank of the block that activations enter on the hub; None for that of all.
-    """
-
-    def __init__(self, initial: State, optimizer: str, cut_rank: int | None = None) -> None:
-        super().__init__(initial)
-        parameters = {
-            n: torch.from_numpy(np.array(t)) for n, t in initial.items() if not is_statistic(n)
-        }
-        slots = get_optimizer(optimizer).slots(parameters)
-        self.store = AdapterStore(initial | {n: t.numpy() for n, t in slots.items()})
-        self._cut_rank = cut_rank
-        self._ranks = {a: len(initial[a]) for a, _ in adapter_pairs(initial)}
-        self._whole: tuple[State, State] | None = None
-
-    def device_state(self, specs: Sequence[TensorSpec]) -> State:
-        """What a device holds, its adapters at the ranks that it has."""
-        everything = super().trunk_state()
-        names = [spec.name for spec in specs]
-        ranks = {s.name: int(s.shape[0]) for s in specs if ".lora_A." in s.name}
-        return at_ranks({name: everything[name] for name in names}, ranks)
-
-    def trunk_state(self, cuts: Collection[int] = ()) -> State:
-        """What the trunk starts from: lower ranks in the blocks that activations enter."""
-        entered = {f"block.{cut}" for cut in cuts}
-        ranks = {
-            a: rank if self._cut_rank is None or layer_of(a) not in entered
-            else min(self._cut_rank, rank)
-            for a, rank in self._ranks.items()
-        }  # fmt: skip
-        return at_ranks(super().trunk_state(), ranks)
-
-    def path_state(self, model: SplitModel, cut: int) -> State:
-        """The whole model at its full ranks; one object for all cuts."""
-        everything = super().trunk_state()
-        if self._whole is None or self._whole[0] is not everything:
-            self._whole = everything, at_ranks(everything, self._ranks)
-        return self._whole[1]
-
-    def stores(self) -> Mapping[str, State]:
-        return {"all": super().trunk_state()}
-
-
-def at_ranks(state: State, ranks: Mapping[str, int]) -> State:
-    """A state whose adapters have other ranks, their products kept as well as that allows.
-
-    The slots of a layer with such an adapter start anew: another basis is another direction.
-
-    Args:
-        state: tensors by name.
-        ranks: by the name of an adapter's A; others keep theirs.
-    """
-    result = dict(state)
-    for a, b in adapter_pairs(state):
-        old, new = len(state[a]), ranks.get(a, len(state[a]))
-        if new == old:
-            continue
-        B, A = reduce(state[b], state[a], new)
-        result[a], result[b] = A, (B * (new / old)).astype(B.dtype)  # the scale is alpha / rank
-        for name in [n for n in result if is_slot(n) and layer_of(n) == layer_of(a)]:
-            whose = name.partition("/")[2]
-            result[name] = np.zeros_like(result[whose] if whose in result else result[name])
-    return result
-
-
-def splitft_u(initial: State, schedule: Schedule) -> Method:
+def splitft_u(initial: State, outline: JobOutline) -> Method:
     """The same, and labels stay on the devices: these have the model's head, which is averaged."""
-    return replace(splitft(initial, schedule), stage=always(Stage("u_shaped")))
+    return replace(splitft(initial, outline), stage=always(Stage("u_shaped")))
 
 
-def splitft(initial: State, schedule: Schedule) -> Method:
+def splitft(initial: State, outline: JobOutline) -> Method:
     """Merged trunk, gradients that come back, adapters and slots in one store."""
     return Method(
         name="SplitFT",
         stage=always(Stage("returned")),
         copies=SharedCopy(),
-        aggregation=MergedAdapters(initial, schedule.optimizer, schedule.cut_rank),
+        aggregation=MergedAdapters(initial, outline.optimizer, outline.cut_rank),
         paths=("through_hub",),
         keeps_slots=True,
     )

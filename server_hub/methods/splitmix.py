@@ -10,112 +10,38 @@ A wide model is split by width into K independent *base networks*. Each round::
 
 A tier whose cut is the depth of the model trains its bases as a whole. Others train them up to
 their cut, as in FedSplitX: auxiliary heads there, activations up, and the trunk trains the deep
-part of all bases at once (:mod:`server_hub.trunk_stacked`).
+part of all bases at once (:mod:`server_hub.trunk.vmapped`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from edge_sdk.mix import tensor_of
-from edge_sdk.protocol.tensors import TensorSpec
 from export.bases import split_width
-from export.split import SplitModel
 from export.whole import whole_bases
-from server_hub.layers import LayerCopy, LayerStore, State, split_by_layer, weighted_mean
-from server_hub.methods.fleet import Fleet, Recipe, Schedule
-from server_hub.methods.parts import DeviceUpdate, Method, SharedCopy, Stage, always
-from server_hub.trunk import TrunkCopy
+from server_hub.aggregation.layer_store import (
+    State,
+)
+from server_hub.aggregation.per_base import PerBase
+from server_hub.methods.fleet import Fleet, JobOutline, Recipe
+from server_hub.methods.method import Method, SharedCopy, Stage, always
 
 
-class BaseStore(LayerStore):
-    """A base: tensors that nobody has trained, the noise norms of some rounds, keep their value."""
-
-    def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
-        old = self.entries[layer].tensors
-        tensors: State = {}
-        for name, tensor in old.items():
-            having = [copy for copy in copies if name in copy.tensors]
-            tensors |= weighted_mean({name: tensor}, having) if having else {name: tensor}
-        return tensors
-
-
-class PerBase:
-    """A store for each base; implements :class:`server_hub.methods.parts.Aggregation`.
-
-    Args:
-        initial: the tensors that are trained, each (bases, ...).
-    """
-
-    def __init__(self, initial: State) -> None:
-        bases = len(next(iter(initial.values())))
-        self.bases = [BaseStore({n: t[base] for n, t in initial.items()}) for base in range(bases)]
-        self._stacked: State | None = None
-
-    def base_state(self, base: int, specs: Sequence[TensorSpec]) -> State:
-        """What a device starts from that trains a base."""
-        everything = self.bases[base].state()
-        return {spec.name: everything[spec.name] for spec in specs}
-
-    def device_state(self, specs: Sequence[TensorSpec]) -> State:
-        return self.base_state(0, specs)
-
-    def trunk_state(self, cuts: Collection[int] = ()) -> State:
-        if self._stacked is None:
-            states = [store.state() for store in self.bases]
-            self._stacked = {n: np.stack([state[n] for state in states]) for n in states[0]}
-        return self._stacked
-
-    def path_state(self, model: SplitModel, cut: int) -> State:
-        return self.trunk_state()  # one object for all cuts, so that one set of models serves them
-
-    def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
-        for base, store in enumerate(self.bases):
-            first = tensor_of(base, "")
-            own = [
-                (u, {n.removeprefix(first): t for n, t in u.state.items() if n.startswith(first)})
-                for u in updates
-            ]
-            trained = [
-                LayerCopy(layer, tensors, update.samples, update.device)
-                for update, state in own
-                for layer, tensors in split_by_layer(state).items()
-            ]
-            deep = [
-                LayerCopy(c.layer, c.tensors, c.samples, f"trunk/{c.replica}")
-                for c in copies
-                if c.base == base
-            ]
-            store.commit([*trained, *deep])
-        self._stacked = None
-
-    def stores(self) -> Mapping[str, State]:
-        return {f"base {base}": store.state() for base, store in enumerate(self.bases)}
-
-    def restore(self, stores: Mapping[str, State]) -> None:
-        for base, store in enumerate(self.bases):
-            store.restore(stores[f"base {base}"])
-        self._stacked = None
-
-
-def splitmix(initial: State, schedule: Schedule) -> Method:
+def splitmix(initial: State, outline: JobOutline) -> Method:
     """Split-Mix as a composition.
 
     Args:
         initial: the tensors that are trained, each (bases, ...).
-        schedule: has the :class:`Mixing`.
+        outline: has the :class:`BaseAssignment`.
     """
-    assert schedule.mixing is not None
+    assert outline.mixing is not None
     return Method(
         name="Split-Mix",
-        stage=always(Stage("train" if schedule.split else "none")),
+        stage=always(Stage("train" if outline.split else "none")),
         copies=SharedCopy(),
         aggregation=PerBase(initial),
         paths=("mix",),
-        mixing=schedule.mixing,
+        mixing=outline.mixing,
     )
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from server_hub.layers import State
-from server_hub.methods.fleet import Fleet, Recipe, Schedule
-from server_hub.methods.parts import Merged, Method, SharedCopy, Stage, always
+from server_hub.aggregation.layer_store import State
+from server_hub.aggregation.merged import Merged
+from server_hub.methods.fleet import Fleet, JobOutline, Recipe
+from server_hub.methods.method import Method, SharedCopy, Stage, always
 
 
-def supersfl(initial: State, schedule: Schedule) -> Method:
+def supersfl(initial: State, outline: JobOutline) -> Method:
     """Merged trunk, gradients of both sides fused on the device."""
     return Method(
         name="SuperSFL",

@@ -11,10 +11,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from edge_sdk.bundle import write_atomically
+from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
+from server_hub.aggregation.layer_store import State
 from server_hub.hub import Hub
-from server_hub.layers import State
 from server_hub.simulation.devices import Meter
 
 FILE = "checkpoint.safetensors"

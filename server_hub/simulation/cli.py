@@ -25,8 +25,8 @@ from rich.table import Table
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
-    from server_hub.run import RoundRecord
     from server_hub.simulation.job import Job
+    from server_hub.storage.run_folder import RoundRecord
 
 JobArgument = Annotated[Path, typer.Argument(help="TOML file, see docs/simulate.md for its keys.")]
 RuntimeOption = Annotated[
@@ -57,10 +57,10 @@ def simulate(
     """Run a job's hub and devices in one process, on a virtual clock."""
     job = read_job(job_file, runtime, method=method, rounds=rounds, seed=seed)
     folder = run or Path("runs") / f"{job_file.stem}-{job.method}-seed-{job.seed}"
-    from server_hub.run import mixture_rows, move_lines
+    from server_hub.reports.tables import mixture_rows, move_lines
+    from server_hub.reports.tensorboard import Board
     from server_hub.simulation.results import Grid, accuracy_table, cost_table, rows_of
     from server_hub.simulation.simulate import Simulation
-    from server_hub.tensorboard import Board
 
     console = Console(stderr=as_json, highlight=False)
     with console.status("") as status:
@@ -137,7 +137,7 @@ def fleet_table(job: Job) -> Table:
 
 def rounds_table(records: Sequence[RoundRecord]) -> Table:
     """The last rounds, with what is measured of each tier in its best way to answer."""
-    from server_hub.run import best, shown
+    from server_hub.reports.tables import best, shown
 
     measured = next((r for r in reversed(records) if r.accuracy), None)
     title = None if measured is None else f"{measured.metric} by tier"

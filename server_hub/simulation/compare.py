@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-from edge_sdk.bundle import write_atomically
+from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError, CutlayerError
 from export.build import build_model
 from export.errors import ExportError
 from server_hub.methods.registry import RECIPES
-from server_hub.run import METRICS, RoundRecord, read_records
+from server_hub.reports.plots import draw_comparison
 from server_hub.simulation.job import DeviceRuntime, Job
-from server_hub.simulation.pictures import draw_comparison
 from server_hub.simulation.prepare import (
     check_cuts,
     check_fit,
@@ -45,6 +44,7 @@ from server_hub.simulation.results import (
     summary,
 )
 from server_hub.simulation.simulate import Simulation
+from server_hub.storage.run_folder import METRICS, RoundRecord, read_records
 
 _POLL_S = 0.25
 """Seconds between two looks at how far the runs are."""

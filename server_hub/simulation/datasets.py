@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from edge_sdk.data import Examples
 from edge_sdk.errors import DataError
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.data import Examples
 from server_hub.simulation.formats import (
     Source,
     cut_text,

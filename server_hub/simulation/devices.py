@@ -11,13 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_sdk.bundle import Bundle
-from edge_sdk.data import Examples
+from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.device import Device
 from edge_sdk.errors import CutlayerError, LinkClosed
-from edge_sdk.link import Link
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
+from edge_sdk.training.data import Examples
+from edge_sdk.transport.link import Link
 from server_hub.simulation.clock import VirtualLoop
 from server_hub.simulation.job import FleetTier
 from server_hub.simulation.network import SimulatedLink

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.data import Examples
 from edge_sdk.errors import DataError
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.data import Examples
 
 PICTURES = {".png", ".jpg", ".jpeg"}
 CIFAR_SHAPE = (3, 32, 32)

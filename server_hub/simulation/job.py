@@ -13,10 +13,10 @@ from edge_sdk.protocol.messages import MAX_BASES
 from export.errors import ExportError
 from export.optimizers import check_hyper
 from export.writer import Tier
-from server_hub.config import BaseLoss, Cuts, LocalTraining, Schedule, TrunkTraining
-from server_hub.methods.mixing import Mixing
+from server_hub.config import BaseLoss, Cuts, LocalTraining, RateSchedule, TrunkTraining
+from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.registry import RECIPES
-from server_hub.rounds import RoundRules
+from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.network import Network
 from server_hub.simulation.partition import PartitionTable
@@ -112,7 +112,7 @@ class CutsTable(Cuts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixTable(BaseLoss):
+class SplitMixTable(BaseLoss):
     """How a model is split into base networks, and trained, with Split-Mix.
 
     Attributes:
@@ -163,9 +163,9 @@ class Job:
     local: LocalTraining = field(default_factory=LocalTraining)
     trunk: TrunkTraining = field(default_factory=TrunkTraining)
     cuts: CutsTable = field(default_factory=CutsTable)
-    mix: MixTable = field(default_factory=MixTable)
+    mix: SplitMixTable = field(default_factory=SplitMixTable)
     hub_gflops: float | None = None
-    schedule: Schedule = "cosine"
+    schedule: RateSchedule = "cosine"
     evaluate_every: int = 1
     seed: int = 0
 
@@ -194,11 +194,11 @@ class Job:
         return sum(tier.clients for tier in self.tiers.values())
 
     @property
-    def mixing(self) -> Mixing:
+    def mixing(self) -> BaseAssignment:
         """Who trains which bases; raises :class:`ConfigError` for a budget below one of them."""
         budgets = {name: tier.budget for name, tier in self.tiers.items()}
         mix = self.mix
-        return Mixing(
+        return BaseAssignment(
             mix.bases,
             budgets,
             mix.robustness,

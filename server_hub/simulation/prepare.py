@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_sdk.bundle import write_atomically
+from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import Array
 from export.split import SplitModel
 from export.writer import Tier
-from server_hub.evaluation import vocabulary
 from server_hub.methods.fleet import Fleet
 from server_hub.methods.registry import RECIPES
-from server_hub.run import METRICS, read_records
 from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.datasets import Dataset, load_dataset
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job
 from server_hub.simulation.partition import partition
+from server_hub.storage.run_folder import METRICS, read_records
+from server_hub.trunk.evaluator import vocabulary
 
 JOB = "job.json"
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from rich.table import Table
 
 from edge_sdk.errors import ConfigError
-from server_hub.run import LABELS, Metric, RoundRecord, best, markdown_table, shown
+from edge_sdk.inference.prediction import Metric
+from server_hub.reports.tables import LABELS, best, markdown_table, shown
 from server_hub.simulation.job import Job
+from server_hub.storage.run_folder import RoundRecord
 
 ROW_KEYS = (
     "method", "seed", "data", "partition", "tier", "path", "accuracy", "up_bytes", "down_bytes",

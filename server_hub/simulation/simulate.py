@@ -16,33 +16,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_sdk.bundle import BlobStore, Bundle, Manifest
-from edge_sdk.data import Examples
-from edge_sdk.index import BundleIndex, TierEntry
-from edge_sdk.learner import Learner
+from edge_sdk.bundle.index import BundleIndex, TierEntry
+from edge_sdk.bundle.manifest import Bundle, Manifest
+from edge_sdk.bundle.store import BlobStore
+from edge_sdk.inference.prediction import Metric
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner
 from export.build import build_model
 from export.flops import flops_per_row
 from export.functional import TorchRuntime
 from export.steps import ClientSteps
 from export.writer import WEIGHTS, make_steps, segment_of, write_tier
 from server_hub.config import HubConfig, Limits
-from server_hub.evaluation import Tally, batches_to_measure
 from server_hub.hub import Hub
-from server_hub.methods.fleet import Fleet, Schedule
-from server_hub.methods.parts import RETURNING
+from server_hub.methods.fleet import Fleet, JobOutline
+from server_hub.methods.method import RETURNING
 from server_hub.methods.registry import RECIPES
-from server_hub.rounds import Phase, RoundRules
-from server_hub.run import Metric, RoundRecord, RunFolder, read_records
+from server_hub.reports.plots import draw_partition
+from server_hub.reports.report import write_report
+from server_hub.rounds.rounds import Phase, RoundRules
 from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.clock import VirtualLoop
 from server_hub.simulation.devices import Meter, SimulatedDevice, TimedRuntime
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job
 from server_hub.simulation.partition import table_of
-from server_hub.simulation.pictures import draw_partition
 from server_hub.simulation.prepare import (
     Client,
     check_cuts,
@@ -55,8 +56,10 @@ from server_hub.simulation.prepare import (
     share_out,
 )
 from server_hub.simulation.trunk import TimedTrunk, flop_above
-from server_hub.trunk import Arrival
-from server_hub.trunk_core import TrunkCore
+from server_hub.storage.run_folder import RoundRecord, RunFolder, read_records
+from server_hub.trunk.evaluator import Tally, batches_to_measure
+from server_hub.trunk.interface import Arrival
+from server_hub.trunk.step import TrunkCore
 
 _PATIENCE = 10
 """Rounds in a row that nobody delivers for, until a run is given up."""
@@ -183,7 +186,8 @@ class Simulation:
         """Write ``report.md``, ``curves.png`` and ``partition.png``."""
         run = RunFolder(self.folder, len(read_records(self.folder)), self.metric)
         draw_partition(self.holdings(), self.folder / "partition.png", "who holds what")
-        run.write_report(
+        write_report(
+            run,
             f"{self.recipe.title}: {len(run.records)} simulated rounds",
             ["![who holds what](partition.png)"],
         )
@@ -281,7 +285,7 @@ class Simulation:
         initial = fleet.bases or {
             n: t.detach().numpy().copy() for n, t in model.trained().items()
         }  # fmt: skip
-        schedule = Schedule(
+        outline = JobOutline(
             job.rounds.count,
             job.local.epochs,
             job.share,
@@ -290,7 +294,7 @@ class Simulation:
             fleet.mixing,
             split=any(not fleet.models.get(name) for name in fleet.tiers),
         )
-        method = self.recipe.compose(initial, schedule)
+        method = self.recipe.compose(initial, outline)
         heads = method.stage(1, job.rounds.count).activations not in RETURNING
         cuts = [tier.cut for tier in fleet.tiers.values()]
         above = flop_above(model, cuts, fleet.example, auxiliary=heads)
@@ -385,7 +389,7 @@ class Simulation:
 
 
 class _Tokens:
-    """Implements :class:`server_hub.tokens.Tokens` for devices that nobody else can be.
+    """Implements :class:`server_hub.gateway.tokens.Tokens` for devices that nobody else can be.
 
     Their tokens are always the same: a device waits by its token before it tries again.
     """

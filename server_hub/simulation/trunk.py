@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from edge_sdk.protocol.tensors import Array
 from export.split import SplitModel
 from server_hub.simulation.devices import Meter
-from server_hub.trunk import Arrival, State, StepReport, TrunkCopy, TrunkPlan
-from server_hub.trunk_core import LocalTrunk, TrunkCore
+from server_hub.trunk.interface import Arrival, State, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.step import TrunkCore
 
 _TRAINING = 3
 """Operations of a training step against those of the forward pass: the backward pass has two

@@ -1,0 +1,329 @@
+"""Bundles: what a tier downloads. A manifest and blobs, addressed by sha256 and verified first.
+
+The manifest names every input and output of every step graph with dtype, shape and role, so that
+a client in any language knows what to feed without guessing. Its bytes are canonical JSON; its
+own sha256 is the identity of the bundle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.errors import BundleError, ProtocolError
+from edge_sdk.protocol.frames import unpack_tensors
+from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
+
+FORMAT = 3
+"""Version of the manifest format."""
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+GRAPHS = ("predict", "train", "forward")
+KINDS = ("parameter", "statistic", "slot")
+ROLES = ("state", "bases", "batch", "hyper", "seed", "packed", "result")
+
+
+def canonical_json(fields: dict[str, Any]) -> bytes:
+    """JSON in ASCII, keys sorted, no spaces: the same fields give the same bytes."""
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a step graph.
+
+    Attributes:
+        spec: name, dtype and shape.
+        role: ``state`` (trainable tensors, statistics, optimizer slots), ``bases`` (stacked
+            parameters and statistics of some base networks), ``batch`` (x, y and what goes with
+            them),
+            ``hyper`` (scalars of the optimizer), ``seed`` (of dropout), ``packed`` (a part of the
+            packed activations, or of their gradient) or ``result`` (loss, correct, logits).
+    """
+
+    spec: TensorSpec
+    role: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A step graph: where its file is, and what goes in and comes out, in order.
+
+    For ``executorch`` all graphs are methods of one file, each called as its graph is.
+    ``constants`` names the frozen tensors that the file refers to.
+    """
+
+    blob: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    constants: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A tensor of the state.
+
+    Attributes:
+        spec: name, dtype and shape.
+        kind: ``parameter`` and ``statistic`` (of a batch norm) travel to the hub, ``slot`` (of the
+            optimizer) starts each round at zero, unless the method hands it on: then it travels.
+    """
+
+    spec: TensorSpec
+    kind: str
+
+    def zeros(self) -> Array:
+        """A state tensor of zeros. States have no symbolic dimension."""
+        return np.zeros([int(n) for n in self.spec.shape], DTYPES[self.spec.dtype])
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Frozen tensors of a layer, one after the other in a blob that every graph refers to.
+
+    In an ONNX file they are external data whose ``location`` is the blob's name, so a folder of
+    blobs is all that a stock runtime needs.
+
+    Attributes:
+        blob: raw little-endian tensors, each at its offset.
+        tensors: name, dtype and shape of each.
+        offsets: where each begins, in bytes.
+    """
+
+    blob: str
+    tensors: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]
+
+    def open(self, data: bytes) -> dict[str, Array]:
+        """The tensors by name, views into ``data``."""
+        return {
+            spec.name: np.frombuffer(
+                data, DTYPES[spec.dtype], count=math.prod(map(int, spec.shape)), offset=offset
+            ).reshape([int(n) for n in spec.shape])
+            for spec, offset in zip(self.tensors, self.offsets, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of one tier's bundle.
+
+    Attributes:
+        tier: name of the tier.
+        cut: cut layer: the device holds the stem and blocks ``0..cut-1``.
+        runtime: what runs the graphs, ``onnx`` or ``executorch``; ``torch`` in a simulation.
+        task: ``classes`` (a label per example) or ``tokens`` (a label per position; -1 for none).
+        classes: number of classes, or of tokens; labels are ``0..classes-1``.
+        limits: largest size of ``batch`` and ``seq`` that the graphs take, where there is one.
+        heads: auxiliary heads that the device holds, shallowest first.
+        optimizer: ``sgd`` or ``adamw``.
+        codec: name of the codec of the activations.
+        packed: the tensors of packed activations, as they travel.
+        state: the state, in the order in which graphs take it.
+        graphs: step graphs by name.
+        initial_state: blob with the initial parameters and statistics.
+        constants: frozen tensors by layer, for graphs that do not hold them.
+        blobs: size in bytes of every blob, by sha256.
+        bases: the model is one of so many base networks whose answers can be mixed; 0 if it is not.
+        whole: all of the model is on the device, nothing on the hub.
+        base_states: blobs with the states of trained base networks, best first; empty while they
+            are trained, when a hub says where they are.
+    """
+
+    tier: str
+    cut: int
+    runtime: str
+    task: str
+    classes: int
+    limits: dict[str, int]
+    heads: tuple[str, ...]
+    optimizer: str
+    codec: str
+    packed: tuple[TensorSpec, ...]
+    state: tuple[StateSpec, ...]
+    graphs: dict[str, Graph]
+    initial_state: str
+    constants: tuple[Constants, ...]
+    blobs: dict[str, int]
+    bases: int = 0
+    whole: bool = False
+    base_states: tuple[str, ...] = ()
+
+    def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
+        """The state tensors that travel: parameters, statistics, and ``slots`` where they do."""
+        return tuple(entry.spec for entry in self.state if slots or entry.kind != "slot")
+
+    @property
+    def features(self) -> tuple[TensorSpec, ...]:
+        """The tensors of packed features, where the device has the model's head."""
+        outputs = self.graphs["finish"].outputs if "finish" in self.graphs else ()
+        return tuple(
+            TensorSpec(p.spec.name.removeprefix("grad."), p.spec.dtype, p.spec.shape)
+            for p in outputs
+            if p.role == "packed"
+        )
+
+    @property
+    def mixes(self) -> list[int]:
+        """How many base networks are mixed in one call, at least first."""
+        return sorted(int(name[4:]) for name in self.graphs if re.fullmatch("mix_[0-9]+", name))
+
+    @property
+    def x(self) -> TensorSpec:
+        """What an input batch must be."""
+        return next(port.spec for port in self.graphs["predict"].inputs if port.spec.name == "x")
+
+    def fresh_state(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """A copy of ``tensors`` in the state's dtypes; slots that are not given are zero.
+
+        Raises:
+            BundleError: a tensor is missing or has another shape.
+        """
+        values = {}
+        for entry in self.state:
+            name, dtype = entry.spec.name, DTYPES[entry.spec.dtype]
+            if entry.kind == "slot" and name not in tensors:
+                values[name] = entry.zeros()
+            elif name in tensors and tensors[name].shape == entry.spec.shape:
+                values[name] = np.array(tensors[name], dtype, order="C")
+            else:
+                found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
+                raise BundleError(f"state tensor {name} {found}, must be {entry.spec.shape}")
+        return values
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: the same manifest gives the same bytes."""
+        body = {"format": FORMAT, **asdict(self)}
+        return canonical_json(body)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            BundleError: not JSON, a newer format, or a field that is missing or wrong.
+        """
+        try:
+            raw = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise BundleError("the manifest is not JSON; export the bundle again") from error
+        if not isinstance(raw, dict) or "format" not in raw:
+            raise BundleError("the manifest has no format number; export the bundle again")
+        if raw["format"] != FORMAT:
+            raise BundleError(
+                f"the bundle has format {raw['format']}, this version reads {FORMAT}; "
+                "upgrade cutlayer on the device"
+            )
+        try:
+            manifest = cls(
+                tier=str(raw["tier"]),
+                cut=int(raw["cut"]),
+                runtime=str(raw["runtime"]),
+                task=str(raw["task"]),
+                classes=int(raw["classes"]),
+                limits={str(name): int(size) for name, size in raw["limits"].items()},
+                heads=tuple(raw["heads"]),
+                optimizer=str(raw["optimizer"]),
+                codec=str(raw["codec"]),
+                packed=tuple(_spec(part) for part in raw["packed"]),
+                state=tuple(_state(entry) for entry in raw["state"]),
+                graphs={name: _graph(graph) for name, graph in raw["graphs"].items()},
+                initial_state=str(raw["initial_state"]),
+                constants=tuple(_constants(entry) for entry in raw["constants"]),
+                blobs={str(name): int(size) for name, size in raw["blobs"].items()},
+                bases=int(raw["bases"]),
+                whole=bool(raw["whole"]),
+                base_states=tuple(map(str, raw["base_states"])),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"the manifest is damaged ({error}); export again") from error
+        for name in manifest.blobs:
+            if not _HASH.fullmatch(name):  # it becomes a file name
+                raise BundleError(f"the manifest names a blob {name[:80]!r}, which is no sha256")
+        used = [g.blob for g in manifest.graphs.values()] + [c.blob for c in manifest.constants]
+        for name in (manifest.initial_state, *manifest.base_states, *used):
+            if name not in manifest.blobs:
+                raise BundleError(f"the manifest does not list its blob {name[:80]!r}")
+        for name in GRAPHS:
+            if name not in manifest.graphs:
+                raise BundleError(f"the bundle lacks the graph {name!r}; export again")
+        return manifest
+
+
+def _spec(raw: dict[str, Any]) -> TensorSpec:
+    if raw["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {raw['dtype']!r} of {raw['name']}")
+    shape = tuple(n if isinstance(n, str) else int(n) for n in raw["shape"])
+    if any(isinstance(n, int) and n < 0 for n in shape):
+        raise ValueError(f"shape {list(shape)} of {raw['name']}")
+    return TensorSpec(str(raw["name"]), str(raw["dtype"]), shape)
+
+
+def _state(raw: dict[str, Any]) -> StateSpec:
+    if raw["kind"] not in KINDS:
+        raise ValueError(f"state of kind {raw['kind']!r}")
+    return StateSpec(_spec(raw["spec"]), raw["kind"])
+
+
+def _constants(raw: dict[str, Any]) -> Constants:
+    tensors, offsets = raw["tensors"], raw["offsets"]
+    if len(tensors) != len(offsets):
+        raise ValueError("constants with and without an offset")
+    return Constants(str(raw["blob"]), tuple(map(_spec, tensors)), tuple(map(int, offsets)))
+
+
+def _graph(raw: dict[str, Any]) -> Graph:
+    def ports(entries: list[dict[str, Any]]) -> tuple[Port, ...]:
+        for entry in entries:
+            if entry["role"] not in ROLES:
+                raise ValueError(f"role {entry['role']!r}")
+        return tuple(Port(_spec(entry["spec"]), entry["role"]) for entry in entries)
+
+    constants = tuple(map(str, raw["constants"]))
+    return Graph(str(raw["blob"]), ports(raw["inputs"]), ports(raw["outputs"]), constants)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A manifest with its blobs, all verified.
+
+    Attributes:
+        manifest: the manifest.
+        graphs: the file of each graph.
+        initial_state: parameters and statistics to start from.
+        constants: frozen tensors by name.
+    """
+
+    manifest: Manifest
+    graphs: dict[str, bytes]
+    initial_state: dict[str, Array]
+    constants: dict[str, Array] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, manifest: Manifest, read: Callable[[str], bytes]) -> Bundle:
+        """Put a bundle together from verified blobs.
+
+        Args:
+            manifest: the manifest.
+            read: the verified content of a blob by its name; called once for each.
+
+        Raises:
+            BundleError: a blob does not hold what the manifest says.
+        """
+        blobs = {name: read(name) for name in manifest.blobs}
+        try:
+            return cls(
+                manifest,
+                {name: blobs[graph.blob] for name, graph in manifest.graphs.items()},
+                unpack_tensors(blobs[manifest.initial_state]),
+                {n: t for c in manifest.constants for n, t in c.open(blobs[c.blob]).items()},
+            )
+        except (ProtocolError, ValueError) as error:
+            raise BundleError(f"a blob of the bundle is damaged ({error}); export again") from error

@@ -1,0 +1,123 @@
+"""A folder of blobs, addressed by sha256 and verified when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where devices do not share a cache
+    fcntl = None  # type: ignore[assignment]
+
+from edge_sdk.errors import BundleError
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal sha256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def verify_blob(name: str, data: bytes) -> bytes:
+    """Return ``data`` if its sha256 is ``name``; else raise :class:`BundleError`."""
+    found = sha256(data)
+    if found != name:
+        raise BundleError(
+            f"blob {name[:12]}… has sha256 {found[:12]}…: it was changed or damaged; "
+            "delete it and fetch the bundle again"
+        )
+    return data
+
+
+class BlobStore:
+    """A folder of blobs, one file each, named by sha256. Writes are atomic.
+
+    A download in progress is ``HASH.part``; :meth:`partial` says how much is there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __contains__(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """The verified content of a blob; :class:`BundleError` if missing or changed."""
+        try:
+            data = (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            raise BundleError(
+                f"blob {name[:12]}… is missing from {self.folder}; export the bundle again"
+            ) from None
+        return verify_blob(name, data)
+
+    def write(self, data: bytes) -> str:
+        """Store a blob and return its name."""
+        name = sha256(data)
+        if name not in self:
+            write_atomically(self.folder / name, data)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Remove a blob, if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def claim(self) -> Iterator[bool]:
+        """Whether unfinished downloads are ours to add to; no other process may meanwhile."""
+        if fcntl is None:
+            yield True
+            return
+        with open(self.folder / ".lock", "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+            else:
+                yield True
+
+    def partial(self, name: str) -> int:
+        """Bytes of an unfinished download that are already here."""
+        part = self.folder / f"{name}.part"
+        return part.stat().st_size if part.is_file() else 0
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add a piece to an unfinished download."""
+        with open(self.folder / f"{name}.part", "ab") as file:
+            file.write(data)
+
+    def finish(self, name: str) -> bytes:
+        """Verify a download, give it its name and return it.
+
+        Raises:
+            BundleError: the content does not match; the partial file is removed.
+        """
+        part = self.folder / f"{name}.part"
+        data = part.read_bytes() if part.is_file() else b""
+        try:
+            verify_blob(name, data)
+        except BundleError:
+            part.unlink(missing_ok=True)
+            raise
+        write_atomically(self.folder / name, data)
+        part.unlink(missing_ok=True)
+        return data
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part."""
+    temporary = path.with_name(f".write-{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Commands of a device: ``cutlayer device`` and ``cutlayer bundle``."""

@@ -1,0 +1,168 @@
+"""``cutlayer device``: take part in a job from the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from edge_sdk import config
+from edge_sdk.device import DEFAULT_CACHE, Device, RoundReport, TrainReport
+from edge_sdk.errors import ConfigError
+from edge_sdk.inference.prediction import Evaluation
+from edge_sdk.training.data import Examples
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceConfig:
+    """What ``device.toml`` may say; options of the command override it."""
+
+    url: str
+    token: str
+    tier: str | None = None
+    data: Path | None = None
+    evaluate: Path | None = None
+    cache: Path = DEFAULT_CACHE
+    trust: list[str] | None = None
+    threads: int = 1
+    memory_mb: int | None = None
+    patience_s: float = 60.0
+
+
+def device(
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="TOML file with the same keys as the options.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Address of the hub, ws://HOST:PORT.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="CUTLAYER_TOKEN", help="This device's token.")
+    ] = None,
+    tier: Annotated[
+        str | None, typer.Option(help="Tier whose bundle the device carries  [default: token's]")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help=".npz with x and y to train on; without it, only evaluate.")
+    ] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(help=".npz with x and y to measure accuracy or perplexity on.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps bundles.")] = None,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(help="Public key or .pub file that must have signed the bundle; repeatable."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")] = None,
+    memory_mb: Annotated[
+        int | None, typer.Option(min=1, help="MB to spare for training, where cuts move.")
+    ] = None,
+    patience_s: Annotated[
+        float | None, typer.Option(help="Seconds to go on trying to reach the hub.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end, progress to stderr.")
+    ] = False,
+) -> None:
+    """Join a hub, train on local data until the job is over, and measure the result."""
+    given = {
+        "url": url, "token": token, "tier": tier, "data": data,
+        "evaluate": evaluate, "cache": cache, "trust": trust or None, "threads": threads,
+        "memory_mb": memory_mb, "patience_s": patience_s,
+    }  # fmt: skip
+    raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
+    raw |= {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
+    settings = config.build(DeviceConfig, raw, str(config_file or "options of cutlayer device"))
+    if settings.data is None and settings.evaluate is None:
+        raise ConfigError("nothing to do: give --data to train on, --evaluate to measure, or both")
+    console = Console(stderr=as_json, highlight=False)
+    name, tier, training, evaluation = asyncio.run(_run(settings, console))
+    if as_json:
+        print(json.dumps(_summary(name, tier, training, evaluation)))
+    elif evaluation is not None:
+        console.print(_table(evaluation))
+
+
+async def _run(
+    settings: DeviceConfig, console: Console
+) -> tuple[str, str, TrainReport | None, Evaluation | None]:
+    """The device's name and tier, what training did, and the accuracy."""
+    data = Examples.from_npz(settings.data) if settings.data is not None else None
+    held_out = Examples.from_npz(settings.evaluate) if settings.evaluate is not None else None
+
+    def show(report: RoundReport) -> None:
+        heads = ""
+        if report.loss is not None and report.accuracy is not None:
+            heads = f"loss {report.loss:.3f}  accuracy {report.accuracy:6.1%}  "
+        console.print(f"round {report.round:3d}  {heads}{report.seconds:.1f} s", soft_wrap=True)
+
+    joined = await Device.connect(
+        settings.url,
+        token=settings.token,
+        tier=settings.tier,
+        data=data,
+        cache=settings.cache,
+        trust=settings.trust,
+        threads=settings.threads,
+        memory_mb=settings.memory_mb,
+        patience_s=settings.patience_s,
+    )
+    async with joined:
+        manifest = joined.manifest
+        console.print(
+            f"joined {settings.url} as {joined.name}: tier {manifest.tier}, cut {manifest.cut}, "
+            f"{manifest.codec} activations",
+            soft_wrap=True,
+        )
+        training = await joined.train(show) if data is not None else None
+        if training is not None:
+            console.print(f"stopped: {training.reason}")
+        evaluation = await joined.evaluate(held_out) if held_out is not None else None
+    return joined.name, joined.manifest.tier, training, evaluation
+
+
+def _summary(
+    name: str, tier: str, training: TrainReport | None, evaluation: Evaluation | None
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "tier": tier,
+        "rounds": [dataclasses.asdict(r) for r in training.rounds] if training else [],
+        "stopped": training.reason if training else None,
+        "evaluation": dataclasses.asdict(evaluation) if evaluation else None,
+        "rss_mb": round(peak_rss_mb(), 1),
+        "torch_imported": "torch" in sys.modules,
+    }
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MiB.
+
+    Linux says it in /proc; ``getrusage`` there counts the process that we were forked from, too.
+    """
+    try:
+        status = Path("/proc/self/status").read_text("ascii")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return size / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def _table(evaluation: Evaluation) -> Table:
+    table = Table(title=f"{evaluation.metric} on {evaluation.samples} examples")
+    for column in ("device alone", "through hub", "ensemble"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        *(
+            f"{value:.1%}" if evaluation.metric == "accuracy" else f"{value:.4g}"
+            for value in (evaluation.device_alone, evaluation.through_hub, evaluation.ensemble)
+        )
+    )
+    return table

@@ -1,0 +1,1 @@
+"""Links to a hub, sessions that survive broken links, and downloads."""

@@ -1,0 +1,400 @@
+"""The device's connection to its hub: one session kept alive over links that break."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edge_sdk.errors import BundleError, CutlayerError, HubError, LinkClosed
+from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
+from edge_sdk.protocol.frames import decode, encode
+from edge_sdk.protocol.messages import (
+    VERSION,
+    Answer,
+    Blob,
+    BlobGet,
+    Bye,
+    Error,
+    Features,
+    Gradient,
+    Hello,
+    Infer,
+    Message,
+    Move,
+    Round,
+    Stop,
+    Welcome,
+)
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.transport.link import Link
+from edge_sdk.transport.session import Session, SessionLost
+
+Work = tuple[Session, Delivery]
+"""A ``round``, ``move`` or ``stop``, with the session that it came over and is settled in."""
+
+OpenLink = Callable[[], Awaitable[Link]]
+"""Opens a link to the hub, or raises :class:`LinkClosed`."""
+
+
+Returned = Gradient | Features
+"""What comes back for a batch."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the hub is to finish an answer from; see :class:`edge_sdk.protocol.messages.Infer`."""
+
+    parts: dict[str, Array]
+    tier: str
+    base: int = 0
+    robustness: float = 0.0
+
+
+class RoundOver(CutlayerError):
+    """The hub has ended the round; no gradient will come back in it any more."""
+
+
+class Connection:
+    """Connects, says hello, resumes after a break, and joins anew when the hub has forgotten us.
+
+    Args:
+        open_link: opens a link to the hub.
+        token: the device's token, which says who it is.
+        tier: the tier whose bundle it can carry; None takes the one that the hub has for it.
+        patience_s: how long to go on trying to (re)connect, in seconds.
+        memory_mb: what it can spare for training; None if it does not say.
+    """
+
+    def __init__(
+        self,
+        open_link: OpenLink,
+        *,
+        token: str,
+        tier: str | None,
+        patience_s: float,
+        memory_mb: int | None = None,
+    ) -> None:
+        self._open_link, self._token, self.tier = open_link, token, tier
+        self._patience_s, self._memory_mb = patience_s, memory_mb
+        # so that many devices that lost one hub do not all come back at the same moment
+        self._jitter = random.Random(token)
+        self._session: Session | None = None
+        self._session_id: str | None = None
+        self._welcome: Welcome | None = None
+        self._linked = asyncio.Event()
+        self._failure: CutlayerError | None = None
+        self._blob: asyncio.Future[Blob] | None = None
+        self._wanted: tuple[str, int] | None = None
+        self._downloading = asyncio.Lock()
+        self._answers: dict[int, asyncio.Future[Answer]] = {}
+        self._requests = 0
+        self._returns: dict[tuple[int, int, str], asyncio.Future[Any]] = {}
+        self._round: float = 0  # the newest; infinite after the last
+        self._work: asyncio.Queue[Work | CutlayerError] = asyncio.Queue()
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def open(self) -> Welcome:
+        """Connect, and go on reconnecting in the background.
+
+        Raises:
+            HubError: the hub refused us.
+            LinkClosed: the hub could not be reached for ``patience_s``.
+        """
+        self._keeper = asyncio.create_task(self._keep_linked())
+        await self._linked.wait()
+        self.raise_failure()
+        return self.welcome
+
+    async def renew(self) -> Welcome:
+        """Reconnect, for a welcome that says what is present now."""
+        assert self._session is not None
+        self._linked.clear()
+        await self._session.unlink()
+        await self._linked.wait()
+        self.raise_failure()
+        return self.welcome
+
+    async def close(self, reason: str) -> None:
+        """Say bye, if the hub is there to hear it, and close."""
+        if self._session is not None and self._failure is None:
+            with contextlib.suppress(CutlayerError, TimeoutError):
+                channel = self._session.channel
+                async with asyncio.timeout(5):
+                    await self.send(Bye(reason=reason))
+                    while channel.unacked and self._session.linked:
+                        await asyncio.sleep(0.01)
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        self._fail(LinkClosed("the device was closed"))
+
+    @property
+    def welcome(self) -> Welcome:
+        """The hub's last welcome."""
+        assert self._welcome is not None
+        return self._welcome
+
+    def raise_failure(self) -> None:
+        """Raise what the connection ended with, if it has ended."""
+        if self._failure is not None:
+            raise self._failure
+
+    async def send(self, message: Message) -> None:
+        """Send over the present session; waits while its window is full."""
+        if self._session is None:
+            await self._linked.wait()
+        self.raise_failure()
+        assert self._session is not None
+        await self._session.send(message)
+
+    async def next_work(self) -> Work:
+        """The next ``round``, ``move`` or ``stop``.
+
+        Raises:
+            SessionLost: the hub has forgotten us; say ``ready`` again.
+            CutlayerError: the connection has ended.
+        """
+        item = await self._work.get()
+        if isinstance(item, CutlayerError):
+            raise item
+        return item
+
+    @property
+    def linked(self) -> bool:
+        """Whether there is a link to the hub now."""
+        return self._linked.is_set()
+
+    async def returned(
+        self, kind: type[Returned], session: Session, number: int, batch: int
+    ) -> Returned:
+        """What comes back for a batch that was sent in round ``number``.
+
+        Args:
+            kind: :class:`Gradient`, or :class:`Features`.
+            session: the one that the round came over.
+            number: the round.
+            batch: the batch.
+
+        Raises:
+            RoundOver: the hub has begun another round, or the job is over.
+            SessionLost: the session has ended, and the round with it.
+        """
+        key = (number, batch, kind.TYPE)
+        future = self._returns.setdefault(key, asyncio.get_running_loop().create_future())
+        try:
+            self.check_round(session, number)
+            message: Returned = await future
+            return message
+        finally:
+            self._returns.pop(key, None)
+
+    def returned_now(
+        self, kind: type[Returned], session: Session, number: int, batch: int
+    ) -> Returned | None:
+        """The same, if it is there already; raises as :meth:`returned` does."""
+        self.check_round(session, number)
+        future = self._returns.get((number, batch, kind.TYPE))
+        if future is None or not future.done():
+            return None
+        del self._returns[number, batch, kind.TYPE]
+        message: Returned = future.result()
+        return message
+
+    def check_round(self, session: Session, number: int) -> None:
+        """Raises as :meth:`returned` does."""
+        session.check()
+        if number < self._round:
+            raise RoundOver(f"round {number} is over")
+
+    def _end_rounds_before(self, number: float) -> None:
+        """Gradients of earlier rounds will not come, and those that have are of no use."""
+        self._round = number
+        for key in [key for key in self._returns if key[0] < number]:
+            future = self._returns.pop(key)
+            if not future.done():
+                future.set_exception(RoundOver(f"round {key[0]} is over"))
+
+    async def ask(self, question: Question) -> Answer:
+        """The hub's answer to what a bundle has packed.
+
+        Raises:
+            LinkClosed: the hub restarts, or is out of reach for good.
+        """
+        self._requests += 1
+        request = self._requests
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._answers[request] = future
+        try:
+            await self.send(Infer(request=request, **vars(question)))
+            return await future
+        except SessionLost:
+            self.raise_failure()
+            raise LinkClosed("the hub restarted; ask again") from None
+        finally:
+            del self._answers[request]
+
+    async def download(self, name: str, offset: int, append: Callable[[bytes], None]) -> None:
+        """Download a blob from ``offset`` on, piece by piece, over as many links as it takes."""
+        async with self._downloading:
+            while True:
+                await self._linked.wait()
+                self.raise_failure()
+                self._blob = asyncio.get_running_loop().create_future()
+                self._wanted = (name, offset)
+                try:
+                    await self.send(BlobGet(hash=name, offset=offset))
+                    piece = await asyncio.wait_for(self._blob, 30)
+                except (LinkClosed, SessionLost, TimeoutError):
+                    self.raise_failure()
+                    await asyncio.sleep(0.05)
+                    continue
+                finally:
+                    self._blob = None
+                append(piece.data)
+                offset += len(piece.data)
+                if offset >= piece.size:
+                    return
+                if not piece.data:
+                    raise BundleError(f"the hub sent an empty piece of blob {name[:12]}…")
+
+    async def _keep_linked(self) -> None:
+        """Connect, serve, reconnect with back-off; gives up after ``patience_s`` without a hub."""
+        now = asyncio.get_running_loop().time
+        lost_at = now()
+        delay = 0.1
+        while True:
+            welcomed = self._welcome
+            try:
+                link = await self._open_link()
+                try:
+                    await self._serve(link)
+                finally:
+                    await link.close()
+                    self._linked.clear()
+                    if self._welcome is not welcomed:
+                        lost_at, delay = now(), 0.1
+            except LinkClosed as error:
+                if self._blob is not None and not self._blob.done():
+                    self._blob.set_exception(error)
+                if now() - lost_at + delay > self._patience_s:
+                    self._fail(error)
+                    break
+            except CutlayerError as error:  # refused: trying again would be refused again
+                self._fail(error)
+                break
+            except Exception as error:  # a mistake of ours must not leave callers waiting
+                self._fail(CutlayerError(f"the connection failed unexpectedly: {error!r}"))
+                raise
+            await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
+            delay = min(delay * 2, 10.0)
+        if self._session is not None:
+            await self._session.lose("the connection to the hub was given up")
+
+    async def _serve(self, link: Link) -> None:
+        """Handshake on a fresh link, then run the session on it until it breaks."""
+        old = self._session
+        settled = old.channel.settled if old is not None else 0
+        hello = Hello(
+            version=VERSION,
+            token=self._token,
+            tier=self.tier,
+            session=self._session_id,
+            last_seq=settled,
+            memory_mb=self._memory_mb,
+        )
+        await link.send(encode(hello, 0, 0))
+        try:
+            async with asyncio.timeout(10):
+                answer = decode(await link.receive()).message
+        except TimeoutError:
+            raise LinkClosed("the hub did not answer the hello in 10 s") from None
+        if isinstance(answer, Error):
+            raise HubError(answer.code, answer.message, answer.field)
+        if not isinstance(answer, Welcome):
+            raise HubError("bad_message", f"the hub answered hello with {answer.TYPE}")
+        self._welcome = answer
+        if old is None or not answer.resumed:
+            if old is not None:
+                await old.lose("the hub does not know this session any more")
+                self._forget_session()
+            self._session = Session(Channel(answer.window, peer_max_frame=answer.max_frame))
+            self._session_id = answer.session
+        session = self._session
+        assert session is not None
+        self._linked.set()
+        try:
+            await session.run(link, answer.last_seq, lambda d: self._handle(session, d))
+        except CannotResume as error:
+            await session.lose(str(error))
+            self._forget_session()
+            self._session = self._session_id = None  # the next hello starts over
+            raise LinkClosed(str(error)) from error
+
+    def _handle(self, session: Session, delivery: Delivery) -> None:
+        message = delivery.message
+        if isinstance(message, Round | Move | Stop):
+            if isinstance(message, Round):
+                self._end_rounds_before(message.round)
+            else:
+                self._end_rounds_before(self._round + 1 if isinstance(message, Move) else math.inf)
+            self._work.put_nowait((session, delivery))
+        elif isinstance(message, Answer):
+            future = self._answers.get(message.request)
+            if future is not None and not future.done():
+                future.set_result(message)
+            session.settle(delivery.seq)
+        elif isinstance(message, Gradient | Features):
+            key = (message.round, message.batch, message.TYPE)
+            if message.round < self._round:
+                session.settle(delivery.seq)
+                return
+            waiting = self._returns.get(key)
+            if waiting is None:  # it may come before anybody waits for it
+                waiting = asyncio.get_running_loop().create_future()
+                self._returns[key] = waiting
+            if not waiting.done():
+                waiting.set_result(message)
+            session.settle(delivery.seq)
+        elif isinstance(message, Blob):
+            # a piece that was asked for twice, because the first took long, may come twice
+            expected = (message.hash, message.offset) == self._wanted
+            if expected and self._blob is not None and not self._blob.done():
+                self._blob.set_result(message)
+        elif isinstance(message, Error):
+            error = HubError(message.code, message.message, message.field)
+            if message.fatal:
+                raise error
+            if self._blob is not None and not self._blob.done():
+                self._blob.set_exception(error)
+        elif delivery.seq:
+            session.settle(delivery.seq)
+
+    def _forget_session(self) -> None:
+        """Everything that waits for the old session ends."""
+        self._round = 0
+        lost = SessionLost("the hub does not know this session any more")
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._returns.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(lost)
+        self._returns.clear()  # those that somebody waits for are theirs to see
+        while not self._work.empty():
+            self._work.get_nowait()
+        self._work.put_nowait(lost)
+
+    def _fail(self, error: CutlayerError) -> None:
+        """Remember why the device stopped and wake everything that waits."""
+        if self._failure is None:
+            self._failure = error
+        self._linked.set()
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._returns.values()]
+        for future in (self._blob, *waiting):
+            if future is not None and not future.done():
+                future.set_exception(error)
+        self._work.put_nowait(error)

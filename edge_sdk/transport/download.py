@@ -1,0 +1,59 @@
+"""Blobs from the cache, or from the hub."""
+
+from __future__ import annotations
+
+from edge_sdk.bundle.store import BlobStore, verify_blob
+from edge_sdk.errors import BundleError
+from edge_sdk.protocol.frames import unpack_tensors
+from edge_sdk.protocol.messages import Round
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.transport.connection import Connection
+
+
+class Downloader:
+    """Fetches what a device needs; everything is verified by its hash.
+
+    Args:
+        connection: to the hub.
+        store: the device's cache.
+    """
+
+    def __init__(self, connection: Connection, store: BlobStore) -> None:
+        self._connection, self._store = connection, store
+
+    async def blob(self, name: str) -> bytes:
+        """A blob of a bundle, from the cache or downloaded into it, resumed if broken off."""
+        if name in self._store:
+            try:
+                return self._store.read(name)
+            except BundleError:
+                self._store.remove(name)  # damaged on disk: fetch again
+        with self._store.claim() as mine:
+            if not mine:  # another process is downloading it into this cache
+                data = await self.state(name)
+                self._store.write(data)
+                return data
+            await self._connection.download(
+                name, self._store.partial(name), lambda data: self._store.append(name, data)
+            )
+            return self._store.finish(name)
+
+    async def state(self, name: str) -> bytes:
+        """The state of a round; kept in memory, since every round has another.
+
+        The first round's is that of the bundle, which is here already.
+        """
+        if name in self._store:
+            return self._store.read(name)
+        buffer = bytearray()
+        await self._connection.download(name, 0, buffer.extend)
+        return verify_blob(name, bytes(buffer))
+
+    async def start_of(self, task: Round) -> dict[int | None, dict[str, Array]]:
+        """What a round starts from: the state of each base network, or of the model under None."""
+        if task.bases is None:
+            assert task.state is not None
+            return {None: unpack_tensors(await self.state(task.state))}
+        return {
+            int(base): unpack_tensors(await self.state(name)) for base, name in task.bases.items()
+        }

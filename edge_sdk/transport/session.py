@@ -1,0 +1,181 @@
+"""A session: one channel over successive links. Both device and hub run it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+
+from edge_sdk.errors import CutlayerError, LinkClosed, ProtocolError
+from edge_sdk.protocol.channel import Channel, Delivery, SequenceGap
+from edge_sdk.protocol.frames import decode, kind_of
+from edge_sdk.protocol.messages import Ack, Error, Message
+from edge_sdk.transport.link import Link
+
+Count = Callable[[str, int, int], None]
+"""Told of every frame: message type, bytes received, bytes sent."""
+
+
+class SessionLost(CutlayerError):
+    """The session ended; what its channel still held will not be delivered."""
+
+
+class Session:
+    """Sends messages over whatever link there is, and waits when the channel's window is full.
+
+    Messages are queued in order and written by one task per link. The queue holds at most the
+    window's reliable messages and a few small unreliable ones, so it needs no bound of its own.
+
+    Args:
+        channel: the channel that goes over the links.
+        count: told of every frame, to account for traffic.
+    """
+
+    def __init__(self, channel: Channel, count: Count = lambda kind, up, down: None) -> None:
+        self.channel = channel
+        self._count = count
+        self._frames: deque[bytes] = deque()
+        self._wake = asyncio.Event()
+        self._room = asyncio.Condition()
+        self._link: Link | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._ack_due = False
+        self._lost: str | None = None
+
+    @property
+    def linked(self) -> bool:
+        """Whether a link is up."""
+        return self._link is not None
+
+    def post(self, message: Message) -> None:
+        """Queue a message now.
+
+        Reliable messages survive a broken link; unreliable ones are for the present link only.
+
+        Raises:
+            ProtocolError: the peer has left a whole window of messages unsettled.
+            SessionLost: the session has ended.
+        """
+        self.check()
+        if message.RELIABLE and self.channel.full:
+            raise ProtocolError(
+                "window_exceeded", f"{self.channel.window} messages wait to be acknowledged"
+            )
+        frame = self.channel.send(message)
+        if self._link is not None:
+            self._frames.append(frame)
+            self._ack_due = False  # the frame carries it
+            self._wake.set()
+
+    def check(self) -> None:
+        """Raise :class:`SessionLost` if the session has ended."""
+        if self._lost is not None:
+            raise SessionLost(self._lost)
+
+    async def send(self, message: Message) -> None:
+        """:meth:`post`, but wait while the window is full."""
+        if message.RELIABLE:
+            async with self._room:
+                await self._room.wait_for(lambda: self._lost or not self.channel.full)
+                self.post(message)
+        else:
+            self.post(message)
+
+    def settle(self, seq: int) -> None:
+        """Say that a delivered message has had its effect; the peer is told."""
+        if self.channel.settle(seq) and self._link is not None:
+            self._ack_due = True
+            self._wake.set()
+
+    async def lose(self, reason: str) -> None:
+        """End the session: waiting senders get :class:`SessionLost`."""
+        self._lost = reason
+        await self._notify()
+        await self.unlink()
+
+    async def unlink(self) -> None:
+        """Close the present link, if any; :meth:`run` then raises :class:`LinkClosed`."""
+        if self._link is not None:
+            await self._link.close()
+
+    async def run(
+        self, link: Link, last_seq: int, handle: Callable[[Delivery], None], first: bytes = b""
+    ) -> None:
+        """Serve the session over one link until it breaks.
+
+        Args:
+            link: a link whose handshake is done.
+            last_seq: what the peer said that it has settled.
+            handle: called for each delivery; must not block.
+            first: a frame that goes before all others (the hub's ``welcome``).
+
+        Raises:
+            LinkClosed: the link ended, or lost frames, or another one took its place.
+            ProtocolError: the peer broke the protocol; it was told so, and the link is closed.
+        """
+        if self._link is not None:  # the peer came back before we saw the old link break
+            if self._writer is not None:
+                self._writer.cancel()
+            self._closing = asyncio.create_task(self._link.close())
+        self._frames.clear()
+        if first:
+            self._frames.append(first)
+        self._link = link
+        self._ack_due = self.channel.settled > 0  # of what was settled while there was no link
+        self._wake.set()
+        writer = self._writer = asyncio.create_task(self._write(link))
+        try:
+            self._frames.extend(self.channel.resume(last_seq))
+            await self._notify()
+            while True:
+                data = await link.receive()
+                if self._link is not link:
+                    raise LinkClosed("the peer came back over another link")
+                frame = decode(data, self.channel.max_frame)
+                self._count(frame.message.TYPE, len(data), 0)
+                delivery = self.channel.accept(frame)
+                await self._notify()
+                if delivery is not None:
+                    handle(delivery)
+        except SequenceGap as error:  # this link is of no more use; the session is
+            writer.cancel()
+            await self.tell(link, error, fatal=False)
+            raise LinkClosed(str(error)) from error
+        except ProtocolError as error:
+            writer.cancel()
+            await self.tell(link, error, fatal=True)
+            raise
+        finally:
+            writer.cancel()
+            if self._link is link:
+                self._link = None
+                self._frames.clear()
+            await link.close()
+
+    async def tell(self, link: Link, error: ProtocolError, fatal: bool) -> None:
+        """Tell the peer directly what it did wrong, past everything that is queued."""
+        message = Error(code=error.code, message=str(error)[:4096], fatal=fatal, field=error.field)
+        with contextlib.suppress(CutlayerError, TimeoutError):  # gone already is as good
+            await asyncio.wait_for(link.send(self.channel.send(message)), 5)
+
+    async def _notify(self) -> None:
+        async with self._room:
+            self._room.notify_all()
+
+    async def _write(self, link: Link) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._frames or self._ack_due:
+                if self._frames:
+                    frame = self._frames.popleft()
+                else:
+                    frame = self.channel.send(Ack())
+                    self._ack_due = False
+                self._count(kind_of(frame), 0, len(frame))
+                try:
+                    await link.send(frame)
+                except CutlayerError:
+                    return  # the reader of this link sees it close, too

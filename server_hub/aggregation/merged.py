@@ -1,0 +1,57 @@
+"""One store for devices and trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from edge_sdk.protocol.tensors import TensorSpec
+from export.split import SplitModel
+from server_hub.aggregation.interface import DeviceUpdate
+from server_hub.aggregation.layer_store import LayerCopy, LayerStore, State, split_by_layer
+from server_hub.trunk.interface import TrunkCopy
+
+
+class Merged:
+    """One store: every layer is the mean of all its copies, wherever they were trained.
+
+    A copy counts by the samples that it was trained on.
+    """
+
+    def __init__(self, initial: State) -> None:
+        self.store = LayerStore(initial)
+        self._everything: State | None = None
+
+    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+        everything = self.trunk_state()
+        return {spec.name: everything[spec.name] for spec in specs}
+
+    def trunk_state(self, cuts: Collection[int] = ()) -> State:
+        if self._everything is None:
+            self._everything = self.store.state()
+        return self._everything
+
+    def path_state(self, model: SplitModel, cut: int) -> State:
+        return self.trunk_state()  # one object for all cuts, so that one model serves them
+
+    def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
+        self.store.commit(
+            [
+                *(c for u in updates for c in _layer_copies(u, weight=u.samples)),
+                *(LayerCopy(c.layer, c.tensors, c.samples, f"trunk/{c.replica}") for c in copies),
+            ]
+        )
+        self._everything = None
+
+    def stores(self) -> Mapping[str, State]:
+        return {"all": self.trunk_state()}
+
+    def restore(self, stores: Mapping[str, State]) -> None:
+        self.store.restore(stores["all"])
+        self._everything = None
+
+
+def _layer_copies(update: DeviceUpdate, weight: float) -> list[LayerCopy]:
+    return [
+        LayerCopy(layer, tensors, weight, update.device)
+        for layer, tensors in split_by_layer(update.state).items()
+    ]

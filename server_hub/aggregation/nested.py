@@ -1,0 +1,52 @@
+"""One store for models of several widths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edge_sdk.protocol.tensors import Array, TensorSpec
+from server_hub.aggregation.interface import DeviceUpdate
+from server_hub.aggregation.layer_store import State
+from server_hub.aggregation.merged import Merged
+from server_hub.trunk.interface import TrunkCopy
+
+
+class Nested(Merged):
+    """One store for models of several widths: a device holds the leading part of each tensor.
+
+    An element is the mean over the copies that hold it (HeteroFL, arXiv 2010.01264; FjORD,
+    arXiv 2102.13451), weighted by samples. There is no trunk.
+    """
+
+    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+        everything = self.trunk_state()
+        return {
+            spec.name: np.ascontiguousarray(everything[spec.name][leading(spec.shape)])
+            for spec in specs
+        }
+
+    def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
+        """Average each element over the copies that hold it; the others keep their value."""
+        old = self.trunk_state()
+        sums: dict[str, tuple[Array, Array]] = {}
+        for update in updates:
+            for name, tensor in update.state.items():
+                total, weight = sums.setdefault(
+                    name, (np.zeros(old[name].shape), np.zeros(old[name].shape))
+                )
+                total[leading(tensor.shape)] += np.multiply(
+                    tensor, update.samples, dtype=np.float64
+                )
+                weight[leading(tensor.shape)] += update.samples
+        state = {
+            name: np.where(weight > 0, total / np.maximum(weight, 1), old[name])
+            for name, (total, weight) in sums.items()
+        }
+        super().commit([DeviceUpdate("all", state, 1)], [])
+
+
+def leading(shape: Sequence[int | str]) -> tuple[slice, ...]:
+    """Index of the leading part of a larger tensor."""
+    return tuple(slice(int(n)) for n in shape)

@@ -1,0 +1,44 @@
+"""Two stores, one for devices and one for the trunk: the form of FedSplitX's paper."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from edge_sdk.protocol.tensors import TensorSpec
+from export.split import SplitModel
+from server_hub.aggregation.interface import DeviceUpdate
+from server_hub.aggregation.layer_store import LayerCopy, LayerStore, State
+from server_hub.aggregation.merged import _layer_copies
+from server_hub.trunk.interface import TrunkCopy
+
+
+class Separate:
+    """Two stores that never meet, unweighted means: the form of FedSplitX's paper.
+
+    Devices average with devices, the trunk's replicas with each other.
+    """
+
+    def __init__(self, initial: State) -> None:
+        self.devices = LayerStore(initial)
+        self.trunk = LayerStore(initial)
+
+    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+        everything = self.devices.state()
+        return {spec.name: everything[spec.name] for spec in specs}
+
+    def trunk_state(self, cuts: Collection[int] = ()) -> State:
+        return self.trunk.state()
+
+    def path_state(self, model: SplitModel, cut: int) -> State:
+        return {**self.trunk.state(), **self.devices.state(model.client_layers(cut))}
+
+    def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
+        self.devices.commit(c for u in updates for c in _layer_copies(u, weight=1.0))
+        self.trunk.commit(LayerCopy(c.layer, c.tensors, 1.0, f"trunk/{c.replica}") for c in copies)
+
+    def stores(self) -> Mapping[str, State]:
+        return {"devices": self.devices.state(), "trunk": self.trunk.state()}
+
+    def restore(self, stores: Mapping[str, State]) -> None:
+        self.devices.restore(stores["devices"])
+        self.trunk.restore(stores["trunk"])

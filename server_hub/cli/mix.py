@@ -1,0 +1,120 @@
+"""``cutlayer mix``: from a run's base networks to bundles that hold them all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from edge_sdk.bundle.index import BundleIndex, TierEntry
+from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.bundle.store import BlobStore
+from edge_sdk.errors import BundleError, ConfigError
+from edge_sdk.protocol.frames import pack_tensors
+from server_hub.aggregation.layer_store import State
+
+
+def mix(
+    run: Annotated[Path, typer.Argument(help="Run folder of a hub with Split-Mix.")],
+    bundles: Annotated[Path, typer.Option(help="Folder that the hub had its bundles from.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier one.")] = False,
+) -> None:
+    """Put all trained bases of a run into the bundles, best first, to ship them with an app."""
+    index = bundle_bases(run, bundles, out, overwrite)
+    table = Table("tier", "bases", "kB", title="bundles of trained bases")
+    for tier in index.tiers:
+        manifest = index.manifest(tier)
+        size = sum(manifest.blobs.values())
+        table.add_row(tier, str(len(manifest.base_states)), f"{size / 1e3:,.0f}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"written to {out}; edge_sdk.Mixture.open reads it, cutlayer bundle sign signs it"
+    )
+
+
+def bundle_bases(run: Path, bundles: Path, out: Path, overwrite: bool = False) -> BundleIndex:
+    """Write bundles that hold the trained bases of a run.
+
+    Args:
+        run: the hub's run folder.
+        bundles: the export that it had.
+        out: a new folder; an earlier export with ``overwrite``.
+
+    Raises:
+        ConfigError: there is no run of Split-Mix, or its bases are not those of the bundles.
+        ExportError: ``out`` exists. Nothing is written.
+    """
+    from export.writer import check_out, folder_for, put
+
+    check_out(out, overwrite)
+    index = BundleIndex.read(bundles)
+    states = _trained(run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with folder_for(out) as folder:
+        blobs = BlobStore(folder / "blobs")
+        entries = {}
+        for tier, entry in index.tiers.items():
+            manifest = _with_bases(index, tier, states, blobs)
+            entries[tier] = TierEntry(entry.cut, entry.codec, blobs.write(manifest.to_bytes()))
+        replace(index, folder=folder, tiers=entries).write()
+        folder.chmod(0o755)
+        put(folder, out)
+    return replace(index, folder=out, tiers=entries)
+
+
+def _trained(run: Path) -> list[State]:
+    """The bases of a run, best first."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    from server_hub.storage.run_folder import METRICS, read_records
+
+    if not (run / METRICS).is_file():
+        raise ConfigError(f"there is no run in {run}: it has no {METRICS}")
+    records = read_records(run)
+    if not records or not records[-1].order:
+        raise ConfigError(f"the run in {run} has no base networks; it was not one of Split-Mix")
+    states = []
+    for base in records[-1].order:
+        path = run / f"model.base-{base}.safetensors"
+        try:
+            states.append(load(path.read_bytes()))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"cannot read the base {path}: {error}") from error
+    return states
+
+
+def _with_bases(index: BundleIndex, tier: str, states: list[State], blobs: BlobStore) -> Manifest:
+    """The manifest of a tier that names the states; copies what it needs."""
+    manifest = index.manifest(tier)
+    if manifest.bases != len(states):
+        raise ConfigError(
+            f"the run has {len(states)} bases, and the bundle of tier {tier!r} is for "
+            f"{manifest.bases}; give the bundles that the hub had"
+        )
+    kept = [name for name in manifest.blobs if name != manifest.initial_state]
+    for name in kept:
+        blobs.write(index.blobs().read(name))
+    sizes = {name: manifest.blobs[name] for name in kept}
+    names = []
+    for state in states:
+        own = {}
+        for spec in manifest.exchanged():
+            if spec.name not in state or state[spec.name].shape != spec.shape:
+                raise ConfigError(
+                    f"the run's bases have no {spec.name} as the bundle of tier {tier!r} has; give "
+                    "the bundles that the hub had"
+                )
+            own[spec.name] = state[spec.name]
+        data = pack_tensors(own)
+        names.append(blobs.write(data))
+        sizes[names[-1]] = len(data)
+    if len(set(names)) < len(names):
+        raise BundleError("two bases are the same; the run has not trained them")
+    return replace(manifest, initial_state=names[0], base_states=tuple(names), blobs=sizes)

@@ -1,0 +1,39 @@
+"""``cutlayer token``: gives devices their tokens, and takes them back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+token = typer.Typer(help="Give devices their tokens, and take them back.", no_args_is_help=True)
+
+
+TokensOption = Annotated[Path, typer.Option("--tokens", help="File that keeps the hashes.")]
+
+
+@token.command()
+def new(
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    tokens: TokensOption = Path("tokens.toml"),
+    tier: Annotated[
+        str | None, typer.Option(help="Tier of the device; without it, the device says its own.")
+    ] = None,
+) -> None:
+    """Print a new token for a device; only its hash is stored."""
+    from server_hub.gateway.tokens import TokenFile
+
+    print(TokenFile(tokens).issue(device, tier))
+
+
+@token.command()
+def revoke(
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    tokens: TokensOption = Path("tokens.toml"),
+) -> None:
+    """Make a device's token worthless from its next connection on."""
+    from server_hub.gateway.tokens import TokenFile
+
+    TokenFile(tokens).revoke(device)
+    print(f"{device} can no longer connect")

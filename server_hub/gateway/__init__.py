@@ -1,0 +1,1 @@
+"""The way into the hub: websockets, tokens, sessions, blobs, limits and traffic."""

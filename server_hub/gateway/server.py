@@ -1,0 +1,330 @@
+"""The gateway: websocket endpoint, handshake, sessions, limits, blobs and traffic accounting."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+
+from websockets.asyncio.server import ServerConnection, serve
+
+from edge_sdk.bundle.store import BlobStore, sha256
+from edge_sdk.errors import BundleError, ConfigError, CutlayerError, LinkClosed, ProtocolError
+from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
+from edge_sdk.protocol.frames import decode, encode
+from edge_sdk.protocol.messages import (
+    SUBPROTOCOL,
+    VERSION,
+    Blob,
+    BlobGet,
+    Bye,
+    Error,
+    Hello,
+    Message,
+    Welcome,
+)
+from edge_sdk.transport.link import Link, WebSocketLink
+from edge_sdk.transport.session import Session, SessionLost
+from server_hub.config import Limits, Listen
+from server_hub.gateway.peers import Peer
+from server_hub.gateway.tokens import Tokens
+from server_hub.gateway.traffic import Traffic
+
+log = logging.getLogger("cutlayer.hub")
+
+
+class Gateway:
+    """Lets devices in and carries their messages.
+
+    Args:
+        limits: what a peer may do.
+        tokens: who may come in.
+        manifests: hash of the manifest by tier.
+        store: the blobs of the bundles.
+        handle: called with every message that is not the gateway's own; must not block. A
+            :class:`ProtocolError` that it raises goes to the peer and ends its session.
+        gone: called when a session has ended, with the reason.
+        moved: where a device that names no tier has been moved to, given its name, the tier of its
+            token and its memory; None takes the tier of its token.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        tokens: Tokens,
+        manifests: Mapping[str, str],
+        store: BlobStore,
+        handle: Callable[[Peer, Delivery], None],
+        gone: Callable[[Peer, str], None],
+        moved: Callable[[str, str | None, int | None], str | None],
+    ) -> None:
+        self._limits, self._tokens, self._manifests = limits, tokens, manifests
+        self._store, self._handle, self._gone, self._moved = store, handle, gone, moved
+        self._cache: dict[str, bytes] = {}
+        self._states: dict[str, str] = {}
+        self._bases: dict[str, dict[str, str]] = {}
+        self._state_blobs: list[dict[str, bytes]] = [{}, {}]
+        self.peers: dict[str, Peer] = {}
+        """Peers by device name."""
+        self.traffic = Traffic()
+        self._links = 0
+
+    @asynccontextmanager
+    async def listen(self, where: Listen) -> AsyncIterator[str]:
+        """Serve websockets; yields the address. :class:`ConfigError` if the port is taken."""
+        try:
+            server = await serve(
+                self._connection,
+                where.host,
+                where.port,
+                subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
+                compression=None,
+                max_size=self._limits.max_frame,
+                open_timeout=self._limits.hello_s,
+                close_timeout=2,
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {where.host}:{where.port}: {error.strerror or error}; "
+                "choose another port, or 0 for a free one"
+            ) from error
+        try:
+            port = next(iter(server.sockets)).getsockname()[1]
+            async with self.reaping():
+                yield f"ws://{where.host}:{port}"
+        finally:
+            server.close()
+            await server.wait_closed()
+
+    @asynccontextmanager
+    async def reaping(self) -> AsyncIterator[None]:
+        """Meanwhile, end sessions that have had no link for too long."""
+        reaper = asyncio.create_task(self._reap())
+        try:
+            yield
+        finally:
+            reaper.cancel()
+
+    async def _connection(self, connection: ServerConnection) -> None:
+        await self.serve_link(WebSocketLink(connection), str(connection.remote_address))
+
+    async def serve_link(self, link: Link, origin: str = "memory") -> None:
+        """Serve one link from its hello to its end."""
+        if self._links >= self._limits.connections:
+            await _refuse(link, ProtocolError("busy", "the hub has no connections left; try later"))
+            return
+        self._links += 1
+        try:
+            await self._serve_link(link, origin)
+        finally:
+            self._links -= 1
+
+    async def _serve_link(self, link: Link, origin: str) -> None:
+        try:
+            hello = await self._hello(link)
+            peer, resumed = await self._admit(hello)
+        except LinkClosed:
+            return
+        except ProtocolError as error:
+            log.warning("refused a connection from %s: %s", origin, error)
+            await _refuse(link, error)
+            return
+        welcome = Welcome(
+            version=VERSION,
+            device=peer.device,
+            tier=peer.tier,
+            session=peer.session_id,
+            resumed=resumed,
+            last_seq=peer.session.channel.settled,
+            manifest=self._manifests[peer.tier],
+            window=self._limits.window,
+            max_frame=self._limits.max_frame,
+            state=self._states.get(peer.tier),
+            bases=self._bases.get(peer.tier),
+        )
+        log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
+        peer.lost_at = None
+        first = encode(welcome, 0, peer.session.channel.settled)
+        try:
+            await peer.session.run(
+                link, hello.last_seq if resumed else 0, lambda d: self._deliver(peer, d), first
+            )
+        except LinkClosed:
+            if peer.session_id and not peer.session.linked:
+                peer.lost_at = asyncio.get_running_loop().time()
+        except ProtocolError as error:
+            log.warning("dropped %s (tier %s): %s", peer.device, peer.tier, error)
+            await self.end(peer, str(error))
+
+    async def _hello(self, link: Link) -> Hello:
+        try:
+            async with asyncio.timeout(self._limits.hello_s):
+                data = await link.receive()
+        except TimeoutError:
+            raise ProtocolError(
+                "bad_message", f"no hello within {self._limits.hello_s:g} s"
+            ) from None
+        message = decode(data, self._limits.max_frame).message
+        self.traffic.count(message.TYPE, len(data), 0)
+        if not isinstance(message, Hello):
+            raise ProtocolError("bad_message", f"the first frame is {message.TYPE}, must be hello")
+        return message
+
+    async def _admit(self, hello: Hello) -> tuple[Peer, bool]:
+        """The session for a hello, and whether it is the one that the device had."""
+        if hello.version != VERSION:
+            raise ProtocolError(
+                "unsupported_version",
+                f"protocol version {hello.version} is not spoken here, version {VERSION} is",
+                "version",
+            )
+        device, tier = self._identify(hello)
+        old = self.peers.get(device)
+        if old is not None and old.session_id == hello.session and old.tier == tier:
+            try:
+                old.session.channel.resume(hello.last_seq)
+                return old, True
+            except CannotResume as error:
+                log.warning("%s cannot resume: %s", device, error)
+        if old is not None:
+            if old.session.linked and hello.session != old.session_id:
+                # a device that crashed is not there to hear it; a second one with its token is
+                taken = ProtocolError("replaced", f"another connection came with {device}'s token")
+                await self.refuse(old, taken)
+            else:
+                await self.end(old, "the device started over")
+        channel = Channel(self._limits.window, self._limits.max_frame)
+        session = Session(channel, self.traffic.count)
+        peer = Peer(device, tier, secrets.token_hex(16), session, hello.memory_mb)
+        self.peers[device] = peer
+        return peer, False
+
+    def _identify(self, hello: Hello) -> tuple[str, str]:
+        """The device and the tier of a hello."""
+        try:
+            device = self._tokens.device_of(hello.token)
+            issued = self._tokens.tier_of(device) if device and not hello.tier else None
+        except ConfigError as error:
+            log.error("the token file cannot be used: %s", error)
+            raise ProtocolError("internal", "the hub cannot check tokens now; try later") from error
+        if device is None:
+            raise ProtocolError("bad_token", "the token is no device's", "token")
+        tier = hello.tier or self._moved(device, issued, hello.memory_mb) or issued
+        known = ", ".join(sorted(self._manifests))
+        if tier is None:
+            raise ProtocolError(
+                "unknown_tier", f"{device}'s token is for no tier; say one of {known}", "tier"
+            )
+        if tier not in self._manifests:
+            raise ProtocolError(
+                "unknown_tier", f"there is no tier {tier!r} for {device}; there are {known}", "tier"
+            )
+        return device, tier
+
+    def _deliver(self, peer: Peer, delivery: Delivery) -> None:
+        message = delivery.message
+        if isinstance(message, BlobGet):
+            self._send_piece(peer, message)
+        elif isinstance(message, Bye):
+            peer.session.settle(delivery.seq)
+            self._forget(peer, f"left: {message.reason}")
+        elif isinstance(message, Error):
+            log.warning("%s reports: %s", peer.device, message.message)
+        elif message.TYPE not in _IGNORED:
+            self._handle(peer, delivery)
+
+    def _send_piece(self, peer: Peer, wanted: BlobGet) -> None:
+        now, before = self._state_blobs
+        name = wanted.hash
+        data = now.get(name) or before.get(name) or self._bundle_blob(name)
+        if data is None or wanted.offset > len(data):
+            what = "the blob is not here" if data is None else "the offset is beyond the blob"
+            peer.session.post(Error(code="unknown_blob", message=what, fatal=False, field="hash"))
+            return
+        piece = data[wanted.offset : wanted.offset + self._limits.blob_piece]
+        peer.session.post(Blob(hash=wanted.hash, offset=wanted.offset, size=len(data), data=piece))
+
+    def publish(self, states: Mapping[str, bytes]) -> dict[str, str]:
+        """Serve the tiers' present states beside the bundles' blobs; returns their hashes.
+
+        Those before them are kept once more, for devices that are downloading them.
+        """
+        self._states = {tier: sha256(state) for tier, state in states.items()}
+        self._serve({self._states[tier]: state for tier, state in states.items()})
+        return self._states
+
+    def publish_bases(self, states: Mapping[str, Mapping[int, bytes]]) -> dict[str, dict[str, str]]:
+        """The same for base networks: of each tier by number, those that answer best first."""
+        self._bases = {
+            tier: {str(base): sha256(state) for base, state in bases.items()}
+            for tier, bases in states.items()
+        }
+        self._serve({sha256(s): s for bases in states.values() for s in bases.values()})
+        return self._bases
+
+    def _serve(self, present: dict[str, bytes]) -> None:
+        if present.keys() == self._state_blobs[0].keys():
+            return  # in another order, maybe
+        self._state_blobs = [present, self._state_blobs[0]]
+
+    def _bundle_blob(self, name: str) -> bytes | None:
+        if name not in self._cache:
+            try:
+                self._cache[name] = self._store.read(name)
+            except BundleError:
+                return None
+        return self._cache[name]
+
+    def post(self, peer: Peer, message: Message) -> None:
+        """Send to a device, or at least keep for it; a device that never settles is dropped."""
+        try:
+            peer.session.post(message)
+        except ProtocolError as error:
+            log.warning("dropped %s: %s", peer.device, error)
+            self._forget(peer, str(error))
+        except SessionLost:
+            pass
+
+    async def refuse(self, peer: Peer, error: ProtocolError) -> None:
+        """Tell a device what it did wrong, and end its session."""
+        log.warning("dropped %s (tier %s): %s", peer.device, peer.tier, error)
+        self.post(
+            peer,
+            Error(code=error.code, message=str(error)[:4096], fatal=True, field=error.field),
+        )
+        await asyncio.sleep(0.05)  # let the writer put it on the wire
+        await self.end(peer, str(error))
+
+    async def end(self, peer: Peer, reason: str) -> None:
+        """End a session and close its link."""
+        self._forget(peer, reason)
+        await peer.session.lose(reason)
+
+    def _forget(self, peer: Peer, reason: str) -> None:
+        if self.peers.get(peer.device) is peer:
+            del self.peers[peer.device]
+            self._gone(peer, reason)
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self._limits.session_s / 4))
+            now = asyncio.get_running_loop().time()
+            for peer in list(self.peers.values()):
+                if peer.lost_at is not None and now - peer.lost_at > self._limits.session_s:
+                    log.warning("gave up on %s: no connection for %.0f s", peer.device,
+                                now - peer.lost_at)  # fmt: skip
+                    await self.end(peer, "the connection was lost")
+
+
+_IGNORED = ("ack", "hello")
+
+
+async def _refuse(link: Link, error: ProtocolError) -> None:
+    message = Error(code=error.code, message=str(error)[:4096], fatal=True, field=error.field)
+    try:
+        await asyncio.wait_for(link.send(encode(message, 0, 0)), 5)
+        await link.close()
+    except (CutlayerError, TimeoutError):
+        pass

@@ -1,0 +1,1 @@
+"""Methods that only simulations offer, to compare with."""

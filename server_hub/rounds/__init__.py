@@ -1,0 +1,1 @@
+"""Rounds: who takes part, what each device owes, what it delivers, and where it is cut."""
