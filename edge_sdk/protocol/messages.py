@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import Array
 
 VERSION = 1
@@ -208,17 +209,27 @@ class BlobGet(Message):
 
 
 @dataclass(frozen=True)
-class Activations(Message):
-    """Packed activations of one batch at the device's cut, with their labels.
+class _OfBatch(Message):
+    """A message about batch number ``batch`` of a device in a round."""
 
-    These are nil in rounds in which labels stay on the device. Of several base networks ``base`` is
-    the one that they are of, ``present`` (classes,) says with 1 and 0 which classes the device has
-    examples of, and ``noise`` that they have come through the noise norms.
-    """
-
-    TYPE = "activations"
     round: int = _must(_integer(1))
     batch: int = _must(_integer())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed activations of some rows, from the device's learner to the trunk's step.
+
+    Attributes:
+        parts: the packed tensors by name, as the manifest's ``packed`` lists them.
+        labels: (rows,) int64; (rows, positions) for a model of tokens, where -1 does not count.
+            None in rounds in which labels stay on the device.
+        base: number of the base network that the activations are of; 0 for a single model.
+        noise: whether they have come through the noise norms.
+        present: (classes,) float32, 1 for classes that the device has examples of, 0 for those
+            that its loss leaves out; None where all classes count.
+    """
+
     parts: dict[str, Array] = _must(_tensors)
     labels: Array | None = _must(_optional(_tensor), None)
     base: int = _must(_integer(0, MAX_BASES - 1), 0)
@@ -227,14 +238,30 @@ class Activations(Message):
 
 
 @dataclass(frozen=True)
-class FeatureGradient(Message):
-    """Packed gradient of the ``features`` of one batch: of the mean loss over its ``labels``."""
+class HeadGradient:
+    """What a device's head makes of the features of a batch whose labels stay on the device.
 
-    TYPE = "feature_gradient"
-    round: int = _must(_integer(1))
-    batch: int = _must(_integer())
+    Attributes:
+        parts: packed gradient of the mean loss with respect to the features, by name.
+        labels: number of labels that the mean is over.
+    """
+
     parts: dict[str, Array] = _must(_tensors)
     labels: int = _must(_integer(1))
+
+
+@dataclass(frozen=True)
+class Activations(Batch, _OfBatch):
+    """A :class:`Batch` on its way to the hub."""
+
+    TYPE = "activations"
+
+
+@dataclass(frozen=True)
+class FeatureGradient(HeadGradient, _OfBatch):
+    """A :class:`HeadGradient` on its way to the hub, in answer to ``features``."""
+
+    TYPE = "feature_gradient"
 
 
 @dataclass(frozen=True)
@@ -326,10 +353,13 @@ class Round(Message):
     epochs: int = _must(_integer())
     batch_size: int = _must(_integer(1))
     hyper: dict[str, float] = _must(_numbers)
-    activations: str = _must(_choice("train", "forward", "returned", "u_shaped", "fused", "none"))
+    activations: ActivationMode = _must(_choice(*ActivationMode))
     seed: int = _must(_integer())
     staleness: int = _must(_integer(0, 1024), 0)
     bases: dict[str, str] | None = _must(_optional(_states), None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "activations", ActivationMode(self.activations))
 
 
 @dataclass(frozen=True)

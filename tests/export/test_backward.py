@@ -1,0 +1,434 @@
+"""Gradients that come back: ``activate`` and ``backward`` against the model that was never cut."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
+from edge_sdk.protocol.tensors import Array, TensorSpec
+from edge_sdk.runtime import Runtime
+from edge_sdk.runtime.executorch import ExecutorchRuntime
+from edge_sdk.runtime.onnx import OnnxRuntime
+from export.adapters import from_transformers
+from export.dropout import SeededDropout
+from export.errors import ExportError
+from export.functional import TorchRuntime
+from export.lora import Lora, add_lora
+from export.lowering.lowered import Run, RuntimeName, lower
+from export.lowering.verify import verify
+from export.optimizers import get_optimizer
+from export.packing import Codec, Shape, get_codec
+from export.split import ClientSegment, SplitModel
+from export.steps import ClientSteps, Step
+from export.writer import Tier, export_bundles, make_steps
+from tests.lib.models import (
+    CLASSES,
+    IMAGE,
+    ConvBlock,
+    MeanHead,
+    build_batchnorm,
+    conv_model,
+    example,
+)
+
+HYPER = {
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    "adamw": {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1},
+}
+WORDS = 20
+CUT = 2
+
+
+class Exact:
+    """A codec that packs float32 as it is."""
+
+    name = "float32"
+
+    def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        """The activations."""
+        return {"h": h.detach() + 0.0}
+
+    def unpack(self, parts: dict[str, Tensor]) -> Tensor:
+        """The same."""
+        return parts["h"]
+
+    def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
+        """One tensor."""
+        return (TensorSpec("h", "float32", shape),)
+
+    def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
+        """None at all."""
+        return torch.zeros(())
+
+
+class DropBlock(nn.Module):
+    """A convolutional block with dropout behind it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = ConvBlock(width)
+        self.drop = nn.Dropout(0.4)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations of the same shape."""
+        result: Tensor = self.drop(self.inner(h))
+        return result
+
+
+class DropHead(MeanHead):
+    """A head with dropout and a batch norm of its own."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__(width, classes)
+        self.norm = nn.BatchNorm2d(width)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Logits (batch, classes)."""
+        return super().forward(self.drop(self.norm(h)))
+
+
+def dropout_model() -> SplitModel:
+    """Dropouts before the cut, between them a head that draws as well; a plain trunk."""
+    torch.manual_seed(0)
+    blocks = [DropBlock(6), DropBlock(6), ConvBlock(6)]
+    model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), blocks, MeanHead(6, CLASSES))
+    model.aux["1"] = DropHead(6, CLASSES)
+    return model
+
+
+def batchnorm_model() -> SplitModel:
+    """Batch norms and frozen layers before the cut; a trunk without dropout."""
+    model = build_batchnorm()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def lora_model() -> SplitModel:
+    """A small GPT-2 with adapters."""
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=3, n_head=2, vocab_size=WORDS, n_positions=16, bos_token_id=1,
+        eos_token_id=1, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = from_transformers(config)
+    add_lora(model, Lora(rank=3), "gpt2")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # starts at zero, where A has no gradient
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def words(rows: int, seed: int = 0) -> Tensor:
+    """Token ids."""
+    return torch.randint(WORDS, (rows, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def images(rows: int, seed: int = 0) -> Tensor:
+    """Small images."""
+    return example(IMAGE, rows, seed)
+
+
+MODELS: dict[str, Any] = {
+    "groupnorm": (conv_model, images, CLASSES),
+    "batchnorm": (batchnorm_model, images, CLASSES),
+    "dropout": (dropout_model, images, CLASSES),
+    "lora": (lora_model, words, WORDS),
+}
+
+
+def steps_of(kind: str, codec: Codec, optimizer: str) -> tuple[SplitModel, ClientSteps]:
+    """A model cut after its second block, with heads at both cuts."""
+    build, draw, classes = MODELS[kind]
+    model = build()
+    model.add_heads([1, CUT], draw(8), classes)
+    segment = ClientSegment(model, CUT)
+    limits = {"batch": 8} | ({"seq": 6} if kind == "lora" else {})
+    return model, ClientSteps(
+        segment, get_optimizer(optimizer), codec, draw(8), classes, limits, returned=True
+    )
+
+
+def manifest_of(steps: ClientSteps, runtime: str) -> Manifest:
+    """A manifest for graphs in memory; every graph has its own blob, ExecuTorch's have one."""
+    segment = steps.segment
+    return Manifest(
+        "test", CUT, runtime, segment.task, steps.classes, dict(steps.limits),
+        tuple(segment.heads), steps.optimizer.name, steps.codec.name, steps.packed, steps.state,
+        {
+            s.name: Graph("0" if runtime == "executorch" else s.name, s.inputs, s.outputs)
+            for s in steps.all()
+        },
+        "", (), {},
+    )  # fmt: skip
+
+
+def runtime_of(steps: ClientSteps, name: RuntimeName) -> Runtime:
+    """The steps in a runtime of the SDK."""
+    manifest = manifest_of(steps, name)
+    if name == "torch":
+        return TorchRuntime(manifest, steps)
+    files = dict(lower(name, steps.all(), {}).files)
+    bundle = Bundle(manifest, files, {n: t.numpy() for n, t in steps.initial.items()})
+    return OnnxRuntime(bundle) if name == "onnx" else ExecutorchRuntime(bundle)
+
+
+class Uncut:
+    """The whole model in float64: its loss, and the update of what a device would train."""
+
+    def __init__(self, model: SplitModel, optimizer: str, seeded: bool) -> None:
+        self.model = copy.deepcopy(model).double().train()
+        self.seeded = seeded
+        held: list[Tensor] = [
+            p
+            for n, p in self.model.named_parameters()
+            if p.requires_grad and n.startswith(("stem.", "block.0.", "block.1."))
+        ]
+        self.optimizer = get_optimizer(optimizer).reference(held, HYPER[optimizer])
+
+    def trunk(self, h: Tensor, y: Tensor) -> Tensor:
+        """Loss of the deep part: what a hub computes."""
+        for block in self.model.block[CUT:]:
+            h = block(h)
+        logits = self.model.head(h)
+        return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
+
+    def activations(self, x: Tensor, seed: int) -> Tensor:
+        """Of the shallow part, in training mode."""
+        with SeededDropout(torch.tensor(seed)):
+            return self.model.segment(x.double() if x.is_floating_point() else x, CUT)
+
+    def step(self, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        """Update the shallow part by the loss of the whole model; returns the activations."""
+        self.optimizer.zero_grad()
+        h = self.activations(x, seed)
+        self.trunk(h, y).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return h.detach()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers."""
+        return dict(self.model.state_dict())
+
+
+def split_step(
+    runtime: Runtime,
+    steps: ClientSteps,
+    hub: Uncut,
+    x: Tensor,
+    y: Tensor,
+    seed: int,
+    rule: str,
+) -> Tensor:
+    """Device, hub, device; returns the activations that the hub saw."""
+    key = {"seed": np.asarray(seed)} if steps.seeded else {}
+    packed = runtime.run("activate", {"x": x.numpy(), **key})
+    parts = {name: torch.from_numpy(array) for name, array in packed.items()}
+    h = steps.codec.unpack(parts).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(hub.trunk(h, y), h)
+    back = steps.codec.pack(gradient.float(), steps.axis)
+    grad = {f"grad.{name}": part.numpy() for name, part in back.items()}
+    hyper = {name: np.asarray(value, np.float32) for name, value in HYPER[rule].items()}
+    assert runtime.run("backward", {"x": x.numpy(), **grad, **hyper, **key}) == {}
+    return h.detach()
+
+
+@pytest.mark.parametrize("codec", ["float32", "fp16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_split_step_is_the_uncut_step(kind: str, optimizer: str, codec: str) -> None:
+    """Three steps of device and hub update what the whole model would; the heads rest."""
+    how: Codec = Exact() if codec == "float32" else get_codec(codec)
+    model, steps = steps_of(kind, how, optimizer)
+    _, draw, classes = MODELS[kind]
+    runtimes: list[RuntimeName] = ["torch"]
+    if codec == "float32" and optimizer == "adamw":
+        runtimes += ["onnx"]
+    for name in runtimes:
+        runtime = runtime_of(steps, name)
+        uncut = Uncut(model, optimizer, steps.seeded)
+        initial = {n: t.clone() for n, t in uncut.tensors().items()}
+        for number, rows in enumerate((8, 3, 5)):
+            x = draw(rows, number)
+            generator = torch.Generator().manual_seed(number)
+            shape = x.shape if kind == "lora" else (rows,)
+            y = torch.randint(classes, shape, generator=generator)
+            hub = Uncut(model, optimizer, steps.seeded)
+            seen = split_step(runtime, steps, hub, x, y, 70 + number, optimizer)
+            h = uncut.step(x, y, 70 + number)
+            tolerance = {"float32": 1e-5, "fp16": 0.05}[codec]
+            assert distance(seen, h) < tolerance
+        compare(runtime.get_state(), uncut.tensors(), initial, tolerance)
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Of two tensors, relative to the second."""
+    return float((got - want).norm() / want.norm())
+
+
+def compare(
+    got: dict[str, Array], want: dict[str, Tensor], initial: dict[str, Tensor], tolerance: float
+) -> None:
+    """What the device trained went the way of the uncut model, its heads nowhere."""
+    trained = [name for name in got if not name.startswith("aux.")]
+    assert len(trained) > 3
+    for name in got.keys() - trained:
+        np.testing.assert_array_equal(got[name], initial[name].float().numpy(), err_msg=name)
+    changes = {name: want[name] - initial[name] for name in trained}
+    for name, change in changes.items():
+        assert change.abs().max() > 1e-5, f"the comparison says nothing about {name}"
+    found = [(torch.from_numpy(got[name]) - initial[name]).flatten() for name in trained]
+    moved = torch.cat([change.flatten() for change in changes.values()])
+    assert distance(torch.cat(found), moved) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("kind", "runtime"),
+    [
+        *((kind, runtime) for kind in MODELS for runtime in ("onnx", "torch")),
+        *(
+            pytest.param(kind, "executorch", marks=pytest.mark.exhaustive)
+            for kind in ("batchnorm", "lora")
+        ),
+    ],
+)
+def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
+    """Every model, verified; the graphs say what they take and return."""
+    build, draw, classes = MODELS[kind]
+    model = build()
+    index = export_bundles(
+        model, {"t": Tier(CUT, "int8", runtime, 8, returned=True)}, tmp_path / "out",
+        example=draw(8), classes=classes,
+    )  # fmt: skip
+    graphs = index.manifest("t").graphs
+    assert graphs.keys() == {"predict", "train", "forward", "activate", "backward"}
+    seed = ["seed"] if kind == "dropout" else []
+    inputs = [p.spec.name for p in graphs["activate"].inputs if p.role != "state"]
+    assert inputs == ["x", *seed]
+    assert [p.spec.name for p in graphs["activate"].outputs] == ["h.q", "h.scale"]
+    inputs = [p.spec.name for p in graphs["backward"].inputs if p.role != "state"]
+    grad = ["grad.h.q", "grad.h.scale"]
+    assert inputs == ["x", *grad, "lr", "momentum", "weight_decay", *seed]
+    assert [p.role for p in graphs["backward"].inputs if p.spec.name in grad] == ["packed"] * 2
+    assert graphs["backward"].outputs == graphs["train"].outputs[: len(index.manifest("t").state)]
+
+
+@pytest.mark.exhaustive
+def test_executorch() -> None:
+    """The methods of a .pte make the steps that the functions make, dropout included."""
+    model, steps = steps_of("dropout", get_codec("int8"), "sgd")
+    runtimes = [runtime_of(steps, "executorch"), runtime_of(steps, "torch")]
+    for number in range(3):
+        y = torch.randint(CLASSES, (3,), generator=torch.Generator().manual_seed(number))
+        for runtime in runtimes:
+            hub = Uncut(model, "sgd", steps.seeded)
+            split_step(runtime, steps, hub, images(3, number), y, number, "sgd")
+    found, want = (runtime.get_state() for runtime in runtimes)
+    for name, tensor in steps.initial.items():
+        if name.startswith("aux."):
+            np.testing.assert_array_equal(found[name], tensor.numpy())
+        else:
+            assert np.abs(want[name] - tensor.numpy()).max() > 1e-4
+            np.testing.assert_allclose(found[name], want[name], rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_layers_before_the_cut() -> None:
+    """Some may be frozen; with all of them frozen a gradient has nothing to train."""
+    model = conv_model()
+    model.add_heads([CUT], images(8), CLASSES)
+    model.stem.requires_grad_(False)
+    model.block[0].requires_grad_(False)
+    segment = ClientSegment(model, CUT)
+    steps = make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
+    verify(steps, steps.backward(), lower("torch", [steps.backward()], {}).run, images(8))
+    model.block[1].requires_grad_(False)
+    with pytest.raises(ExportError, match="before cut 2 every parameter is frozen"):
+        make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
+    make_steps(segment, Tier(CUT), images(8), CLASSES, "sgd")
+
+
+def test_without_returned_nothing_changes(tmp_path: Path) -> None:
+    """Bundles without gradients have the three graphs; the files of these are the same in both."""
+    indices: list[BundleIndex] = [
+        export_bundles(
+            conv_model(), {"t": Tier(1, returned=returned)}, tmp_path / str(returned),
+            example=images(8), classes=CLASSES, verified=False,
+        )
+        for returned in (False, True)
+    ]  # fmt: skip
+    plain, more = (index.manifest("t") for index in indices)
+    assert plain.graphs.keys() == {"predict", "train", "forward"}
+    assert plain.graphs == {n: g for n, g in more.graphs.items() if n in plain.graphs}
+
+
+def wrong(name: str, run: Run) -> Run:
+    """Put out for one tensor what went in, or the other way round for those that must not move."""
+
+    def bent(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+        outputs = run(step, feeds)
+        before = feeds[name]
+        outputs[f"next/{name}"] = before + 1 if name.startswith(REST) else before
+        return outputs
+
+    return bent
+
+
+REST = ("aux.", "momentum/aux.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "block.0.conv.weight", "block.1.norm.running_mean", "momentum/block.1.conv.weight",
+        "aux.2.out.bias", "momentum/aux.2.out.bias",
+    ],
+)  # fmt: skip
+def test_a_wrong_backward_is_refused(name: str) -> None:
+    """What does not move, or moves and must not, is named."""
+    _, steps = steps_of("batchnorm", get_codec("int8"), "sgd")
+    step = steps.backward()
+    run = lower("torch", [step], {}).run
+    verify(steps, step, run, images(8))
+    with pytest.raises(ExportError, match=f"'backward' differs from eager PyTorch in next/{name}"):
+        verify(steps, step, wrong(name, run), images(8))
+
+
+def test_a_wrong_activate_is_refused() -> None:
+    """In evaluation mode the activations are others."""
+    _, steps = steps_of("batchnorm", get_codec("fp16"), "sgd")
+    with pytest.raises(ExportError, match="'activate' differs from eager PyTorch in packed"):
+        verify(
+            steps, steps.activate(), lambda _, feeds: lower("torch", [], {}).run(
+                steps.forward(), feeds
+            ), images(8),
+        )  # fmt: skip
+
+
+def test_constants_that_a_step_does_not_need_are_not_in_its_file(tmp_path: Path) -> None:
+    """A bias behind all that is trained, large enough to be stored outside of the graph."""
+    config = transformers.GPT2Config(
+        n_embd=256, n_layer=2, n_head=2, vocab_size=WORDS, n_positions=16, bos_token_id=1,
+        eos_token_id=1, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = from_transformers(config)
+    add_lora(model, Lora(rank=3), "gpt2")
+    index = export_bundles(
+        model, {"t": Tier(1, returned=True)}, tmp_path / "out", example=words(8), classes=WORDS
+    )
+    last = "block.0.layer.mlp.c_proj.bias"
+    graphs = index.manifest("t").graphs
+    assert last in graphs["activate"].constants
+    assert last not in graphs["backward"].constants

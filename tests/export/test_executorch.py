@@ -1,0 +1,452 @@
+"""Rewrites for ExecuTorch equal what they replace; lowered steps equal ONNX Runtime's and eager."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import example as given_example
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
+from edge_sdk.errors import BundleError, DataError
+from edge_sdk.protocol.tensors import Array
+from export.lowering.rewrites import rewrite
+from export.lowering.trace import trace
+from export.optimizers import get_optimizer
+from export.packing import get_codec
+from export.split import ClientSegment, SplitModel
+from export.steps import ClientSteps
+from tests.lib.models import CLASSES, IMAGE, conv_model, example, text_model
+
+aten = torch.ops.aten
+MAX_BATCH = 8
+
+
+class Call(nn.Module):
+    """A function as a module, with constants."""
+
+    def __init__(self, function: Callable[..., Any], **constants: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """What the function returns."""
+        return self.function(*tensors, **dict(self.named_buffers()))
+
+
+def rewritten(
+    function: Callable[..., Any], *tensors: Tensor, **constants: Tensor
+) -> ExportedProgram:
+    """The program of a function, rewritten; the first dimension of the first tensor is symbolic."""
+    dynamic = ({0: Dim("batch", min=1, max=4096)}, *(None for _ in tensors[1:]))
+    program = export(
+        Call(function, **constants).eval(), tensors, dynamic_shapes={"tensors": dynamic}
+    )
+    return rewrite(program.run_decompositions())
+
+
+def targets(program: ExportedProgram) -> set[Any]:
+    """The operators of a program."""
+    return {node.target for node in program.graph.nodes if node.op == "call_function"}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Random numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(
+    function: Callable[..., Any], program: ExportedProgram, *tensors: Tensor, **constants: Tensor
+) -> None:
+    """The program gives what eager gives in float64, up to float32 rounding."""
+    got = program.module()(*tensors)
+    want = function(
+        *(t.double() if t.is_floating_point() else t for t in tensors),
+        **{n: t.double() for n, t in constants.items()},
+    )
+    for a, b in zip(
+        got if isinstance(got, tuple) else (got,),
+        want if isinstance(want, tuple) else (want,),
+        strict=True,
+    ):
+        assert a.shape == b.shape
+        error = (a.double() - b).abs().max().item()
+        assert error <= 1e-5 * (1 + b.abs().max().item()), error
+
+
+CONVS = {
+    "n": st.integers(1, 3),
+    "groups": st.integers(1, 3),
+    "c_in": st.integers(1, 3),
+    "c_out": st.integers(1, 3),
+    "size": st.tuples(st.integers(4, 7), st.integers(4, 7)),
+    "kernel": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "stride": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "padding": st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    "dilation": st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    "bias": st.booleans(),
+    "dims": st.integers(1, 2),
+    "transposed": st.booleans(),
+}
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(**CONVS)
+@given_example(
+    n=2, groups=3, c_in=1, c_out=2, size=(6, 6), kernel=(3, 3), stride=(2, 2), padding=(1, 1),
+    dilation=(1, 1), bias=True, dims=2, transposed=False,
+)  # fmt: skip
+def test_convolution(
+    n: int,
+    groups: int,
+    c_in: int,
+    c_out: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    bias: bool,
+    dims: int,
+    transposed: bool,
+) -> None:
+    """A convolution whose weight is an input becomes products; strides, groups, transposed too."""
+    extra = [s - 1 for s in stride] if transposed else [0, 0]
+    settings = [list(v[:dims]) for v in (stride, padding, dilation, extra)]
+    shape = (c_in * groups, c_out) if transposed else (c_out * groups, c_in)
+    x = random(n + 1, c_in * groups, *size[:dims])
+    weight = random(*shape, *kernel[:dims], seed=1)
+    tensors = [x, weight, *([random(c_out * groups, seed=2)] if bias else [])]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        stride, padding, dilation, extra = settings
+        return aten.convolution(
+            x, weight, bias, stride, padding, dilation, transposed, extra, groups
+        )
+
+    try:
+        assume(function(*tensors).numel() > 0)
+    except RuntimeError:  # no position left
+        assume(False)
+    program = rewritten(function, *tensors)
+    assert aten.convolution.default not in targets(program)
+    assert_same(function, program, *tensors)
+    assert_same(function, program, random(5, *x.shape[1:], seed=3), *tensors[1:])
+
+
+def test_a_convolution_with_a_constant_weight_stays() -> None:
+    """XNNPACK has kernels for it."""
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, weight)
+
+    weight = random(4, 3, 3, 3)
+    program = rewritten(function, random(2, 3, 5, 5), weight=weight)
+    assert aten.convolution.default in targets(program)
+    assert_same(function, program, random(3, 3, 5, 5), weight=weight)
+
+
+def test_products() -> None:
+    """No mm or addmm is left; a transposed factor is not transposed."""
+
+    def function(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        y = nn.functional.linear(x, w, b)
+        return y, y @ w, torch.addmm(b, y, b.unsqueeze(1) * b, beta=0.5, alpha=2.0), y.t() @ x
+
+    tensors = random(4, 5), random(3, 5, seed=1), random(3, seed=2)
+    program = rewritten(function, *tensors)
+    assert not targets(program) & {aten.mm.default, aten.addmm.default}
+    assert aten.linear.default in targets(program)
+    assert_same(function, program, *tensors)
+    assert_same(function, program, random(1, 5), *tensors[1:])
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dims", [[0], [3], [0, 1], [2, 3], [0, 2, 3], [1], [0, 1, 2, 3]])
+def test_sums_and_means(dims: list[int], keepdim: bool) -> None:
+    """Sums over leading and trailing dimensions, the symbolic one included, are products."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.sum(dims, keepdim), x.mean(dims, keepdim)
+
+    program = rewritten(function, random(4, 3, 2, 5))
+    assert (aten.sum.dim_IntList in targets(program)) == (dims == [1])
+    assert (aten.mean.dim in targets(program)) == (dims not in ([3], [2, 3]))
+    assert_same(function, program, random(7, 3, 2, 5))
+
+
+def test_elementwise() -> None:
+    """The gradients of ReLU and GELU, without comparisons and erf."""
+
+    def function(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        relu = aten.threshold_backward(g, torch.relu(x), 0)
+        gelu = aten.gelu_backward(g, x)
+        return relu, gelu, torch.erf(x) + 1
+
+    x = torch.cat(
+        [torch.linspace(-6, 6, 2001), torch.tensor([0.0, 1e-7, -1e-7, 1e-40, 0.49, 0.01])]
+    )
+    x = x.reshape(-1, 1)
+    program = rewritten(function, x, random(1, 4))
+    assert not targets(program) & {aten.erf.default, aten.where.self}
+    assert_same(function, program, x, random(1, 4))
+
+
+def test_rounding() -> None:
+    """Codes are rounded half to even, bit by bit as torch does."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.round(x).clamp(-127, 127)
+
+    x = torch.cat([torch.arange(-260, 261) / 2, random(2000) * 60, torch.tensor([0.49999997])])
+    program = rewritten(function, x)
+    assert aten.round.default not in targets(program)
+    assert torch.equal(program.module()(x), function(x))
+
+
+def test_strided_slices() -> None:
+    """A slice with a step is a view and a slice without."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return x[:, ::2], x[:, 1:6:3], x[:, -5::2] * 2, x[:, 2:3:2]
+
+    program = rewritten(function, random(3, 7, 2))
+    steps = [n.args[4] for n in program.graph.nodes if n.target is aten.slice.Tensor and n.args[4:]]
+    assert all(step == 1 for step in steps)
+    assert_same(function, program, random(5, 7, 2))
+
+
+def test_padding() -> None:
+    """Padding that crops becomes slices; one with an infinity, with the largest float."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        cropped = nn.functional.pad(x, (-1, 2, 1, -2), value=0.5)
+        return cropped, nn.functional.pad(x, (1, 1), value=-math.inf).amax(-1)
+
+    program = rewritten(function, random(3, 5, 6))
+    pads = [n.args for n in program.graph.nodes if n.target is aten.constant_pad_nd.default]
+    assert pads
+    assert all(math.isfinite(value) and min(pad) >= 0 for _, pad, value in pads)
+    assert_same(function, program, random(5, 5, 6))
+
+
+def test_superfluous_views() -> None:
+    """A view to the same shape goes, but an output stays a tensor of its own."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return x.view(-1, 4) + 1, x.view(-1, 4)
+
+    program = rewritten(function, random(3, 4))
+    views = [node for node in program.graph.nodes if node.target is aten.view_copy.default]
+    assert len(views) == 1
+    assert_same(function, program, random(2, 4))
+
+
+class Frozen(nn.Module):
+    """A frozen linear layer and a convolution with frozen weights around a trainable bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1).requires_grad_(False)
+        self.bias = nn.Parameter(torch.zeros(width, 1, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations of the same shape."""
+        result: Tensor = h + torch.relu(self.conv(h + self.bias))
+        return result
+
+
+def client_steps(model: SplitModel, x: Tensor, optimizer: str = "sgd") -> ClientSteps:
+    """The steps at cut 2, with limits as a tier for ExecuTorch has them."""
+    model.add_heads([2], x, CLASSES)
+    limits = {"batch": MAX_BATCH, "seq": x.shape[1]}
+    return ClientSteps(
+        ClientSegment(model, 2), get_optimizer(optimizer), get_codec("int8"), x, CLASSES, limits
+    )
+
+
+def bundle_of(steps: ClientSteps, data: bytes) -> Bundle:
+    """A bundle around a lowered file."""
+    graphs = {s.name: Graph("0" * 64, s.inputs, s.outputs) for s in steps.all()}
+    manifest = Manifest(
+        tier="tier", cut=2, runtime="executorch", task="classes", classes=CLASSES,
+        limits=steps.limits, heads=("aux.2",), optimizer="sgd", codec="int8",
+        packed=steps.packed, state=steps.state, graphs=graphs, initial_state="0" * 64,
+        constants=(), blobs={"0" * 64: len(data)},
+    )  # fmt: skip
+    initial = {n: t.numpy() for n, t in steps.initial.items()}
+    return Bundle(manifest, dict.fromkeys(graphs, data), initial)
+
+
+def lowered(steps: ClientSteps) -> bytes:
+    """The file of all steps."""
+    from export.lowering.executorch import lower
+
+    return lower({step.name: trace(step) for step in steps.all()})
+
+
+@pytest.fixture(scope="module")
+def conv() -> tuple[ClientSteps, bytes]:
+    """Convolutions, one of them frozen, with a stride and GroupNorm, as a file."""
+    pytest.importorskip("executorch")
+    model = conv_model()
+    model.block[0] = Frozen(6)
+    model.block[1] = model.block[2]
+    steps = client_steps(model, example(IMAGE))
+    return steps, lowered(steps)
+
+
+@pytest.fixture(scope="module")
+def text() -> tuple[ClientSteps, bytes]:
+    """Embeddings, attention and GELU, as a file."""
+    pytest.importorskip("executorch")
+    x = torch.randint(0, 12, (4, 5), generator=torch.Generator().manual_seed(0))
+    steps = client_steps(text_model(), x, "adamw")
+    return steps, lowered(steps)
+
+
+def draw(steps: ClientSteps, rows: int, seed: int) -> dict[str, Array]:
+    """A batch with hyper-parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    x = random(rows, *IMAGE, seed=seed)
+    if steps.x.dtype == "int64":
+        x = torch.randint(0, 12, (rows, 5), generator=generator)
+    y = torch.randint(0, CLASSES, (rows,), generator=generator)
+    hyper = {n: np.asarray(v, np.float32) for n, v in steps.optimizer.hyper.items()}
+    if "eps" in hyper:  # with a small one AdamW's step is the sign of gradients that are rounding
+        hyper["eps"] = np.asarray(1e-2, np.float32)
+    return {"x": x.numpy(), "y": y.numpy(), **hyper}
+
+
+@pytest.mark.parametrize("kind", ["conv", pytest.param("text", marks=pytest.mark.exhaustive)])
+def test_steps(kind: str, request: pytest.FixtureRequest) -> None:
+    """Several steps of several sizes give the state, loss, logits and codes that eager gives."""
+    from edge_sdk.runtime.executorch import ExecutorchRuntime
+
+    steps, data = request.getfixturevalue(kind)
+    runtime = ExecutorchRuntime(bundle_of(steps, data))
+    graphs = {step.name: step for step in steps.all()}
+    state = dict(steps.initial) | dict(steps.slots)
+    for seed, rows in enumerate((MAX_BATCH, 1, 3)):
+        batch = draw(steps, rows, seed)
+        got = runtime.run("train", batch)
+        given = [torch.from_numpy(np.asarray(v)) for v in batch.values()]
+        step = graphs["train"]
+        outputs = step.function(dict(steps.constants), *state.values(), *given)
+        want = dict(zip([p.spec.name for p in step.outputs], outputs, strict=True))
+        state = {name: want[f"next/{name}"].detach() for name in state}
+        compare(got, want)
+    after = runtime.get_state()
+    for name in steps.initial:
+        change = (state[name] - steps.initial[name]).abs().max().item()
+        assert np.abs(after[name] - state[name].numpy()).max() <= 1e-3 * change + 1e-6, name
+    for name in ("predict", "forward"):
+        step = graphs[name]
+        x = draw(steps, 2, 9)["x"]
+        values = [state[n] for n in steps.initial]
+        outputs = step.function(dict(steps.constants), *values, torch.from_numpy(x))
+        compare(
+            runtime.run(name, {"x": x}),
+            dict(zip([p.spec.name for p in step.outputs], outputs, strict=True)),
+        )
+
+
+def compare(got: dict[str, Array], want: dict[str, Tensor]) -> None:
+    """Results equal up to rounding; codes may differ by one where a value is between two."""
+    for name, value in got.items():
+        wanted = want[name].detach().double().numpy()
+        slack = 1.0 if value.dtype == np.int8 else 1e-4 * (1 + np.abs(wanted).max())
+        assert value.shape == wanted.shape
+        assert np.abs(value - wanted).max() <= slack, name
+
+
+def test_xnnpack_is_left_as_it_was(conv: tuple[ClientSteps, bytes]) -> None:
+    """Lowering shortens XNNPACK's list of passes for itself only."""
+    from executorch.backends.xnnpack import _passes, xnnpack_preprocess
+
+    assert xnnpack_preprocess.XNNPACKPassManager is _passes.XNNPACKPassManager
+
+
+def test_same_bytes(conv: tuple[ClientSteps, bytes]) -> None:
+    """Lowering twice gives the same file."""
+    from export.lowering.executorch import lower
+
+    steps, _ = conv
+    assert len({lower({"forward": trace(steps.forward())}) for _ in range(2)}) == 1
+
+
+def test_constants_are_stored_once(conv: tuple[ClientSteps, bytes]) -> None:
+    """Three methods share a large frozen weight, used forward and backward."""
+    width = 256
+    torch.manual_seed(0)
+    frozen = nn.Linear(width, width, bias=False).requires_grad_(False)
+    blocks = [frozen, nn.Linear(width, 6), nn.Identity()]
+    model = SplitModel(nn.Linear(6, width), blocks, nn.Linear(6, CLASSES))
+    steps = client_steps(model, random(4, 6))
+    size = len(lowered(steps))
+    assert 4 * width**2 < size < 1.5 * 4 * width**2
+
+
+def test_outputs_stay_valid(conv: tuple[ClientSteps, bytes]) -> None:
+    """What a step returned does not change with the next, and setting a state copies it."""
+    from edge_sdk.runtime.executorch import ExecutorchRuntime
+
+    steps, data = conv
+    runtime = ExecutorchRuntime(bundle_of(steps, data))
+    given = {n: t.numpy().copy() for n, t in steps.initial.items()}
+    runtime.set_state(given)
+    for tensor in given.values():
+        tensor[...] = math.nan
+    first = runtime.run("train", draw(steps, 4, 0))
+    kept = {n: v.copy() for n, v in first.items()}
+    runtime.run("train", draw(steps, 4, 1))
+    for name, value in first.items():
+        assert np.isfinite(value).all()
+        np.testing.assert_array_equal(value, kept[name])
+
+
+def test_wrong_inputs(conv: tuple[ClientSteps, bytes]) -> None:
+    """Inputs that do not fit are errors that name them; the binding would take some silently."""
+    from edge_sdk.runtime.executorch import ExecutorchRuntime
+
+    steps, data = conv
+    runtime = ExecutorchRuntime(bundle_of(steps, data))
+    batch = draw(steps, MAX_BATCH + 1, 0)
+    with pytest.raises(DataError, match=f"batch of {MAX_BATCH + 1}.*1 to {MAX_BATCH}"):
+        runtime.run("train", batch)
+    with pytest.raises(DataError, match="needs the input 'y'"):
+        runtime.run("train", {"x": batch["x"][:2]})
+    with pytest.raises(DataError, match="x is float64"):
+        runtime.run("predict", {"x": batch["x"][:2].astype(np.float64)})
+    with pytest.raises(DataError, match=r"x is float32 \[2, 8, 8\]"):
+        runtime.run("predict", {"x": batch["x"][:2, 0]})
+    with pytest.raises(BundleError, match="is missing"):
+        runtime.set_state({})
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"x" * len(d)])
+def test_damaged_file(conv: tuple[ClientSteps, bytes], damage: Callable[[bytes], bytes]) -> None:
+    """A file that ExecuTorch cannot read, and one that lacks a method."""
+    from edge_sdk.runtime.executorch import ExecutorchRuntime
+
+    steps, data = conv
+    bundle = bundle_of(steps, damage(data))
+    with pytest.raises(BundleError, match="export it"):
+        ExecutorchRuntime(bundle)
+    more = replace(
+        bundle.manifest, graphs=bundle.manifest.graphs | {"more": bundle.manifest.graphs["train"]}
+    )
+    with pytest.raises(BundleError, match="no method 'more'"):
+        ExecutorchRuntime(replace(bundle_of(steps, data), manifest=more))

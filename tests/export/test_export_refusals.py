@@ -1,0 +1,832 @@
+"""What cannot be exported exactly is refused, by name, and nothing is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edge_sdk.bundle.index import INDEX, BundleIndex
+from edge_sdk.bundle.store import BlobStore
+from edge_sdk.protocol.tensors import Array
+from export import exact, writer
+from export.errors import ExportError
+from export.lowering import decompositions
+from export.lowering import onnx as lower_onnx
+from export.lowering.lowered import Lowered, Run, lower
+from export.lowering.verify import verify
+from export.optimizers import check_hyper, get_optimizer
+from export.packing import get_codec
+from export.split import ClientSegment, SplitModel
+from export.steps import ClientSteps, Step
+from export.writer import WEIGHTS, Tier, export_bundles
+from tests.lib.models import (
+    CLASSES,
+    FEATURES,
+    IMAGE,
+    ConvBlock,
+    MeanHead,
+    conv_model,
+    example,
+    open_bundle,
+)
+
+WIDTH = 4
+
+
+class Apply(nn.Module):
+    """A Linear or convolution, then a function."""
+
+    def __init__(self, layer: nn.Module, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def forward(self, h: Tensor) -> Any:
+        """What the function makes of it."""
+        return self.function(self.layer(h))
+
+
+def vectors(*blocks: nn.Module) -> SplitModel:
+    """A model on (B, C) with these blocks and one more, to cut before."""
+    return SplitModel(nn.Linear(*FEATURES, WIDTH), [*blocks, nn.Identity()], nn.Identity())
+
+
+def images(*blocks: nn.Module) -> SplitModel:
+    """A model on (B, C, H, W) with these blocks and one more, to cut before."""
+    head = MeanHead(WIDTH, CLASSES)
+    return SplitModel(nn.Conv2d(IMAGE[0], WIDTH, 1), [*blocks, nn.Identity()], head)
+
+
+def applied(function: Callable[[Tensor], Any]) -> SplitModel:
+    """A model on vectors whose first block ends with a function."""
+    return vectors(Apply(nn.Linear(WIDTH, WIDTH), function))
+
+
+def export(model: SplitModel, out: Path, **changes: Any) -> BundleIndex:
+    """Export one tier, cut before the last block."""
+    stem: Any = model.stem
+    shape = IMAGE if isinstance(stem, nn.Conv2d) else FEATURES
+    given = {"example": example(shape), "classes": CLASSES, **changes}
+    tiers = given.pop("tiers", {"small": Tier(model.depth - 1)})
+    return export_bundles(model, tiers, out, **given)
+
+
+def refusal(model: SplitModel, folder: Path, **changes: Any) -> str:
+    """The message of an export that must be refused, and that must leave nothing behind."""
+    folder.mkdir(exist_ok=True)
+    with pytest.raises(ExportError) as caught:
+        export(model, folder / "out", **changes)
+    assert list(folder.iterdir()) == []
+    return str(caught.value)
+
+
+@pytest.fixture
+def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export without graphs, where they do not matter: it takes milliseconds."""
+
+    def nothing(runtime: str, steps: list[Step], places: Any) -> Lowered:
+        files = {step.name: step.name.encode() for step in steps}
+        return Lowered(files, dict.fromkeys(files, ()), lambda step, feeds: {})
+
+    monkeypatch.setattr(writer, "lower", nothing)
+    monkeypatch.setattr(writer, "verify", lambda *_: None)
+
+
+# Graphs that are wrong.
+
+
+@pytest.fixture
+def steps(model: SplitModel) -> ClientSteps:
+    """The steps of the smallest tier of ``bundles``."""
+    return steps_of(model)
+
+
+def steps_of(model: SplitModel) -> ClientSteps:
+    """The steps of a model cut after its first block."""
+    segment = ClientSegment(model, 1)
+    return ClientSteps(segment, get_optimizer("sgd"), get_codec("int8"), example(IMAGE), CLASSES)
+
+
+def step_called(name: str, steps: ClientSteps) -> Step:
+    """One of the steps."""
+    return next(step for step in steps.all() if step.name == name)
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    """Runs the graphs of these steps."""
+    model = conv_model()
+    model.add_heads([1], example(IMAGE), CLASSES)
+    return lower("onnx", steps_of(model).all(), {}).run
+
+
+def bend(name: str, change: Callable[[Array, Array], Array]) -> Callable[[Run], Run]:
+    """Change one output: given what it is, and what it was before the step if it is state."""
+
+    def bent(run: Run) -> Run:
+        def wrong(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+            outputs = run(step, feeds)
+            before = feeds.get(name.removeprefix("next/"), np.zeros((), np.float32))
+            return {**outputs, name: change(outputs[name], before)}
+
+        return wrong
+
+    return bent
+
+
+def one_code_more(q: Array, _: Array) -> Array:
+    """One of the codes is off by two."""
+    q = q.copy()
+    q.flat[-1] += 2 if q.flat[-1] < 100 else -2
+    return q
+
+
+@pytest.mark.parametrize("name", ["train", "predict", "forward"])
+def test_right_graphs_pass(steps: ClientSteps, run: Run, name: str) -> None:
+    """The comparison that the tests below break is one that holds."""
+    calls: list[int] = []
+
+    def counted(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+        calls.append(len(feeds["x"]))
+        return run(step, feeds)
+
+    verify(steps, step_called(name, steps), counted, example(IMAGE))
+    assert {1, 3, 8} <= set(calls)
+
+
+@pytest.mark.parametrize(
+    ("graph", "name", "change", "message"),
+    [
+        ("train", "loss", lambda a, _: a * 1.003, "in loss by"),
+        ("train", "correct", lambda a, _: a + 1, "in correct by"),
+        (
+            "train",
+            "next/block.0.conv.weight",
+            lambda a, old: a + 0.01 * (a - old),
+            "in next/block.0.conv.weight of layer block.0 by",
+        ),
+        (
+            "train",
+            "next/aux.1.out.bias",
+            lambda a, old: old,
+            "in next/aux.1.out.bias of layer aux.1 by",
+        ),
+        (
+            "train",
+            "next/momentum/stem.weight",
+            lambda a, _: a * 1.01,
+            "in next/momentum/stem.weight of layer stem by",
+        ),
+        ("train", "h.q", one_code_more, "in packed activations by"),
+        ("train", "h.scale", lambda a, _: a * 1.05, "in packed activations by"),
+        ("predict", "logits", lambda a, _: a * 1.005, "in logits by"),
+        ("predict", "logits", lambda a, _: a * np.float32("nan"), "in logits by nan"),
+        ("forward", "h.q", lambda a, _: a[::-1].copy(), "in packed activations by"),
+        ("forward", "h.scale", lambda a, _: a * np.float32("nan"), "in packed activations by nan"),
+    ],
+)
+def test_a_wrong_output_is_caught(
+    steps: ClientSteps,
+    run: Run,
+    graph: str,
+    name: str,
+    change: Callable[[Array, Array], Array],
+    message: str,
+) -> None:
+    """A deviation of a percent in any one output, named with its layer."""
+    with pytest.raises(ExportError) as caught:
+        verify(steps, step_called(graph, steps), bend(name, change)(run), example(IMAGE))
+    assert f"the graph '{graph}' differs from eager PyTorch {message}" in str(caught.value)
+    assert "nothing was written" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def normed() -> tuple[ClientSteps, Run]:
+    """Steps with two batch norms in a row: the second one's means are zero but for rounding."""
+    torch.manual_seed(0)
+    norms = nn.Sequential(nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH))
+    model = images(norms)
+    model.add_heads([1], example(IMAGE), CLASSES)
+    steps = steps_of(model)
+    return steps, lower("onnx", [steps.train()], {}).run
+
+
+@pytest.mark.parametrize(
+    ("norm", "change"),
+    [
+        (0, lambda a, old: old + 1.1 * (a - old)),  # a momentum of 0.11 instead of 0.1
+        (0, lambda a, old: old + 1.01 * (a - old)),
+        (0, lambda a, old: np.roll(a, 1)),  # another channel's
+        (0, lambda a, old: np.full_like(a, a.mean())),  # the mean over the channels as well
+        (0, lambda a, old: old),
+        (0, lambda a, old: -a),
+        (1, lambda a, old: a + np.float32(1e-4)),
+    ],
+)
+def test_a_wrong_running_mean_is_caught(
+    normed: tuple[ClientSteps, Run], norm: int, change: Callable[[Array, Array], Array]
+) -> None:
+    """Though a mean may be rounded as the activations are that it is the mean of."""
+    steps, run = normed
+    name = f"next/block.0.{norm}.running_mean"
+    with pytest.raises(ExportError, match=rf"in {re.escape(name)} by"):
+        verify(steps, steps.train(), bend(name, change)(run), example(IMAGE))
+
+
+def test_a_running_mean_of_zero_may_be_rounded(normed: tuple[ClientSteps, Run]) -> None:
+    """As activations with a deviation of one are, which cancel in the mean."""
+    steps, run = normed
+    name = "next/block.0.1.running_mean"
+    rounded = bend(name, lambda a, _: a + np.float32(4e-6))
+    verify(steps, steps.train(), rounded(run), example(IMAGE))
+
+
+def test_slots_that_are_ignored_are_caught(steps: ClientSteps, run: Run) -> None:
+    """The first step cannot show it: momentum is zero there."""
+
+    def forgetful(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+        slot = "momentum/block.0.norm.weight"
+        return run(step, {**feeds, slot: np.zeros_like(feeds[slot])})
+
+    with pytest.raises(ExportError, match=r"in next/block\.0\.norm\.weight of layer block\.0 by"):
+        verify(steps, steps.train(), forgetful, example(IMAGE))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_graph_that_is_wrong_for_one_batch_size(steps: ClientSteps, run: Run, rows: int) -> None:
+    """The message says for which."""
+
+    def wrong(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+        outputs = run(step, feeds)
+        return outputs if len(feeds["x"]) != rows else {**outputs, "logits": outputs["logits"] + 1}
+
+    with pytest.raises(ExportError, match=rf"in logits by 1 \(batch {rows}, seed 0\)"):
+        verify(steps, steps.predict(), wrong, example(IMAGE))
+
+
+def test_one_draw_may_differ(steps: ClientSteps, run: Run) -> None:
+    """At the kink of a ReLU a rounding error is a different gradient; other data tell."""
+    calls: list[int] = []
+
+    def once(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+        calls.append(len(feeds["x"]))
+        outputs = run(step, feeds)
+        return {**outputs, "logits": outputs["logits"] + 1} if len(calls) == 1 else outputs
+
+    verify(steps, steps.predict(), once, example(IMAGE))
+    assert len(calls) == 7, "six draws, and one repeated"
+
+
+def test_a_graph_that_does_not_run(steps: ClientSteps, run: Run) -> None:
+    """Whatever the runtime raises comes out as an ExportError."""
+
+    def broken(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
+        if len(feeds["x"]) == 3:
+            raise RuntimeError("no kernel\nfor this")
+        return run(step, feeds)
+
+    with pytest.raises(ExportError, match=r"'predict' fails for a batch of 3 \(no kernel\)"):
+        verify(steps, steps.predict(), broken, example(IMAGE))
+
+
+def test_a_wrong_gradient_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decomposition with a mistake: the export names a tensor and its layer."""
+    right = decompositions.convolution_backward
+
+    def wrong(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grad_x, grad_weight, grad_bias = right(*args)
+        return grad_x, None if grad_weight is None else grad_weight.flip(-1), grad_bias
+
+    monkeypatch.setattr(decompositions, "convolution_backward", wrong)
+    message = refusal(images(ConvBlock(WIDTH)), tmp_path / "folder")
+    assert "the graph 'train' differs from eager PyTorch in next/block.0.conv.weight" in message
+    assert "of layer block.0" in message
+
+
+def test_random_numbers_are_caught(tmp_path: Path) -> None:
+    """A graph that answers differently every time equals nothing."""
+    message = refusal(applied(lambda h: h + torch.rand_like(h)), tmp_path / "folder")
+    assert "the graph 'predict' differs from eager PyTorch in logits" in message
+
+
+# Modules that are refused by name.
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.SyncBatchNorm(WIDTH), "block.1.inner is a SyncBatchNorm: a device has no group"),
+        (nn.AlphaDropout(0.5), "block.1.inner is a AlphaDropout: there is no exact translation"),
+        (nn.FeatureAlphaDropout(0.5), "block.1.inner is a FeatureAlphaDropout: there is no exact"),
+        (nn.RReLU(), "block.1.inner is a RReLU: there is no exact translation of its random"),
+        (
+            nn.GRU(WIDTH, WIDTH, 2, dropout=0.5),
+            "block.1.inner is a GRU with dropout between its layers, which has random numbers",
+        ),
+        (
+            nn.BatchNorm2d(WIDTH, momentum=None),
+            "block.1.inner is a BatchNorm2d with momentum=None: a cumulative average needs a count",
+        ),
+    ],
+)
+def test_modules_without_an_exact_translation(
+    tmp_path: Path, module: nn.Module, message: str
+) -> None:
+    """Named by path before anything is traced, with what to use instead."""
+    block = nn.Sequential()
+    block.add_module("inner", module)
+    found = refusal(images(nn.Identity(), block), tmp_path / "folder")
+    assert message in found
+    assert re.search(r"; (use|give) ", found), "says what to use instead"
+
+
+def test_every_listed_module_has_a_replacement() -> None:
+    """The reason and the way out, for all that are listed."""
+    for kind, why in exact.REPLACEMENTS.items():
+        assert "; use " in why, kind
+
+
+class Last(nn.Module):
+    """A recurrent layer over the rows of an image, which gives its last output as an image."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rows = kind(8, 8, batch_first=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations (B, C, 8, 8) of the same shape."""
+        rows, _ = self.rows(h.flatten(0, 1))
+        return rows.reshape(h.shape)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.BatchNorm2d(WIDTH),
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2),
+        Last(nn.LSTM),
+        Last(nn.GRU),
+        nn.Dropout(0.1),
+        nn.Dropout2d(0.5),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules_with_an_exact_translation(tmp_path: Path, module: nn.Module) -> None:
+    """Statistics, pools, recurrent layers, dropout: exported, and equal to eager PyTorch."""
+    torch.manual_seed(0)
+    index = export(
+        images(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), module, nn.GELU())), tmp_path / "out"
+    )
+    manifest = index.manifest("small")
+    statistics = [e.spec.name for e in manifest.state if e.kind == "statistic"]
+    norms = isinstance(module, nn.BatchNorm2d)
+    assert statistics == (["block.0.1.running_mean", "block.0.1.running_var"] if norms else [])
+    seeds = [p.spec.name for p in manifest.graphs["train"].inputs if p.role == "seed"]
+    assert seeds == (["seed"] if isinstance(module, nn.Dropout | nn.Dropout2d) else [])
+
+
+def test_exporting_leaves_statistics_and_modes_alone(tmp_path: Path) -> None:
+    """Running the model to look at it is not training; every tier starts from the same."""
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.BatchNorm2d(WIDTH), nn.GELU())
+    model = images(normed, nn.Dropout(0.5), nn.Identity())
+    model.block[1].eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    index = export(model, tmp_path / "out", tiers={"a": Tier(1), "b": Tier(2)})
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert model.training
+    assert not model.block[1].training
+    for tier in index.tiers:
+        initial = open_bundle(index, tier).initial_state
+        assert initial["block.0.0.running_mean"].tolist() == [0.0] * WIDTH
+
+
+def test_the_hubs_side_may_be_anything() -> None:
+    """What no tier holds is not looked at."""
+    model = images(nn.Identity(), nn.RReLU())
+    exact.check_stages(model, 1, example(IMAGE))
+    with pytest.raises(ExportError, match=r"block\.1 is a RReLU"):
+        exact.check_stages(model, 2, example(IMAGE))
+
+
+class Counter(nn.Module):
+    """Keeps something between calls that is no statistic of a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The same, and a bit more with every call."""
+        self.calls += 1
+        return h + self.calls
+
+
+def test_state_beside_the_parameters(tmp_path: Path) -> None:
+    """A device has a place for parameters and statistics, and nothing else."""
+    model = images(nn.Sequential(nn.BatchNorm2d(WIDTH), Counter()))
+    message = refusal(model, tmp_path / "folder")
+    assert message.startswith("block.0.1.calls changes when the model is called")
+    assert "make it a parameter" in message
+    assert model.block[0][1].calls == 0
+    assert not model.block[0][0].running_mean.any()
+
+
+class Unused(nn.Module):
+    """Has a parameter that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.zeros(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The same."""
+        return h
+
+
+def frozen() -> nn.Module:
+    """A layer whose bias is not trained."""
+    layer = nn.Linear(WIDTH, WIDTH)
+    layer.bias.requires_grad_(False)
+    return layer
+
+
+def tied() -> nn.Module:
+    """Two layers with one weight."""
+    layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    layers[1].weight = layers[0].weight
+    return layers
+
+
+class Double(nn.Module):
+    """Scales in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Single precision."""
+        return (h * self.scale).float()
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (Unused(), "block.0.spare has no part in what the segment answers; remove it, or freeze"),
+        (Double(), "block.0.scale is torch.float64; parameters must be float32"),
+    ],
+)
+def test_parameters_that_cannot_be_trained(tmp_path: Path, block: nn.Module, message: str) -> None:
+    """Named, before anything is traced."""
+    assert message in refusal(vectors(block), tmp_path / "folder")
+
+
+def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
+    """What is frozen is no state; what two layers share is state once, with both gradients."""
+    unused = Unused().requires_grad_(False)
+    index = export(vectors(nn.Sequential(frozen(), tied(), unused)), tmp_path / "out")
+    names = {s.name for s in index.manifest("small").exchanged() if s.name.startswith("block")}
+    assert names == {
+        "block.0.0.weight", "block.0.1.0.weight", "block.0.1.0.bias", "block.0.1.1.bias"
+    }  # fmt: skip
+
+
+# Modules that fail while they are called, traced or translated.
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda h: h.reshape(7, -1), "block.0 is a Apply and fails on a batch of 8: shape"),
+        (lambda h: h.view(8, WIDTH), "block.0 is a Apply and fails on a batch of 1: shape"),
+        (
+            lambda h: h + torch.ones(8, 1),
+            "block.0 is a Apply and returns torch.float32 [8, 4] for a batch of 1; it must return "
+            "one float32 tensor of shape [1, ...]",
+        ),
+        (lambda h: h.reshape(2, -1), "returns torch.float32 [2, 16] for a batch of 8"),
+        (lambda h: (h, h), "block.0 is a Apply and returns tuple for a batch of 8"),
+        (lambda h: h.double(), "block.0 is a Apply and returns torch.float64 [8, 4]"),
+        (lambda h: h[:, None, None, None], "activations of shape [8, 1, 1, 1, 4] at a cut"),
+    ],
+)
+def test_stages_that_do_not_fit(
+    tmp_path: Path, function: Callable[[Tensor], Any], message: str
+) -> None:
+    """A fixed batch size, and what else is no function from rows to rows."""
+    assert message in refusal(applied(function), tmp_path / "folder")
+
+
+def test_a_fixed_batch_size_says_what_to_write(tmp_path: Path) -> None:
+    """The way out is in the message."""
+    message = refusal(applied(lambda h: h.view(8, WIDTH)), tmp_path / "folder")
+    assert message.endswith("it must take any batch: use x.shape[0] in place of a number")
+
+
+def test_the_innermost_module_that_fails_is_named(tmp_path: Path) -> None:
+    """Not the block around it."""
+    block = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(WIDTH + 1, WIDTH), nn.ReLU()))
+    message = refusal(vectors(block), tmp_path / "folder")
+    assert message.startswith("block.0.1.0 is a Linear and fails on a batch of 8: mat1 and mat2")
+
+
+def test_a_batch_size_that_is_fixed_while_tracing(tmp_path: Path) -> None:
+    """``len`` gives a plain number that a graph would keep for ever."""
+    message = refusal(applied(lambda h: h.reshape(len(h), -1)), tmp_path / "folder")
+    assert message.startswith("block.0 is a Apply: it fixes the batch size; use x.shape[0]")
+
+
+def test_an_operator_without_translation(tmp_path: Path) -> None:
+    """The module is named by its path, with the operator, and what to do."""
+    block = nn.Sequential(nn.ReLU())
+    block.add_module("pool", nn.FractionalMaxPool2d(2, 4))
+    message = refusal(images(nn.Identity(), block), tmp_path / "folder")
+    assert message.startswith(
+        "block.1.pool is a FractionalMaxPool2d: no ONNX translation for its training step "
+        "(aten.fractional_max_pool2d has none); replace it by "
+    )
+
+
+def decide(h: Tensor) -> Tensor:
+    """Looks at the data."""
+    return h if h.sum() > 0 else -h
+
+
+def test_code_that_cannot_be_traced(tmp_path: Path) -> None:
+    """Whatever tracing raises is an ExportError about the module whose own code it is."""
+    message = refusal(applied(decide), tmp_path / "folder")
+    assert message.startswith("block.0 is a Apply: no ONNX translation for its training step (")
+    assert "data-dependent" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a\nb"),
+        KeyError("a"),
+        AssertionError("a"),
+        NotImplementedError("a"),
+        torch._dynamo.exc.UserError(torch._dynamo.exc.UserErrorType.INVALID_INPUT, "a"),
+    ],
+)
+def test_any_error_while_lowering_is_an_export_error(
+    steps: ClientSteps, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Of any type, in one line, with the original as its cause."""
+
+    def fail(step: Step) -> None:
+        raise error
+
+    monkeypatch.setattr(lower_onnx, "trace", fail)
+    with pytest.raises(ExportError, match=r"no ONNX translation .* \('?a'?\); replace") as caught:
+        lower_onnx.lower(steps.train())
+    assert caught.value.__cause__ is error
+
+
+def segment_of(model: SplitModel) -> tuple[ClientSegment, Tensor]:
+    """The segment before the last block, and an example."""
+    x = example(IMAGE if isinstance(model.stem, nn.Conv2d) else FEATURES)
+    model.add_heads([model.depth - 1], x, CLASSES)
+    return ClientSegment(model, model.depth - 1), x
+
+
+def test_nobody_is_to_blame() -> None:
+    """Every module of a segment that can be exported can be lowered alone."""
+    segment, x = segment_of(vectors(nn.Sequential(nn.Identity(), nn.GELU())))
+    assert exact.find_culprit(segment, x, lower_onnx.lower) is None
+
+
+def test_the_first_to_fail_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves come before what they are part of; modules that are not called are left out."""
+    lowered: list[str] = []
+    names: dict[str, str] = {}
+
+    def alone(module: nn.Module, *_: Any) -> str:
+        lowered.append(names[str(id(module))])
+        return lowered[-1]
+
+    def lower(name: Any) -> bytes:
+        if name in ("block.0", "block.1.1"):
+            raise ExportError(name)
+        return b""
+
+    block = nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.GELU())
+    segment, x = segment_of(vectors(nn.Tanh(), block))
+    names.update({str(id(module)): name for name, module in segment.named_modules()})
+    monkeypatch.setattr(exact, "_alone", alone)
+    assert exact.find_culprit(segment, x, lower) == "block.0 is a Tanh"
+    assert lowered == ["stem", "block.0"]
+    lowered.clear()
+    segment.block[0] = nn.Identity()
+    names[str(id(segment.block[0]))] = "fine"
+    assert exact.find_culprit(segment, x, lower) == "block.1.1 is a Linear"
+    assert lowered == ["stem", "fine", "block.1.0", "block.1.1"]
+
+
+def test_without_a_culprit_the_graph_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_graphs: None
+) -> None:
+    """The reason is told all the same."""
+
+    def fail(*_: Any) -> Lowered:
+        raise ExportError("no ONNX translation for its training step (mystery)")
+
+    monkeypatch.setattr(writer, "lower", fail)
+    monkeypatch.setattr(writer, "find_culprit", lambda *_: None)
+    message = refusal(vectors(nn.ReLU()), tmp_path / "folder")
+    assert message == "the training step: no ONNX translation for its training step (mystery)"
+
+
+def test_hooks_are_removed() -> None:
+    """Looking for a culprit leaves the model as it was."""
+    model = vectors(nn.Sequential(nn.ReLU()))
+    exact.check_stages(model, 1, example(FEATURES))
+    with pytest.raises(ExportError):
+        exact.check_stages(applied(lambda h: h.view(8, WIDTH)), 1, example(FEATURES))
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+# Settings that make no sense.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tiers": {}}, "there are no tiers"),
+        (
+            {"tiers": {"a": Tier(0)}},
+            "cut 0 is outside the model: it has 4 blocks, so a cut is from",
+        ),
+        ({"tiers": {"a": Tier(1), "b": Tier(4)}}, "cut 4 is outside the model"),
+        ({"tiers": {"a": Tier(1, "zip")}}, "unknown codec 'zip'; there are int8, fp16"),
+        ({"optimizer": "lbfgs"}, "unknown optimizer 'lbfgs'; there are sgd, adamw"),
+        ({"example": example(IMAGE, rows=1)}, "the example needs at least 2 rows"),
+        ({"example": example(IMAGE).double()}, "the example is torch.float64; inputs are one of"),
+        ({"example": example((2, 8, 8))}, "stem is a Conv2d and fails on a batch of 8: Given"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """Told before any work is done."""
+    assert message in refusal(conv_model(), tmp_path / "folder", **changes)
+
+
+def test_unknown_hyper_parameters() -> None:
+    """The message lists those that the optimizer has."""
+    assert check_hyper("sgd", {"lr": 1.0})["lr"] == 1.0
+    with pytest.raises(ExportError, match=r"sgd has no hyper-parameter 'eps'; it has lr, momentum"):
+        check_hyper("sgd", {"eps": 1e-8})
+
+
+# Folders.
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (writer, "lower"),
+        (writer, "verify"),
+        (writer, "ClientSteps"),
+        (BlobStore, "write"),
+        (SplitModel, "save"),
+        (Path, "chmod"),
+        (Path, "rename"),
+    ],
+)
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_nothing_is_left_of_an_export_that_fails(
+    tmp_path: Path,
+    no_graphs: None,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    name: str,
+    error: BaseException,
+) -> None:
+    """At any point, with any exception: no folder, and nothing beside it."""
+    with monkeypatch.context() as patch:
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        patch.setattr(place, name, fail)
+        with pytest.raises(type(error)):
+            export(vectors(nn.ReLU()), tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+    export(vectors(nn.ReLU()), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_in_the_second_tier(
+    tmp_path: Path, no_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bundles of the tiers before it are not left behind."""
+
+    def fail_later(steps: ClientSteps, *_: Any) -> None:
+        if steps.segment.cut == 2:
+            raise ExportError("differs")
+
+    monkeypatch.setattr(writer, "verify", fail_later)
+    tiers = {"small": Tier(1), "medium": Tier(2)}
+    assert refusal(conv_model(), tmp_path / "folder", tiers=tiers) == "differs"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folders_that_are_no_export_are_kept(
+    tmp_path: Path, no_graphs: None, overwrite: bool
+) -> None:
+    """Whatever is in them, also when overwriting is asked for."""
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    file.write_text("a file")
+    before = tree(tmp_path)
+    for out in (folder, file):
+        with pytest.raises(ExportError, match=r"exists; choose another folder"):
+            export(vectors(nn.ReLU()), out, overwrite=overwrite)
+    assert tree(tmp_path) == before
+
+
+def test_overwriting_an_earlier_export(tmp_path: Path, no_graphs: None) -> None:
+    """Only when asked to; then all of the earlier one is gone."""
+    out = tmp_path / "out"
+    export(vectors(nn.ReLU()), out, tiers={"old": Tier(1)})
+    (out / "blobs" / "extra").write_bytes(b"x")
+    before = tree(tmp_path)
+    with pytest.raises(ExportError, match=r"exists; choose another folder, or overwrite"):
+        export(vectors(nn.ReLU()), out)
+    assert tree(tmp_path) == before
+    index = export(vectors(nn.ReLU()), out, tiers={"new": Tier(1, "fp16")}, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert list(BundleIndex.read(out).tiers) == ["new"]
+    blobs = {
+        f"blobs/{name}" for name in (*index.manifest("new").blobs, index.tiers["new"].manifest)
+    }
+    assert set(tree(out)) == {INDEX, WEIGHTS, *blobs}
+
+
+def test_a_failure_keeps_the_earlier_export(
+    tmp_path: Path, no_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Overwriting replaces it at the end, not at the beginning."""
+    out = tmp_path / "out"
+    export(vectors(nn.ReLU()), out)
+    before = tree(tmp_path)
+
+    def fail(*args: Any) -> None:
+        raise ExportError("differs")
+
+    monkeypatch.setattr(writer, "verify", fail)
+    with pytest.raises(ExportError, match="differs"):
+        export(vectors(nn.ReLU()), out, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_failure_while_replacing(
+    tmp_path: Path, no_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the very last moment the earlier export is put back."""
+    out = tmp_path / "out"
+    export(vectors(nn.ReLU()), out)
+    before = tree(tmp_path)
+    rename, failed = Path.rename, []
+
+    def fail_once(source: Path, target: Path) -> Path:
+        if target == out and not failed:
+            failed.append(source)
+            raise OSError("disk full")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="disk full"):
+        export(vectors(nn.ReLU()), out, overwrite=True)
+    assert failed
+    assert tree(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_may_be_written_to(tmp_path: Path, no_graphs: None) -> None:
+    """Somebody made it for this; parents are made."""
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "new" / "deeper"):
+        export(vectors(nn.ReLU()), out)
+        assert BundleIndex.read(out).classes == CLASSES

@@ -1,0 +1,601 @@
+"""``predict_int8``: the quantizer, the graphs on both runtimes, the comparison and its bound."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor, nn
+
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.device import Device
+from edge_sdk.errors import BundleError, DataError
+from edge_sdk.inference.prediction import softmax
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime import load_runtime
+from edge_sdk.training.data import Examples
+from edge_sdk.training.learner import Learner, Precision
+from export.errors import ExportError
+from export.lowering.lowered import Lowered, RuntimeName, lower
+from export.optimizers import get_optimizer
+from export.packing import get_codec
+from export.quantize import (
+    INT8,
+    Comparison,
+    Figures,
+    LossCheck,
+    compare,
+    predict_int8,
+    quantize,
+    quantize_matrices,
+    verify_int8,
+)
+from export.split import ClientSegment, SplitModel
+from export.steps import ClientSteps, Step
+from export.writer import WEIGHTS, Tier, export_bundles
+from server_hub.gateway.tokens import TokenFile
+from tests.lib.harness import cutlayer, examples, finish, hub_config, running_hub, save_npz
+from tests.lib.models import (
+    BUILD,
+    CLASSES,
+    IMAGE,
+    AttentionBlock,
+    MeanHead,
+    TokenBlock,
+    build,
+    conv_model,
+    example,
+    open_bundle,
+    text_model,
+)
+
+WORDS = 12
+ROWS = 8
+PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
+
+RUNTIMES: tuple[RuntimeName, ...] = ("onnx", "executorch")
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: wider by a point-wise convolution, depth-wise, narrower again."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        wide = 4 * width
+        self.layers = nn.Sequential(
+            nn.Conv2d(width, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU6(),
+            nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU6(),
+            nn.Conv2d(wide, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations of the same shape."""
+        result: Tensor = h + self.layers(h)
+        return result
+
+
+class Stem(nn.Module):
+    """Embeds tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations (batch, positions, width)."""
+        h: Tensor = self.embedding(x)
+        return h
+
+
+def mobile_model(width: int = 8) -> SplitModel:
+    """Three inverted residuals, with statistics that are not those of a new norm."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stem = nn.Conv2d(IMAGE[0], width, 3, padding=1)
+        blocks = [InvertedResidual(width) for _ in range(3)]
+        model = SplitModel(stem, blocks, MeanHead(width, CLASSES))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean, -0.3, 0.3)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+        return model
+
+
+def tokens_model(width: int = 8) -> SplitModel:
+    """A language model; its auxiliary head reads the table of the embeddings."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        blocks = [AttentionBlock(width), TokenBlock(width), TokenBlock(width)]
+        return SplitModel(Stem(width), blocks, nn.Linear(width, WORDS), "tokens")
+
+
+def texts(rows: int = 8, seed: int = 0) -> Tensor:
+    """Random texts of 5 tokens."""
+    return torch.randint(0, WORDS, (rows, 5), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model with inputs of its own."""
+
+    build: Callable[[], SplitModel]
+    inputs: Callable[[int], Tensor]
+    classes: int = CLASSES
+
+    def labels(self, rows: int) -> Array:
+        """Random labels; in a text some are missing."""
+        rng = np.random.default_rng(5)
+        if self.build is not tokens_model:
+            return rng.integers(0, self.classes, rows)
+        return rng.integers(-1, self.classes, (rows, 5))
+
+    def examples(self, rows: int) -> Examples:
+        """Random examples."""
+        return Examples(self.inputs(rows).numpy(), self.labels(rows))
+
+
+KINDS = {
+    "conv": Kind(conv_model, lambda rows: example(IMAGE, rows)),
+    "mobile": Kind(mobile_model, lambda rows: example(IMAGE, rows)),
+    "text": Kind(text_model, texts),
+    "tokens": Kind(tokens_model, texts, WORDS),
+}
+
+
+def exported(
+    kind: str, folder: Path, runtime: RuntimeName = "onnx", **changes: object
+) -> tuple[SplitModel, BundleIndex, Comparison]:
+    """Export a kind with int8, whatever it loses; the model, the bundles and the comparison."""
+    chosen, found = KINDS[kind], {}
+    model = chosen.build()
+    arguments = {
+        "example": chosen.inputs(8),
+        "classes": chosen.classes,
+        "int8": LossCheck(chosen.examples(20), allow_loss=True),
+        "compared": found.__setitem__,
+    }
+    tier = Tier(2, runtime=runtime, batch=ROWS, precision="int8")
+    index = export_bundles(model, {"tier": tier}, folder, **(arguments | changes))  # type: ignore[arg-type]
+    return model, index, found["tier"]
+
+
+def steps_of(model: SplitModel, x: Tensor, classes: int = CLASSES) -> ClientSteps:
+    """The steps at cut 2."""
+    model.add_heads([2], x, classes)
+    segment = ClientSegment(model, 2)
+    limits = {"batch": ROWS, "seq": x.shape[1]}
+    return ClientSteps(segment, get_optimizer("sgd"), get_codec("int8"), x, classes, limits)
+
+
+def rounded(segment: nn.Module, runtime: RuntimeName) -> nn.Module:
+    """The segment in float64 with rounded matrices, each by a formula in numpy."""
+    axes = {nn.Linear: 0, nn.Conv2d: 0, nn.Embedding: 0}
+    for module in segment.modules():
+        if type(module) not in axes or (
+            runtime == "executorch" and getattr(module, "groups", 1) > 1
+        ):
+            continue
+        w = module.weight.detach().numpy()
+        scale = np.abs(w.reshape(len(w), -1)).max(1) / np.float32(127)
+        scale[scale == 0] = 1
+        scale = scale.reshape(-1, *[1] * (w.ndim - 1))
+        module.weight.data = torch.from_numpy(np.rint(w / scale) * scale)
+    return segment.double().eval()
+
+
+# the quantizer
+
+
+MATRICES = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=4, max_side=5),
+    elements=st.one_of(st.floats(-1e3, 1e3, width=32), st.sampled_from([0.0, 1e-40, 1e30, -1e-30])),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(MATRICES, st.sampled_from([0, 1]))
+def test_quantizer(weight: Array, axis: int) -> None:
+    """Codes in range, one scale for each channel, and an error of half a scale at most."""
+    quantized = quantize(torch.from_numpy(weight), axis)
+    codes, scale = quantized.codes.numpy(), quantized.scale.numpy()
+    assert codes.dtype == np.int8
+    assert codes.shape == weight.shape
+    assert codes.min() >= -127
+    assert codes.max() <= 127
+    assert scale.dtype == np.float32
+    assert (scale > 0).all()
+    assert scale.shape == tuple(n if d == axis else 1 for d, n in enumerate(weight.shape))
+    error = np.abs(codes.astype(np.float64) * scale - weight)
+    assert (error <= scale.astype(np.float64) * (0.5 + 1e-5)).all()
+    channels, coded = np.moveaxis(weight, axis, 0), np.moveaxis(codes, axis, 0)
+    for channel, code in zip(channels, coded, strict=True):
+        if np.abs(channel).max() > 1e-30:
+            assert np.abs(code).max() == 127
+        elif not channel.any():
+            assert not code.any()
+
+
+def test_closed_form() -> None:
+    """A matrix whose codes are known."""
+    quantized = quantize(torch.tensor([[127.0, -63.4, 0.0], [0.0, 0.0, 0.0], [0.5, -1.0, 0.25]]))
+    assert quantized.codes.tolist() == [[127, -63, 0], [0, 0, 0], [64, -127, 32]]
+    assert quantized.scale[0].item() == 1.0
+    assert quantized.scale[2].item() == np.float32(1) / np.float32(127)
+    assert quantized.dequantize()[1].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_which_matrices() -> None:
+    """Matrices by kind of module, with the axis of the output channels; the rest is float32."""
+
+    class Conv1D(nn.Module):
+        """GPT-2's linear layer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, h: Tensor) -> Tensor:
+            """Activations (batch, 6)."""
+            return h @ self.weight
+
+    class Block(nn.Module):
+        """One of each."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(1, 2, 3)
+            self.grouped = nn.Conv2d(2, 4, 3, groups=2)
+            self.norm = nn.GroupNorm(2, 4)
+            self.last = nn.Linear(4, 3)
+            self.wide = Conv1D()
+            self.free = nn.Parameter(torch.randn(6, 3))
+
+        def forward(self, h: Tensor) -> Tensor:
+            """Activations (batch, 3)."""
+            h = self.norm(self.grouped(self.up(h)))
+            result: Tensor = self.wide(self.last(h.mean((2, 3)))) @ self.free
+            return result
+
+    torch.manual_seed(0)
+    model = SplitModel(
+        nn.Identity(), [Block(), nn.Linear(3, 3), nn.Identity()], nn.Linear(3, CLASSES)
+    )
+    steps = steps_of(model, example(IMAGE))
+    found = {n: tuple(q.scale.shape) for n, q in quantize_matrices(steps, "onnx").items()}
+    assert found == {
+        "block.0.up.weight": (1, 2, 1, 1),
+        "block.0.grouped.weight": (4, 1, 1, 1),
+        "block.0.last.weight": (3, 1),
+        "block.0.wide.weight": (1, 6),
+        "block.1.weight": (3, 1),
+        "aux.2.hidden.weight": (8, 1),
+        "aux.2.out.weight": (CLASSES, 1),
+    }
+    assert found.keys() - quantize_matrices(steps, "executorch").keys() == {
+        "block.0.grouped.weight"
+    }
+
+
+# the graphs
+
+
+def lowered(steps: ClientSteps, runtime: RuntimeName) -> tuple[Step, Lowered]:
+    """The graph of a segment."""
+    if runtime == "executorch":
+        pytest.importorskip("executorch")
+    matrices = quantize_matrices(steps, runtime)
+    step = predict_int8(steps, matrices)
+    return step, lower(runtime, [step], {})
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph(kind: str, runtime: RuntimeName) -> None:
+    """It takes x only, and answers as eager PyTorch with rounded matrices does."""
+    model, chosen = KINDS[kind].build(), KINDS[kind]
+    steps = steps_of(model, chosen.inputs(8), chosen.classes)
+    step, result = lowered(steps, runtime)
+    assert [port.spec for port in step.inputs] == [steps.x]
+    assert step.outputs == steps.predict().outputs
+    exact = copy.deepcopy(steps.segment).double().eval()
+    segment = rounded(steps.segment, runtime)
+    for rows in (1, ROWS):
+        x = chosen.inputs(rows)
+        got = result.run(step, {"x": x.numpy()})
+        with torch.no_grad():
+            h, want = segment(x.double() if x.is_floating_point() else x)
+            _, before = exact(x.double() if x.is_floating_point() else x)
+        np.testing.assert_allclose(got["logits"], want.numpy(), rtol=1e-4, atol=1e-5)
+        packed = {spec.name: torch.from_numpy(got[spec.name]) for spec in steps.packed}
+        error = (get_codec("int8").unpack(packed) - h).abs()
+        assert (error <= packed["h.scale"] * 0.51 + 1e-5).all()
+        assert 0 < (before - want).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_verified(runtime: RuntimeName) -> None:
+    """The graph passes; one with a code that is off by more than rounding does not."""
+    steps = steps_of(text_model(), texts())
+    step, result = lowered(steps, runtime)
+    matrices = quantize_matrices(steps, runtime)
+    verify_int8(steps, matrices, step, result.run, texts())
+    codes = matrices["block.0.wide.weight"].codes.clone()
+    codes[0, 0] -= 40
+    wrong = replace(matrices["block.0.wide.weight"], codes=codes)
+    with pytest.raises(ExportError, match=r"predict_int8, with the weights that it has.*differs"):
+        verify_int8(steps, matrices | {"block.0.wide.weight": wrong}, step, result.run, texts())
+
+
+def test_onnx_file(tmp_path: Path) -> None:
+    """Standard operators; matrices are int8, and ONNX Runtime makes floats of them at load."""
+    _, index, _ = exported("text", tmp_path / "out")
+    data = open_bundle(index, "tier").graphs[INT8]
+    model = onnx.load_model_from_string(data)
+    onnx.checker.check_model(model)
+    own = {(f.domain, f.name) for f in model.functions}  # made of other operators
+    nodes = [*model.graph.node, *(node for f in model.functions for node in f.node)]
+    assert all(node.domain == "" or (node.domain, node.op_type) in own for node in nodes)
+    codes = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    assert codes == {
+        f"{name}.weight/codes"
+        for name in (
+            "stem",
+            "block.0.wide",
+            "block.0.narrow",
+            "block.1.qkv",
+            "block.1.out",
+            "aux.2.hidden",
+            "aux.2.out",
+        )
+    }
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    loaded = onnx.load(str(tmp_path / "loaded.onnx")).graph
+    left = [t.name for t in loaded.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert left == ["stem.weight/codes"]
+    users = Counter(node.op_type for node in loaded.node if left[0] in node.input)
+    assert users == {"Gather": 1}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_sizes(runtime: RuntimeName) -> None:
+    """The file is about four times smaller than the weights, and the same every time."""
+    width = 128
+    torch.manual_seed(0)
+    blocks = [TokenBlock(width) for _ in range(3)]
+    model = SplitModel(nn.Embedding(WORDS, width), blocks, MeanHead(width, CLASSES))
+    steps = steps_of(model, texts())
+    files = [lowered(steps, runtime)[1].files[INT8] for _ in range(2)]
+    weights = sum(4 * t.numel() for t in steps.initial.values())
+    assert weights / 4 < len(files[0]) < 0.3 * weights
+    assert files[0] == files[1]
+
+
+@pytest.mark.exhaustive
+def test_same_bundle(tmp_path: Path) -> None:
+    """Exporting twice gives the same bundle."""
+    indices = [exported("text", tmp_path / str(i))[1] for i in range(2)]
+    assert len({index.tiers["tier"].manifest for index in indices}) == 1
+
+
+def test_executorch_bundle(tmp_path: Path) -> None:
+    """Two files: a device runs the methods of both."""
+    pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    blocks = [nn.Linear(4, 4), nn.Identity(), nn.Identity()]
+    model = SplitModel(nn.Linear(3, 4), blocks, nn.Linear(4, CLASSES))
+    x = example((3,), 8)
+    data = Examples(x.numpy(), np.arange(8))
+    found: dict[str, Comparison] = {}
+    index = export_bundles(
+        model,
+        {"tier": Tier(1, runtime="executorch", batch=ROWS, precision="int8")},
+        tmp_path / "out",
+        example=x,
+        classes=CLASSES,
+        int8=LossCheck(data, allow_loss=True),
+        compared=found.__setitem__,
+    )
+    bundle = open_bundle(index, "tier")
+    manifest = bundle.manifest
+    assert manifest.graphs[INT8].blob != manifest.graphs["predict"].blob
+    assert found["tier"].int8.kilobytes == manifest.blobs[manifest.graphs[INT8].blob] / 1000
+    learner = Learner(manifest, load_runtime(bundle))
+    exact, rounded_ = (learner.predict(data.x, p)[0] for p in PRECISIONS)
+    assert 0 < np.abs(exact - rounded_).max() < 0.1
+
+
+def test_does_not_follow_training(tmp_path: Path) -> None:
+    """Another state changes what float32 answers, and not what int8 does."""
+    _, index, _ = exported("conv", tmp_path / "out")
+    bundle = open_bundle(index, "tier")
+    runtime = load_runtime(bundle)
+    learner = Learner(bundle.manifest, runtime)
+    x = example(IMAGE, 3).numpy()
+    before = {p: learner.predict(x, p)[0] for p in PRECISIONS}
+    runtime.set_state({n: 2 * t + 1 for n, t in bundle.initial_state.items()})
+    assert not np.allclose(learner.predict(x)[0], before["float32"])
+    np.testing.assert_array_equal(learner.predict(x, "int8")[0], before["int8"])
+
+
+# the comparison and its bound
+
+
+def comparison(loss: float) -> Comparison:
+    """A comparison with this loss."""
+    figures = Figures(0.5, 1.0, 1.0)
+    return Comparison("accuracy", figures, replace(figures, score=0.5 - loss), loss)
+
+
+def test_bound() -> None:
+    """The bound itself is allowed, what is above it is not, and a gain is."""
+    data = examples(4)
+    for loss in (0.01, 0.0, -0.3):
+        LossCheck(data).judge("tier", comparison(loss))
+    above = float(np.nextafter(0.01, 1))
+    with pytest.raises(ExportError, match=r"'tier'.*0\.5 in float32.*0\.49 in int8.*--allow-loss"):
+        LossCheck(data).judge("tier", comparison(above))
+    LossCheck(data, allow_loss=True).judge("tier", comparison(above))
+    LossCheck(data, max_loss=0.0).judge("tier", comparison(0.0))
+    for wrong in (-0.01, float("nan")):
+        with pytest.raises(ExportError, match="must be 0 or more"):
+            LossCheck(data, max_loss=wrong)
+
+
+def unlike(bundle: Bundle, rows: int = 3000) -> Examples:
+    """100 examples with the labels that float32 gives; int8 differs in exactly one."""
+    learner = Learner(bundle.manifest, load_runtime(bundle))
+    x = texts(rows, seed=3).numpy()
+    answers = {p: learner.predict(x, p)[0][0].argmax(1) for p in PRECISIONS}
+    same = answers["float32"] == answers["int8"]
+    assert not same.all()
+    chosen = np.concatenate([np.flatnonzero(same)[:99], np.flatnonzero(~same)[:1]])
+    return Examples(x[chosen], answers["float32"][chosen])
+
+
+@pytest.mark.exhaustive
+def test_accuracy_at_the_bound(tmp_path: Path) -> None:
+    """One example of a hundred is a loss of 0.01, which is allowed, and no bit more."""
+    _, index, _ = exported("text", tmp_path / "out")
+    bundle = open_bundle(index, "tier")
+    data = unlike(bundle)
+    found = compare(bundle.manifest, index.blobs().read, data)
+    assert (found.measure, found.float32.score, found.int8.score) == ("accuracy", 1.0, 0.99)
+    assert found.loss == 0.01
+    assert found.int8.milliseconds > 0
+    assert found.float32.milliseconds > 0
+    exported("text", tmp_path / "again", int8=LossCheck(data))
+    with pytest.raises(ExportError, match=r"a loss of 1\.00% where 0\.90%"):
+        exported("text", tmp_path / "refused", int8=LossCheck(data, 0.009))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "out"]
+
+
+def test_perplexity(tmp_path: Path) -> None:
+    """Of a text: e to the mean cross-entropy over the labels that count, as a ratio."""
+    _, index, found = exported("tokens", tmp_path / "out")
+    bundle = open_bundle(index, "tier")
+    learner = Learner(bundle.manifest, load_runtime(bundle))
+    data = KINDS["tokens"].examples(20)
+    perplexity: dict[Precision, float] = {}
+    for precision in PRECISIONS:
+        p = softmax(learner.predict(data.x, precision)[0]).mean(0)
+        logs = [np.log(p[i, j, y]) for (i, j), y in np.ndenumerate(data.y) if y >= 0]
+        perplexity[precision] = np.exp(-np.mean(logs))
+    assert found.measure == "perplexity"
+    assert found.float32.score == pytest.approx(perplexity["float32"], rel=1e-6)
+    assert found.int8.score == pytest.approx(perplexity["int8"], rel=1e-6)
+    want = perplexity["int8"] / perplexity["float32"] - 1
+    assert found.loss == pytest.approx(want, abs=1e-6)
+    assert found.loss != 0
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    """Each is an error that says what to do, and nothing is written."""
+    out = tmp_path / "out"
+    with pytest.raises(ExportError, match=r"tier 'tier' has the precision int8.*--data FILE\.npz"):
+        exported("conv", out, int8=None)
+    wrong = Examples(np.zeros((4, 3), np.float32), np.zeros(4, np.int64))
+    with pytest.raises(DataError, match="x has shape"):
+        exported("conv", out, int8=LossCheck(wrong))
+    arguments = {"example": example(IMAGE), "classes": CLASSES}
+    with pytest.raises(ExportError, match=r"no tier has the precision int8"):
+        export_bundles(build(), {"a": Tier(2)}, out, int8=LossCheck(examples(4)), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="unknown precision 'int4'; there are float32, int8"):
+        export_bundles(build(), {"a": Tier(2, precision="int4")}, out, **arguments)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_graph(bundles: BundleIndex) -> None:
+    """A bundle that was exported in float32 says so."""
+    bundle = open_bundle(bundles, "small")
+    learner = Learner(bundle.manifest, load_runtime(bundle))
+    with pytest.raises(BundleError, match=r"tier 'small' has no graph 'predict_int8'; export"):
+        learner.predict(example(IMAGE, 2).numpy(), "int8")
+
+
+def test_device(tmp_path: Path) -> None:
+    """A device answers with int8, alone and through the hub."""
+
+    async def scenario() -> None:
+        tier = {"tier": Tier(2, precision="int8")}
+        index = export_bundles(
+            build(), tier, tmp_path / "out", example=example(IMAGE), classes=CLASSES,
+            model_path=BUILD, int8=LossCheck(examples(20), allow_loss=True),
+        )  # fmt: skip
+        config = hub_config(tmp_path, index)
+        token = TokenFile(config.tokens).issue("device")
+        bundle = open_bundle(index, "tier")
+        learner = Learner(bundle.manifest, load_runtime(bundle))
+        x = examples(6).x
+        async with (
+            running_hub(config) as (_, url),
+            await Device.connect(url, token=token, tier="tier", cache=tmp_path / "cache") as device,
+        ):
+            alone = await device.predict(x, confidence=0, precision="int8")
+            want = softmax(learner.predict(x, "int8")[0]).mean(0)
+            np.testing.assert_allclose(alone.probabilities, want)
+            assert not alone.by_hub.any()
+            helped = await device.predict(x, confidence=2, precision="int8")
+            assert helped.by_hub.all()
+            exact = await device.predict(x, confidence=2)
+            np.testing.assert_allclose(helped.probabilities, exact.probabilities, atol=0.05)
+
+    asyncio.run(scenario())
+
+
+# the command
+
+
+def test_command(tmp_path: Path) -> None:
+    """Weights, data and figures by the command; without data it says what to give."""
+    tiers = tmp_path / "tiers.toml"
+    tiers.write_text(
+        "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.big]\ncut = 2\n"
+        '[tiers.small]\ncut = 1\nprecision = "int8"\n'
+    )
+    model = conv_model(seed=4)
+    model.add_heads([1, 2], example(IMAGE), CLASSES)
+    model.save(tmp_path / "trained.safetensors")
+    save_npz(tmp_path / "data.npz", examples(50))
+    arguments = ["export", BUILD, "--tiers", str(tiers), "--out", str(tmp_path / "out")]
+    code, _, err = finish(cutlayer(*arguments))
+    assert code == 2
+    assert "tier 'small' has the precision int8" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+    arguments += ["--data", str(tmp_path / "data.npz"), "--max-loss", "0.5"]
+    arguments += ["--weights", str(tmp_path / "trained.safetensors")]
+    code, out, err = finish(cutlayer(*arguments, "--json"))
+    assert code == 0, err
+    described = json.loads(out)
+    assert "inference" not in described["big"]
+    figures = described["small"]["inference"]
+    assert figures["measure"] == "accuracy"
+    assert figures["float32"].keys() == {"score", "kilobytes", "milliseconds"}
+    saved = build()
+    saved.load(tmp_path / "out" / WEIGHTS)
+    assert all(torch.equal(t, saved.state_dict()[n]) for n, t in model.state_dict().items())
+    code, out, err = finish(cutlayer(*arguments, "--overwrite"))
+    assert code == 0, err
+    assert "inference in float32 and with int8 weights" in out

@@ -1,0 +1,114 @@
+"""What end-to-end tests share: a hub in this process or in one of its own, and devices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.training.data import Examples
+from export.writer import WEIGHTS
+from server_hub.config import HubConfig, Limits, Listen, LocalTraining, TrunkTraining
+from server_hub.gateway.tokens import TokenFile
+from server_hub.hub import Hub
+from server_hub.rounds.rounds import RoundRules
+from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.step import TrunkCore
+from tests.lib.models import build
+
+
+def examples(count: int, seed: int = 0, classes: int = 10) -> Examples:
+    """Noisy images whose class can be learned: each class lights up pixels of its own."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, count)
+    patterns = np.random.default_rng(99).random((classes, 1, 8, 8)) > 0.6
+    x = patterns[y].astype(np.float32) + 0.1 * rng.standard_normal((count, 1, 8, 8))
+    return Examples(x.astype(np.float32), y)
+
+
+def save_npz(path: Path, data: Examples) -> Path:
+    """Write examples as an ``.npz`` file."""
+    np.savez(path, x=data.x, y=data.y)
+    return path
+
+
+def hub_config(folder: Path, bundles: BundleIndex, **changes: Any) -> HubConfig:
+    """A configuration for tests: a free port, short waits, tokens in ``folder``."""
+    tokens = TokenFile(folder / "tokens.toml")
+    if not tokens.path.exists():
+        tokens.issue("nobody")
+    config = HubConfig(
+        bundles=bundles.folder,
+        tokens=tokens.path,
+        run=folder / "run",
+        listen=Listen(port=0),
+        rounds=RoundRules(count=2, min_devices=1, deadline_s=60),
+        local=LocalTraining(batch_size=8, hyper={"lr": 0.05}),
+        trunk=TrunkTraining(device="cpu", max_rows=64, hyper={"lr": 0.05}, threads=1),
+        limits=Limits(session_s=5.0, hello_s=2.0),
+    )
+    return replace(config, **changes)
+
+
+@asynccontextmanager
+async def running_hub(config: HubConfig) -> AsyncIterator[tuple[Hub, str]]:
+    """A hub in this process, its trunk too; yields it with its address."""
+    held_out = examples(64, seed=7)
+    model = build()
+    model.load(config.bundles / WEIGHTS)
+    hub = Hub(config, model, LocalTrunk(TrunkCore(model, "cpu", (held_out.x, held_out.y))))
+    hub._evaluate = lambda: hub.trunk.evaluate(hub._tier_cuts())
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(hub.serve(ready.set_result))
+    await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        serving.result()
+    try:
+        yield hub, await ready
+    finally:
+        if serving.done():
+            serving.result()  # the hub failed: that is the error to see
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+def cutlayer(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
+    """A ``cutlayer`` command as a process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "edge_sdk.cli.main", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd or Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env},
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a process."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def next_event(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
+    """The next JSON event called ``name`` that a hub prints."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        event: dict[str, Any] = json.loads(line)
+        if event["event"] == name:
+            return event
+    raise AssertionError(f"the hub ended without {name}: {finish(process)[2]}")

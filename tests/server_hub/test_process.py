@@ -1,0 +1,532 @@
+"""The trunk in a process of its own: same results, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.sync.client import connect
+
+from export.split import SplitModel
+from server_hub.trunk.interface import Arrival, Trunk, TrunkCopy, TrunkPlan
+from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.process import TrunkFailed, WorkerTrunk
+from server_hub.trunk.shared_memory import Arena
+from server_hub.trunk.step import TrunkCore
+from tests.lib.trunk_models import (
+    BusyBlock,
+    SleepingBlock,
+    arrival_of,
+    conv_model,
+    dense_model,
+    inputs,
+    slow_model,
+    state_of,
+)
+
+HYPER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+TIMEOUT_S = 60.0
+ARENA = 2**20
+
+
+def run(test: Awaitable[None]) -> None:
+    """Run a test that must end in time."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await test
+
+    asyncio.run(limited())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must come about."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def worker(model: SplitModel, **options: Any) -> AsyncIterator[WorkerTrunk]:
+    """A worker with one thread, closed at the end."""
+    trunk = WorkerTrunk(model, "cpu", **{"arena_bytes": ARENA, "threads": 1, **options})
+    try:
+        await trunk.start()
+        yield trunk
+    finally:
+        await trunk.close()
+
+
+def pid_of(trunk: WorkerTrunk) -> int:
+    """Process id of a worker."""
+    pid = trunk._process.pid
+    assert isinstance(pid, int)
+    return pid
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def shared_memory_of(trunk: WorkerTrunk) -> Path:
+    """The file behind a worker's arena."""
+    assert trunk._arena is not None
+    return Path("/dev/shm") / trunk._arena.name
+
+
+def bad(arrival: Arrival) -> Arrival:
+    """The arrival with a value that is not finite."""
+    parts = {name: np.array(part) for name, part in arrival.parts.items()}
+    parts["h.scale"].flat[0] = math.nan
+    return dataclasses.replace(arrival, device="bad", parts=parts)
+
+
+# --- the same results -----------------------------------------------------------------------------
+
+
+async def a_job(trunk: Trunk, model: SplitModel) -> list[Any]:
+    """Two rounds with everything that a trunk can be asked; all that it said."""
+    said: list[Any] = []
+    state = state_of(model)
+    for epochs in (1, 3):
+        await trunk.begin(state, TrunkPlan("sgd", HYPER, epochs, max_rows=8, seed=epochs))
+        for step in range(3):
+            arrivals = [
+                arrival_of(model, 1, 3, 10 * step, "a", "one"),
+                bad(arrival_of(model, 2, 2, 10 * step + 1)),
+                arrival_of(model, 2, 4, 10 * step + 2, "b", "one", "fp16"),
+                arrival_of(model, 3, 2, 10 * step + 3, "c", "two", weight=2.0),
+            ]
+            said.append(await trunk.step(arrivals))
+        copies = await trunk.finish()
+        said.append(copies)
+        shallow = {**state, **{n: t for c in copies if c.replica == "one" for n, t in
+                               c.tensors.items()}}  # fmt: skip
+        await trunk.serve({1: shallow, 2: state, 3: shallow})
+        for cut in (1, 2, 3):
+            said.append(await trunk.answer(arrival_of(model, cut, 5, 77 + cut)))
+        said.append(await trunk.evaluate({"s": (1, "int8"), "m": (2, "fp16"), "l": (3, "int8")}))
+        state = shallow
+    return said
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """Equal to the last bit."""
+    assert type(got) is type(want)
+    if isinstance(want, list):
+        assert len(got) == len(want)
+        for one, other in zip(got, want, strict=True):
+            assert_same(one, other)
+    elif isinstance(want, TrunkCopy):
+        assert (got.replica, got.layer, got.samples) == (want.replica, want.layer, want.samples)
+        assert got.tensors.keys() == want.tensors.keys()
+        for name, tensor in want.tensors.items():
+            np.testing.assert_array_equal(got.tensors[name], tensor, err_msg=name)
+    elif isinstance(want, np.ndarray):
+        np.testing.assert_array_equal(got, want)
+    else:
+        assert got == want
+
+
+def test_a_worker_says_what_a_local_trunk_says() -> None:
+    """Several passes included: their arrivals outlive the shared memory that they came in."""
+
+    async def test() -> None:
+        model = conv_model()
+        held_out = inputs(model, 40, seed=5)
+        want = await a_job(LocalTrunk(TrunkCore(conv_model(), "cpu", held_out)), model)
+        async with worker(model, held_out=held_out) as trunk:
+            got = await a_job(trunk, model)
+        assert [report.refused.keys() for report in want[:3]] == [{"bad"}] * 3
+        assert_same(got, want)
+
+    run(test())
+
+
+def test_calls_that_come_at_once_take_turns() -> None:
+    async def test() -> None:
+        model = dense_model()
+        state = state_of(model)
+        core = TrunkCore(dense_model(), "cpu")
+        core.serve({2: state})
+        core.begin(state, TrunkPlan("sgd", HYPER))
+        questions = [arrival_of(model, 2, rows, 50 + rows) for rows in range(1, 20)]
+        steps = [[arrival_of(model, 1, 3, seed)] for seed in range(len(questions))]
+        async with worker(model) as trunk:
+            await trunk.serve({2: state})
+            await trunk.begin(state, TrunkPlan("sgd", HYPER))
+            both = await asyncio.gather(
+                asyncio.gather(*(trunk.answer(question) for question in questions)),
+                asyncio.gather(*(trunk.step(step) for step in steps)),
+            )
+            assert_same(list(both[0]), [core.answer(question) for question in questions])
+            assert_same(list(both[1]), [core.step(step) for step in steps])
+            assert_same(await trunk.finish(), core.finish())
+
+    run(test())
+
+
+# --- things that go wrong -------------------------------------------------------------------------
+
+
+def test_a_worker_goes_on_after_what_it_could_not_do() -> None:
+    async def test() -> None:
+        model = dense_model()
+        state, plan = state_of(model), TrunkPlan("sgd", HYPER)
+        core = TrunkCore(dense_model(), "cpu")
+        core.begin(state, plan)
+        fine = [arrival_of(model, 1, 4, 1)]
+        async with worker(model, arena_bytes=4096) as trunk:
+            await trunk.begin(state, plan)
+            assert_same(await trunk.step(fine), core.step(fine))
+
+            # more than the shared memory takes
+            large = [arrival_of(model, 1, 400, seed, f"large-{seed}") for seed in (1, 2)]
+            size = sum(p.nbytes for a in large for p in (*a.parts.values(), a.labels))
+            with pytest.raises(TrunkFailed, match=f"{size} bytes does not fit") as caught:
+                await trunk.step(large)
+            assert "4096" in str(caught.value)
+            assert "trunk.arena_mb" in str(caught.value)
+            assert "trunk.max_rows" in str(caught.value)
+            with pytest.raises(TrunkFailed, match=r"trunk\.arena_mb"):
+                await trunk.answer(large[0])
+            assert_same(await trunk.step(fine), core.step(fine))
+
+            # an exception in the worker
+            wrong = dataclasses.replace(fine[0], labels=np.full(4, 99))
+            with pytest.raises(TrunkFailed, match=r"the trunk failed in step: IndexError: .*99"):
+                await trunk.step([wrong])
+            with pytest.raises(TrunkFailed, match="the trunk failed in step: ExportError: unknown"):
+                await trunk.step([dataclasses.replace(fine[0], codec="zip")])
+            with pytest.raises(TrunkFailed, match="the trunk failed in answer: KeyError"):
+                await trunk.answer(fine[0])
+            with pytest.raises(TrunkFailed, match="the trunk failed in evaluate: "):
+                await trunk.evaluate({"s": (1, "int8")})
+            assert_same(await trunk.step(fine), core.step(fine))
+            assert_same(await trunk.finish(), core.finish())
+
+    run(test())
+
+
+def test_a_worker_that_is_killed_fails_at_once_and_leaves_nothing() -> None:
+    async def test() -> None:
+        model = slow_model(SleepingBlock(30.0))
+        trunk = WorkerTrunk(model, "cpu", arena_bytes=ARENA, threads=1)
+        await trunk.start()
+        memory, pid = shared_memory_of(trunk), pid_of(trunk)
+        await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER))
+        step = asyncio.create_task(trunk.step([arrival_of(model, 1, 2, 1)]))
+        queued = asyncio.create_task(trunk.answer(arrival_of(model, 1, 2, 2)))
+        await asyncio.sleep(0.3)
+        assert not step.done()
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(TrunkFailed, match="ended with exit code -9 in step"):
+            await step
+        with pytest.raises(TrunkFailed, match="ended with exit code -9 in answer"):
+            await queued
+        with pytest.raises(TrunkFailed, match="ended with exit code -9 in begin"):
+            await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER))
+        assert time.monotonic() - killed < 2.0
+        await trunk.close()
+        assert time.monotonic() - killed < 3.0
+        assert not is_running(pid)
+        assert not memory.exists()
+
+    run(test())
+
+
+def test_a_worker_that_is_killed_while_idle_is_noticed_at_the_next_call() -> None:
+    async def test() -> None:
+        model = dense_model()
+        async with worker(model) as trunk:
+            os.kill(pid_of(trunk), signal.SIGKILL)
+            started = time.monotonic()
+            with pytest.raises(TrunkFailed, match="ended with exit code -9 in finish"):
+                await trunk.finish()
+            assert time.monotonic() - started < 2.0
+
+    run(test())
+
+
+def test_a_caller_that_gives_up_does_not_confuse_the_next() -> None:
+    """Nor does the next one's payload take the place of one that is still in use."""
+
+    async def test() -> None:
+        model = slow_model(SleepingBlock(0.3))
+        plan = TrunkPlan("sgd", HYPER)
+        one, other = ([arrival_of(model, 1, 6, seed)] for seed in (1, 2))
+        core = TrunkCore(model, "cpu")
+        core.begin(state_of(model), plan)
+        want = [core.step(one), core.step(other)]
+        async with worker(model) as trunk:
+            await trunk.begin(state_of(model), plan)
+            first = asyncio.create_task(trunk.step(one))
+            await asyncio.sleep(0.1)
+            first.cancel()
+            assert_same(await trunk.step(other), want[1])
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            assert_same(await trunk.finish(), core.finish())
+
+    run(test())
+
+
+def test_a_device_that_torch_does_not_have_is_a_failure_to_start(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def test() -> None:
+        trunk = WorkerTrunk(dense_model(), "nonsense", arena_bytes=ARENA, threads=1)
+        with pytest.raises(TrunkFailed, match="ended with exit code 1 in hello"):
+            await trunk.start()
+        memory = shared_memory_of(trunk)
+        await trunk.close()
+        assert not memory.exists()
+
+    run(test())
+    assert "nonsense" in capfd.readouterr().err, "the worker said what was wrong"
+
+
+# --- closing --------------------------------------------------------------------------------------
+
+
+def test_close_leaves_no_process_and_no_shared_memory() -> None:
+    async def test() -> None:
+        before = set(os.listdir("/dev/shm"))
+        model = dense_model()
+        trunk = WorkerTrunk(model, "cpu", arena_bytes=ARENA, threads=1)
+        await trunk.start()
+        pid, memory = pid_of(trunk), shared_memory_of(trunk)
+        assert is_running(pid)
+        assert memory.exists()
+        await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER, epochs=2))
+        await trunk.step([arrival_of(model, 1, 3, 1)])
+        await trunk.close()
+        assert not is_running(pid)
+        assert pid not in [child.pid for child in multiprocessing.active_children()]
+        assert not memory.exists()
+        assert not [name for name in os.listdir("/dev/shm")
+                    if name not in before and str(os.getpid()) in name]  # fmt: skip
+        await until(lambda: not [t for t in threading.enumerate() if t.name.startswith("trunk")])
+
+    run(test())
+
+
+def test_close_before_start() -> None:
+    async def test() -> None:
+        await WorkerTrunk(dense_model(), "cpu", arena_bytes=ARENA).close()
+
+    run(test())
+    assert not [child for child in multiprocessing.active_children() if child.name == "trunk"]
+
+
+@pytest.mark.parametrize("when", ["at once", "while torch is loaded"])
+def test_close_of_a_start_that_was_given_up(when: str) -> None:
+    async def test() -> None:
+        trunk = WorkerTrunk(dense_model(), "cpu", arena_bytes=ARENA, threads=1)
+        start = asyncio.create_task(trunk.start())
+        if when == "at once":
+            await asyncio.sleep(0)
+        else:
+            await until(lambda: trunk._process is not None and trunk._process.pid is not None)
+        assert not start.done()
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        memory = shared_memory_of(trunk)
+        await trunk.close()
+        assert not memory.exists()
+        assert not is_running(pid_of(trunk))
+
+    run(test())
+
+
+SCRIPT = """
+import asyncio, os, signal, sys
+from server_hub.trunk import TrunkPlan
+from server_hub.trunk.process import TrunkFailed, WorkerTrunk
+from tests.lib.trunk_models import arrival_of, dense_model, state_of
+
+async def main():
+    model = dense_model()
+    trunk = WorkerTrunk(model, "cpu", arena_bytes=2**20, threads=1)
+    await trunk.start()
+    print(trunk._arena.name, flush=True)
+    await trunk.begin(state_of(model), TrunkPlan("sgd", {}))
+    if sys.argv[1] == "kill worker":
+        os.kill(trunk._process.pid, signal.SIGKILL)
+    if sys.argv[1] == "kill hub":
+        print(trunk._process.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    await trunk.close()
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["close", "kill worker", "kill hub"])
+def test_nothing_is_left_when_the_hub_has_ended(tmp_path: Path, how: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), how],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    arena, *pids = done.stdout.split()
+    gone = time.monotonic() + 10.0
+    while (Path("/dev/shm") / arena).exists() or any(is_running(int(pid)) for pid in pids):
+        assert time.monotonic() < gone, "the worker or its memory outlived the hub"
+        time.sleep(0.05)
+    if how == "kill hub":
+        assert done.returncode == -signal.SIGKILL
+        assert len(pids) == 1
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "", "no complaints about leaks"
+
+
+# --- while it is busy -----------------------------------------------------------------------------
+
+
+async def largest_lag(work: Awaitable[Any]) -> float:
+    """Seconds that the event loop was late at most while something was done."""
+    task = asyncio.ensure_future(work)
+    largest = 0.0
+    while not task.done():
+        due = time.monotonic() + 0.01
+        await asyncio.sleep(0.01)
+        largest = max(largest, time.monotonic() - due)
+    await task
+    return largest
+
+
+async def answer_pings(connection: ServerConnection) -> None:
+    """A server that says nothing itself."""
+    await connection.wait_closed()
+
+
+def ping(url: str, times: list[float], until: Callable[[], bool]) -> None:
+    """A device, in a thread of its own: seconds until each ping was answered."""
+    with connect(url) as connection:
+        while not until():
+            started = time.monotonic()
+            if not connection.ping().wait(5.0):
+                times.append(math.inf)
+                return
+            times.append(time.monotonic() - started)
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def small_heap() -> Iterator[None]:
+    """Leave what the test run has piled up out of garbage collection, whose pauses are long."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("small_heap")
+@pytest.mark.parametrize("block", [SleepingBlock, BusyBlock])
+def test_the_event_loop_goes_on_while_the_worker_is_busy(
+    block: Callable[[float], SleepingBlock | BusyBlock],
+) -> None:
+    async def test() -> None:
+        model = slow_model(block(0.6))
+        arrivals = [arrival_of(model, 1, 500, seed) for seed in range(8)]
+        pings: list[float] = []
+        done = threading.Event()
+        async with (
+            serve(answer_pings, "127.0.0.1", 0) as server,
+            worker(model) as trunk,
+        ):
+            port = server.sockets[0].getsockname()[1]
+            await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER))
+            device = asyncio.create_task(
+                asyncio.to_thread(ping, f"ws://127.0.0.1:{port}", pings, done.is_set)
+            )
+
+            async def steps() -> None:
+                for _ in range(3):
+                    report = await trunk.step(arrivals)
+                    assert report.rows == 4000
+
+            started = time.monotonic()
+            lag = await largest_lag(steps())
+            took = time.monotonic() - started
+            done.set()
+            await device
+        assert took >= 1.8, "the steps were not long enough to block anything"
+        assert lag < 0.25
+        assert len(pings) > 20
+        assert max(pings) < 1.0
+
+    run(test())
+
+
+# --- shared memory --------------------------------------------------------------------------------
+
+
+def test_an_arena_gives_back_what_was_laid_into_it() -> None:
+    arena = Arena(4096)
+    try:
+        rng = np.random.default_rng(0)
+        arrays = [
+            rng.standard_normal((3, 5)).astype(np.float32),
+            rng.integers(-127, 127, (7,), np.int8),
+            rng.integers(0, 9, (1,)),
+            rng.standard_normal((2, 3, 4)).astype(np.float16)[:, ::2],
+            np.float32(3.5).reshape(()),
+        ]
+        for _ in range(2):
+            places = arena.write(arrays)
+            assert places is not None
+            other_side = Arena(name=arena.name)
+            for array, place in zip(arrays, places, strict=True):
+                got = other_side.read(place)
+                assert got.dtype == array.dtype
+                np.testing.assert_array_equal(got, array)
+                assert place[0] % 64 == 0
+                del got
+            other_side.close()
+            arrays.reverse()
+        assert (Path("/dev/shm") / arena.name).exists(), "the other side does not remove it"
+    finally:
+        arena.close()
+    assert not (Path("/dev/shm") / arena.name).exists()
+
+
+@pytest.mark.parametrize(("sizes", "fits"), [
+    ([4096], True), ([4097], False), ([64] * 64, True), ([64] * 65, False), ([1] * 64, True),
+    ([1] * 65, False), ([4032, 64], True), ([4033, 63], False),
+])  # fmt: skip
+def test_an_arena_takes_what_fits(sizes: list[int], fits: bool) -> None:
+    arena = Arena(4096)
+    try:
+        places = arena.write([np.zeros(size, np.uint8) for size in sizes])
+        assert (places is not None) is fits
+    finally:
+        arena.close()
