@@ -229,7 +229,10 @@ class Job:
 
 def check_method(name: str) -> None:
     """Raise ValueError unless there is a method called ``name``."""
-    find(name, simulated_methods())
+    try:
+        find(name, simulated_methods())
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def methods_of(text: str) -> list[str]:
