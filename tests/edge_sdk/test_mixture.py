@@ -40,9 +40,9 @@ from server_hub.hub import Hub
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.step import TrunkCore
-from tests.end_to_end.test_bad_input import RawClient, raw
 from tests.lib.harness import hub_config, save_npz
 from tests.lib.mixture_models import DEPTH, Made, made, vectors
+from tests.lib.raw_client import RawClient, raw
 
 
 class Counting:

@@ -12,22 +12,19 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from edge_sdk import BundleError, Device
 from edge_sdk.bundle.index import BundleIndex
-from edge_sdk.bundle.manifest import Bundle, Manifest
+from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.bundle.store import BlobStore
-from edge_sdk.protocol.frames import decode, encode, unpack_tensors
+from edge_sdk.protocol.frames import encode, unpack_tensors
 from edge_sdk.protocol.messages import (
-    SUBPROTOCOL,
     Activations,
     Error,
-    Hello,
     Message,
     Ready,
-    Round,
     Update,
     Welcome,
 )
@@ -35,70 +32,9 @@ from edge_sdk.runtime import load_runtime
 from server_hub.config import Limits
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
-from tests.lib.harness import cutlayer, examples, finish, hub_config, running_hub, save_npz
-
-GOOD = Hello(version=1, token="", tier="small")
-
-
-class RawClient:
-    """A client that speaks frames and nothing else, to say what a Device never would."""
-
-    def __init__(self, connection: ClientConnection) -> None:
-        self.connection = connection
-        self.seq = 0
-
-    async def say(self, message: Message) -> None:
-        self.seq += message.RELIABLE
-        await self.connection.send(encode(message, self.seq if message.RELIABLE else 0, 0))
-
-    async def hear(self, kind: type[Message]) -> Any:
-        """The next message of a kind; others are skipped, unless they are errors."""
-        async with asyncio.timeout(20):
-            while True:
-                message = decode(await self.connection.recv()).message
-                if isinstance(message, kind):
-                    return message
-                assert not isinstance(message, Error), message
-
-    async def join(self, token: str, samples: int = 32) -> Round:
-        """Say hello and ready, and wait for a round."""
-        await self.say(replace(GOOD, token=token))
-        await self.hear(Welcome)
-        await self.say(Ready(samples=samples))
-        task: Round = await self.hear(Round)
-        return task
-
-    async def closed(self) -> bool:
-        """Whether the hub closes the connection soon."""
-        try:
-            async with asyncio.timeout(5):
-                while True:
-                    await self.connection.recv()
-        except ConnectionClosed:
-            return True
-        except TimeoutError:
-            return False
-
-
-def raw(url: str) -> Any:
-    return connect(url, subprotocols=[SUBPROTOCOL], compression=None)  # type: ignore[list-item]
-
-
-def good_activations(manifest: Manifest, number: int, rows: int = 8) -> Activations:
-    rng = np.random.default_rng(0)
-    parts = {}
-    for spec in manifest.packed:
-        shape = [rows if n == "batch" else int(n) for n in spec.shape]
-        values = rng.random(shape) if "float" in spec.dtype else rng.integers(0, 9, shape)
-        parts[spec.name] = values.astype(spec.dtype)
-    return Activations(round=number, batch=0, parts=parts, labels=np.zeros(rows, np.int64))
-
-
-def good_update(manifest: Manifest, number: int) -> Update:
-    tensors = {s.name: np.zeros(s.shape, s.dtype) for s in manifest.exchanged()}  # type: ignore[arg-type]
-    return Update(
-        round=number, tensors=tensors, done=True, samples=32, metrics={"loss": 1.0, "accuracy": 0.5}
-    )
+from tests.lib.commands import expect_one_sentence
+from tests.lib.harness import examples, hub_config, running_hub, save_npz
+from tests.lib.raw_client import GOOD, RawClient, good_activations, good_update, raw
 
 
 def change(tensors: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -508,15 +444,6 @@ def test_graph_that_is_no_onnx_file(bundles: BundleIndex) -> None:
     for graph in (*manifest.graphs, *manifest.graphs):
         with pytest.raises(BundleError, match=f"cannot load the graph '{graph}'"):
             runtime.run(graph, {})
-
-
-def expect_one_sentence(arguments: list[str], *expected: str, code: int = 2) -> None:
-    status, _, err = finish(cutlayer(*arguments), timeout=60)
-    assert status == code, err
-    assert "Traceback" not in err
-    assert len(err.strip().splitlines()) == 1, err
-    for text in expected:
-        assert text in err, err
 
 
 def test_operator_mistakes_are_one_sentence(tmp_path: Path, bundles: BundleIndex) -> None:

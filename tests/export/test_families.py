@@ -25,7 +25,8 @@ from export.split import ClientSegment
 from export.steps import ClientSteps
 from server_hub.trunk.interface import Arrival, TrunkPlan
 from server_hub.trunk.step import TrunkCore
-from tests.export.test_backward import Exact, manifest_of
+from tests.lib.codecs import Exact
+from tests.lib.step_runtimes import manifest_of
 
 CUT, ROWS, LENGTH = 2, 2, 16
 

@@ -60,7 +60,7 @@ from server_hub.rounds.cut_policy import Seen, Target
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.step import TrunkCore
-from tests.export.test_backward import Exact
+from tests.lib.codecs import Exact
 from tests.lib.harness import cutlayer, finish, next_event, save_npz
 from tests.lib.harness import examples as images
 from tests.lib.models import CLASSES, FEATURES, MeanHead, TokenBlock

@@ -43,9 +43,12 @@ from export.writer import Tier, export_bundles, make_steps, segment_of
 from server_hub.config import LocalTraining, MethodConfig
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
-from tests.export.test_backward import CUT, HYPER, MODELS, Exact, images, runtime_of, wrong
+from tests.lib.codecs import Exact
 from tests.lib.harness import examples, hub_config, running_hub
 from tests.lib.models import CLASSES, IMAGE, build, example
+from tests.lib.returned_models import CUT, HYPER, MODELS, images
+from tests.lib.step_runtimes import runtime_of
+from tests.lib.wrong_steps import wrong
 
 
 def fused_steps(kind: str, optimizer: str) -> tuple[nn.Module, ClientSteps]:

@@ -41,9 +41,9 @@ from server_hub.storage.run_folder import read_records
 from server_hub.trunk.adversarial import hard_examples, mixed_logits
 from server_hub.trunk.interface import TrunkCopy
 from server_hub.trunk.step import TrunkCore
-from tests.export.test_mix_steps import only, shaken, torch_runtime
+from tests.lib.dual_norms import only, shaken, torch_runtime
 from tests.lib.models import CLASSES, IMAGE, MeanHead, example
-from tests.server_hub.test_simulation import Interrupted, assert_alike, simulate, stop_after
+from tests.lib.simulations import Interrupted, assert_alike, simulate, stop_after
 
 DEPTH = 3
 

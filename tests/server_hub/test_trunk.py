@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_sdk.protocol.tensors import Array
 from export.optimizers import OPTIMIZERS
@@ -21,7 +21,6 @@ from export.split import SplitModel, channel_axis
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.interface import Arrival, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkCore
-from tests.lib.models import AttentionBlock, TokenBlock
 from tests.lib.trunk_models import (
     CLASSES,
     DEPTH,
@@ -39,6 +38,7 @@ from tests.lib.trunk_models import (
     tensors_of,
     unpacked,
 )
+from tests.lib.trunk_texts import language_model, some_texts
 
 MODELS = {"dense": dense_model, "conv": conv_model}
 SGD = TrunkPlan("sgd", {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4})
@@ -643,44 +643,6 @@ def test_what_is_served_changes_with_serve_alone() -> None:
 
 
 # --- texts ----------------------------------------------------------------------------------------
-
-VOCABULARY = 11
-
-
-class TokenStem(nn.Module):
-    """Embeddings of tokens and of up to 9 positions."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Embedding(9, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.embedding(x) + self.positions.weight[: x.shape[1]]
-        return h
-
-
-def language_model(seed: int = 0, width: int = 8) -> SplitModel:
-    """Four causal blocks, a head at every depth; the last head reads the table of the stem."""
-    torch.manual_seed(seed)
-    stem = TokenStem(width)
-    blocks = [kind(width) for kind in (AttentionBlock, TokenBlock, AttentionBlock, AttentionBlock)]
-    out = nn.Linear(width, VOCABULARY, bias=False)
-    out.weight = stem.embedding.weight
-    model = SplitModel(stem, blocks, nn.Sequential(nn.LayerNorm(width), out), "tokens")
-    model.add_heads((1, 2, 3), torch.zeros(1, 2, dtype=torch.int64), VOCABULARY)
-    for head in model.aux.values():
-        nn.init.normal_(head.up.weight)  # type: ignore[union-attr, arg-type]
-    return model
-
-
-def some_texts(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random tokens, and labels of which some do not count, but never all."""
-    rng = np.random.default_rng(seed)
-    x, y = rng.integers(0, VOCABULARY, (2, rows, length))
-    y[rng.random(y.shape) < 0.4] = -1
-    y[0, rng.integers(length)] = 0
-    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def text_loss(

@@ -30,10 +30,12 @@ from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
 from server_hub.trunk.interface import Arrival, Finished, TrunkPlan
 from server_hub.trunk.step import TrunkCore
-from tests.export.test_backward import HYPER, MODELS, manifest_of
-from tests.server_hub.test_splitft import WORDS, Double
-from tests.server_hub.test_splitft import build as build_gpt2
-from tests.server_hub.test_splitft import texts as draw_texts
+from tests.lib.adapted_gpt2 import WORDS
+from tests.lib.adapted_gpt2 import build as build_gpt2
+from tests.lib.adapted_gpt2 import texts as draw_texts
+from tests.lib.codecs import Double
+from tests.lib.returned_models import HYPER, MODELS
+from tests.lib.step_runtimes import manifest_of
 
 
 def conv() -> SplitModel:

@@ -24,10 +24,10 @@ from export.whole import without_trunk
 from server_hub.trunk.interface import Arrival, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkCore
 from server_hub.trunk.vmapped import StackedTrunk
-from tests.export.test_mix_steps import only
+from tests.lib.dual_norms import only
 from tests.lib.models import CLASSES, FEATURES, IMAGE, conv_model, example, token_model
 from tests.lib.trunk_models import dense_model, inputs
-from tests.server_hub.test_trunk import VOCABULARY, language_model, some_texts
+from tests.lib.trunk_texts import VOCABULARY, language_model, some_texts
 
 BASES = 4
 # halves and quarters: the trunk has its hyper-parameters in float32
