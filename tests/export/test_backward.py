@@ -149,7 +149,7 @@ def compare(
     [
         *((kind, runtime) for kind in MODELS for runtime in ("onnx", "torch")),
         *(
-            pytest.param(kind, "executorch", marks=pytest.mark.exhaustive)
+            pytest.param(kind, "executorch", marks=pytest.mark.slow)
             for kind in ("batchnorm", "lora")
         ),
     ],
@@ -175,7 +175,7 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
     assert graphs["backward"].outputs == graphs["train"].outputs[: len(index.manifest("t").state)]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_executorch() -> None:
     """The methods of a .pte make the steps that the functions make, dropout included."""
     model, steps = steps_of("dropout", get_codec("int8"), "sgd")

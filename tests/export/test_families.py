@@ -60,7 +60,6 @@ PARAMETERS = {"gpt2": 124_439_808, "opt-125m": 125_239_296, "gpt-neo-125m": 125_
 """What the published models have."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_split_step_of_a_real_model_is_that_of_the_uncut_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

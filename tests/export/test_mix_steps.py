@@ -617,9 +617,7 @@ def conv_base() -> SplitModel:
     return without_trunk(split_width(model, 3, pictures(8)).with_dual_norms().model)
 
 
-@pytest.mark.parametrize(
-    "runtime", ["onnx", pytest.param("executorch", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("runtime", ["onnx", pytest.param("executorch", marks=pytest.mark.slow)])
 def test_a_base_is_exported(runtime: RuntimeName, tmp_path: Path) -> None:
     """Every graph on a device's runtime does what it does in PyTorch, for batches of any size."""
     model = conv_base()
@@ -695,7 +693,7 @@ def test_bases_of_a_language_model_are_mixed(tmp_path: Path) -> None:
         assert_mixes(eager, mixer, steps, 2, words(rows, rows, length), (0.0, 0.3, 1.0), 1e-4)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_base_of_a_language_model_is_exported(tmp_path: Path) -> None:
     """With all its graphs, as a bundle that opens."""
     model = without_trunk(split_width(gpt2(), 2, words(8)).with_dual_norms().model)

@@ -385,7 +385,7 @@ def step_of(net: nn.Module, stacked: dict[str, Tensor], x: Tensor) -> Step:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.exhaustive)
+        pytest.param(name, marks=pytest.mark.slow)
         if name in ("bert", "opt", "vit", "gpt2") else name
         for name in NETS
     ],

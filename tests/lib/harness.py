@@ -66,8 +66,10 @@ async def running_hub(config: HubConfig) -> AsyncIterator[tuple[Hub, str]]:
     held_out = examples(64, seed=7)
     model = build()
     model.load(config.bundles / WEIGHTS)
-    hub = Hub(config, model, LocalTrunk(TrunkCore(model, "cpu", (held_out.x, held_out.y))))
-    hub._evaluate = lambda: hub.trunk.evaluate(hub._tier_cuts())
+    trunk = LocalTrunk(TrunkCore(model, "cpu", (held_out.x, held_out.y)))
+    tiers = BundleIndex.read(config.bundles).tiers
+    cuts = {name: (entry.cut, entry.codec) for name, entry in tiers.items()}
+    hub = Hub(config, model, trunk, evaluate=lambda: trunk.evaluate(cuts))
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(hub.serve(ready.set_result))
     await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from server_hub.simulation import clock
+from server_hub.simulation.clock import VirtualLoop
 from server_hub.simulation.job import DeviceRuntime, Job
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord
@@ -28,19 +27,19 @@ def simulate(
 
 @contextmanager
 def in_time(virtual_s: float = 20_000.0) -> Iterator[None]:
-    """A run that goes on for so long without an end fails its test."""
-    selector = clock._JumpingSelector
-    select, over = selector.select, False
+    """A run that has not ended after so many virtual seconds fails its test."""
+    time, over = VirtualLoop.time, False
 
-    def limited(self: clock._JumpingSelector, timeout: float | None = None) -> Any:
+    def limited(self: VirtualLoop) -> float:
         nonlocal over
-        if self.now > virtual_s and not over:
+        now = time(self)
+        if now > virtual_s and not over:
             over = True  # once: the loop needs it to clean up
             raise AssertionError(f"the run has no end, not in {virtual_s:g} virtual seconds")
-        return select(self, timeout)
+        return now
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selector, "select", limited)
+        patch.setattr(VirtualLoop, "time", limited)
         yield
 
 

@@ -122,8 +122,8 @@ def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
     [
         ("dropout", "onnx"),
         ("dropout", "torch"),
-        pytest.param("lora", "onnx", marks=pytest.mark.exhaustive),
-        pytest.param("batchnorm", "executorch", marks=pytest.mark.exhaustive),
+        pytest.param("lora", "onnx", marks=pytest.mark.slow),
+        pytest.param("batchnorm", "executorch", marks=pytest.mark.slow),
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:

@@ -72,11 +72,11 @@ async def worker(model: SplitModel, **options: Any) -> AsyncIterator[WorkerTrunk
         await trunk.close()
 
 
-def pid_of(trunk: WorkerTrunk) -> int:
-    """Process id of a worker."""
-    pid = trunk._process.pid
-    assert isinstance(pid, int)
-    return pid
+def worker_pid() -> int:
+    """Process id of the one worker that this process has."""
+    (child,) = (c for c in multiprocessing.active_children() if c.name == "trunk")
+    assert child.pid is not None
+    return child.pid
 
 
 def is_running(pid: int) -> bool:
@@ -87,10 +87,11 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def shared_memory_of(trunk: WorkerTrunk) -> Path:
-    """The file behind a worker's arena."""
-    assert trunk._arena is not None
-    return Path("/dev/shm") / trunk._arena.name
+def shared_memory() -> Path:
+    """The file behind the one arena that this process has."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    (path,) = {line.split()[-1] for line in maps if line.split()[-1].startswith("/dev/shm/psm_")}
+    return Path(path)
 
 
 def bad(arrival: Arrival) -> Arrival:
@@ -232,7 +233,7 @@ def test_a_worker_that_is_killed_fails_at_once_and_leaves_nothing() -> None:
         model = slow_model(SleepingBlock(30.0))
         trunk = WorkerTrunk(model, "cpu", arena_bytes=ARENA, threads=1)
         await trunk.start()
-        memory, pid = shared_memory_of(trunk), pid_of(trunk)
+        memory, pid = shared_memory(), worker_pid()
         await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER))
         step = asyncio.create_task(trunk.step([arrival_of(model, 1, 2, 1)]))
         queued = asyncio.create_task(trunk.answer(arrival_of(model, 1, 2, 2)))
@@ -259,7 +260,7 @@ def test_a_worker_that_is_killed_while_idle_is_noticed_at_the_next_call() -> Non
     async def test() -> None:
         model = dense_model()
         async with worker(model) as trunk:
-            os.kill(pid_of(trunk), signal.SIGKILL)
+            os.kill(worker_pid(), signal.SIGKILL)
             started = time.monotonic()
             with pytest.raises(TrunkFailed, match="ended with exit code -9 in finish"):
                 await trunk.finish()
@@ -298,7 +299,7 @@ def test_a_device_that_torch_does_not_have_is_a_failure_to_start(
         trunk = WorkerTrunk(dense_model(), "nonsense", arena_bytes=ARENA, threads=1)
         with pytest.raises(TrunkFailed, match="ended with exit code 1 in hello"):
             await trunk.start()
-        memory = shared_memory_of(trunk)
+        memory = shared_memory()
         await trunk.close()
         assert not memory.exists()
 
@@ -315,7 +316,7 @@ def test_close_leaves_no_process_and_no_shared_memory() -> None:
         model = dense_model()
         trunk = WorkerTrunk(model, "cpu", arena_bytes=ARENA, threads=1)
         await trunk.start()
-        pid, memory = pid_of(trunk), shared_memory_of(trunk)
+        pid, memory = worker_pid(), shared_memory()
         assert is_running(pid)
         assert memory.exists()
         await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER, epochs=2))
@@ -347,22 +348,25 @@ def test_close_of_a_start_that_was_given_up(when: str) -> None:
         if when == "at once":
             await asyncio.sleep(0)
         else:
-            await until(lambda: trunk._process is not None and trunk._process.pid is not None)
+            await until(lambda: bool(multiprocessing.active_children()))
+            pid = worker_pid()
         assert not start.done()
         start.cancel()
         with pytest.raises(asyncio.CancelledError):
             await start
-        memory = shared_memory_of(trunk)
+        memory = shared_memory()
         await trunk.close()
         assert not memory.exists()
-        assert not is_running(pid_of(trunk))
+        assert not multiprocessing.active_children()
+        assert when == "at once" or not is_running(pid)
 
     run(test())
 
 
 SCRIPT = """
-import asyncio, os, signal, sys
-from server_hub.trunk import TrunkPlan
+import asyncio, multiprocessing, os, signal, sys
+from pathlib import Path
+from server_hub.trunk.interface import TrunkPlan
 from server_hub.trunk.process import TrunkFailed, WorkerTrunk
 from tests.lib.trunk_models import arrival_of, dense_model, state_of
 
@@ -370,12 +374,15 @@ async def main():
     model = dense_model()
     trunk = WorkerTrunk(model, "cpu", arena_bytes=2**20, threads=1)
     await trunk.start()
-    print(trunk._arena.name, flush=True)
+    (child,) = multiprocessing.active_children()
+    maps = Path("/proc/self/maps").read_text().split()
+    (arena,) = {word for word in maps if word.startswith("/dev/shm/psm_")}
+    print(Path(arena).name, flush=True)
     await trunk.begin(state_of(model), TrunkPlan("sgd", {}))
     if sys.argv[1] == "kill worker":
-        os.kill(trunk._process.pid, signal.SIGKILL)
+        os.kill(child.pid, signal.SIGKILL)
     if sys.argv[1] == "kill hub":
-        print(trunk._process.pid, flush=True)
+        print(child.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     await trunk.close()
 

@@ -322,7 +322,7 @@ def repeatable(record: RoundRecord) -> dict[str, Any]:
     [
         ("fedsplitx", 2, 1),
         *(
-            pytest.param(method, 5, 2, marks=pytest.mark.exhaustive)
+            pytest.param(method, 5, 2, marks=pytest.mark.slow)
             for method in ("splitfed-v1", "splitfed-v2")
         ),
     ],

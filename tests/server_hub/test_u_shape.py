@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,8 @@ def test_arrivals_of_several_depths_are_one_step_over_all_their_labels(
         ("lora", "torch"),
         ("dropout", "torch"),
         ("batchnorm", "onnx"),
-        pytest.param("lora", "onnx", marks=pytest.mark.exhaustive),
-        pytest.param("groupnorm", "executorch", marks=pytest.mark.exhaustive),
+        pytest.param("lora", "onnx", marks=pytest.mark.slow),
+        pytest.param("groupnorm", "executorch", marks=pytest.mark.slow),
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
@@ -281,13 +282,18 @@ def test_a_fleet_learns_and_no_label_leaves_a_device(
 ) -> None:
     """Accuracy of the model's head rises; what the trunk is given has no labels."""
     seen: list[Array | None] = []
-    receive = TrunkCore._receive
+    step, features = TrunkCore.step, TrunkCore.features
 
-    def watched(self: TrunkCore, arrival: Arrival) -> Any:
+    def watched_step(self: TrunkCore, arrivals: Sequence[Arrival]) -> Any:
+        seen.extend(arrival.labels for arrival in arrivals)
+        return step(self, arrivals)
+
+    def watched_features(self: TrunkCore, arrival: Arrival) -> Any:
         seen.append(arrival.labels)
-        return receive(self, arrival)
+        return features(self, arrival)
 
-    monkeypatch.setattr(TrunkCore, "_receive", watched)
+    monkeypatch.setattr(TrunkCore, "step", watched_step)
+    monkeypatch.setattr(TrunkCore, "features", watched_features)
     accuracies = []
     hyper = {"lr": 0.05, "momentum": 0.0}  # steps that come late do not go with momentum
     calm: dict[str, Any] = {"trunk": TrunkTraining(hyper=hyper, max_rows=1, wait_s=0.0)}
