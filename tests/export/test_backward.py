@@ -22,6 +22,7 @@ from export.lowering.lowered import RuntimeName, lower
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
 from export.packing import Codec, get_codec
+from export.returned_steps import activate, backward
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps
@@ -202,7 +203,7 @@ def test_frozen_layers_before_the_cut() -> None:
     model.block[0].requires_grad_(False)
     segment = ClientSegment(model, CUT)
     steps = make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
-    verify(steps, steps.backward(), lower("torch", [steps.backward()], {}).run, images(8))
+    verify(steps, backward(steps), lower("torch", [backward(steps)], {}).run, images(8))
     model.block[1].requires_grad_(False)
     with pytest.raises(ExportError, match="before cut 2 every parameter is frozen"):
         make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
@@ -233,7 +234,7 @@ def test_without_returned_nothing_changes(tmp_path: Path) -> None:
 def test_a_wrong_backward_is_refused(name: str) -> None:
     """What does not move, or moves and must not, is named."""
     _, steps = steps_of("batchnorm", get_codec("int8"), "sgd")
-    step = steps.backward()
+    step = backward(steps)
     run = lower("torch", [step], {}).run
     verify(steps, step, run, images(8))
     with pytest.raises(ExportError, match=f"'backward' differs from eager PyTorch in next/{name}"):
@@ -245,7 +246,7 @@ def test_a_wrong_activate_is_refused() -> None:
     _, steps = steps_of("batchnorm", get_codec("fp16"), "sgd")
     with pytest.raises(ExportError, match="'activate' differs from eager PyTorch in packed"):
         verify(
-            steps, steps.activate(), lambda _, feeds: lower("torch", [], {}).run(
+            steps, activate(steps), lambda _, feeds: lower("torch", [], {}).run(
                 steps.forward(), feeds
             ), images(8),
         )  # fmt: skip

@@ -167,7 +167,7 @@ def pick(root: Path, room: str, count: int, seed: int) -> list[tuple[Path, Mutan
 
 
 def copied(root: Path, folder: Path) -> Path:
-    """A copy of the repository's files, without what git ignores."""
+    """Copy the repository's files into a folder, without what git ignores."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=root, check=True, capture_output=True, text=True,
@@ -211,7 +211,9 @@ def _run_pytest(folder: Path, tests: Sequence[str]) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.dont_write_bytecode = True
-        os.environ.update(PYTHONPATH=str(folder), PYTHONDONTWRITEBYTECODE="1")
+        scratch = folder.with_name(f"{folder.name}-tmp")
+        tempfile.tempdir = str(scratch)
+        os.environ.update(PYTHONPATH=str(folder), PYTHONDONTWRITEBYTECODE="1", TMPDIR=str(scratch))
         sys.path.insert(0, str(folder))
         ours = ("edge_sdk", "export", "server_hub", "benchmarks", "tests")
         for name in [name for name in sys.modules if name.split(".")[0] in ours]:
@@ -234,7 +236,8 @@ def try_mutants(room: str, count: int, seed: int) -> list[Outcome]:
         importlib.import_module(module)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="cutlayer-mutants-") as scratch:
-        folder = copied(ROOT, Path(scratch))
+        folder = copied(ROOT, Path(scratch, "copy"))
+        Path(scratch, "copy-tmp").mkdir()
         limits: dict[tuple[str, ...], float] = {}
         for path, mutant in pick(ROOT, room, count, seed):
             started, found = time.monotonic(), False

@@ -37,6 +37,7 @@ from export.lowering.lowered import RuntimeName, lower
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
 from export.packing import get_codec
+from export.returned_steps import fuse
 from export.split import ClientSegment
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps, segment_of
@@ -151,7 +152,7 @@ def test_a_wrong_graph_is_refused(name: str) -> None:
         ClientSegment(model, CUT), get_optimizer("sgd"), get_codec("int8"), draw(8), CLASSES,
         {"batch": 8}, fused=True,
     )  # fmt: skip
-    step = steps.fuse()
+    step = fuse(steps)
     run = lower("torch", [step], {}).run
     verify(steps, step, run, images(8))
     bent = wrong(name, run)

@@ -26,6 +26,7 @@ from export.adapters import from_transformers
 from export.functional import TorchRuntime
 from export.lora import Lora, add_lora, set_ranks
 from export.optimizers import get_optimizer
+from export.returned_steps import activate, backward
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from server_hub.aggregation.adapters import MergedAdapters, at_ranks
@@ -89,7 +90,7 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
             for t, e in zip(state, steps.state, strict=True)
         ]  # fmt: skip
         constants = dict(steps.constants)
-        (h,) = steps.activate().function(constants, *state[: len(steps.initial)], x)
+        (h,) = activate(steps).function(constants, *state[: len(steps.initial)], x)
         plan = TrunkPlan(optimizer, hyper, returned=True, keeps_slots=True)
         trunk.begin(held, plan)
         arrival = Arrival("d", "all", cut, "float64", {"h": h.numpy()}, y.numpy())
@@ -97,7 +98,7 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
         (gradient,) = report.gradients
         assert gradient is not None
         rates = [torch.tensor(hyper[name], dtype=torch.float64) for name in rule.hyper]
-        after = steps.backward().function(
+        after = backward(steps).function(
             constants, *state, x, torch.from_numpy(np.array(gradient["h"])), *rates
         )
         for copied in trunk.finish():

@@ -22,6 +22,7 @@ from export.lowering.lowered import RuntimeName, lower
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
 from export.packing import get_codec
+from export.returned_steps import activate, backward, finish
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles
@@ -103,13 +104,13 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
         def state(own: dict[str, Tensor] = own, steps: ClientSteps = steps) -> list[Tensor]:
             return [own[e.spec.name] for e in steps.state]
 
-        (h,) = steps.activate().function(constants, *state()[: len(steps.initial)], x)
+        (h,) = activate(steps).function(constants, *state()[: len(steps.initial)], x)
         trunk.begin(held, TrunkPlan(optimizer, hyper, returned=True, u_shaped=True,
                                     keeps_slots=True))  # fmt: skip
         arrival = Arrival("d", "all", cut, "float64", {"h": h.numpy()}, None, shape=tuple(y.shape))
         features = trunk.features(arrival)
         assert features is not None
-        outputs = steps.finish().function(
+        outputs = finish(steps).function(
             constants, *state(), torch.from_numpy(features["h"]), y, *rates
         )
         *after, loss, _, back = outputs
@@ -121,7 +122,7 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
         (gradient,) = report.gradients
         assert gradient is not None
         assert report.losses == [None]
-        after = list(steps.backward().function(
+        after = list(backward(steps).function(
             constants, *state(), x, torch.from_numpy(np.array(gradient["h"])), *rates
         ))  # fmt: skip
         own.update(zip((e.spec.name for e in steps.state), after, strict=True))
@@ -214,7 +215,7 @@ def test_a_wrong_finish_is_refused() -> None:
         ClientSegment(model, 2, u_shaped=True), get_optimizer("sgd"), get_codec("int8"),
         example(8), classes, {"batch": 8}, returned=True,
     )  # fmt: skip
-    step = steps.finish()
+    step = finish(steps)
     run = lower("torch", [step], {}).run
     verify(steps, step, run, example(8))
     for name in ("head.out.weight", "block.0.conv.weight"):
