@@ -13,6 +13,7 @@ import torch
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.inference.metrics import Metric
 from edge_sdk.protocol.messages import (
     Activations,
     Decline,
@@ -42,7 +43,7 @@ from server_hub.rounds.model_publisher import ModelPublisher
 from server_hub.rounds.round_log import RoundLog
 from server_hub.rounds.rounds import Rounds
 from server_hub.rounds.update_collector import UpdateCollector
-from server_hub.storage.run_folder import Metric, RoundRecord, RunFolder
+from server_hub.storage.run_folder import RoundRecord, RunFolder
 from server_hub.trunk.batcher import StepBatcher
 from server_hub.trunk.interface import EvaluationReport, Trunk
 from server_hub.trunk.process import WorkerTrunk

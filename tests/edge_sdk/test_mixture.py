@@ -40,10 +40,9 @@ from server_hub.hub import Hub
 from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
-from server_hub.trunk.step import TrunkCore
-from tests.end_to_end.test_bad_input import RawClient, raw
 from tests.lib.harness import hub_config, save_npz
 from tests.lib.mixture_models import DEPTH, Made, made, vectors
+from tests.lib.raw_client import RawClient, raw
 
 
 class Counting:
@@ -401,7 +400,7 @@ async def serving(config: HubConfig, export: Made) -> AsyncIterator[tuple[Hub, s
     held_out = vectors(60, seed=7)
     model = copy.deepcopy(export.bases.hub)
     model.load(config.bundles / WEIGHTS)
-    hub = Hub(config, model, LocalTrunk(TrunkCore(model, "cpu", (held_out.x, held_out.y))))
+    hub = Hub(config, model, LocalTrunk(model, "cpu", (held_out.x, held_out.y)))
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(hub.serve(ready.set_result))
     both: list[asyncio.Future[Any]] = [ready, task]

@@ -187,8 +187,8 @@ def test_local_loss(
     ("kind", "runtime"),
     [
         *((kind, runtime) for kind in ("conv", "decoder") for runtime in ("onnx", "torch")),
-        pytest.param("conv", "executorch", marks=pytest.mark.exhaustive),
-        pytest.param("decoder", "executorch", marks=pytest.mark.exhaustive),
+        pytest.param("conv", "executorch", marks=pytest.mark.slow),
+        pytest.param("decoder", "executorch", marks=pytest.mark.slow),
     ],
 )
 def test_distillation_is_exported(kind: str, runtime: RuntimeName) -> None:
@@ -232,7 +232,7 @@ class WordStem(nn.Module):
         return result
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_no_distillation_no_operators() -> None:
     """With a weight of zero, or a single head, the graph is the one without it."""
     model, x, classes = distilled("conv")

@@ -37,15 +37,19 @@ from export.lowering.lowered import RuntimeName, lower
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
 from export.packing import get_codec
+from export.returned_steps import fuse
 from export.split import ClientSegment
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps, segment_of
 from server_hub.gateway.tokens import TokenFile
 from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules
-from tests.export.test_backward import CUT, HYPER, MODELS, Exact, images, runtime_of, wrong
+from tests.lib.codecs import Exact
 from tests.lib.harness import examples, hub_config, running_hub
 from tests.lib.models import CLASSES, IMAGE, build, example
+from tests.lib.returned_models import CUT, HYPER, MODELS, images
+from tests.lib.step_runtimes import runtime_of
+from tests.lib.wrong_steps import wrong
 
 
 def fused_steps(kind: str, optimizer: str) -> tuple[nn.Module, ClientSteps]:
@@ -119,8 +123,8 @@ def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
     [
         ("dropout", "onnx"),
         ("dropout", "torch"),
-        pytest.param("lora", "onnx", marks=pytest.mark.exhaustive),
-        pytest.param("batchnorm", "executorch", marks=pytest.mark.exhaustive),
+        pytest.param("lora", "onnx", marks=pytest.mark.slow),
+        pytest.param("batchnorm", "executorch", marks=pytest.mark.slow),
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_a_wrong_graph_is_refused(name: str) -> None:
         ClientSegment(model, CUT), get_optimizer("sgd"), get_codec("int8"), draw(8), CLASSES,
         {"batch": 8}, fused=True,
     )  # fmt: skip
-    step = steps.fuse()
+    step = fuse(steps)
     run = lower("torch", [step], {}).run
     verify(steps, step, run, images(8))
     bent = wrong(name, run)

@@ -26,7 +26,7 @@ from export.adapters import from_transformers
 from export.functional import TorchRuntime
 from export.lora import Lora, add_lora, set_ranks
 from export.optimizers import get_optimizer
-from export.packing import Shape
+from export.returned_steps import activate, backward
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from server_hub.aggregation.adapters import MergedAdapters, at_ranks
@@ -36,53 +36,20 @@ from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord
-from server_hub.trunk.interface import Arrival, TrunkCopy, TrunkPlan
+from server_hub.trunk.interface import TrunkCopy, TrunkPlan
 from server_hub.trunk.settings import TrunkTraining
-from server_hub.trunk.step import TrunkCore
-from tests.export.test_backward import Exact, manifest_of
+from server_hub.trunk.step import TrunkTrainer
+from tests.lib.adapted_gpt2 import DEPTH, LENGTH, WORDS, build, texts
+from tests.lib.codecs import Double, Exact
+from tests.lib.step_runtimes import manifest_of
+from tests.lib.trunk_models import step_input
 
-WORDS, LENGTH, DEPTH = 23, 7, 4
 ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
-
-
-def build(rank: int = 4, seed: int = 0) -> SplitModel:
-    """A GPT-2 of four small blocks with adapters that do something from the start."""
-    config = transformers.GPT2Config(
-        n_embd=16, n_layer=DEPTH, n_head=2, vocab_size=WORDS, n_positions=LENGTH, bos_token_id=1,
-        eos_token_id=1, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = from_transformers(config)
-    add_lora(model, Lora(rank=rank), "gpt2")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
-    return model
-
-
-def texts(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random tokens, and labels of which some do not count."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(WORDS, (rows, LENGTH), generator=generator)
-    y = torch.randint(WORDS, (rows, LENGTH), generator=generator)
-    y[torch.rand(y.shape, generator=generator) < 0.2] = -1
-    return x, y
 
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of the labels that count."""
     return cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1), ignore_index=-1)
-
-
-class Double(Exact):
-    """Activations in float64, as they are."""
-
-    name = "float64"
-
-    def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
-        """One tensor."""
-        return (TensorSpec("h", "float64", shape),)
 
 
 # --- staleness 0 ----------------------------------------------------------------------------------
@@ -100,7 +67,7 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
     uncut = copy.deepcopy(model)
     rule = get_optimizer(optimizer)
     reference = rule.reference([p for p in uncut.parameters() if p.requires_grad], hyper)
-    trunk = TrunkCore(copy.deepcopy(model), "cpu")
+    trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     held = {n: p.detach().numpy().copy() for n, p in model.trained().items()}
     held |= {n: t.numpy() for n, t in rule.slots(model.trained()).items()}
     rng = np.random.default_rng(seed)
@@ -125,15 +92,15 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
             for t, e in zip(state, steps.state, strict=True)
         ]  # fmt: skip
         constants = dict(steps.constants)
-        (h,) = steps.activate().function(constants, *state[: len(steps.initial)], x)
+        (h,) = activate(steps).function(constants, *state[: len(steps.initial)], x)
         plan = TrunkPlan(optimizer, hyper, returned=True, keeps_slots=True)
         trunk.begin(held, plan)
-        arrival = Arrival("d", "all", cut, "float64", {"h": h.numpy()}, y.numpy())
+        arrival = step_input("d", "all", cut, "float64", {"h": h.numpy()}, y.numpy())
         report = trunk.step([arrival])
         (gradient,) = report.gradients
         assert gradient is not None
         rates = [torch.tensor(hyper[name], dtype=torch.float64) for name in rule.hyper]
-        after = steps.backward().function(
+        after = backward(steps).function(
             constants, *state, x, torch.from_numpy(np.array(gradient["h"])), *rates
         )
         for copied in trunk.finish():

@@ -42,10 +42,10 @@ from server_hub.storage.run_folder import read_records
 from server_hub.trunk.adversarial import hard_examples, mixed_logits
 from server_hub.trunk.interface import TrunkCopy
 from server_hub.trunk.settings import TrunkTraining
-from server_hub.trunk.step import TrunkCore
-from tests.export.test_mix_steps import only, shaken, torch_runtime
+from server_hub.trunk.step import TrunkTrainer
+from tests.lib.dual_norms import only, shaken, torch_runtime
 from tests.lib.models import CLASSES, IMAGE, MeanHead, example
-from tests.server_hub.test_simulation import Interrupted, assert_alike, simulate, stop_after
+from tests.lib.simulations import Interrupted, assert_alike, simulate, stop_after
 
 DEPTH = 3
 
@@ -631,7 +631,7 @@ def hub_bases(bases: int = 4, seed: int = 0) -> tuple[SplitModel, dict[str, Arra
 def test_bases_are_put_in_order_by_some_examples_and_measured_by_the_others(seed: int) -> None:
     model, states = hub_bases(seed=seed)
     x, y = example(IMAGE, 83, seed), torch.randint(CLASSES, (83,))
-    core = TrunkCore(model, "cpu", (x.numpy(), y.numpy()))
+    core = TrunkTrainer(model, "cpu", (x.numpy(), y.numpy()))
     core.serve(dict.fromkeys((1, 3), states), 4)
     report = core.evaluate_bases()
     logits = [plain_answers(m, x) for m in each(model, states)]
@@ -662,7 +662,7 @@ def test_mixtures_of_texts_are_measured_by_perplexity() -> None:
         n: (t + 0.3 * rng.standard_normal(t.shape)).astype(np.float32)
         for n, t in found.states.items()
     }
-    core = TrunkCore(found.hub, "cpu", (x.numpy(), y.numpy()))
+    core = TrunkTrainer(found.hub, "cpu", (x.numpy(), y.numpy()))
     core.serve({1: states}, 2)
     report = core.evaluate_bases()
     logits = [plain_answers(m, x) for m in each(found.hub, states)]

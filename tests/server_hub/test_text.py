@@ -36,7 +36,7 @@ from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
 from server_hub.simulation.results import accuracy_grid, common_target, cost_grid, rows_of, summary
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord, RunFolder, read_records
-from server_hub.trunk.evaluator import batches_to_measure, vocabulary
+from server_hub.trunk.evaluator import batches_to_evaluate, vocabulary
 from server_hub.trunk.settings import TrunkTraining
 
 WORDS = 258
@@ -148,7 +148,7 @@ def test_perplexity_of_a_model_that_has_overflowed_is_a_number() -> None:
 def test_texts_are_measured_as_many_at_a_time_as_memory_has_room_for() -> None:
     model = build()
     y = np.zeros((300, 1024), np.int64)
-    sizes = [len(batch) for batch in batches_to_measure(Examples(y, y), model)]
+    sizes = [len(batch) for batch in batches_to_evaluate(Examples(y, y), model)]
     assert sum(sizes) == 300
     assert max(sizes) * 1024 * vocabulary(model) <= 2**24
 
@@ -325,7 +325,7 @@ def repeatable(record: RoundRecord) -> dict[str, Any]:
     [
         ("fedsplitx", 2, 1),
         *(
-            pytest.param(method, 5, 2, marks=pytest.mark.exhaustive)
+            pytest.param(method, 5, 2, marks=pytest.mark.slow)
             for method in ("splitfed-v1", "splitfed-v2")
         ),
     ],
