@@ -14,8 +14,9 @@ import torch
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, CutlayerError, ProtocolError
-from edge_sdk.inference.prediction import Metric
+from edge_sdk.inference.metrics import Metric
 from edge_sdk.protocol.channel import Delivery
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import (
     Activations,
     Answer,
@@ -388,21 +389,23 @@ class Hub:
         elif isinstance(message, Update):
             self._intake.update(peer, message)
         else:
-            raise ProtocolError("bad_message", f"a device does not send {message.TYPE}")
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"a device does not send {message.TYPE}")
         peer.session.settle(delivery.seq)
         self._changes.wake()
 
     def _infer(self, peer: Peer, message: Infer, seq: int) -> None:
         manifest = self.manifests.get(message.tier or peer.tier)
         if manifest is None:
-            raise ProtocolError("unknown_tier", f"there is no tier {message.tier!r}", "tier")
+            raise ProtocolError(
+                ErrorCode.UNKNOWN_TIER, f"there is no tier {message.tier!r}", "tier"
+            )
         sizes = check_packed(message.parts, manifest)
         depths = [d for d in self.model.head_depths if d > manifest.cut]
         heads = [f"aux.{d}" for d in depths]
         if not isinstance(self.model.head, NoHead):
             heads.append("head")
         if not heads:
-            raise ProtocolError("bad_message", "all of the model is on the device", "tier")
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, "all of the model is on the device", "tier")
         self._check_manner(message)
         check_answer(sizes, len(heads), manifest.classes)
         labels = np.zeros(sizes["batch"], np.int64)
@@ -429,18 +432,20 @@ class Hub:
         bases = max(len(self.offers.order), 1)
         if message.base >= bases:
             raise ProtocolError(
-                "bad_message", f"there is no base {message.base}; there are {bases}", "base"
+                ErrorCode.BAD_MESSAGE, f"there is no base {message.base}; there are {bases}", "base"
             )
         if not 0 <= message.robustness <= 1:
             raise ProtocolError(
-                "bad_message", f"robustness is {message.robustness:g}, not in 0 to 1", "robustness"
+                ErrorCode.BAD_MESSAGE,
+                f"robustness is {message.robustness:g}, not in 0 to 1",
+                "robustness",
             )
 
     def _refused(self, peer: Peer, reason: str) -> None:
         """The trunk cannot use what a device has sent."""
         self.rounds.drop(peer.device, reason)
         self._background.spawn(
-            self.gateway.refuse(peer, ProtocolError("not_finite", reason, "parts"))
+            self.gateway.refuse(peer, ProtocolError(ErrorCode.NOT_FINITE, reason, "parts"))
         )
 
     def _gone(self, peer: Peer, reason: str) -> None:

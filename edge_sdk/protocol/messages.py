@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edge_sdk.errors import ProtocolError
-from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.enums import ActivationMode, ErrorCode
 from edge_sdk.protocol.tensors import Array
 
 VERSION = 1
@@ -457,20 +457,20 @@ def from_body(kind: object, body: object) -> Message:
     cls = MESSAGES.get(kind) if isinstance(kind, str) else None
     if cls is None:
         shown = repr(kind[:64]) if isinstance(kind, str) else f"of type {type(kind).__name__}"
-        raise ProtocolError("unknown_type", f"unknown message type {shown}")
+        raise ProtocolError(ErrorCode.UNKNOWN_TYPE, f"unknown message type {shown}")
     if not isinstance(body, dict):
-        raise ProtocolError("bad_message", f"the body of {kind} must be a map")
+        raise ProtocolError(ErrorCode.BAD_MESSAGE, f"the body of {kind} must be a map")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in body:
         if name not in fields:
             shown = str(name)[:64]
-            raise ProtocolError("bad_message", f"{kind} has no field {shown!r}", shown)
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind} has no field {shown!r}", shown)
     for name, spec in fields.items():
         if name not in body:
             if spec.default is dataclasses.MISSING:
-                raise ProtocolError("bad_message", f"{kind} lacks the field {name!r}", name)
+                raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind} lacks the field {name!r}", name)
             continue
         wanted = spec.metadata["check"](body[name])
         if wanted is not None:
-            raise ProtocolError("bad_message", f"{kind}.{name} must be {wanted}", name)
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind}.{name} must be {wanted}", name)
     return cls(**body)

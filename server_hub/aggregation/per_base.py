@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from edge_sdk.inference.mixture import tensor_of
+from edge_sdk.bundle.manifest import tensor_of
 from edge_sdk.protocol.tensors import TensorSpec
 from export.split import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate

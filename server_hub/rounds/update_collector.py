@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.bundle.manifest import Manifest, tensor_of
 from edge_sdk.errors import ProtocolError
-from edge_sdk.inference.mixture import tensor_of
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Activations, FeatureGradient, Features, Update
 from edge_sdk.protocol.tensors import TensorSpec
 from server_hub.aggregation.interface import DeviceUpdate
@@ -103,13 +103,15 @@ class UpdateCollector:
         manifest, member = self._manifests[peer.tier], self._members[peer.device]
         if manifest.whole or self._stage.activations == "none":
             raise ProtocolError(
-                "bad_message", "no activations are wanted of this tier in this round", "parts"
+                ErrorCode.BAD_MESSAGE,
+                "no activations are wanted of this tier in this round",
+                "parts",
             )
         sizes = check_packed(message.parts, manifest)
         u_shaped = self._stage.activations == "u_shaped"
         if u_shaped != (message.labels is None):
             raise ProtocolError(
-                "bad_labels",
+                ErrorCode.BAD_LABELS,
                 "labels stay on the devices in this round"
                 if u_shaped
                 else "labels are missing; the hub trains the head in this round",
@@ -124,10 +126,12 @@ class UpdateCollector:
             times = self._check_base(message, member, manifest, self._method.mixing)
         elif message.base or message.noise or message.present is not None:
             field = "base" if message.base else "noise" if message.noise else "present"
-            raise ProtocolError("bad_message", "the model is not one of several bases", field)
+            raise ProtocolError(
+                ErrorCode.BAD_MESSAGE, "the model is not one of several bases", field
+            )
         if rows > self._config.local.batch_size or member.activation_rows > times * member.samples:
             raise ProtocolError(
-                "bad_message",
+                ErrorCode.BAD_MESSAGE,
                 f"{member.activation_rows} rows of activations in batches of {rows}; a "
                 f"round takes each of {member.samples} examples "
                 f"{'once' if times == 1 else f'{times} times'}, in batches of at most "
@@ -148,7 +152,7 @@ class UpdateCollector:
         )
         if u_shaped and len(member.unfinished) >= self._config.limits.window:
             raise ProtocolError(
-                "bad_message",
+                ErrorCode.BAD_MESSAGE,
                 f"{len(member.unfinished)} batches are without the gradient of their features; "
                 "send these first",
                 "batch",
@@ -177,7 +181,7 @@ class UpdateCollector:
         assert member.bases is not None
         if message.base not in member.bases:
             raise ProtocolError(
-                "bad_message",
+                ErrorCode.BAD_MESSAGE,
                 f"activations of base {message.base}; the device trains "
                 f"{', '.join(map(str, member.bases))} in this round",
                 "base",
@@ -185,7 +189,7 @@ class UpdateCollector:
         hardens = self._hardens(manifest)
         if message.noise and not hardens:
             raise ProtocolError(
-                "bad_message", "examples are not made hard in this tier and round", "noise"
+                ErrorCode.BAD_MESSAGE, "examples are not made hard in this tier and round", "noise"
             )
         assert message.labels is not None
         check_present(message.present, message.labels, manifest)
@@ -223,7 +227,7 @@ class UpdateCollector:
         kept = self._members[peer.device].unfinished.pop(message.batch, None)
         if kept is None:
             raise ProtocolError(
-                "bad_message", f"there are no features of a batch {message.batch}", "batch"
+                ErrorCode.BAD_MESSAGE, f"there are no features of a batch {message.batch}", "batch"
             )
         arrival, sizes = kept
         check_features(message.parts, message.labels, sizes, self._manifests[peer.tier])

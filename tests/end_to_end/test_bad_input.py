@@ -19,6 +19,7 @@ from edge_sdk import BundleError, Device
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle, Manifest
 from edge_sdk.bundle.store import BlobStore
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode, unpack_tensors
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
@@ -418,7 +419,7 @@ def test_flooding_beyond_the_window_is_an_error(tmp_path: Path, bundles: BundleI
             for batch in range(12):
                 await client.say(replace(good_activations(manifest, task.round), batch=batch))
             error = await client.hear(Error)
-            assert error.code == "window_exceeded"
+            assert error.code == ErrorCode.WINDOW_EXCEEDED
             assert len(hub._feed) <= 4
 
     asyncio.run(job())

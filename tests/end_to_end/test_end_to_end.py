@@ -16,7 +16,7 @@ import torch
 
 from edge_sdk import DataError, Device, HubError, LinkClosed
 from edge_sdk.bundle.index import BundleIndex
-from edge_sdk.inference.prediction import softmax
+from edge_sdk.inference.metrics import softmax
 from export.packing import get_codec
 from server_hub.config import Limits, Listen, LocalTraining, MethodConfig
 from server_hub.gateway.tokens import TokenFile
@@ -377,14 +377,14 @@ def test_a_slow_hub_slows_the_device_down(tmp_path: Path, bundles: BundleIndex) 
                 cache=tmp_path / "cache",
             )  # fmt: skip
             steps = 0
-            run = device._need_learner().runtime.run
+            run = device._loader.learner.runtime.run
 
             def counted(graph: str, batch: Any) -> Any:
                 nonlocal steps
                 steps += graph == "train"
                 return run(graph, batch)
 
-            device._need_learner().runtime.run = counted  # type: ignore[method-assign]
+            device._loader.learner.runtime.run = counted  # type: ignore[method-assign]
             training = asyncio.create_task(device.train())
             await asyncio.sleep(1.5)
             # ready was settled; four batches are unsettled, the fifth waits for room

@@ -24,6 +24,7 @@ from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, ConfigError, HubError
 from edge_sdk.protocol.channel import Channel
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
     VERSION,
@@ -38,8 +39,9 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.runtime import Runtime
 from edge_sdk.training.data import Examples
-from edge_sdk.transport.connection import Connection, Question, RoundOver
+from edge_sdk.transport.connection import Connection, Question
 from edge_sdk.transport.link import Link, MemoryLink, open_websocket
+from edge_sdk.transport.replies import RoundOver
 from export import packing
 from export.functional import TorchRuntime
 from export.split import SplitModel
@@ -459,7 +461,7 @@ def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, expor
             assert (await training).reason == "the job is finished"
             assert made.tier_of("a") == slow.manifest.tier == "three"
             final = load_file(tmp_path / "run" / "model.safetensors")
-            for name, tensor in slow._need_learner().runtime.get_state().items():
+            for name, tensor in slow._loader.learner.runtime.get_state().items():
                 np.testing.assert_array_equal(tensor, final[name])
             await asyncio.gather(slow.close(), other.close())
 
@@ -652,7 +654,7 @@ def test_a_connection_that_ends_during_a_move_ends_neither_device_nor_job(
         async with fleet(tmp_path, export, script, 4) as made:
             hub = made.hub
             async with await made.join("a", issued="two") as device:
-                load, peers = device._load_bundle, [hub.gateway.peers["a"]]
+                load, peers = device._loader.load, [hub.gateway.peers["a"]]
 
                 async def breaking(name: str, tier: str) -> Any:
                     learner = await load(name, tier)
@@ -668,7 +670,7 @@ def test_a_connection_that_ends_during_a_move_ends_neither_device_nor_job(
                         peers.append(peers[0])
                     return learner
 
-                device._load_bundle = breaking  # type: ignore[method-assign]
+                device._loader.load = breaking  # type: ignore[method-assign]
                 report = await device.train()
                 assert report.reason == "the job is finished"
                 assert made.tier_of("a") == device.manifest.tier == "one"
@@ -782,7 +784,7 @@ def test_an_answer_is_that_of_the_tier_which_has_packed_the_question(
     async def job() -> None:
         async with fleet(tmp_path, export, Script({"a": 3}), 2) as made:
             async with await made.join("a", "two") as device:
-                _, parts = device._need_learner().predict(x)
+                _, parts = device._loader.learner.predict(x)
                 assert device.manifest.tier == "two"
                 await device.train()
                 assert device.manifest.tier == made.tier_of("a") == "three"
@@ -790,7 +792,7 @@ def test_an_answer_is_that_of_the_tier_which_has_packed_the_question(
                 now = await device._connection.ask(Question(parts, "three"))
                 with pytest.raises(HubError, match="no tier 'five'") as caught:
                     await device._connection.ask(Question(parts, "five"))
-                assert caught.value.code == "unknown_tier"
+                assert caught.value.code == ErrorCode.UNKNOWN_TIER
             model = build()
             model.load(tmp_path / "run" / "model.safetensors")
             with torch.no_grad():
@@ -865,9 +867,9 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
         session.settle(delivery.seq)
         parts = {"h": np.ones((2, 3), np.float32)}
         await hub.say(Gradient(1, 0, parts))
-        assert (await connection.returned(Gradient, session, 1, 0)).parts.keys() == parts.keys()
+        assert (await connection.replies.wait(Gradient, session, 1, 0)).parts.keys() == parts.keys()
         await hub.say(Gradient(1, 2, parts))
-        waiting = asyncio.create_task(connection.returned(Gradient, session, 1, 1))
+        waiting = asyncio.create_task(connection.replies.wait(Gradient, session, 1, 1))
         await asyncio.sleep(0)
         await hub.say(end)
         with pytest.raises(RoundOver, match="round 1 is over"):
@@ -876,15 +878,17 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
         _, delivery = await connection.next_work()
         session.settle(delivery.seq)
         await hub.settled()
-        assert not connection._returns
+        assert not list(connection.replies.pending)
         for batch in range(4):
             with pytest.raises(RoundOver):
-                connection.returned_now(Gradient, session, 1, batch)
+                connection.replies.take(Gradient, session, 1, batch)
             with pytest.raises(RoundOver):
-                await connection.returned(Gradient, session, 1, batch)
+                await connection.replies.wait(Gradient, session, 1, batch)
         if isinstance(end, Round):
             await hub.say(Gradient(2, 0, parts))
-            assert (await connection.returned(Gradient, session, 2, 0)).parts.keys() == parts.keys()
+            assert (
+                await connection.replies.wait(Gradient, session, 2, 0)
+            ).parts.keys() == parts.keys()
         await asyncio.gather(connection.close("done"), hub.part())
 
     run(conversation())
