@@ -9,8 +9,9 @@ import msgpack
 import numpy as np
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.checks import MAX_INT, MAX_TENSORS
 from edge_sdk.protocol.enums import ErrorCode
-from edge_sdk.protocol.messages import MAX_INT, MAX_TENSORS, Message, from_body
+from edge_sdk.protocol.messages import Message, from_body
 from edge_sdk.protocol.tensors import TENSOR_EXT, Array, pack_tensor, unpack_tensor
 
 DEFAULT_MAX_FRAME = 64 * 2**20

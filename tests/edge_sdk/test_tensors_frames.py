@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.checks import MAX_INT, MAX_TEXT
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
-    MAX_INT,
-    MAX_TEXT,
     MESSAGES,
     Ack,
     Activations,

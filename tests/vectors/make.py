@@ -22,10 +22,10 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from edge_sdk.protocol.checks import MAX_INT
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
-    MAX_INT,
     VERSION,
     Ack,
     Activations,
