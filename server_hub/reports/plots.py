@@ -18,7 +18,7 @@ from server_hub.reports.tables import LABELS, scale_of
 from server_hub.storage.run_folder import RoundRecord
 
 if TYPE_CHECKING:
-    from edge_sdk.inference.prediction import Metric
+    from edge_sdk.inference.metrics import Metric
     from server_hub.simulation.results import Point, Runs, Score
 
 WRITTEN = 24

@@ -19,6 +19,7 @@ from edge_sdk import BundleError, Device
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.bundle.store import BlobStore
+from edge_sdk.protocol.enums import CloseCode
 from edge_sdk.protocol.frames import encode, unpack_tensors
 from edge_sdk.protocol.messages import (
     Activations,
@@ -317,7 +318,7 @@ def test_oversized_frame_is_refused_unread(tmp_path: Path, bundles: BundleIndex)
             await RawClient(connection).say(replace(GOOD, token=token))
             await connection.send(bytes(700_000))
             await asyncio.wait_for(connection.wait_closed(), 10)
-            assert connection.close_code == 1009
+            assert connection.close_code == CloseCode.MESSAGE_TOO_BIG
             assert "600000" in (connection.close_reason or "")
 
     asyncio.run(job())

@@ -17,7 +17,7 @@ import torch
 from edge_sdk import DataError, Device, HubError, LinkClosed
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
-from edge_sdk.inference.prediction import softmax
+from edge_sdk.inference.metrics import softmax
 from edge_sdk.protocol.frames import decode
 from edge_sdk.protocol.messages import BlobGet, Error
 from edge_sdk.runtime import Runtime, load_runtime

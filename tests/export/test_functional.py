@@ -20,7 +20,8 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import Learner, LocalPlan
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import LocalPlan
 from export.errors import ExportError
 from export.functional import TorchRuntime
 from export.losses import local_loss

@@ -24,7 +24,7 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, DataError
-from edge_sdk.inference.prediction import softmax
+from edge_sdk.inference.metrics import softmax
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.data import Examples

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.errors import BundleError, DataError
+from edge_sdk.protocol.messages import Batch
 from edge_sdk.protocol.tensors import Array, TensorSpec, check_tensors
 from edge_sdk.runtime import load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import Learner, LocalPlan
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import LocalPlan
 from export.lowering.lowered import lower as lower_all
 from export.lowering.onnx import lower
 from export.lowering.verify import verify
@@ -635,8 +637,9 @@ class Emitted:
     def __init__(self) -> None:
         self.batches: list[tuple[int, dict[str, Array], Array]] = []
 
-    def __call__(self, number: int, packed: dict[str, Array], y: Array) -> None:
-        self.batches.append((number, packed, y))
+    def __call__(self, number: int, batch: Batch) -> None:
+        assert batch.labels is not None
+        self.batches.append((number, batch.parts, batch.labels))
 
     def rows(self, h: Tensor) -> list[int]:
         """Which example each emitted row is of, found by its activations ``h``."""

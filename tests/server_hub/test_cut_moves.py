@@ -41,8 +41,9 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.runtime import Runtime
 from edge_sdk.training.data import Examples
-from edge_sdk.transport.connection import Connection, Question, RoundOver
+from edge_sdk.transport.connection import Connection, Question
 from edge_sdk.transport.link import Link, MemoryLink, open_websocket
+from edge_sdk.transport.replies import RoundOver
 from export import packing
 from export.functional import TorchRuntime
 from export.split import SplitModel
@@ -887,9 +888,9 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
         session.settle(delivery.seq)
         parts = {"h": np.ones((2, 3), np.float32)}
         await hub.say(Gradient(1, 0, parts))
-        assert (await connection.returned(Gradient, session, 1, 0)).parts.keys() == parts.keys()
+        assert (await connection.replies.wait(Gradient, session, 1, 0)).parts.keys() == parts.keys()
         await hub.say(Gradient(1, 2, parts))
-        waiting = asyncio.create_task(connection.returned(Gradient, session, 1, 1))
+        waiting = asyncio.create_task(connection.replies.wait(Gradient, session, 1, 1))
         await asyncio.sleep(0)
         await hub.say(end)
         with pytest.raises(RoundOver, match="round 1 is over"):
@@ -900,12 +901,14 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
         await hub.settled()
         for batch in range(4):
             with pytest.raises(RoundOver):
-                connection.returned_now(Gradient, session, 1, batch)
+                connection.replies.take(Gradient, session, 1, batch)
             with pytest.raises(RoundOver):
-                await connection.returned(Gradient, session, 1, batch)
+                await connection.replies.wait(Gradient, session, 1, batch)
         if isinstance(end, Round):
             await hub.say(Gradient(2, 0, parts))
-            assert (await connection.returned(Gradient, session, 2, 0)).parts.keys() == parts.keys()
+            assert (
+                await connection.replies.wait(Gradient, session, 2, 0)
+            ).parts.keys() == parts.keys()
         await asyncio.gather(connection.close("done"), hub.part())
 
     run(conversation())

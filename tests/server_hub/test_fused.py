@@ -20,14 +20,14 @@ from edge_sdk.protocol.messages import Gradient
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training import exchange
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import (
-    Alone,
-    Learner,
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import (
     LocalPlan,
     LocalResult,
-    Packed,
+    NoGradient,
+    Outgoing,
     Reply,
-    Wanted,
+    ReplyRequest,
     advance,
 )
 from edge_sdk.transport.link import Link, open_websocket
@@ -203,12 +203,12 @@ def test_weights_follow_the_losses_and_what_does_not_come_is_done_without() -> N
     sent: dict[int, dict[str, Array]] = {}
     while not isinstance(step := advance(training, reply), LocalResult):
         reply = None
-        if isinstance(step, Packed):
-            sent[step.batch] = step.parts
-        elif isinstance(step, Wanted):
-            loss = hub_losses[step.batch]
-            parts = sent[step.batch]
-            reply = Alone() if loss is None else Gradient(1, step.batch, parts, loss)
+        if isinstance(step, Outgoing):
+            sent[step.number] = step.batch.parts
+        elif isinstance(step, ReplyRequest):
+            loss = hub_losses[step.number]
+            parts = sent[step.number]
+            reply = NoGradient() if loss is None else Gradient(1, step.number, parts, loss)
     heads = 3.0 / len(runtime.manifest.heads)
     expected = [0.25, *(0.5 * loss / (heads + loss) for loss in (0.5, 6.0, 1.0))]
     assert [name for name, _ in runtime.calls if name != "activate"] == [

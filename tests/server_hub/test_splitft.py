@@ -17,10 +17,11 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.protocol.messages import Gradient
+from edge_sdk.protocol.messages import Batch, Gradient
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import Learner, LocalPlan, LocalResult, Packed, Wanted, advance
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import LocalPlan, LocalResult, Outgoing, ReplyRequest, advance
 from export import packing
 from export.adapters import from_transformers
 from export.functional import TorchRuntime
@@ -142,11 +143,12 @@ def drive(
         if isinstance(step, LocalResult):
             assert not sent
             return step, most
-        if isinstance(step, Packed):
-            sent[step.batch] = hub(step)
+        if isinstance(step, Outgoing):
+            assert isinstance(step.batch, Batch)
+            sent[step.number] = hub(step.batch)
             most = max(most, len(sent))
-        elif isinstance(step, Wanted) and (step.wait or not late):
-            gradient = Gradient(1, step.batch, sent.pop(step.batch))
+        elif isinstance(step, ReplyRequest) and (step.wait or not late):
+            gradient = Gradient(1, step.number, sent.pop(step.number))
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3, 20])
@@ -168,9 +170,11 @@ def test_gradients_are_as_old_as_the_staleness_allows_and_no_older(staleness: in
         (gradient,) = torch.autograd.grad(loss_of(model.head(deep), labels), h)
         return gradient
 
-    def hub(step: Packed) -> dict[str, Array]:
-        shown.append((step.parts["h"], step.labels))
-        return {"h": gradient_at(torch.tensor(step.parts["h"]), torch.tensor(step.labels)).numpy()}
+    def hub(batch: Batch) -> dict[str, Array]:
+        shown.append((batch.parts["h"], batch.labels))
+        return {
+            "h": gradient_at(torch.tensor(batch.parts["h"]), torch.tensor(batch.labels)).numpy()
+        }
 
     def batches() -> Iterator[Tensor]:
         """The inputs of the batches, found again by their labels."""
@@ -222,12 +226,12 @@ def test_gradients_that_are_there_are_used_at_once() -> None:
         model, runtime, _ = runtime_at(2)
         x, y = texts(8, 1)
 
-        def hub(step: Packed, model: SplitModel = model) -> dict[str, Array]:
-            h = torch.tensor(step.parts["h"]).requires_grad_()
+        def hub(batch: Batch, model: SplitModel = model) -> dict[str, Array]:
+            h = torch.tensor(batch.parts["h"]).requires_grad_()
             deep = h
             for block in model.block[2:]:
                 deep = block(deep)
-            loss = loss_of(model.head(deep), torch.tensor(step.labels))
+            loss = loss_of(model.head(deep), torch.tensor(batch.labels))
             return {"h": torch.autograd.grad(loss, h)[0].numpy()}
 
         plan = LocalPlan(1, 2, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}, "returned", 0,

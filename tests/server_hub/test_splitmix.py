@@ -367,7 +367,7 @@ def test_a_simulated_job_is_the_loop_of_the_paper(tmp_path: Path, model: str, ma
 
 # --- jobs from end to end -------------------------------------------------------------------------
 
-HARD = Attack(epsilon=0.1, rate=0.05, steps=1)
+HARD = Attack(epsilon=0.1, step_size=0.05, steps=1)
 TOGETHER = {
     "cut": FleetTier(clients=2, cut=1, codec="fp16", budget=0.5),
     "whole": FleetTier(clients=1, cut=DEPTH),
@@ -696,7 +696,7 @@ def test_hard_examples_stay_near_and_inside_and_raise_the_loss(
 ) -> None:
     bases = double_bases(seed)
     x, y = unit_pictures(6, seed)
-    attack = Attack(epsilon=epsilon, rate=epsilon / 4, steps=8, low=0.0, high=0.9)
+    attack = Attack(epsilon=epsilon, step_size=epsilon / 4, steps=8, low=0.0, high=0.9)
     x = x.clamp(max=0.9)
     hard = hard_examples(bases, x, y, attack, robust, seed)
     assert (hard - x).abs().max() <= epsilon + 1e-12
@@ -716,7 +716,7 @@ def test_hard_examples_go_along_the_gradient_of_the_norms_that_are_asked_for(
 ) -> None:
     bases = double_bases()
     x, y = unit_pictures(5, 1)
-    one = Attack(epsilon=0.1, rate=0.03, steps=1)
+    one = Attack(epsilon=0.1, step_size=0.03, steps=1)
     steps = [hard_examples(bases, x, y, replace(one, steps=n), robust, seed=7) for n in (1, 2)]
     at = steps[0].detach().clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)

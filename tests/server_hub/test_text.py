@@ -20,6 +20,7 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, DataError, ProtocolError
 from edge_sdk.inference.metrics import Tally
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training import text
 from edge_sdk.training.data import Examples
@@ -192,7 +193,7 @@ def test_labels_are_one_for_each_position_that_was_sent(index: BundleIndex) -> N
     for labels, says in wrong:
         with pytest.raises(ProtocolError, match=says) as error:
             check_labels(labels, sizes, manifest)
-        assert error.value.code == "bad_labels"
+        assert error.value.code == ErrorCode.BAD_LABELS
 
 
 def test_texts_and_answers_that_take_too_much_memory_are_refused(index: BundleIndex) -> None:
