@@ -1,7 +1,7 @@
 """The index of a folder of bundles: which tiers it has, and the manifest of each.
 
 An export is a folder with ``index.json`` and ``blobs/``. Fields of the index that are not known
-here belong to whoever wrote them; they are kept when it is written again.
+here are kept when the index is written again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class TierEntry:
-    """What the index says about a tier.
+    """A tier in the index.
 
     Attributes:
         cut: cut layer: how many blocks the devices hold.
@@ -51,7 +51,7 @@ class BundleIndex:
     """A folder of bundles.
 
     Attributes:
-        folder: where it is.
+        folder: path of the folder.
         model: ``module:function`` that builds the SplitModel, if it was exported from one.
         classes: number of classes.
         optimizer: the optimizer in the step graphs.

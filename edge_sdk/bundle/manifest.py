@@ -47,10 +47,9 @@ class Port:
     Attributes:
         spec: name, dtype and shape.
         role: ``state`` (trainable tensors, statistics, optimizer slots), ``bases`` (stacked
-            parameters and statistics of some base networks), ``batch`` (x, y and what goes with
-            them),
-            ``hyper`` (scalars of the optimizer), ``seed`` (of dropout), ``packed`` (a part of the
-            packed activations, or of their gradient) or ``result`` (loss, correct, logits).
+            parameters and statistics of some base networks), ``batch`` (x, y and other inputs of a
+            batch), ``hyper`` (scalar hyper-parameters), ``seed`` (of dropout), ``packed`` (a part
+            of the packed activations, or of their gradient) or ``result`` (loss, correct, logits).
     """
 
     spec: TensorSpec
@@ -59,10 +58,14 @@ class Port:
 
 @dataclass(frozen=True)
 class Graph:
-    """A step graph: where its file is, and what goes in and comes out, in order.
+    """A step graph.
 
-    For ``executorch`` all graphs are methods of one file, each called as its graph is.
-    ``constants`` names the frozen tensors that the file refers to.
+    Attributes:
+        blob: sha256 of its file. For ``executorch`` a graph is the method of the same name in the
+            file, and several graphs may share one file.
+        inputs: inputs in order.
+        outputs: outputs in order.
+        constants: names of the frozen tensors that the file refers to.
     """
 
     blob: str
@@ -77,8 +80,8 @@ class StateSpec:
 
     Attributes:
         spec: name, dtype and shape.
-        kind: ``parameter`` and ``statistic`` (of a batch norm) travel to the hub, ``slot`` (of the
-            optimizer) starts each round at zero, unless the method hands it on: then it travels.
+        kind: ``parameter`` and ``statistic`` (of a batch norm) travel to the hub; ``slot`` (of the
+            optimizer) starts each round at zero, or travels if the method keeps slots over rounds.
     """
 
     spec: TensorSpec
@@ -123,10 +126,10 @@ class Manifest:
     Attributes:
         tier: name of the tier.
         cut: cut layer: the device holds the stem and blocks ``0..cut-1``.
-        runtime: what runs the graphs, ``onnx`` or ``executorch``; ``torch`` in a simulation.
+        runtime: the runtime of the graphs: ``onnx`` or ``executorch``; ``torch`` in a simulation.
         task: ``classes`` (a label per example) or ``tokens`` (a label per position; -1 for none).
         classes: number of classes, or of tokens; labels are ``0..classes-1``.
-        limits: largest size of ``batch`` and ``seq`` that the graphs take, where there is one.
+        limits: largest ``batch`` and ``seq`` that the graphs accept, if there is one.
         heads: auxiliary heads that the device holds, shallowest first.
         optimizer: ``sgd`` or ``adamw``.
         codec: name of the codec of the activations.
@@ -136,10 +139,10 @@ class Manifest:
         initial_state: blob with the initial parameters and statistics.
         constants: frozen tensors by layer, for graphs that do not hold them.
         blobs: size in bytes of every blob, by sha256.
-        bases: the model is one of so many base networks whose answers can be mixed; 0 if it is not.
-        whole: all of the model is on the device, nothing on the hub.
-        base_states: blobs with the states of trained base networks, best first; empty while they
-            are trained, when a hub says where they are.
+        bases: number of base networks that the model is one of; 0 if it is a single model.
+        whole: whether all of the model is on the device, and nothing on the hub.
+        base_states: blobs with the states of trained base networks, best first; empty in bundles
+            that a hub serves for training, where the hub names the states.
     """
 
     tier: str
@@ -162,12 +165,12 @@ class Manifest:
     base_states: tuple[str, ...] = ()
 
     def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
-        """The state tensors that travel: parameters, statistics, and ``slots`` where they do."""
+        """The state tensors that travel: parameters and statistics, with ``slots`` also slots."""
         return tuple(entry.spec for entry in self.state if slots or entry.kind != "slot")
 
     @property
     def features(self) -> tuple[TensorSpec, ...]:
-        """The tensors of packed features, where the device has the model's head."""
+        """The tensors of packed features; empty unless the device holds the model's head."""
         outputs = self.graphs["finish"].outputs if "finish" in self.graphs else ()
         return tuple(
             TensorSpec(p.spec.name.removeprefix("grad."), p.spec.dtype, p.spec.shape)
@@ -176,13 +179,13 @@ class Manifest:
         )
 
     @property
-    def mixes(self) -> list[int]:
-        """How many base networks are mixed in one call, at least first."""
+    def mixture_sizes(self) -> list[int]:
+        """Numbers of base networks that one call can mix, in ascending order."""
         return sorted(int(name[4:]) for name in self.graphs if re.fullmatch("mix_[0-9]+", name))
 
     @property
     def x(self) -> TensorSpec:
-        """What an input batch must be."""
+        """Name, dtype and shape of the inputs ``x``."""
         return next(port.spec for port in self.graphs["predict"].inputs if port.spec.name == "x")
 
     def check_robustness(self, robustness: float) -> None:
@@ -328,7 +331,7 @@ class Bundle:
 
     @classmethod
     def open(cls, manifest: Manifest, read: Callable[[str], bytes]) -> Bundle:
-        """Put a bundle together from verified blobs.
+        """Assemble a bundle from verified blobs.
 
         Args:
             manifest: the manifest.

@@ -29,7 +29,7 @@ from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError, ConfigError
 
 CONTEXT = b"cutlayer bundle\n"
-"""Precedes what is signed, so that the signature is worth nothing for anything but a bundle."""
+"""Prefix of the signed bytes, so that the signature is valid for nothing but a bundle."""
 
 PrivateKey = Ed25519PrivateKey
 
@@ -118,10 +118,10 @@ def read_public_key(key: str | Path) -> str:
 
 
 def read_trust(keys: Iterable[str | Path] | None) -> frozenset[str] | None:
-    """The public keys to trust; None, which demands no signature, stays None.
+    """The public keys to trust; None demands no signature and stays None.
 
     Raises:
-        ConfigError: a key that is none, or no key at all: nothing would be trusted.
+        ConfigError: something that is no public key, or no key at all: nothing would be trusted.
     """
     if keys is None:
         return None
@@ -166,14 +166,14 @@ def check(manifest: bytes, trust: Collection[str] | None = None) -> str | None:
 
     Args:
         manifest: its bytes as they came.
-        trust: public keys, one of which must have signed it. None takes any key and an unsigned
-            manifest, but a signature that is there must be valid.
+        trust: public keys, one of which must have signed it. None accepts any key and unsigned
+            manifests, but a signature must be valid if there is one.
 
     Returns:
-        The public key of who signed it; None if it is not signed.
+        The public key of the signer; None if the bundle is not signed.
 
     Raises:
-        BundleError: it is not signed, not by a key in ``trust``, or was changed afterwards.
+        BundleError: it is not signed, not by a key in ``trust``, or was changed after signing.
     """
     fields, canonical = _parse(manifest)
     if "signature" not in fields:
@@ -231,14 +231,14 @@ def _listed(trust: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class TierReport:
-    """What is known about a tier's bundle after all of it was read.
+    """Result of reading all of a tier's bundle.
 
     Attributes:
         manifest: the identity of the bundle.
         blobs: number of its blobs, the manifest aside.
         size: bytes of its blobs, as the manifest says.
-        signer: public key of who signed it; None if nobody did or the signature is refused.
-        faults: what is wrong with it, a sentence each; empty if nothing is.
+        signer: public key of the signer; None if it is not signed or the signature is refused.
+        faults: what is wrong with it, a sentence each; empty if nothing is wrong.
     """
 
     manifest: str

@@ -36,7 +36,7 @@ def verify_blob(name: str, data: bytes) -> bytes:
 class BlobStore:
     """A folder of blobs, one file each, named by sha256. Writes are atomic.
 
-    A download in progress is ``HASH.part``; :meth:`partial` says how much is there.
+    An unfinished download is ``HASH.part``; :meth:`partial` returns its size.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,12 +64,12 @@ class BlobStore:
         return name
 
     def remove(self, name: str) -> None:
-        """Remove a blob, if it is there."""
+        """Remove a blob, if it exists."""
         (self.folder / name).unlink(missing_ok=True)
 
     @contextmanager
     def claim(self) -> Iterator[bool]:
-        """Whether unfinished downloads are ours to add to; no other process may meanwhile."""
+        """Claim unfinished downloads for this process; False if another process has them."""
         if fcntl is None:
             yield True
             return
@@ -87,12 +87,12 @@ class BlobStore:
         return part.stat().st_size if part.is_file() else 0
 
     def append(self, name: str, data: bytes) -> None:
-        """Add a piece to an unfinished download."""
+        """Append a piece to an unfinished download."""
         with open(self.folder / f"{name}.part", "ab") as file:
             file.write(data)
 
     def finish(self, name: str) -> bytes:
-        """Verify a download, give it its name and return it.
+        """Verify a finished download, store it as a blob and return it.
 
         Raises:
             BundleError: the content does not match; the partial file is removed.

@@ -201,7 +201,7 @@ class Mixture:
     def _calls(self, bases: int) -> Iterator[tuple[int, int]]:
         """The first base and the number of bases of each call."""
         first = 0
-        for count in reversed(self._manifest.mixes):
+        for count in reversed(self._manifest.mixture_sizes):
             while bases - first >= count:
                 yield first, count
                 first += count

@@ -22,12 +22,12 @@ from edge_sdk.errors import ConfigError
 Thermal = Literal["nominal", "fair", "serious", "critical"]
 
 _HEAT: dict[str, float] = {"nominal": 1, "fair": 1 / 2, "serious": 1 / 4, "critical": 0}
-"""Part of the bases that a device may mix, by how hot it is."""
+"""Fraction of the bases that a device may mix, by thermal level."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What an app knows of its device at this moment.
+    """The state of the device at this moment, as an app knows it.
 
     ``thermal`` has the levels of iOS and macOS (``ProcessInfo.ThermalState``). Those of Android
     (``PowerManager.getCurrentThermalStatus``) map to them as in Chromium:
@@ -42,11 +42,11 @@ class Condition:
     ========  =======================================
 
     Attributes:
-        battery: part of the charge that is left, 0 to 1; None on mains, or where it is unknown.
-        charging: the battery is being charged; how full it is then does not matter.
-        thermal: how hot the device is.
-        latency_s: seconds that an answer may take; None for any.
-        hostile: how much noise or attack is to be expected, 0 to 1: rain on the lens, inputs from
+        battery: fraction of the charge that is left, 0 to 1; None on mains, or if it is unknown.
+        charging: whether the battery is being charged; ``battery`` then does not matter.
+        thermal: thermal level of the device.
+        latency_s: seconds that an answer may take; None for no limit.
+        hostile: expected strength of noise or attacks, 0 to 1: rain on the lens, inputs from
             strangers.
 
     Raises:
@@ -74,7 +74,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next answer is made.
+    """How to compute the next answer.
 
     Attributes:
         bases: how many base networks to mix, at least 1.
@@ -111,11 +111,11 @@ class MixturePolicy:
 
     Args:
         latencies: seconds that mixing n bases takes, by n, as measured on this device
-            (:func:`measure_latencies`). The largest n is how many bases there are, and 1 must be
-            there. In between, times are interpolated linearly, which is too little for numbers that
-            :meth:`edge_sdk.inference.mixture.Mixture.answer` puts together from several calls:
-            measure those, too.
-        low_battery: part of the charge at which a device saves all it can, 0 to 1.
+            (:func:`measure_latencies`). The largest n is the number of bases, and 1 must be
+            included. Times in between are interpolated linearly, which is too low for numbers that
+            :meth:`edge_sdk.inference.mixture.Mixture.answer` computes in several calls: measure
+            those as well.
+        low_battery: fraction of the charge at which a device mixes a single base, 0 to 1.
 
     Raises:
         ConfigError: no latencies, none for 1 base, one that is no positive number, or
@@ -144,7 +144,7 @@ class MixturePolicy:
         self._seconds = dict(zip(counts, times.tolist(), strict=True))
 
     def choose(self, now: Condition) -> Choice:
-        """What to mix under a condition."""
+        """The number of bases and the robustness for a condition."""
         total = len(self._seconds)
         bases, reason = total, f"Nothing limits the mix of all {total} bases"
         for share, cause in (self._heat(now), self._battery(now)):
@@ -165,11 +165,11 @@ class MixturePolicy:
         return Choice(bases, now.hostile, f"{reason}.")
 
     def _heat(self, now: Condition) -> tuple[float, str]:
-        """Part of the bases that heat allows, and its name in a reason."""
+        """Fraction of the bases that the thermal level allows, and its name in a reason."""
         return _HEAT[now.thermal], f"thermal level {now.thermal!r}"
 
     def _battery(self, now: Condition) -> tuple[float, str]:
-        """Part of the bases that the battery allows, and its name in a reason."""
+        """Fraction of the bases that the battery allows, and its name in a reason."""
         if now.battery is None or now.charging:
             return 1, "battery"
         cause = f"battery at {100 * now.battery:.4g} %"
@@ -184,10 +184,10 @@ def measure_latencies(
     """Seconds that mixing takes on this device, by the number of bases.
 
     Args:
-        run: mixes so many bases for one answer.
+        run: computes one answer with a number of bases.
         bases: the numbers to measure.
-        repeats: runs to time for each number, of which the median counts. One more goes before
-            them, because the first loads the graph.
+        repeats: runs to time for each number, of which the median counts. One more run comes first,
+            because it loads the graph.
 
     Raises:
         ConfigError: a number of bases, or of repeats, below 1.
@@ -210,7 +210,7 @@ def _median_seconds(run: Callable[[int], None], bases: int, repeats: int) -> flo
 
 
 def _check_part(name: str, value: float) -> None:
-    """Raise :class:`ConfigError` for what is not from 0 to 1, NaN included."""
+    """Raise :class:`ConfigError` for a value outside 0 to 1, NaN included."""
     if not 0 <= value <= 1:
         raise ConfigError(f"{name} must be from 0 to 1, not {value}")
 

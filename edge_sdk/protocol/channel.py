@@ -23,11 +23,11 @@ from edge_sdk.protocol.messages import Message, from_body
 
 
 class SequenceGap(ProtocolError):
-    """A frame came whose predecessor did not. The connection is useless; the session is not."""
+    """A frame arrived without its predecessor. The session can go on over another connection."""
 
 
 class CannotResume(ProtocolError):
-    """The two sides do not agree on what was settled; only a new session helps."""
+    """The two sides disagree about what was settled. Only a new session helps."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Channel:
     """One side of a session.
 
     Args:
-        window: how many messages the peer may leave unsettled, and we ourselves.
+        window: how many messages each side may leave unsettled.
         max_frame: limit of a received frame, in bytes.
-        peer_max_frame: the peer's limit, which our frames must keep.
+        peer_max_frame: the peer's limit for the frames that this side sends, in bytes.
     """
 
     window: int = 64
@@ -88,11 +88,11 @@ class Channel:
         return frame
 
     def receive(self, data: bytes | str) -> Delivery | None:
-        """Take in a frame; None if there is nothing to act on (an ack, or a duplicate).
+        """Receive a frame; None if there is nothing to act on (an ack, or a duplicate).
 
         Raises:
             SequenceGap: a predecessor is missing; nothing has changed, the frame is not kept.
-            ProtocolError: the frame is invalid, acknowledges what was never sent, or exceeds the
+            ProtocolError: the frame is invalid, acknowledges a frame never sent, or exceeds the
                 window.
         """
         return self.accept(decode(data, self.max_frame))

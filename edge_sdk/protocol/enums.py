@@ -54,7 +54,7 @@ class ErrorCode(enum.StrEnum):
     BAD_TOKEN = "bad_token"
     """The token belongs to no device."""
     UNKNOWN_TIER = "unknown_tier"
-    """There is no bundle for the tier, or the device was not told to load it."""
+    """There is no bundle for the tier, or neither ``welcome`` nor ``move`` named it."""
     BUSY = "busy"
     """The hub has no connections left; try later."""
     REPLACED = "replaced"

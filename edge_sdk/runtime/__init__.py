@@ -1,4 +1,4 @@
-"""Runtimes that run step graphs."""
+"""Runtimes: they run the step graphs of a bundle and hold its state."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ class Runtime(Protocol):
 
     @property
     def loading_s(self) -> float:
-        """Seconds that graphs have taken to load so far; that is when they are first run."""
+        """Seconds spent on loading graphs so far. A graph is loaded when it is first run."""
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
-        """Replace parameters and statistics; optimizer slots that are not given become zero."""
+        """Replace parameters and statistics. Optimizer slots that are not given become zero."""
 
     def get_state(self, slots: bool = False) -> dict[str, Array]:
-        """A copy of parameters and statistics by name, and with ``slots`` of these, too."""
+        """A copy of parameters and statistics by name; with ``slots`` also the optimizer slots."""
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a graph on ``batch`` (inputs other than state); outputs other than state.
+        """Run a graph. Its state outputs become the state.
 
-        State outputs become the state.
+        Args:
+            graph: name of the graph.
+            batch: the inputs other than state, by name.
+
+        Returns:
+            The outputs other than state, by name.
         """
 
 
@@ -41,7 +46,7 @@ def load_runtime(bundle: Bundle, threads: int = 1) -> Runtime:
         threads: threads within one operator.
 
     Raises:
-        BundleError: the bundle is for a runtime that this version does not have.
+        BundleError: this version does not have the runtime, or its library is not installed.
     """
     if bundle.manifest.runtime == "onnx":
         from edge_sdk.runtime.onnx import OnnxRuntime

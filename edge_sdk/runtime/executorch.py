@@ -41,7 +41,7 @@ class ExecutorchRuntime:
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
         self._torch, binding = load_binding()
         self.manifest = bundle.manifest
-        # modules read the files in place: bytes that go away under them crash the process
+        # modules read the files in place: freeing the bytes would crash the process
         graphs = self.manifest.graphs
         self._files = {graphs[name].blob: file for name, file in bundle.graphs.items()}
         with quiet():
@@ -65,7 +65,7 @@ class ExecutorchRuntime:
         self._turn = threading.Lock()
         self._loaded: set[str] = set()
         self.loading_s = 0.0
-        """Seconds that methods have taken to load so far, with their first run."""
+        """Seconds spent on loading methods so far, their first run included."""
         self.set_state(bundle.initial_state)
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
@@ -102,7 +102,7 @@ class ExecutorchRuntime:
                 for port in spec.inputs
             ]
             try:
-                # a method is loaded when it is first run, and XNNPACK talks while it is
+                # a method is loaded when it is first run, and XNNPACK logs while it loads
                 began, first = time.perf_counter(), graph not in self._loaded
                 with quiet() if first else contextlib.nullcontext():
                     outputs = self._modules[spec.blob].run_method(graph, inputs)
@@ -124,7 +124,7 @@ class ExecutorchRuntime:
             return results
 
     def _input(self, graph: str, port: Port, batch: Mapping[str, Array]) -> Any:
-        """One checked input as a torch tensor. The binding itself takes wrong ones silently."""
+        """One checked input as a torch tensor. The binding itself accepts wrong ones silently."""
         spec = port.spec
         if spec.name not in batch:
             raise DataError(f"the graph {graph!r} needs the input {spec.name!r}")
@@ -167,7 +167,7 @@ def load_binding() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what ExecuTorch's C++ code logs from the user's screen: errors are raised as well."""
+    """Hide what ExecuTorch's C++ code logs; errors are raised as exceptions as well."""
     saved = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,9 +1,8 @@
-"""What a training step of a bundle takes on this machine: memory and time.
+"""Memory and time of a training step of a bundle on this machine.
 
 Run as ``python -m edge_sdk.runtime.measure FOLDER TIER`` in a process of its own, so that nothing
-but the bundle counts; :func:`measure_apart` does that. Memory is resident memory, as the kernel
-counts it:
-``VmHWM`` and ``VmRSS`` of ``/proc/self/status`` where there is one (Linux, Android), else
+but the bundle counts; :func:`measure_apart` does that. Memory is resident memory as the kernel
+counts it: ``VmHWM`` and ``VmRSS`` of ``/proc/self/status`` where it exists (Linux, Android), else
 ``ru_maxrss``.
 """
 
@@ -43,11 +42,11 @@ _LIBRARIES = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """What training steps took.
+    """Memory and time of training steps.
 
     Attributes:
         step_s: median seconds of a step; the first, which loads the graph, does not count.
-        memory_bytes: peak resident memory less that before the bundle was loaded.
+        memory_bytes: peak resident memory minus that before the bundle was loaded.
         process_bytes: peak resident memory of the process, interpreter and runtime included.
     """
 
@@ -68,7 +67,7 @@ def measure(
 
     Args:
         folder: folder of bundles.
-        tier: which of them.
+        tier: tier whose bundle is measured.
         batch: rows of a step; the bundle's limit if it has one, else 32.
         length: tokens of a text; the bundle's limit if it has one, else 64.
         steps: steps to time.
@@ -115,7 +114,7 @@ def measure_apart(
     """:func:`measure` in a fresh process.
 
     Raises:
-        BundleError: it could not be measured; with the reason.
+        BundleError: the measurement failed; the message says why.
     """
     options = {"--batch": batch, "--length": length, "--steps": steps, "--threads": threads}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
@@ -133,9 +132,9 @@ def measure_apart(
 
 
 def _feeds(manifest: Manifest, batch: int | None, length: int | None) -> dict[str, Array]:
-    """Random inputs of a training step, the state excepted.
+    """Random inputs of a training step, without the state.
 
-    Hyper-parameters are small numbers, which every one of them may be.
+    Hyper-parameters are small numbers, which all of them accept.
     """
     sizes = {
         "batch": batch if batch is not None else manifest.limits.get("batch", BATCH),
@@ -153,7 +152,7 @@ def _feeds(manifest: Manifest, batch: int | None, length: int | None) -> dict[st
         elif port.role == "batch" and spec.dtype == "float32":
             feeds[spec.name] = rng.standard_normal(shape, np.float32)
         elif port.role == "batch":
-            # labels, or tokens of which a manifest says how many there are if they are labels, too
+            # labels, or tokens; a manifest knows the vocabulary only if labels are tokens
             tokens = spec.name == "x" and manifest.task != "tokens"
             high = 2 if tokens else manifest.classes
             feeds[spec.name] = rng.integers(high, size=shape).astype(DTYPES[spec.dtype])

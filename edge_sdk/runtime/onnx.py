@@ -20,8 +20,10 @@ _ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "flo
 
 
 class _Sessions:
-    """Sessions of a bundle's graphs, each loaded when it is first asked for; the frozen tensors are
-    one copy in memory for all of them. Sessions keep no state: any number of threads may run them.
+    """Sessions of a bundle's graphs, each loaded when it is first needed.
+
+    All sessions share one copy of the frozen tensors. They keep no state: any number of threads may
+    run them.
     """
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
@@ -37,7 +39,7 @@ class _Sessions:
         self._loaded: dict[str, Any] = {}
         self._loading = threading.Lock()
         self.seconds = 0.0
-        """That loading has taken so far."""
+        """Seconds spent on loading so far."""
 
     def get(self, graph: str) -> Any:
         """The session of a graph; :class:`BundleError` if ONNX Runtime cannot load it."""
@@ -103,8 +105,8 @@ class OnnxRuntime:
     def fork(self) -> OnnxRuntime:
         """Another runtime of the same bundle, with the bundle's initial state.
 
-        It shares the loaded graphs and the frozen tensors and has a state of its own: what a
-        further device in the same process costs is two copies of its state.
+        It shares the loaded graphs and the frozen tensors and has a state of its own. A further
+        device in the same process therefore costs two copies of its state.
         """
         other = OnnxRuntime.__new__(OnnxRuntime)
         other._start(self.manifest, self._initial_state, self._sessions)
@@ -125,7 +127,7 @@ class OnnxRuntime:
 
     @property
     def loading_s(self) -> float:
-        """Seconds that graphs have taken to load so far."""
+        """Seconds spent on loading graphs so far."""
         return self._sessions.seconds
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:

@@ -20,8 +20,8 @@ class Examples:
 
     Attributes:
         x: inputs (examples, ...), dtype and shape as the model takes them.
-        y: labels (examples,), integers ``0..classes-1``; or (examples, positions) for a model of
-            tokens, where -1 says that a position does not count.
+        y: labels (examples,), integers ``0..classes-1``; (examples, positions) for a model of
+            tokens, where -1 marks positions that do not count.
     """
 
     x: Array
@@ -37,7 +37,7 @@ class Examples:
 
     @classmethod
     def from_npz(cls, path: str | Path) -> Examples:
-        """Read ``x`` and ``y`` from an ``.npz`` file; :class:`DataError` if that cannot be."""
+        """Read ``x`` and ``y`` from an ``.npz`` file; :class:`DataError` if that fails."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 return cls(file["x"], file["y"])
@@ -85,7 +85,7 @@ class Examples:
         return Examples(x, np.ascontiguousarray(self.y, np.int64))
 
     def take(self, rows: Array) -> Examples:
-        """The examples in some rows."""
+        """The examples with these row numbers."""
         return Examples(self.x[rows], self.y[rows])
 
     def batches(self, size: int, rng: np.random.Generator | None = None) -> Iterator[Examples]:
@@ -97,7 +97,7 @@ class Examples:
 
 
 def _matches(shape: tuple[int, ...], want: tuple[int | str, ...]) -> bool:
-    """Whether a shape is as wanted; a symbol may be any size but zero."""
+    """Whether a shape matches; a symbol stands for any size above zero."""
     return len(shape) == len(want) and all(
         size > 0 if isinstance(n, str) else size == n for size, n in zip(shape, want, strict=True)
     )

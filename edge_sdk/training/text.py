@@ -1,7 +1,7 @@
-"""Texts of different lengths in rectangular arrays: no work and no traffic for the padding.
+"""Batches of texts of similar length, so that padding costs little compute and traffic.
 
-A text ends at its last label that counts. For a causal model nothing behind it has any effect;
-one that reads in both directions does not see what follows its last label.
+A text ends at its last label that counts. For a causal model the positions after it have no effect;
+for one that reads in both directions they are cut off.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
 
 WINDOW = 8
-"""Batches that texts are sorted by length in: more leave less padding, fewer mix texts better."""
+"""Batches within which texts are sorted by length: more means less padding and less shuffling."""
 
 
 def lengths(y: Array) -> Array:
-    """Positions up to the last label that counts, (rows,); 0 for a text without any.
+    """Number of positions up to the last label that counts, (rows,); 0 for a text without any.
 
     Args:
         y: labels (rows, positions), -1 where a position does not count.
@@ -28,11 +28,14 @@ def lengths(y: Array) -> Array:
 
 
 def trim(x: Array, y: Array) -> tuple[Array, Array]:
-    """A batch, cut to its longest text.
+    """A batch cut to the length of its longest text.
 
     Args:
         x: tokens (rows, positions).
         y: labels (rows, positions), at least one of which counts.
+
+    Returns:
+        ``x`` and ``y``, contiguous, with fewer positions.
     """
     longest = lengths(y).max()
     return np.ascontiguousarray(x[:, :longest]), np.ascontiguousarray(y[:, :longest])
@@ -41,17 +44,17 @@ def trim(x: Array, y: Array) -> tuple[Array, Array]:
 def batches(
     data: Examples, size: int, rng: np.random.Generator | None = None
 ) -> Iterator[Examples]:
-    """Batches of texts of similar length, each cut to its longest.
+    """Batches of texts of similar length, each cut to its longest text.
 
-    Shuffled texts are taken :data:`WINDOW` batches at a time, sorted by length within these, and
-    the batches of a window come in random order: a text meets others in every epoch, and little
-    is padded. Without a generator all texts are sorted. Texts without a label that counts are
-    left out.
+    With a generator, texts are shuffled, then sorted by length within windows of :data:`WINDOW`
+    batches, and the batches of a window come in random order: batches differ from epoch to epoch,
+    and there is little padding. Without a generator, all texts are sorted by length. Texts without
+    a label that counts are left out.
 
     Args:
-        data: labels (examples, positions).
-        size: texts in a batch; the last of a window may have fewer.
-        rng: shuffles.
+        data: texts with labels (examples, positions).
+        size: texts in a batch; the last batch of a window may have fewer.
+        rng: shuffles the texts; None for no shuffling.
     """
     ends = lengths(data.y)
     rows = np.flatnonzero(ends)

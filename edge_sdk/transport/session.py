@@ -198,4 +198,4 @@ class Session:
                 try:
                     await link.send(frame)
                 except CutlayerError:
-                    return  # the reader of this link sees it close, too
+                    return  # the reader of this link sees it close as well

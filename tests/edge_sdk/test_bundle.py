@@ -101,7 +101,7 @@ def test_manifest_round_trip() -> None:
     assert read.to_bytes() == manifest().to_bytes()
     assert read.x == TensorSpec("x", "int64", ("batch", "seq"))
     assert [spec.name for spec in read.exchanged()] == ["stem.weight", "stem.running_mean"]
-    assert read.mixes == [1, 2, 4, 6]
+    assert read.mixture_sizes == [1, 2, 4, 6]
 
 
 @pytest.mark.parametrize(
