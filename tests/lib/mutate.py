@@ -98,7 +98,11 @@ ROOMS = {
         ("server_hub/test_process.py", "server_hub/test_vmapped.py", "server_hub/test_splitft.py"),
     ),
     "server_hub/aggregation": RoomTests(
-        ("server_hub/test_layer_store.py", "server_hub/test_adapter_average.py"),
+        (
+            "server_hub/test_layer_store.py",
+            "server_hub/test_adapter_average.py",
+            "server_hub/test_separate_stores.py",
+        ),
         (
             "server_hub/test_methods.py",
             "server_hub/test_baselines.py",
