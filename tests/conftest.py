@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,12 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A run that left files in the system's temporary folder has failed."""
+    """A run that left files in the system's temporary folder has failed.
+
+    Coverage is saved here, because a process of xdist that takes long to exit is killed.
+    """
+    if (coverage := sys.modules.get("coverage")) and (running := coverage.Coverage.current()):
+        running.save()
     leftovers = session.config.stash.get(LEFTOVERS, None)
     if leftovers is not None and leftovers.found():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -34,7 +34,7 @@ from server_hub.gateway.limits import Limits
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.interface import StepInput, StepReport
-from tests.lib.commands import expect_one_sentence
+from tests.lib.commands import expect_one_sentence, expect_refusal
 from tests.lib.harness import examples, hub_config, running_hub, save_npz
 from tests.lib.proxy import proxy
 from tests.lib.raw_client import GOOD, RawClient, good_activations, good_update, raw
@@ -454,7 +454,9 @@ def test_graph_that_is_no_onnx_file(bundles: BundleIndex) -> None:
             runtime.run(graph, {})
 
 
-def test_operator_mistakes_are_one_sentence(tmp_path: Path, bundles: BundleIndex) -> None:
+def test_operator_mistakes_are_one_sentence(
+    tmp_path: Path, bundles: BundleIndex, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A port in use, missing bundles, broken TOML, unknown keys: one sentence and exit code 2."""
     TokenFile(tmp_path / "tokens.toml").issue("phone")
     tokens = ["--tokens", str(tmp_path / "tokens.toml")]
@@ -482,47 +484,59 @@ def test_operator_mistakes_are_one_sentence(tmp_path: Path, bundles: BundleIndex
 
     asyncio.run(occupied())
     run = ["--run", str(tmp_path / "b")]
-    expect_one_sentence(
-        ["hub", "--bundles", str(tmp_path / "none"), *tokens, *run], "no bundles", "cutlayer export"
+    expect_refusal(
+        capsys,
+        ["hub", "--bundles", str(tmp_path / "none"), *tokens, *run],
+        "no bundles",
+        "cutlayer export",
     )
-    expect_one_sentence(["hub", "--bundles", folder, "--tokens", "nowhere.toml", *run], "nowhere")
+    expect_refusal(
+        capsys, ["hub", "--bundles", folder, "--tokens", "nowhere.toml", *run], "nowhere"
+    )
     broken = tmp_path / "broken.toml"
     broken.write_text("bundles = ")
-    expect_one_sentence(["hub", "--config", str(broken)], "broken.toml", "not valid TOML")
+    expect_refusal(capsys, ["hub", "--config", str(broken)], "broken.toml", "not valid TOML")
     broken.write_text('bundles = "x"\ntokens = "y"\n[rounds]\ncout = 3\n')
-    expect_one_sentence(["hub", "--config", str(broken)], "rounds", "cout", "count")
-    expect_one_sentence(["device", "--config", str(broken)], "unknown key")
-    expect_one_sentence(["device", "--url", "ws://127.0.0.1:1", "--tier", "small"], "'token'")
-    expect_one_sentence(["device", "--url", "ws://127.0.0.1:1", "--token", "t"], "nothing to do")
+    expect_refusal(capsys, ["hub", "--config", str(broken)], "rounds", "cout", "count")
+    expect_refusal(capsys, ["device", "--config", str(broken)], "unknown key")
+    expect_refusal(capsys, ["device", "--url", "ws://127.0.0.1:1", "--tier", "small"], "'token'")
+    expect_refusal(capsys, ["device", "--url", "ws://127.0.0.1:1", "--token", "t"], "nothing to do")
     data = str(save_npz(tmp_path / "d.npz", examples(4)))
-    expect_one_sentence(
+    expect_refusal(
+        capsys,
         ["device", "--url", "http://x", "--token", "t", "--tier", "small", "--data", data],
         "not a websocket address",
     )
-    expect_one_sentence(
+    expect_refusal(
+        capsys,
         ["device", "--url", "ws://127.0.0.1:1", "--token", "t", "--tier", "small",
          "--data", data, "--patience-s", "0.2"],
         "cannot connect",
         code=1,
     )  # fmt: skip
-    expect_one_sentence(
+    expect_refusal(
+        capsys,
         ["export", "no.module:build", "--tiers", str(broken), "--out", str(tmp_path / "o")],
         "unknown key",
     )
     good = tmp_path / "tiers.toml"
     good.write_text("classes = 10\ninput_shape = [1, 8, 8]\n[tiers.small]\ncut = 9\n")
-    expect_one_sentence(
+    expect_refusal(
+        capsys,
         ["export", "no.module:build", "--tiers", str(good), "--out", str(tmp_path / "o")],
         "no.module",
     )
-    expect_one_sentence(
+    expect_refusal(
+        capsys,
         ["export", "tests.lib.models:build", "--tiers", str(good), "--out", str(tmp_path / "o")],
         "cut 9 is outside the model",
     )
     assert not (tmp_path / "o").exists()
 
 
-def test_damaged_bundle_is_told_at_the_start(tmp_path: Path, bundles: BundleIndex) -> None:
+def test_damaged_bundle_is_told_at_the_start(
+    tmp_path: Path, bundles: BundleIndex, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A hub does not start on bundles that were changed by one byte."""
     import shutil
 
@@ -533,7 +547,8 @@ def test_damaged_bundle_is_told_at_the_start(tmp_path: Path, bundles: BundleInde
     data[100] ^= 1
     (folder / "blobs" / blob).write_bytes(data)
     TokenFile(tmp_path / "tokens.toml").issue("phone")
-    expect_one_sentence(
+    expect_refusal(
+        capsys,
         ["hub", "--bundles", str(folder), "--tokens", str(tmp_path / "tokens.toml"),
          "--run", str(tmp_path / "run")],
         "changed or damaged",

@@ -424,32 +424,6 @@ def test_a_device_that_only_predicts_has_the_present_state(
     asyncio.run(job())
 
 
-def test_demo(tmp_path: Path) -> None:
-    """The demo as a user runs it: every tier's ensemble is good, and better than without a hub."""
-    code, out, err = finish(
-        cutlayer("demo", "--run", str(tmp_path / "run"), "--json", str(tmp_path / "demo.json")), 280
-    )
-    assert code == 0, err
-    result = json.loads((tmp_path / "demo.json").read_text())
-    assert {t: v["cut"] for t, v in result["tiers"].items()} == {
-        "small": 1,
-        "medium": 3,
-        "large": 5,
-    }
-    for tier in result["tiers"].values():
-        assert tier["ensemble"] >= 0.95
-        assert tier["ensemble"] > result["no_hub"]
-        assert tier["through_hub"] == pytest.approx(result["saved_model"], abs=0.02)
-    assert result["rounds"] == 40
-    assert result["seconds"] < 180
-    assert 20 < result["device_rss_mb"] < 250
-    for kind, way in (("activations", "up"), ("update", "up"), ("blob", "down"), ("infer", "up")):
-        assert result["bytes"][kind][way] > 0
-    assert "accuracy on held-out digits" in out
-    for name in ("report.md", "metrics.jsonl", "curves.png", "model.safetensors"):
-        assert (tmp_path / "run" / name).stat().st_size > 1000
-
-
 def test_wrong_data_is_refused_before_training(tmp_path: Path, bundles: BundleIndex) -> None:
     """Labels, shapes and values that do not fit are the caller's error, told at connect."""
 

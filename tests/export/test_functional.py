@@ -128,8 +128,16 @@ def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float
         np.testing.assert_allclose(got[name], array, rtol=loose, atol=loose, err_msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [
+        *((kind, "sgd") for kind in MODELS),
+        *(
+            pytest.param(kind, "adamw", marks=() if kind == "words" else pytest.mark.slow)
+            for kind in MODELS
+        ),
+    ],
+)
 def test_same_as_onnx(kind: str, optimizer: str, tmp_path: Path) -> None:
     """States, losses, answers and activations of six steps, for batches of several sizes."""
     build, draw = MODELS[kind]

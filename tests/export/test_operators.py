@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from tests.lib.operators import CASES, Case, check, steps_of, table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operators.md"
 
-USUAL = {
-    "convolution: Conv2d: stride, padding, dilation",
-    "norm: BatchNorm2d",
-    "norm: LocalResponseNorm",
-    "recurrent: LSTM",
-    "LoRA: Linear",
+EXECUTORCH = {"recurrent: LSTM"}
+"""Cases that ``make test`` lowers for ExecuTorch, beside the models of ``test_executorch.py``."""
+
+SLOW_ONNX = {
+    "attention: rotary positions",
+    "block: inverted residual, BatchNorm, ReLU6 (MobileNetV2)",
+    "dropout: attention dropout",
+    "dropout: nn.TransformerEncoderLayer",
+    "recurrent: LSTM: 2 layers, bidirectional",
 }
-"""Cases that the default run lowers for ExecuTorch."""
+"""Cases that ``make test`` leaves out for ONNX: others, and whole models, stand for them."""
 
 
 def title(case: Case) -> str:
@@ -39,28 +43,29 @@ def check_claim(case: Case, runtime: RuntimeName) -> None:
         check(case, runtime)
 
 
-@pytest.mark.parametrize("case", CASES, ids=title)
+def cases(quick: Callable[[str], bool]) -> list[Any]:
+    """All cases; those whose title is not ``quick`` are slow."""
+    return [
+        pytest.param(case, id=title(case), marks=() if quick(title(case)) else pytest.mark.slow)
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case", cases(lambda name: name not in SLOW_ONNX))
 def test_onnx(case: Case) -> None:
     """Exact in ONNX Runtime, or refused for the reason given."""
     check_claim(case, "onnx")
 
 
-def executorch_cases() -> list[Any]:
-    """All cases; those that no other stands for run by default."""
-    return [
-        pytest.param(case, marks=() if title(case) in USUAL else pytest.mark.slow) for case in CASES
-    ]
-
-
-@pytest.mark.parametrize("case", executorch_cases(), ids=title)
+@pytest.mark.parametrize("case", cases(lambda name: name in EXECUTORCH))
 def test_executorch(case: Case) -> None:
     """The same with ExecuTorch and XNNPACK."""
     check_claim(case, "executorch")
 
 
-def test_the_usual_cases_exist() -> None:
-    """So that a case that is renamed does not drop out of the default run."""
-    assert USUAL <= {title(case) for case in CASES}
+def test_the_named_cases_exist() -> None:
+    """So that a case that is renamed does not drop out of a run."""
+    assert EXECUTORCH | SLOW_ONNX <= {title(case) for case in CASES}
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ def test_dropouts_keep_their_masks() -> None:
         assert SeededDropout.active() is outer
 
 
-@pytest.mark.parametrize("norm", [group_norm, batch_norm])
+@pytest.mark.parametrize("norm", [pytest.param(group_norm, marks=pytest.mark.slow), batch_norm])
 def test_a_step_with_ordered_dropout_is_exported(norm: Any, tmp_path: Path) -> None:
     """The graph, which the export has compared with eager PyTorch, steps as the narrow models do.
 

@@ -1,4 +1,4 @@
-"""Commands that end with one sentence of error."""
+"""Commands in this process or in one of their own: what they print, and how they refuse."""
 
 from __future__ import annotations
 
@@ -18,12 +18,30 @@ def expect_one_sentence(arguments: list[str], *expected: str, code: int = 2) -> 
         assert text in err, err
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line of error that a command in this process ends with, exit code 2."""
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    """The one line of error that a command in this process ends with, and its exit code."""
     with pytest.raises(SystemExit) as caught:
         main(list(arguments))
     err = capsys.readouterr().err
-    assert caught.value.code == 2, err
+    assert caught.value.code == code, err
     assert "Traceback" not in err
     (line,) = err.strip().splitlines()
     return line
+
+
+def expect_refusal(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], *expected: str, code: int = 2
+) -> None:
+    """A command in this process ends with one line of error that contains all of these."""
+    line = refusal(capsys, *arguments, code=code)
+    for text in expected:
+        assert text in line
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command in this process prints; it ends with exit code 0."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    assert ended.value.code == 0, captured.err
+    return captured.out

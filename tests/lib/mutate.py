@@ -69,7 +69,9 @@ ROOMS = {
         ("edge_sdk/test_bundle.py", "edge_sdk/test_signing.py"),
         ("end_to_end/test_bad_input.py", "export/test_steps.py"),
     ),
-    "edge_sdk/transport": RoomTests(("edge_sdk/test_session.py",), FLEET[1:]),
+    "edge_sdk/transport": RoomTests(
+        ("edge_sdk/test_session.py", "end_to_end/test_bad_hub.py"), FLEET[1:]
+    ),
     "edge_sdk/runtime": RoomTests(
         ("export/test_steps.py",), ("export/test_executorch.py", "export/test_plan.py")
     ),
@@ -85,7 +87,9 @@ ROOMS = {
         ("edge_sdk/test_signing.py", "end_to_end/test_text_cli.py"),
         ("end_to_end/test_bad_input.py", "end_to_end/test_end_to_end.py"),
     ),
-    "server_hub/gateway": RoomTests(("server_hub/test_tokens_config.py",), FLEET),
+    "server_hub/gateway": RoomTests(
+        ("server_hub/test_tokens_config.py", "server_hub/test_gateway.py"), FLEET
+    ),
     "server_hub/rounds": RoomTests(
         ("server_hub/test_rounds.py", "server_hub/test_cut_policy.py"), FLEET[1:]
     ),
@@ -94,7 +98,11 @@ ROOMS = {
         ("server_hub/test_process.py", "server_hub/test_vmapped.py", "server_hub/test_splitft.py"),
     ),
     "server_hub/aggregation": RoomTests(
-        ("server_hub/test_layer_store.py", "server_hub/test_adapter_average.py"),
+        (
+            "server_hub/test_layer_store.py",
+            "server_hub/test_adapter_average.py",
+            "server_hub/test_separate_stores.py",
+        ),
         (
             "server_hub/test_methods.py",
             "server_hub/test_baselines.py",

@@ -413,7 +413,9 @@ def test_a_job_whose_cuts_move_ends_where_one_with_fixed_cuts_ends(tmp_path: Pat
     assert np.linalg.norm(error) < 0.05 * np.linalg.norm(moved)
 
 
-@pytest.mark.parametrize(("hub_gflops", "fast"), [(None, 2), (0.003, 3)])
+@pytest.mark.parametrize(
+    ("hub_gflops", "fast"), [pytest.param(None, 2, marks=pytest.mark.slow), (0.003, 3)]
+)
 def test_a_fleet_finds_its_cuts_and_learns(
     hub_gflops: float | None, fast: int, tmp_path: Path
 ) -> None:
@@ -468,7 +470,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[RoundRecord]
     return records
 
 
-@pytest.mark.parametrize("last", [1, 2, 4])
+@pytest.mark.parametrize("last", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
 def test_a_run_that_was_interrupted_goes_on_with_its_cuts(
     last: int, uninterrupted: list[RoundRecord], tmp_path: Path
 ) -> None:

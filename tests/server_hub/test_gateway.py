@@ -1,0 +1,135 @@
+"""Whom the gateway lets in, and what it says to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.protocol.messages import Error, Ready, Round, Welcome
+from server_hub.config import HubConfig
+from server_hub.gateway.limits import Limits
+from server_hub.gateway.tokens import TokenFile
+from server_hub.rounds.rounds import RoundRules
+from tests.lib.harness import hub_config, running_hub
+from tests.lib.raw_client import GOOD, RawClient, raw
+
+Scenario = Callable[[str, HubConfig], Awaitable[None]]
+
+
+def with_hub(folder: Path, bundles: BundleIndex, scenario: Scenario, **changes: Any) -> None:
+    """Run a scenario against a hub whose job waits for two devices."""
+    config = hub_config(folder, bundles, rounds=RoundRules(count=1, min_devices=2), **changes)
+
+    async def job() -> None:
+        async with running_hub(config) as (_, url):
+            await scenario(url, config)
+
+    asyncio.run(asyncio.wait_for(job(), 30))
+
+
+async def refusal(client: RawClient, token: str) -> Error:
+    """What a client hears instead of a welcome."""
+    await client.say(replace(GOOD, token=token))
+    error: Error = await client.hear(Error)
+    assert error.fatal
+    assert await client.closed()
+    return error
+
+
+def test_a_hub_without_connections_left_says_so(tmp_path: Path, bundles: BundleIndex) -> None:
+    """The next device is let in as soon as one has gone."""
+
+    async def scenario(url: str, config: HubConfig) -> None:
+        tokens = TokenFile(config.tokens)
+        one, other = tokens.issue("one"), tokens.issue("other")
+        async with raw(url) as first:
+            client = RawClient(first)
+            await client.say(replace(GOOD, token=one))
+            await client.hear(Welcome)
+            async with raw(url) as second:
+                error = await refusal(RawClient(second), other)
+                assert (error.code, "no connections left" in error.message) == ("busy", True)
+        await asyncio.sleep(0.2)  # the hub notices that the first has gone
+        async with raw(url) as third:
+            client = RawClient(third)
+            await client.say(replace(GOOD, token=other))
+            assert (await client.hear(Welcome)).device == "other"
+
+    with_hub(tmp_path, bundles, scenario, limits=Limits(connections=1, session_s=5, hello_s=2))
+
+
+def test_a_token_file_that_breaks_keeps_devices_out_and_the_hub_up(
+    tmp_path: Path, bundles: BundleIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device hears that it is not its mistake, the operator what is wrong with the file."""
+
+    async def scenario(url: str, config: HubConfig) -> None:
+        token = TokenFile(config.tokens).issue("phone")
+        good = config.tokens.read_text()
+        config.tokens.write_text("[devices")
+        async with raw(url) as connection:
+            error = await refusal(RawClient(connection), token)
+            assert (error.code, error.field) == ("internal", None)
+            assert str(config.tokens) not in error.message
+        config.tokens.write_text(good)
+        async with raw(url) as connection:
+            client = RawClient(connection)
+            await client.say(replace(GOOD, token=token))
+            assert (await client.hear(Welcome)).device == "phone"
+
+    with_hub(tmp_path, bundles, scenario)
+    (logged,) = (r.getMessage() for r in caplog.records if "cannot be used" in r.getMessage())
+    assert str(tmp_path / "tokens.toml") in logged
+
+
+def test_a_second_connection_with_a_token_takes_the_place_of_the_first(
+    tmp_path: Path, bundles: BundleIndex
+) -> None:
+    """The first one is told, and the second takes part in the round."""
+
+    async def scenario(url: str, config: HubConfig) -> None:
+        tokens = TokenFile(config.tokens)
+        token, other = tokens.issue("phone"), tokens.issue("other")
+        async with raw(url) as old, raw(url) as new, raw(url) as third:
+            first, second = RawClient(old), RawClient(new)
+            await first.say(replace(GOOD, token=token))
+            await first.hear(Welcome)
+            await second.say(replace(GOOD, token=token))
+            welcome = await second.hear(Welcome)
+            assert (welcome.device, welcome.resumed) == ("phone", False)
+            error = await first.hear(Error)
+            assert (error.code, error.fatal) == ("replaced", True)
+            assert await first.closed()
+            await second.say(Ready(samples=8))
+            await RawClient(third).join(other)
+            await second.hear(Round)
+
+    with_hub(tmp_path, bundles, scenario)
+
+
+def test_an_error_that_a_device_reports_is_logged(
+    tmp_path: Path, bundles: BundleIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its session goes on."""
+    caplog.set_level(logging.WARNING, "cutlayer.hub")
+
+    async def scenario(url: str, config: HubConfig) -> None:
+        tokens = TokenFile(config.tokens)
+        async with raw(url) as one, raw(url) as other:
+            client = RawClient(one)
+            await client.say(replace(GOOD, token=tokens.issue("phone")))
+            await client.hear(Welcome)
+            await client.say(Error(code="internal", message="the disk is full", fatal=False))
+            await client.say(Ready(samples=8))
+            await RawClient(other).join(tokens.issue("other"))
+            await client.hear(Round)
+
+    with_hub(tmp_path, bundles, scenario)
+    assert "phone reports: the disk is full" in [r.getMessage() for r in caplog.records]
