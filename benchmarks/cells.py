@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server_hub.simulation.compare import Cell
+from server_hub.simulation.workers import Cell
 
 
 def run_cells(

@@ -21,23 +21,16 @@ import typer
 from rich.console import Console
 
 from benchmarks.pages import put_between
+from benchmarks.splitft import cost_grid
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import CutlayerError
+from server_hub.reports.comparison import accuracy_table, cost_table
 from server_hub.reports.plots import draw_comparison
 from server_hub.simulation.cli import run_comparison
 from server_hub.simulation.compare import cells_of
 from server_hub.simulation.job import Job, methods_of
 from server_hub.simulation.partition import Kind
-from server_hub.simulation.results import (
-    Runs,
-    accuracy_grid,
-    accuracy_table,
-    cost_grid,
-    cost_table,
-    partition_name,
-    rows_of,
-    summary,
-)
+from server_hub.simulation.results import Runs, accuracy_grid, partition_name, rows_of, summary
 from server_hub.storage.run_folder import RoundRecord, read_records
 
 JOB = Path(__file__).with_name("methods.toml")

@@ -49,10 +49,10 @@ from edge_sdk.errors import ConfigError, CutlayerError
 from edge_sdk.training.adversarial import Attack
 from export.build import build_model
 from export.split import SplitModel
-from server_hub.simulation.compare import Cell
 from server_hub.simulation.job import Job, SplitMixTable
 from server_hub.simulation.partition import PartitionTable
 from server_hub.simulation.simulate import Simulation
+from server_hub.simulation.workers import Cell
 from server_hub.storage.run_folder import read_records
 from server_hub.trunk.adversarial import hard_examples, mixed_logits
 

@@ -12,8 +12,8 @@ from benchmarks import methods, splitft
 from benchmarks.pages import put_between
 from edge_sdk.errors import ConfigError
 from server_hub.methods.registry import RECIPES
-from server_hub.simulation.compare import Cell
 from server_hub.simulation.job import Job, methods_of
+from server_hub.simulation.workers import Cell
 from server_hub.storage.run_folder import RoundRecord
 
 FIVE = splitft.Setting(splitft.ADAPTIVE, "iid", 8, 5)

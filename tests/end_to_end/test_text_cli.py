@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.splitft import cost_grid
 from edge_sdk import DataError, Device, Evaluation, Prediction
 from edge_sdk.cli.main import main
 from edge_sdk.errors import LinkClosed
@@ -38,19 +39,17 @@ from export.packing import get_codec
 from export.split import SplitModel
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps, segment_of, write_tier
-from server_hub.cli.hub import round_line
 from server_hub.config import HubConfig, Listen, LocalTraining, TrunkTraining
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.reports.report import write_report
-from server_hub.reports.tables import move_lines
+from server_hub.reports.rounds import move_lines, round_line, rounds_table
 from server_hub.reports.tensorboard import scalars
 from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation import cli as simulation_cli
-from server_hub.simulation.cli import rounds_table
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
-from server_hub.simulation.results import cost_grid, summary
+from server_hub.simulation.results import summary
 from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.trunk import flop_above
 from server_hub.storage.run_folder import RoundRecord, RunFolder
@@ -428,7 +427,7 @@ def test_a_report_has_the_moves_and_a_picture_of_the_cuts(tmp_path: Path) -> Non
     run.append(record(2, cuts={"phone-3": 2}))
     write_report(run, "SplitFT")
     report = (tmp_path / "moved" / "report.md").read_text()
-    assert f"| phone-3 | 1 | 4 | 2 | {MOVE['reason']} |" in report
+    assert f"| phone-3 | {MOVE['reason']} | 1 | 4 | 2 |" in report
     assert "](cuts.png)" in report
     assert (tmp_path / "moved" / "cuts.png").read_bytes().startswith(b"\x89PNG")
     still = RunFolder(tmp_path / "still", metric="perplexity")
@@ -447,17 +446,22 @@ def test_the_picture_of_the_cuts_takes_any_number_of_devices(tmp_path: Path, dev
     assert (tmp_path / "run" / "cuts.png").stat().st_size > 1000
 
 
-def cells(table: Any) -> list[list[str]]:
-    return [list(column.cells) for column in table.columns]
-
-
-def test_the_live_table_shows_the_lowest_perplexity() -> None:
+def test_the_table_of_rounds_shows_the_device_alone_and_the_best_path() -> None:
+    """The lowest perplexity, the highest accuracy; cuts once they have moved."""
     paths = {"device_alone": 90.0, "through_hub": 30.25, "ensemble": 45.0}
     table = rounds_table([record(1, accuracy={"a": paths})])
-    assert ["30.25"] in cells(table)
-    assert table.title == "perplexity by tier"
+    assert table.title == "Rounds: perplexity by tier, device alone / best path"
+    (row,) = table.rows
+    assert dict(zip(table.header, row, strict=True)) == {
+        "round": "1", "time, s": "10.0", "devices": "2", "trunk loss": "2.500",
+        "a": "90 / 30.25", "MB up": "0.0", "MB down": "0.0",
+    }  # fmt: skip
     classes = {"a": {"device_alone": 0.5, "through_hub": 0.9, "ensemble": 0.75}}
-    assert ["90.0%"] in cells(rounds_table([record(1, accuracy=classes, metric="accuracy")]))
+    table = rounds_table([record(1, accuracy=classes, metric="accuracy")])
+    assert "50.0% / 90.0%" in table.rows[0]
+    moved = rounds_table([record(1, moves=[MOVE]), record(2), record(3)], last=2)
+    assert [row[0] for row in moved.rows] == ["2", "3"]
+    assert moved.rows[0][moved.header.index("cuts")] == "4 1"
 
 
 # --- commands -------------------------------------------------------------------------------------
