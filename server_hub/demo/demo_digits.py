@@ -78,7 +78,7 @@ class DigitsDemo:
         saved = float((answers == held_out.y).mean())
         through_hub = {name: tier["through_hub"] for name, tier in tiers.items()}
         check_saved_model(saved, through_hub, self.metric)
-        run.step("the same devices without a hub: federated averaging of the poorest tier's model")
+        run.step("the same devices without a hub: the poorest tier's model, by federated averaging")
         with run.console.status("training"):
             no_hub = self._without_hub(run)
         return {"tiers": tiers, "no_hub": no_hub, "saved_model": saved}

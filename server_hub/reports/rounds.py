@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from edge_sdk.inference.prediction import Metric
 from server_hub.reports.table import Table
-from server_hub.reports.values import LABELS, bases, best, megabytes, shown
+from server_hub.reports.values import LABELS, bases, best, megabytes, percent, shown
 from server_hub.storage.run_folder import RoundRecord
 
 _NAMED = 8
@@ -28,7 +29,7 @@ def rounds_table(records: Sequence[RoundRecord], last: int | None = None) -> Tab
     shown_records = records if last is None else records[-last:]
     columns: dict[str, list[str]] = {
         "round": [str(r.round) for r in shown_records],
-        "time, s": [f"{r.clock:.1f}" for r in shown_records],
+        "s": [f"{r.clock:.1f}" for r in shown_records],
         "devices": [str(r.devices) for r in shown_records],
         "dropped": [str(len(r.dropped) or "") for r in shown_records],
         "local loss": [_loss(r.local_loss) for r in shown_records],
@@ -53,11 +54,12 @@ def _measured(
     last = next((r for r in reversed(records) if r.accuracy), None)
     if last is None:
         return "Rounds", {}
+    metric = "accuracy in %" if last.metric == "accuracy" else last.metric
     if last.mixed:
         counts = [count for count in last.mixed if _is_power_of_two(int(count))]
-        return f"Rounds: {last.metric} of the best base networks, mixed", {
+        return f"Rounds: {metric} of the best base networks, mixed", {
             bases(int(count)): [
-                shown(r.mixed[count], r.metric) if count in r.mixed else "" for r in shown_records
+                _cell(r.mixed[count], r.metric) if count in r.mixed else "" for r in shown_records
             ]
             for count in counts
         }
@@ -67,9 +69,9 @@ def _measured(
     }
     paths = {path for tier in last.accuracy.values() for path in tier}
     if len(paths) == 1:
-        return f"Rounds: {last.metric} by tier, {LABELS[paths.pop()]}", columns
-    two = "device alone / best path" if "device_alone" in paths else "best path"
-    return f"Rounds: {last.metric} by tier, {two}", columns
+        return f"Rounds: {metric} by tier, {LABELS[paths.pop()]}", columns
+    two = "device alone/best path" if "device_alone" in paths else "best path"
+    return f"Rounds: {metric} by tier, {two}", columns
 
 
 def _paths(record: RoundRecord, tier: str) -> str:
@@ -78,7 +80,12 @@ def _paths(record: RoundRecord, tier: str) -> str:
     values = [best(paths.values(), record.metric)]
     if "device_alone" in paths and len(paths) > 1:
         values.insert(0, paths["device_alone"])
-    return " / ".join(shown(value, record.metric) for value in values)
+    return "/".join(_cell(value, record.metric) for value in values)
+
+
+def _cell(value: float, metric: Metric) -> str:
+    """A measured value without its unit, which the title has."""
+    return percent(value) if metric == "accuracy" else shown(value, metric)
 
 
 def _cuts(records: Sequence[RoundRecord]) -> dict[str, list[str]]:

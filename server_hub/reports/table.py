@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,12 +28,21 @@ class Table:
 
     def rich(self) -> rich.table.Table:
         """For the terminal."""
-        table = rich.table.Table(title=self.title or None, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = rich.table.Table(
+            title=self.title or None,
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for number, column in enumerate(self.header):
             if number < self.left:
                 table.add_column(column, no_wrap=True)
             else:
-                table.add_column(column, justify="right", overflow="fold")
+                cells = max((len(row[number]) for row in self.rows), default=0)
+                width = max([cells, *(len(word) for word in column.split())])
+                header = "\n".join(textwrap.wrap(column, width))  # no wider than it must be
+                table.add_column(header, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
         return table
