@@ -20,11 +20,9 @@ import typer
 from rich.console import Console
 
 from benchmarks.pages import put_between
-from benchmarks.splitft import cost_grid
 from edge_sdk.errors import CutlayerError
-from server_hub.reports.comparison import accuracy_table, cost_table
 from server_hub.methods.registry import RECIPES
-from server_hub.reports.comparison import Summary
+from server_hub.reports.comparison import Summary, accuracy_table, cost_table
 from server_hub.reports.files import write_rows
 from server_hub.reports.plots import draw_comparison
 from server_hub.simulation.cli import run_comparison

@@ -10,7 +10,6 @@ one each. One thread; medians, both sides by turns in one process.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -23,10 +22,8 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from edge_sdk.bundle.manifest import Bundle
-from edge_sdk.bundle.store import write_atomically
 from edge_sdk.runtime import load_runtime
 from export.bases import split_width
 from export.packing import get_codec
@@ -34,6 +31,8 @@ from export.whole import WholeBases, whole_bases
 from export.writer import Tier, export_bundles
 from server_hub.demo.digits import CLASSES
 from server_hub.demo.mix_model import BASES, build
+from server_hub.reports.files import write_rows
+from server_hub.reports.table import Table
 from server_hub.trunk.interface import Arrival, TrunkPlan
 from server_hub.trunk.step import TrunkCore
 
@@ -54,15 +53,20 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         rows = [*on_device(bases, example, Path(folder) / "bundles", repeats)]
     rows += in_trunk(bases, example, repeats)
-    table = Table(title="milliseconds of one pass, and of one base after the other")
-    for column in ("where", "bases", "rows", "one pass", "one by one", "ratio"):
-        table.add_column(column, justify="left" if column == "where" else "right")
-    for row in rows:
-        ms = (f"{row[key]:.2f}" for key in ("one_pass_ms", "one_by_one_ms", "ratio"))
-        table.add_row(str(row["where"]), str(row["bases"]), str(row["rows"]), *ms)
-    Console(highlight=False).print(table)
+    cells = [
+        [
+            str(row["where"]),
+            str(row["bases"]),
+            str(row["rows"]),
+            *(f"{row[key]:.2f}" for key in ("one_pass_ms", "one_by_one_ms", "ratio")),
+        ]
+        for row in rows
+    ]
+    header = ["where", "bases", "rows", "one pass", "one by one", "ratio"]
+    title = "Milliseconds of one pass, and of one base after the other"
+    Console(highlight=False).print(Table(title, header, cells).rich())
     if json_file is not None:
-        write_atomically(json_file.absolute(), (json.dumps(rows, indent=1) + "\n").encode())
+        write_rows(json_file, rows)
 
 
 def on_device(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.splitft import cost_grid
 from edge_sdk import DataError, Device, Evaluation, Prediction
 from edge_sdk.cli.main import main
 from edge_sdk.errors import LinkClosed
@@ -42,6 +41,7 @@ from export.writer import Tier, export_bundles, make_steps, segment_of, write_ti
 from server_hub.config import HubConfig, Listen, LocalTraining, TrunkTraining
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
+from server_hub.reports.comparison import cost_table
 from server_hub.reports.report import write_report
 from server_hub.reports.rounds import move_lines, round_line, rounds_table
 from server_hub.reports.tensorboard import scalars
@@ -534,7 +534,7 @@ def test_compare_takes_a_perplexity_as_target_for_texts_only(
     run(["compare", str(job), "--target", "25", "--run", str(tmp_path / "out")])
     out = " ".join(capsys.readouterr().out.split())
     assert "until a perplexity of 25" in out
-    assert cost_grid(summary(runs, 25.0)).header[-1] == "perplexity 25, s"
+    assert cost_table(summary(runs, 25.0)).header[-1] == "perplexity 25, s"
     report = (tmp_path / "out" / "report.md").read_text()
     assert "![perplexity against rounds, traffic and time, and by tier](comparison.png)" in report
     assert "| perplexity 25, s |" in report
