@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks.pages import put_between
 from edge_sdk.errors import CutlayerError
-from server_hub.methods.registry import RECIPES
+from server_hub.methods.registry import simulated_methods
 from server_hub.reports.comparison import Summary, accuracy_table, cost_table
 from server_hub.reports.files import write_rows
 from server_hub.reports.plots import draw_comparison
@@ -79,7 +79,7 @@ def main(
         console.print(cost_table(found).rich())
         sections.append(section(here, runs, found, kind))
         if docs is not None:
-            draw_comparison(found, docs / f"methods-{kind}.png", list(RECIPES))
+            draw_comparison(found, docs / f"methods-{kind}.png", list(simulated_methods()))
     if json_file is not None:
         write_rows(json_file, rows)
     if docs is not None:

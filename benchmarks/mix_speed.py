@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 
 from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.protocol.messages import Batch
 from edge_sdk.runtime import load_runtime
 from export.bases import split_width
 from export.packing import get_codec
@@ -33,8 +34,8 @@ from server_hub.demo.digits import CLASSES
 from server_hub.demo.mix_model import BASES, build
 from server_hub.reports.files import write_rows
 from server_hub.reports.table import Table
-from server_hub.trunk.interface import Arrival, TrunkPlan
-from server_hub.trunk.step import TrunkCore
+from server_hub.trunk.interface import StepInput, TrunkPlan
+from server_hub.trunk.step import TrunkTrainer
 
 MIXED = (1, 2, 4, 8)
 ROWS = (1, 16)
@@ -104,9 +105,9 @@ def in_trunk(
     """Steps of the trunk."""
     rng = np.random.default_rng(0)
     present = np.ones(CLASSES, np.float32)
-    stacked = TrunkCore(bases.hub, "cpu")
+    stacked = TrunkTrainer(bases.hub, "cpu")
     stacked.begin(bases.states, replace(PLAN, bases=BASES))
-    single = [TrunkCore(bases.hub, "cpu") for _ in range(BASES)]
+    single = [TrunkTrainer(bases.hub, "cpu") for _ in range(BASES)]
     for base, trunk in enumerate(single):
         trunk.begin({n: t[base] for n, t in bases.states.items()}, PLAN)
     found = []
@@ -114,19 +115,24 @@ def in_trunk(
         with torch.no_grad():
             h = bases.hub.segment(torch.rand(rows, *example.shape[1:]), CUT)
         parts = {n: p.numpy() for n, p in get_codec("fp16").pack(h, 1).items()}
-        arrivals = [
-            Arrival("device", "bases", CUT, "fp16", parts, rng.integers(0, CLASSES, rows),
-                    base=base, present=present)
+        inputs = [
+            StepInput(
+                "device",
+                "bases",
+                CUT,
+                "fp16",
+                Batch(parts, rng.integers(0, CLASSES, rows), base=base, present=present),
+            )
             for base in range(BASES)
-        ]  # fmt: skip
+        ]
 
-        def one_pass(arrivals: list[Arrival] = arrivals) -> object:
-            return stacked.step(arrivals)
+        def one_pass(inputs: list[StepInput] = inputs) -> object:
+            return stacked.step(inputs)
 
-        def one_by_one(arrivals: list[Arrival] = arrivals) -> object:
+        def one_by_one(inputs: list[StepInput] = inputs) -> object:
             return [
-                trunk.step([replace(arrival, base=0, present=None)])
-                for trunk, arrival in zip(single, arrivals, strict=True)
+                trunk.step([replace(own, batch=replace(own.batch, base=0, present=None))])
+                for trunk, own in zip(single, inputs, strict=True)
             ]
 
         found.append(row_of("trunk", BASES, rows, one_pass, one_by_one, repeats))

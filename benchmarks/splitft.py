@@ -38,6 +38,7 @@ from benchmarks.splitft_report import (
     time_verdict,
 )
 from edge_sdk.errors import ConfigError, CutlayerError
+from edge_sdk.inference.metrics import Tally
 from edge_sdk.training.data import Examples
 from server_hub.reports.files import write_rows
 from server_hub.simulation.datasets import DataTable, load_dataset
@@ -45,7 +46,7 @@ from server_hub.simulation.job import Job
 from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.workers import Cell
 from server_hub.storage.run_folder import read_records
-from server_hub.trunk.evaluator import Tally, batches_to_measure
+from server_hub.trunk.evaluator import batches_to_evaluate
 
 JOB = Path(__file__).with_name("splitft.toml")
 PICTURE = "splitft.png"
@@ -125,11 +126,11 @@ def run_cell(cell: Cell, held_out: Examples) -> None:
 
 @torch.no_grad()
 def perplexity_before(held_out: Examples) -> float:
-    """Of the base, uncut."""
+    """Perplexity of the base, uncut, before any adapter is trained."""
     model, tally = gpt2.build().eval(), Tally("tokens")
-    for batch in batches_to_measure(held_out, model):
+    for batch in batches_to_evaluate(held_out, model):
         logits = model(torch.from_numpy(batch.x)).double()
-        tally.add(logits[None], torch.from_numpy(batch.y))
+        tally.add(logits[None].numpy(), batch.y)
     return tally.value
 
 

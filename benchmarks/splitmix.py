@@ -6,9 +6,9 @@
 Twenty simulated devices have budgets of 1/8, 1/4, 1/2 and all of a model. Split-Mix trains eight
 base networks over all of them; HeteroFL nested widths; FedAvg a model for each width, with the
 devices that can carry it. On digits all are trained again for robustness against adversarial
-examples. The plan is ``splitmix.toml`` beside this file. What is finished in the work folder is not run
-again; a run that was interrupted goes on. ``--docs docs`` also writes tables, verdicts and pictures
-into ``docs/results.md``.
+examples. The plan is ``splitmix.toml`` beside this file. What is finished in the work folder is not
+run again; a run that was interrupted goes on. ``--docs docs`` also writes tables, verdicts and
+pictures into ``docs/results.md``.
 """
 
 from __future__ import annotations

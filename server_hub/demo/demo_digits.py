@@ -11,9 +11,9 @@ import torch
 
 from edge_sdk.inference.prediction import Metric
 from export.writer import Tier
-from server_hub.config import LocalTraining
 from server_hub.demo import digits
 from server_hub.demo.runner import DemoDevice, DemoRun, Setup, check_saved_model
+from server_hub.methods.settings import LocalTraining
 from server_hub.reports.table import Table
 from server_hub.reports.values import PATHS
 from server_hub.simulation.datasets import DataTable

@@ -68,8 +68,8 @@ class MixtureDemo:
         wide = sum(p.numel() for p in model.parameters())
         base = sum(p.numel() for p in bases.model.parameters())
         run.say(
-            f"a model of {wide:,} parameters, split by width into {BASES} bases of {base:,}\n   with "
-            f"dual norms: {BASES * base / wide:.1%} of the model in all"
+            f"a model of {wide:,} parameters, split by width into {BASES} bases of {base:,}\n"
+            f"   with dual norms: {BASES * base / wide:.1%} of the model in all"
         )
         like = {"bases": BASES, "dual_norms": True, "shape": list(shape), "high": None}
         shares = digits.partition(train, len(names), 1.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.inference.prediction import Metric
-from server_hub.methods.registry import RECIPES
+from server_hub.methods.registry import simulated_methods
 from server_hub.reports.comparison import (
     KINDS,
     OTHER,
@@ -275,7 +275,7 @@ def write_comparison(folder: Path, runs: Runs, target: float | None = None) -> N
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(folder / "results.json", rows)
-        draw_comparison(found, folder / "comparison.png", list(RECIPES))
+        draw_comparison(found, folder / "comparison.png", list(simulated_methods()))
         write_page(folder / "report.md", parts)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from edge_sdk.errors import ConfigError, CutlayerError, DataError
 from export.errors import ExportError
-from server_hub.config import LocalTraining
+from server_hub.methods.settings import LocalTraining
 from server_hub.reports.comparison import accuracy_table, cost_table
 from server_hub.reports.values import three_digits
 from server_hub.simulation.compare import cells_of, compare
