@@ -44,9 +44,7 @@ from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.methods.settings import LocalTraining
 from server_hub.reports.comparison import cost_table
-from server_hub.reports.report import write_report
-from server_hub.reports.rounds import move_lines, round_line, rounds_table
-from server_hub.reports.tensorboard import scalars
+from server_hub.reports.rounds import round_line
 from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation import cli as simulation_cli
 from server_hub.simulation.datasets import DataTable
@@ -54,13 +52,14 @@ from server_hub.simulation.job import FleetTier, Job, RoundsTable
 from server_hub.simulation.results import summary
 from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.trunk import flop_above
-from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.storage.run_folder import RoundRecord
 from server_hub.trunk.evaluator import Served
 from server_hub.trunk.interface import Arrival
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkCore
 from tests.lib.models import AttentionBlock, TokenBlock
+from tests.server_hub.test_reports import record
 
 WORDS, WIDTH, LENGTH = 11, 8, 9
 EXAMPLE = torch.zeros(2, LENGTH, dtype=torch.int64)
@@ -378,93 +377,6 @@ def test_a_text_cannot_be_generated_without_the_hub(tmp_path: Path, bundles: Any
             await device.generate(texts(1).x[:, :3], 1)
 
     asyncio.run(served_job(tmp_path, bundles, use))
-
-
-# --- what is shown of rounds ----------------------------------------------------------------------
-
-MOVE = {"device": "phone-3", "cut": 4, "to": 2, "reason": "a round takes it 0.9 s, 0.4 s at cut 2"}
-
-
-def record(number: int, **changes: Any) -> RoundRecord:
-    """A round of SplitFT, which trains no way to answer but that through the hub."""
-    given: dict[str, Any] = {
-        "round": number, "clock": 10.0 * number, "seconds": 1.0, "devices": 2, "dropped": {},
-        "local_loss": None, "local_accuracy": None, "trunk_loss": 2.5, "trunk_steps": 3,
-        "accuracy": {"a": {"through_hub": 1234.5 / number}, "b": {"through_hub": 40.0}},
-        "bytes": {"update": {"up": 1000, "down": 0}}, "costs": {"device_flop": 1e9},
-        "metric": "perplexity", "cuts": {"phone-3": 4, "phone-20": 1},
-    }  # fmt: skip
-    return RoundRecord(**given | changes)
-
-
-def test_the_line_of_a_round_has_the_metric_and_the_best_way_where_there_is_no_ensemble() -> None:
-    line = round_line(record(1))
-    assert "perplexity a 1234  b 40" in line or "perplexity a 1235  b 40" in line
-    assert "%" not in line
-    paths = {"device_alone": 20.0, "through_hub": 15.0}
-    assert "perplexity a 15 " in round_line(record(1, accuracy={"a": paths}))
-    classes = {"a": {"device_alone": 0.5, "through_hub": 0.9, "ensemble": 0.75}}
-    line = round_line(record(1, accuracy=classes, metric="accuracy", local_loss=0.5))
-    assert "loss 0.500  trunk loss 2.500  a 75.0%  1.0 s" in line
-    assert "perplexity" not in round_line(record(1, accuracy={}))
-
-
-def test_every_move_is_a_line() -> None:
-    assert move_lines(record(1)) == []
-    lines = move_lines(record(1, moves=[MOVE, {**MOVE, "device": "tv"}]))
-    assert lines[0] == "phone-3 goes from cut 4 to 2: a round takes it 0.9 s, 0.4 s at cut 2"
-    assert lines[1].startswith("tv goes")
-
-
-def test_logs_are_named_after_the_metric_and_have_the_cuts() -> None:
-    values = scalars(record(1))
-    assert values["perplexity/b/through_hub"] == 40.0
-    assert not any(name.startswith("accuracy/b") for name in values)
-    assert (values["cut/phone-3"], values["cut/phone-20"]) == (4, 1)
-    assert "accuracy/b/through_hub" in scalars(record(1, metric="accuracy"))
-
-
-def test_a_report_has_the_moves_and_a_picture_of_the_cuts(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "moved", metric="perplexity")
-    run.append(record(1, moves=[MOVE]))
-    run.append(record(2, cuts={"phone-3": 2}))
-    write_report(run, "SplitFT")
-    report = (tmp_path / "moved" / "report.md").read_text()
-    assert f"| phone-3 | {MOVE['reason']} | 1 | 4 | 2 |" in report
-    assert "](cuts.png)" in report
-    assert (tmp_path / "moved" / "cuts.png").read_bytes().startswith(b"\x89PNG")
-    still = RunFolder(tmp_path / "still", metric="perplexity")
-    still.append(record(1))
-    write_report(still, "SplitFT")
-    assert "oves of cuts" not in (tmp_path / "still" / "report.md").read_text()
-    assert not (tmp_path / "still" / "cuts.png").exists()
-
-
-@pytest.mark.parametrize("devices", [1, 200])
-def test_the_picture_of_the_cuts_takes_any_number_of_devices(tmp_path: Path, devices: int) -> None:
-    run = RunFolder(tmp_path / "run", metric="perplexity")
-    cuts = {f"phone-{i}": 1 + i % 4 for i in range(devices)}
-    run.append(record(1, cuts=cuts, moves=[MOVE]))
-    write_report(run, "SplitFT")
-    assert (tmp_path / "run" / "cuts.png").stat().st_size > 1000
-
-
-def test_the_table_of_rounds_shows_the_device_alone_and_the_best_path() -> None:
-    """The lowest perplexity, the highest accuracy; cuts once they have moved."""
-    paths = {"device_alone": 90.0, "through_hub": 30.25, "ensemble": 45.0}
-    table = rounds_table([record(1, accuracy={"a": paths})])
-    assert table.title == "Rounds: perplexity by tier, device alone/best path"
-    (row,) = table.rows
-    assert dict(zip(table.header, row, strict=True)) == {
-        "round": "1", "s": "10.0", "devices": "2", "trunk loss": "2.500",
-        "a": "90/30.25", "MB up": "0.0", "MB down": "0.0",
-    }  # fmt: skip
-    classes = {"a": {"device_alone": 0.5, "through_hub": 0.9, "ensemble": 0.75}}
-    table = rounds_table([record(1, accuracy=classes, metric="accuracy")])
-    assert "50.0/90.0" in table.rows[0]
-    moved = rounds_table([record(1, moves=[MOVE]), record(2), record(3)], last=2)
-    assert [row[0] for row in moved.rows] == ["2", "3"]
-    assert moved.rows[0][moved.header.index("cuts")] == "4 1"
 
 
 # --- commands -------------------------------------------------------------------------------------
