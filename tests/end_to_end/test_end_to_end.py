@@ -465,7 +465,7 @@ def test_demo(tmp_path: Path) -> None:
     assert 20 < result["device_rss_mb"] < 250
     for kind, way in (("activations", "up"), ("update", "up"), ("blob", "down"), ("infer", "up")):
         assert result["bytes"][kind][way] > 0
-    assert "accuracy on held-out digits" in out
+    assert "Accuracy on held-out digits" in out
     for name in ("report.md", "metrics.jsonl", "curves.png", "model.safetensors"):
         assert (tmp_path / "run" / name).stat().st_size > 1000
 
