@@ -39,7 +39,7 @@ class Setting:
 
     Attributes:
         data: ``cifar10`` or ``digits``.
-        partition: its name.
+        partition: name of the partition.
         method: one of the four, or a key of :data:`ROBUST_NAMES`.
         width: of FedAvg's model, a key of :data:`WIDTHS`; the others have all.
     """
