@@ -8,28 +8,27 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server_hub.simulation.compare import Cell
+from server_hub.reports.progress import progress_bar
+from server_hub.simulation.workers import Cell
 
 
 def run_cells(
     console: Console, cells: Sequence[Cell], runs: Sequence[Callable[[], None]], jobs: int
 ) -> None:
-    """Run so many at a time, in processes of one thread, and show how many rounds are done.
+    """Run cells in processes of one thread each, and show how many rounds are done.
 
     Args:
-        console: where.
-        cells: those whose rounds are shown.
-        runs: what is left of them, each in a process: functions that can be pickled.
-        jobs: how many at a time.
+        console: where to show it.
+        cells: the cells whose rounds are counted.
+        runs: functions that run what is left of them, each in a process; they must pickle.
+        jobs: processes at a time.
     """
-    bar = Progress(
-        TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console,
-    )  # fmt: skip
     context = mp.get_context("spawn")
-    with bar, ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+    with (
+        progress_bar(console, "rounds") as bar,
+        ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool,
+    ):
         task = bar.add_task("", total=sum(cell.job.rounds.count for cell in cells))
         waiting = {pool.submit(run) for run in runs}
         try:

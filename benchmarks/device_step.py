@@ -26,7 +26,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from server_hub.reports.files import write_rows
+from server_hub.reports.table import Table
 
 STEPS = 24
 """Steps that are timed, after :data:`WARM_UP`; a median of at least 20."""
@@ -101,28 +103,20 @@ def main(
                 )
                 rows.append(row)
                 if out is not None:  # after every row: a run that is cut off leaves what it has
-                    _write(out, rows)
+                    write_rows(out, [asdict(row) for row in rows])
                 console.print(
                     f"{name}, {one}: {row.median_ms:.1f} ms, {row.ratio:.2f} x eager, "
                     f"{row.peak_mb:.0f} of {row.eager_peak_mb:.0f} MB"
                 )
-    Console().print(table(rows))
-
-
-def _write(out: Path, rows: list[Row]) -> None:
-    out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", "utf-8")
+    Console().print(table(rows).rich())
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows, to look at."""
-    result = Table(title="one training step on the device")
-    for column in ("family", "runtime"):
-        result.add_column(column)
-    for column in ("rows", "ms", "eager ms", "ratio", "MB", "eager MB", "step MB", "eager step MB"):
-        result.add_column(column, justify="right")
-    result.add_column("overhead", justify="right")
-    for r in rows:
-        result.add_row(
+    """A row per family and runtime."""
+    header = ["family", "runtime", "rows", "ms", "eager ms", "ratio", "MB", "eager MB", "step MB",
+              "eager step MB", "overhead"]  # fmt: skip
+    cells = [
+        [
             r.family,
             r.runtime,
             str(r.batch),
@@ -134,8 +128,10 @@ def table(rows: list[Row]) -> Table:
             f"{r.step_mb:.0f}",
             f"{r.eager_step_mb:.0f}",
             "-" if r.overhead is None else f"{100 * r.overhead:.1f} %",
-        )
-    return result
+        ]
+        for r in rows
+    ]
+    return Table("One training step on the device", header, cells, 2)
 
 
 def _child(*arguments: str) -> dict[str, Any]:

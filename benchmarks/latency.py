@@ -11,7 +11,6 @@ several bounds of staleness; settings take turns, and ratios are those of their 
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import tempfile
 from collections.abc import AsyncIterator
@@ -25,17 +24,17 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from edge_sdk.bundle.store import write_atomically
 from edge_sdk.device import Device
 from edge_sdk.training.data import Examples
 from export.adapters import from_transformers
 from export.lora import Lora, add_lora
 from export.split import SplitModel
 from export.writer import Tier, export_bundles
-from server_hub.demo.processes import CUTLAYER, hub_events, module_process
+from server_hub.demo.processes import hub_process
 from server_hub.gateway.tokens import TokenFile
+from server_hub.reports.files import write_rows
+from server_hub.reports.table import Table
 
 WIDTH, DEPTH, WORDS, LENGTH, CUT = 256, 6, 256, 64, 2
 BATCH, TEXTS, EPOCHS, ROUNDS = 8, 64, 4, 3
@@ -44,26 +43,13 @@ STEPS = EPOCHS * TEXTS // BATCH
 
 STALENESS = (0, 2)
 
-HUB_TOML = """\
-bundles = "{folder}/bundles"
-tokens = "{folder}/tokens.toml"
-run = "{run}"
-model = "benchmarks.latency:build"
-[listen]
-port = 0
-[method]
-name = "splitft"
-[rounds]
-count = {rounds}
-[local]
-batch_size = {batch}
-epochs = {epochs}
-staleness = {staleness}
-[trunk]
-optimizer = "adamw"
-threads = 1
-max_rows = 1
-"""
+HUB = {
+    "model": "benchmarks.latency:build",
+    "method": {"name": "splitft"},
+    "rounds": {"count": ROUNDS},
+    "trunk": {"optimizer": "adamw", "threads": 1, "max_rows": 1},
+}
+"""Settings of the hub in every run."""
 
 
 @dataclass(frozen=True)
@@ -123,28 +109,27 @@ async def relay(port: int, delay_s: float) -> AsyncIterator[int]:
 async def steps_per_second(folder: Path, round_trip_ms: float, staleness: int) -> float:
     """Of a job over a link with this round trip."""
     run = Path(tempfile.mkdtemp(dir=folder))
-    config = run / "hub.toml"
-    config.write_text(
-        HUB_TOML.format(
-            folder=folder, run=run / "run", rounds=ROUNDS, batch=BATCH, epochs=EPOCHS,
-            staleness=staleness,
-        )
-    )  # fmt: skip
     tokens = TokenFile(folder / "tokens.toml")
     token = tokens.issue(run.name, "device")
     rng = np.random.default_rng(0)
     x = rng.integers(WORDS, size=(TEXTS, LENGTH))
-    with module_process(run, "hub", CUTLAYER, "hub", "--config", str(config), "--json") as hub:
-        address = next(e["address"] for e in hub_events(hub, run) if e["event"] == "ready")
-        port = int(address.rpartition(":")[2])
+    settings = {
+        **HUB,
+        "bundles": folder / "bundles",
+        "tokens": tokens.path,
+        "run": run / "run",
+        "local": {"batch_size": BATCH, "epochs": EPOCHS, "staleness": staleness},
+    }
+    with hub_process(run, settings) as hub:
+        port = int(hub.address.rpartition(":")[2])
         async with relay(port, round_trip_ms / 2000) as through:
             device = await Device.connect(
                 f"ws://127.0.0.1:{through}", token=token, data=Examples(x, x), cache=run / "cache"
             )
             async with device:
                 report = await device.train()
-        assert hub.stdout is not None
-        hub.stdout.read()
+        for _ in hub.events:  # until the hub ends
+            pass
     seconds = [done.seconds for done in report.rounds[1:]]
     return STEPS * len(seconds) / sum(seconds)
 
@@ -171,16 +156,15 @@ def main(
                     speed = asyncio.run(steps_per_second(folder, ms, staleness))
                 found[ms, staleness].append(speed)
     rows = [Row(ms, s, statistics.median(v), v) for (ms, s), v in found.items()]
-    table = Table(title=f"steps per second, {WIDTH} wide, {CUT} of {DEPTH} blocks on the device")
-    for column in ("staleness", "0 ms", f"{round_trip_ms:g} ms", "ratio"):
-        table.add_column(column, justify="right")
+    header = ["staleness", "0 ms", f"{round_trip_ms:g} ms", "ratio"]
+    cells = []
     for staleness in STALENESS:
         fast, slow = (statistics.median(found[ms, staleness]) for ms in (0.0, round_trip_ms))
-        table.add_row(str(staleness), f"{fast:.2f}", f"{slow:.2f}", f"{slow / fast:.0%}")
-    console.print(table)
+        cells.append([str(staleness), f"{fast:.2f}", f"{slow:.2f}", f"{slow / fast:.0%}"])
+    title = f"Steps per second, width {WIDTH}, {CUT} of {DEPTH} blocks on the device"
+    console.print(Table(title, header, cells, 0).rich())
     if json_file is not None:
-        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-        write_atomically(json_file.absolute(), f"[\n{lines}\n]\n".encode())
+        write_rows(json_file, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ interrupted goes on. ``--docs docs`` also writes tables and pictures into ``docs
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,23 +20,16 @@ import typer
 from rich.console import Console
 
 from benchmarks.pages import put_between
-from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import CutlayerError
+from server_hub.methods.registry import simulated_methods
+from server_hub.reports.comparison import Summary, accuracy_table, cost_table
+from server_hub.reports.files import write_rows
 from server_hub.reports.plots import draw_comparison
 from server_hub.simulation.cli import run_comparison
 from server_hub.simulation.compare import cells_of
 from server_hub.simulation.job import Job, methods_of
 from server_hub.simulation.partition import Kind
-from server_hub.simulation.results import (
-    Runs,
-    accuracy_grid,
-    accuracy_table,
-    cost_grid,
-    cost_table,
-    partition_name,
-    rows_of,
-    summary,
-)
+from server_hub.simulation.results import Runs, partition_name, rows_of, summary
 from server_hub.storage.run_folder import RoundRecord, read_records
 
 JOB = Path(__file__).with_name("methods.toml")
@@ -82,14 +74,14 @@ def main(
             continue
         for (method, _), run in runs.items():
             rows += rows_of(method, *run)
-        console.print(accuracy_table(runs))
-        console.print(cost_table(runs))
-        sections.append(section(here, runs, kind))
+        found = summary(runs)
+        console.print(accuracy_table(found).rich())
+        console.print(cost_table(found).rich())
+        sections.append(section(here, runs, found, kind))
         if docs is not None:
-            draw_comparison(runs, docs / f"methods-{kind}.png")
+            draw_comparison(found, docs / f"methods-{kind}.png", list(simulated_methods()))
     if json_file is not None:
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        write_atomically(json_file.absolute(), f"[\n{lines}\n]\n".encode())
+        write_rows(json_file, rows)
     if docs is not None:
         put_between(docs / "results.md", "methods", "\n\n".join([setting(job), *sections]))
 
@@ -97,7 +89,7 @@ def main(
 def finished_runs(
     job: Job, methods: Sequence[str], seeds: Sequence[int], folder: Path
 ) -> dict[tuple[str, int], tuple[Job, list[RoundRecord]]]:
-    """The runs in a folder that are at their end."""
+    """The finished runs in a folder."""
     return {
         (cell.job.method, cell.job.seed): (cell.job, read_records(cell.folder))
         for cell in cells_of(job, methods, seeds, folder)
@@ -113,15 +105,14 @@ def seeds_of(runs: Runs) -> str:
     return f"Seeds: {most}" + (f"; fewer for {', '.join(fewer)}." if fewer else ".")
 
 
-def section(job: Job, runs: Runs, kind: str) -> str:
+def section(job: Job, runs: Runs, found: Summary, kind: str) -> str:
     """A partition's tables and picture, in Markdown."""
-    found = summary(runs)
     return "\n\n".join(
         [
             f"### {partition_name(job)}",
             seeds_of(runs),
-            accuracy_grid(found).markdown(level=4),
-            cost_grid(found).markdown(level=4),
+            accuracy_table(found).markdown(level=4),
+            cost_table(found).markdown(level=4),
             f"![accuracy against rounds, traffic and time, and by tier](methods-{kind}.png)",
         ]
     )

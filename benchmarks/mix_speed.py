@@ -10,7 +10,6 @@ one each. One thread; medians, both sides by turns in one process.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -23,10 +22,8 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from edge_sdk.bundle.manifest import Bundle
-from edge_sdk.bundle.store import write_atomically
 from edge_sdk.protocol.messages import Batch
 from edge_sdk.runtime import load_runtime
 from export.bases import split_width
@@ -35,6 +32,8 @@ from export.whole import WholeBases, whole_bases
 from export.writer import Tier, export_bundles
 from server_hub.demo.digits import CLASSES
 from server_hub.demo.mix_model import BASES, build
+from server_hub.reports.files import write_rows
+from server_hub.reports.table import Table
 from server_hub.trunk.interface import StepInput, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 
@@ -55,15 +54,20 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         rows = [*on_device(bases, example, Path(folder) / "bundles", repeats)]
     rows += in_trunk(bases, example, repeats)
-    table = Table(title="milliseconds of one pass, and of one base after the other")
-    for column in ("where", "bases", "rows", "one pass", "one by one", "ratio"):
-        table.add_column(column, justify="left" if column == "where" else "right")
-    for row in rows:
-        ms = (f"{row[key]:.2f}" for key in ("one_pass_ms", "one_by_one_ms", "ratio"))
-        table.add_row(str(row["where"]), str(row["bases"]), str(row["rows"]), *ms)
-    Console(highlight=False).print(table)
+    cells = [
+        [
+            str(row["where"]),
+            str(row["bases"]),
+            str(row["rows"]),
+            *(f"{row[key]:.2f}" for key in ("one_pass_ms", "one_by_one_ms", "ratio")),
+        ]
+        for row in rows
+    ]
+    header = ["where", "bases", "rows", "one pass", "one by one", "ratio"]
+    title = "Milliseconds of one pass, and of one base after the other"
+    Console(highlight=False).print(Table(title, header, cells).rich())
     if json_file is not None:
-        write_atomically(json_file.absolute(), (json.dumps(rows, indent=1) + "\n").encode())
+        write_rows(json_file, rows)
 
 
 def on_device(
@@ -111,19 +115,24 @@ def in_trunk(
         with torch.no_grad():
             h = bases.hub.segment(torch.rand(rows, *example.shape[1:]), CUT)
         parts = {n: p.numpy() for n, p in get_codec("fp16").pack(h, 1).items()}
-        labels = rng.integers(0, CLASSES, rows)
-        arrivals = [
-            StepInput("device", "bases", CUT, "fp16", Batch(parts, labels, base, present=present))
+        inputs = [
+            StepInput(
+                "device",
+                "bases",
+                CUT,
+                "fp16",
+                Batch(parts, rng.integers(0, CLASSES, rows), base=base, present=present),
+            )
             for base in range(BASES)
         ]
 
-        def one_pass(arrivals: list[StepInput] = arrivals) -> object:
-            return stacked.step(arrivals)
+        def one_pass(inputs: list[StepInput] = inputs) -> object:
+            return stacked.step(inputs)
 
-        def one_by_one(arrivals: list[StepInput] = arrivals) -> object:
+        def one_by_one(inputs: list[StepInput] = inputs) -> object:
             return [
-                trunk.step([replace(arrival, batch=replace(arrival.batch, base=0, present=None))])
-                for trunk, arrival in zip(single, arrivals, strict=True)
+                trunk.step([replace(own, batch=replace(own.batch, base=0, present=None))])
+                for trunk, own in zip(single, inputs, strict=True)
             ]
 
         found.append(row_of("trunk", BASES, rows, one_pass, one_by_one, repeats))

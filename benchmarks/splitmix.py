@@ -1,14 +1,14 @@
-"""Split-Mix against FedAvg and HeteroFL: width and robustness chosen at the moment of use.
+"""Split-Mix against FedAvg and HeteroFL: width and robustness chosen at inference time.
 
     python -m benchmarks.splitmix --cifar PATH [--work runs/splitmix] [--jobs 2] [--finished]
         [--json FILE] [--docs FOLDER]
 
 Twenty simulated devices have budgets of 1/8, 1/4, 1/2 and all of a model. Split-Mix trains eight
 base networks over all of them; HeteroFL nested widths; FedAvg a model for each width, with the
-devices that can carry it. On digits all are trained again for robustness against examples made
-hard. The plan is ``splitmix.toml`` beside this file. What is finished in the work folder is not run
-again; a run that was interrupted goes on. ``--docs docs`` also writes tables, verdicts and pictures
-into ``docs/results.md``.
+devices that can carry it. On digits all are trained again for robustness against adversarial
+examples. The plan is ``splitmix.toml`` beside this file. What is finished in the work folder is not
+run again; a run that was interrupted goes on. ``--docs docs`` also writes tables, verdicts and
+pictures into ``docs/results.md``.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ from torch import Tensor
 from benchmarks import splitmix_report as report
 from benchmarks.cells import run_cells
 from benchmarks.pages import put_between
-from benchmarks.splitmix_report import (
+from benchmarks.splitmix_runs import (
     ADVERSARIAL,
     DUAL,
     FEDAVG,
     HETEROFL,
     PLAIN,
+    ROBUST_NAMES,
     SPLITMIX,
     UNMASKED,
     WIDTHS,
     Run,
     Runs,
     Setting,
+    panels,
 )
 from edge_sdk import config
 from edge_sdk.bundle.store import write_atomically
@@ -49,10 +51,11 @@ from edge_sdk.errors import ConfigError, CutlayerError
 from edge_sdk.training.adversarial import Attack
 from export.build import build_model
 from export.split import SplitModel
-from server_hub.simulation.compare import Cell
+from server_hub.reports.files import write_rows
 from server_hub.simulation.job import Job, SplitMixTable
 from server_hub.simulation.partition import PartitionTable
 from server_hub.simulation.simulate import Simulation
+from server_hub.simulation.workers import Cell
 from server_hub.storage.run_folder import read_records
 from server_hub.trunk.adversarial import hard_examples, mixed_logits
 
@@ -69,7 +72,7 @@ METHODS = {SPLITMIX: "splitmix", UNMASKED: "splitmix", FEDAVG: "fedavg", HETEROF
 dual norms it is FedAvg."""
 
 ROBUST = "robust.json"
-"""In the folder of a run: its answers to examples made hard."""
+"""File in the folder of a run: its accuracy on clean and adversarial examples."""
 ROBUSTNESS = (0.0, 0.2, 0.5, 0.8, 1.0)
 MIXED = (1, 4, 8)
 ATTACK_STEPS = 20
@@ -115,7 +118,7 @@ class Plan:
 
     def cell(self, setting: Setting, seed: int, work: Path, cifar: Path) -> Cell:
         """The job of a setting with this seed, and its folder."""
-        robust = setting.method in report.ROBUST_NAMES
+        robust = setting.method in ROBUST_NAMES
         part = self.robust if robust else self.fleets[setting.data]
         method = "splitmix" if robust else METHODS[setting.method]
         data = replace(
@@ -156,7 +159,7 @@ class Plan:
 
 
 def settings_of(data: str) -> list[Setting]:
-    """Those on some data, the longest runs first."""
+    """The settings on one data set, the longest runs first."""
     widths = {SPLITMIX: ["1"], UNMASKED: ["1"], HETEROFL: ["1"], FEDAVG: list(WIDTHS)}
     return [
         Setting(data, partition, method, width)
@@ -169,7 +172,7 @@ def settings_of(data: str) -> list[Setting]:
 
 SETTINGS = [
     *settings_of("digits"),
-    *(Setting("digits", "iid", method) for method in report.ROBUST_NAMES),
+    *(Setting("digits", "iid", method) for method in ROBUST_NAMES),
     *settings_of("cifar10"),
 ]
 
@@ -207,15 +210,15 @@ def main(
         raise ConfigError("nothing is finished")
     attack = plan.robust.mix.attack
     how = f"an attack of {ATTACK_STEPS} steps within {attack.epsilon:g} ({seeds_of(runs)} seeds)"
-    tables = [report.panel_grid(panel) for panel in report.panels(runs)]
-    tables.append(report.robust_grid(runs, how))
+    tables = [report.panel_table(panel) for panel in panels(runs)]
+    tables.append(report.robust_table(runs, how))
     for table in tables:
         console.print(table.rich())
     verdicts = list(report.verdicts(runs))
     for verdict in verdicts:
         console.print(verdict)
     if json_file is not None:
-        write_atomically(json_file.absolute(), report.json_of(runs))
+        write_rows(json_file, [run.row() for run in runs.values()])
     if docs is not None:
         report.draw(runs, docs / PICTURE)
         report.draw_robust(runs, docs / ROBUST_PICTURE)
@@ -233,12 +236,12 @@ def main(
 
 def done(setting: Setting, seed: int, cell: Cell) -> bool:
     """Whether a cell is at its end, and its robustness measured if that is wanted."""
-    measured = setting.method not in report.ROBUST_NAMES or (cell.folder / ROBUST).exists()
+    measured = setting.method not in ROBUST_NAMES or (cell.folder / ROBUST).exists()
     return cell.finished("torch") and measured
 
 
 def read_run(setting: Setting, cell: Cell) -> Run:
-    """A cell that is done."""
+    """Read a cell that is done."""
     robust = cell.folder / ROBUST
     found = json.loads(robust.read_text("utf-8")) if robust.exists() else ()
     return Run(setting, cell.job, read_records(cell.folder), found)
@@ -253,7 +256,7 @@ def run_cell(setting: Setting, cell: Cell) -> None:
                 if cell.job.tiers[client.tier].budget >= WIDTHS[setting.width]
             ]  # fmt: skip
         simulation.run()
-        if setting.method not in report.ROBUST_NAMES:
+        if setting.method not in ROBUST_NAMES:
             return
         held_out = simulation.data.held_out
         rows = [row for row in range(len(held_out)) if row % 5]  # the others gave bases their order
@@ -306,11 +309,11 @@ def measure_robustness(
     for bases in mixed:
         for value in wanted:
             chosen = models[:bases]
-            hard = hard_examples(chosen, x, y, attack, value)
+            attacked = hard_examples(chosen, x, y, attack, value)
             with torch.no_grad():
                 clean, robust = (
                     float((mixed_logits(chosen, inputs, value).argmax(1) == y).float().mean())
-                    for inputs in (x, hard)
+                    for inputs in (x, attacked)
                 )
             found.append({"bases": bases, "robustness": value, "clean": clean, "robust": robust})
     return found
@@ -321,11 +324,11 @@ def measure_robustness(
 
 def seeds_of(runs: Runs) -> int:
     """How many seeds the runs for robustness have."""
-    return len({seed for setting, seed in runs if setting.method in report.ROBUST_NAMES})
+    return len({seed for setting, seed in runs if setting.method in ROBUST_NAMES})
 
 
 def setting_text(plan: Plan) -> str:
-    """What the runs are, in Markdown."""
+    """The settings of all runs, in Markdown."""
     tiers = ", ".join(f"{tier.budget:g}" for tier in plan.job.tiers.values())
     fleets = "; ".join(
         f"{name}: {part.rounds} rounds, "
@@ -353,7 +356,7 @@ def setting_text(plan: Plan) -> str:
         "Split-Mix and HeteroFL have all widths for the cost in their first line. Of Split-Mix's "
         "loss, logits of classes that a device has no examples of are left out, as in its paper, "
         "unless it is *unmasked*; those of FedAvg and HeteroFL are over all classes.\n\n"
-        f"For robustness: digits, IID, {robust.rounds} rounds, examples made hard with "
+        f"For robustness: digits, IID, {robust.rounds} rounds, adversarial examples of "
         f"{mix.attack.steps} steps of {mix.attack.step_size:g} within {mix.attack.epsilon:g} and "
         f"weight {mix.robustness:g}, rates {rates}. FedAvg is one base of all channels "
         "on devices that can all carry it. The attack that is measured knows the mixture and the "

@@ -1,4 +1,4 @@
-"""``cutlayer hub`` and ``cutlayer token``."""
+"""``cutlayer hub``: serves a training job."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def hub(
     from server_hub.config import HubConfig
     from server_hub.hub import Hub
     from server_hub.reports.report import write_report
-    from server_hub.reports.tables import move_lines
+    from server_hub.reports.rounds import move_lines, round_line
     from server_hub.reports.tensorboard import Board
 
     logging.basicConfig(
@@ -116,23 +116,3 @@ async def _serve(job: Hub, ready: Any) -> bool:
     except asyncio.CancelledError:
         return True
     return False
-
-
-def round_line(record: RoundRecord) -> str:
-    """A round in a line, with each tier's ensemble; its best way to answer if it has none."""
-    from server_hub.reports.tables import best, shown
-
-    metric = record.metric
-    values = {
-        tier: paths["ensemble"] if "ensemble" in paths else best(paths.values(), metric)
-        for tier, paths in record.accuracy.items()
-    }
-    measured = "  ".join(f"{tier} {shown(value, metric)}" for tier, value in values.items())
-    if measured and metric == "perplexity":
-        measured = f"perplexity {measured}"
-    local = "" if record.local_loss is None else f"  loss {record.local_loss:.3f}"
-    trunk = "" if record.trunk_loss is None else f"  trunk loss {record.trunk_loss:.3f}"
-    return (
-        f"round {record.round:3d}  {record.devices} devices{local}"
-        f"{trunk}  {measured}  {record.seconds:.1f} s"
-    )

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from edge_sdk.bundle.index import BundleIndex, TierEntry
 from edge_sdk.bundle.manifest import Manifest
@@ -16,6 +15,7 @@ from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError, ConfigError
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import State
+from server_hub.reports.table import Table
 
 
 def mix(
@@ -26,13 +26,13 @@ def mix(
 ) -> None:
     """Put all trained bases of a run into the bundles, best first, to ship them with an app."""
     index = bundle_bases(run, bundles, out, overwrite)
-    table = Table("tier", "bases", "kB", title="bundles of trained bases")
-    for tier in index.tiers:
-        manifest = index.manifest(tier)
-        size = sum(manifest.blobs.values())
-        table.add_row(tier, str(len(manifest.base_states)), f"{size / 1e3:,.0f}")
+    manifests = {tier: index.manifest(tier) for tier in index.tiers}
+    rows = [
+        [tier, str(len(m.base_states)), f"{sum(m.blobs.values()) / 1e3:,.0f}"]
+        for tier, m in manifests.items()
+    ]
     console = Console(highlight=False)
-    console.print(table)
+    console.print(Table("Bundles of trained bases", ["tier", "bases", "kB"], rows).rich())
     console.print(
         f"written to {out}; edge_sdk.Mixture.open reads it, cutlayer bundle sign signs it"
     )

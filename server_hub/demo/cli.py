@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -39,30 +39,23 @@ def demo(
     """Train one model over six unequal devices, in seven processes, on handwritten digits.
 
     With --text, fine-tune a small GPT-2 on texts instead, while the devices' cuts move. With --mix,
-    train narrow networks; one device then mixes as many as it likes, as robust as it likes.
+    train narrow networks; one device then mixes some of them, and chooses its robustness.
     """
     if text and mix:
         raise ConfigError("--text and --mix are two demos; choose one")
+    from server_hub.demo.demo_digits import DigitsDemo
+    from server_hub.demo.demo_mixtures import MixtureDemo
+    from server_hub.demo.demo_texts import TextDemo
+    from server_hub.demo.runner import run_demo
     from server_hub.reports.tensorboard import Board
 
+    kind = TextDemo if text else MixtureDemo if mix else DigitsDemo
+    chosen = kind() if rounds is None else kind(rounds=rounds)
     folder = run or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     console = Console(highlight=False)
     with Board(tensorboard) as board:
-        result: dict[str, Any] | list[dict[str, Any]]
-        if text:
-            from server_hub.demo.text_job import TextDemo, run_text_demo
-
-            size = TextDemo() if rounds is None else TextDemo(rounds=rounds)
-            result = run_text_demo(folder, size, console, board.round)
-        elif mix:
-            from server_hub.demo.mix_job import MixtureDemo, run_mix_demo
-
-            wide = MixtureDemo() if rounds is None else MixtureDemo(rounds=rounds)
-            result = run_mix_demo(folder, wide, console, board.round)["rows"]
-        else:
-            from server_hub.demo.job import run_demo
-
-            result = run_demo(folder, rounds or 40, console, board.round)
+        result = run_demo(chosen, folder, console, board.round)
+    written = result["rows"] if mix else result
     if json_file is not None:
-        write_atomically(json_file.absolute(), (json.dumps(result, indent=1) + "\n").encode())
+        write_atomically(json_file.absolute(), (json.dumps(written, indent=1) + "\n").encode())
         console.print(f"results in {json_file}")

@@ -64,7 +64,7 @@ def build_for_demo() -> SplitModel:
     """:func:`build` with the paper's heads, which pool over all positions, at depths 1, 3 and 5.
 
     The heads that export adds keep a grid of positions. With them the poorest device alone reads
-    digits as well as anybody could, and there is nothing left that a hub could show.
+    digits as well as the whole model, and a hub would make no difference.
     """
     model = build()
     for depth, width in ((1, 8), (3, 24), (5, 48)):

@@ -11,7 +11,7 @@ from server_hub.demo.digits import CLASSES, PooledHead
 MODEL = "server_hub.demo.mix_model:build"
 BASES = 8
 GROUP = 4
-"""Channels of a group of a norm: a base has as many of them as the wide model in a group."""
+"""Channels of a group of a norm, the same in a base as in the wide model."""
 
 
 class ConvBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""What the demos share: a hub and its devices as processes, what they print, traffic as a table."""
+"""A hub and its devices as processes of this machine: start, output, end."""
 
 from __future__ import annotations
 
@@ -6,34 +6,54 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
 from edge_sdk.errors import CutlayerError
-from edge_sdk.training.data import Examples
-from server_hub.reports.tables import megabytes
-from server_hub.storage.run_folder import RoundRecord
 
 CUTLAYER = "edge_sdk.cli.main"
 """Module of the ``cutlayer`` command."""
 
 
-@dataclass
-class DeviceProcess:
-    """A device of a demo: its name, tier and process."""
+@dataclass(frozen=True)
+class HubProcess:
+    """A hub that listens.
 
-    name: str
-    tier: str
+    Attributes:
+        process: its process.
+        address: URL for devices.
+        events: the events that follow, as ``cutlayer hub --json`` prints them.
+    """
+
     process: subprocess.Popen[str]
+    address: str
+    events: Iterator[dict[str, Any]]
+
+
+@contextmanager
+def hub_process(folder: Path, settings: Mapping[str, Any]) -> Iterator[HubProcess]:
+    """A hub on a free port of this machine; it has 15 s to end by itself on leaving.
+
+    Args:
+        folder: where ``hub.toml`` and ``logs/hub.log`` are written.
+        settings: contents of ``hub.toml``.
+
+    Raises:
+        CutlayerError: the hub ended before it listened; with the end of its log.
+    """
+    config = folder / "hub.toml"
+    config.write_text(to_toml({**settings, "listen": {"port": 0}}), "utf-8")
+    arguments = ["hub", "--config", str(config), "--json"]
+    with module_process(folder, "hub", CUTLAYER, *arguments) as process:
+        events = _hub_events(process, folder)
+        for event in events:
+            if event["event"] == "ready":
+                yield HubProcess(process, event["address"], events)
+                return
+        raise CutlayerError(f"the hub ended before it listened:\n{tail(folder, 'hub')}")
 
 
 @contextmanager
@@ -43,11 +63,11 @@ def module_process(
     """A module that prints JSON to stdout, as a process; ended on leaving.
 
     Args:
-        folder: the run's; the log goes to ``logs/NAME.log`` there.
-        name: of the process.
-        module: what Python runs.
-        arguments: of the command line.
-        token: of a device.
+        folder: the log is written to ``logs/NAME.log`` there.
+        name: name of the process.
+        module: module that Python runs.
+        arguments: command line of the module.
+        token: token of a device.
     """
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
@@ -73,94 +93,71 @@ def module_process(
                     process.wait()
 
 
-def hub_events(hub: subprocess.Popen[str], folder: Path) -> Iterator[dict[str, Any]]:
-    """What a hub's process says, until its end.
+def _hub_events(hub: subprocess.Popen[str], folder: Path) -> Iterator[dict[str, Any]]:
+    """The events that a hub prints, until its end.
 
     Raises:
-        CutlayerError: it failed; with the end of its log.
+        CutlayerError: the hub failed; with the end of its log.
     """
-    assert hub.stdout is not None
-    for line in hub.stdout:
-        yield json.loads(line)
+    yield from json_lines(hub)
     if hub.wait() != 0:
         raise CutlayerError(f"the hub failed:\n{tail(folder, 'hub')}")
 
 
-def watch(
-    events: Iterable[dict[str, Any]],
-    folder: Path,
-    rounds: int,
-    console: Console,
-    on_round: Callable[[RoundRecord], None],
-    table: Callable[[Sequence[RoundRecord]], RenderableType],
-) -> list[RoundRecord]:
-    """Show the rounds as they come, until the last; returns them.
+def json_lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """The JSON that a process prints, line by line, until its end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield json.loads(line)
 
-    Args:
-        events: of the hub.
-        folder: the run's.
-        rounds: how many there will be.
-        console: where to show them.
-        on_round: called after every round.
-        table: what to show of the rounds so far.
+
+def device_report(process: subprocess.Popen[str], name: str, folder: Path) -> dict[str, Any]:
+    """The JSON that a device prints at its end.
 
     Raises:
-        CutlayerError: the hub ended before its time; with the end of its log.
+        CutlayerError: the device failed, with the end of its log; or it has imported torch.
     """
-    records: list[RoundRecord] = []
-    bar = Progress(TextColumn("   rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    task = bar.add_task("", total=rounds)
-    with Live(Group(bar, "   devices start and join"), console=console) as live:
-        for event in events:
-            if event.pop("event") == "round":
-                records.append(RoundRecord(**event))
-                on_round(records[-1])
-                bar.update(task, completed=len(records))
-                live.update(Group(bar, table(records)))
-                if len(records) == rounds:
-                    break
-    if not console.is_terminal:
-        console.line()  # there, what is live ends without one
-    if len(records) == rounds:
-        return records
-    raise CutlayerError(f"the hub ended after {len(records)} rounds:\n{tail(folder, 'hub')}")
-
-
-def device_report(device: DeviceProcess, folder: Path, console: Console) -> dict[str, Any]:
-    """What a device printed at its end.
-
-    Raises:
-        CutlayerError: it failed, with the end of its log; or it has imported torch.
-    """
-    with console.status(f"{device.name} measures or writes"):
-        out, _ = device.process.communicate(timeout=120)
-    if device.process.returncode != 0:
-        raise CutlayerError(f"the device {device.name} failed:\n{tail(folder, device.name)}")
+    out, _ = process.communicate(timeout=120)
+    check_device(process, name, folder)
     report: dict[str, Any] = json.loads(out)
-    if report["torch_imported"]:
-        raise CutlayerError(f"the device {device.name} imported torch; a device must not need it")
+    check_no_torch(report, name)
     return report
 
 
+def check_device(process: subprocess.Popen[str], name: str, folder: Path) -> None:
+    """Raise :class:`CutlayerError`, with the end of its log, if a device's process failed."""
+    if process.wait() != 0:
+        raise CutlayerError(f"the device {name} failed:\n{tail(folder, name)}")
+
+
+def check_no_torch(report: Mapping[str, Any], name: str) -> None:
+    """Raise :class:`CutlayerError` if a device reports that it has imported torch."""
+    if report["torch_imported"]:
+        raise CutlayerError(f"the device {name} imported torch; a device must not need it")
+
+
 def tail(folder: Path, name: str) -> str:
-    """The end of the log of a process."""
+    """The last lines of the log of a process."""
     lines = (folder / "logs" / f"{name}.log").read_text("utf-8").splitlines()
     return "\n".join(lines[-5:])
 
 
-def save_npz(path: Path, examples: Examples) -> None:
-    """Write examples as ``Examples.from_npz`` reads them."""
-    np.savez(path, x=examples.x, y=examples.y)
+def to_toml(settings: Mapping[str, Any]) -> str:
+    """Settings as TOML: dictionaries become tables, those inside of them inline tables."""
+    plain = {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
+    lines = [f"{key} = {_toml_value(value)}" for key, value in plain.items()]
+    for name, table in settings.items():
+        if isinstance(table, Mapping):
+            lines += ["", f"[{name}]"]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in table.items()]
+    return "\n".join([*lines, ""])
 
 
-def traffic_table(traffic: Mapping[str, Mapping[str, int]]) -> Table:
-    """Bytes up and down by kind of message."""
-    table = Table(title="traffic of the whole job, MB")
-    for column in ("message", "up", "down"):
-        table.add_column(column, justify="left" if column == "message" else "right")
-    for kind, size in sorted(traffic.items(), key=lambda k: -sum(k[1].values())):
-        table.add_row(kind, megabytes(size["up"]), megabytes(size["down"]))
-    total = {way: sum(s[way] for s in traffic.values()) for way in ("up", "down")}
-    table.add_section()
-    table.add_row("all", megabytes(total["up"]), megabytes(total["down"]))
-    return table
+def _toml_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False)
+    return json.dumps(value)

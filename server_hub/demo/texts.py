@@ -29,18 +29,18 @@ from server_hub.simulation.datasets import BYTES
 from server_hub.simulation.formats import cut_text
 
 TOPICS = ("string-methods", "debugger", "formatstrings", "typesseq", "typesmapping", "strings")
-"""What the devices have, a topic each."""
+"""Topics of the devices, one for each."""
 
 HELD_OUT = 5
 """Every fifth paragraph of the devices' topics is held out."""
 
 MEASURED = 64
-"""Texts that perplexity is measured on at a time."""
+"""Texts in a batch when perplexity is measured."""
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How the base is trained: AdamW, warm-up, then a cosine down to nothing."""
+    """Training of the base: AdamW, warm-up, then a cosine schedule to 0."""
 
     steps: int = 300
     batch_size: int = 32
@@ -63,7 +63,7 @@ class Texts:
     """The data of the demo.
 
     Attributes:
-        pretraining: bytes (positions,) int64, none of the devices' paragraphs among them.
+        pretraining: bytes (positions,) int64, without the devices' paragraphs.
         shares: the examples of each topic.
         held_out: examples of paragraphs of these topics that no device has.
     """
@@ -112,7 +112,7 @@ def _drawn(data: Examples, count: int, rng: np.random.Generator) -> Examples:
 
 
 def pooled(shares: Collection[Examples]) -> Examples:
-    """The examples of all."""
+    """The examples of all shares."""
     return Examples(np.concatenate([s.x for s in shares]), np.concatenate([s.y for s in shares]))
 
 
@@ -126,11 +126,11 @@ def pretrain(
     """Train a GPT-2 on random pieces of a text and write it as transformers would.
 
     Args:
-        folder: where to.
-        shape: of the model.
+        folder: folder to write.
+        shape: size of the model.
         data: bytes (positions,).
-        plan: how.
-        progress: told each step's number, and its loss.
+        plan: steps, batch size and learning rates.
+        progress: called with the number of each step, and its loss.
     """
     from transformers import GPT2Config
 
@@ -167,15 +167,15 @@ def fine_tune(
     hyper: Mapping[str, float],
     progress: Callable[[int], None],
 ) -> None:
-    """Train what is not frozen of a model that is whole, on all examples in one place.
+    """Train the parameters of an uncut model that are not frozen, on all examples in one place.
 
     Args:
         model: with adapters.
-        data: of all devices.
-        epochs: as many as the job has rounds, with the same rates in each.
-        batch_size: texts of a step.
-        hyper: of AdamW.
-        progress: told each epoch's number.
+        data: examples of all devices.
+        epochs: number of epochs, as many as the job has rounds; the schedule is the same.
+        batch_size: texts in a step.
+        hyper: hyper-parameters of AdamW.
+        progress: called with the number of each epoch.
     """
     trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     optimizer = get_optimizer("adamw").reference(trained, dict(hyper))
@@ -203,10 +203,10 @@ def _step(model: SplitModel, optimizer: torch.optim.Optimizer, loss: Tensor, lr:
 
 @torch.no_grad()
 def perplexity(model: SplitModel, data: Examples) -> float:
-    """Of the whole model, uncut, over the bytes of some texts.
+    """Perplexity of the uncut model over the bytes of some texts.
 
     Returns:
-        ``exp`` of the mean cross-entropy of a byte; infinity is not told, see :class:`Tally`.
+        ``exp`` of the mean cross-entropy of a byte, at most ``exp(700)``.
     """
     mode, tally = model.training, Tally("tokens")
     model.eval()

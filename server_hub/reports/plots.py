@@ -1,49 +1,47 @@
-"""Pictures of a simulation."""
+"""Pictures of a run, of a partition and of a comparison."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from edge_sdk.bundle.store import write_atomically
+from edge_sdk.inference.metrics import Metric
 from edge_sdk.protocol.tensors import Array
-from server_hub.methods.registry import simulated_methods
-from server_hub.reports.tables import LABELS, scale_of
+from server_hub.reports.comparison import Point, Score, Summary
+from server_hub.reports.files import save_figure, tidy
+from server_hub.reports.rounds import natural
+from server_hub.reports.values import LABELS, best, scale_of, shown
 from server_hub.storage.run_folder import RoundRecord
 
-if TYPE_CHECKING:
-    from edge_sdk.inference.metrics import Metric
-    from server_hub.simulation.results import Point, Runs, Score
+_WRITTEN = 24
+"""Clients or classes up to which the cells of a partition hold their numbers."""
 
-WRITTEN = 24
-"""Clients or classes up to which the cells hold their numbers."""
+_NAMED = 36
+"""Devices up to which the picture of the cuts names them all."""
 
-APART = 10
-"""A scale is logarithmic if one method's curve ends so many times further out than another's."""
+_APART = 10
+"""A scale is logarithmic if one method's curve ends this many times further out than another's."""
 
-LINES = [
+_LINES = [
     ("#1f77b4", "-", "o"), ("#17becf", "--", "o"), ("#7f7f7f", "-", "s"), ("#d62728", "-", "s"),
     ("#2ca02c", "-", "^"), ("#bcbd22", "-", "v"), ("#9467bd", "-", "D"), ("#ff7f0e", "-", "P"),
     ("#8c564b", "--", "X"), ("#e377c2", "-", "*"), ("#000000", ":", ""),
 ]  # fmt: skip
-"""Colour, line and marker of each method, in the order of ``RECIPES``."""
+"""Colour, line and marker of each method, in the order of all methods."""
 
 
 def draw_partition(counts: Array, path: Path, title: str) -> None:
-    """Who holds what: rows of each client, and how many of each class.
+    """The rows that each client holds, in all and of each class.
 
-    A heat map, one column per client and one row per class, under a bar per client. Colours go
-    with the square root, so that a class of which a client has little is still to be seen; white
-    is none at all.
+    A heat map, one column per client and one row per class, under a bar per client. Colours
+    follow the square root of the count, which keeps small counts visible; white is zero.
 
     Args:
-        counts: (clients, classes) rows.
+        counts: rows by client and class (clients, classes).
         path: ``.png`` to write.
         title: what the partition is.
     """
@@ -53,7 +51,7 @@ def draw_partition(counts: Array, path: Path, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     clients, classes = counts.shape
-    written = clients <= WRITTEN and classes <= WRITTEN
+    written = clients <= _WRITTEN and classes <= _WRITTEN
     width = float(np.clip(2.5 + 0.45 * clients, 6, 13))
     height = float(np.clip(1.2 + 0.3 * classes, 2.5, 8))
     figure = Figure(figsize=(width, 1.6 + height), layout="constrained")
@@ -83,53 +81,44 @@ def draw_partition(counts: Array, path: Path, title: str) -> None:
             cells.text(client, label, str(count), ha="center", va="center", fontsize=7, color=ink)
     ticks = np.unique(np.round(norm.inverse(np.linspace(0, 1, 6))))
     figure.colorbar(picture, ax=cells, label="rows of a class", pad=0.01, ticks=ticks)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
-def draw_comparison(runs: Runs, path: Path, target: float | None = None) -> None:
-    """What methods reach, after how much, and which devices.
+def draw_comparison(found: Summary, path: Path, methods: Sequence[str]) -> None:
+    """Accuracy or perplexity of methods against rounds, traffic and virtual time, and by tier.
 
-    Above, the fleet's accuracy, or perplexity, against rounds, traffic and virtual time: a line per
-    method, the mean over the seeds, in a band from the worst seed to the best. Below, the tiers at
-    the end.
+    Above, the fleet's accuracy or perplexity: a line per method, the mean over the seeds, in a
+    band from the lowest to the highest. Below, that of each tier at the end.
 
     Args:
-        runs: by method and seed.
+        found: means over the seeds, with at least one measured round of each method.
         path: ``.png`` to write.
-        target: value to draw a line at; None for the one that tables use.
-
-    Raises:
-        ConfigError: a run without a measured round.
+        methods: all methods that there are; a method's colour is that of its place here.
     """
     from matplotlib.figure import Figure
 
-    from server_hub.simulation.results import curves, summary
-
-    found = summary(runs, target)
     figure = Figure(figsize=(15, 8.4), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=[1.15, 1])
     first = figure.add_subplot(grid[0, 0])
     axes = [first, *(figure.add_subplot(grid[0, column], sharey=first) for column in (1, 2))]
-    _draw_curves(axes, curves(runs), found.target, found.metric)
+    styles = dict(zip(methods, cycle(_LINES), strict=False))
+    _draw_methods(axes, found, styles)
     if found.seeds > 1:
         figure.suptitle(
-            f"means of {found.seeds} seeds; bands from the worst to the best, whiskers: standard "
-            "deviation"
+            f"means of {found.seeds} seeds; bands from the lowest to the highest, whiskers: "
+            "standard deviation"
         )
     _draw_tiers(figure.add_subplot(grid[1, :]), found.scores, found.metric)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    write_atomically(path, picture.getvalue())
+    save_figure(figure, path)
 
 
-def _draw_curves(
-    axes: list[Any], lines: dict[str, list[Point]], target: float, metric: Metric
+def _draw_methods(
+    axes: Sequence[Any], found: Summary, styles: Mapping[str, tuple[str, str, str]]
 ) -> None:
     """Accuracy or perplexity against rounds, traffic and time."""
-    from server_hub.reports.tables import scale_of, shown
-
+    target, metric = found.target, found.metric
+    lines: Mapping[str, Sequence[Point]] = found.curves
     factor, name = scale_of(metric)
-    styles = dict(zip(simulated_methods(), cycle(LINES), strict=False))
     scales = (("round", "round"), ("megabytes", "traffic of all devices, up and down (MB)"),
               ("seconds", "virtual time (s)"))  # fmt: skip
     for axis, (scale, label) in zip(axes, scales, strict=True):
@@ -144,12 +133,11 @@ def _draw_curves(
             low, high = ([factor * getattr(p, end) for p in points] for end in ("low", "high"))
             axis.fill_between(along, low, high, color=colour, alpha=0.15, linewidth=0)
         ends = [getattr(points[-1], scale) for points in lines.values()]
-        if max(ends) > APART * min(ends) > 0:
+        if max(ends) > _APART * min(ends) > 0:
             axis.set_xscale("log")
         axis.axhline(factor * target, color="grey", linewidth=0.8, linestyle=(0, (6, 4)), zorder=0)
         axis.set(xlabel=label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
     axes[0].set(ylabel=f"fleet {name}")
     axes[0].text(
         1, factor * target, f"{shown(target, metric)} ", transform=axes[0].get_yaxis_transform(),
@@ -159,16 +147,13 @@ def _draw_curves(
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), title="method")
 
 
-def _draw_tiers(axis: Any, scores: list[Score], metric: Metric) -> None:
+def _draw_tiers(axis: Any, scores: Sequence[Score], metric: Metric) -> None:
     """Groups of bars: a group per method, a bar per tier, device alone before the best path.
 
     The lower of the two is in front: with perplexity the best path.
     """
     from matplotlib import colormaps
     from matplotlib.patches import Patch
-
-    from server_hub.reports.tables import best as best_of
-    from server_hub.reports.tables import scale_of
 
     factor, label = scale_of(metric)
     highest = factor * max(s.mean for s in scores) if metric == "perplexity" else 100
@@ -182,19 +167,21 @@ def _draw_tiers(axis: Any, scores: list[Score], metric: Metric) -> None:
         centres[method] = left + width / 2
         for number, tier in enumerate(bars):
             paths = {s.path: s for s in scores if (s.method, s.tier) == (method, tier)}
-            value = best_of((s.mean for s in paths.values()), metric)
-            best = next(s for s in paths.values() if s.mean == value)
+            value = best((s.mean for s in paths.values()), metric)
+            highlight = next(s for s in paths.values() if s.mean == value)
             at, colour = left + (width - len(bars)) / 2 + number + 0.5, shades.get(tier, "grey")
-            top = factor * best.mean
+            top = factor * highlight.mean
             alone = factor * paths["device_alone"].mean if "device_alone" in paths else None
             tall, short = (top, alone) if metric == "accuracy" else (alone, top)
             for height, alpha in ((tall, 0.35), (short, 1.0)):
                 if height is not None:
                     axis.bar(at, height, 0.86, color=colour, alpha=alpha)
-            if best.deviation is not None:
-                axis.errorbar(at, top, factor * best.deviation, color="black", linewidth=0.8)
-                top += factor * best.deviation
-            axis.text(at, top + highest / 100, f"{factor * best.mean:.1f}", ha="center", fontsize=7)
+            if highlight.deviation is not None:
+                axis.errorbar(at, top, factor * highlight.deviation, color="black", linewidth=0.8)
+                top += factor * highlight.deviation
+            axis.text(
+                at, top + highest / 100, f"{factor * highlight.mean:.1f}", ha="center", fontsize=7
+            )
         left += width + 0.8
     beside = 0.5 + max(0, 18 - left) / 2  # few bars stay slim
     limits = (-beside, left - 0.8 + beside)
@@ -203,19 +190,14 @@ def _draw_tiers(axis: Any, scores: list[Score], metric: Metric) -> None:
         axis.set_yticks(range(0, 101, 20))
     axis.set_xticks(list(centres.values()), [name.replace("-", "-\n", 1) for name in centres])
     axis.tick_params(axis="x", length=0)
-    axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    tidy(axis, "y")
     keys = [Patch(color=shades.get(tier, "grey"), label=tier) for tier in tiers]
     names = ["device alone", "best way to answer"]
     full, pale = names if metric == "accuracy" else reversed(names)
     keys += [Patch(color="black", label=f"full: {full}"),
              Patch(color="black", alpha=0.35, label=f"pale: {pale}")]  # fmt: skip
     axis.legend(handles=keys, loc="center left", bbox_to_anchor=(1.01, 0.5), title="tier")
-
-
-_NAMED = 36
-"""Devices up to which a picture names them all."""
 
 
 def draw_curves(
@@ -238,31 +220,30 @@ def draw_curves(
         if reference is not None:
             axis.axhline(factor * reference[1], color="grey", linestyle=":", label=reference[0])
         axis.set(title=tier, xlabel="round", ylabel=label_of)
-        axis.grid(alpha=0.3)
+        tidy(axis)
         axis.legend(loc="lower right" if factor == 100 else "upper right")
     traffic = axes[-1]
     for way, style in (("up", "-"), ("down", "--")):
         total = [getattr(r, way) / 1e6 for r in records]
         traffic.plot(rounds, total, style, label=way)
     traffic.set(title="traffic, cumulative", xlabel="round", ylabel="MB")
-    traffic.grid(alpha=0.3)
+    tidy(traffic)
     traffic.legend(loc="upper left")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def draw_cuts(records: Sequence[RoundRecord], path: Path) -> None:
     """The cut of each device over the rounds, as a picture.
 
-    A row per device, a column per round, a colour per cut; white where the device's update did
-    not count.
+    A row per device, a column per round, a colour per cut; white where no update of the device
+    counted.
     """
-    import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    devices = sorted({device for r in records for device in r.cuts}, key=_natural)
+    devices = sorted({device for r in records for device in r.cuts}, key=natural)
     cuts = sorted({cut for r in records for cut in r.cuts.values()})
     number = {cut: i for i, cut in enumerate(cuts)}
     cells = np.array([[number.get(r.cuts.get(d, 0), -1) for r in records] for d in devices])
@@ -290,11 +271,4 @@ def draw_cuts(records: Sequence[RoundRecord], path: Path) -> None:
     key = figure.colorbar(picture, ax=axis, label="cut", pad=0.02)
     key.set_ticks(range(len(cuts)), labels=[str(cut) for cut in cuts])
     key.ax.minorticks_off()
-    figure.savefig(path, dpi=110)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts ``phone-2`` before ``phone-10``."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]
+    save_figure(figure, path)

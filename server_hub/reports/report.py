@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edge_sdk.bundle.store import write_atomically
+from server_hub.reports.files import write_page
 from server_hub.reports.plots import draw_curves, draw_cuts
-from server_hub.reports.tables import mixture_table, moves_table, rounds_table, traffic_table
+from server_hub.reports.rounds import mixture_table, moves_table, rounds_table, traffic_table
 from server_hub.storage.run_folder import RunFolder
 
 
@@ -20,18 +20,23 @@ def write_report(
 
     Args:
         run: the run's folder.
-        title: of the report.
-        sections: what comes before the tables.
+        title: heading of the page.
+        sections: Markdown between the heading and the tables of the rounds.
         reference: name and value of a line to compare the curves with.
     """
     draw_curves(run.records, run.folder / "curves.png", reference)
     parts = [f"# {title}", *sections]
     if run.records:
-        parts += [rounds_table(run.records), traffic_table(run.records[-1].bytes)]
-    if run.records and run.records[-1].mixed:
-        parts.append(mixture_table(run.records[-1]))
+        last = run.records[-1]
+        parts += [rounds_table(run.records).markdown(), traffic_table(last.bytes).markdown()]
+        if last.mixed:
+            order = ", ".join(map(str, last.order))
+            parts += [mixture_table(last).markdown(), f"Best first: {order}."]
     if any(record.moves for record in run.records):
         draw_cuts(run.records, run.folder / "cuts.png")
-        parts += [moves_table(run.records), "![cut of each device over the rounds](cuts.png)"]
+        parts += [
+            moves_table(run.records).markdown(),
+            "![cut of each device over the rounds](cuts.png)",
+        ]
     parts.append(f"![{run.metric} and traffic over the rounds](curves.png)")
-    write_atomically(run.folder / "report.md", "\n\n".join([*parts, ""]).encode())
+    write_page(run.folder / "report.md", parts)

@@ -14,7 +14,7 @@ class Board:
     """Writes every round's losses, accuracy or perplexity, cuts and traffic; used in ``with``.
 
     Args:
-        folder: where TensorBoard looks; None writes nothing.
+        folder: TensorBoard's log folder; None writes nothing.
 
     Raises:
         ConfigError: the folder cannot be written, or the package is not installed.
@@ -49,7 +49,7 @@ class Board:
             self._writer.close()
 
     def round(self, record: RoundRecord) -> None:
-        """Write a round; steps are rounds, times the job's clock."""
+        """Log a round, with its number as the step."""
         if self._writer is None:
             return
         for name, value in scalars(record).items():
@@ -58,7 +58,7 @@ class Board:
 
 
 def scalars(record: RoundRecord) -> dict[str, float]:
-    """What is drawn of a round, by name."""
+    """The values of a round that are logged, by name."""
     values: dict[str, float | None] = {
         "loss/devices": record.local_loss,
         "loss/trunk": record.trunk_loss,

@@ -1,90 +1,30 @@
-"""Several methods and seeds of one job, side by side in processes of their own."""
+"""Several methods and seeds of one job: cells, checked together and run side by side."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing as mp
-import os
-import shutil
-import signal
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from edge_sdk.bundle.store import write_atomically
-from edge_sdk.errors import ConfigError, CutlayerError
+from edge_sdk.errors import ConfigError
 from export.build import build_model
 from export.errors import ExportError
 from server_hub.methods.registry import find, simulated_methods
-from server_hub.reports.plots import draw_comparison
 from server_hub.simulation.job import DeviceRuntime, Job
 from server_hub.simulation.prepare import (
     check_cuts,
     check_fit,
-    describe,
     fleet_of,
     read_data,
-    resume,
     share_out,
 )
-from server_hub.simulation.results import (
-    Runs,
-    accuracy_grid,
-    cost_grid,
-    data_name,
-    partition_name,
-    rows_of,
-    summary,
-)
-from server_hub.simulation.simulate import Simulation
-from server_hub.storage.run_folder import METRICS, RoundRecord, read_records
-
-_POLL_S = 0.25
-"""Seconds between two looks at how far the runs are."""
+from server_hub.simulation.workers import Cell, run_cells
+from server_hub.storage.run_folder import RoundRecord, read_records
 
 OnProgress = Callable[[int, int, list[str]], None]
-"""Told rounds done, rounds in all, and what runs now."""
-
-
-class CellFailed(CutlayerError):
-    """A method failed with a seed; the others keep what they have."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method with one seed.
-
-    Attributes:
-        job: the job with this method and seed.
-        folder: of its run.
-    """
-
-    job: Job
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.job.method}, seed {self.job.seed}"
-
-    def finished(self, runtime: DeviceRuntime) -> bool:
-        """Whether its run is at its end; :class:`ConfigError` if the folder holds another."""
-        last = resume(self.folder, describe(self.job, runtime))
-        return last is not None and last.completed >= self.job.rounds.count
-
-    def rounds_done(self) -> int:
-        """Rounds in its metrics, as far as they count."""
-        with suppress(FileNotFoundError):
-            lines = (self.folder / METRICS).read_bytes().count(b"\n")
-            return min(lines, self.job.rounds.count)
-        return 0
+"""Called with the rounds done, the rounds in all, and the names of the cells that run."""
 
 
 def compare(
@@ -137,7 +77,7 @@ def compare(
 
     if todo:
         check([cell.job for cell in todo], runtime, base)
-        _run(todo, runtime, base.absolute(), min(jobs, len(todo)), tell)
+        run_cells(todo, runtime, base.absolute(), min(jobs, len(todo)), tell)
     tell([])
     return {(cell.job.method, cell.job.seed): read_records(cell.folder)[:count] for cell in cells}
 
@@ -185,174 +125,3 @@ def check(jobs: Sequence[Job], runtime: DeviceRuntime, base: Path) -> None:
             )
         except ExportError as error:
             raise ConfigError(f"method {job.method!r} does not fit this job: {error}") from error
-
-
-def write_comparison(folder: Path, runs: Runs, target: float | None = None) -> None:
-    """Write ``results.json``, ``report.md`` and ``comparison.png``.
-
-    Args:
-        folder: where.
-        runs: by method and seed.
-        target: accuracy or perplexity to reach; None for the best that every method reaches.
-
-    Raises:
-        ConfigError: a run without a measured round, or the folder cannot be written.
-    """
-    found = summary(runs, target)
-    job = next(iter(runs.values()))[0]
-    seeds = ", ".join(str(seed) for seed in dict.fromkeys(seed for _, seed in runs))
-    rows = [json.dumps(row) for (method, _), run in runs.items() for row in rows_of(method, *run)]
-    parts = [
-        f"# {data_name(job)}, {partition_name(job)}: {job.rounds.count} rounds, {job.clients} "
-        f"devices",
-        f"Model `{job.model}`; {job.rounds.per_round or job.clients} devices in a round; "
-        f"seeds {seeds}.",
-        accuracy_grid(found).markdown(),
-        cost_grid(found).markdown(),
-        f"![{found.metric} against rounds, traffic and time, and by tier](comparison.png)",
-    ]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "results.json", ("[\n" + ",\n".join(rows) + "\n]\n").encode())
-        draw_comparison(runs, folder / "comparison.png", target)
-        write_atomically(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-# --- processes ------------------------------------------------------------------------------------
-
-
-class _Worker:
-    """A process that runs one cell after the other.
-
-    Args:
-        threads: of its torch.
-        scratch: folder for temporary files, which outlive a process that is stopped.
-    """
-
-    def __init__(self, threads: int, scratch: str) -> None:
-        context = mp.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self._process: Any = context.Process(
-            target=_work, args=(theirs, threads, scratch), daemon=True
-        )
-        self.cell: Cell | None = None
-        # Read when torch is imported. A thread that waits must not take time from other runs.
-        with (
-            _environment(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE"),
-            _ignoring_interrupts(),
-        ):
-            self._process.start()
-        theirs.close()
-
-    def begin(self, cell: Cell, runtime: DeviceRuntime, base: Path) -> None:
-        """Let it run a cell; its pipe has an answer when it is done."""
-        self.cell = cell
-        with suppress(OSError):  # a process that has died is noticed by the missing answer
-            self.pipe.send((cell, runtime, base))
-
-    def end(self) -> None:
-        """Take the answer; :class:`CellFailed` if there is a failure, or no answer."""
-        assert self.cell is not None
-        try:
-            failure = self.pipe.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            failure = f"its process ended with exit code {self._process.exitcode}"
-        if failure is not None:
-            raise CellFailed(
-                f"method {self.cell.job.method!r} with seed {self.cell.job.seed} failed: {failure}"
-            )
-        self.cell = None
-
-    def stop(self) -> None:
-        """End the process, in the middle of whatever it does."""
-        self._process.kill()
-        self._process.join()
-        self.pipe.close()
-
-
-def _run(
-    cells: Sequence[Cell],
-    runtime: DeviceRuntime,
-    base: Path,
-    jobs: int,
-    tell: Callable[[Sequence[Cell]], None],
-) -> None:
-    """Run cells, so many at a time."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    waiting = list(reversed(cells))
-    workers: list[_Worker] = []
-    scratch = tempfile.TemporaryDirectory(prefix="cutlayer-")
-    try:
-        for _ in range(jobs):
-            workers.append(_Worker(threads, scratch.name))
-            workers[-1].begin(waiting.pop(), runtime, base)
-        while busy := [worker for worker in workers if worker.cell is not None]:
-            tell([worker.cell for worker in busy if worker.cell is not None])
-            answers = wait([worker.pipe for worker in busy], _POLL_S)
-            for worker in busy:
-                if worker.pipe in answers:
-                    worker.end()
-                    if waiting:
-                        worker.begin(waiting.pop(), runtime, base)
-    finally:
-        for worker in workers:
-            worker.stop()
-        scratch.cleanup()
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Environment variables for processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Ctrl-C is for the parent, which then stops the processes that are started meanwhile."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets no other thread say what signals do
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _work(pipe: Connection, threads: int, scratch: str) -> None:
-    """The loop of a worker's process: one cell, one answer, a failure or None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True).start()
-    tempfile.tempdir = scratch
-    torch.set_num_threads(threads)
-    with suppress(EOFError):  # the parent has gone
-        while True:
-            cell, runtime, base = pipe.recv()
-            failure = None
-            try:
-                with Simulation(cell.job, cell.folder, runtime, base) as simulation:
-                    simulation.run()
-                    simulation.report()
-            except CutlayerError as error:
-                failure = str(error)
-            pipe.send(failure)
-
-
-def _die_with_parent(scratch: str) -> None:
-    parent = mp.parent_process()
-    assert parent is not None
-    parent.join()
-    shutil.rmtree(scratch, ignore_errors=True)
-    os._exit(1)

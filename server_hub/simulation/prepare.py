@@ -13,6 +13,7 @@ import torch
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.data import Examples
 from export.split import SplitModel
 from export.writer import Tier
 from server_hub.methods.fleet import Fleet
@@ -34,6 +35,52 @@ class Client:
     name: str
     tier: str
     rows: Array
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Examples that are shared out already, in place of a job's data source and partition.
+
+    Attributes:
+        shares: the examples of each device, by its name: ``TIER-1`` to ``TIER-N`` for a tier of N.
+        held_out: what accuracy or perplexity is measured on.
+        classes: number of classes; for a model of tokens the size of the vocabulary.
+        task: ``classes`` (one label per row) or ``tokens`` (one label per position).
+    """
+
+    shares: Mapping[str, Examples]
+    held_out: Examples
+    classes: int
+    task: str = "classes"
+
+    def dataset(self) -> Dataset:
+        """All examples, one share after the other."""
+        shares = self.shares.values()
+        train = Examples(
+            np.concatenate([share.x for share in shares]),
+            np.concatenate([share.y for share in shares]),
+        )
+        return Dataset(train, self.held_out, self.classes, self.task)
+
+    def clients(self, tiers: Mapping[str, FleetTier]) -> list[Client]:
+        """The owners of the rows of :meth:`dataset`.
+
+        Raises:
+            ConfigError: the shares are not those of the devices of these tiers.
+        """
+        tier_of = {
+            f"{tier}-{i + 1}": tier for tier, table in tiers.items() for i in range(table.clients)
+        }
+        if tier_of.keys() != self.shares.keys():
+            raise ConfigError(
+                f"there are shares for {', '.join(self.shares)}; the job's devices are "
+                f"{', '.join(tier_of)}"
+            )
+        ends = np.cumsum([len(share) for share in self.shares.values()])
+        rows = np.split(np.arange(ends[-1]), ends[:-1])
+        return [
+            Client(name, tier_of[name], own) for name, own in zip(self.shares, rows, strict=True)
+        ]
 
 
 def read_data(job: Job, base: Path) -> Dataset:

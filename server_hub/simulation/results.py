@@ -1,17 +1,28 @@
-"""What simulated runs have come to: rows for files, and tables over methods and seeds."""
+"""Results of simulated runs: rows for files, and means over seeds with their costs."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-from rich.table import Table
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.inference.metrics import Metric
-from server_hub.reports.tables import LABELS, best, markdown_table, shown
+from server_hub.methods.registry import simulated_methods
+from server_hub.reports.comparison import (
+    KINDS,
+    OTHER,
+    Cost,
+    Point,
+    Score,
+    Summary,
+    accuracy_table,
+    cost_table,
+)
+from server_hub.reports.files import write_page, write_rows
+from server_hub.reports.plots import draw_comparison
+from server_hub.reports.table import Table
+from server_hub.reports.values import best
 from server_hub.simulation.job import Job
 from server_hub.storage.run_folder import RoundRecord
 
@@ -19,30 +30,20 @@ ROW_KEYS = (
     "method", "seed", "data", "partition", "tier", "path", "accuracy", "up_bytes", "down_bytes",
     "sim_seconds", "rounds",
 )  # fmt: skip
-"""Keys of a row, see :func:`rows_of`; for a model of tokens ``perplexity`` is that of accuracy."""
-
-KINDS = {
-    "activations": "activations",
-    "gradient": "gradients",
-    "update": "updates",
-    "blob": "models",
-}
-"""Kinds of messages that carry tensors, and how tables call them; a ``blob`` is a state or a part
-of a bundle."""
-OTHER = "other"
+"""Keys of a row, see :func:`rows_of`; a model of tokens has ``perplexity`` for ``accuracy``."""
 
 Runs = Mapping[tuple[str, int], tuple[Job, Sequence[RoundRecord]]]
-"""By method and seed: the job and its rounds."""
+"""The job and its rounds, by method and seed."""
 
 
 # --- one run --------------------------------------------------------------------------------------
 
 
 def rows_of(method: str, job: Job, records: Sequence[RoundRecord]) -> list[dict[str, object]]:
-    """A row per tier and path, with the accuracy or perplexity that was measured last.
+    """A row per tier and path, with the accuracy or perplexity of the last measured round.
 
-    ``up_bytes`` and ``down_bytes`` are those of all devices, ``sim_seconds`` are virtual; both are
-    from the start to the end of the run.
+    ``up_bytes`` and ``down_bytes`` are the traffic of all devices, ``sim_seconds`` virtual seconds;
+    all three count from the start to the end of the run.
 
     Raises:
         ConfigError: no round was measured.
@@ -73,7 +74,7 @@ def data_name(job: Job) -> str:
 
 
 def partition_name(job: Job) -> str:
-    """The partition with the number that makes it, like ``dirichlet 0.3`` or ``shards 2``."""
+    """The partition with its parameter, like ``dirichlet 0.3`` or ``shards 2``."""
     table = job.partition
     if table.kind in ("dirichlet", "length"):
         return f"{table.kind} {table.alpha:g}"
@@ -86,10 +87,10 @@ def fleet_accuracy(
     """Mean over the clients, each answering in its tier's best way.
 
     Args:
-        job: says how many clients a tier has; one that it does not know, the server that holds
-            all data, counts as one.
-        accuracy: by tier and path.
-        metric: whether it is accuracy or perplexity.
+        job: gives the number of clients of a tier; a tier that is not in the job, the server that
+            holds all data, counts as one client.
+        accuracy: accuracy or perplexity by tier and path.
+        metric: which of the two it is.
     """
     clients = {tier: job.tiers[tier].clients if tier in job.tiers else 1 for tier in accuracy}
     total = sum(count * best(accuracy[tier].values(), metric) for tier, count in clients.items())
@@ -110,90 +111,6 @@ def _last_measured(
 # --- several methods and seeds --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Point:
-    """A measured round of a method, as means over the seeds.
-
-    Attributes:
-        round: its number.
-        seconds: virtual, since the start.
-        megabytes: traffic of all devices up and down, since the start.
-        accuracy: of the fleet; or its perplexity.
-        low: of the seed with the lowest.
-        high: of the seed with the highest.
-    """
-
-    round: int
-    seconds: float
-    megabytes: float
-    accuracy: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy, or perplexity, of a method at the end.
-
-    Attributes:
-        method: its name.
-        tier: name of the tier; ``all`` where a method gives all tiers the same.
-        path: how the answer was got.
-        mean: over the seeds.
-        deviation: standard deviation of a sample, over the seeds; None with one seed.
-    """
-
-    method: str
-    tier: str
-    path: str
-    mean: float
-    deviation: float | None
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a method has taken, as means over the seeds.
-
-    Attributes:
-        method: its name.
-        megabytes: traffic up and down by kind, of all devices: the kinds of :data:`KINDS` and
-            ``other``.
-        up: MB from the devices.
-        down: MB to the devices.
-        seconds: virtual, of the whole job.
-        device_gflop: 10^9 operations of a device in a round that it takes part in.
-        target_s: virtual seconds until the mean over the seeds has reached the target; None if it
-            never has.
-    """
-
-    method: str
-    megabytes: dict[str, float]
-    up: float
-    down: float
-    seconds: float
-    device_gflop: float
-    target_s: float | None
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Means over seeds.
-
-    Attributes:
-        scores: by method, tier and path.
-        costs: by method.
-        target: accuracy or perplexity that ``target_s`` is about.
-        seeds: how many there are.
-        metric: what was measured.
-    """
-
-    scores: list[Score]
-    costs: list[Cost]
-    target: float
-    seeds: int
-    metric: Metric = "accuracy"
-
-
 def summary(runs: Runs, target: float | None = None) -> Summary:
     """Means over the seeds.
 
@@ -210,6 +127,7 @@ def summary(runs: Runs, target: float | None = None) -> Summary:
     return Summary(
         [score for method in methods for score in _scores(method, runs)],
         [_cost(method, runs, target) for method in methods],
+        curves(runs),
         target,
         len({seed for _, seed in runs}),
         metric_of(runs),
@@ -306,95 +224,58 @@ def _cost(method: str, runs: Runs, target: float) -> Cost:
     )
 
 
-# --- tables ---------------------------------------------------------------------------------------
+# --- tables and files -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table, for the terminal or for a report. The first ``left`` columns are names."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    left: int
-
-    def rich(self) -> Table:
-        """For the terminal."""
-        table = Table(title=self.title, box=None, padding=(0, 1))
-        for number, column in enumerate(self.header):
-            if number < self.left:
-                table.add_column(column, no_wrap=True)
-            else:
-                table.add_column(column, justify="right", overflow="fold")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self, level: int = 2) -> str:
-        """For a report: a heading of this level and the table."""
-        return f"{'#' * level} {self.title}\n\n" + markdown_table(self.header, self.rows)
-
-
-def accuracy_grid(found: Summary) -> Grid:
-    """A line per method and tier, a column per way to answer."""
-    paths = [path for path in LABELS if any(s.path == path for s in found.scores)]
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    factor, unit = (100, " in %") if found.metric == "accuracy" else (1, "")
-    for s in found.scores:
-        spread = "" if s.deviation is None else f" ± {factor * s.deviation:.1f}"
-        cells.setdefault((s.method, s.tier), {})[s.path] = f"{factor * s.mean:.1f}{spread}"
-    rows, above = [], ""
-    for (method, tier), answers in cells.items():
-        name = "" if method == above else method
-        rows.append([name, tier, *(answers.get(path, "") for path in paths)])
-        above = method
-    spread = f": mean ± standard deviation of {found.seeds} seeds" if found.seeds > 1 else ""
-    title = f"{found.metric.capitalize()}{unit}{spread}"
-    return Grid(title, ["method", "tier", *(LABELS[path] for path in paths)], rows, 2)
-
-
-def cost_grid(found: Summary) -> Grid:
-    """A line per method: traffic, virtual time and the devices' compute."""
-    kinds = [kind for kind in KINDS if any(cost.megabytes[kind] for cost in found.costs)]
-    header = [
-        "method", *(KINDS[kind] for kind in kinds), OTHER, "up", "down", "GFLOP", "job, s",
-        f"{shown(found.target, found.metric)}, s",
-    ]  # fmt: skip
-    if found.metric == "perplexity":
-        header[-1] = f"perplexity {header[-1]}"  # a number alone would not say of what
+def fleet_table(job: Job) -> Table:
+    """A row per tier: clients, cut, compute, link and presence; empty columns are left out."""
+    columns: dict[str, list[float | None]] = {
+        "clients": [t.clients for t in job.tiers.values()],
+        "cut": [t.cut for t in job.tiers.values()],
+        "GFLOPS": [t.gflops for t in job.tiers.values()],
+        "Mbit/s up": [t.uplink_mbit for t in job.tiers.values()],
+        "down": [t.downlink_mbit for t in job.tiers.values()],
+        "latency, ms": [t.latency_ms or None for t in job.tiers.values()],
+        "loss, %": [100 * t.loss or None for t in job.tiers.values()],
+        "there, s": [t.online_s for t in job.tiers.values()],
+        "away, s": [t.offline_s if t.online_s else None for t in job.tiers.values()],
+    }
+    kept = {name: values for name, values in columns.items() if values.count(None) < len(values)}
     rows = [
-        [
-            cost.method,
-            *(figure(cost.megabytes[kind]) for kind in (*kinds, OTHER)),
-            figure(cost.up),
-            figure(cost.down),
-            figure(cost.device_gflop),
-            figure(cost.seconds),
-            "-" if cost.target_s is None else figure(cost.target_s),
-        ]
-        for cost in found.costs
+        [tier, *("" if value is None else f"{value:g}" for value in values)]
+        for tier, *values in zip(job.tiers, *kept.values(), strict=True)
     ]
-    mean = f"; means of {found.seeds} seeds" if found.seeds > 1 else ""
-    article = "an" if found.metric == "accuracy" else "a"
-    title = (
-        "Traffic of all devices in MB, GFLOP of a device in a round, virtual seconds of the job "
-        f"and until {article} {found.metric} of {shown(found.target, found.metric)}{mean}"
-    )
-    return Grid(title, header, rows, 1)
+    return Table(f"{job.clients} devices", ["tier", *kept], rows)
 
 
-def figure(value: float) -> str:
-    """A number with some three digits, so that small and large ones fit one column."""
-    if value == 0 or value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.3g}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+def write_comparison(folder: Path, runs: Runs, target: float | None = None) -> None:
+    """Write ``results.json``, ``report.md`` and ``comparison.png``.
 
+    Args:
+        folder: where to write; it need not exist.
+        runs: by method and seed.
+        target: accuracy or perplexity to reach; None for the best that every method reaches.
 
-def accuracy_table(runs: Runs) -> Table:
-    """Accuracy, or perplexity, at the end, for the terminal."""
-    return accuracy_grid(summary(runs)).rich()
-
-
-def cost_table(runs: Runs, target: float | None = None) -> Table:
-    """What the methods have taken, for the terminal; ``target`` as for :func:`summary`."""
-    return cost_grid(summary(runs, target)).rich()
+    Raises:
+        ConfigError: a run without a measured round, or the folder cannot be written.
+    """
+    found = summary(runs, target)
+    job = next(iter(runs.values()))[0]
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(seed for _, seed in runs))
+    parts = [
+        f"# {data_name(job)}, {partition_name(job)}: {job.rounds.count} rounds, {job.clients} "
+        f"devices",
+        f"Model `{job.model}`; {job.rounds.per_round or job.clients} devices in a round; "
+        f"seeds {seeds}.",
+        accuracy_table(found).markdown(),
+        cost_table(found).markdown(),
+        f"![{found.metric} against rounds, traffic and time, and by tier](comparison.png)",
+    ]
+    rows = [row for (method, _), run in runs.items() for row in rows_of(method, *run)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / "results.json", rows)
+        draw_comparison(found, folder / "comparison.png", list(simulated_methods()))
+        write_page(folder / "report.md", parts)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error

@@ -45,6 +45,7 @@ from server_hub.simulation.job import DeviceRuntime, FleetTier, Job
 from server_hub.simulation.partition import table_of
 from server_hub.simulation.prepare import (
     Client,
+    FederatedData,
     check_cuts,
     check_fit,
     describe,
@@ -75,6 +76,8 @@ class Simulation:
         runtime: what runs the devices' steps.
         base: folder that relative paths in the job start from.
         say: told what is being prepared.
+        data: examples that are shared out already; None for those of the job's data source and
+            partition. A run that goes on needs the same again.
 
     Raises:
         ConfigError: the job cannot be, or the folder holds another.
@@ -89,6 +92,7 @@ class Simulation:
         runtime: DeviceRuntime = "torch",
         base: Path = Path(),
         say: Say = lambda line: None,
+        data: FederatedData | None = None,
     ) -> None:
         self.job, self.folder, self.runtime = job, folder, runtime
         self.recipe = find(job.method, simulated_methods())
@@ -96,10 +100,14 @@ class Simulation:
         self._described = describe(job, runtime)
         self._resumed = resume(folder, self._described)
         say("reading data")
-        self.data = read_data(job, base)
+        self.data = read_data(job, base) if data is None else data.dataset()
         self._length = job.data.length if self.data.task == "tokens" else None
         self.tiers = self._pooled_tiers() if self.recipe.pooled else dict(job.tiers)
-        self.clients = share_out(job, self.tiers, self.data, self.recipe.pooled)
+        self.clients = (
+            share_out(job, self.tiers, self.data, self.recipe.pooled)
+            if data is None or self.recipe.pooled
+            else data.clients(self.tiers)
+        )
         say("arranging the fleet")
         self.fleet = self._arrange()
         self._scratch = ExitStack()

@@ -21,29 +21,29 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What a round was like; a line of ``metrics.jsonl``.
+    """The record of one round; a line of ``metrics.jsonl``.
 
     Attributes:
         round: its number, from 1 on.
         clock: seconds since the start of the job.
-        seconds: how long it took, measuring included.
-        devices: devices whose update counted.
-        dropped: members that did not deliver, with the reason.
+        seconds: duration of the round, evaluation included.
+        devices: number of devices whose update counted.
+        dropped: members that did not deliver, with reasons.
         local_loss: mean loss on the devices, weighted by samples; None in a round that does not
             train their heads.
         local_accuracy: mean accuracy on the devices' own examples, during training; or None.
         trunk_loss: mean loss per row on the trunk; None if no row came.
-        trunk_steps: depth-merged steps.
-        accuracy: by tier and path on the held-out examples; empty without any. It is what
-            ``metric`` says.
+        trunk_steps: number of depth-merged steps.
+        accuracy: accuracy or perplexity, see ``metric``, on the held-out examples by tier and path;
+            empty if it was not measured.
         bytes: traffic since the start, by kind of message.
-        costs: what a simulation has spent since the start, see :mod:`server_hub.simulation`.
+        costs: operations and seconds of a simulation since the start.
         metric: what ``accuracy`` holds: accuracy, or for a model of tokens perplexity.
-        cuts: of the devices that delivered, their cut layers in this round.
+        cuts: cut layers in this round of the devices that delivered, by device.
         moves: devices that go on with another tier's bundle after this round: ``device``, its
             ``cut``, the one that it goes ``to``, and the ``reason``.
-        mixed: with base networks, what ``accuracy`` says of the best so many, mixed.
-        order: their numbers, best first.
+        mixed: accuracy of the best N base networks, mixed, by N; empty without base networks.
+        order: numbers of the base networks, best first.
     """
 
     round: int
@@ -71,12 +71,12 @@ class RoundRecord:
 
     @property
     def down(self) -> int:
-        """Bytes that devices have got since the start."""
+        """Bytes that devices have received since the start."""
         return sum(kind["down"] for kind in self.bytes.values())
 
 
 def read_records(folder: Path) -> list[RoundRecord]:
-    """The rounds of a run, from its ``metrics.jsonl``; a line that was cut off is left out."""
+    """The rounds of a run, from its ``metrics.jsonl``; an incomplete last line is left out."""
     lines = (folder / METRICS).read_text("utf-8").split("\n")[:-1]
     return [RoundRecord(**json.loads(line)) for line in lines]
 
@@ -85,7 +85,7 @@ class RunFolder:
     """Writes the files of one run.
 
     Args:
-        folder: where.
+        folder: where to write.
         keep: rounds of an earlier run there that this one goes on from; None for a new run.
         metric: what the run measures on held-out examples.
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import splitmix
+from benchmarks import splitmix, splitmix_runs
 from benchmarks import splitmix_report as report
-from benchmarks.splitmix_report import DUAL, FEDAVG, HETEROFL, SPLITMIX, Point, Run, Setting
+from benchmarks.splitmix_runs import DUAL, FEDAVG, HETEROFL, SPLITMIX, Point, Run, Setting
 from edge_sdk import config
 from edge_sdk.training.adversarial import Attack
 from export.bases import split_width
@@ -27,7 +27,7 @@ def run_of(
 ) -> Run:
     """A run that has spent so much after each round, and whose widths are so accurate."""
     job = PLAN.cell(setting, seed, Path("work"), Path("cifar")).job
-    tiers = dict(zip(job.tiers, report.WIDTHS, strict=True))
+    tiers = dict(zip(job.tiers, splitmix_runs.WIDTHS, strict=True))
     alike = setting.method == FEDAVG
     records = [
         RoundRecord(
@@ -39,7 +39,7 @@ def run_of(
             },
             bytes={"update": {"up": 2_000_000 * (i + 1), "down": 0}},
             costs={"device_flop": spent},
-            mixed={str(report.bases_of(w)): value for w, value in values.items()},
+            mixed={str(splitmix_runs.bases_of(w)): value for w, value in values.items()},
         )
         for i, (spent, values) in enumerate(zip(flop, accuracy, strict=True))
     ]  # fmt: skip
@@ -51,7 +51,7 @@ def test_accuracy_at_equal_flops_lies_on_the_line_between_two_rounds() -> None:
     curve = [Point(1, 10.0, 0.2), Point(2, 20.0, 0.4), Point(3, 30.0, 0.5)]
     wanted = {5.0: 0.2, 10.0: 0.2, 15.0: 0.3, 20.0: 0.4, 28.0: 0.48, 30.0: 0.5, 99.0: 0.5}
     for flop, accuracy in wanted.items():
-        assert report.at_flop(curve, flop) == pytest.approx(accuracy)
+        assert splitmix_runs.at_flop(curve, flop) == pytest.approx(accuracy)
 
 
 def test_split_mix_is_compared_seed_by_seed_at_equal_rounds_and_at_equal_flops() -> None:
@@ -63,7 +63,7 @@ def test_split_mix_is_compared_seed_by_seed_at_equal_rounds_and_at_equal_flops()
         (average, 0): run_of(average, 0, [10, 20], [{"1/4": 0.3}, {"1/4": 0.7}]),
         (average, 1): run_of(average, 1, [10, 20], [{"1/4": 0.3}, {"1/4": 0.1}]),
     }
-    (panel,) = report.panels(runs)
+    (panel,) = splitmix_runs.panels(runs)
     assert panel.gains(FEDAVG, "1/4", equal=False) == pytest.approx([-10])
     assert panel.gains(FEDAVG, "1/4", equal=True) == pytest.approx([10])
     scores = panel.scores(FEDAVG, "1/4")
@@ -77,7 +77,7 @@ def test_split_mix_is_compared_seed_by_seed_at_equal_rounds_and_at_equal_flops()
     assert "1/4: +10.0" in report.verdict(runs, FEDAVG, equal=True)
     assert "not run yet" in report.verdict(runs, HETEROFL, equal=True)
     runs[average, 0] = run_of(average, 0, [5, 10], [{"1/4": 0.3}, {"1/4": 0.7}])
-    assert report.panels(runs)[0].scores(FEDAVG, "1/4").ended
+    assert splitmix_runs.panels(runs)[0].scores(FEDAVG, "1/4").ended
 
 
 def test_a_verdict_says_how_often_the_seeds_agree() -> None:
@@ -91,7 +91,7 @@ def test_a_verdict_says_how_often_the_seeds_agree() -> None:
 
 def test_heterofl_is_charged_the_widths_that_are_drawn() -> None:
     """Two widths would be (f + (f + F) / 2) / (f + F); with four the narrow ones hardly count."""
-    share = report.drawn_share("digits")
+    share = splitmix_runs.drawn_share("digits")
     assert 1 / 4 < share < 1 / 2
     setting = Setting("digits", "iid", HETEROFL)
     run = run_of(setting, 0, [100.0], [{"1/2": 0.5, "1": 0.9}])
@@ -102,32 +102,33 @@ def test_heterofl_is_charged_the_widths_that_are_drawn() -> None:
 
 def test_a_mix_takes_as_many_times_what_a_base_takes() -> None:
     """And a base is as large as FedAvg's narrowest model."""
-    flop, size = report.use_of("digits", SPLITMIX, "1/8")
-    assert (flop, size) == report.use_of("digits", FEDAVG, "1/8")
-    assert report.use_of("digits", SPLITMIX, "1") == (8 * flop, 8 * size)
+    flop, size = splitmix_runs.use_of("digits", SPLITMIX, "1/8")
+    assert (flop, size) == splitmix_runs.use_of("digits", FEDAVG, "1/8")
+    assert splitmix_runs.use_of("digits", SPLITMIX, "1") == (8 * flop, 8 * size)
 
 
-@pytest.mark.parametrize("data", list(report.SHAPES))
+@pytest.mark.parametrize("data", list(splitmix_runs.SHAPES))
 def test_models_of_all_widths_are_the_narrow_versions_of_the_widest(data: str) -> None:
     """Which all methods then train."""
-    example = torch.rand(2, *report.SHAPES[data])
-    wide = build_model(report.model_name(data, "1"))
-    for width, part in report.WIDTHS.items():
+    example = torch.rand(2, *splitmix_runs.SHAPES[data])
+    wide = build_model(splitmix_runs.model_name(data, "1"))
+    for width, part in splitmix_runs.WIDTHS.items():
         shapes = {
-            n: t.shape for n, t in build_model(report.model_name(data, width)).named_parameters()
+            n: t.shape
+            for n, t in build_model(splitmix_runs.model_name(data, width)).named_parameters()
         }
         assert shapes == {n: t.shape for n, t in narrow(wide, part, example).named_parameters()}
-    base = split_width(wide, report.BASES, example).model
+    base = split_width(wide, splitmix_runs.BASES, example).model
     assert {n: t.shape for n, t in base.named_parameters()} == {
-        n: t.shape for n, t in build_model(report.model_name(data, "1/8")).named_parameters()
+        n: t.shape for n, t in build_model(splitmix_runs.model_name(data, "1/8")).named_parameters()
     }
 
 
 def test_robustness_is_measured_for_every_mixture_and_number() -> None:
     """In rows that the table takes."""
-    example = torch.rand(4, *report.SHAPES["digits"])
-    wide = build_model(report.model_name("digits", "1"))
-    bases = split_width(wide, report.BASES, example).with_dual_norms()
+    example = torch.rand(4, *splitmix_runs.SHAPES["digits"])
+    wide = build_model(splitmix_runs.model_name("digits", "1"))
+    bases = split_width(wide, splitmix_runs.BASES, example).with_dual_norms()
     rows = splitmix.measure_robustness(
         [bases.model] * 2, example, torch.tensor([0, 1, 2, 3]), Attack(), (1, 2), (0.0, 0.5)
     )
@@ -154,6 +155,6 @@ def test_every_setting_is_a_job_of_its_own_in_a_folder_of_its_own() -> None:
         local=replace(mix.local, hyper={**hyper, "lr": hyper["lr"]}),
     )
     assert same == narrowest
-    plain = cells[Setting("digits", "iid", report.PLAIN)].job
+    plain = cells[Setting("digits", "iid", splitmix_runs.PLAIN)].job
     assert (plain.mix.bases, plain.mix.robustness, plain.data.scale) == (1, 0.0, "unit")
     assert {tier.budget for tier in plain.tiers.values()} == {1.0}

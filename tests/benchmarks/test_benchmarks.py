@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import methods, splitft
+from benchmarks import methods, splitft, splitft_report
 from benchmarks.pages import put_between
 from edge_sdk.errors import ConfigError
 from server_hub.methods.registry import simulated_methods
-from server_hub.simulation.compare import Cell
 from server_hub.simulation.job import Job, methods_of
+from server_hub.simulation.workers import Cell
 from server_hub.storage.run_folder import RoundRecord
 
-FIVE = splitft.Setting(splitft.ADAPTIVE, "iid", 8, 5)
+FIVE = splitft_report.Setting(splitft_report.ADAPTIVE, "iid", 8, 5)
 
 
 def run_of(
-    setting: splitft.Setting, seed: int, curve: Sequence[tuple[float, float]], equal: int
-) -> splitft.Run:
+    setting: splitft_report.Setting, seed: int, curve: Sequence[tuple[float, float]], equal: int
+) -> splitft_report.Run:
     """A run whose perplexity is this at these times."""
     job = replace(Job.read(splitft.JOB), seed=seed)
     records = [
@@ -34,26 +34,26 @@ def run_of(
         )
         for i, (clock, value) in enumerate(curve)
     ]  # fmt: skip
-    return splitft.Run(setting, job, equal, records)
+    return splitft_report.Run(setting, job, equal, records)
 
 
 def test_times_are_to_the_fixed_cuts_best_at_equal_samples_seed_by_seed() -> None:
     """Rounds beyond equal samples count for the time, not for what is to be reached."""
-    fixed = replace(FIVE, policy=splitft.START)
+    fixed = replace(FIVE, policy=splitft_report.START)
     runs = {
         (fixed, 0): run_of(fixed, 0, [(10, 9.0), (20, 8.0), (30, 7.0)], equal=2),
         (FIVE, 0): run_of(FIVE, 0, [(6, 9.5), (12, 8.5), (18, 7.9)], equal=2),
         (fixed, 1): run_of(fixed, 1, [(10, 9.0), (20, 8.5)], equal=2),
         (FIVE, 1): run_of(FIVE, 1, [(6, 9.5), (12, 9.0), (18, 8.9)], equal=2),
     }
-    assert splitft.times_to_fixed(runs, FIVE) == [(18, 20), (None, 20)]
-    assert "reached with 1 of 2 seeds" in splitft.time_verdict(runs)
-    assert "**not met**" in splitft.time_verdict(runs)
+    assert splitft_report.times_to_fixed(runs, FIVE) == [(18, 20), (None, 20)]
+    assert "reached with 1 of 2 seeds" in splitft_report.time_verdict(runs)
+    assert "**not met**" in splitft_report.time_verdict(runs)
     del runs[fixed, 1], runs[FIVE, 1]
-    assert "90%" in splitft.time_verdict(runs)
-    assert "**not met**" in splitft.time_verdict(runs)
+    assert "90%" in splitft_report.time_verdict(runs)
+    assert "**not met**" in splitft_report.time_verdict(runs)
     runs[FIVE, 0] = run_of(FIVE, 0, [(6, 9.5), (12, 7.9)], equal=2)
-    assert "**met** (iid, rank 8, 5 clients: 60%)" in splitft.time_verdict(runs)
+    assert "**met** (iid, rank 8, 5 clients: 60%)" in splitft_report.time_verdict(runs)
     run = runs[fixed, 0]
     assert run.best == (20, 8.0)
     assert run.megabytes("activations") == pytest.approx(1e-3)
@@ -62,27 +62,27 @@ def test_times_are_to_the_fixed_cuts_best_at_equal_samples_seed_by_seed() -> Non
 
 def test_the_distance_from_centralized_training_is_of_means() -> None:
     """(8.1 + 8.3) / 2 against 8: 2.5 % more."""
-    central = splitft.Setting(splitft.CENTRALIZED, "iid", 16, 5)
+    central = splitft_report.Setting(splitft_report.CENTRALIZED, "iid", 16, 5)
     runs = {
         (central, 0): run_of(central, 0, [(1, 8.0)], equal=1),
         (FIVE, 0): run_of(FIVE, 0, [(1, 8.1)], equal=1),
         (FIVE, 1): run_of(FIVE, 1, [(1, 8.3)], equal=1),
     }
-    assert "**not met** (iid, rank 8, 5 clients: +2.5%)" in splitft.centralized_verdict(runs)
-    assert "not measured yet" in splitft.centralized_verdict({(FIVE, 0): runs[FIVE, 0]})
+    assert "**not met** (iid, rank 8, 5 clients: +2.5%)" in splitft_report.centralized_verdict(runs)
+    assert "not measured yet" in splitft_report.centralized_verdict({(FIVE, 0): runs[FIVE, 0]})
 
 
 def test_cells_differ_in_what_their_setting_says(tmp_path: Path) -> None:
     """Every setting is another job in another folder; those compared with each other share all
     but the cuts."""
     job = Job.read(splitft.JOB)
-    cells = [s.cell(job, seed, tmp_path) for s in splitft.SETTINGS for seed in (0, 1)]
+    cells = [s.cell(job, seed, tmp_path) for s in splitft_report.SETTINGS for seed in (0, 1)]
     assert len({cell.folder for cell in cells}) == len(cells)
     fixed: Cell = replace(FIVE, policy="cut 4").cell(job, 3, tmp_path)
     assert {tier.cut for tier in fixed.job.tiers.values()} == {4}
     assert fixed.job.cuts.policy == "fixed"
     adaptive = FIVE.cell(job, 3, tmp_path)
-    assert adaptive.job.cuts.options == splitft.OPTIONS
+    assert adaptive.job.cuts.options == splitft_report.OPTIONS
     assert adaptive.job.local == fixed.job.local
     assert adaptive.job.trunk == fixed.job.trunk
     assert replace(FIVE, clients=20).cell(job, 0, tmp_path).job.clients == 20

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from server_hub.demo.job import run_demo
+from server_hub.demo.demo_digits import DigitsDemo
+from server_hub.demo.runner import run_demo
 from tests.lib.harness import cutlayer, finish
 
 
 def test_all_parts_of_the_demo_fit_together(tmp_path: Path) -> None:
     """Two rounds teach little; what a user gets is all there."""
     shown = io.StringIO()
-    result = run_demo(tmp_path / "run", 2, Console(file=shown, width=120))
+    result = run_demo(DigitsDemo(rounds=2), tmp_path / "run", Console(file=shown, width=120))
     assert {name: tier["cut"] for name, tier in result["tiers"].items()} == {
         "small": 1,
         "medium": 3,
@@ -29,7 +30,7 @@ def test_all_parts_of_the_demo_fit_together(tmp_path: Path) -> None:
     assert 20 < result["device_rss_mb"] < 250
     for kind, way in (("activations", "up"), ("update", "up"), ("blob", "down"), ("infer", "up")):
         assert result["bytes"][kind][way] > 0
-    assert "accuracy on held-out digits" in shown.getvalue()
+    assert "Accuracy on held-out digits" in shown.getvalue()
     for name in ("report.md", "metrics.jsonl", "curves.png", "model.safetensors"):
         assert (tmp_path / "run" / name).stat().st_size > 500
 
@@ -56,6 +57,6 @@ def test_demo(tmp_path: Path) -> None:
     assert 20 < result["device_rss_mb"] < 250
     for kind, way in (("activations", "up"), ("update", "up"), ("blob", "down"), ("infer", "up")):
         assert result["bytes"][kind][way] > 0
-    assert "accuracy on held-out digits" in out
+    assert "Accuracy on held-out digits" in out
     for name in ("report.md", "metrics.jsonl", "curves.png", "model.safetensors"):
         assert (tmp_path / "run" / name).stat().st_size > 1000

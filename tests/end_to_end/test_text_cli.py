@@ -38,29 +38,27 @@ from export.packing import get_codec
 from export.split import SplitModel
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps, segment_of, write_tier
-from server_hub.cli.hub import round_line
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.methods.settings import LocalTraining
-from server_hub.reports.report import write_report
-from server_hub.reports.tables import move_lines
-from server_hub.reports.tensorboard import scalars
+from server_hub.reports.comparison import cost_table
+from server_hub.reports.rounds import round_line
 from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation import cli as simulation_cli
-from server_hub.simulation.cli import rounds_table
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
-from server_hub.simulation.results import cost_grid, summary
+from server_hub.simulation.results import summary
 from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.trunk import flop_above
-from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.storage.run_folder import RoundRecord
 from server_hub.trunk.evaluator import Evaluator
 from server_hub.trunk.interface import Query
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.settings import TrunkTraining
 from tests.lib.models import AttentionBlock, TokenBlock
+from tests.server_hub.test_reports import record
 
 WORDS, WIDTH, LENGTH = 11, 8, 9
 EXAMPLE = torch.zeros(2, LENGTH, dtype=torch.int64)
@@ -398,88 +396,6 @@ def test_a_text_cannot_be_generated_without_the_hub(tmp_path: Path, bundles: Any
     asyncio.run(served_job(tmp_path, bundles, use))
 
 
-# --- what is shown of rounds ----------------------------------------------------------------------
-
-MOVE = {"device": "phone-3", "cut": 4, "to": 2, "reason": "a round takes it 0.9 s, 0.4 s at cut 2"}
-
-
-def record(number: int, **changes: Any) -> RoundRecord:
-    """A round of SplitFT, which trains no way to answer but that through the hub."""
-    given: dict[str, Any] = {
-        "round": number, "clock": 10.0 * number, "seconds": 1.0, "devices": 2, "dropped": {},
-        "local_loss": None, "local_accuracy": None, "trunk_loss": 2.5, "trunk_steps": 3,
-        "accuracy": {"a": {"through_hub": 1234.5 / number}, "b": {"through_hub": 40.0}},
-        "bytes": {"update": {"up": 1000, "down": 0}}, "costs": {"device_flop": 1e9},
-        "metric": "perplexity", "cuts": {"phone-3": 4, "phone-20": 1},
-    }  # fmt: skip
-    return RoundRecord(**given | changes)
-
-
-def test_the_line_of_a_round_has_the_metric_and_the_best_way_where_there_is_no_ensemble() -> None:
-    line = round_line(record(1))
-    assert "perplexity a 1234  b 40" in line or "perplexity a 1235  b 40" in line
-    assert "%" not in line
-    paths = {"device_alone": 20.0, "through_hub": 15.0}
-    assert "perplexity a 15 " in round_line(record(1, accuracy={"a": paths}))
-    classes = {"a": {"device_alone": 0.5, "through_hub": 0.9, "ensemble": 0.75}}
-    line = round_line(record(1, accuracy=classes, metric="accuracy", local_loss=0.5))
-    assert "loss 0.500  trunk loss 2.500  a 75.0%  1.0 s" in line
-    assert "perplexity" not in round_line(record(1, accuracy={}))
-
-
-def test_every_move_is_a_line() -> None:
-    assert move_lines(record(1)) == []
-    lines = move_lines(record(1, moves=[MOVE, {**MOVE, "device": "tv"}]))
-    assert lines[0] == "phone-3 goes from cut 4 to 2: a round takes it 0.9 s, 0.4 s at cut 2"
-    assert lines[1].startswith("tv goes")
-
-
-def test_logs_are_named_after_the_metric_and_have_the_cuts() -> None:
-    values = scalars(record(1))
-    assert values["perplexity/b/through_hub"] == 40.0
-    assert not any(name.startswith("accuracy/b") for name in values)
-    assert (values["cut/phone-3"], values["cut/phone-20"]) == (4, 1)
-    assert "accuracy/b/through_hub" in scalars(record(1, metric="accuracy"))
-
-
-def test_a_report_has_the_moves_and_a_picture_of_the_cuts(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "moved", metric="perplexity")
-    run.append(record(1, moves=[MOVE]))
-    run.append(record(2, cuts={"phone-3": 2}))
-    write_report(run, "SplitFT")
-    report = (tmp_path / "moved" / "report.md").read_text()
-    assert f"| phone-3 | 1 | 4 | 2 | {MOVE['reason']} |" in report
-    assert "](cuts.png)" in report
-    assert (tmp_path / "moved" / "cuts.png").read_bytes().startswith(b"\x89PNG")
-    still = RunFolder(tmp_path / "still", metric="perplexity")
-    still.append(record(1))
-    write_report(still, "SplitFT")
-    assert "oves of cuts" not in (tmp_path / "still" / "report.md").read_text()
-    assert not (tmp_path / "still" / "cuts.png").exists()
-
-
-@pytest.mark.parametrize("devices", [1, 200])
-def test_the_picture_of_the_cuts_takes_any_number_of_devices(tmp_path: Path, devices: int) -> None:
-    run = RunFolder(tmp_path / "run", metric="perplexity")
-    cuts = {f"phone-{i}": 1 + i % 4 for i in range(devices)}
-    run.append(record(1, cuts=cuts, moves=[MOVE]))
-    write_report(run, "SplitFT")
-    assert (tmp_path / "run" / "cuts.png").stat().st_size > 1000
-
-
-def cells(table: Any) -> list[list[str]]:
-    return [list(column.cells) for column in table.columns]
-
-
-def test_the_live_table_shows_the_lowest_perplexity() -> None:
-    paths = {"device_alone": 90.0, "through_hub": 30.25, "ensemble": 45.0}
-    table = rounds_table([record(1, accuracy={"a": paths})])
-    assert ["30.25"] in cells(table)
-    assert table.title == "perplexity by tier"
-    classes = {"a": {"device_alone": 0.5, "through_hub": 0.9, "ensemble": 0.75}}
-    assert ["90.0%"] in cells(rounds_table([record(1, accuracy=classes, metric="accuracy")]))
-
-
 # --- commands -------------------------------------------------------------------------------------
 
 
@@ -550,7 +466,7 @@ def test_compare_takes_a_perplexity_as_target_for_texts_only(
     run(["compare", str(job), "--target", "25", "--run", str(tmp_path / "out")])
     out = " ".join(capsys.readouterr().out.split())
     assert "until a perplexity of 25" in out
-    assert cost_grid(summary(runs, 25.0)).header[-1] == "perplexity 25, s"
+    assert cost_table(summary(runs, 25.0)).header[-1] == "perplexity 25, s"
     report = (tmp_path / "out" / "report.md").read_text()
     assert "![perplexity against rounds, traffic and time, and by tier](comparison.png)" in report
     assert "| perplexity 25, s |" in report

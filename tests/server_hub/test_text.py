@@ -29,12 +29,17 @@ from export.writer import Tier, export_bundles
 from server_hub.config import HubConfig
 from server_hub.hub import Hub
 from server_hub.methods.settings import LocalTraining
+from server_hub.reports.comparison import accuracy_table, cost_table
 from server_hub.reports.report import write_report
 from server_hub.rounds.validation import MAX_POSITIONS, check_answer, check_labels, check_packed
-from server_hub.simulation.compare import write_comparison
 from server_hub.simulation.datasets import DataTable, load_dataset
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
-from server_hub.simulation.results import accuracy_grid, common_target, cost_grid, rows_of, summary
+from server_hub.simulation.results import (
+    common_target,
+    rows_of,
+    summary,
+    write_comparison,
+)
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord, RunFolder, read_records
 from server_hub.trunk.evaluator import batches_to_evaluate, vocabulary
@@ -427,10 +432,10 @@ def test_lower_perplexity_is_better(tmp_path: Path) -> None:
     found = summary(runs)
     assert [cost.target_s for cost in found.costs] == [20.0, 20.0]
     assert [cost.target_s for cost in summary(runs, 15.0).costs] == [30.0, None]
-    grid = accuracy_grid(found)
-    assert grid.title == "Perplexity"
-    assert grid.rows[0] == ["fedsplitx", "all", "25.0", "12.5"]
-    assert "a perplexity of 25" in cost_grid(found).title
+    table = accuracy_table(found)
+    assert table.title == "Perplexity"
+    assert table.rows[0] == ["fedsplitx", "all", "25.0", "12.5"]
+    assert "a perplexity of 25" in cost_table(found).title
     rows = rows_of("exc", *runs["exc", 0])
     assert [row["perplexity"] for row in rows] == [50.0, 25.0, 50.0, 25.0]
     assert all("accuracy" not in row for row in rows)

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from edge_sdk.protocol.tensors import Array
 from server_hub.demo import texts
-from server_hub.demo.slow_device import SlowRuntime
-from server_hub.demo.text_job import TextDemo, run_text_demo
+from server_hub.demo.demo_texts import TextDemo
+from server_hub.demo.device_slow import SlowRuntime
+from server_hub.demo.runner import run_demo
 from server_hub.demo.texts import Pretraining, Shape
 from server_hub.storage.run_folder import RoundRecord, read_records
 
@@ -37,7 +38,7 @@ def demo(
     """What the demo returns, its folder, and the rounds that it told of."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     told: list[RoundRecord] = []
-    result = run_text_demo(folder, SMALL, Console(quiet=True), told.append)
+    result = run_demo(SMALL, folder, Console(quiet=True), told.append)
     return json.loads(json.dumps(result)), folder, told
 
 

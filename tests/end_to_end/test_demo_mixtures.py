@@ -9,7 +9,8 @@ from rich.console import Console
 
 from edge_sdk.inference.mixture import Mixture
 from server_hub.cli.mix import bundle_bases
-from server_hub.demo.mix_job import ROBUSTNESS, MixtureDemo, run_mix_demo
+from server_hub.demo.demo_mixtures import ROBUSTNESS, MixtureDemo
+from server_hub.demo.runner import run_demo
 
 
 def test_bases_are_trained_by_processes_and_mixed_on_a_device(tmp_path: Path) -> None:
@@ -17,7 +18,7 @@ def test_bases_are_trained_by_processes_and_mixed_on_a_device(tmp_path: Path) ->
     shown = io.StringIO()
     console = Console(file=shown, width=120)
     folder = tmp_path / "run"
-    result = run_mix_demo(folder, MixtureDemo(rounds=2, mixed=(1, 3)), console)
+    result = run_demo(MixtureDemo(rounds=2, mixed=(1, 3)), folder, console)
     rows = {(row["bases"], row["lambda"]): row for row in result["rows"]}
     assert list(rows) == [(bases, robust) for bases in (1, 3) for robust in ROBUSTNESS]
     for row in rows.values():
@@ -27,6 +28,6 @@ def test_bases_are_trained_by_processes_and_mixed_on_a_device(tmp_path: Path) ->
     assert result["rounds"] == 2
     assert result["choices"]["the same phone at 15 %"]["bases"] == 1
     assert result["choices"]["a camera in the rain"]["robustness"] == 0.5
-    assert "made hard" in (folder / "report.md").read_text("utf-8")
+    assert "*Attacked*: adversarial examples" in (folder / "report.md").read_text("utf-8")
     bundle_bases(folder, folder / "bundles", tmp_path / "mixed")
     assert len(Mixture.open(tmp_path / "mixed", "large").held) == 8

@@ -1,7 +1,7 @@
-"""The device of the demo with mixtures that is asked in every manner, without another download.
+"""The device of the demo with mixtures that answers with each mixture of base networks in turn.
 
 It joins a hub whose job is over, fetches one base network after the other, and prints a line of
-JSON for each mixture that it has tried.
+JSON for each mixture.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from edge_sdk.inference.policy import Condition, MixturePolicy
 from edge_sdk.training.data import Examples
 
 CALLS = 50
-"""Answers to one example each, of which the median time counts."""
+"""Answers to one example each; their median is the time of an answer."""
 
 BATCH = 16
-"""Examples that are answered at a time for accuracy; more would be what takes memory."""
+"""Examples that are answered at a time for accuracy; few, so that they do not dominate memory."""
 
 CONDITIONS = {
     "a phone at 80 %": Condition(battery=0.8),
@@ -42,13 +42,13 @@ async def _run(arguments: argparse.Namespace) -> None:
         arguments.url, token=os.environ["CUTLAYER_TOKEN"], cache=arguments.cache
     )
     async with device:
-        hard = np.load(arguments.hard)
+        attacked = np.load(arguments.attacked)
         seconds = {}
         for bases in arguments.bases:
             for robustness in arguments.robustness:
-                x, y = hard["x"], hard["y"]
+                x, y = attacked["x"], attacked["y"]
                 row: dict[str, Any] = {"bases": bases, "lambda": robustness}
-                for name, inputs in (("clean", x), ("robust", hard[f"{bases}/{robustness:g}"])):
+                for name, inputs in (("clean", x), ("robust", attacked[f"{bases}/{robustness:g}"])):
                     row[f"{name}_accuracy"] = await _accuracy(
                         device, Examples(inputs, y), bases, robustness
                     )
@@ -72,7 +72,7 @@ async def _accuracy(device: Device, examples: Examples, bases: int, robustness: 
 async def _median_seconds(
     device: Device, examples: Examples, bases: int, robustness: float
 ) -> float:
-    """What an answer to one example takes."""
+    """Seconds of an answer to one example."""
     seconds = []
     for row in range(CALLS):
         started = perf_counter()
@@ -84,11 +84,13 @@ async def _median_seconds(
 
 
 def main() -> None:
-    """Ask a device in every manner."""
+    """Answer with each mixture, and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", required=True)
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--hard", type=Path, required=True, help="x, y and x made hard, .npz")
+    parser.add_argument(
+        "--attacked", type=Path, required=True, help=".npz with x, y, and x attacked per mixture"
+    )
     parser.add_argument("--bases", type=int, nargs="+", required=True)
     parser.add_argument("--robustness", type=float, nargs="+", required=True)
     asyncio.run(_run(parser.parse_args()))

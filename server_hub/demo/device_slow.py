@@ -1,8 +1,8 @@
-"""A device of the demo with texts: one that is as slow as it is told to be.
+"""A device of the demo with texts that emulates a slower processor.
 
-Seven processes share the machine, so nothing that they take is what a device would. Each device
-therefore emulates its speed: a step takes so many times the processor time that it has cost, and
-the rest of that is slept. What is computed, and what goes over the wire, is the same.
+Seven processes share the machine, so the time that a step takes says little about a device. Each
+device therefore emulates its speed: it measures the processor time of a step, and sleeps until the
+step has taken a given multiple of that. Computation and traffic are the same.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from edge_sdk.transport.link import open_websocket
 
 
 class SlowRuntime:
-    """A runtime that takes ``slower`` times the processor time of the thread that runs it.
+    """A runtime whose steps take ``slower`` times their processor time.
 
     Args:
-        runtime: what runs the graphs, in the thread that calls it.
+        runtime: runs the graphs, in the thread that calls it.
         slower: factor, 1 or more.
     """
 
@@ -41,7 +41,7 @@ class SlowRuntime:
 
     @property
     def loading_s(self) -> float:
-        """What the runtime says: loading is not made slower."""
+        """Seconds spent loading graphs; loading is not slowed down."""
         return self._runtime.loading_s
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
@@ -54,7 +54,7 @@ class SlowRuntime:
         began, computed = time.perf_counter(), time.thread_time()
         loaded = self._runtime.loading_s
         outputs = self._runtime.run(graph, batch)
-        if self._runtime.loading_s > loaded:  # what that has cost is not to be told from the step
+        if self._runtime.loading_s > loaded:  # loading and step cannot be told apart
             return outputs
         takes = self._slower * (time.thread_time() - computed)
         time.sleep(max(began + takes - time.perf_counter(), 0.0))
@@ -94,13 +94,13 @@ async def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Take part in a job, go on with a text, print a report as JSON."""
+    """Take part in a job, continue a text, print a report as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--slower", type=float, default=1.0)
-    parser.add_argument("--prompt", default="", help="a text to go on with at the end")
+    parser.add_argument("--prompt", default="", help="text to continue at the end")
     parser.add_argument("--tokens", type=int, default=80)
     parser.add_argument("--context", type=int, help="positions that the model takes")
     print(json.dumps(asyncio.run(_run(parser.parse_args()))))
