@@ -31,6 +31,7 @@ from benchmarks.cells import run_cells
 from benchmarks.pages import put_between
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError, CutlayerError
+from edge_sdk.inference.metrics import Tally
 from edge_sdk.training.data import Examples
 from server_hub.simulation.compare import Cell
 from server_hub.simulation.datasets import DataTable, load_dataset
@@ -39,7 +40,7 @@ from server_hub.simulation.partition import PartitionTable
 from server_hub.simulation.results import Grid, figure, fleet_accuracy, partition_name
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord, read_records
-from server_hub.trunk.evaluator import Tally, batches_to_measure
+from server_hub.trunk.evaluator import batches_to_measure
 
 JOB = Path(__file__).with_name("splitft.toml")
 PICTURE = "splitft.png"

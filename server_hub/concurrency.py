@@ -1,4 +1,4 @@
-"""Waiting for changes, and work beside the messages."""
+"""Waiting for changes, effects of messages that are complete later, and tasks in the background."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from server_hub.trunk.process import TrunkFailed
+from edge_sdk.errors import CutlayerError
+
+log = logging.getLogger("cutlayer.hub")
 
 
 class Changes:
@@ -19,8 +21,11 @@ class Changes:
     async def until(self, condition: Callable[[], bool], deadline: float | None = None) -> None:
         """Wait until ``condition`` holds.
 
-        It is looked at after every :meth:`wake`, and at the deadline (seconds on the loop's
-        clock); a condition that only time makes true needs one.
+        It is looked at after every :meth:`wake`, and at the deadline.
+
+        Args:
+            condition: what to wait for. A condition that only time makes true needs a deadline.
+            deadline: seconds on the loop's clock.
         """
         loop = asyncio.get_running_loop()
         while not condition():
@@ -33,23 +38,45 @@ class Changes:
                 del self._waiters[changed]
 
     def wake(self) -> None:
-        """Something happened: whoever waits looks again."""
+        """Say that something has changed: everybody who waits looks again."""
         for waiter in list(self._waiters):
             if not waiter.done():
                 waiter.set_result(None)
 
 
-log = logging.getLogger("cutlayer.hub")
+class Effect:
+    """The effect of a message, which may be complete later.
+
+    A message is settled, and so acknowledged, when its effect is complete. Whoever takes in a
+    message returns its effect, or None if it is complete at once.
+    """
+
+    def __init__(self) -> None:
+        self._complete = False
+        self._then: Callable[[], None] | None = None
+
+    def complete(self) -> None:
+        """Say that the effect is complete. Saying so twice changes nothing."""
+        if not self._complete:
+            self._complete = True
+            if self._then is not None:
+                self._then()
+
+    def when_complete(self, then: Callable[[], None]) -> None:
+        """Call ``then`` once the effect is complete; at once if it is already."""
+        self._then = then
+        if self._complete:
+            then()
 
 
-class Background:
+class BackgroundTasks:
     """Tasks that nobody waits for."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run it; a failure is logged."""
+        """Run a coroutine; a failure is logged."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -57,5 +84,5 @@ class Background:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            level = logging.WARNING if isinstance(task.exception(), TrunkFailed) else logging.ERROR
-            log.log(level, "%s", task.exception())
+            expected = isinstance(task.exception(), CutlayerError)
+            log.log(logging.WARNING if expected else logging.ERROR, "%s", task.exception())

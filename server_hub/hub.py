@@ -1,83 +1,75 @@
-"""The hub: runs the rounds of a job with whatever devices there are."""
+"""The hub: puts the rooms together, and serves one job."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
-from edge_sdk.errors import ConfigError, CutlayerError, ProtocolError
-from edge_sdk.inference.prediction import Metric
-from edge_sdk.protocol.channel import Delivery
+from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.protocol.messages import (
     Activations,
-    Answer,
     Decline,
     FeatureGradient,
     Infer,
+    Message,
     Ready,
-    Round,
     Stop,
     Update,
 )
 from edge_sdk.training.data import Examples
 from export.build import model_of
-from export.dual_norm import noise_tensors
 from export.optimizers import check_hyper
-from export.split import NoHead, SplitModel
+from export.split import SplitModel
 from export.writer import WEIGHTS
-from server_hub.aggregation.interface import DeviceUpdate
-from server_hub.concurrency import Background, Changes
-from server_hub.config import HubConfig, learning_rate_factor
+from server_hub.concurrency import BackgroundTasks, Changes, Effect
+from server_hub.config import HubConfig
 from server_hub.gateway.peers import Peer
 from server_hub.gateway.server import Gateway
 from server_hub.gateway.tokens import TokenFile, Tokens
-from server_hub.methods.method import RETURNING, Method, Stage
-from server_hub.preparation import check_bundles, compose
+from server_hub.job import Job
+from server_hub.methods.composition import compose
+from server_hub.methods.method import Method
+from server_hub.rounds.answers import Answers
 from server_hub.rounds.cut_moves import CutMoves
 from server_hub.rounds.model_publisher import ModelPublisher
-from server_hub.rounds.rounds import Phase, Rounds
+from server_hub.rounds.round_log import RoundLog
+from server_hub.rounds.rounds import Rounds
 from server_hub.rounds.update_collector import UpdateCollector
-from server_hub.rounds.validation import check_answer, check_packed
-from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.storage.run_folder import Metric, RoundRecord, RunFolder
 from server_hub.trunk.batcher import StepBatcher
-from server_hub.trunk.interface import Arrival, Trunk, TrunkPlan
+from server_hub.trunk.interface import EvaluationReport, Trunk
 from server_hub.trunk.process import WorkerTrunk
 
 log = logging.getLogger("cutlayer.hub")
 
-Evaluate = Callable[[], Awaitable[dict[str, dict[str, float]]]]
-"""Accuracy, or perplexity, by tier and path."""
-
-
-class JobFailed(CutlayerError):
-    """The job cannot come to its end."""
+Evaluate = Callable[[], asyncio.Future[EvaluationReport]]
+"""Starts an evaluation of the global model."""
 
 
 class Hub:
     """Serves one job: lets devices in, runs the rounds, keeps the model.
 
     Args:
-        config: see :class:`HubConfig`.
+        config: configuration of the hub.
         model: the model; built from the configuration's ``module:function`` if not given.
-        trunk: where the deep part is trained; a process of its own if not given.
+        trunk: trains the deep part; a process of its own if not given.
         method: the training method; the configuration's if not given.
-        tokens: who may come in; the configuration's file if not given.
-        evaluate: measures accuracy after a round; on the trunk, with the configuration's held-out
-            examples, if not given.
-        costs: what a round's record says beside what the hub knows.
-        run: the run's folder; a new one, as the configuration says, if not given.
-        on_round: called after every round.
+        tokens: which devices may come in; the configuration's file if not given.
+        evaluate: evaluates the model after a round; the trunk does, on the configuration's
+            held-out examples, if not given.
+        costs: what a round's record says of costs, in simulations.
+        run: folder of the run; a new one, as the configuration says, if not given.
+        on_round: called with the record of every round.
 
     Raises:
-        ConfigError, BundleError: something named by the configuration is missing or wrong.
+        ConfigError, BundleError: something that the configuration names is missing or wrong.
     """
 
     def __init__(
@@ -98,30 +90,23 @@ class Hub:
         for manifest in self.manifests.values():
             for blob in manifest.blobs:
                 self.index.blobs().read(blob)  # verified now, not when a device asks for it
-        self.model = (
-            model
-            if model is not None
-            else model_of(self.index.model, self.index.extra, config.model)
-        )
+        self.model = model or model_of(self.index.model, self.index.extra, config.model)
         self.model.load(config.bundles / WEIGHTS)
         initial = {n: t.detach().cpu().numpy() for n, t in self.model.trained().items()}
-        # copies: starting the worker moves the model's tensors to shared memory
-        frozen = {n: t for n, t in self.model.tensors().items() if n not in initial}
-        self._frozen = {n: t.detach().cpu().numpy().copy() for n, t in frozen.items()}
         self.method = method or compose(config, self.index, self.manifests, initial)
-        check_bundles(self.method, config.rounds.count, self.manifests, self.model)
-        self.local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
+        self.method.check_bundles(self.manifests, self.model, config.rounds.count)
+        local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
+        trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
         if self.method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
             raise ConfigError(
                 f"{self.method.name} hands optimizer state on between devices and hub; the devices "
                 f"have {self.index.optimizer}, set trunk.optimizer to it"
             )
-        self.trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
         held_out = self._held_out()
         self.trunk = trunk if trunk is not None else self._worker(held_out)
-        self._costs, self._evaluate = costs, evaluate
         if evaluate is None and held_out is not None:
-            self._evaluate = self._measure
+            evaluate = self._evaluate_on_trunk
+        self._evaluate = evaluate
         self.rounds = Rounds(config.rounds)
         if tokens is None:
             tokens = TokenFile(config.tokens)
@@ -133,39 +118,62 @@ class Hub:
             self.index.blobs(),
             self._handle,
             self._gone,
-            lambda device, issued, memory: self.moves.moved(device, issued, memory),
+            lambda device, issued, memory: self.cut_moves.moved(device, issued, memory),
         )
         metric: Metric = "perplexity" if self.model.task == "tokens" else "accuracy"
         self.run = run if run is not None else RunFolder(config.run, metric=metric)
-        self.began = 0.0
         self.address: str | None = None
-        self._on_round = on_round
         self._changes = Changes()
-        self._feed = StepBatcher(
-            self.trunk, config.trunk, self.method.merges, self.gateway.post, self._refused
-        )
-        self._background = Background()
-        self._intake = UpdateCollector(
-            config,
+        self._background = BackgroundTasks()
+        post = self.gateway.post
+        self._batcher = StepBatcher(self.trunk, config.trunk, self.method.merges)
+        self._collector = UpdateCollector(
             self.manifests,
-            self.method,
+            self.method.keeps_slots,
+            config.limits.window,
             self.rounds,
             self.trunk,
-            self._feed,
-            self.gateway.post,
+            self._batcher,
+            post,
             self._refused,
             self._background,
-            noise_tensors(self.model),
         )
-        self.offers = ModelPublisher(
-            self.method, self.model, self.manifests, self.gateway, self.trunk
+        self._answers = Answers(
+            self.manifests, self.model, self.method, self.trunk, post, self._background
         )
-        self.moves = CutMoves(
+        self.publisher = ModelPublisher(
+            self.method, self.model, self.manifests, self.gateway.blobs, self.trunk
+        )
+        self.cut_moves = CutMoves(
             config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave
         )
+        self.round_log = RoundLog(
+            self.run,
+            self.rounds,
+            self.method,
+            self.publisher,
+            self.cut_moves,
+            self.gateway.traffic,
+            costs,
+            on_round,
+        )
+        self._job = Job(
+            method=self.method,
+            local=replace(config.local, hyper=local_hyper),
+            trunk_settings=replace(config.trunk, hyper=trunk_hyper),
+            schedule=config.schedule,
+            rounds=self.rounds,
+            gateway=self.gateway,
+            trunk=self.trunk,
+            batcher=self._batcher,
+            collector=self._collector,
+            publisher=self.publisher,
+            cut_moves=self.cut_moves,
+            round_log=self.round_log,
+            changes=self._changes,
+            start_evaluation=self._evaluate_round,
+        )
         self._over = False
-
-    # --- the job --------------------------------------------------------------------------------
 
     async def serve(self, ready: Callable[[str], None] | None = None) -> None:
         """Run the job to its end, then wait until the devices have left.
@@ -175,7 +183,8 @@ class Hub:
 
         Raises:
             ConfigError: the port is taken.
-            TrunkFailed: the trunk's process ended.
+            JobFailed: nobody has delivered in too many rounds in a row.
+            TrunkFailed: the trunk's process has ended.
         """
         try:
             await self.start()
@@ -188,264 +197,100 @@ class Hub:
             await self.trunk.close()
 
     async def start(self) -> None:
-        """Make the trunk ready and publish the states that devices start from."""
-        self.began = asyncio.get_running_loop().time()
+        """Make the trunk ready, and publish the states that devices start from."""
+        self.round_log.job_began = asyncio.get_running_loop().time()
         await self.trunk.start()
-        await self.offers.publish()
+        await self.publisher.publish()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until ``condition`` holds; looked at whenever something happens to the hub."""
+        """Wait until ``condition`` holds; it is looked at whenever something happens to the hub."""
         await self._changes.until(condition)
 
     async def run_job(self) -> None:
-        """The rounds, with the devices that the gateway lets in."""
-        feed = asyncio.create_task(self._feed.run())
-        job = asyncio.create_task(self._job())
+        """Run the rounds, with the devices that the gateway lets in; then wait till they leave."""
+        batcher = asyncio.create_task(self._batcher.run())
+        job = asyncio.create_task(self._run_job())
         try:
-            done, _ = await asyncio.wait([feed, job], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([batcher, job], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (feed, job):
+            for task in (batcher, job):
                 task.cancel()
-            await asyncio.gather(feed, job, return_exceptions=True)
+            await asyncio.gather(batcher, job, return_exceptions=True)
+            await self.round_log.cancel()
         for task in done:
             task.result()
 
-    async def _job(self) -> None:
-        while self.rounds.phase is not Phase.DONE:
-            await self.moves.until_ready()
-            await self._changes.until(self.rounds.can_start)
-            await self._round()
-        log.info("all %d rounds done", self.rounds.completed)
+    async def _run_job(self) -> None:
+        await self._job.run()
         self._over = True
         for peer in list(self.gateway.peers.values()):
-            if not self.moves.under_way(peer.device):  # it is told when it is ready
+            if not self.cut_moves.under_way(peer.device):  # else it is told when it is ready
                 self._stop(peer)
         while self.config.keep_serving or self.gateway.peers:
             await self._changes.until(
                 lambda: not self.gateway.peers and not self.config.keep_serving
             )
 
-    async def _round(self) -> None:
-        """One round: states down, local training and trunk at the same time, average, measure."""
-        now = asyncio.get_running_loop().time
-        started = now()
-        config, method = self.config, self.method
-        number, completed = self.rounds.number + 1, self.rounds.completed
-        stage = method.stage(completed + 1, config.rounds.count)
-        rate = learning_rate_factor(config.schedule, completed + 1, config.rounds.count)
-        trunk_rate = 1.0 if stage.anneal else rate
-        plan = TrunkPlan(
-            config.trunk.optimizer,
-            {**self.trunk_hyper, "lr": self.trunk_hyper["lr"] * trunk_rate},
-            stage.trunk_epochs,
-            config.trunk.max_rows,
-            seed=number,
-            max_norm=config.trunk.max_norm,
-            u_shaped=stage.activations == "u_shaped",
-            returned=stage.activations in RETURNING,
-            anneal=stage.anneal,
-            keeps_slots=method.keeps_slots,
-            bases=0 if method.mixing is None else method.mixing.bases,
-        )
-        cuts = {self.manifests[peer.tier].cut for peer in self.gateway.peers.values()}
-        await self.trunk.begin(method.aggregation.trunk_state(cuts), plan)
-        if not self.rounds.can_start():
-            return  # somebody left meanwhile
-        self._feed.begin(number, mixes=not plan.returned)
-        members = self.rounds.start(now(), stage.everyone)
-        drawn = None
-        if method.mixing is not None:
-            tiers = {device: self.gateway.peers[device].tier for device in members}
-            drawn = method.mixing.draw(number, tiers)
-        self._intake.begin(stage, members, drawn)
-        log.debug("round %d with %d devices", number, len(members))
-        epochs = config.local.epochs if stage.local_epochs is None else stage.local_epochs
-        for order, device in enumerate(sorted(members)):
-            peer = self.gateway.peers[device]
-            bases = None if drawn is None else self.offers.bases_of(peer.tier, drawn[device])
-            self.gateway.post(
-                peer,
-                Round(
-                    round=number,
-                    state=None if drawn is not None else self.offers.states[peer.tier],
-                    epochs=epochs,
-                    batch_size=config.local.batch_size,
-                    hyper=self._hyper(peer, stage, rate),
-                    activations="none" if self.manifests[peer.tier].whole else stage.activations,
-                    seed=number * 1_000_003 + order,
-                    staleness=config.local.staleness if plan.returned else 0,
-                    bases=bases,
-                ),
-            )
-        await self._changes.until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
-        await self._feed.drain()  # the trunk may refuse what somebody who delivered has sent
-        useful = self.rounds.finish()
-        for device, reason in self.rounds.dropped.items():
-            log.warning("round %d goes on without %s: %s", number, device, reason)
-        delivered = sorted(self.rounds.delivered)
-        copies = await self.trunk.finish()
-        if not useful:
-            log.warning("nobody delivered in round %d; it does not count", number)
-            if self.rounds.given_up:
-                reasons = sorted(set(self.rounds.dropped.values()))
-                raise JobFailed(
-                    f"nobody delivered in {self.rounds.fruitless} rounds in a row: "
-                    f"{'; '.join(reasons[:3])}"
-                )
-            return
-        updates = [self._intake.updates[device] for device in delivered]
-        at = {d: cut for d in delivered if (cut := self.moves.cut_of(d)) is not None}
-        last = self.rounds.phase is Phase.DONE
-        busy = self._feed.seconds / max(now() - started, 1e-9)
-        moves = [] if last else self.moves.plan(updates, self._feed.device_losses, busy)
-        await asyncio.to_thread(method.aggregation.commit, updates, copies)
-        await self.offers.publish()
-        self.offers.save(self.run, self._frozen)
-        losses = self._feed.losses
-        rows = sum(n for _, n in losses)
-        record = RoundRecord(
-            round=self.rounds.completed,
-            clock=now() - self.began,
-            seconds=now() - started,
-            devices=len(delivered),
-            dropped=dict(self.rounds.dropped),
-            local_loss=weighted_mean(updates, "loss"),
-            local_accuracy=weighted_mean(updates, "accuracy"),
-            trunk_loss=sum(x * n for x, n in losses) / rows if rows else None,
-            trunk_steps=self._feed.steps,
-            accuracy=await self._evaluate() if self._evaluate is not None else {},
-            bytes=self.gateway.traffic.by_kind(),
-            costs=self._costs(),
-            cuts=at,
-            moves=[asdict(move) for move in moves],
-            mixed={str(bases): value for bases, value in self.offers.mixed.items()},
-            order=list(self.offers.order),
-        )
-        self.moves.begin(moves)
-        record = self.run.append(record)
-        if self._on_round is not None:
-            self._on_round(record)
-
-    def _hyper(self, peer: Peer, stage: Stage, rate: float) -> dict[str, float]:
-        """Hyper-parameters of a device; its own gradient counts by its part of the blocks."""
-        hyper = {**self.local_hyper, "lr": self.local_hyper["lr"] * rate}
-        if self.method.mixing is not None:
-            hyper |= self.method.mixing.hyper("harden" in self.manifests[peer.tier].graphs)
-        if stage.activations == "fused":
-            hyper["own"] = self.manifests[peer.tier].cut / self.model.depth
-        return hyper
-
     def _stop(self, peer: Peer) -> None:
-        """Tell a device that the job is over, and where the final state is."""
-        state, bases = self.offers.states.get(peer.tier), self.offers.bases.get(peer.tier)
-        self.gateway.post(peer, Stop(reason="the job is finished", state=state, bases=bases))
+        """Tell a device that the job is over, and where the final model is."""
+        offer = self.gateway.blobs.offer(peer.tier)
+        self.gateway.post(peer, Stop(reason="the job is finished", **vars(offer)))
 
-    def _tier_cuts(self) -> dict[str, tuple[int, str]]:
-        return {name: (entry.cut, entry.codec) for name, entry in self.index.tiers.items()}
+    # --- evaluation -----------------------------------------------------------------------------
 
-    async def _measure(self) -> dict[str, dict[str, float]]:
-        """The ways to answer that the method trains, measured on the trunk."""
-        if self.method.mixing is not None:
-            return await self.measure_bases()
-        measured = await self.trunk.evaluate(self._tier_cuts())
-        return {
-            tier: {path: values[path] for path in self.method.paths}
-            for tier, values in measured.items()
-        }
+    def _evaluate_round(self, completed: int) -> asyncio.Future[EvaluationReport] | None:
+        """Start an evaluation if one is due: every so many rounds, and after the last."""
+        last = completed >= self.config.rounds.count
+        if self._evaluate is None or (completed % self.config.evaluate_every and not last):
+            return None
+        return self._evaluate()
 
-    async def measure_bases(self) -> dict[str, dict[str, float]]:
-        """What all bases mixed come to; puts them in order for devices that mix fewer."""
-        report = await self.trunk.evaluate_bases()
-        self.offers.rank(report)
-        return {tier: {"mix": report.mixed[len(report.order)]} for tier in self.manifests}
+    def _evaluate_on_trunk(self) -> asyncio.Future[EvaluationReport]:
+        tiers = {name: (entry.cut, entry.codec) for name, entry in self.index.tiers.items()}
+        return self.trunk.evaluate(tiers, self.method.paths)
 
     # --- messages -------------------------------------------------------------------------------
 
-    def _handle(self, peer: Peer, delivery: Delivery) -> None:
+    def _handle(self, peer: Peer, message: Message) -> Effect | None:
         """Act on a device's message; a :class:`ProtocolError` goes back to it."""
-        message = delivery.message
+        effect = None
         if isinstance(message, Activations):
-            self._intake.activations(peer, message, delivery.seq)
-            return  # settled once the trunk has used it
-        if isinstance(message, FeatureGradient):
-            self._intake.finished(peer, message, delivery.seq)
-            return  # the same
-        if isinstance(message, Infer):
-            self._infer(peer, message, delivery.seq)
-            return  # settled once it is answered
-        if isinstance(message, Ready):
-            self.moves.ready(peer, message)
-            if self.rounds.expects(peer.device, self.rounds.number):
-                self.rounds.drop(peer.device, "it joined anew")
-            self._intake.join(peer.device, message.samples)
-            if self._over:
-                self._stop(peer)
-            else:  # in the last round, too: its result has to be averaged first
-                self.rounds.join(peer.device)
+            effect = self._collector.activations(peer, message)
+        elif isinstance(message, FeatureGradient):
+            effect = self._collector.feature_gradient(peer, message)
+        elif isinstance(message, Infer):
+            effect = self._answers.infer(peer, message)
+        elif isinstance(message, Ready):
+            self._ready(peer, message)
         elif isinstance(message, Decline):
             if self.rounds.expects(peer.device, message.round):
                 self.rounds.drop(peer.device, f"declined: {message.reason}")
         elif isinstance(message, Update):
-            self._intake.update(peer, message)
+            self._collector.update(peer, message)
         else:
             raise ProtocolError("bad_message", f"a device does not send {message.TYPE}")
-        peer.session.settle(delivery.seq)
         self._changes.wake()
+        return effect
 
-    def _infer(self, peer: Peer, message: Infer, seq: int) -> None:
-        manifest = self.manifests.get(message.tier or peer.tier)
-        if manifest is None:
-            raise ProtocolError("unknown_tier", f"there is no tier {message.tier!r}", "tier")
-        sizes = check_packed(message.parts, manifest)
-        depths = [d for d in self.model.head_depths if d > manifest.cut]
-        heads = [f"aux.{d}" for d in depths]
-        if not isinstance(self.model.head, NoHead):
-            heads.append("head")
-        if not heads:
-            raise ProtocolError("bad_message", "all of the model is on the device", "tier")
-        self._check_manner(message)
-        check_answer(sizes, len(heads), manifest.classes)
-        labels = np.zeros(sizes["batch"], np.int64)
-        arrival = Arrival(
-            peer.device,
-            "",
-            manifest.cut,
-            manifest.codec,
-            message.parts,
-            labels,
-            base=message.base,
-            robustness=message.robustness,
-        )
-
-        async def answer() -> None:
-            logits = await self.trunk.answer(arrival)
-            self.gateway.post(peer, Answer(request=message.request, heads=heads, logits=logits))
-            peer.session.settle(seq)
-
-        self._background.spawn(answer())
-
-    def _check_manner(self, message: Infer) -> None:
-        """There is such a base, and the model can be as robust."""
-        bases = max(len(self.offers.order), 1)
-        if message.base >= bases:
-            raise ProtocolError(
-                "bad_message", f"there is no base {message.base}; there are {bases}", "base"
-            )
-        if not 0 <= message.robustness <= 1:
-            raise ProtocolError(
-                "bad_message", f"robustness is {message.robustness:g}, not in 0 to 1", "robustness"
-            )
+    def _ready(self, peer: Peer, message: Ready) -> None:
+        self.cut_moves.ready(peer, message)
+        if self.rounds.expects(peer.device, self.rounds.number):
+            self.rounds.drop(peer.device, "it joined anew")
+        self._collector.join(peer.device, message.samples)
+        if self._over:
+            self._stop(peer)
+        else:  # in the last round, too: its result has to be averaged first
+            self.rounds.join(peer.device)
 
     def _refused(self, peer: Peer, reason: str) -> None:
         """The trunk cannot use what a device has sent."""
         self.rounds.drop(peer.device, reason)
-        self._background.spawn(
-            self.gateway.refuse(peer, ProtocolError("not_finite", reason, "parts"))
-        )
+        error = ProtocolError("not_finite", reason, "parts")
+        self._background.spawn(self.gateway.refuse(peer, error))
 
     def _gone(self, peer: Peer, reason: str) -> None:
         log.info("%s %s", peer.device, reason)
-        self.moves.gone(peer.device)
+        self.cut_moves.gone(peer.device)
         self.rounds.leave(peer.device, reason)
         self._changes.wake()
 
@@ -463,13 +308,5 @@ class Hub:
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return WorkerTrunk(
-            self.model, device, held_out, settings.arena_mb * 2**20, settings.threads
-        )
-
-
-def weighted_mean(updates: Sequence[DeviceUpdate], metric: str) -> float | None:
-    """Mean of a metric over the devices that reported it, weighted by their samples."""
-    known = [u for u in updates if metric in u.metrics]
-    total = sum(update.samples for update in known)
-    return sum(u.metrics[metric] * u.samples for u in known) / total if known else None
+        arena = settings.arena_mb * 2**20
+        return WorkerTrunk(self.model, device, held_out, arena, settings.threads)

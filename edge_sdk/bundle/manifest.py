@@ -35,6 +35,11 @@ def canonical_json(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
+def tensor_of(base: int, name: str) -> str:
+    """What a tensor of a base is called where there are tensors of several."""
+    return f"base.{base}.{name}"
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output of a step graph.

@@ -21,11 +21,6 @@ from edge_sdk.protocol.tensors import DTYPES, Array
 from edge_sdk.runtime import Runtime, load_runtime
 
 
-def tensor_of(base: int, name: str) -> str:
-    """What a tensor of a base is called where there are tensors of several."""
-    return f"base.{base}.{name}"
-
-
 @dataclass(frozen=True)
 class MixtureAnswer:
     """What some bases answer.

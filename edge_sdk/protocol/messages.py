@@ -236,6 +236,11 @@ class Batch:
     noise: bool = _must(_flag, False)
     present: Array | None = _must(_optional(_tensor), None)
 
+    @classmethod
+    def of(cls, message: Batch) -> Batch:
+        """The batch without what else a message says."""
+        return cls(**{f.name: getattr(message, f.name) for f in dataclasses.fields(cls)})
+
 
 @dataclass(frozen=True)
 class HeadGradient:
@@ -248,6 +253,11 @@ class HeadGradient:
 
     parts: dict[str, Array] = _must(_tensors)
     labels: int = _must(_integer(1))
+
+    @classmethod
+    def of(cls, message: HeadGradient) -> HeadGradient:
+        """The gradient without what else a message says."""
+        return cls(**{f.name: getattr(message, f.name) for f in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from edge_sdk.errors import ProtocolError
 
 Array = npt.NDArray[Any]
 
+State = dict[str, Array]
+"""Tensors by full name, like ``block.3.conv.weight``."""
+
 TENSOR_EXT = 1
 """The msgpack extension type of a tensor."""
 

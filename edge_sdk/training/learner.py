@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.bundle.manifest import Manifest, tensor_of
 from edge_sdk.errors import BundleError
-from edge_sdk.inference.mixture import check_robustness, tensor_of
+from edge_sdk.inference.mixture import check_robustness
 from edge_sdk.protocol.messages import Features, Gradient
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime

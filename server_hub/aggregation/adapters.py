@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import torch
 
-from edge_sdk.protocol.tensors import Array, TensorSpec
+from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from export.low_rank import AdapterCopy, adapter_pairs, average, reduce
 from export.names import is_slot, is_statistic, layer_of
 from export.optimizers import get_optimizer
 from export.split import SplitModel
-from server_hub.aggregation.layer_store import LayerCopy, LayerStore, State, weighted_mean
+from server_hub.aggregation.layer_store import LayerCopy, LayerStore, weighted_mean
 from server_hub.aggregation.merged import Merged
 
 
@@ -83,7 +83,7 @@ class MergedAdapters(Merged):
         self._ranks = {a: len(initial[a]) for a, _ in adapter_pairs(initial)}
         self._whole: tuple[State, State] | None = None
 
-    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+    def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:
         """What a device holds, its adapters at the ranks that it has."""
         everything = super().trunk_state()
         names = [spec.name for spec in specs]

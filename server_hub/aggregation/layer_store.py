@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_sdk.errors import CutlayerError
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import Array, State
 from export.names import layer_of
-
-State = dict[str, Array]
 
 
 class NotFinite(CutlayerError):
@@ -27,10 +25,10 @@ class LayerCopy:
     """A layer as somebody has trained it.
 
     Attributes:
-        layer: ``stem``, ``block.3``, ``aux.2``, ``head``.
-        tensors: its tensors by full name.
-        weight: how much it counts, usually the number of samples it was trained on.
-        source: who trained it.
+        layer: name of the layer: ``stem``, ``block.3``, ``aux.2``, ``head``.
+        tensors: tensors of the layer by full name.
+        weight: weight in the mean, usually the number of samples that the copy was trained on.
+        source: name of the device, or of the replica of the trunk, that has trained it.
     """
 
     layer: str
@@ -41,7 +39,7 @@ class LayerCopy:
 
 @dataclass
 class LayerEntry:
-    """A layer in the store; ``trained_by`` says whose copies the present version averages."""
+    """A layer in the store; ``trained_by`` names the sources that the present version averages."""
 
     tensors: State
     version: int = 0
@@ -65,6 +63,8 @@ def split_by_layer(state: Mapping[str, Array]) -> dict[str, State]:
 
 def weighted_mean(old: Mapping[str, Array], copies: Sequence[LayerCopy]) -> State:
     """The weighted mean of the copies' tensors, of those that ``old`` has, in its dtypes."""
+    if len(copies) == 1:
+        return {name: np.array(copies[0].tensors[name], t.dtype) for name, t in old.items()}
     total = sum(copy.weight for copy in copies)
     tensors = {}
     for name, tensor in old.items():

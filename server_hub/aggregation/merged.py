@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from edge_sdk.protocol.tensors import TensorSpec
+from edge_sdk.protocol.tensors import State, TensorSpec
 from export.split import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate
-from server_hub.aggregation.layer_store import LayerCopy, LayerStore, State, split_by_layer
+from server_hub.aggregation.layer_store import LayerCopy, LayerStore, split_by_layer
 from server_hub.trunk.interface import TrunkCopy
 
 
@@ -18,10 +18,11 @@ class Merged:
     """
 
     def __init__(self, initial: State) -> None:
+        self.order: list[int] = []
         self.store = LayerStore(initial)
         self._everything: State | None = None
 
-    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+    def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:
         everything = self.trunk_state()
         return {spec.name: everything[spec.name] for spec in specs}
 
@@ -41,6 +42,9 @@ class Merged:
             ]
         )
         self._everything = None
+
+    def models(self, model: SplitModel, cuts: Mapping[str, int]) -> dict[str | None, State]:
+        return {None: self.path_state(model, model.depth)}
 
     def stores(self) -> Mapping[str, State]:
         return {"all": self.trunk_state()}

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_sdk.protocol.tensors import Array, TensorSpec
+from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from server_hub.aggregation.interface import DeviceUpdate
-from server_hub.aggregation.layer_store import State
 from server_hub.aggregation.merged import Merged
 from server_hub.trunk.interface import TrunkCopy
 
@@ -20,7 +19,7 @@ class Nested(Merged):
     arXiv 2102.13451), weighted by samples. There is no trunk.
     """
 
-    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+    def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:
         everything = self.trunk_state()
         return {
             spec.name: np.ascontiguousarray(everything[spec.name][leading(spec.shape)])

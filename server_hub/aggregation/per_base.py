@@ -6,14 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from edge_sdk.inference.mixture import tensor_of
-from edge_sdk.protocol.tensors import TensorSpec
+from edge_sdk.bundle.manifest import tensor_of
+from edge_sdk.protocol.tensors import State, TensorSpec
 from export.split import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.layer_store import (
     LayerCopy,
     LayerStore,
-    State,
     split_by_layer,
     weighted_mean,
 )
@@ -33,28 +32,25 @@ class BaseStore(LayerStore):
 
 
 class PerBase:
-    """A store for each base; implements :class:`server_hub.methods.method.Aggregation`.
+    """A store for each base; implements :class:`server_hub.aggregation.interface.Aggregation`.
 
     Args:
-        initial: the tensors that are trained, each (bases, ...).
+        initial: the trained tensors by name, each (bases, ...).
     """
 
     def __init__(self, initial: State) -> None:
         bases = len(next(iter(initial.values())))
-        self.bases = [BaseStore({n: t[base] for n, t in initial.items()}) for base in range(bases)]
+        self._stores = [BaseStore({n: t[b] for n, t in initial.items()}) for b in range(bases)]
+        self.order = list(range(bases))
         self._stacked: State | None = None
 
-    def base_state(self, base: int, specs: Sequence[TensorSpec]) -> State:
-        """What a device starts from that trains a base."""
-        everything = self.bases[base].state()
+    def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:
+        everything = self._stores[base].state()
         return {spec.name: everything[spec.name] for spec in specs}
-
-    def device_state(self, specs: Sequence[TensorSpec]) -> State:
-        return self.base_state(0, specs)
 
     def trunk_state(self, cuts: Collection[int] = ()) -> State:
         if self._stacked is None:
-            states = [store.state() for store in self.bases]
+            states = [store.state() for store in self._stores]
             self._stacked = {n: np.stack([state[n] for state in states]) for n in states[0]}
         return self._stacked
 
@@ -62,7 +58,7 @@ class PerBase:
         return self.trunk_state()  # one object for all cuts, so that one set of models serves them
 
     def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
-        for base, store in enumerate(self.bases):
+        for base, store in enumerate(self._stores):
             first = tensor_of(base, "")
             own = [
                 (u, {n.removeprefix(first): t for n, t in u.state.items() if n.startswith(first)})
@@ -81,10 +77,13 @@ class PerBase:
             store.commit([*trained, *deep])
         self._stacked = None
 
+    def models(self, model: SplitModel, cuts: Mapping[str, int]) -> dict[str | None, State]:
+        return {f"base-{base}": store.state() for base, store in enumerate(self._stores)}
+
     def stores(self) -> Mapping[str, State]:
-        return {f"base {base}": store.state() for base, store in enumerate(self.bases)}
+        return {f"base {base}": store.state() for base, store in enumerate(self._stores)}
 
     def restore(self, stores: Mapping[str, State]) -> None:
-        for base, store in enumerate(self.bases):
+        for base, store in enumerate(self._stores):
             store.restore(stores[f"base {base}"])
         self._stacked = None

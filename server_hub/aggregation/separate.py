@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from edge_sdk.protocol.tensors import TensorSpec
+from edge_sdk.protocol.tensors import State, TensorSpec
 from export.split import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate
-from server_hub.aggregation.layer_store import LayerCopy, LayerStore, State
+from server_hub.aggregation.layer_store import LayerCopy, LayerStore
 from server_hub.aggregation.merged import _layer_copies
 from server_hub.trunk.interface import TrunkCopy
 
@@ -19,10 +19,11 @@ class Separate:
     """
 
     def __init__(self, initial: State) -> None:
+        self.order: list[int] = []
         self.devices = LayerStore(initial)
         self.trunk = LayerStore(initial)
 
-    def device_state(self, specs: Sequence[TensorSpec]) -> State:
+    def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:
         everything = self.devices.state()
         return {spec.name: everything[spec.name] for spec in specs}
 
@@ -35,6 +36,9 @@ class Separate:
     def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
         self.devices.commit(c for u in updates for c in _layer_copies(u, weight=1.0))
         self.trunk.commit(LayerCopy(c.layer, c.tensors, 1.0, f"trunk/{c.replica}") for c in copies)
+
+    def models(self, model: SplitModel, cuts: Mapping[str, int]) -> dict[str | None, State]:
+        return {tier: self.path_state(model, cut) for tier, cut in cuts.items()}
 
     def stores(self) -> Mapping[str, State]:
         return {"devices": self.devices.state(), "trunk": self.trunk.state()}

@@ -15,7 +15,7 @@ from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError, ConfigError
 from edge_sdk.protocol.frames import pack_tensors
-from server_hub.aggregation.layer_store import State
+from edge_sdk.protocol.tensors import State
 
 
 def mix(

@@ -17,7 +17,7 @@ from edge_sdk.training.learner import Learner, LocalPlan
 from export.optimizers import check_hyper
 from export.split import SplitModel
 from server_hub.aggregation.layer_store import LayerCopy, LayerStore, split_by_layer
-from server_hub.config import learning_rate_factor
+from server_hub.methods.settings import learning_rate_factor
 
 
 def federated_averaging(

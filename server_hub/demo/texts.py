@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from edge_sdk.inference.metrics import Tally
 from edge_sdk.training import text
 from edge_sdk.training.data import Examples
 from export.adapters import from_transformers, save_original
 from export.losses import NO_LABEL
 from export.optimizers import get_optimizer
 from export.split import SplitModel
-from server_hub.config import learning_rate_factor
+from server_hub.methods.settings import learning_rate_factor
 from server_hub.simulation.datasets import BYTES
 from server_hub.simulation.formats import cut_text
-from server_hub.trunk.evaluator import Tally
 
 TOPICS = ("string-methods", "debugger", "formatstrings", "typesseq", "typesmapping", "strings")
 """What the devices have, a topic each."""
@@ -211,6 +211,6 @@ def perplexity(model: SplitModel, data: Examples) -> float:
     mode, tally = model.training, Tally("tokens")
     model.eval()
     for batch in text.batches(data, MEASURED):
-        tally.add(model(torch.from_numpy(batch.x)).unsqueeze(0), torch.from_numpy(batch.y))
+        tally.add(model(torch.from_numpy(batch.x)).unsqueeze(0).numpy(), batch.y)
     model.train(mode)
     return tally.value

@@ -12,12 +12,12 @@ class Peer:
     """A device's session at the hub.
 
     Attributes:
-        device: its name.
-        tier: its tier.
-        session_id: what it resumes with.
-        session: the channel and whatever link there is.
-        memory_mb: what it can spare for training; None if it does not say.
-        lost_at: when the link broke; None while there is one.
+        device: name of the device.
+        tier: tier of the device.
+        session_id: what the device resumes the session with.
+        session: the channel, and the link if there is one.
+        memory_mb: memory that the device can spare for training, in MB; None if it does not say.
+        lost_at: seconds on the loop's clock when the link broke; None while there is a link.
     """
 
     device: str

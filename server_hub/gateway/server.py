@@ -10,14 +10,13 @@ from contextlib import asynccontextmanager
 
 from websockets.asyncio.server import ServerConnection, serve
 
-from edge_sdk.bundle.store import BlobStore, sha256
-from edge_sdk.errors import BundleError, ConfigError, CutlayerError, LinkClosed, ProtocolError
+from edge_sdk.bundle.store import BlobStore
+from edge_sdk.errors import ConfigError, CutlayerError, LinkClosed, ProtocolError
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
     VERSION,
-    Blob,
     BlobGet,
     Bye,
     Error,
@@ -27,7 +26,9 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.transport.link import Link, WebSocketLink
 from edge_sdk.transport.session import Session, SessionLost
-from server_hub.config import Limits, Listen
+from server_hub.concurrency import Effect
+from server_hub.gateway.blobs import BlobServer
+from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.peers import Peer
 from server_hub.gateway.tokens import Tokens
 from server_hub.gateway.traffic import Traffic
@@ -40,14 +41,15 @@ class Gateway:
 
     Args:
         limits: what a peer may do.
-        tokens: who may come in.
+        tokens: which devices may come in.
         manifests: hash of the manifest by tier.
         store: the blobs of the bundles.
-        handle: called with every message that is not the gateway's own; must not block. A
-            :class:`ProtocolError` that it raises goes to the peer and ends its session.
+        handle: called with every message that is not the gateway's own; must not block. It returns
+            the message's effect, or None if that is complete at once. A :class:`ProtocolError`
+            that it raises goes to the peer and ends its session.
         gone: called when a session has ended, with the reason.
-        moved: where a device that names no tier has been moved to, given its name, the tier of its
-            token and its memory; None takes the tier of its token.
+        moved: tier that a device has been moved to, given the device's name, the tier of its token
+            and its memory in MB; None for the tier of its token.
     """
 
     def __init__(
@@ -56,19 +58,18 @@ class Gateway:
         tokens: Tokens,
         manifests: Mapping[str, str],
         store: BlobStore,
-        handle: Callable[[Peer, Delivery], None],
+        handle: Callable[[Peer, Message], Effect | None],
         gone: Callable[[Peer, str], None],
         moved: Callable[[str, str | None, int | None], str | None],
     ) -> None:
         self._limits, self._tokens, self._manifests = limits, tokens, manifests
-        self._store, self._handle, self._gone, self._moved = store, handle, gone, moved
-        self._cache: dict[str, bytes] = {}
-        self._states: dict[str, str] = {}
-        self._bases: dict[str, dict[str, str]] = {}
-        self._state_blobs: list[dict[str, bytes]] = [{}, {}]
+        self._handle, self._gone, self._moved = handle, gone, moved
+        self.blobs = BlobServer(store, limits.blob_piece)
+        """What devices can download."""
         self.peers: dict[str, Peer] = {}
         """Peers by device name."""
         self.traffic = Traffic()
+        """Bytes by kind of message since the start."""
         self._links = 0
 
     @asynccontextmanager
@@ -100,7 +101,7 @@ class Gateway:
 
     @asynccontextmanager
     async def reaping(self) -> AsyncIterator[None]:
-        """Meanwhile, end sessions that have had no link for too long."""
+        """While entered, end sessions that have had no link for too long."""
         reaper = asyncio.create_task(self._reap())
         try:
             yield
@@ -141,8 +142,7 @@ class Gateway:
             manifest=self._manifests[peer.tier],
             window=self._limits.window,
             max_frame=self._limits.max_frame,
-            state=self._states.get(peer.tier),
-            bases=self._bases.get(peer.tier),
+            **vars(self.blobs.offer(peer.tier)),
         )
         log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
         peer.lost_at = None
@@ -224,58 +224,23 @@ class Gateway:
         return device, tier
 
     def _deliver(self, peer: Peer, delivery: Delivery) -> None:
+        """Act on a message. This is the one place that settles messages."""
         message = delivery.message
+        if self.peers.get(peer.device) is not peer:
+            return  # the session has ended, its link has not yet
         if isinstance(message, BlobGet):
-            self._send_piece(peer, message)
+            peer.session.post(self.blobs.piece(message))
         elif isinstance(message, Bye):
             peer.session.settle(delivery.seq)
             self._forget(peer, f"left: {message.reason}")
         elif isinstance(message, Error):
             log.warning("%s reports: %s", peer.device, message.message)
         elif message.TYPE not in _IGNORED:
-            self._handle(peer, delivery)
-
-    def _send_piece(self, peer: Peer, wanted: BlobGet) -> None:
-        now, before = self._state_blobs
-        name = wanted.hash
-        data = now.get(name) or before.get(name) or self._bundle_blob(name)
-        if data is None or wanted.offset > len(data):
-            what = "the blob is not here" if data is None else "the offset is beyond the blob"
-            peer.session.post(Error(code="unknown_blob", message=what, fatal=False, field="hash"))
-            return
-        piece = data[wanted.offset : wanted.offset + self._limits.blob_piece]
-        peer.session.post(Blob(hash=wanted.hash, offset=wanted.offset, size=len(data), data=piece))
-
-    def publish(self, states: Mapping[str, bytes]) -> dict[str, str]:
-        """Serve the tiers' present states beside the bundles' blobs; returns their hashes.
-
-        Those before them are kept once more, for devices that are downloading them.
-        """
-        self._states = {tier: sha256(state) for tier, state in states.items()}
-        self._serve({self._states[tier]: state for tier, state in states.items()})
-        return self._states
-
-    def publish_bases(self, states: Mapping[str, Mapping[int, bytes]]) -> dict[str, dict[str, str]]:
-        """The same for base networks: of each tier by number, those that answer best first."""
-        self._bases = {
-            tier: {str(base): sha256(state) for base, state in bases.items()}
-            for tier, bases in states.items()
-        }
-        self._serve({sha256(s): s for bases in states.values() for s in bases.values()})
-        return self._bases
-
-    def _serve(self, present: dict[str, bytes]) -> None:
-        if present.keys() == self._state_blobs[0].keys():
-            return  # in another order, maybe
-        self._state_blobs = [present, self._state_blobs[0]]
-
-    def _bundle_blob(self, name: str) -> bytes | None:
-        if name not in self._cache:
-            try:
-                self._cache[name] = self._store.read(name)
-            except BundleError:
-                return None
-        return self._cache[name]
+            effect = self._handle(peer, message)
+            if effect is None:
+                peer.session.settle(delivery.seq)
+            else:
+                effect.when_complete(lambda: peer.session.settle(delivery.seq))
 
     def post(self, peer: Peer, message: Message) -> None:
         """Send to a device, or at least keep for it; a device that never settles is dropped."""

@@ -1,4 +1,4 @@
-"""Bytes that go up and down, by kind of message."""
+"""Bytes that go up from devices and down to them, by kind of message."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Traffic:
-    """Bytes by kind of message, as the hub sees them: up from devices, down to them."""
+    """Bytes by kind of message, as the hub sees them.
+
+    Attributes:
+        up: bytes from devices.
+        down: bytes to devices.
+    """
 
     up: dict[str, int] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
 
     def count(self, kind: str, received: int, sent: int) -> None:
-        """Add a frame."""
+        """Add the bytes of a frame."""
         self.up[kind] = self.up.get(kind, 0) + received
         self.down[kind] = self.down.get(kind, 0) + sent
 

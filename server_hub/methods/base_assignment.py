@@ -1,4 +1,4 @@
-"""Who trains which base networks in a round, and on what."""
+"""Which base networks each device trains in a round, and on which examples."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from edge_sdk.training.adversarial import Attack
 
 @dataclass(frozen=True)
 class BaseAssignment:
-    """Who trains which bases, and whether on examples made hard.
+    """Which base networks devices train, and whether on adversarial examples.
 
     Attributes:
-        bases: how many there are.
-        budgets: by tier, the part of the wide model that a device trains in a round; all of it
-            for tiers that are not named.
-        robustness: weight of examples made hard in the loss; 0 for none.
-        dual_norms: whether bases get norms of their own for them.
-        attack: how they are made.
+        bases: number of base networks.
+        budgets: by tier, the part of the wide model that a device trains in a round; 1 for tiers
+            that are not named.
+        robustness: weight of adversarial examples in the loss; 0 for none.
+        dual_norms: whether base networks have norms of their own for adversarial examples.
+        attack: the attack that makes adversarial examples.
         masked: whether a device's loss leaves out classes that it has no examples of.
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     bases: int
@@ -42,10 +42,10 @@ class BaseAssignment:
                 )
 
     def count(self, tier: str) -> int:
-        """Bases that a device of a tier trains in a round.
+        """Number of base networks that a device of a tier trains in a round.
 
         Raises:
-            ConfigError: its budget is below one base.
+            ConfigError: the tier's budget is below one base network.
         """
         budget = self.budgets.get(tier, 1.0)
         count = int(budget * self.bases + 1e-9)
@@ -57,11 +57,11 @@ class BaseAssignment:
         return count
 
     def draw(self, number: int, tiers: Mapping[str, str]) -> dict[str, list[int]]:
-        """The bases of each device in round ``number``.
+        """Numbers of the base networks of each device in round ``number``.
 
         Args:
-            number: from 1 on.
-            tiers: by device, of those that take part.
+            number: number of the round, from 1 on.
+            tiers: tier by device, of the round's members.
         """
         rng = np.random.default_rng([self.seed, number])
         drawn = {}
@@ -74,9 +74,13 @@ class BaseAssignment:
             drawn[device] = [first, *(int(b) for b in more)]
         return drawn
 
-    def hyper(self, hardens: bool) -> dict[str, float]:
-        """What devices need to know: those that make examples hard, and others."""
+    def hyper(self, adversarial: bool) -> dict[str, float]:
+        """Hyper-parameters of the loss, for a device.
+
+        Args:
+            adversarial: whether the device's bundle can make adversarial examples.
+        """
         hyper = {"masked": float(self.masked)}
-        if self.robustness and hardens:
+        if self.robustness and adversarial:
             hyper |= {"robustness": self.robustness, **self.attack.to_hyper()}
         return hyper

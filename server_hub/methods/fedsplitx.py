@@ -16,34 +16,33 @@ local training, and as many epochs on the trunk as on the device.
 
 from __future__ import annotations
 
-from typing import Literal
-
-from server_hub.aggregation.layer_store import State
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.tensors import State
 from server_hub.aggregation.merged import Merged
 from server_hub.aggregation.separate import Separate
-from server_hub.methods.method import CopyPerDevice, Method, SharedCopy, Stage, always
+from server_hub.methods.fleet import JobOutline, Recipe
+from server_hub.methods.method import CopyPerDevice, Method, always
 
-Form = Literal["merged", "paper"]
 
-
-def fedsplitx(initial: State, form: Form = "merged", local_epochs: int = 1) -> Method:
-    """FedSplitX as a composition.
+def fedsplitx(initial: State, outline: JobOutline) -> Method:
+    """The merged form.
 
     Args:
-        initial: the whole model's tensors by name.
-        form: ``merged``, or ``paper`` for reproduction.
-        local_epochs: epochs on the devices; the paper's form trains the trunk as often.
+        initial: tensors of the whole model by name.
+        outline: outline of the job.
     """
-    if form == "merged":
-        return Method(
-            name="FedSplitX",
-            stage=always(Stage("train")),
-            copies=SharedCopy(),
-            aggregation=Merged(initial),
-        )
+    return Method(name="FedSplitX", stage=always(ActivationMode.TRAIN), aggregation=Merged(initial))
+
+
+def fedsplitx_paper(initial: State, outline: JobOutline) -> Method:
+    """The paper's form, for reproduction; the arguments are those of :func:`fedsplitx`."""
     return Method(
         name="FedSplitX (paper's form)",
-        stage=always(Stage("forward", trunk_epochs=local_epochs)),
-        copies=CopyPerDevice(),
+        stage=always(ActivationMode.FORWARD, trunk_epochs=outline.local_epochs),
         aggregation=Separate(initial),
+        copies=CopyPerDevice(),
     )
+
+
+FEDSPLITX = Recipe("FedSplitX", fedsplitx)
+FEDSPLITX_PAPER = Recipe("FedSplitX (paper's form)", fedsplitx_paper)

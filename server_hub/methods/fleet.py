@@ -1,4 +1,4 @@
-"""What the tiers of a fleet train: the model, and where it is cut for each of them."""
+"""What the tiers of a fleet train, and the recipe of a method by name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from edge_sdk.protocol.tensors import State
 from export.split import SplitModel
 from export.whole import without_trunk
 from export.writer import Tier
-from server_hub.aggregation.layer_store import State
 from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.method import Method
 
@@ -25,10 +25,10 @@ class Fleet:
         example: inputs (rows, ...), to see what they look like.
         classes: number of classes.
         models: the models of tiers whose layers are not the hub's.
-        options: cuts that devices may move to, beside that of their tier.
-        cut_rank: rank of adapters at a cut; None for that of all.
-        mixing: how bases are trained, where a model is split into some.
-        bases: their initial tensors, each (bases, ...); empty for one model.
+        options: cuts that devices may move to, beside the cut of their tier.
+        cut_rank: rank of adapters at a cut; None for the rank of all blocks.
+        assignment: which base networks devices train; None for a single model.
+        bases: initial tensors of the base networks, each (bases, ...); empty for a single model.
     """
 
     model: SplitModel
@@ -38,7 +38,7 @@ class Fleet:
     models: Mapping[str, SplitModel] = field(default_factory=dict)
     options: tuple[int, ...] = ()
     cut_rank: int | None = None
-    mixing: BaseAssignment | None = None
+    assignment: BaseAssignment | None = None
     bases: State = field(default_factory=dict)
 
     def model_of(self, tier: str) -> SplitModel:
@@ -48,16 +48,16 @@ class Fleet:
 
 @dataclass(frozen=True)
 class JobOutline:
-    """What a composition may go by.
+    """What a method can base its composition on.
 
     Attributes:
-        rounds: rounds of the job.
+        rounds: number of rounds of the job.
         local_epochs: epochs on the devices in a round.
-        share: part of the devices that takes part in a round.
-        optimizer: of the devices.
-        cut_rank: rank of adapters at a cut; None for that of all.
-        mixing: how bases are trained, where a model is split into some.
-        split: whether some tier trains them up to a cut.
+        share: part of the devices that takes part in a round, from 0 to 1.
+        optimizer: name of the devices' optimizer.
+        cut_rank: rank of adapters at a cut; None for the rank of all blocks.
+        assignment: which base networks devices train; None for a single model.
+        split: whether a tier trains base networks up to a cut, not as a whole.
     """
 
     rounds: int
@@ -65,20 +65,23 @@ class JobOutline:
     share: float = 1.0
     optimizer: str = "sgd"
     cut_rank: int | None = None
-    mixing: BaseAssignment | None = None
+    assignment: BaseAssignment | None = None
     split: bool = False
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method by name.
+    """How to set up a method.
 
     Attributes:
-        title: for tables.
-        compose: the method, from the whole model's initial tensors.
-        arrange: what the fleet trains with it, from what it would train with FedSplitX.
-        pooled: all data lie in one place, on a device that takes part in every round.
-        takes_whole: a tier may be cut behind the last block: its devices train all of the model.
+        title: name for tables.
+        compose: makes the method, from the initial tensors of the whole model.
+        arrange: what a simulated fleet trains with the method, from what it would train with
+            FedSplitX.
+        pooled: in simulations, all data lie in one place, on a device that takes part in every
+            round.
+        takes_whole: a tier may be cut behind the last block; its devices train the whole model.
+        trains_bases: the method trains base networks, and needs bundles of such.
     """
 
     title: str
@@ -86,6 +89,7 @@ class Recipe:
     arrange: Callable[[Fleet], Fleet] = lambda fleet: fleet
     pooled: bool = False
     takes_whole: bool = False
+    trains_bases: bool = False
 
 
 def at_poorest_cut(fleet: Fleet) -> Fleet:

@@ -1,11 +1,14 @@
-"""The methods by the names that jobs and commands call them by."""
+"""The methods by the names that configurations and commands call them by.
+
+A package outside of Cutlayer adds a method with an entry point in the group ``cutlayer.methods``:
+the entry point's name is the method's, and its object is a :class:`Recipe`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from importlib import metadata
 
-from server_hub.aggregation.layer_store import State
-from server_hub.config import MethodConfig
+from edge_sdk.errors import ConfigError
 from server_hub.methods.baselines.accsfl import ACCSFL
 from server_hub.methods.baselines.ampere import AMPERE
 from server_hub.methods.baselines.depthfl import DEPTHFL
@@ -13,37 +16,26 @@ from server_hub.methods.baselines.fedavg import CENTRALIZED, EXC, FEDAVG
 from server_hub.methods.baselines.fjord import FJORD
 from server_hub.methods.baselines.heterofl import HETEROFL
 from server_hub.methods.baselines.splitfed import SPLITFED_V1, SPLITFED_V2
-from server_hub.methods.fedsplitx import fedsplitx
-from server_hub.methods.fleet import JobOutline, Recipe
-from server_hub.methods.method import Method
-from server_hub.methods.splitft import SPLITFT, SPLITFT_U, splitft, splitft_u
-from server_hub.methods.splitmix import SPLITMIX, splitmix
-from server_hub.methods.supersfl import SUPERSFL, supersfl
+from server_hub.methods.fedsplitx import FEDSPLITX, FEDSPLITX_PAPER
+from server_hub.methods.fleet import Recipe
+from server_hub.methods.splitft import SPLITFT, SPLITFT_U
+from server_hub.methods.splitmix import SPLITMIX
+from server_hub.methods.supersfl import SUPERSFL
 
+GROUP = "cutlayer.methods"
+"""Entry points that add methods."""
 
-def _merged(initial: State, outline: JobOutline) -> Method:
-    return fedsplitx(initial, "merged", outline.local_epochs)
+METHODS: dict[str, Recipe] = {
+    "fedsplitx": FEDSPLITX,
+    "fedsplitx-paper": FEDSPLITX_PAPER,
+    "splitft": SPLITFT,
+    "splitft-u": SPLITFT_U,
+    "supersfl": SUPERSFL,
+    "splitmix": SPLITMIX,
+}
+"""Methods that hubs and simulations offer."""
 
-
-def _paper(initial: State, outline: JobOutline) -> Method:
-    return fedsplitx(initial, "paper", outline.local_epochs)
-
-
-def method_of(settings: MethodConfig, initial: State, outline: JobOutline) -> Method:
-    """The method that a hub is to use."""
-    if settings.name == "splitmix":
-        return splitmix(initial, outline)
-    if settings.name == "supersfl":
-        return supersfl(initial, outline)
-    if settings.name.startswith("splitft"):
-        compose = splitft_u if settings.name == "splitft-u" else splitft
-        return compose(initial, replace(outline, cut_rank=settings.cut_rank))
-    return fedsplitx(initial, settings.form, outline.local_epochs)
-
-
-RECIPES: dict[str, Recipe] = {
-    "fedsplitx": Recipe("FedSplitX", _merged),
-    "fedsplitx-paper": Recipe("FedSplitX (paper's form)", _paper),
+BASELINES: dict[str, Recipe] = {
     "exc": EXC,
     "fedavg": FEDAVG,
     "depthfl": DEPTHFL,
@@ -52,10 +44,33 @@ RECIPES: dict[str, Recipe] = {
     "accsfl": ACCSFL,
     "splitfed-v1": SPLITFED_V1,
     "splitfed-v2": SPLITFED_V2,
-    "splitft": SPLITFT,
-    "splitft-u": SPLITFT_U,
-    "supersfl": SUPERSFL,
-    "splitmix": SPLITMIX,
     "ampere": AMPERE,
     "centralized": CENTRALIZED,
 }
+"""Methods that only simulations offer, to compare with."""
+
+
+def hub_methods() -> dict[str, Recipe]:
+    """The methods that a hub offers: those of Cutlayer, and those of installed packages."""
+    found = {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
+    return METHODS | {name: _load(entry) for name, entry in found.items() if name not in METHODS}
+
+
+def simulated_methods() -> dict[str, Recipe]:
+    """The methods that a simulation offers."""
+    return hub_methods() | BASELINES
+
+
+def find(name: str, methods: dict[str, Recipe]) -> Recipe:
+    """The method called ``name``; :class:`ConfigError` if there is none."""
+    if name not in methods:
+        hint = "; it is a baseline, for cutlayer simulate" if name in BASELINES else ""
+        raise ConfigError(f"there is no method {name!r}{hint}; there are {', '.join(methods)}")
+    return methods[name]
+
+
+def _load(entry: metadata.EntryPoint) -> Recipe:
+    recipe = entry.load()
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"the method {entry.name!r} of {entry.value} is no Recipe")
+    return recipe

@@ -17,23 +17,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.tensors import State
 from server_hub.aggregation.adapters import MergedAdapters
-from server_hub.aggregation.layer_store import State
 from server_hub.methods.fleet import Fleet, JobOutline, Recipe
-from server_hub.methods.method import Method, SharedCopy, Stage, always
+from server_hub.methods.method import Method, always
 
 
 def splitft_u(initial: State, outline: JobOutline) -> Method:
     """The same, and labels stay on the devices: these have the model's head, which is averaged."""
-    return replace(splitft(initial, outline), stage=always(Stage("u_shaped")))
+    return replace(splitft(initial, outline), stage=always(ActivationMode.U_SHAPED))
 
 
 def splitft(initial: State, outline: JobOutline) -> Method:
     """Merged trunk, gradients that come back, adapters and slots in one store."""
     return Method(
         name="SplitFT",
-        stage=always(Stage("returned")),
-        copies=SharedCopy(),
+        stage=always(ActivationMode.RETURNED),
         aggregation=MergedAdapters(initial, outline.optimizer, outline.cut_rank),
         paths=("through_hub",),
         keeps_slots=True,

@@ -4,7 +4,7 @@ A wide model is split by width into K independent *base networks*. Each round::
 
     hub    : a device with a budget of b trains n = b K bases: the first from one shuffled queue,
              in which each base comes once before any comes again, the others at random
-    device : E local epochs on each of its bases, and on examples that it has made hard
+    device : E local epochs on each of its bases, and on adversarial examples of its own
     hub    : each base becomes the mean of its copies, weighted by samples; others stay
     use    : the mean of the logits of any number of bases, the best first
 
@@ -15,43 +15,137 @@ part of all bases at once (:mod:`server_hub.trunk.vmapped`).
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
+from edge_sdk.bundle.manifest import Manifest, tensor_of
+from edge_sdk.errors import ConfigError
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.tensors import State
 from export.bases import split_width
+from export.dual_norm import noise_tensors
+from export.split import SplitModel, statistics
 from export.whole import whole_bases
-from server_hub.aggregation.layer_store import (
-    State,
-)
 from server_hub.aggregation.per_base import PerBase
+from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.fleet import Fleet, JobOutline, Recipe
-from server_hub.methods.method import Method, SharedCopy, Stage, always
+from server_hub.methods.method import Method, Stage, always
+from server_hub.methods.plan import DevicePlan, RoundContext, RoundPlan
+from server_hub.trunk.interface import TrunkPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitMix(Method):
+    """Split-Mix.
+
+    Attributes:
+        assignment: which base networks devices train, and on which examples.
+    """
+
+    assignment: BaseAssignment
+
+    def plan(self, context: RoundContext) -> RoundPlan:
+        """As of every method, with base networks drawn for every member."""
+        plan = super().plan(context)
+        tiers = {name: device.tier for name, device in plan.devices.items()}
+        drawn = self.assignment.draw(context.number, tiers)
+        noise = noise_tensors(context.model)
+        devices = {
+            name: self._with_bases(device, context.ready[name].manifest, drawn[name], noise)
+            for name, device in plan.devices.items()
+        }
+        return replace(plan, devices=devices)
+
+    def _with_bases(
+        self, plan: DevicePlan, manifest: Manifest, bases: list[int], noise: set[str]
+    ) -> DevicePlan:
+        """The plan of a device that trains ``bases``.
+
+        Args:
+            plan: the device's plan without base networks.
+            manifest: of the device's tier.
+            bases: numbers of the base networks.
+            noise: names of the tensors of noise norms.
+        """
+        assignment = self.assignment
+        adversarial = _trains_adversarially(assignment, manifest)
+        # noise norms are trained by adversarial examples alone
+        untrained = set() if adversarial else {tensor_of(b, n) for b in bases for n in noise}
+        return replace(
+            plan,
+            hyper={**plan.hyper, **assignment.hyper(adversarial="harden" in manifest.graphs)},
+            bases=tuple(bases),
+            passes=len(bases) * (2 if adversarial else 1),
+            adversarial=assignment.robustness if adversarial else None,
+            untrained=frozenset(untrained),
+        )
+
+    def trunk_plan(self, context: RoundContext, stage: Stage) -> TrunkPlan:
+        """As of every method, for all base networks together."""
+        return replace(super().trunk_plan(context, stage), bases=self.assignment.bases)
+
+    def check_bundles(
+        self, manifests: Mapping[str, Manifest], model: SplitModel, rounds: int
+    ) -> None:
+        """Check that every tier can train a base network, and the trunk those that are cut.
+
+        Raises:
+            ConfigError: a tier cannot, or the settings name a tier that has no bundle.
+        """
+        super().check_bundles(manifests, model, rounds)
+        assignment = self.assignment
+        for tier in assignment.budgets:
+            if tier not in manifests:
+                raise ConfigError(
+                    f"[mix] has a budget for a tier {tier!r}, and there is none; there are "
+                    f"{', '.join(manifests)}"
+                )
+        for tier, manifest in manifests.items():
+            assignment.count(tier)
+            if not manifest.whole and statistics(model.block[manifest.cut :]):
+                raise ConfigError(
+                    f"the bases have batch norms above cut {manifest.cut} of tier {tier!r}, and "
+                    "the trunk trains all bases in one batch; use GroupNorm, or cut behind the "
+                    "last block"
+                )
+        if assignment.robustness and all("harden" not in m.graphs for m in manifests.values()):
+            raise ConfigError(
+                f"robustness is {assignment.robustness:g} in [mix], and no tier makes adversarial "
+                "examples; export some with adversarial = true, or leave robustness out"
+            )
+
+
+def _trains_adversarially(assignment: BaseAssignment, manifest: Manifest) -> bool:
+    """Whether devices of a tier train on adversarial examples."""
+    return assignment.robustness > 0 and "harden" in manifest.graphs
 
 
 def splitmix(initial: State, outline: JobOutline) -> Method:
     """Split-Mix as a composition.
 
     Args:
-        initial: the tensors that are trained, each (bases, ...).
-        outline: has the :class:`BaseAssignment`.
+        initial: the trained tensors by name, each (bases, ...).
+        outline: outline of the job; must have an assignment.
     """
-    assert outline.mixing is not None
-    return Method(
+    assert outline.assignment is not None
+    return SplitMix(
         name="Split-Mix",
-        stage=always(Stage("train" if outline.split else "none")),
-        copies=SharedCopy(),
+        stage=always(ActivationMode.TRAIN if outline.split else ActivationMode.NONE),
         aggregation=PerBase(initial),
         paths=("mix",),
-        mixing=outline.mixing,
+        assignment=outline.assignment,
     )
 
 
 def by_bases(fleet: Fleet) -> Fleet:
     """Every tier trains bases: whole ones, or up to its cut."""
-    assert fleet.mixing is not None
+    assert fleet.assignment is not None
     for name in fleet.tiers:
-        fleet.mixing.count(name)
-    bases = split_width(fleet.model, fleet.mixing.bases, fleet.example, seed=fleet.mixing.seed)
-    if fleet.mixing.robustness and fleet.mixing.dual_norms:
+        fleet.assignment.count(name)
+    bases = split_width(
+        fleet.model, fleet.assignment.bases, fleet.example, seed=fleet.assignment.seed
+    )
+    if fleet.assignment.robustness and fleet.assignment.dual_norms:
         bases = bases.with_dual_norms()
     depth = fleet.model.depth
     cuts = {tier.cut for tier in fleet.tiers.values() if tier.cut < depth}
@@ -59,8 +153,8 @@ def by_bases(fleet: Fleet) -> Fleet:
     tiers = {
         name: replace(
             tier,
-            bases=fleet.mixing.bases,
-            adversarial=bool(fleet.mixing.robustness) and tier.adversarial,
+            bases=fleet.assignment.bases,
+            adversarial=bool(fleet.assignment.robustness) and tier.adversarial,
         )
         for name, tier in fleet.tiers.items()
     }
@@ -68,4 +162,4 @@ def by_bases(fleet: Fleet) -> Fleet:
     return replace(fleet, model=found.hub, tiers=tiers, models=models, bases=found.states)
 
 
-SPLITMIX = Recipe("Split-Mix", splitmix, by_bases, takes_whole=True)
+SPLITMIX = Recipe("Split-Mix", splitmix, by_bases, takes_whole=True, trains_bases=True)

@@ -1,28 +1,40 @@
 """SuperSFL (https://arxiv.org/abs/2601.02092): a device learns from its heads and from the hub.
 
-A gradient comes back for every batch, as in SplitFed; the device joins it with that of its own
-heads, by weights that follow both losses and the part of the blocks that it holds. While the hub
-is away it goes on with its heads alone. Every tier has its own cut, and there is one trunk for all.
-What the paper adds beside, a super-network of widths and its weights in the average, is not here.
+For every batch a gradient comes back, as in SplitFed. The device joins it with the gradient of its
+own heads, by weights that follow both losses and the device's share of the blocks. While the hub is
+away the device goes on with its heads alone. Every tier has its own cut, and there is one trunk for
+all devices. Not implemented: the paper's super-network of widths, and its weights in the average.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from server_hub.aggregation.layer_store import State
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.tensors import State
 from server_hub.aggregation.merged import Merged
 from server_hub.methods.fleet import Fleet, JobOutline, Recipe
-from server_hub.methods.method import Method, SharedCopy, Stage, always
+from server_hub.methods.method import Method, Stage, always
+from server_hub.methods.plan import DevicePlan, RoundContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperSfl(Method):
+    """Gradients of the device's heads and of the hub, fused on the device."""
+
+    def device_plan(
+        self, context: RoundContext, stage: Stage, device: str, order: int
+    ) -> DevicePlan:
+        """As of every method; the heads' gradient counts by the device's share of the blocks."""
+        plan = super().device_plan(context, stage, device, order)
+        share = context.ready[device].manifest.cut / context.model.depth
+        return replace(plan, hyper={**plan.hyper, "own": share})
 
 
 def supersfl(initial: State, outline: JobOutline) -> Method:
-    """Merged trunk, gradients of both sides fused on the device."""
-    return Method(
-        name="SuperSFL",
-        stage=always(Stage("fused")),
-        copies=SharedCopy(),
-        aggregation=Merged(initial),
+    """Merged trunk, fused gradients."""
+    return SuperSfl(
+        name="SuperSFL", stage=always(ActivationMode.FUSED), aggregation=Merged(initial)
     )
 
 

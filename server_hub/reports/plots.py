@@ -125,7 +125,6 @@ def _draw_curves(
     axes: list[Any], lines: dict[str, list[Point]], target: float, metric: Metric
 ) -> None:
     """Accuracy or perplexity against rounds, traffic and time."""
-    from server_hub.methods.registry import RECIPES
     from server_hub.reports.tables import scale_of, shown
 
     factor, name = scale_of(metric)

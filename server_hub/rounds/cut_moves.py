@@ -18,10 +18,9 @@ from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.protocol.messages import Move, Ready
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.concurrency import Changes
-from server_hub.config import Cuts
 from server_hub.gateway.peers import Peer
 from server_hub.gateway.server import Gateway
-from server_hub.rounds.cut_policy import CutMove, Seen, policy_of
+from server_hub.rounds.cut_policy import CutMove, Cuts, Seen, policy_of
 
 log = logging.getLogger("cutlayer.hub")
 
@@ -52,19 +51,23 @@ class CutMoves:
             if tier not in manifests:
                 known = ", ".join(sorted(manifests))
                 raise ConfigError(f"[cuts.memory_mb] names the tier {tier!r}; there are {known}")
-        self._settings, self._index, self._manifests = settings, index, manifests
+        self._settings, self._index, self.manifests = settings, index, manifests
         self._gateway, self._leave = gateway, leave
         self._policy = policy_of(settings.policy)
         self._moving: dict[str, tuple[str, float]] = {}  # to which tier, and waited for until when
         self._ready: set[str] = set()
         self._tiers: dict[str, str] = {}  # of those that have moved, also while they are away
         self._unfit: dict[str, set[str]] = {}
+        self.cuts: dict[str, int] = {}
+        """Cuts in the last round of the devices that have delivered."""
+        self.planned: list[CutMove] = []
+        """Moves after the last round."""
         self._changes = Changes()
 
     def cut_of(self, device: str) -> int | None:
         """The cut of a device, if it is here."""
         peer = self._gateway.peers.get(device)
-        return None if peer is None else self._manifests[peer.tier].cut
+        return None if peer is None else self.manifests[peer.tier].cut
 
     def under_way(self, device: str) -> bool:
         """Whether a device has been told to load another bundle, and has not said ready since."""
@@ -75,14 +78,26 @@ class CutMoves:
         updates: Sequence[DeviceUpdate],
         losses: Mapping[str, tuple[float, int]],
         busy: float,
-    ) -> list[CutMove]:
-        """What the policy wants after a round.
+        last: bool,
+    ) -> None:
+        """Let the policy decide after a round, into :attr:`planned`.
 
         Args:
-            updates: what the devices say of the round.
-            losses: sum of the trunk's losses on what each has sent, and the number of labels.
-            busy: share of the round in which the trunk has computed.
+            updates: updates of the devices that have delivered.
+            losses: by device, the sum of the trunk's loss over its labels, and their number.
+            busy: share of the round that the trunk has spent in steps, from 0 to 1.
+            last: whether the round is the job's last, after which nobody moves.
         """
+        cuts = {update.device: self.cut_of(update.device) for update in updates}
+        self.cuts = {device: cut for device, cut in cuts.items() if cut is not None}
+        self.planned = [] if last else self._decide(updates, losses, busy)
+
+    def _decide(
+        self,
+        updates: Sequence[DeviceUpdate],
+        losses: Mapping[str, tuple[float, int]],
+        busy: float,
+    ) -> list[CutMove]:
         fleet = {}
         for update in updates:
             cut = self.cut_of(update.device)
@@ -101,13 +116,14 @@ class CutMoves:
             if target.cut != fleet[device].cut
         ]
 
-    def begin(self, moves: Sequence[CutMove]) -> None:
-        """Tell devices to load another bundle; they say ``ready`` when they have it.
+    def begin(self) -> None:
+        """Tell the devices of the planned moves to load another bundle.
 
-        Since it was planned a device may have left, and even come back with another tier.
+        They say ``ready`` when they have it. Since a move was planned its device may have left,
+        and even come back with another tier.
         """
         until = asyncio.get_running_loop().time() + self._settings.wait_s
-        for move in moves:
+        for move in self.planned:
             peer = self._gateway.peers.get(move.device)
             if peer is None or move.device not in self._ready:
                 continue
@@ -170,11 +186,11 @@ class CutMoves:
             memory_mb: what it can spare for training; None if it does not say.
         """
         tier = self._tiers.get(device)
-        if tier is None or tier not in self._manifests or not self._fits(tier, memory_mb):
+        if tier is None or tier not in self.manifests or not self._fits(tier, memory_mb):
             return None
         if issued is not None:  # a token that was issued anew may be for a device of another kind
-            own = self._manifests.get(issued)
-            if own is None or _kind(own) != _kind(self._manifests[tier]):
+            own = self.manifests.get(issued)
+            if own is None or _kind(own) != _kind(self.manifests[tier]):
                 return None
         return tier
 
@@ -198,10 +214,10 @@ class CutMoves:
     def _options(self, device: str) -> dict[int, str]:
         """The tiers that a device can go on with, by cut: of its kind, and within its memory."""
         peer = self._gateway.peers[device]
-        own = self._manifests[peer.tier]
+        own = self.manifests[peer.tier]
         found = {
             manifest.cut: name
-            for name, manifest in self._manifests.items()
+            for name, manifest in self.manifests.items()
             if _kind(manifest) == _kind(own)
             and self._fits(name, peer.memory_mb)
             and name not in self._unfit.get(device, ())

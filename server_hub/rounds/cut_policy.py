@@ -195,3 +195,25 @@ def policy_of(name: PolicyName) -> CutPolicy:
         "fixed": Fixed(), "latency": Latency(), "adaptive": Adaptive(),
     }  # fmt: skip
     return policies[name]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How devices get other cuts during a job; see :mod:`server_hub.rounds.cut_policy`.
+
+    A device may move between the bundles for its runtime, codec and precision.
+
+    Attributes:
+        policy: ``fixed``, ``latency`` or ``adaptive``.
+        wait_s: how long a round waits for devices that load another bundle.
+        memory_mb: what training takes, by tier; a device that says how much it has gets no tier
+            that takes more.
+    """
+
+    policy: PolicyName = "fixed"
+    wait_s: float = 60.0
+    memory_mb: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.wait_s <= 0:
+            raise ValueError(f"wait_s is {self.wait_s}, must be above 0")

@@ -1,248 +1,212 @@
-"""What devices bring in a round: checked, and on its way to the trunk or the average."""
+"""The update collector: takes in what devices send in a round, for the trunk and the average."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.bundle.manifest import Manifest, tensor_of
 from edge_sdk.errors import ProtocolError
-from edge_sdk.inference.mixture import tensor_of
-from edge_sdk.protocol.messages import Activations, FeatureGradient, Features, Update
-from edge_sdk.protocol.tensors import TensorSpec
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.messages import (
+    Activations,
+    Batch,
+    FeatureGradient,
+    Features,
+    HeadGradient,
+    Message,
+    Update,
+)
+from edge_sdk.protocol.tensors import State, TensorSpec
 from server_hub.aggregation.interface import DeviceUpdate
-from server_hub.aggregation.layer_store import State
-from server_hub.concurrency import Background
-from server_hub.config import HubConfig
+from server_hub.concurrency import BackgroundTasks, Effect
 from server_hub.gateway.peers import Peer
-from server_hub.methods.base_assignment import BaseAssignment
-from server_hub.methods.method import RETURNING, Method, Stage
+from server_hub.methods.plan import DevicePlan, RoundPlan
 from server_hub.rounds.rounds import Rounds
 from server_hub.rounds.validation import (
+    check_base_network,
     check_features,
     check_labels,
     check_packed,
-    check_present,
+    check_rows,
     check_update,
 )
 from server_hub.trunk.batcher import PendingBatch, StepBatcher
-from server_hub.trunk.interface import Arrival, Finished, Trunk
+from server_hub.trunk.interface import StepInput, Trunk
 
 
 @dataclass
 class _Member:
-    """What a device has brought in a round."""
+    """A device in the present round.
 
+    Attributes:
+        plan: what it does, and what it owes.
+        samples: number of its local examples.
+        rows: number of rows of activations that it has sent.
+        state: tensors of its update that have arrived.
+        features: by number of a batch whose labels stay on the device and whose features were sent
+            back: the batch, and the sizes of its symbolic dimensions.
+    """
+
+    plan: DevicePlan
     samples: int
-    bases: list[int] | None = None
-    activation_rows: int = 0
+    rows: int = 0
     state: State = field(default_factory=dict)
-    unfinished: dict[int, tuple[Arrival, dict[str, int]]] = field(default_factory=dict)
+    features: dict[int, tuple[StepInput, dict[str, int]]] = field(default_factory=dict)
 
 
 class UpdateCollector:
     """Takes activations, gradients of features, and updates.
 
     Args:
-        config: of the hub.
-        manifests: by tier.
-        method: the training method.
-        rounds: who takes part in which.
-        trunk: gives the features of activations whose labels stay on the device.
-        feed: takes what the trunk is to be trained on.
-        post: sends features to a device.
-        refused: told of a device whose activations are of no use, with the reason.
+        manifests: manifest by tier.
+        keeps_slots: whether updates hold optimizer slots.
+        window: largest number of batches of a device that may wait for gradients of features.
+        rounds: which devices take part in which round.
+        trunk: computes features.
+        batcher: takes the batches that the trunk is to be trained on.
+        post: sends a message to a device.
+        refused: called with the reason if a device has sent activations that are of no use.
         background: runs what takes longer.
-        noise: the tensors of noise norms.
     """
 
     def __init__(
         self,
-        config: HubConfig,
         manifests: Mapping[str, Manifest],
-        method: Method,
+        keeps_slots: bool,
+        window: int,
         rounds: Rounds,
         trunk: Trunk,
-        feed: StepBatcher,
-        post: Callable[[Peer, Features], None],
+        batcher: StepBatcher,
+        post: Callable[[Peer, Message], None],
         refused: Callable[[Peer, str], None],
-        background: Background,
-        noise: Collection[str] = (),
+        background: BackgroundTasks,
     ) -> None:
-        self._config, self._manifests, self._method = config, manifests, method
-        self._rounds, self._trunk, self._feed = rounds, trunk, feed
+        self._manifests, self._keeps_slots, self._window = manifests, keeps_slots, window
+        self._rounds, self._trunk, self._batcher = rounds, trunk, batcher
         self._post, self._refused, self._background = post, refused, background
-        self._noise = frozenset(noise)
+        self._samples: dict[str, int] = {}
         self._members: dict[str, _Member] = {}
-        self._stage = Stage("none")
-        self.updates: dict[str, DeviceUpdate] = {}
-        """Whole updates of the round, by device."""
+        self._updates: dict[str, DeviceUpdate] = {}
 
     def join(self, device: str, samples: int) -> None:
-        """A device says how many examples it has."""
-        self._members[device] = _Member(samples)
+        """A device says how many local examples it has."""
+        self._samples[device] = samples
 
-    def _untrained(self, name: str) -> bool:
-        """Whether a tensor of a base belongs to a noise norm."""
-        return bool(self._noise) and name.split(".", 2)[2] in self._noise
+    def begin(self, plan: RoundPlan) -> None:
+        """Begin a round."""
+        self._updates.clear()
+        self._members = {
+            device: _Member(plan.devices[device], self._samples[device])
+            for device in self._rounds.members
+        }
 
-    def begin(
-        self, stage: Stage, members: Iterable[str], drawn: Mapping[str, list[int]] | None = None
-    ) -> None:
-        """A round begins; ``drawn`` are the base networks that each device trains."""
-        self._stage = stage
-        self.updates.clear()
-        for device in members:
-            bases = None if drawn is None else drawn[device]
-            self._members[device] = _Member(self._members[device].samples, bases)
+    def updates(self) -> list[DeviceUpdate]:
+        """The updates of the devices that have delivered, in the order of their names."""
+        return [self._updates[device] for device in sorted(self._rounds.delivered)]
 
-    def activations(self, peer: Peer, message: Activations, seq: int) -> None:
+    def activations(self, peer: Peer, message: Activations) -> Effect | None:
+        """Take a batch of activations; its effect is complete once it is sure to be trained on."""
         if not self._rounds.expects(peer.device, message.round):
-            peer.session.settle(seq)  # late, or from a device that is not in this round
-            return
+            return None  # late, or from a device that is not in this round
         manifest, member = self._manifests[peer.tier], self._members[peer.device]
-        if manifest.whole or self._stage.activations == "none":
+        plan = member.plan
+        if plan.activations is ActivationMode.NONE:
             raise ProtocolError(
                 "bad_message", "no activations are wanted of this tier in this round", "parts"
             )
         sizes = check_packed(message.parts, manifest)
-        u_shaped = self._stage.activations == "u_shaped"
-        if u_shaped != (message.labels is None):
-            raise ProtocolError(
-                "bad_labels",
-                "labels stay on the devices in this round"
-                if u_shaped
-                else "labels are missing; the hub trains the head in this round",
-                "labels",
-            )
-        if message.labels is not None:
-            check_labels(message.labels, sizes, manifest)
-        rows = sizes["batch"]
-        member.activation_rows += rows
-        times = self._config.local.epochs if self._stage.activations in RETURNING else 1
-        if self._method.mixing is not None:
-            times = self._check_base(message, member, manifest, self._method.mixing)
-        elif message.base or message.noise or message.present is not None:
-            field = "base" if message.base else "noise" if message.noise else "present"
-            raise ProtocolError("bad_message", "the model is not one of several bases", field)
-        if rows > self._config.local.batch_size or member.activation_rows > times * member.samples:
-            raise ProtocolError(
-                "bad_message",
-                f"{member.activation_rows} rows of activations in batches of {rows}; a "
-                f"round takes each of {member.samples} examples "
-                f"{'once' if times == 1 else f'{times} times'}, in batches of at most "
-                f"{self._config.local.batch_size}",
-                "parts",
-            )
-        arrival = Arrival(
+        u_shaped = plan.activations is ActivationMode.U_SHAPED
+        check_labels(message.labels, sizes, manifest, on_device=u_shaped)
+        check_base_network(message, plan, manifest)
+        member.rows += sizes["batch"]
+        check_rows(sizes["batch"], member.rows, member.samples, plan)
+        step_input = StepInput(
             peer.device,
-            self._method.copies.replica_of(peer.device),
+            plan.replica,
             manifest.cut,
             manifest.codec,
-            message.parts,
-            message.labels,
-            base=message.base,
-            present=message.present,
-            noise=message.noise,
-            weight=self._weight(message, manifest),
+            Batch.of(message),
+            weight=plan.weight_of(message),
         )
-        if u_shaped and len(member.unfinished) >= self._config.limits.window:
+        if not u_shaped:
+            return self._batcher.put(self._pending(peer, message, step_input))
+        if len(member.features) >= self._window:
             raise ProtocolError(
                 "bad_message",
-                f"{len(member.unfinished)} batches are without the gradient of their features; "
+                f"{len(member.features)} batches are without the gradient of their features; "
                 "send these first",
                 "batch",
             )
-        if u_shaped:
-            self._background.spawn(self._features(peer, message, arrival, sizes, seq))
-            return
-        self._feed.put(PendingBatch(message.round, message.batch, arrival, peer, seq))
+        effect = Effect()
+        self._background.spawn(self._send_features(peer, message, step_input, sizes, effect))
+        return effect
 
-    def _hardens(self, manifest: Manifest) -> bool:
-        """Whether devices of a tier train on examples that they make hard."""
-        mixing = self._method.mixing
-        return mixing is not None and mixing.robustness > 0 and "harden" in manifest.graphs
-
-    def _weight(self, message: Activations, manifest: Manifest) -> float:
-        """Of a label in the trunk's loss."""
-        mixing = self._method.mixing
-        if mixing is None or not self._hardens(manifest):
-            return 1.0
-        return mixing.robustness if message.noise else 1 - mixing.robustness
-
-    def _check_base(
-        self, message: Activations, member: _Member, manifest: Manifest, mixing: BaseAssignment
-    ) -> int:
-        """Activations are of a base that the device trains; how often each example may come."""
-        assert member.bases is not None
-        if message.base not in member.bases:
-            raise ProtocolError(
-                "bad_message",
-                f"activations of base {message.base}; the device trains "
-                f"{', '.join(map(str, member.bases))} in this round",
-                "base",
-            )
-        hardens = self._hardens(manifest)
-        if message.noise and not hardens:
-            raise ProtocolError(
-                "bad_message", "examples are not made hard in this tier and round", "noise"
-            )
-        assert message.labels is not None
-        check_present(message.present, message.labels, manifest)
-        return len(member.bases) * (2 if hardens else 1)
-
-    def _specs(self, manifest: Manifest, member: _Member) -> list[TensorSpec]:
-        """What an update has: the state, or that of each base."""
-        specs = manifest.exchanged(self._method.keeps_slots)
-        if member.bases is None:
-            return list(specs)
-        return [replace(s, name=tensor_of(base, s.name)) for base in member.bases for s in specs]
-
-    async def _features(
-        self, peer: Peer, message: Activations, arrival: Arrival, sizes: dict[str, int], seq: int
+    async def _send_features(
+        self,
+        peer: Peer,
+        message: Activations,
+        step_input: StepInput,
+        sizes: dict[str, int],
+        effect: Effect,
     ) -> None:
-        """Send back what leaves the last block, and keep the activations for the step."""
+        """Send back the output of the last block; keep the batch for the trunk's step."""
         texts = self._manifests[peer.tier].task == "tokens"
         shape = (sizes["batch"], sizes["seq"]) if texts else (sizes["batch"],)
-        arrival = replace(arrival, shape=shape)
-        parts = await self._trunk.features(arrival)
-        peer.session.settle(seq)
+        step_input = replace(step_input, label_shape=shape)
+        parts = await self._trunk.features(step_input)
+        effect.complete()
         if not self._rounds.expects(peer.device, message.round):
             return
         if parts is None:
             self._refused(peer, "the activations are not finite")
             return
-        self._members[peer.device].unfinished[message.batch] = arrival, sizes
+        self._members[peer.device].features[message.batch] = step_input, sizes
         self._post(peer, Features(round=message.round, batch=message.batch, parts=parts))
 
-    def finished(self, peer: Peer, message: FeatureGradient, seq: int) -> None:
-        """A device has made the head's step; the trunk can make its own."""
+    def feature_gradient(self, peer: Peer, message: FeatureGradient) -> Effect | None:
+        """Take the gradient of a batch's features: the trunk can make its step on the batch."""
         if not self._rounds.expects(peer.device, message.round):
-            peer.session.settle(seq)
-            return
-        kept = self._members[peer.device].unfinished.pop(message.batch, None)
+            return None
+        kept = self._members[peer.device].features.pop(message.batch, None)
         if kept is None:
             raise ProtocolError(
                 "bad_message", f"there are no features of a batch {message.batch}", "batch"
             )
-        arrival, sizes = kept
+        step_input, sizes = kept
         check_features(message.parts, message.labels, sizes, self._manifests[peer.tier])
-        arrival = replace(arrival, finished=Finished(message.parts, message.labels))
-        self._feed.put(PendingBatch(message.round, message.batch, arrival, peer, seq))
+        step_input = replace(step_input, head_gradient=HeadGradient.of(message))
+        return self._batcher.put(self._pending(peer, message, step_input))
+
+    def _pending(
+        self, peer: Peer, message: Activations | FeatureGradient, step_input: StepInput
+    ) -> PendingBatch:
+        return PendingBatch(
+            message.round,
+            message.batch,
+            step_input,
+            reply=lambda gradient: self._post(peer, gradient),
+            refuse=lambda reason: self._refused(peer, reason),
+        )
 
     def update(self, peer: Peer, message: Update) -> None:
+        """Take a part of an update; the device has delivered once all parts are here."""
         if not self._rounds.expects(peer.device, message.round):
             return
         member = self._members[peer.device]
-        manifest = self._manifests[peer.tier]
-        check_update(message, self._specs(manifest, member), member.state, member.samples)
+        wanted = self._wanted(self._manifests[peer.tier], member.plan)
+        check_update(message, wanted, member.state, member.samples)
         member.state.update(message.tensors)
         if not message.done:
             return
-        state = member.state
-        if not self._hardens(manifest):  # nobody has trained its noise norms
-            state = {n: t for n, t in state.items() if not self._untrained(n)}
-        self.updates[peer.device] = DeviceUpdate(
-            peer.device, state, member.samples, message.metrics
-        )
+        state = {n: t for n, t in member.state.items() if n not in member.plan.untrained}
+        update = DeviceUpdate(peer.device, state, member.samples, message.metrics)
+        self._updates[peer.device] = update
         self._rounds.deliver(peer.device)
+
+    def _wanted(self, manifest: Manifest, plan: DevicePlan) -> list[TensorSpec]:
+        """The tensors of a whole update: the tier's state, or that of each base network."""
+        specs = manifest.exchanged(self._keeps_slots)
+        if plan.bases is None:
+            return list(specs)
+        return [replace(s, name=tensor_of(base, s.name)) for base in plan.bases for s in specs]

@@ -1,4 +1,7 @@
-"""Checks of what devices send, against their tier's manifest; errors name the field."""
+"""Validation of what devices send, against manifest and plan; errors name the field.
+
+Every check raises :class:`ProtocolError`.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,20 @@ import numpy as np
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
-from edge_sdk.protocol.messages import Update
-from edge_sdk.protocol.tensors import Array, TensorSpec, check_tensors
-from server_hub.aggregation.layer_store import NotFinite, State, check_finite
+from edge_sdk.protocol.messages import Batch, Update
+from edge_sdk.protocol.tensors import Array, State, TensorSpec, check_tensors
+from server_hub.aggregation.layer_store import NotFinite, check_finite
+from server_hub.methods.plan import DevicePlan
 
 _BESIDE = 2**16
-"""Bytes of an answer beside its logits, at most."""
+"""Largest size of an answer without its logits, in bytes."""
 
 MAX_POSITIONS = 8192
-"""Positions of a text that the hub takes: attention needs memory for the square of them."""
+"""Largest number of positions of a text: attention needs memory for their square."""
 
 
 def check_packed(parts: Mapping[str, Array], manifest: Manifest) -> dict[str, int]:
-    """Sizes of ``batch`` and, for texts, ``seq`` of activations that are as the manifest says."""
+    """Packed activations are as the manifest says; returns the sizes ``batch`` and ``seq``."""
     symbols: dict[str, int] = {}
     check_tensors(dict(parts), manifest.packed, symbols)
     longest = min(manifest.limits.get("seq", MAX_POSITIONS), MAX_POSITIONS)
@@ -37,13 +41,13 @@ def check_packed(parts: Mapping[str, Array], manifest: Manifest) -> dict[str, in
 def check_features(
     parts: Mapping[str, Array], labels: int, sizes: Mapping[str, int], manifest: Manifest
 ) -> None:
-    """The gradient of a batch's features is as the manifest says, of as many rows as it has.
+    """The gradient of a batch's features is as the manifest says, with the batch's rows.
 
     Args:
-        parts: the packed gradient.
-        labels: how many labels it is the mean over.
-        sizes: what :func:`check_packed` has found.
-        manifest: the tier's manifest.
+        parts: the packed gradient by name.
+        labels: number of labels that the gradient's mean loss is over.
+        sizes: sizes that :func:`check_packed` has found for the batch.
+        manifest: manifest of the tier.
     """
     check_tensors(dict(parts), manifest.features, dict(sizes))
     most = sizes["batch"] * sizes.get("seq", 1)
@@ -51,16 +55,28 @@ def check_features(
         raise ProtocolError("bad_labels", f"{labels} labels for {most} answers", "labels")
 
 
-def check_labels(labels: Array, sizes: Mapping[str, int], manifest: Manifest) -> None:
-    """Labels are int64, one for each row, each of a class that there is.
+def check_labels(
+    labels: Array | None, sizes: Mapping[str, int], manifest: Manifest, *, on_device: bool
+) -> None:
+    """Labels are int64, one for each row, each of a class of the model.
 
-    For tokens there is one for each position, -1 where it does not count; one counts at least.
+    For tokens there is one for each position, -1 where it does not count; at least one counts.
 
     Args:
-        labels: of a batch.
-        sizes: what :func:`check_packed` has found.
-        manifest: the tier's manifest.
+        labels: labels of a batch, or None.
+        sizes: sizes that :func:`check_packed` has found.
+        manifest: manifest of the tier.
+        on_device: whether labels stay on the devices in this round.
     """
+    if on_device != (labels is None):
+        what = (
+            "labels stay on the devices in this round"
+            if on_device
+            else "labels are missing; the hub trains the head in this round"
+        )
+        raise ProtocolError("bad_labels", what, "labels")
+    if labels is None:
+        return
     tokens = manifest.task == "tokens"
     shape = (sizes["batch"], sizes["seq"]) if tokens else (sizes["batch"],)
     if labels.dtype != np.int64 or labels.shape != shape:
@@ -81,13 +97,41 @@ def check_labels(labels: Array, sizes: Mapping[str, int], manifest: Manifest) ->
         raise ProtocolError("bad_labels", "no label counts: all are -1", "labels")
 
 
-def check_present(present: Array | None, labels: Array, manifest: Manifest) -> None:
-    """Which classes a device has, where its loss leaves out the others: those of its labels, too.
+def check_base_network(batch: Batch, plan: DevicePlan, manifest: Manifest) -> None:
+    """A batch is of a base network that the device trains, on examples that it may train on.
 
     Args:
-        present: (classes,) float32, 1 for those that there are and 0 for others.
-        labels: of a batch, each of a class.
-        manifest: the tier's manifest.
+        batch: the batch; its labels are checked already.
+        plan: what the device does in the round.
+        manifest: manifest of the tier.
+    """
+    if plan.bases is None:
+        if batch.base or batch.noise or batch.present is not None:
+            field = "base" if batch.base else "noise" if batch.noise else "present"
+            raise ProtocolError("bad_message", "the model is not one of several bases", field)
+        return
+    if batch.base not in plan.bases:
+        raise ProtocolError(
+            "bad_message",
+            f"activations of base {batch.base}; the device trains "
+            f"{', '.join(map(str, plan.bases))} in this round",
+            "base",
+        )
+    if batch.noise and plan.adversarial is None:
+        raise ProtocolError(
+            "bad_message", "there are no adversarial examples in this tier and round", "noise"
+        )
+    assert batch.labels is not None
+    check_present(batch.present, batch.labels, manifest)
+
+
+def check_present(present: Array | None, labels: Array, manifest: Manifest) -> None:
+    """The class mask holds all classes of the labels, where the loss leaves out others.
+
+    Args:
+        present: (classes,) float32, 1 for classes that the device has examples of, else 0.
+        labels: labels of a batch.
+        manifest: manifest of the tier.
     """
     wanted = any(port.spec.name == "present" for port in manifest.graphs["train"].inputs)
     if not wanted and present is None:
@@ -104,13 +148,32 @@ def check_present(present: Array | None, labels: Array, manifest: Manifest) -> N
         raise ProtocolError("bad_labels", "a label is of a class that is not present", "labels")
 
 
-def check_answer(sizes: Mapping[str, int], heads: int, classes: int) -> None:
-    """The logits that were asked for fit one message.
+def check_rows(rows: int, total: int, samples: int, plan: DevicePlan) -> None:
+    """A device sends no larger batches, and no more rows, than its plan allows.
 
     Args:
-        sizes: what :func:`check_packed` has found.
-        heads: how many heads answer.
-        classes: logits of a head at each position.
+        rows: number of rows of the batch.
+        total: number of rows that the device has sent in the round, with these.
+        samples: number of the device's examples.
+        plan: what the device does in the round.
+    """
+    if rows > plan.batch_size or total > plan.passes * samples:
+        raise ProtocolError(
+            "bad_message",
+            f"{total} rows of activations in batches of {rows}; a round takes each of {samples} "
+            f"examples {'once' if plan.passes == 1 else f'{plan.passes} times'}, in batches of at "
+            f"most {plan.batch_size}",
+            "parts",
+        )
+
+
+def check_answer(sizes: Mapping[str, int], heads: int, classes: int) -> None:
+    """The logits of an answer fit into one message.
+
+    Args:
+        sizes: sizes that :func:`check_packed` has found.
+        heads: number of heads that answer.
+        classes: number of logits of a head at each position.
     """
     size = 4 * heads * sizes["batch"] * sizes.get("seq", 1) * classes
     if size > DEFAULT_MAX_FRAME - _BESIDE:
@@ -122,13 +185,13 @@ def check_answer(sizes: Mapping[str, int], heads: int, classes: int) -> None:
 
 
 def check_update(message: Update, wanted: Sequence[TensorSpec], have: State, samples: int) -> None:
-    """A part of an update: tensors of the tier, each once, finite; all of them when done.
+    """A part of an update holds tensors of the tier, each once, finite; the last part completes it.
 
     Args:
         message: the part.
-        wanted: the tensors that the whole update has.
-        have: what earlier parts brought.
-        samples: the examples that the device said it has.
+        wanted: the tensors of the whole update.
+        have: the tensors of earlier parts.
+        samples: number of examples that the device has said it has.
     """
     specs = {spec.name: spec for spec in wanted}
     for name, tensor in message.tensors.items():

@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
-from server_hub.aggregation.layer_store import State
+from edge_sdk.protocol.tensors import State
 from server_hub.hub import Hub
 from server_hub.simulation.devices import Meter
 
@@ -62,8 +62,8 @@ class Checkpoint:
             dict(traffic.down),
             meter,
             {name: dict(state) for name, state in hub.method.aggregation.stores().items()},
-            hub.moves.state(),
-            hub.offers.state(),
+            hub.cut_moves.state(),
+            hub.publisher.state(),
         )
 
     def apply(self, hub: Hub) -> None:
@@ -73,9 +73,9 @@ class Checkpoint:
         hub.gateway.traffic.down.update(self.down)
         hub.method.aggregation.restore(self.stores)
         if self.moves:
-            hub.moves.restore(self.moves)
+            hub.cut_moves.restore(self.moves)
         if self.offers:
-            hub.offers.restore(self.offers)
+            hub.publisher.restore(self.offers)
 
     def write(self, folder: Path) -> None:
         """Write it in place of the last one."""

@@ -22,7 +22,7 @@ from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError, CutlayerError
 from export.build import build_model
 from export.errors import ExportError
-from server_hub.methods.registry import RECIPES
+from server_hub.methods.registry import find, simulated_methods
 from server_hub.reports.plots import draw_comparison
 from server_hub.simulation.job import DeviceRuntime, Job
 from server_hub.simulation.prepare import (
@@ -170,7 +170,9 @@ def check(jobs: Sequence[Job], runtime: DeviceRuntime, base: Path) -> None:
     """
     data = read_data(jobs[0], base)
     example = torch.from_numpy(data.train.x[:8])
-    for job in {job.seed: job for job in jobs if not RECIPES[job.method].pooled}.values():
+    for job in {
+        job.seed: job for job in jobs if not find(job.method, simulated_methods()).pooled
+    }.values():
         share_out(job, job.tiers, data)
     for job in {job.method: job for job in jobs}.values():
         model = build_model(job.model)
@@ -178,7 +180,9 @@ def check(jobs: Sequence[Job], runtime: DeviceRuntime, base: Path) -> None:
         check_fit(model, example, data.classes)
         tiers = {n: t.exported(runtime, job.local.batch_size) for n, t in job.tiers.items()}
         try:
-            RECIPES[job.method].arrange(fleet_of(job, model, tiers, example, data.classes))
+            find(job.method, simulated_methods()).arrange(
+                fleet_of(job, model, tiers, example, data.classes)
+            )
         except ExportError as error:
             raise ConfigError(f"method {job.method!r} does not fit this job: {error}") from error
 

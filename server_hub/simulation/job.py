@@ -13,13 +13,15 @@ from edge_sdk.protocol.messages import MAX_BASES
 from export.errors import ExportError
 from export.optimizers import check_hyper
 from export.writer import Tier
-from server_hub.config import BaseLoss, Cuts, LocalTraining, RateSchedule, TrunkTraining
 from server_hub.methods.base_assignment import BaseAssignment
-from server_hub.methods.registry import RECIPES
+from server_hub.methods.registry import find, simulated_methods
+from server_hub.methods.settings import BaseLoss, LocalTraining, RateSchedule
+from server_hub.rounds.cut_policy import Cuts
 from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.network import Network
 from server_hub.simulation.partition import PartitionTable
+from server_hub.trunk.settings import TrunkTraining
 
 DeviceRuntime = Literal["torch", "onnx", "executorch"]
 """What runs the devices' steps: the functional step in torch, or its exported graph."""
@@ -227,13 +229,14 @@ class Job:
 
 def check_method(name: str) -> None:
     """Raise ValueError unless there is a method called ``name``."""
-    if name not in RECIPES:
-        raise ValueError(f"there is no method {name!r}; there are {', '.join(RECIPES)}")
+    find(name, simulated_methods())
 
 
 def methods_of(text: str) -> list[str]:
     """The methods in a list with commas; ``all`` for all. Raises :class:`ConfigError`."""
-    names = list(RECIPES) if text.strip() == "all" else [n.strip() for n in text.split(",")]
+    names = (
+        list(simulated_methods()) if text.strip() == "all" else [n.strip() for n in text.split(",")]
+    )
     for name in names:
         try:
             check_method(name)

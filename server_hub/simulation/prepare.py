@@ -16,7 +16,7 @@ from edge_sdk.protocol.tensors import Array
 from export.split import SplitModel
 from export.writer import Tier
 from server_hub.methods.fleet import Fleet
-from server_hub.methods.registry import RECIPES
+from server_hub.methods.registry import find, simulated_methods
 from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.datasets import Dataset, load_dataset
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job
@@ -73,7 +73,7 @@ def fleet_of(
         vocabulary(model) if model.task == "tokens" else classes,
         options=tuple(job.cuts.options),
         cut_rank=job.cuts.rank,
-        mixing=job.mixing if job.method in ("splitmix", "heterofl") else None,
+        assignment=job.mixing if job.method in ("splitmix", "heterofl") else None,
     )
 
 
@@ -82,7 +82,7 @@ def check_cuts(job: Job, model: SplitModel) -> None:
 
     Methods that can do with whole models also take a cut behind the last block.
     """
-    whole = model.depth if RECIPES[job.method].takes_whole else None
+    whole = model.depth if find(job.method, simulated_methods()).takes_whole else None
     for cut in (*(tier.cut for tier in job.tiers.values()), *job.cuts.options):
         if cut != whole:
             model.check_cut(cut)

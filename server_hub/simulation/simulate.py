@@ -13,12 +13,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from edge_sdk.bundle.index import BundleIndex, TierEntry
 from edge_sdk.bundle.manifest import Bundle, Manifest
 from edge_sdk.bundle.store import BlobStore
+from edge_sdk.inference.metrics import Tally
 from edge_sdk.inference.prediction import Metric
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
@@ -30,14 +30,14 @@ from export.flops import flops_per_row
 from export.functional import TorchRuntime
 from export.steps import ClientSteps
 from export.writer import WEIGHTS, make_steps, segment_of, write_tier
-from server_hub.config import HubConfig, Limits
+from server_hub.config import HubConfig
+from server_hub.gateway.limits import Limits
 from server_hub.hub import Hub
 from server_hub.methods.fleet import Fleet, JobOutline
-from server_hub.methods.method import RETURNING
-from server_hub.methods.registry import RECIPES
+from server_hub.methods.registry import find, simulated_methods
 from server_hub.reports.plots import draw_partition
 from server_hub.reports.report import write_report
-from server_hub.rounds.rounds import Phase, RoundRules
+from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.clock import VirtualLoop
@@ -57,9 +57,8 @@ from server_hub.simulation.prepare import (
 )
 from server_hub.simulation.trunk import TimedTrunk, flop_above
 from server_hub.storage.run_folder import RoundRecord, RunFolder, read_records
-from server_hub.trunk.evaluator import Tally, batches_to_measure
-from server_hub.trunk.interface import Arrival
-from server_hub.trunk.step import TrunkCore
+from server_hub.trunk.evaluator import batches_to_evaluate, logits_of
+from server_hub.trunk.interface import EvaluationReport, Query
 
 _PATIENCE = 10
 """Rounds in a row that nobody delivers for, until a run is given up."""
@@ -93,7 +92,7 @@ class Simulation:
         say: Say = lambda line: None,
     ) -> None:
         self.job, self.folder, self.runtime = job, folder, runtime
-        self.recipe = RECIPES[job.method]
+        self.recipe = find(job.method, simulated_methods())
         self.meter = Meter()
         self._described = describe(job, runtime)
         self._resumed = resume(folder, self._described)
@@ -222,7 +221,7 @@ class Simulation:
         tokens = _Tokens(self.clients)
         hub = self._hub(tokens, last, costs, after_round)
         await hub.start()
-        hub.began = 0.0
+        hub.round_log.job_began = 0.0
         devices = [self._device(client, tokens, hub, loop) for client in self.clients]
         present = [device for device in devices if device.there_at(loop.time())]
         lives = [asyncio.create_task(device.live()) for device in devices]
@@ -270,6 +269,7 @@ class Simulation:
             tokens=Path(),
             run=self.folder,
             schedule=job.schedule,
+            evaluate_every=job.evaluate_every,
             rounds=rules,
             local=job.local,
             trunk=job.trunk,
@@ -281,7 +281,6 @@ class Simulation:
         )
         model = fleet.model
         held_out = self.data.held_out
-        core = TrunkCore(model, "cpu", (held_out.x, held_out.y) if fleet.bases else None)
         initial = fleet.bases or {
             n: t.detach().numpy().copy() for n, t in model.trained().items()
         }  # fmt: skip
@@ -291,20 +290,22 @@ class Simulation:
             job.share,
             job.optimizer,
             job.cuts.rank,
-            fleet.mixing,
+            fleet.assignment,
             split=any(not fleet.models.get(name) for name in fleet.tiers),
         )
         method = self.recipe.compose(initial, outline)
-        heads = method.stage(1, job.rounds.count).activations not in RETURNING
+        heads = not method.stage(1, job.rounds.count).activations.returns_gradients
         cuts = [tier.cut for tier in fleet.tiers.values()]
         above = flop_above(model, cuts, fleet.example, auxiliary=heads)
+        measured = (held_out.x, held_out.y) if fleet.bases else None
+        trunk = TimedTrunk(model, measured, above, job.hub_gflops, self.meter)
         hub = Hub(
             config,
             model,
-            TimedTrunk(core, above, job.hub_gflops, self.meter),
+            trunk,
             method=method,
             tokens=tokens,
-            evaluate=lambda: self._evaluate(hub),
+            evaluate=lambda: self._evaluate(hub, trunk),
             costs=costs,
             run=RunFolder(self.folder, None if last is None else last.completed, self.metric),
             on_round=on_round,
@@ -350,41 +351,37 @@ class Simulation:
 
     # --- accuracy -------------------------------------------------------------------------------
 
-    async def _evaluate(self, hub: Hub) -> dict[str, dict[str, float]]:
-        """Accuracy or perplexity by tier and path, on the graphs that the devices predict with."""
-        if hub.rounds.completed % self.job.evaluate_every and hub.rounds.phase is not Phase.DONE:
-            return {}
+    def _evaluate(self, hub: Hub, trunk: TimedTrunk) -> asyncio.Future[EvaluationReport]:
+        """Evaluate on the graphs that the devices predict with; base networks on the trunk."""
+        tiers = {tier: (hub.manifests[tier].cut, hub.manifests[tier].codec) for tier in self.tiers}
         if self.fleet.bases:
-            return await hub.measure_bases()
+            return trunk.evaluate(tiers, hub.method.paths)
         measured: dict[tuple[Any, ...], dict[str, float]] = {}
-        values = {}
+        figures = {}
         for tier in self.tiers:
             manifest = hub.manifests[tier]
             key = (id(self.fleet.model_of(tier)), manifest.cut, manifest.codec)
             if key not in measured:  # tiers that hold the same give the same answers
-                measured[key] = await self._measure(hub, manifest)
-            values[tier] = measured[key]
-        return values
+                measured[key] = self._measure(hub, trunk, manifest)
+            figures[tier] = measured[key]
+        report: asyncio.Future[EvaluationReport] = asyncio.get_running_loop().create_future()
+        report.set_result(EvaluationReport(figures))
+        return report
 
-    async def _measure(self, hub: Hub, manifest: Manifest) -> dict[str, float]:
+    def _measure(self, hub: Hub, trunk: TimedTrunk, manifest: Manifest) -> dict[str, float]:
+        """Accuracy, or perplexity, by path, of a tier's devices and the hub."""
         bundle = Bundle.open(manifest, self.index.blobs().read)
         learner = Learner(manifest, self._runtime(bundle, 1))
         learner.runtime.set_state(hub.method.aggregation.device_state(manifest.exchanged()))
-        paths = hub.method.paths
-        tallies = {path: Tally(hub.model.task) for path in paths}
+        tallies = {path: Tally(hub.model.task) for path in hub.method.paths}
         examples = self.data.held_out.fitted(manifest)
-        for batch in batches_to_measure(examples, hub.model):
+        for batch in batches_to_evaluate(examples, hub.model):
             heads, parts = learner.predict(batch.x)
-            logits = {"device_alone": heads}
-            if paths != ("device_alone",):
-                above = await hub.trunk.answer(
-                    Arrival("", "", manifest.cut, manifest.codec, parts, batch.y)
-                )
-                logits |= {"through_hub": above[-1:], "ensemble": np.concatenate([heads, above])}
-            for path in paths:
-                tallies[path].add(
-                    torch.from_numpy(logits[path]).double(), torch.from_numpy(batch.y)
-                )
+            above = heads[:0]
+            if hub.method.paths != ("device_alone",):
+                above = trunk.evaluator.answer(Query(manifest.cut, manifest.codec, parts))
+            for path, tally in tallies.items():
+                tally.add(logits_of(path, heads, above), batch.y)
         return {path: tally.value for path, tally in tallies.items()}
 
 

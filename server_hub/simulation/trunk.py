@@ -11,12 +11,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import Array, State
 from export.split import SplitModel
 from server_hub.simulation.devices import Meter
-from server_hub.trunk.interface import Arrival, State, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.local import LocalTrunk
-from server_hub.trunk.step import TrunkCore
 
 _TRAINING = 3
 """Operations of a training step against those of the forward pass: the backward pass has two
@@ -24,19 +23,25 @@ products for each of the forward pass."""
 
 
 class TimedTrunk(LocalTrunk):
-    """Implements :class:`server_hub.trunk.Trunk` on a virtual clock.
+    """Implements :class:`server_hub.trunk.interface.Trunk` on a virtual clock.
 
     Args:
-        core: the trunk.
+        model: the model; its own trained tensors are not used.
+        held_out: examples to evaluate base networks on, ``(x, y)``.
         flop: operations of the forward pass above each cut, per row; of texts per position.
-        gflops: what the hub computes, in 10^9 operations per second; None for no limit.
-        meter: counts.
+        gflops: speed of the hub, in 10^9 operations per second; None for no limit.
+        meter: counts operations and seconds.
     """
 
     def __init__(
-        self, core: TrunkCore, flop: dict[int, float], gflops: float | None, meter: Meter
+        self,
+        model: SplitModel,
+        held_out: tuple[Array, Array] | None,
+        flop: dict[int, float],
+        gflops: float | None,
+        meter: Meter,
     ) -> None:
-        super().__init__(core)
+        super().__init__(model, "cpu", held_out)
         self._flop, self._meter = flop, meter
         self._rate = math.inf if gflops is None else gflops * 1e9
         self._epochs, self._round_flop = 1, 0.0
@@ -45,31 +50,31 @@ class TimedTrunk(LocalTrunk):
         self._epochs, self._round_flop = plan.epochs, 0.0
         await super().begin(state, plan)
 
-    async def features(self, arrival: Arrival) -> dict[str, Array] | None:
+    async def features(self, step_input: StepInput) -> dict[str, Array] | None:
         started = time.perf_counter()
-        parts = await super().features(arrival)
+        parts = await super().features(step_input)
         self._meter.seconds += time.perf_counter() - started
-        await self._take(self._flop[arrival.cut] * arrival.positions)
+        await self._spend(self._flop[step_input.cut] * step_input.positions)
         return parts
 
-    async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
+    async def step(self, inputs: Sequence[StepInput]) -> StepReport:
         started = time.perf_counter()
-        report = await super().step(arrivals)
+        report = await super().step(inputs)
         self._meter.seconds += time.perf_counter() - started
-        flop = sum(_TRAINING * self._flop[a.cut] * a.positions for a in arrivals)
+        flop = sum(_TRAINING * self._flop[i.cut] * i.positions for i in inputs)
         self._round_flop += flop
-        await self._take(flop)
+        await self._spend(flop)
         return report
 
     async def finish(self) -> list[TrunkCopy]:
         started = time.perf_counter()
         copies = await super().finish()
         self._meter.seconds += time.perf_counter() - started
-        await self._take(self._round_flop * (self._epochs - 1))
+        await self._spend(self._round_flop * (self._epochs - 1))
         return copies
 
-    async def _take(self, flop: float) -> None:
-        """The time that so many operations take."""
+    async def _spend(self, flop: float) -> None:
+        """Let the time pass that so many operations take."""
         self._meter.trunk_flop += flop
         await asyncio.sleep(flop / self._rate)
 

@@ -1,133 +1,161 @@
-"""What devices send to the trunk: mixed, merged into steps, settled, and gradients sent back."""
+"""The step batcher: batches of devices are merged into steps of the trunk."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from edge_sdk.protocol.messages import Gradient
-from server_hub.concurrency import Changes
-from server_hub.config import TrunkTraining
-from server_hub.gateway.peers import Peer
-from server_hub.trunk.interface import Arrival, Trunk
+from server_hub.concurrency import Changes, Effect
+from server_hub.trunk.interface import StepInput, StepReport, Trunk
+from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.shuffle_buffer import ShuffleBuffer
 
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """An arrival that waits for the trunk, to be settled once it is sure to be trained on."""
+    """A batch that waits for a step of the trunk.
+
+    Attributes:
+        round: number of the round.
+        number: number of the batch among those of its device in the round.
+        step_input: the batch.
+        reply: sends the batch's gradient to the device, in rounds with returned gradients.
+        refuse: called with the reason if the trunk cannot use the batch.
+        effect: complete once the batch is sure to be trained on.
+    """
 
     round: int
-    batch: int
-    arrival: Arrival
-    peer: Peer
-    seq: int
+    number: int
+    step_input: StepInput
+    reply: Callable[[Gradient], None]
+    refuse: Callable[[str], None]
+    effect: Effect = field(default_factory=Effect)
 
     @property
     def rows(self) -> int:
-        """Examples in it."""
-        return self.arrival.rows
+        """Number of examples in the batch."""
+        return self.step_input.rows
 
-    def settle(self) -> None:
-        """Tell the device that it need not keep it."""
-        self.peer.session.settle(self.seq)
+
+@dataclass
+class RoundTotals:
+    """What the steps of a round have come to.
+
+    Attributes:
+        steps: number of steps.
+        seconds: seconds spent in steps.
+        loss: sum of the loss over rows whose labels are on the hub.
+        rows: number of these rows.
+        device_losses: by device, the sum of the loss over its labels, and their number.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    rows: int = 0
+    device_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean loss of a row; None if no row has come whose label is on the hub."""
+        return self.loss / self.rows if self.rows else None
 
 
 class StepBatcher:
-    """Feeds the trunk.
+    """Merges batches into steps, and makes the steps.
 
-    A device has at most a window of batches that are neither used nor mixed, so what waits is
-    bounded, and a trunk that is slow slows the devices down.
+    A device may leave only a window of messages unsettled, so what waits is bounded, and a slow
+    trunk slows the devices down.
 
     Args:
         trunk: makes the steps.
-        settings: how many rows to merge and to mix, and how long to wait for them.
-        merges: whether arrivals are merged; else each is a step of its own.
-        returned: sends a gradient to a device.
-        refused: told of a device whose arrival the trunk refuses, with the reason.
+        settings: how many rows to merge and to shuffle, and how long to wait for them.
+        merges: whether batches are merged; otherwise each batch is a step of its own.
     """
 
-    def __init__(
-        self,
-        trunk: Trunk,
-        settings: TrunkTraining,
-        merges: bool,
-        returned: Callable[[Peer, Gradient], None],
-        refused: Callable[[Peer, str], None],
-    ) -> None:
+    def __init__(self, trunk: Trunk, settings: TrunkTraining, merges: bool) -> None:
         self._trunk, self._settings = trunk, settings
         self._max_rows = settings.max_rows if merges else 1
-        self._returned, self._refused = returned, refused
-        self._mixer = ShuffleBuffer[PendingBatch](PendingBatch.settle)
+        self._buffer = ShuffleBuffer[PendingBatch](lambda batch: batch.effect.complete())
         self._changes = Changes()
         self._last = True
         self._stepping = False
-        self.steps = 0
-        """Steps of the round."""
-        self.seconds = 0.0
-        """That they have taken."""
-        self.losses: list[tuple[float, int]] = []
-        """Loss and rows of every step, where labels are here."""
-        self.device_losses: dict[str, tuple[float, int]] = {}
-        """Of each device in the round: sum of the losses on its labels, and their number."""
+        self.totals = RoundTotals()
+        """What the steps of the present round have come to."""
 
     def __len__(self) -> int:
-        return len(self._mixer)
+        return len(self._buffer)
 
-    def begin(self, number: int, mixes: bool) -> None:
-        """A round begins; ``mixes`` unless devices wait for the gradients of what they send."""
-        self._mixer.begin(self._settings.mix_rows if mixes else 0, number)
+    def begin(self, number: int, shuffles: bool) -> None:
+        """Begin a round.
+
+        Args:
+            number: the round's number, which seeds the shuffle buffer.
+            shuffles: whether batches go through the shuffle buffer. In rounds with returned
+                gradients they do not, since devices wait for the gradients.
+        """
+        self._buffer.begin(self._settings.mix_rows if shuffles else 0, number)
         self._last = False
-        self.steps, self.seconds = 0, 0.0
-        self.losses, self.device_losses = [], {}
+        self.totals = RoundTotals()
 
-    def put(self, waiting: PendingBatch) -> None:
-        """A batch has come."""
-        self._mixer.put(waiting)
+    def put(self, batch: PendingBatch) -> Effect:
+        """Take a batch; returns the effect of the message that has brought it."""
+        self._buffer.put(batch)
         self._changes.wake()
+        return batch.effect
 
     async def drain(self) -> None:
-        """The round is over: wait until all that has come is used."""
+        """The round is over: wait until every batch is used."""
         self._last = True
         self._changes.wake()
-        await self._changes.until(lambda: not len(self._mixer) and not self._stepping)
+        await self._changes.until(lambda: not len(self._buffer) and not self._stepping)
 
     async def run(self) -> None:
-        """Step on what there is, for ever."""
+        """Make steps, for ever."""
+        now = asyncio.get_running_loop().time
         while True:
-            await self._changes.until(lambda: self._mixer.ready(self._last))
+            await self._changes.until(lambda: self._buffer.ready(self._last))
             self._stepping = True
-            if self._mixer.rows < self._max_rows and not self._last:
-                await asyncio.sleep(self._settings.wait_s)
-            await self._step(self._mixer.take(self._max_rows))
+            await self._wait_for_rows(now() + self._settings.wait_s)
+            await self._step(self._buffer.take(self._max_rows))
             self._stepping = False
             self._changes.wake()
+
+    async def _wait_for_rows(self, deadline: float) -> None:
+        """Wait until there are rows for a full step, or no more will come in time."""
+        now = asyncio.get_running_loop().time
+
+        def enough() -> bool:
+            return self._last or self._buffer.rows >= self._max_rows or now() >= deadline
+
+        await self._changes.until(enough, deadline)
 
     async def _step(self, group: list[PendingBatch]) -> None:
         now = asyncio.get_running_loop().time
         began = now()
-        report = await self._trunk.step([waiting.arrival for waiting in group])
-        self.seconds += now() - began
-        for waiting, parts, found in zip_longest(group, report.gradients, report.losses):
+        report = await self._trunk.step([batch.step_input for batch in group])
+        self.totals.seconds += now() - began
+        self._count(group, report)
+        for batch, parts, loss in zip_longest(group, report.gradients, report.losses):
             if parts is not None:
-                gradient = Gradient(
-                    round=waiting.round,
-                    batch=waiting.batch,
-                    parts=dict(parts),
-                    loss=None if found is None else found[0] / found[1],
-                )
-                self._returned(waiting.peer, gradient)
-            waiting.settle()
-            if found is not None:
-                loss, labels = self.device_losses.get(waiting.arrival.device, (0.0, 0))
-                self.device_losses[waiting.arrival.device] = loss + found[0], labels + found[1]
-        if report.rows:
-            self.steps += 1
-        if math.isfinite(report.loss):
-            self.losses.append((report.loss, report.rows))
+                mean = None if loss is None else loss[0] / loss[1]
+                batch.reply(Gradient(batch.round, batch.number, dict(parts), mean))
+            batch.effect.complete()
         for device, reason in report.refused.items():
-            peer = next(w.peer for w in group if w.peer.device == device)
-            self._refused(peer, reason)
+            next(b for b in group if b.step_input.device == device).refuse(reason)
+
+    def _count(self, group: list[PendingBatch], report: StepReport) -> None:
+        totals = self.totals
+        totals.steps += bool(report.rows)
+        if math.isfinite(report.loss):
+            totals.loss += report.loss * report.rows
+            totals.rows += report.rows
+        for batch, loss in zip_longest(group, report.losses):
+            if loss is not None:
+                device = batch.step_input.device
+                total, labels = totals.device_losses.get(device, (0.0, 0))
+                totals.device_losses[device] = total + loss[0], labels + loss[1]

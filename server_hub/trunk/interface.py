@@ -1,93 +1,89 @@
-"""The trunk: training of the deep part of the model, for devices that enter at different depths.
-
-What it takes and gives; :mod:`server_hub.trunk.step` is the arithmetic.
-"""
+"""What the trunk takes and gives. :mod:`server_hub.trunk.step` is the arithmetic of a step."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from edge_sdk.protocol.tensors import Array
-
-State = dict[str, Array]
-"""Tensors by name, ``block.3.conv.weight``."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a device says of the features of a batch whose labels it keeps.
-
-    Attributes:
-        gradient: packed gradient of the mean loss over its labels, by the features.
-        labels: labels that count.
-    """
-
-    gradient: Mapping[str, Array]
-    labels: int
+from edge_sdk.protocol.messages import Batch, HeadGradient
+from edge_sdk.protocol.tensors import Array, State
+from server_hub.trunk.settings import Precision
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """Packed activations of one batch of one device.
+class StepInput:
+    """A batch of one device, as it enters a step of the trunk.
 
     Attributes:
-        device: who sent them.
-        replica: which copy of the trunk they train.
-        cut: block that they enter.
-        codec: how they are packed.
-        parts: the packed tensors.
-        labels: (rows,) int64; (rows, positions) for a model of tokens, where -1 does not count.
-            None where they stay on the device.
+        device: name of the device that sent the batch.
+        replica: name of the copy of the trunk that the batch trains.
+        cut: number of the block that the activations enter.
+        codec: name of the codec that they are packed with.
+        batch: packed activations and labels.
         weight: weight of a label in the loss.
-        shape: of the labels, where these stay on the device.
-        finished: what comes instead of them, once the device has had the features.
-        base: which base network they are of, where there are several.
-        present: (classes,), 1 for classes that the device has examples of; None where all count.
-        noise: whether they have come through the noise norms.
-        robustness: weight of the noise norms in an answer.
+        label_shape: shape of the labels, where these stay on the device; else empty.
+        head_gradient: gradient of the features, where labels stay on the device.
     """
 
     device: str
     replica: str
     cut: int
     codec: str
-    parts: Mapping[str, Array]
-    labels: Array | None
+    batch: Batch
     weight: float = 1.0
-    shape: tuple[int, ...] = ()
-    finished: Finished | None = None
-    base: int = 0
-    present: Array | None = None
-    noise: bool = False
-    robustness: float = 0.0
+    label_shape: tuple[int, ...] = ()
+    head_gradient: HeadGradient | None = None
 
     @property
     def rows(self) -> int:
         """Number of examples."""
-        return (self.shape if self.labels is None else self.labels.shape)[0]
+        return self._shape[0]
 
     @property
     def positions(self) -> int:
-        """Number of labels, whether they count or not."""
-        return math.prod(self.shape if self.labels is None else self.labels.shape)
+        """Number of labels, whether they count in the loss or not."""
+        return math.prod(self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.label_shape if self.batch.labels is None else self.batch.labels.shape
+
+
+@dataclass(frozen=True)
+class Query:
+    """Activations that the hub is to finish an answer from.
+
+    Attributes:
+        cut: number of the block that the activations enter.
+        codec: name of the codec that they are packed with.
+        parts: the packed tensors by name.
+        base: number of the base network that they are of; 0 for a single model.
+        robustness: weight of the noise norms in the answer, from 0 to 1.
+    """
+
+    cut: int
+    codec: str
+    parts: Mapping[str, Array]
+    base: int = 0
+    robustness: float = 0.0
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one depth-merged step did.
+    """Result of one depth-merged step.
 
     Attributes:
-        loss: mean over the labels that count of the summed cross-entropy of the heads that they
-            passed; NaN if no row was used, or the labels are not here.
+        loss: mean over the labels that count, of the summed cross-entropy of the heads above each
+            label's cut. NaN if no row was used, or if the labels stay on the devices.
         rows: rows that were used; of texts, labels that count.
-        refused: devices whose activations were refused, with the reason.
-        gradients: of each arrival, packed as it was, where the plan has them returned: the
-            gradient of the mean loss over the arrival's labels that count. None for one that was
-            refused.
-        losses: sum over the labels of each arrival that count, and their number; None likewise.
+        refused: by device whose batch was refused, the reason.
+        gradients: for each batch, if the plan returns gradients: the packed gradient of the mean
+            loss over the batch's labels that count. None for a batch that was refused.
+        losses: for each batch: sum of the loss over its labels that count, and their number. None
+            for a batch that was refused, or whose labels stay on the device.
     """
 
     loss: float
@@ -99,9 +95,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class TrunkCopy:
-    """A layer as one replica of the trunk has trained it; ``samples`` passed through it.
+    """A layer as one replica of the trunk has trained it in a round.
 
-    ``base`` is the base network that it is of, where there are several.
+    Attributes:
+        replica: name of the replica.
+        layer: name of the layer.
+        tensors: trained tensors of the layer by full name.
+        samples: rows that passed through the layer. A row counts once, however many passes the
+            trunk makes over it.
+        base: number of the base network that the layer is of; 0 for a single model.
     """
 
     replica: str
@@ -117,19 +119,21 @@ class TrunkPlan:
 
     Attributes:
         optimizer: ``sgd`` or ``adamw``.
-        hyper: its hyper-parameters.
-        epochs: passes over the round's activations; those after the first come at its end.
-        max_rows: rows in one merged step at most.
-        seed: order of the passes after the first.
+        hyper: hyper-parameters of the optimizer.
+        epochs: passes over the round's activations. Passes after the first come at the end of the
+            round.
+        max_rows: largest number of rows in one merged step.
+        seed: seed of the order of the passes after the first.
         max_norm: gradients of a step are scaled down to this norm.
-        u_shaped: labels stay on the devices, and the head is trained there. Dropouts rest: the pass
-            that a gradient goes back through must be the one that the device has seen.
-        returned: whether steps report the gradients of the arrivals; these are of the head's loss
-            alone, and the auxiliary heads rest.
-        anneal: the learning rate goes to zero over the passes, by a cosine.
-        keeps_slots: the state has optimizer slots to go on from, and the copies have them, too.
-        bases: the state is that of so many base networks, each tensor (bases, ...); one step trains
-            all that something has arrived for.
+        precision: ``fp32``, or ``bf16`` for automatic mixed precision with weights in float32.
+        u_shaped: labels stay on the devices, which train the head. Dropout is off: the pass that a
+            gradient goes back through must be the one whose features the device has seen.
+        returned: steps report gradients of the activations. Those are gradients of the head's loss
+            alone; the auxiliary heads are not trained.
+        anneal: the learning rate falls to zero over the passes, as a cosine.
+        keeps_slots: the state holds optimizer slots to start from; copies hold them, too.
+        bases: the state is that of so many base networks, each tensor (bases, ...). One step
+            trains all base networks that a batch has arrived for. 0 for a single model.
     """
 
     optimizer: str
@@ -138,6 +142,7 @@ class TrunkPlan:
     max_rows: int = 256
     seed: int = 0
     max_norm: float = math.inf
+    precision: Precision = "fp32"
     u_shaped: bool = False
     returned: bool = False
     anneal: bool = False
@@ -146,53 +151,74 @@ class TrunkPlan:
 
 
 @dataclass(frozen=True)
-class MixtureEvaluation:
-    """How good base networks are, each as a whole.
+class EvaluationReport:
+    """How good the global model is on the held-out examples.
 
     Attributes:
-        order: their numbers, best first, by the held-out examples that are for that.
-        scores: accuracy, or perplexity, of each by number, on the same.
-        mixed: that of the best so many, on the other held-out examples.
+        accuracy: accuracy, or perplexity for a model of tokens, by tier and path.
+        mixed: by number n of base networks, the figure of the best n, mixed; empty for one model.
+        order: numbers of the base networks, best first; empty for one model.
     """
 
-    order: list[int]
-    scores: list[float]
-    mixed: dict[int, float]
+    accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
+    mixed: dict[int, float] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of a round's record, as JSON can hold them."""
+        return {
+            "accuracy": self.accuracy,
+            "mixed": {str(bases): value for bases, value in self.mixed.items()},
+            "order": list(self.order),
+        }
 
 
 class Trunk(Protocol):
-    """Trains the deep part: in this process (:class:`server_hub.trunk.step.LocalTrunk`) or in
-    one of its own (:class:`server_hub.trunk.process.WorkerTrunk`)."""
+    """Trains the deep part of the model, and answers with the whole model.
+
+    :class:`server_hub.trunk.local.LocalTrunk` does so in this process,
+    :class:`server_hub.trunk.process.WorkerTrunk` in a process of its own.
+    """
 
     async def start(self) -> None:
-        """Make it ready; may take seconds."""
+        """Make the trunk ready. May take seconds."""
 
     async def begin(self, state: State, plan: TrunkPlan) -> None:
-        """Start a round from ``state``: no replicas yet, fresh optimizers."""
+        """Start a round from ``state``, with no replicas and fresh optimizers."""
 
-    async def features(self, arrival: Arrival) -> dict[str, Array] | None:
-        """What leaves the last block for activations, packed as they are; None if not finite."""
+    async def features(self, step_input: StepInput) -> dict[str, Array] | None:
+        """Packed output of the last block for a batch; None if it is not finite."""
 
-    async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
-        """One depth-merged step per replica over all arrivals."""
+    async def step(self, inputs: Sequence[StepInput]) -> StepReport:
+        """Make one depth-merged step per replica over all inputs."""
 
     async def finish(self) -> list[TrunkCopy]:
-        """The passes that are left, then every layer that was trained."""
+        """Make the passes that are left; return every layer that was trained."""
 
     async def serve(self, states: Mapping[int, State], bases: int = 0) -> None:
-        """The whole model's state by cut, to answer and to evaluate with.
+        """Answer and evaluate with these states from now on.
 
-        Of several ``bases`` each tensor is (bases, ...).
+        Args:
+            states: tensors of the whole model by cut. With ``bases``, each tensor is (bases, ...).
+            bases: number of base networks; 0 for a single model.
         """
 
-    async def answer(self, arrival: Arrival) -> Array:
+    async def answer(self, query: Query) -> Array:
         """Logits (heads, rows, ..., classes) of the heads above the cut, the true head last."""
 
-    async def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
-        """Accuracy, or perplexity, by tier (cut, codec) on the held-out examples, by path."""
+    def evaluate(
+        self, tiers: Mapping[str, tuple[int, str]], paths: Sequence[str]
+    ) -> asyncio.Future[EvaluationReport]:
+        """Start to evaluate the states that are served now; training goes on meanwhile.
 
-    async def evaluate_bases(self) -> MixtureEvaluation:
-        """How good the bases are on the held-out examples, each alone and mixed."""
+        Args:
+            tiers: cut and codec by tier.
+            paths: ways to answer to evaluate: ``device_alone``, ``through_hub``, ``ensemble``; of
+                base networks ``mix``.
+
+        Returns:
+            The report of a single model, or of base networks if the served states are such.
+        """
 
     async def close(self) -> None:
         """Release everything."""

@@ -1,51 +1,60 @@
 """The trunk in a process of its own, so that a long step never blocks the hub's event loop.
 
-Commands and weights go over a pipe; the payloads of activations lie in shared memory, which the
-worker maps: they are copied once into it, and from there to the trunk's device.
+Arrays go through shared memory; of the model's state only tensors that have changed. An evaluation
+runs in slices while the process has nothing else to do.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
+import copy
 import multiprocessing as mp
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
 from edge_sdk.errors import CutlayerError
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import Array, State
 from export.split import SplitModel
+from server_hub.trunk.evaluator import Evaluation, Evaluator
 from server_hub.trunk.interface import (
-    Arrival,
-    MixtureEvaluation,
-    State,
+    EvaluationReport,
+    Query,
+    StepInput,
     StepReport,
     TrunkCopy,
     TrunkPlan,
 )
-from server_hub.trunk.shared_memory import Arena
-from server_hub.trunk.step import TrunkCore
+from server_hub.trunk.shared_memory import (
+    SharedMemoryPipe,
+    StateDelta,
+    StateReceiver,
+    StateSender,
+)
+from server_hub.trunk.step import TrunkTrainer
+
+_Answer = tuple[str | None, Any]
+"""Why a command has failed, or None; and its result."""
 
 
 class TrunkFailed(CutlayerError):
-    """The trunk's process ended or raised; the job cannot go on."""
+    """The trunk's process has ended or raised; the job cannot go on."""
 
 
 class WorkerTrunk:
-    """Implements :class:`server_hub.trunk.Trunk` with a worker process.
+    """Implements :class:`server_hub.trunk.interface.Trunk` with a worker process.
 
-    Calls take turns: the trunk does one thing at a time.
+    Calls take turns: the trunk does one thing at a time, and evaluates in between.
 
     Args:
         model: the model; sent to the worker once.
         device: torch device of the worker.
-        held_out: examples to evaluate on.
-        arena_bytes: shared memory for the payloads of one step.
-        threads: torch threads of the worker, 0 for torch's default.
+        held_out: examples to evaluate on, ``(x, y)``.
+        arena_bytes: size of the shared memory, in bytes.
+        threads: torch threads of the worker; 0 for torch's default.
     """
 
     def __init__(
@@ -59,31 +68,35 @@ class WorkerTrunk:
         self._arguments = (model, device, held_out, threads)
         self._arena_bytes = arena_bytes
         self._turn = asyncio.Lock()
-        self._thread = ThreadPoolExecutor(1, "trunk")
-        self._arena: Arena | None = None
+        self._threads = ThreadPoolExecutor(2, "trunk")  # one for calls, one for evaluations
+        self._states = StateSender()
+        self._pipe: SharedMemoryPipe | None = None
+        self._reports: Connection | None = None
         self._process: Any = None
-        self._pipe: Connection | None = None
 
     async def start(self) -> None:
         context = mp.get_context("spawn")
-        self._arena = Arena(self._arena_bytes)
-        self._pipe, theirs = context.Pipe()
+        ours, theirs = context.Pipe()
+        self._reports, reports = context.Pipe(duplex=False)
+        self._pipe = SharedMemoryPipe(ours, self._arena_bytes)
         self._process = context.Process(
-            target=_work, args=(theirs, self._arena.name, *self._arguments), name="trunk"
+            target=_work, args=(theirs, reports, self._pipe.name, *self._arguments), name="trunk"
         )
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._process.start)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, self._process.start)
         theirs.close()
+        reports.close()
         await self._call("hello")
 
     async def begin(self, state: State, plan: TrunkPlan) -> None:
-        await self._call("begin", state, plan)
+        await self._call("begin", lambda: (self._states.delta({0: state}), plan))
 
-    async def features(self, arrival: Arrival) -> dict[str, Array] | None:
-        parts: dict[str, Array] | None = await self._call_with_arrivals("features", [arrival])
+    async def features(self, step_input: StepInput) -> dict[str, Array] | None:
+        parts: dict[str, Array] | None = await self._call("features", lambda: (step_input,))
         return parts
 
-    async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
-        report: StepReport = await self._call_with_arrivals("step", arrivals)
+    async def step(self, inputs: Sequence[StepInput]) -> StepReport:
+        report: StepReport = await self._call("step", lambda: (list(inputs),))
         return report
 
     async def finish(self) -> list[TrunkCopy]:
@@ -91,18 +104,26 @@ class WorkerTrunk:
         return copies
 
     async def serve(self, states: Mapping[int, State], bases: int = 0) -> None:
-        await self._call("serve", dict(states), bases)
+        await self._call("serve", lambda: (self._states.delta(states), bases))
 
-    async def answer(self, arrival: Arrival) -> Array:
-        logits: Array = await self._call_with_arrivals("answer", [arrival])
+    async def answer(self, query: Query) -> Array:
+        logits: Array = await self._call("answer", lambda: (query,))
         return logits
 
-    async def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
-        accuracy: dict[str, dict[str, float]] = await self._call("evaluate", dict(tiers))
-        return accuracy
+    def evaluate(
+        self, tiers: Mapping[str, tuple[int, str]], paths: Sequence[str]
+    ) -> asyncio.Future[EvaluationReport]:
+        return asyncio.ensure_future(self._evaluate(dict(tiers), tuple(paths)))
 
-    async def evaluate_bases(self) -> MixtureEvaluation:
-        report: MixtureEvaluation = await self._call("evaluate_bases")
+    async def _evaluate(
+        self, tiers: dict[str, tuple[int, str]], paths: tuple[str, ...]
+    ) -> EvaluationReport:
+        await self._call("evaluate", lambda: (tiers, paths))
+        loop = asyncio.get_running_loop()
+        failure, report = await loop.run_in_executor(self._threads, self._next_report)
+        if failure is not None:
+            raise TrunkFailed(f"the trunk failed in evaluate: {failure}")
+        assert isinstance(report, EvaluationReport)
         return report
 
     async def close(self) -> None:
@@ -114,140 +135,143 @@ class WorkerTrunk:
             if self._process.is_alive():
                 self._process.kill()
                 await asyncio.to_thread(self._process.join)
-        self._thread.shutdown(wait=False)
-        if self._arena is not None:
-            self._arena.close()
+        self._threads.shutdown(wait=False)
+        if self._pipe is not None:
+            self._pipe.close()
 
-    async def _call(self, command: str, *arguments: Any) -> Any:
-        async with self._turn:
-            return await self._exchange(command, arguments)
+    async def _call(self, command: str, arguments: Callable[[], tuple[Any, ...]] = tuple) -> Any:
+        """Send a command; wait for its result in a thread.
 
-    async def _call_with_arrivals(self, command: str, arrivals: Sequence[Arrival]) -> Any:
-        """Like :meth:`_call`; the payloads go through the arena."""
-        async with self._turn:
-            assert self._arena is not None
-            arrays = [array for a in arrivals for array in _arrays(a).values()]
-            places = self._arena.write(arrays)
-            if places is None:
-                needed = sum(array.nbytes for array in arrays)
-                raise TrunkFailed(
-                    f"a merged step of {needed} bytes does not fit the shared memory of "
-                    f"{self._arena_bytes}; raise trunk.arena_mb or lower trunk.max_rows"
-                )
-            rest = iter(places)
-            described = []
-            for a in arrivals:
-                where = {name: next(rest) for name in _arrays(a)}
-                described.append((_without_arrays(a), where))
-            return await self._exchange(command, (described,))
-
-    async def _exchange(self, command: str, arguments: Any) -> Any:
-        """Send a command, wait for the result in a thread of its own.
-
-        A caller that is cancelled still leaves the pipe in step: the answer is awaited first.
+        ``arguments`` are made when it is the command's turn: what changes in a state is said in the
+        order in which commands go out. A caller that is cancelled leaves the pipe in step: the
+        result is awaited first.
         """
-        future = asyncio.get_running_loop().run_in_executor(
-            self._thread, self._blocking, command, arguments
-        )
-        try:
-            failure, result = await asyncio.shield(future)
-        except asyncio.CancelledError:
-            with contextlib.suppress(TrunkFailed):
-                await future
-            raise
+        async with self._turn:
+            future = asyncio.get_running_loop().run_in_executor(
+                self._threads, self._exchange, command, arguments()
+            )
+            try:
+                failure, result = await asyncio.shield(future)
+            except asyncio.CancelledError:
+                with contextlib.suppress(TrunkFailed):
+                    await future
+                raise
         if failure is not None:
             raise TrunkFailed(f"the trunk failed in {command}: {failure}")
         return result
 
-    def _blocking(self, command: str, arguments: Any) -> Any:
+    def _exchange(self, command: str, arguments: tuple[Any, ...]) -> _Answer:
         assert self._pipe is not None
         try:
             self._pipe.send((command, arguments))
-            return self._pipe.recv()
+            answer: _Answer = self._pipe.receive(copy=True)
+            return answer
         except (EOFError, OSError) as error:
-            self._process.join(5)
-            raise TrunkFailed(
-                f"the trunk's process ended with exit code {self._process.exitcode} in {command}"
-            ) from error
+            raise self._ended(f"in {command}") from error
+
+    def _next_report(self) -> _Answer:
+        """The result of the evaluation that was started last."""
+        assert self._reports is not None
+        try:
+            answer: _Answer = self._reports.recv()
+            return answer
+        except (EOFError, OSError) as error:
+            raise self._ended("in evaluate") from error
+
+    def _ended(self, where: str) -> TrunkFailed:
+        self._process.join(5)
+        code = self._process.exitcode
+        return TrunkFailed(f"the trunk's process ended with exit code {code} {where}")
 
 
 def _work(
-    pipe: Connection,
+    connection: Connection,
+    reports: Connection,
     arena_name: str,
     model: SplitModel,
     device: str,
     held_out: tuple[Array, Array] | None,
     threads: int,
 ) -> None:
-    """The worker's loop: one command, one answer ``(failure or None, result)``."""
+    """The worker's process: one command, one answer."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the hub, which then stops us
     if threads:
         torch.set_num_threads(threads)
-    arena = Arena(name=arena_name)
-    core = TrunkCore(model, device, held_out)
+    pipe = SharedMemoryPipe(connection, name=arena_name)
+    with contextlib.suppress(EOFError, OSError):  # the hub has gone
+        _Worker(model, device, held_out, reports).run(pipe)
+    pipe.close()
 
-    def arrivals(described: list[Any]) -> Iterator[Arrival]:
-        for arrival, where in described:
-            yield _with_arrays(arrival, {key: arena.read(place) for key, place in where.items()})
 
-    with contextlib.suppress(EOFError, KeyboardInterrupt):  # the hub has gone
+class _Worker:
+    """Commands of the hub, each a method that returns the answer."""
+
+    def __init__(
+        self,
+        model: SplitModel,
+        device: str,
+        held_out: tuple[Array, Array] | None,
+        reports: Connection,
+    ) -> None:
+        self._trainer = TrunkTrainer(model, device)
+        self._evaluator = Evaluator(model, device, held_out)
+        self._states = StateReceiver()
+        self._reports = reports
+        self._evaluation: Evaluation | None = None
+
+    def run(self, pipe: SharedMemoryPipe) -> None:
+        """Answer commands until ``stop``; make slices of an evaluation while none is there."""
         while True:
-            command, arguments = pipe.recv()
+            while self._evaluation is not None and not pipe.poll():
+                self._evaluate_slice()
+            command, arguments = pipe.receive(copy=False)
             if command == "stop":
                 pipe.send((None, None))
-                break
+                return
             try:
-                if command == "step":
-                    result: Any = core.step(_owned(core, arrivals(*arguments)))
-                elif command in ("answer", "features"):
-                    result = getattr(core, command)(next(arrivals(*arguments)))
-                elif command == "hello":
-                    result = None
-                else:
-                    result = getattr(core, command)(*arguments)
-                pipe.send((None, result))
+                answer: _Answer = (None, getattr(self, command)(*arguments))
             except Exception as error:
-                pipe.send((f"{type(error).__name__}: {error}", None))
-    arena.close()
+                answer = (f"{type(error).__name__}: {error}", None)
+            pipe.send(answer)
 
+    def hello(self) -> None:
+        pass
 
-def _owned(core: TrunkCore, arrivals: Iterator[Arrival]) -> list[Arrival]:
-    """Arrivals that outlive this step, where the trunk keeps them for later passes on the CPU."""
-    if not core.keeps_memory:
-        return list(arrivals)
-    return [
-        _with_arrays(a, {key: array.copy() for key, array in _arrays(a).items()}) for a in arrivals
-    ]
+    def begin(self, delta: StateDelta, plan: TrunkPlan) -> None:
+        self._trainer.begin(self._states.states(delta)[0], plan)
 
+    def features(self, step_input: StepInput) -> dict[str, Array] | None:
+        return self._trainer.features(step_input)
 
-def _arrays(arrival: Arrival) -> dict[tuple[str, str], Array]:
-    """What of an arrival goes through the arena, by where it belongs."""
-    arrays = {("parts", name): part for name, part in arrival.parts.items()}
-    if arrival.labels is not None:
-        arrays["labels", ""] = arrival.labels
-    if arrival.present is not None:
-        arrays["present", ""] = arrival.present
-    if arrival.finished is not None:
-        arrays |= {("gradient", name): part for name, part in arrival.finished.gradient.items()}
-    return arrays
+    def step(self, inputs: list[StepInput]) -> StepReport:
+        if self._trainer.keeps_memory:
+            inputs = copy.deepcopy(inputs)  # the shared memory will hold other batches
+        return self._trainer.step(inputs)
 
+    def finish(self) -> list[TrunkCopy]:
+        return self._trainer.finish()
 
-def _without_arrays(arrival: Arrival) -> Arrival:
-    finished = arrival.finished and dataclasses.replace(arrival.finished, gradient={})
-    return dataclasses.replace(arrival, parts={}, labels=None, present=None, finished=finished)
+    def serve(self, delta: StateDelta, bases: int) -> None:
+        self._evaluator.serve(self._states.states(delta), bases)
 
+    def answer(self, query: Query) -> Array:
+        return self._evaluator.answer(query)
 
-def _with_arrays(arrival: Arrival, arrays: Mapping[tuple[str, str], Array]) -> Arrival:
-    def of(what: str) -> dict[str, Array]:
-        return {name: array for (where, name), array in arrays.items() if where == what}
+    def evaluate(self, tiers: dict[str, tuple[int, str]], paths: tuple[str, ...]) -> None:
+        while self._evaluation is not None:  # the one before has to end first
+            self._evaluate_slice()
+        self._evaluation = self._evaluator.evaluate(tiers, paths)
 
-    finished = arrival.finished and dataclasses.replace(arrival.finished, gradient=of("gradient"))
-    return dataclasses.replace(
-        arrival,
-        parts=of("parts"),
-        labels=arrays.get(("labels", "")),
-        present=arrays.get(("present", "")),
-        finished=finished,
-    )
+    def _evaluate_slice(self) -> None:
+        assert self._evaluation is not None
+        try:
+            next(self._evaluation)
+            return
+        except StopIteration as end:
+            answer: _Answer = (None, end.value)
+        except Exception as error:
+            answer = (f"{type(error).__name__}: {error}", None)
+        self._evaluation = None
+        self._reports.send(answer)

@@ -1,8 +1,8 @@
-"""What waits for the trunk: a queue, and behind it a buffer that mixes the devices' batches.
+"""What waits for a step of the trunk: a queue, and behind it a shuffle buffer.
 
-Devices send their batches one after the other, and each has its own mix of classes. A trunk that
-steps on them as they come sees long runs of the same few classes. Where batches wait in a
-buffer, every step draws at random from it, as is done with files of sorted examples.
+Devices send their batches one after the other, and each device has its own mix of classes. A trunk
+that steps on batches in the order of their arrival sees long runs of the same few classes. From a
+shuffle buffer every step draws at random, as is done with files of sorted examples.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Generic, Protocol, TypeVar
 
 
 class HasRows(Protocol):
-    """A batch that waits."""
+    """A batch with a number of rows."""
 
     @property
     def rows(self) -> int:
-        """Examples in it."""
+        """Number of examples in the batch."""
 
 
 T = TypeVar("T", bound=HasRows)
 
 
 class ShuffleBuffer(Generic[T]):
-    """Batches in, groups for merged steps out.
+    """Takes batches; gives groups of them for merged steps.
 
     Args:
-        accepted: told of every batch that has entered the buffer: it will be used.
+        accepted: called with every batch that has entered the buffer: it is sure to be used.
     """
 
     def __init__(self, accepted: Callable[[T], None]) -> None:
@@ -43,30 +43,30 @@ class ShuffleBuffer(Generic[T]):
 
     @property
     def rows(self) -> int:
-        """Rows that wait."""
+        """Number of rows that wait."""
         return self._rows + sum(batch.rows for batch in self._queue)
 
     def begin(self, capacity: int, seed: int) -> None:
-        """What holds from now on.
+        """Begin a round.
 
         Args:
-            capacity: rows that the buffer is filled up to before a step draws from it; 0 for steps
-                on batches in the order in which they come.
-            seed: of the draws.
+            capacity: number of rows that the buffer is filled up to before a step draws from it;
+                0 for steps on batches in the order of their arrival.
+            seed: seed of the draws.
         """
         self._capacity, self._rng = capacity, random.Random(seed)
 
     def put(self, batch: T) -> None:
-        """A batch has come."""
+        """Take a batch."""
         self._queue.append(batch)
         self._admit()
 
     def ready(self, last: bool) -> bool:
-        """Whether there is a group to step on; ``last`` says that nothing more will come."""
+        """Whether there is a group to step on; ``last`` says that no more batches will come."""
         return len(self) > 0 and (last or not self._capacity or self._rows >= self._capacity)
 
     def take(self, max_rows: int) -> list[T]:
-        """Batches for one step: ``max_rows`` rows at most, but at least one batch."""
+        """Batches for one step: at most ``max_rows`` rows, but at least one batch."""
         group: list[T] = []
         rows = 0
         while len(self):
@@ -81,7 +81,7 @@ class ShuffleBuffer(Generic[T]):
         return group
 
     def _remove(self, chosen: int | None) -> None:
-        """Take the first of the queue away, or the chosen one of the buffer."""
+        """Remove the chosen batch of the buffer, or the first of the queue."""
         if chosen is None:
             self._queue.popleft()
             return
@@ -90,6 +90,7 @@ class ShuffleBuffer(Generic[T]):
         self._buffer.pop()
 
     def _admit(self) -> None:
+        """Move batches from the queue to the buffer while it has room."""
         while self._queue and self._rows < self._capacity:
             batch = self._queue.popleft()
             self._buffer.append(batch)

@@ -1,9 +1,14 @@
-"""Steps of the trunk: one serves all devices, see :mod:`server_hub.trunk.depth_merge`."""
+"""Training of the trunk: one depth-merged step serves all devices.
+
+:mod:`server_hub.trunk.depth_merge` is the pass over the blocks; this module takes batches in,
+makes the optimizer's step, and refuses batches that would make the model's weights non-finite.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,20 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import Array, State
 from export.names import layer_of
 from export.optimizers import get_optimizer
 from export.packing import get_codec
-from export.split import SplitModel, channel_axis
+from export.split import SplitModel, channel_axis, statistics
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss, merged_features
-from server_hub.trunk.evaluator import Served
-from server_hub.trunk.interface import Arrival, State, StepReport, TrunkCopy, TrunkPlan
-from server_hub.trunk.vmapped import StackedTrunk
+from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk.models import ModelPool, to_device, to_device_by_name
+from server_hub.trunk.vmapped import VmappedTrainer
 
 
 @dataclass
 class _Replica:
-    """One copy of the trunk and its optimizer; ``samples`` counts the rows through each layer."""
+    """A copy of the trunk and its optimizer; ``samples`` counts rows through each layer."""
 
     model: SplitModel
     optimizer: torch.optim.Optimizer
@@ -32,109 +37,375 @@ class _Replica:
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """An arrival on the trunk's device, still packed; ``counted`` says how many labels count.
+class _Received:
+    """A batch on the trunk's device, still packed.
 
-    The source's arrays may be in memory that holds others by the time of later passes.
+    Attributes:
+        source: the batch as it came; its arrays may be overwritten before later passes.
+        parts: packed activations by name.
+        labels: labels; empty where they stay on the device.
+        counted: number of labels that count.
+        head_gradient: packed gradient of the features by name, where labels stay on the device.
     """
 
-    source: Arrival
+    source: StepInput
     parts: dict[str, Tensor]
     labels: Tensor
     counted: int
-    gradient: Tensor | None
+    head_gradient: dict[str, Tensor] | None
 
 
-class TrunkCore(Served):
-    """The arithmetic of the trunk, without processes or waiting.
+@dataclass(frozen=True)
+class _Unpacked:
+    """A batch whose activations ``h`` (rows, ...) are unpacked for one pass."""
 
-    Args:
-        model: the model; its own weights are not used.
-        device: torch device to train on.
-        held_out: examples for :meth:`evaluate`, ``(x, y)``.
+    received: _Received
+    h: Tensor
+
+    @property
+    def source(self) -> StepInput:
+        """The batch as it came."""
+        return self.received.source
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the host reads of a backward pass, all at once.
+
+    Attributes:
+        finite: whether loss and gradients are finite.
+        fine: for each batch, whether its activations are finite.
+        losses: for each batch, the sum of the loss over its labels; NaN where they are elsewhere.
     """
 
-    def __init__(
-        self, model: SplitModel, device: str, held_out: tuple[Array, Array] | None = None
-    ) -> None:
-        super().__init__(model, device, held_out)
+    finite: bool
+    fine: list[bool]
+    losses: list[float]
+
+
+class TrunkTrainer:
+    """Trains the trunk, without processes or waiting.
+
+    Args:
+        model: the model; its own trained tensors are not used.
+        device: torch device to train on.
+    """
+
+    def __init__(self, model: SplitModel, device: str) -> None:
+        self._pool = ModelPool(model, device)
+        self._device = self._pool.device
         self._state: State = {}
         self._plan = TrunkPlan("sgd", {})
         self._replicas: dict[str, _Replica] = {}
-        self._kept: list[_Packed] = []
-        self._stacked: StackedTrunk | None = None
+        self._kept: list[_Received] = []
+        self._vmapped: VmappedTrainer | None = None
 
     def begin(self, state: State, plan: TrunkPlan) -> None:
-        """Start a round from ``state``."""
+        """Start a round from ``state``, with no replicas and fresh optimizers."""
         self._state, self._plan = state, plan
-        self._replicas.clear()
+        self._drop_replicas()
         self._kept.clear()
-        self._stacked = (
-            StackedTrunk(self._template, state, plan, self.device) if plan.bases else None
-        )
+        self._vmapped = None
+        if plan.bases:
+            self._vmapped = VmappedTrainer(self._pool.template, state, plan, self._device)
 
-    def step(self, arrivals: Sequence[Arrival]) -> StepReport:
-        """One depth-merged step per replica; arrivals that are not finite are refused."""
-        if self._stacked is not None:
-            return self._stacked.step(arrivals)
-        packed = [self._receive(arrival) for arrival in arrivals]
+    def step(self, inputs: Sequence[StepInput]) -> StepReport:
+        """Make one depth-merged step per replica; refuse batches that are not finite."""
+        if self._vmapped is not None:
+            return self._vmapped.step(inputs)
+        received = self._receive(inputs)
         if self._plan.epochs > 1:
-            self._kept.extend(packed)
-        return self._train(packed)
+            self._kept.extend(received)
+        return self._train(received)
 
     @torch.no_grad()
-    def features(self, arrival: Arrival) -> dict[str, Array] | None:
-        """What leaves the last block for activations, packed as they are; None if not finite.
+    def features(self, step_input: StepInput) -> dict[str, Array] | None:
+        """Packed output of the last block for a batch; None if it is not finite.
 
-        :meth:`step` computes it again, with the parameters that there are then.
+        :meth:`step` computes it again, with the parameters of that moment.
         """
-        replica = self._replicas.get(arrival.replica) or self._new_replica(arrival.replica)
-        codec = get_codec(arrival.codec)
-        h = codec.unpack({name: self._move(part) for name, part in arrival.parts.items()})
-        h = merged_features(replica.model, {arrival.cut: [h]})
+        replica = self._replica(step_input.replica)
+        codec = get_codec(step_input.codec)
+        h = codec.unpack(to_device_by_name(step_input.batch.parts, self._device))
+        with self._autocast():
+            h = merged_features(replica.model, {step_input.cut: [h]}).float()
         if not torch.isfinite(h).all():
             return None
-        parts = codec.pack(h, channel_axis(h, self._template.channels_first))
+        parts = codec.pack(h, channel_axis(h, self._pool.template.channels_first))
         return {name: part.cpu().numpy() for name, part in parts.items()}
 
     @property
     def keeps_memory(self) -> bool:
-        """Whether arrivals must stay where they are after :meth:`step`, for later passes."""
-        return self._plan.epochs > 1 and self.device.type == "cpu"
+        """Whether the arrays of a batch must stay as they are after :meth:`step`."""
+        return self._plan.epochs > 1 and self._device.type == "cpu"
 
     def finish(self) -> list[TrunkCopy]:
-        """The passes after the first, over shuffled arrivals; then what was trained."""
-        if self._stacked is not None:
-            return self._stacked.finish()
+        """Make the passes after the first, over shuffled batches; return what was trained."""
+        if self._vmapped is not None:
+            return self._vmapped.finish()
         rng = np.random.default_rng(self._plan.seed)
         for done in range(1, self._plan.epochs):
             if self._plan.anneal:
                 self._set_rate(0.5 * (1 + math.cos(math.pi * done / self._plan.epochs)))
-            rows = 0
-            group: list[_Packed] = []
-            for i in rng.permutation(len(self._kept)):
-                if group and rows + self._kept[i].source.rows > self._plan.max_rows:
-                    self._train(group)
-                    rows, group = 0, []
-                group.append(self._kept[i])
-                rows += self._kept[i].source.rows
-            if group:
+            for group in self._groups(rng.permutation(len(self._kept))):
                 self._train(group)
         self._kept.clear()
-        copies = []
-        for name, replica in self._replicas.items():
-            trained = replica.model.trained()
-            if self._plan.keeps_slots:
-                trained |= self._slots(replica)
-            for layer, rows in replica.samples.items():
-                tensors = {
-                    n: t.detach().cpu().numpy() for n, t in trained.items()
-                    if layer_of(n) == layer
-                }  # fmt: skip
-                if tensors:  # a layer in which all is frozen has none
-                    # an example counts once, however many passes there were
-                    copies.append(TrunkCopy(name, layer, tensors, rows // self._plan.epochs))
+        copies = [
+            copy for name, replica in self._replicas.items() for copy in self._copies(name, replica)
+        ]
+        self._drop_replicas()
+        return copies
+
+    # --- batches --------------------------------------------------------------------------------
+
+    def _receive(self, inputs: Sequence[StepInput]) -> list[_Received]:
+        """Move batches to the trunk's device, all of them in one copy."""
+        arrays: list[Array] = []
+        for i in inputs:
+            arrays.extend(i.batch.parts.values())
+            if i.batch.labels is not None:
+                arrays.append(i.batch.labels)
+            if i.head_gradient is not None:
+                arrays.extend(i.head_gradient.parts.values())
+        moved = iter(to_device(arrays, self._device))
+        received = []
+        for i in inputs:
+            parts = {name: next(moved) for name in i.batch.parts}
+            labels, gradient = torch.empty(0), None
+            if i.batch.labels is not None:
+                labels, counted = next(moved), int((i.batch.labels >= 0).sum())
+            if i.head_gradient is not None:
+                gradient = {name: next(moved) for name in i.head_gradient.parts}
+                counted = i.head_gradient.labels
+            received.append(_Received(i, parts, labels, counted, gradient))
+        return received
+
+    def _groups(self, order: Array) -> Iterator[list[_Received]]:
+        """Batches kept for later passes, in groups of at most ``max_rows`` rows."""
+        group: list[_Received] = []
+        rows = 0
+        for i in order:
+            if group and rows + self._kept[i].source.rows > self._plan.max_rows:
+                yield group
+                rows, group = 0, []
+            group.append(self._kept[i])
+            rows += self._kept[i].source.rows
+        if group:
+            yield group
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def _train(self, received: Sequence[_Received]) -> StepReport:
+        """One step of every replica that a batch is for."""
+        refused: dict[str, str] = {}
+        gradients: dict[int, Mapping[str, Array]] = {}
+        losses: dict[int, tuple[float, int]] = {}
+        total, rows = 0.0, 0
+        for name in dict.fromkeys(r.source.replica for r in received):
+            mine = [r for r in received if r.source.replica == name]
+            loss, used = self._train_replica(self._replica(name), mine, refused, gradients, losses)
+            total += loss
+            rows += used
+        returned = [gradients.get(id(r)) for r in received] if self._plan.returned else []
+        each = [losses.get(id(r)) for r in received]
+        return StepReport(total / rows if rows else math.nan, rows, refused, returned, each)
+
+    def _train_replica(
+        self,
+        replica: _Replica,
+        received: Sequence[_Received],
+        refused: dict[str, str],
+        gradients: dict[int, Mapping[str, Array]],
+        losses: dict[int, tuple[float, int]],
+    ) -> tuple[float, int]:
+        """Step one replica; return the sum of the loss over the labels used, and their number.
+
+        When loss or gradients are not finite, nothing is changed: each batch is tried alone to
+        find the ones to blame, and the step is repeated with the others.
+
+        Args:
+            replica: the replica.
+            received: its batches.
+            refused: takes the reason, by device whose batch is refused.
+            gradients: takes the packed gradient of each batch, by the batch's ``id``.
+            losses: takes loss and number of labels of each batch, by the batch's ``id``.
+        """
+        batches = [self._unpack(r) for r in received]
+        before = {n: t.clone() for n, t in statistics(replica.model).items()}
+        while batches:
+            outcome = self._backward(replica, batches)
+            if outcome.finite:
+                for b, loss in zip(batches, outcome.losses, strict=True):
+                    if b.received.head_gradient is None:
+                        losses[id(b.received)] = loss, b.received.counted
+                replica.optimizer.step()
+                self._count(replica, batches)
+                if self._plan.returned:
+                    for b in batches:
+                        gradients[id(b.received)] = self._packed_gradient(b, _counted(batches))
+                return sum(outcome.losses), _counted(batches)
+            self._restore(replica, before)
+            if all(outcome.fine):
+                fine = [self._finite_alone(replica, b, before) for b in batches]
+                if all(fine):  # finite alone, not together: too large for all of them
+                    fine = [False] * len(batches)
+                reason = "the activations make the loss overflow"
+            else:
+                fine, reason = outcome.fine, "the activations are not finite"
+            refused |= {
+                b.source.device: reason for b, ok in zip(batches, fine, strict=True) if not ok
+            }
+            batches = [b for b, ok in zip(batches, fine, strict=True) if ok]
+        return 0.0, 0
+
+    def _unpack(self, received: _Received) -> _Unpacked:
+        h = get_codec(received.source.codec).unpack(received.parts)
+        return _Unpacked(received, h.requires_grad_(self._plan.returned))
+
+    def _finite_alone(
+        self, replica: _Replica, batch: _Unpacked, before: Mapping[str, Tensor]
+    ) -> bool:
+        outcome = self._backward(replica, [batch])
+        self._restore(replica, before)
+        return outcome.finite
+
+    @staticmethod
+    @torch.no_grad()
+    def _restore(replica: _Replica, before: Mapping[str, Tensor]) -> None:
+        """Undo what a pass has done to the running statistics of batch norms."""
+        for name, tensor in statistics(replica.model).items():
+            tensor.copy_(before[name])
+
+    def _backward(self, replica: _Replica, batches: Sequence[_Unpacked]) -> _Outcome:
+        """Backward pass of the merged loss, gradients clipped; the host waits once, at the end."""
+        replica.optimizer.zero_grad()
+        for b in batches:
+            b.h.grad = None
+        fine = torch.stack([torch.isfinite(b.h).all() for b in batches])
+        if batches[0].received.head_gradient is None:
+            loss, losses = self._loss(replica, batches)
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            loss, losses = torch.zeros((), device=self._device), None
+            self._backward_from_features(replica, batches)
+        norm = self._clip(replica)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        read = [finite[None].double(), fine.double(), *([] if losses is None else [losses])]
+        values = torch.cat(read).tolist()
+        count = len(batches)
+        sums = [math.nan] * count if losses is None else values[count + 1 :]
+        return _Outcome(bool(values[0]), [bool(v) for v in values[1 : count + 1]], sums)
+
+    def _loss(self, replica: _Replica, batches: Sequence[_Unpacked]) -> tuple[Tensor, Tensor]:
+        """The merged loss, and the sum of the unweighted loss of each batch (batches,)."""
+        entering: dict[int, list[Entering]] = {}
+        labels = _counted(batches)
+        for b in batches:
+            weights = torch.full(
+                (b.source.rows,), b.source.weight / labels, dtype=b.h.dtype, device=self._device
+            )
+            entering.setdefault(b.source.cut, []).append(Entering(b.h, b.received.labels, weights))
+        with self._autocast():
+            loss, row_losses = depth_merged_loss(
+                replica.model, entering, auxiliary=not self._plan.returned
+            )
+        order = _merged_order(batches)
+        parts = torch.split(row_losses, [batches[i].source.rows for i in order])
+        sums = [part.sum() for part in parts]
+        return loss, torch.stack([sums[order.index(i)] for i in range(len(order))]).double()
+
+    def _backward_from_features(self, replica: _Replica, batches: Sequence[_Unpacked]) -> None:
+        """Backward pass from the gradients of the features, which the devices have sent."""
+        entering: dict[int, list[Tensor]] = {}
+        for b in batches:
+            entering.setdefault(b.source.cut, []).append(b.h)
+        with self._autocast():
+            merged = merged_features(replica.model, entering).float()
+        gradient, row = torch.zeros_like(merged), 0
+        for b in (batches[i] for i in _merged_order(batches)):
+            assert b.received.head_gradient is not None
+            own = get_codec(b.source.codec).unpack(b.received.head_gradient)
+            own = own * (b.source.weight * b.received.counted / _counted(batches))
+            rows = gradient[row : row + b.source.rows]
+            # a text may have been padded: no gradient comes back for positions it did not have
+            (rows[:, : own.shape[1]] if own.dim() == 3 else rows).copy_(own)
+            row += b.source.rows
+        merged.backward(gradient)  # type: ignore[no-untyped-call]
+
+    def _clip(self, replica: _Replica) -> Tensor:
+        """Scale the gradients down to the largest norm allowed; return the norm before."""
+        trained = [p for p in replica.model.parameters() if p.grad is not None]
+        norm: Tensor = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(trained, self._plan.max_norm, norm)
+        return norm.to(self._device)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        on = self._plan.precision == "bf16"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=on)
+
+    def _packed_gradient(self, batch: _Unpacked, labels: int) -> Mapping[str, Array]:
+        """Gradient at the cut of the mean over the batch's own labels, not over all ``labels``."""
+        assert batch.h.grad is not None
+        own = batch.h.grad * (labels / batch.received.counted)
+        axis = channel_axis(batch.h, self._pool.template.channels_first)
+        parts = get_codec(batch.source.codec).pack(own, axis)
+        return {name: part.cpu().numpy() for name, part in parts.items()}
+
+    def _count(self, replica: _Replica, batches: Sequence[_Unpacked]) -> None:
+        """Count rows by the layers that have passed them."""
+        model = replica.model
+        for b in batches:
+            above = [f"block.{i}" for i in range(b.source.cut, model.depth)]
+            if not self._plan.returned:
+                above += [f"aux.{d}" for d in model.head_depths if d > b.source.cut]
+            if b.received.head_gradient is None:
+                above.append("head")
+            for layer in above:
+                replica.samples[layer] = replica.samples.get(layer, 0) + b.source.rows
+
+    # --- replicas -------------------------------------------------------------------------------
+
+    def _replica(self, name: str) -> _Replica:
+        if name not in self._replicas:
+            self._replicas[name] = self._new_replica()
+        return self._replicas[name]
+
+    def _new_replica(self) -> _Replica:
+        model = self._pool.take(self._state)
+        # a head may read the stem's table, but the stem is trained on the devices
+        model.stem.requires_grad_(False)
+        for module in model.modules() if self._plan.u_shaped else ():
+            if isinstance(module, _DropoutNd):
+                module.eval()
+        rule = get_optimizer(self._plan.optimizer)
+        trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        replica = _Replica(model, rule.reference(trained, dict(self._plan.hyper)))
+        if self._plan.keeps_slots:
+            for slots, slot, name in self._slot_names(replica):
+                slots[slot] = torch.from_numpy(np.array(self._state[name]))
+                if slot != "step":  # torch wants that one on the host
+                    slots[slot] = slots[slot].to(self._device)
+        return replica
+
+    def _drop_replicas(self) -> None:
+        self._pool.give_back([replica.model for replica in self._replicas.values()])
         self._replicas.clear()
+
+    def _copies(self, name: str, replica: _Replica) -> list[TrunkCopy]:
+        """Every layer that the replica has trained."""
+        trained = replica.model.trained()
+        if self._plan.keeps_slots:
+            trained |= {n: slots[slot] for slots, slot, n in self._slot_names(replica)}
+        copies = []
+        for layer, rows in replica.samples.items():
+            tensors = {
+                n: t.detach().to("cpu", copy=True).numpy()
+                for n, t in trained.items()
+                if layer_of(n) == layer
+            }
+            if tensors:  # a layer whose tensors are all frozen has none
+                # an example counts once, however many passes there were
+                copies.append(TrunkCopy(name, layer, tensors, rows // self._plan.epochs))
         return copies
 
     def _set_rate(self, factor: float) -> None:
@@ -142,183 +413,21 @@ class TrunkCore(Served):
             for group in replica.optimizer.param_groups:
                 group["lr"] = factor * self._plan.hyper["lr"]
 
-    def _receive(self, arrival: Arrival) -> _Packed:
-        parts = {name: self._move(part) for name, part in arrival.parts.items()}
-        if arrival.labels is not None:
-            counted = int((arrival.labels >= 0).sum())
-            return _Packed(arrival, parts, self._move(arrival.labels), counted, None)
-        assert arrival.finished is not None
-        back = {name: self._move(part) for name, part in arrival.finished.gradient.items()}
-        gradient = get_codec(arrival.codec).unpack(back)
-        return _Packed(arrival, parts, torch.empty(0), arrival.finished.labels, gradient)
-
-    def _train(self, packed: Sequence[_Packed]) -> StepReport:
-        refused: dict[str, str] = {}
-        gradients: dict[int, Mapping[str, Array]] = {}
-        losses: dict[int, tuple[float, int]] = {}
-        total, rows = 0.0, 0
-        for name in {p.source.replica: None for p in packed}:
-            mine = [p for p in packed if p.source.replica == name]
-            replica = self._replicas.get(name) or self._new_replica(name)
-            loss, used = self._train_replica(replica, mine, refused, gradients, losses)
-            total += loss * used
-            rows += used
-        returned = [gradients.get(id(p)) for p in packed] if self._plan.returned else []
-        each = [losses.get(id(p)) for p in packed]
-        return StepReport(total / rows if rows else math.nan, rows, refused, returned, each)
-
-    def _train_replica(
-        self,
-        replica: _Replica,
-        packed: Sequence[_Packed],
-        refused: dict[str, str],
-        gradients: dict[int, Mapping[str, Array]],
-        losses: dict[int, tuple[float, int]],
-    ) -> tuple[float, int]:
-        """Step one replica; returns mean loss and number of labels used.
-
-        What is refused, and gradients to return and losses by the arrival's ``id``, are added to
-        the dictionaries.
-
-        When loss or gradient is not finite, each arrival is tried alone to find the ones to blame,
-        and the step is repeated with the others.
-        """
-        unpacked = []
-        for p in packed:
-            h = get_codec(p.source.codec).unpack(p.parts)
-            if not torch.isfinite(h).all():
-                refused[p.source.device] = "the activations are not finite"
-            else:
-                unpacked.append((p, h.requires_grad_(self._plan.returned)))
-        while unpacked:
-            found, gradients_finite = self._gradients(replica, unpacked)
-            if gradients_finite:
-                for (p, _), loss in zip(unpacked, found, strict=True):
-                    if p.gradient is None:
-                        losses[id(p)] = loss, p.counted
-                replica.optimizer.step()
-                self._count(replica, unpacked)
-                if self._plan.returned:
-                    for p, h in unpacked:
-                        gradients[id(p)] = self._pack_gradient(p, h, _counted(unpacked))
-                return sum(found) / _counted(unpacked), _counted(unpacked)
-            fine = [self._gradients(replica, [u])[1] for u in unpacked]
-            if all(fine):  # finite alone, not together: too large for all of them
-                fine = [False] * len(unpacked)
-            for (p, _), kept in zip(unpacked, fine, strict=True):
-                if not kept:
-                    refused[p.source.device] = "the activations make the loss overflow"
-            unpacked = [u for u, kept in zip(unpacked, fine, strict=True) if kept]
-        return 0.0, 0
-
-    def _gradients(
-        self, replica: _Replica, unpacked: Sequence[tuple[_Packed, Tensor]]
-    ) -> tuple[list[float], bool]:
-        """Backward pass of the merged loss; each arrival's loss, and whether all is finite."""
-        entering: dict[int, list[Entering]] = {}
-        labels = _counted(unpacked)
-        replica.optimizer.zero_grad()
-        for _, h in unpacked:
-            h.grad = None
-        if unpacked[0][0].gradient is not None:
-            finite = self._by_features(replica, unpacked)
-            return [math.nan for _ in unpacked], finite
-        for p, h in unpacked:
-            weights = torch.full(
-                (p.source.rows,), p.source.weight / labels, dtype=h.dtype, device=self.device
-            )
-            entering.setdefault(p.source.cut, []).append(Entering(h, p.labels, weights))
-        loss, row_losses = depth_merged_loss(
-            replica.model, entering, auxiliary=not self._plan.returned
-        )
-        if not torch.isfinite(loss):
-            return [], False
-        loss.backward()  # type: ignore[no-untyped-call]
-        finite = self._clip(replica)
-        order = _as_merged(unpacked)
-        rows = [unpacked[i][0].source.rows for i in order]
-        sums = [float(part.sum()) for part in torch.split(row_losses, rows)]
-        return [sums[order.index(i)] for i in range(len(order))], finite
-
-    def _by_features(self, replica: _Replica, unpacked: Sequence[tuple[_Packed, Tensor]]) -> bool:
-        """Backward pass from gradients of the features; whether all is finite."""
-        entering: dict[int, list[Tensor]] = {}
-        for p, h in unpacked:
-            entering.setdefault(p.source.cut, []).append(h)
-        merged = merged_features(replica.model, entering)
-        gradient, row = torch.zeros_like(merged), 0
-        for p, _ in (unpacked[i] for i in _as_merged(unpacked)):
-            assert p.gradient is not None
-            rows = gradient[row : row + p.source.rows]
-            own = p.gradient * (p.source.weight * p.counted / _counted(unpacked))
-            # a text may have been padded: nothing comes back for what it did not have
-            (rows[:, : own.shape[1]] if own.dim() == 3 else rows).copy_(own)
-            row += p.source.rows
-        merged.backward(gradient)  # type: ignore[no-untyped-call]
-        return self._clip(replica)
-
-    def _clip(self, replica: _Replica) -> bool:
-        """Bound the gradients; whether they are finite."""
-        trained = [p for p in replica.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        nn.utils.clip_grads_with_norm_(trained, self._plan.max_norm, norm)
-        return bool(torch.isfinite(norm))
-
-    def _pack_gradient(self, packed: _Packed, h: Tensor, labels: int) -> Mapping[str, Array]:
-        """The gradient at the cut, of the mean over the arrival's labels, not the merged ones."""
-        assert h.grad is not None
-        own = h.grad * (labels / packed.counted)
-        axis = channel_axis(h, self._template.channels_first)
-        parts = get_codec(packed.source.codec).pack(own, axis)
-        return {name: part.cpu().numpy() for name, part in parts.items()}
-
-    def _count(self, replica: _Replica, unpacked: Iterable[tuple[_Packed, Tensor]]) -> None:
-        model = replica.model
-        for p, _ in unpacked:
-            above = [f"block.{i}" for i in range(p.source.cut, model.depth)]
-            if not self._plan.returned:
-                above += [f"aux.{d}" for d in model.head_depths if d > p.source.cut]
-            if p.gradient is None:
-                above.append("head")
-            for layer in above:
-                replica.samples[layer] = replica.samples.get(layer, 0) + p.source.rows
-
-    def _new_replica(self, name: str) -> _Replica:
-        model = self._model_with(self._state)
-        # a head may read the stem's table, but the stem is trained where it is: on the devices
-        model.stem.requires_grad_(False)
-        for module in model.modules() if self._plan.u_shaped else ():
-            if isinstance(module, _DropoutNd):
-                module.eval()
-        rule = get_optimizer(self._plan.optimizer)
-        trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        optimizer = rule.reference(trained, dict(self._plan.hyper))
-        replica = self._replicas[name] = _Replica(model, optimizer)
-        if self._plan.keeps_slots:
-            for slots, slot, whose in self._slot_names(replica):
-                slots[slot] = torch.from_numpy(np.array(self._state[whose]))
-                if slot != "step":  # torch wants that one on the host
-                    slots[slot] = slots[slot].to(self.device)
-        return replica
-
-    def _slots(self, replica: _Replica) -> dict[str, Tensor]:
-        """The optimizer's slots, by the names that they have on devices."""
-        return {whose: slots[slot] for slots, slot, whose in self._slot_names(replica)}
-
     def _slot_names(self, replica: _Replica) -> Iterator[tuple[dict[str, Tensor], str, str]]:
-        """Of each slot: the dictionary that torch has it in, its name there, and our name."""
-        ours = get_optimizer(self._plan.optimizer).torch_names
+        """For each slot: torch's dictionary that holds it, its key there, and its name here."""
+        kinds = get_optimizer(self._plan.optimizer).torch_names
         for name, parameter in replica.model.named_parameters():
             if parameter.requires_grad:
-                for kind, slot in ours.items():
-                    whose = layer_of(name) if kind == "steps" else name
-                    yield replica.optimizer.state[parameter], slot, f"{kind}/{whose}"
+                for kind, slot in kinds.items():
+                    owner = layer_of(name) if kind == "steps" else name
+                    yield replica.optimizer.state[parameter], slot, f"{kind}/{owner}"
 
 
-def _as_merged(unpacked: Sequence[tuple[_Packed, Tensor]]) -> list[int]:
-    """The order in which arrivals' rows stand behind each other when they are merged."""
-    return sorted(range(len(unpacked)), key=lambda i: unpacked[i][0].source.cut)
+def _merged_order(batches: Sequence[_Unpacked]) -> list[int]:
+    """The order in which the rows of batches stand behind each other when they are merged."""
+    return sorted(range(len(batches)), key=lambda i: batches[i].source.cut)
 
 
-def _counted(unpacked: Iterable[tuple[_Packed, Tensor]]) -> int:
-    return sum(p.counted for p, _ in unpacked)
+def _counted(batches: Sequence[_Unpacked]) -> int:
+    """Number of labels that count in all batches."""
+    return sum(b.received.counted for b in batches)

@@ -1,8 +1,8 @@
-"""The trunk of several base networks: one step trains all of them, without a loop over them.
+"""Training of the trunk of several base networks: one step trains all of them, without a loop.
 
 Their tensors are stacked, (bases, ...), and ``torch.vmap`` makes one batched step of loss, gradient
-and optimizer. What has arrived for each base is filled up to equally many rows with rows that do
-not count, so a model must treat its rows one by one: there are no batch norms above a cut.
+and optimizer. The batches of each base are filled up to the same number of rows with rows of
+weight zero, so a model must treat its rows one by one: batch norms above a cut are not possible.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import Array, State
 from export.dual_norm import has_dual_norms, noise_tensors
 from export.losses import NO_LABEL
 from export.names import layer_of
@@ -26,38 +26,55 @@ from export.optimizers import get_optimizer
 from export.packing import get_codec
 from export.split import SplitModel
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
-from server_hub.trunk.interface import Arrival, State, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk.models import to_device
 
 
 @dataclass(frozen=True)
 class _Unpacked:
-    """An arrival on the trunk's device; ``counted`` says how many labels count."""
+    """A batch on the trunk's device.
 
-    source: Arrival
+    Attributes:
+        source: the batch as it came.
+        number: its place among the inputs of the step.
+        h: activations (rows, ...).
+        labels: labels (rows,) or (rows, positions).
+        present: (classes,) as in :class:`edge_sdk.protocol.messages.Batch`, or None.
+        counted: number of labels that count.
+    """
+
+    source: StepInput
     number: int
     h: Tensor
     labels: Tensor
+    present: Tensor | None
     counted: int
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step makes of some bases, each tensor (bases, ...)."""
+    """Result of a step of some bases.
+
+    Attributes:
+        parameters: new parameters by name, each (bases, ...).
+        slots: new optimizer slots by name, each (bases, ...).
+        row_losses: unweighted loss of every row (bases, rows).
+        finite: whether loss and gradients of a base are finite, by the base's place.
+    """
 
     parameters: dict[str, Tensor]
     slots: dict[str, Tensor]
-    losses: Tensor
-    row_losses: Tensor
-    finite: Tensor
+    row_losses: Array
+    finite: list[bool]
 
 
-class StackedTrunk:
+class VmappedTrainer:
     """Trains the deep part of several base networks for one round.
 
     Args:
-        template: one of them; of its own tensors those that are frozen are used.
-        state: what is trained, each tensor (bases, ...).
-        plan: how.
+        template: one base network; of its own tensors only those that are frozen are used.
+        state: the trained tensors by name, each (bases, ...).
+        plan: how the round trains.
         device: torch device.
     """
 
@@ -70,39 +87,38 @@ class StackedTrunk:
         self._dual = has_dual_norms(model)
         noise = noise_tensors(model)
         tensors = {n: torch.from_numpy(np.array(t)).to(device) for n, t in state.items()}
-        # the stem is trained where it is: on the devices
+        # the stem is trained on the devices
         own = {n for n, p in model.named_parameters() if p.requires_grad and layer_of(n) != "stem"}
         self._parameters = {n: t for n, t in tensors.items() if n in own}
-        self._resting = {n: t for n, t in tensors.items() if n not in own}
+        self._others = {n: t for n, t in tensors.items() if n not in own}
         self._noise = noise & own
         self._rule = get_optimizer(plan.optimizer)
         single = self._rule.slots({n: t[0] for n, t in self._parameters.items()})
-        self._slots = {
-            n: s.expand(plan.bases, *s.shape).clone() for n, s in single.items()
-        }  # fmt: skip
+        self._slots = {n: s.expand(plan.bases, *s.shape).clone() for n, s in single.items()}
         self._hyper = {n: torch.tensor(v, device=device) for n, v in plan.hyper.items()}
         self._samples: dict[tuple[int, str], int] = {}
-        self._hardened: set[int] = set()
+        self._noise_trained: set[int] = set()
 
-    def step(self, arrivals: Sequence[Arrival]) -> StepReport:
-        """One step of every base that something has arrived for.
+    def step(self, inputs: Sequence[StepInput]) -> StepReport:
+        """One step of every base that a batch is for.
 
-        Arrivals that are not finite, or make the loss so, are refused.
+        Batches that are not finite, or make the loss so, are refused.
         """
         refused: dict[str, str] = {}
-        losses: list[tuple[float, int] | None] = [None] * len(arrivals)
+        losses: list[tuple[float, int] | None] = [None] * len(inputs)
         groups: dict[int, list[_Unpacked]] = {}
-        for number, arrival in enumerate(arrivals):
-            unpacked = self._unpack(number, arrival)
-            if torch.isfinite(unpacked.h).all():
-                groups.setdefault(arrival.base, []).append(unpacked)
+        batches = self._unpack(inputs)
+        fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
+        for b, finite in zip(batches, fine, strict=True):
+            if finite:
+                groups.setdefault(b.source.batch.base, []).append(b)
             else:
-                refused[arrival.device] = "the activations are not finite"
+                refused[b.source.device] = "the activations are not finite"
         while groups:
             step = self._train(groups)
-            self._take(step, groups)
+            self._keep(step, groups)
             self._note_losses(step, groups, losses)
-            wrong = [b for b, fine in zip(groups, step.finite.tolist(), strict=True) if not fine]
+            wrong = [b for b, ok in zip(groups, step.finite, strict=True) if not ok]
             groups = {base: self._without_culprits(groups[base], refused) for base in wrong}
             groups = {base: group for base, group in groups.items() if group}
         used = [found for found in losses if found is not None]
@@ -114,26 +130,36 @@ class StackedTrunk:
         """Every layer that was trained, of every base."""
         copies = []
         for (base, layer), samples in self._samples.items():
+            trained = base in self._noise_trained
             tensors = {
-                n: t[base].cpu().numpy() for n, t in self._parameters.items()
-                if layer_of(n) == layer and (n not in self._noise or base in self._hardened)
-            }  # fmt: skip
+                n: t[base].to("cpu", copy=True).numpy()
+                for n, t in self._parameters.items()
+                if layer_of(n) == layer and (n not in self._noise or trained)
+            }
             if tensors:
                 copies.append(TrunkCopy("bases", layer, tensors, samples, base))
         return copies
 
-    def _unpack(self, number: int, arrival: Arrival) -> _Unpacked:
-        parts = {name: self._move(part) for name, part in arrival.parts.items()}
-        assert arrival.labels is not None
-        counted = int((arrival.labels >= 0).sum())
-        h = get_codec(arrival.codec).unpack(parts)
-        return _Unpacked(arrival, number, h, self._move(arrival.labels), counted)
-
-    def _move(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.require(array, requirements="W")).to(self._device)
+    def _unpack(self, inputs: Sequence[StepInput]) -> list[_Unpacked]:
+        arrays: list[Array] = []
+        for i in inputs:
+            assert i.batch.labels is not None
+            arrays += [*i.batch.parts.values(), i.batch.labels]
+            if i.batch.present is not None:
+                arrays.append(i.batch.present)
+        moved = iter(to_device(arrays, self._device))
+        batches = []
+        for number, i in enumerate(inputs):
+            h = get_codec(i.codec).unpack({name: next(moved) for name in i.batch.parts})
+            labels = next(moved)
+            present = None if i.batch.present is None else next(moved)
+            assert i.batch.labels is not None
+            counted = int((i.batch.labels >= 0).sum())
+            batches.append(_Unpacked(i, number, h, labels, present, counted))
+        return batches
 
     def _train(self, groups: Mapping[int, Sequence[_Unpacked]]) -> _Step:
-        """Loss, gradients and update of the bases in the groups, in one pass."""
+        """Loss, gradients and update of the bases in ``groups``, in one pass."""
         chosen = torch.tensor(list(groups), device=self._device)
 
         def some(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,14 +167,14 @@ class StackedTrunk:
 
         def one(
             parameters: dict[str, Tensor],
-            resting: dict[str, Tensor],
+            others: dict[str, Tensor],
             slots: dict[str, Tensor],
             entering: dict[int, dict[str, Tensor]],
-        ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor, Tensor]:
+        ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]:
             rows = {cut: [Entering(**fields)] for cut, fields in entering.items()}
 
             def loss_of(parameters: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-                given = {f"model.{n}": t for n, t in (parameters | resting).items()}
+                given = {f"model.{n}": t for n, t in (parameters | others).items()}
                 loss, row_losses = functional_call(self._loss, given, (rows,))
                 return loss, (loss, row_losses)
 
@@ -157,25 +183,33 @@ class StackedTrunk:
             scale = (self._plan.max_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = {n: g * scale for n, g in gradients.items()}
             stepped, moved = self._rule.step(parameters, gradients, slots, self._hyper)
-            return stepped, moved, loss, row_losses, torch.isfinite(loss) & torch.isfinite(norm)
+            return stepped, moved, row_losses, torch.isfinite(loss) & torch.isfinite(norm)
 
         batched = torch.vmap(one, randomness="different")
         entering = self._stack(groups)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for several networks
-            return _Step(
-                *batched(some(self._parameters), some(self._resting), some(self._slots), entering)
+        on = self._plan.precision == "bf16"
+        # fused attention has no rule for several networks
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=on),
+        ):
+            parameters, slots, row_losses, finite = batched(
+                some(self._parameters), some(self._others), some(self._slots), entering
             )
+        # the host waits once, for both
+        read = torch.cat([finite[:, None].double(), row_losses.double()], 1).cpu().numpy()
+        return _Step(parameters, slots, read[:, 1:], [bool(v) for v in read[:, 0]])
 
     def _stack(self, groups: Mapping[int, Sequence[_Unpacked]]) -> dict[int, dict[str, Tensor]]:
-        """What enters at each cut, (bases, rows, ...), filled up with rows that do not count."""
-        cuts = sorted({u.source.cut for group in groups.values() for u in group})
+        """Fields of :class:`Entering` by cut, (bases, rows, ...), filled up with weight zero."""
+        cuts = sorted({b.source.cut for group in groups.values() for b in group})
         return {cut: self._stack_cut(cut, groups) for cut in cuts}
 
     def _stack_cut(self, cut: int, groups: Mapping[int, Sequence[_Unpacked]]) -> dict[str, Tensor]:
-        at = {b: [u for u in group if u.source.cut == cut] for b, group in groups.items()}
-        rows = max(sum(u.source.rows for u in group) for group in at.values())
-        like = next(u for group in at.values() for u in group)
-        lengths = [u.h.shape[1] for group in at.values() for u in group]
+        at = {base: [b for b in group if b.source.cut == cut] for base, group in groups.items()}
+        rows = max(sum(b.source.rows for b in group) for group in at.values())
+        like = next(b for group in at.values() for b in group)
+        lengths = [b.h.shape[1] for group in at.values() for b in group]
         texts = like.labels.dim() == 2
         inner = (max(lengths), *like.h.shape[2:]) if texts else like.h.shape[1:]
         bases = len(groups)
@@ -187,53 +221,54 @@ class StackedTrunk:
             ),
             "weights": h.new_zeros(bases, rows),
         }
-        if like.source.present is not None:
-            fields["present"] = h.new_ones(bases, rows, len(like.source.present))
+        if like.present is not None:
+            fields["present"] = h.new_ones(bases, rows, len(like.present))
         if self._dual:
             fields["noise"] = h.new_zeros(bases, rows)
         for i, (base, group) in enumerate(at.items()):
-            # clean rows weigh nothing where all is on hard ones, and these may come later
-            total = sum(u.source.weight * u.counted for u in groups[base]) or 1.0
+            # clean rows weigh nothing where all weight is on adversarial ones, which come later
+            total = sum(b.source.weight * b.counted for b in groups[base]) or 1.0
             row = 0
-            for u in group:
-                place = (i, slice(row, row + u.source.rows))
-                where = (*place, slice(u.h.shape[1])) if texts else place
-                h[where] = u.h
-                fields["labels"][where] = u.labels
-                fields["weights"][place] = u.source.weight / total
-                if u.source.present is not None:
-                    fields["present"][place] = self._move(u.source.present).to(h.dtype)
-                if self._dual and u.source.noise:
+            for b in group:
+                place = (i, slice(row, row + b.source.rows))
+                where = (*place, slice(b.h.shape[1])) if texts else place
+                h[where] = b.h
+                fields["labels"][where] = b.labels
+                fields["weights"][place] = b.source.weight / total
+                if b.present is not None:
+                    fields["present"][place] = b.present.to(h.dtype)
+                if self._dual and b.source.batch.noise:
                     fields["noise"][place] = 1.0
-                row += u.source.rows
+                row += b.source.rows
         return fields
 
-    def _take(self, step: _Step, groups: Mapping[int, Sequence[_Unpacked]]) -> None:
-        """Keep what was trained: where all is finite, of the layers that something has passed."""
-        fine = {b for b, ok in zip(groups, step.finite.tolist(), strict=True) if ok}
-        entered = {b: min(u.source.cut for u in group) for b, group in groups.items()}
-        hard = {b for b, group in groups.items() if any(u.source.noise for u in group)}
-        self._hardened |= hard & fine
+    def _keep(self, step: _Step, groups: Mapping[int, Sequence[_Unpacked]]) -> None:
+        """Keep what was trained: of bases that are finite, the layers that rows have passed."""
         order = list(groups)
+        fine = {base for base, ok in zip(groups, step.finite, strict=True) if ok}
+        entered = {base: min(b.source.cut for b in group) for base, group in groups.items()}
+        noisy = {base for base, g in groups.items() if any(b.source.batch.noise for b in g)}
+        self._noise_trained |= noisy & fine
 
-        def keep(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-            for name, tensor in theirs.items():
-                noisy = name.rpartition("/")[2] in self._noise
+        def keep(mine: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+            for name, tensor in new.items():
+                of_noise = name.rpartition("/")[2] in self._noise
                 bases = [
-                    b for b in fine
-                    if _above(layer_of(name), entered[b]) and (not noisy or b in hard)
-                ]  # fmt: skip
+                    base
+                    for base in fine
+                    if _above(layer_of(name), entered[base]) and (not of_noise or base in noisy)
+                ]
                 if bases:
-                    mine[name][bases] = tensor[[order.index(b) for b in bases]]
+                    mine[name][bases] = tensor[[order.index(base) for base in bases]]
 
         keep(self._parameters, step.parameters)
         keep(self._slots, step.slots)
         for base in fine:
-            for u in groups[base]:
-                if u.source.noise:  # the same examples once more
+            for b in groups[base]:
+                if b.source.batch.noise:  # adversarial versions of examples that count already
                     continue
-                for layer in self._layers_above(u.source.cut):
-                    self._samples[base, layer] = self._samples.get((base, layer), 0) + u.source.rows
+                for layer in self._layers_above(b.source.cut):
+                    self._samples[base, layer] = self._samples.get((base, layer), 0) + b.source.rows
 
     def _layers_above(self, cut: int) -> list[str]:
         return [layer for layer in self._model.layers() if _above(layer, cut)]
@@ -244,10 +279,10 @@ class StackedTrunk:
         groups: Mapping[int, Sequence[_Unpacked]],
         losses: list[tuple[float, int] | None],
     ) -> None:
-        """The loss of each arrival, by its number: sum over its labels that count, and how many."""
-        cuts = sorted({u.source.cut for group in groups.values() for u in group})
+        """Put the loss of each batch, and its number of labels, into ``losses``."""
+        cuts = sorted({b.source.cut for group in groups.values() for b in group})
         most = {
-            cut: max(sum(u.source.rows for u in g if u.source.cut == cut) for g in groups.values())
+            cut: max(sum(b.source.rows for b in g if b.source.cut == cut) for g in groups.values())
             for cut in cuts
         }
         for i, group in enumerate(groups.values()):
@@ -256,21 +291,21 @@ class StackedTrunk:
             first = 0
             for cut in cuts:
                 row = first
-                for u in (u for u in group if u.source.cut == cut):
-                    total = float(step.row_losses[i, row : row + u.source.rows].sum())
-                    losses[u.number] = total, u.counted
-                    row += u.source.rows
+                for b in (b for b in group if b.source.cut == cut):
+                    total = float(step.row_losses[i, row : row + b.source.rows].sum())
+                    losses[b.number] = total, b.counted
+                    row += b.source.rows
                 first += most[cut]
 
     def _without_culprits(self, group: list[_Unpacked], refused: dict[str, str]) -> list[_Unpacked]:
-        """Those of a base's arrivals whose loss is finite when they are alone."""
-        fine = [bool(self._train({u.source.base: [u]}).finite[0]) for u in group]
+        """Those of a base's batches whose loss is finite when they are alone."""
+        fine = [self._train({b.source.batch.base: [b]}).finite[0] for b in group]
         if all(fine):  # finite alone, not together: too large for all of them
             fine = [False] * len(group)
-        for u, kept in zip(group, fine, strict=True):
+        for b, kept in zip(group, fine, strict=True):
             if not kept:
-                refused[u.source.device] = "the activations make the loss overflow"
-        return [u for u, kept in zip(group, fine, strict=True) if kept]
+                refused[b.source.device] = "the activations make the loss overflow"
+        return [b for b, kept in zip(group, fine, strict=True) if kept]
 
 
 class _Loss(nn.Module):
@@ -288,6 +323,8 @@ class _Loss(nn.Module):
 def _above(layer: str, cut: int) -> bool:
     """Whether a layer lies above a cut: on the hub."""
     kind, _, depth = layer.partition(".")
-    return kind == "head" or (kind == "block" and int(depth) >= cut) or (
-        kind == "aux" and int(depth) > cut
-    )  # fmt: skip
+    return (
+        kind == "head"
+        or (kind == "block" and int(depth) >= cut)
+        or (kind == "aux" and int(depth) > cut)
+    )

@@ -17,10 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.bundle.manifest import Bundle, tensor_of
 from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, DataError, ProtocolError
-from edge_sdk.inference.mixture import Mixture, check_robustness, tensor_of
+from edge_sdk.inference.mixture import Mixture, check_robustness
 from edge_sdk.inference.mixture import Mixture as MixConfig
 from edge_sdk.inference.prediction import softmax
 from edge_sdk.protocol.messages import Activations, Error, Infer, Message, Update, Welcome
@@ -34,9 +34,10 @@ from export.dual_norm import robustness as noise_norms
 from export.lowering.lowered import lower
 from export.split import SplitModel
 from export.writer import WEIGHTS
-from server_hub.config import HubConfig, LocalTraining, MethodConfig
+from server_hub.config import HubConfig
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
+from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.step import TrunkCore

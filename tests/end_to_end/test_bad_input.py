@@ -32,7 +32,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.runtime import load_runtime
-from server_hub.config import Limits
+from server_hub.gateway.limits import Limits
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
 from tests.lib.harness import cutlayer, examples, finish, hub_config, running_hub, save_npz

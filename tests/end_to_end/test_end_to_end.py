@@ -18,8 +18,9 @@ from edge_sdk import DataError, Device, HubError, LinkClosed
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.inference.prediction import softmax
 from export.packing import get_codec
-from server_hub.config import Limits, Listen, LocalTraining, MethodConfig
+from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
+from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules
 from tests.lib.harness import (
     cutlayer,

@@ -39,9 +39,11 @@ from export.split import SplitModel
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps, segment_of, write_tier
 from server_hub.cli.hub import round_line
-from server_hub.config import HubConfig, Listen, LocalTraining, TrunkTraining
+from server_hub.config import HubConfig
+from server_hub.gateway.limits import Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
+from server_hub.methods.settings import LocalTraining
 from server_hub.reports.report import write_report
 from server_hub.reports.tables import move_lines
 from server_hub.reports.tensorboard import scalars
@@ -57,6 +59,7 @@ from server_hub.storage.run_folder import RoundRecord, RunFolder
 from server_hub.trunk.evaluator import Served
 from server_hub.trunk.interface import Arrival
 from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkCore
 from tests.lib.models import AttentionBlock, TokenBlock
 

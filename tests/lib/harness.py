@@ -18,11 +18,14 @@ import numpy as np
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.training.data import Examples
 from export.writer import WEIGHTS
-from server_hub.config import HubConfig, Limits, Listen, LocalTraining, TrunkTraining
+from server_hub.config import HubConfig
+from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
+from server_hub.methods.settings import LocalTraining
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkCore
 from tests.lib.models import build
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.protocol.tensors import Array, TensorSpec
+from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from edge_sdk.training.data import Examples
 from export.losses import local_loss
 from export.packing import get_codec
@@ -23,13 +23,13 @@ from export.split import SplitModel
 from export.whole import without_trunk
 from export.width import narrow
 from server_hub.aggregation.interface import DeviceUpdate
-from server_hub.aggregation.layer_store import State
 from server_hub.aggregation.nested import Nested
-from server_hub.config import LocalTraining, TrunkTraining
+from server_hub.methods.settings import LocalTraining
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
 from server_hub.simulation.prepare import Client
 from server_hub.simulation.simulate import Simulation
+from server_hub.trunk.settings import TrunkTraining
 from tests.lib.models import BUILD, CLASSES, build
 
 EPOCHS, BATCH = 2, 16

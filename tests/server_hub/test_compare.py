@@ -15,7 +15,7 @@ from rich.console import Console
 
 from edge_sdk.errors import ConfigError, CutlayerError, DataError
 from export.errors import ExportError
-from server_hub.config import LocalTraining
+from server_hub.methods.settings import LocalTraining
 from server_hub.simulation.compare import CellFailed, cells_of, compare, write_comparison
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable

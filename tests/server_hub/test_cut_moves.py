@@ -45,20 +45,15 @@ from export.functional import TorchRuntime
 from export.split import SplitModel
 from export.steps import ClientSteps
 from export.writer import WEIGHTS, Tier, export_bundles, make_steps, segment_of
-from server_hub.config import (
-    Cuts,
-    HubConfig,
-    Limits,
-    Listen,
-    LocalTraining,
-    MethodConfig,
-    TrunkTraining,
-)
+from server_hub.config import HubConfig
+from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
-from server_hub.rounds.cut_policy import Seen, Target
+from server_hub.methods.settings import LocalTraining, MethodConfig
+from server_hub.rounds.cut_policy import Cuts, Seen, Target
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
+from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkCore
 from tests.export.test_backward import Exact
 from tests.lib.harness import cutlayer, finish, next_event, save_npz

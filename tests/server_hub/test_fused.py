@@ -40,8 +40,8 @@ from export.packing import get_codec
 from export.split import ClientSegment
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps, segment_of
-from server_hub.config import LocalTraining, MethodConfig
 from server_hub.gateway.tokens import TokenFile
+from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules
 from tests.export.test_backward import CUT, HYPER, MODELS, Exact, images, runtime_of, wrong
 from tests.lib.harness import examples, hub_config, running_hub

@@ -9,15 +9,15 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from edge_sdk.protocol.tensors import Array, TensorSpec
+from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from export.names import layer_of
 from server_hub.aggregation.interface import DeviceUpdate
-from server_hub.aggregation.layer_store import NotFinite, State
+from server_hub.aggregation.layer_store import NotFinite
 from server_hub.aggregation.merged import Merged
 from server_hub.aggregation.separate import Separate
-from server_hub.config import learning_rate_factor
 from server_hub.methods.fedsplitx import fedsplitx
 from server_hub.methods.method import CopyPerDevice, SharedCopy, Stage
+from server_hub.methods.settings import learning_rate_factor
 from server_hub.trunk.interface import TrunkCopy
 from tests.lib.trunk_models import dense_model, state_of
 

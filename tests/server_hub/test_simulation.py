@@ -21,8 +21,8 @@ from edge_sdk.errors import ConfigError, CutlayerError, DataError
 from edge_sdk.protocol.tensors import Array
 from export.errors import ExportError
 from export.split import SplitModel
-from server_hub.config import LocalTraining, TrunkTraining
 from server_hub.methods.registry import RECIPES
+from server_hub.methods.settings import LocalTraining
 from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import FILE, Checkpoint
 from server_hub.simulation.datasets import DataTable
@@ -31,6 +31,7 @@ from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.trunk import flop_above
 from server_hub.storage.run_folder import RoundRecord, read_records
+from server_hub.trunk.settings import TrunkTraining
 from tests.lib.models import (
     BUILD,
     CLASSES,

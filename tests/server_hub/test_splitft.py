@@ -31,12 +31,13 @@ from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from server_hub.aggregation.adapters import MergedAdapters, at_ranks
 from server_hub.aggregation.interface import DeviceUpdate
-from server_hub.config import LocalTraining, TrunkTraining
+from server_hub.methods.settings import LocalTraining
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord
 from server_hub.trunk.interface import Arrival, TrunkCopy, TrunkPlan
+from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkCore
 from tests.export.test_backward import Exact, manifest_of
 

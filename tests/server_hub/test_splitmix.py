@@ -19,8 +19,9 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from edge_sdk.bundle.manifest import tensor_of
 from edge_sdk.errors import ConfigError, CutlayerError
-from edge_sdk.inference.mixture import Mixture, tensor_of
+from edge_sdk.inference.mixture import Mixture
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.adversarial import Attack
 from export.adapters import from_transformers
@@ -31,8 +32,8 @@ from export.whole import whole_bases, without_trunk
 from export.writer import Tier
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.per_base import PerBase
-from server_hub.config import LocalTraining, TrunkTraining
 from server_hub.methods.base_assignment import BaseAssignment
+from server_hub.methods.settings import LocalTraining
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable, SplitMixTable
 from server_hub.simulation.partition import PartitionTable
@@ -40,6 +41,7 @@ from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import read_records
 from server_hub.trunk.adversarial import hard_examples, mixed_logits
 from server_hub.trunk.interface import TrunkCopy
+from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkCore
 from tests.export.test_mix_steps import only, shaken, torch_runtime
 from tests.lib.models import CLASSES, IMAGE, MeanHead, example

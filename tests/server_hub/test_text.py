@@ -19,13 +19,15 @@ from torch.nn.functional import cross_entropy
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, DataError, ProtocolError
+from edge_sdk.inference.metrics import Tally
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training import text
 from edge_sdk.training.data import Examples
 from export.split import SplitModel
 from export.writer import Tier, export_bundles
-from server_hub.config import HubConfig, LocalTraining, TrunkTraining
+from server_hub.config import HubConfig
 from server_hub.hub import Hub
+from server_hub.methods.settings import LocalTraining
 from server_hub.reports.report import write_report
 from server_hub.rounds.validation import MAX_POSITIONS, check_answer, check_labels, check_packed
 from server_hub.simulation.compare import write_comparison
@@ -34,7 +36,8 @@ from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
 from server_hub.simulation.results import accuracy_grid, common_target, cost_grid, rows_of, summary
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord, RunFolder, read_records
-from server_hub.trunk.evaluator import Tally, batches_to_measure, vocabulary
+from server_hub.trunk.evaluator import batches_to_measure, vocabulary
+from server_hub.trunk.settings import TrunkTraining
 
 WORDS = 258
 

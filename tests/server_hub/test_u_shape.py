@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.learner import Finished
 from export import packing
 from export.errors import ExportError
 from export.functional import TorchRuntime
@@ -24,11 +25,12 @@ from export.packing import get_codec
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles
-from server_hub.config import LocalTraining, TrunkTraining
+from server_hub.methods.settings import LocalTraining
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
-from server_hub.trunk.interface import Arrival, Finished, TrunkPlan
+from server_hub.trunk.interface import Arrival, TrunkPlan
+from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkCore
 from tests.export.test_backward import HYPER, MODELS, manifest_of
 from tests.server_hub.test_splitft import WORDS, Double

@@ -8,17 +8,18 @@ are.
 
 from __future__ import annotations
 
-from server_hub.aggregation.layer_store import State
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.tensors import State
 from server_hub.aggregation.merged import Merged
 from server_hub.methods.fleet import JobOutline, Recipe, at_poorest_cut
-from server_hub.methods.method import CopyPerDevice, Method, Stage, always
+from server_hub.methods.method import CopyPerDevice, Method, always
 
 
 def accsfl(initial: State, outline: JobOutline) -> Method:
     """One cut, one head, a copy of the trunk per device."""
     return Method(
         name="AccSFL",
-        stage=always(Stage("train")),
+        stage=always(ActivationMode.TRAIN),
         copies=CopyPerDevice(),
         aggregation=Merged(initial),
     )

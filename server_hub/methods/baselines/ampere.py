@@ -8,7 +8,8 @@ the rounds before have made over the data.
 
 from __future__ import annotations
 
-from server_hub.aggregation.layer_store import State
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.tensors import State
 from server_hub.aggregation.merged import Merged
 from server_hub.methods.fleet import JobOutline, Recipe, at_poorest_cut
 from server_hub.methods.method import Method, SharedCopy, Stage
@@ -20,8 +21,10 @@ def ampere(initial: State, outline: JobOutline) -> Method:
 
     def stage(number: int, count: int) -> Stage:
         if number < count:
-            return Stage("none")
-        return Stage("forward", local_epochs=0, trunk_epochs=epochs, everyone=True, anneal=True)
+            return Stage(ActivationMode.NONE)
+        return Stage(
+            ActivationMode.FORWARD, local_epochs=0, trunk_epochs=epochs, everyone=True, anneal=True
+        )
 
     return Method(name="Ampere", stage=stage, copies=SharedCopy(), aggregation=Merged(initial))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from server_hub.aggregation.layer_store import State
+from edge_sdk.protocol.tensors import State
 from server_hub.methods.baselines.fedavg import fedavg
 from server_hub.methods.fleet import Fleet, JobOutline, Recipe
 from server_hub.methods.method import Method

@@ -11,18 +11,18 @@ weighted by samples. Three methods that differ in what is on the devices:
 
 from __future__ import annotations
 
-from server_hub.aggregation.layer_store import State
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.tensors import State
 from server_hub.aggregation.merged import Merged
 from server_hub.methods.fleet import JobOutline, Recipe, at_poorest_cut, whole_on_device
-from server_hub.methods.method import Method, SharedCopy, Stage, always
+from server_hub.methods.method import Method, always
 
 
 def fedavg(initial: State, outline: JobOutline) -> Method:
     """Federated averaging: no activations, no trunk."""
     return Method(
         name="FedAvg",
-        stage=always(Stage("none")),
-        copies=SharedCopy(),
+        stage=always(ActivationMode.NONE),
         aggregation=Merged(initial),
         paths=("device_alone",),
     )

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.tensors import State
 from export.flops import flops_per_row
 from export.optimizers import get_optimizer
 from export.packing import get_codec
@@ -18,10 +20,9 @@ from export.split import ClientSegment
 from export.steps import ClientSteps
 from export.whole import without_trunk
 from export.width import narrow, ordered_dropout, widths_within
-from server_hub.aggregation.layer_store import State
 from server_hub.aggregation.nested import Nested
 from server_hub.methods.fleet import Fleet, JobOutline, Recipe
-from server_hub.methods.method import Method, SharedCopy, Stage, always
+from server_hub.methods.method import Method, always
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
@@ -30,8 +31,7 @@ def fjord(initial: State, outline: JobOutline) -> Method:
     """Nested averaging: no activations, no trunk."""
     return Method(
         name="FjORD",
-        stage=always(Stage("none")),
-        copies=SharedCopy(),
+        stage=always(ActivationMode.NONE),
         aggregation=Nested(initial),
         paths=("device_alone",),
     )

@@ -15,8 +15,8 @@ from server_hub.methods.fleet import Fleet, Recipe
 
 def by_budget(fleet: Fleet) -> Fleet:
     """Every tier holds the whole depth, as wide as its budget."""
-    assert fleet.mixing is not None
-    own = {name: fleet.mixing.budgets[name] for name in fleet.tiers}
+    assert fleet.assignment is not None
+    own = {name: fleet.assignment.budgets[name] for name in fleet.tiers}
     return nested(fleet, own, sorted(set(own.values())))
 
 

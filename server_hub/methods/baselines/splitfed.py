@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from server_hub.aggregation.layer_store import State
+from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.tensors import State
 from server_hub.aggregation.merged import Merged
 from server_hub.methods.fleet import Fleet, JobOutline, Recipe, at_poorest_cut
-from server_hub.methods.method import CopyPerDevice, Method, SharedCopy, Stage, always
+from server_hub.methods.method import CopyPerDevice, Method, SharedCopy, always
 
 
 def splitfed_v1(initial: State, outline: JobOutline) -> Method:
     """A copy of the trunk per device."""
     return Method(
         name="SplitFed v1",
-        stage=always(Stage("returned")),
+        stage=always(ActivationMode.RETURNED),
         copies=CopyPerDevice(),
         aggregation=Merged(initial),
         paths=("through_hub",),

@@ -1,0 +1,160 @@
+"""The job: rounds of plan, broadcast, collect, average, publish, save and evaluate."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from edge_sdk.errors import CutlayerError
+from server_hub.aggregation.interface import DeviceUpdate
+from server_hub.concurrency import Changes
+from server_hub.gateway.server import Gateway
+from server_hub.methods.method import Method
+from server_hub.methods.plan import Participant, RoundContext, RoundPlan
+from server_hub.methods.settings import LocalTraining, RateSchedule, learning_rate_factor
+from server_hub.rounds.cut_moves import CutMoves
+from server_hub.rounds.model_publisher import ModelPublisher
+from server_hub.rounds.round_log import RoundLog
+from server_hub.rounds.rounds import Phase, Rounds
+from server_hub.rounds.update_collector import UpdateCollector
+from server_hub.trunk.batcher import StepBatcher
+from server_hub.trunk.interface import EvaluationReport, Trunk, TrunkCopy
+from server_hub.trunk.settings import TrunkTraining
+
+log = logging.getLogger("cutlayer.hub")
+
+
+class JobFailed(CutlayerError):
+    """The job cannot come to its end."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Runs the rounds of a job, with the devices that the gateway lets in.
+
+    Attributes:
+        local: settings of the training on devices.
+        trunk_settings: settings of the training of the trunk.
+        schedule: how learning rates change over the rounds.
+        start_evaluation: starts an evaluation of the model, given the number of completed rounds;
+            None if none is due.
+    """
+
+    method: Method
+    local: LocalTraining
+    trunk_settings: TrunkTraining
+    schedule: RateSchedule
+    rounds: Rounds
+    gateway: Gateway
+    trunk: Trunk
+    batcher: StepBatcher
+    collector: UpdateCollector
+    publisher: ModelPublisher
+    cut_moves: CutMoves
+    round_log: RoundLog
+    changes: Changes
+    start_evaluation: Callable[[int], asyncio.Future[EvaluationReport] | None]
+
+    async def run(self) -> None:
+        """All rounds that are left; then the files and the evaluation of the last one."""
+        while self.rounds.phase is not Phase.DONE:
+            await self.cut_moves.until_ready()
+            await self.changes.until(self.rounds.can_start)
+            await self.run_round()
+        await self.round_log.finished()
+        log.info("all %d rounds done", self.rounds.completed)
+
+    async def run_round(self) -> None:
+        """One round. The trunk trains while the devices do; evaluation and files come beside."""
+        self.round_log.start_round()
+        plan = self.plan()
+        await self.broadcast(plan)
+        updates, copies = await self.collect()
+        if not updates:
+            return
+        await self.average(plan, updates, copies)
+        await self.publish()
+        await self.save()
+        await self.evaluate(updates)
+
+    def plan(self) -> RoundPlan:
+        """What the method wants of this round."""
+        position, count = self.rounds.completed + 1, self.rounds.rules.count
+        peers, manifests = self.gateway.peers, self.cut_moves.manifests
+        ready = {name: peers[name].tier for name in self.rounds.ready}
+        context = RoundContext(
+            number=self.rounds.number + 1,
+            position=position,
+            count=count,
+            rate=learning_rate_factor(self.schedule, position, count),
+            ready={name: Participant(tier, manifests[tier]) for name, tier in ready.items()},
+            drawn=self.rounds.draw(),
+            cuts={manifests[peer.tier].cut for peer in peers.values()},
+            model=self.publisher.model,
+            local=self.local,
+            trunk=self.trunk_settings,
+        )
+        return self.method.plan(context)
+
+    async def broadcast(self, plan: RoundPlan) -> None:
+        """Start the round: tell every member where its state is, and the trunk how to train."""
+        peers = self.gateway.peers
+        members = [d for d, p in plan.devices.items() if d in peers and peers[d].tier == p.tier]
+        self.rounds.start(asyncio.get_running_loop().time(), members)
+        self.batcher.begin(self.rounds.number, shuffles=not plan.trunk.returned)
+        self.collector.begin(plan)
+        log.debug("round %d with %d devices", self.rounds.number, len(self.rounds.members))
+        for device in sorted(self.rounds.members):
+            offer = self.gateway.blobs.offer(peers[device].tier)
+            message = plan.devices[device].message(self.rounds.number, **vars(offer))
+            self.gateway.post(peers[device], message)
+        await self.trunk.begin(plan.state, plan.trunk)
+
+    async def collect(self) -> tuple[Sequence[DeviceUpdate], Sequence[TrunkCopy]]:
+        """Wait for the updates of devices, and for the trunk's steps; nothing if nobody delivers.
+
+        Raises:
+            JobFailed: nobody has delivered in too many rounds in a row.
+        """
+        now = asyncio.get_running_loop().time
+        await self.changes.until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
+        await self.batcher.drain()  # the trunk may refuse what somebody who delivered has sent
+        useful = self.rounds.finish()
+        for device, reason in self.rounds.dropped.items():
+            log.warning("round %d goes on without %s: %s", self.rounds.number, device, reason)
+        copies = await self.trunk.finish()
+        if useful:
+            return self.collector.updates(), copies
+        log.warning("nobody delivered in round %d; it does not count", self.rounds.number)
+        if self.rounds.given_up:
+            reasons = sorted(set(self.rounds.dropped.values()))
+            raise JobFailed(
+                f"nobody delivered in {self.rounds.fruitless} rounds in a row: "
+                f"{'; '.join(reasons[:3])}"
+            )
+        return [], []
+
+    async def average(
+        self, plan: RoundPlan, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]
+    ) -> None:
+        """Average what was trained; let the cut policy look at the round."""
+        totals, last = self.batcher.totals, self.rounds.phase is Phase.DONE
+        busy = totals.seconds / max(self.round_log.round_seconds(), 1e-9)
+        self.cut_moves.plan(updates, totals.device_losses, busy, last)
+        await asyncio.to_thread(plan.average, updates, copies)
+
+    async def publish(self) -> None:
+        """Offer the new model; tell devices whose cut moves to load another bundle."""
+        await self.publisher.publish()
+        self.cut_moves.begin()
+
+    async def save(self) -> None:
+        """Begin to write the model to disk."""
+        await self.round_log.save()
+
+    async def evaluate(self, updates: Sequence[DeviceUpdate]) -> None:
+        """Begin to evaluate the model; the round's record is written when that is done."""
+        evaluation = self.start_evaluation(self.rounds.completed)
+        await self.round_log.add(updates, self.batcher.totals, evaluation)

@@ -1,0 +1,163 @@
+"""The round log: files of a run, written beside the next round.
+
+The model of a round is written in a thread. A round's record is written when its evaluation is in,
+which is at the latest when the evaluation of the round after it is due: what a method reads from
+an evaluation may be one round old, and a record's figures are always those of its own round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+from edge_sdk.inference.metrics import mean_metric
+from server_hub.aggregation.interface import DeviceUpdate
+from server_hub.gateway.traffic import Traffic
+from server_hub.methods.method import Method
+from server_hub.rounds.cut_moves import CutMoves
+from server_hub.rounds.model_publisher import ModelPublisher
+from server_hub.rounds.rounds import Rounds
+from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.trunk.batcher import RoundTotals
+from server_hub.trunk.interface import EvaluationReport
+
+
+class RoundLog:
+    """Writes what is kept of every round.
+
+    Args:
+        run: folder of the run.
+        rounds: the rounds.
+        method: takes in evaluations.
+        publisher: gives the models to save.
+        cut_moves: where devices are cut.
+        traffic: bytes since the start.
+        costs: what a record says of costs, in simulations.
+        on_round: called with every record that was written.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        rounds: Rounds,
+        method: Method,
+        publisher: ModelPublisher,
+        cut_moves: CutMoves,
+        traffic: Traffic,
+        costs: Callable[[], dict[str, float]],
+        on_round: Callable[[RoundRecord], None] | None,
+    ) -> None:
+        self._run, self._rounds, self._method = run, rounds, method
+        self._publisher, self._cut_moves, self._traffic = publisher, cut_moves, traffic
+        self._costs, self._on_round = costs, on_round
+        self.job_began = 0.0
+        """Seconds on the loop's clock when the job began."""
+        self._round_began = 0.0
+        self._saving: asyncio.Task[None] | None = None
+        self._evaluating: asyncio.Task[None] | None = None
+
+    def start_round(self) -> None:
+        """A round begins."""
+        self._round_began = asyncio.get_running_loop().time()
+
+    def round_seconds(self) -> float:
+        """Seconds since the round has begun."""
+        return asyncio.get_running_loop().time() - self._round_began
+
+    async def save(self) -> None:
+        """Begin to write the model; the model of the round before is written first.
+
+        Raises:
+            OSError: the model of the round before could not be written.
+        """
+        await self._saved()
+        models = self._publisher.models()
+
+        def write() -> None:
+            for name, state in models.items():
+                self._run.save_model(state, name)
+
+        self._saving = asyncio.create_task(asyncio.to_thread(write))
+
+    async def add(
+        self,
+        updates: Sequence[DeviceUpdate],
+        totals: RoundTotals,
+        evaluation: asyncio.Future[EvaluationReport] | None,
+    ) -> None:
+        """Add a round that counts.
+
+        Args:
+            updates: updates that were averaged.
+            totals: what the trunk's steps have come to.
+            evaluation: evaluation of the model after the round; None if there is none.
+        """
+        record = self._record(updates, totals)
+        await self._evaluated()
+        if evaluation is None:
+            self._write(record, EvaluationReport())
+        elif evaluation.done():
+            self._write(record, evaluation.result())
+        else:
+            self._evaluating = asyncio.create_task(self._write_later(record, evaluation))
+
+    async def finished(self) -> None:
+        """Wait until everything is written."""
+        await self._saved()
+        await self._evaluated()
+
+    async def cancel(self) -> None:
+        """Stop waiting for an evaluation; what is being written is written to its end."""
+        if self._evaluating is not None:
+            self._evaluating.cancel()
+            await asyncio.gather(self._evaluating, return_exceptions=True)
+        if self._saving is not None:
+            await asyncio.gather(self._saving, return_exceptions=True)
+
+    async def _saved(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await saving
+
+    async def _evaluated(self) -> None:
+        evaluating, self._evaluating = self._evaluating, None
+        if evaluating is not None:
+            await evaluating
+
+    async def _write_later(
+        self, record: RoundRecord, evaluation: asyncio.Future[EvaluationReport]
+    ) -> None:
+        self._write(record, await evaluation)
+
+    def _write(self, record: RoundRecord, report: EvaluationReport) -> None:
+        if self._method.heed(report):
+            self._publisher.offer()
+        order = list(self._method.aggregation.order)
+        record = self._run.append(replace(record, **report.fields() | {"order": order}))
+        if self._on_round is not None:
+            self._on_round(record)
+
+    def _record(self, updates: Sequence[DeviceUpdate], totals: RoundTotals) -> RoundRecord:
+        """The record of the present round, without an evaluation."""
+
+        def mean(metric: str) -> float | None:
+            known = [u for u in updates if metric in u.metrics]
+            return mean_metric((u.metrics[metric], u.samples) for u in known)
+
+        return RoundRecord(
+            round=self._rounds.completed,
+            clock=asyncio.get_running_loop().time() - self.job_began,
+            seconds=self.round_seconds(),
+            devices=len(updates),
+            dropped=dict(self._rounds.dropped),
+            local_loss=mean("loss"),
+            local_accuracy=mean("accuracy"),
+            trunk_loss=totals.mean_loss,
+            trunk_steps=totals.steps,
+            accuracy={},
+            bytes=self._traffic.by_kind(),
+            costs=self._costs(),
+            cuts=dict(self._cut_moves.cuts),
+            moves=[asdict(move) for move in self._cut_moves.planned],
+        )

@@ -1,0 +1,93 @@
+"""Copies of the model with the tensors of a state, on the trunk's device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_sdk.protocol.tensors import Array, State
+from export.lora import fit_ranks
+from export.names import is_slot
+from export.split import SplitModel
+
+_ALIGN = 64
+"""Bytes that an array in a staging buffer starts at a multiple of, as torch's views need it."""
+
+
+class ModelPool:
+    """Makes models with a given state, and uses those again that are given back.
+
+    All models share the tensors that are frozen.
+
+    Args:
+        template: the model; its own trained tensors are not used.
+        device: torch device of the models.
+    """
+
+    def __init__(self, template: SplitModel, device: str) -> None:
+        self.device = torch.device(device)
+        self.template = template.to(self.device)
+        self._spare: list[SplitModel] = []
+
+    def take(self, state: State) -> SplitModel:
+        """A model in training mode that holds ``state``; optimizer slots in it are ignored.
+
+        Raises:
+            ValueError: the state has a tensor that the model does not have.
+        """
+        model = self._spare.pop() if self._spare else self._copy()
+        tensors = {n: torch.from_numpy(np.asarray(t)) for n, t in state.items() if not is_slot(n)}
+        fit_ranks(model, tensors)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name not in tensors:  # as in a model that was never used
+                    buffer.copy_(self.template.get_buffer(name))
+        unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"the trunk's model has no {unknown[0]}; it was built otherwise")
+        return model.train()
+
+    def give_back(self, models: Sequence[SplitModel]) -> None:
+        """Take models that are not needed any more."""
+        self._spare.extend(models)
+
+    def _copy(self) -> SplitModel:
+        frozen = {id(p): p for p in self.template.parameters() if not p.requires_grad}
+        return copy.deepcopy(self.template, frozen)
+
+
+def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
+    """Arrays as tensors on ``device``.
+
+    On the CPU a tensor shares the array's memory where that is writable. To a GPU all arrays go in
+    one copy that the host does not wait for.
+    """
+    if device.type == "cpu":  # torch warns of read-only memory, so that is copied
+        return [torch.from_numpy(np.require(array, requirements="W")) for array in arrays]
+    places, size = [], 0
+    for array in arrays:
+        places.append(size)
+        size += -(-array.nbytes // _ALIGN) * _ALIGN
+    staging = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = staging.numpy()
+    for array, start in zip(arrays, places, strict=True):
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        host[start : start + array.nbytes] = raw
+    moved = staging.to(device, non_blocking=True)
+    return [
+        moved[start : start + array.nbytes].view(_torch_dtype(array)).view(array.shape)
+        for array, start in zip(arrays, places, strict=True)
+    ]
+
+
+def to_device_by_name(parts: Mapping[str, Array], device: torch.device) -> dict[str, Tensor]:
+    """Arrays by name as tensors on ``device``, as :func:`to_device` moves them."""
+    return dict(zip(parts, to_device(list(parts.values()), device), strict=True))
+
+
+def _torch_dtype(array: Array) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype

@@ -1,0 +1,46 @@
+"""Settings of the trunk: the table ``[trunk]`` of ``hub.toml``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["fp32", "bf16"]
+"""Arithmetic of a step: float32, or bfloat16 where autocast allows it; weights are float32."""
+
+
+@dataclass(frozen=True)
+class TrunkTraining:
+    """Training of the trunk.
+
+    Attributes:
+        device: torch device; ``auto`` takes a GPU if there is one.
+        optimizer: ``sgd`` or ``adamw``.
+        hyper: hyper-parameters of the optimizer.
+        precision: ``fp32``, or ``bf16`` for automatic mixed precision with weights in float32.
+        max_rows: largest number of rows in one merged step; a merged batch is a larger batch.
+        mix_rows: number of rows that wait in a shuffle buffer, so that every step draws batches of
+            many devices; 0 for steps on batches in the order of their arrival.
+        wait_s: seconds that a step waits for more rows to merge.
+        max_norm: gradients of a step are scaled down to this norm, so that no device can throw
+            the trunk far off with activations that are large but finite.
+        threads: torch threads; 0 for torch's default.
+        arena_mb: shared memory between the hub's process and the trunk's, in MiB.
+    """
+
+    device: str = "auto"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    hyper: dict[str, float] = field(default_factory=dict)
+    precision: Precision = "fp32"
+    max_rows: int = 256
+    mix_rows: int = 0
+    wait_s: float = 0.02
+    max_norm: float = 25.0
+    threads: int = 0
+    arena_mb: int = 256
+
+    def __post_init__(self) -> None:
+        if self.mix_rows < 0:
+            raise ValueError(f"mix_rows is {self.mix_rows}, must be 0 or more")
+        if self.max_rows < 1 or self.arena_mb < 1:
+            raise ValueError("max_rows and arena_mb must be at least 1")
