@@ -10,7 +10,8 @@ bytes, in a process of its own, with the same model, optimizer, precision and nu
 They take turns: some rounds of the hub, then the steps of these rounds in the loop, and so on.
 
 The time of the hub is that of whole rounds: states out to the devices, trunk steps, updates in,
-averages, the next state, the model on disk. No evaluation is in it. The bare loop does steps only.
+averages, the next state; and at the end of a turn the wait until the last model is on disk. No
+evaluation is in it. The bare loop does steps only.
 
 A second hub with a trunk that does nothing takes its turn, too: the same devices feed it as fast as
 they and the gateway can. Unless that is far above the trunk's speed, the devices are the limit.
@@ -22,6 +23,8 @@ Columns:
     ratio_to_bare_loop: that, by the bare loop's; the median over pairs of neighbouring turns, with
         the smallest and the largest.
     step_ratio: the same for the time in trunk steps alone, as the hub sees them.
+    cpu_ratio: processor time of the bare loop by that of the trunk's process, which takes states in
+        and gives copies out besides its steps. Other work on the machine hardly disturbs it.
     round_overhead_s: time of a round minus that in its trunk steps; the median of the turns.
     p99_ms: of the times from a batch's send to its acknowledgement, over all turns.
     feed_samples_per_s: samples per second at the hub whose trunk does nothing.
@@ -35,6 +38,7 @@ import json
 import multiprocessing as mp
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -78,6 +82,7 @@ class Row:
     ratio_to_bare_loop: float
     ratio_range: tuple[float, float]
     step_ratio: float
+    cpu_ratio: float
     round_overhead_s: float
     p99_ms: float
     feed_samples_per_s: float
@@ -129,7 +134,10 @@ class Child:
 
 
 def bare(pipe: Connection, folder: Path, name: str, device: str, mode: str, threads: int) -> None:
-    """A process with the bare loop: takes the steps of a turn, answers with their seconds."""
+    """A process with the bare loop: takes the steps of a turn.
+
+    It answers with the seconds and the processor time that they have taken.
+    """
     torch.set_num_threads(threads)
     workload = get_workload(name, device)
     model = workload.model()
@@ -145,7 +153,9 @@ def bare(pipe: Connection, folder: Path, name: str, device: str, mode: str, thre
         steps: list[Composition] | str = pipe.recv()
         if isinstance(steps, str):
             return
-        pipe.send(loop.seconds([[batches[key] for key in step] for step in steps]))
+        before = time.process_time()
+        seconds = loop.seconds([[batches[key] for key in step] for step in steps])
+        pipe.send((seconds, time.process_time() - before))
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,7 @@ class Pair:
 
     turn: Turn
     bare_s: float
+    bare_cpu_s: float
     feed: Turn
     waits: list[float]
     replay_cpu_s: float
@@ -183,9 +194,9 @@ class Bench:
         turn = self._rounds(self.hub, rounds)
         cpu, waits = self._mark()
         self.bare.send(turn.steps)
-        seconds: float = self.bare.answer()
+        seconds, bare_cpu = self.bare.answer()
         feed = self._rounds(self.null, rounds)
-        return Pair(turn, seconds, feed, waits[self._url], cpu)
+        return Pair(turn, seconds, bare_cpu, feed, waits[self._url], cpu)
 
     def _rounds(self, hub: Child, rounds: int) -> Turn:
         hub.send(rounds)
@@ -273,6 +284,7 @@ def measure(
         ratio_to_bare_loop=median(ratios),
         ratio_range=(min(ratios), max(ratios)),
         step_ratio=median(p.bare_s / p.turn.calls["step"] for p in found),
+        cpu_ratio=median(p.bare_cpu_s / p.turn.trunk_cpu_s for p in found),
         round_overhead_s=median((p.turn.seconds - p.turn.calls["step"]) / rounds for p in found),
         p99_ms=1000 * float(np.percentile([wait for p in found for wait in p.waits], 99)),
         feed_samples_per_s=median(samples / p.feed.seconds for p in found),
@@ -287,7 +299,7 @@ def table_of(rows: list[Row]) -> Table:
     """The rows for people."""
     table = Table(title="the trunk beside a bare PyTorch loop")
     for column in (
-        "trunk", "devices", "mode", "samples/s", "bare loop", "ratio", "range", "in steps",
+        "trunk", "devices", "mode", "samples/s", "bare loop", "ratio", "range", "in steps", "CPU",
         "round overhead, s", "p99, ms", "feed, samples/s", "replay CPU",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column in ("trunk", "mode") else "right")
@@ -296,8 +308,8 @@ def table_of(rows: list[Row]) -> Table:
         table.add_row(
             r.trunk, str(r.devices), r.mode, f"{r.samples_per_s:.0f}",
             f"{r.bare_samples_per_s:.0f}", f"{r.ratio_to_bare_loop:.2f}", f"{low:.2f}-{high:.2f}",
-            f"{r.step_ratio:.2f}", f"{r.round_overhead_s:.3f}", f"{r.p99_ms:.0f}",
-            f"{r.feed_samples_per_s:.0f}", f"{r.replay_cpu:.0%}",
+            f"{r.step_ratio:.2f}", f"{r.cpu_ratio:.2f}", f"{r.round_overhead_s:.3f}",
+            f"{r.p99_ms:.0f}", f"{r.feed_samples_per_s:.0f}", f"{r.replay_cpu:.0%}",
         )  # fmt: skip
     return table
 

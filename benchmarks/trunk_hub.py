@@ -1,8 +1,8 @@
 """The hub under measurement: a real hub in a process of its own that runs rounds when told to.
 
-Its trunk is the real one behind a :class:`MeasuredTrunk`, which lets a number of rounds pass, notes
-how long each call takes and which batches each step merged. A hub with a :class:`NullTrunk` shows
-how fast the same devices can feed it.
+A :class:`RoundGate` holds its rounds back and lets a number of them pass. Its trunk is the real one
+behind a :class:`MeasuredTrunk`, which notes how long each call takes and which batches each step
+merged. A hub with a :class:`NullTrunk` shows how fast the same devices can feed it.
 """
 
 from __future__ import annotations
@@ -11,29 +11,26 @@ import asyncio
 import gc
 import logging
 import math
+import multiprocessing as mp
+import os
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from benchmarks.trunk_workloads import TOKENS, get_workload, read_batches, read_devices
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import State
 from export.split import SplitModel
-from server_hub.config import HubConfig, Limits, Listen, LocalTraining, TrunkTraining
+from server_hub.config import HubConfig
+from server_hub.gateway.limits import Limits, Listen
 from server_hub.hub import Hub
+from server_hub.methods.settings import LocalTraining
 from server_hub.rounds.rounds import RoundRules
-from server_hub.trunk.interface import (
-    Arrival,
-    MixtureEvaluation,
-    State,
-    StepReport,
-    Trunk,
-    TrunkCopy,
-    TrunkPlan,
-)
+from server_hub.trunk.interface import StepInput, StepReport, Trunk, TrunkCopy, TrunkPlan
 from server_hub.trunk.process import WorkerTrunk
+from server_hub.trunk.settings import TrunkTraining
 
 T = TypeVar("T")
 
@@ -76,11 +73,13 @@ class Turn:
 
     Attributes:
         rounds: how many.
-        seconds: from the start of the first round to the start of the round after the last, so
-            that everything a round costs is in it.
-        rows: rows that the trunk has used.
+        seconds: from the start of the first round until the last is over and its files are
+            written, so that everything a round costs is in it.
+        rows: rows of the batches that the trunk was given.
         steps: what each merged step had, in order.
         calls: seconds in each of the trunk's calls, as the hub sees them.
+        hub_cpu_s: processor time of the hub's process.
+        trunk_cpu_s: processor time of the trunk's process; 0 if there is none.
     """
 
     rounds: int
@@ -88,10 +87,15 @@ class Turn:
     rows: int = 0
     steps: list[Composition] = field(default_factory=list)
     calls: dict[str, float] = field(default_factory=dict)
+    hub_cpu_s: float = 0.0
+    trunk_cpu_s: float = 0.0
 
 
 class NullTrunk:
-    """Implements :class:`Trunk` and trains nothing: batches are acknowledged at once."""
+    """Implements the training part of :class:`Trunk` and trains nothing.
+
+    Batches are acknowledged at once.
+    """
 
     async def start(self) -> None:
         pass
@@ -99,11 +103,8 @@ class NullTrunk:
     async def begin(self, state: State, plan: TrunkPlan) -> None:
         pass
 
-    async def features(self, arrival: Arrival) -> dict[str, Array] | None:
-        raise NotImplementedError("a null trunk has no features")
-
-    async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
-        return StepReport(math.nan, sum(a.rows for a in arrivals), {}, (), [None] * len(arrivals))
+    async def step(self, inputs: Sequence[StepInput]) -> StepReport:
+        return StepReport(math.nan, sum(i.rows for i in inputs), {}, (), [None] * len(inputs))
 
     async def finish(self) -> list[TrunkCopy]:
         return []
@@ -111,62 +112,32 @@ class NullTrunk:
     async def serve(self, states: Mapping[int, State], bases: int = 0) -> None:
         pass
 
-    async def answer(self, arrival: Arrival) -> Array:
-        raise NotImplementedError("a null trunk has no answers")
-
-    async def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
-        return {}
-
-    async def evaluate_bases(self) -> MixtureEvaluation:
-        raise NotImplementedError("a null trunk has no base networks")
-
     async def close(self) -> None:
         pass
 
 
 class MeasuredTrunk:
-    """Implements :class:`Trunk` around another; rounds wait at their beginning until released.
+    """Implements :class:`Trunk` around another, and notes what the present turn is like.
 
     Args:
         inner: does the work.
         numbers: number of each batch, by device and bytes of the labels.
     """
 
-    def __init__(self, inner: Trunk, numbers: Mapping[tuple[str, bytes], int]) -> None:
+    def __init__(self, inner: Any, numbers: Mapping[tuple[str, bytes], int]) -> None:
         self._inner, self._numbers = inner, numbers
-        self._released, self._over = asyncio.Event(), asyncio.Event()
-        self._left, self._began = 0, 0.0
-        self._turn = Turn(0)
+        self.turn = Turn(0)
 
-    async def rounds(self, count: int) -> Turn:
-        """Let so many rounds pass; returns what they were like."""
-        self._turn = turn = Turn(count)
-        self._left = count
-        self._over.clear()
-        self._began = time.perf_counter()
-        self._released.set()
-        await self._over.wait()
-        return turn
-
-    async def start(self) -> None:
-        await self._inner.start()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
     async def begin(self, state: State, plan: TrunkPlan) -> None:
-        if self._released.is_set() and self._left == 0:
-            self._turn.seconds = time.perf_counter() - self._began
-            self._released.clear()
-            self._over.set()
-        await self._released.wait()
-        self._left -= 1
         await self._timed("begin", self._inner.begin(state, plan))
 
-    async def features(self, arrival: Arrival) -> dict[str, Array] | None:
-        return await self._timed("features", self._inner.features(arrival))
-
-    async def step(self, arrivals: Sequence[Arrival]) -> StepReport:
-        report = await self._timed("step", self._inner.step(arrivals))
-        self._turn.steps.append([self._known(arrival) for arrival in arrivals])
-        self._turn.rows += sum(arrival.rows for arrival in arrivals)
+    async def step(self, inputs: Sequence[StepInput]) -> StepReport:
+        report = await self._timed("step", self._inner.step(inputs))
+        self.turn.steps.append([self._known(i) for i in inputs])
+        self.turn.rows += sum(i.rows for i in inputs)
         return report
 
     async def finish(self) -> list[TrunkCopy]:
@@ -175,40 +146,81 @@ class MeasuredTrunk:
     async def serve(self, states: Mapping[int, State], bases: int = 0) -> None:
         await self._timed("serve", self._inner.serve(states, bases))
 
-    async def answer(self, arrival: Arrival) -> Array:
-        return await self._timed("answer", self._inner.answer(arrival))
-
-    async def evaluate(self, tiers: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, float]]:
-        return await self._timed("evaluate", self._inner.evaluate(tiers))
-
-    async def evaluate_bases(self) -> MixtureEvaluation:
-        return await self._timed("evaluate_bases", self._inner.evaluate_bases())
-
-    async def close(self) -> None:
-        await self._inner.close()
-
     async def _timed(self, name: str, call: Awaitable[T]) -> T:
         began = time.perf_counter()
         try:
             return await call
         finally:
             spent = time.perf_counter() - began
-            self._turn.calls[name] = self._turn.calls.get(name, 0.0) + spent
+            self.turn.calls[name] = self.turn.calls.get(name, 0.0) + spent
 
-    def _known(self, arrival: Arrival) -> tuple[str, int]:
-        assert arrival.labels is not None
-        return arrival.device, self._numbers[arrival.device, arrival.labels.tobytes()]
+    def _known(self, step_input: StepInput) -> tuple[str, int]:
+        labels = step_input.batch.labels
+        assert labels is not None
+        return step_input.device, self._numbers[step_input.device, labels.tobytes()]
 
 
-def make_hub(job: HubJob) -> tuple[Hub, MeasuredTrunk]:
-    """A hub for a prepared workload, and its trunk."""
+class RoundGate:
+    """Holds the rounds of a hub back.
+
+    Args:
+        hub: the hub; its rounds wait from now on.
+        trunk: its trunk.
+    """
+
+    def __init__(self, hub: Hub, trunk: MeasuredTrunk) -> None:
+        self._hub, self._trunk = hub, trunk
+        self._open, self._closed = asyncio.Event(), asyncio.Event()
+        self._left, self._began = 0, 0.0
+        job = hub._job
+        job.run_round = self._gated(job.run_round)  # type: ignore[method-assign]
+
+    async def rounds(self, count: int) -> Turn:
+        """Let so many rounds pass; returns what they were like."""
+        turn = self._trunk.turn = Turn(count)
+        before = _cpu_seconds()
+        self._left = count
+        self._closed.clear()
+        self._began = time.perf_counter()
+        self._open.set()
+        await self._closed.wait()
+        turn.hub_cpu_s, turn.trunk_cpu_s = (
+            now - then for now, then in zip(_cpu_seconds(), before, strict=True)
+        )
+        return turn
+
+    def _gated(self, run_round: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+        async def gated() -> None:
+            if self._open.is_set() and self._left == 0:
+                await self._hub.round_log.finished()
+                self._trunk.turn.seconds = time.perf_counter() - self._began
+                self._open.clear()
+                self._closed.set()
+            await self._open.wait()
+            self._left -= 1
+            await run_round()
+
+        return gated
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Processor time of this process, and of its children."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    children = 0.0
+    for child in mp.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        children += (int(fields[11]) + int(fields[12])) / ticks
+    return time.process_time(), children
+
+
+def make_hub(job: HubJob) -> tuple[Hub, RoundGate]:
+    """A hub for a prepared workload, and the gate of its rounds."""
     workload, devices = get_workload(job.model, job.device), read_devices(job.folder)
-    if job.mode != "fp32":
-        raise NotImplementedError(f"the trunk has no mode {job.mode} yet")
     settings = TrunkTraining(
         device=job.device,
         optimizer=workload.optimizer,  # type: ignore[arg-type]
         hyper={"lr": RATE},
+        precision=job.mode,  # type: ignore[arg-type]
         max_rows=workload.max_rows,
         max_norm=MAX_NORM,
         threads=job.threads,
@@ -231,9 +243,9 @@ def make_hub(job: HubJob) -> tuple[Hub, MeasuredTrunk]:
         for number, batch in enumerate(read_batches(job.folder, device.name))
         if batch.labels is not None
     }
-    inner: Trunk = NullTrunk() if job.null else _worker(model, job, settings)
-    trunk = MeasuredTrunk(inner, numbers)
-    return Hub(config, model, trunk), trunk
+    trunk = MeasuredTrunk(NullTrunk() if job.null else _worker(model, job, settings), numbers)
+    hub = Hub(config, model, cast(Trunk, trunk))
+    return hub, RoundGate(hub, trunk)
 
 
 def _worker(model: SplitModel, job: HubJob, settings: TrunkTraining) -> Trunk:
@@ -253,11 +265,11 @@ def serve(pipe: Connection, job: HubJob) -> None:
 
 
 async def _serve(pipe: Connection, job: HubJob) -> None:
-    hub, trunk = make_hub(job)
+    hub, gate = make_hub(job)
     gc.collect()
     gc.freeze()  # as the command does
     serving = asyncio.create_task(hub.serve(pipe.send))
-    commands = asyncio.create_task(_obey(pipe, trunk))
+    commands = asyncio.create_task(_obey(pipe, gate))
     done, _ = await asyncio.wait([serving, commands], return_when=asyncio.FIRST_COMPLETED)
     for task in (serving, commands):
         task.cancel()
@@ -266,9 +278,9 @@ async def _serve(pipe: Connection, job: HubJob) -> None:
         task.result()
 
 
-async def _obey(pipe: Connection, trunk: MeasuredTrunk) -> None:
+async def _obey(pipe: Connection, gate: RoundGate) -> None:
     while True:
         command: Any = await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
         if command == "stop":
             return
-        pipe.send(await trunk.rounds(command))
+        pipe.send(await gate.rounds(command))

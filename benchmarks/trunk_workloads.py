@@ -163,7 +163,7 @@ _WIDE = {
 _EVERYWHERE = (
     Workload("small", _small, (1, 3, 5), (1, 8, 8), 10, 16, 4, 64, rounds=10),
     Workload("conv", _conv, (2, 4, 6), (3, 32, 32), 10, 32, 2, 256, rounds=3),
-    Workload("resnet18", _resnet18, (2, 4, 6), (3, 32, 32), 10, 32, 2, 256, rounds=2),
+    Workload("resnet18", _resnet18, (2, 4, 6), (3, 32, 32), 10, 32, 2, 256, rounds=3),
 )
 _BY_DEVICE = {
     "cpu": (
