@@ -3,7 +3,8 @@
 It takes the same packed bytes in the same merged steps as the trunk has, unpacks them, walks the
 blocks upward with one concatenation at each cut, and makes the same loss, backward pass, clipped
 gradient norm and optimizer step, in the same precision and with as many threads. It checks nothing,
-reports nothing and keeps its model from round to round.
+reads no loss, and keeps its model from round to round. Its batches lie ready in memory, for a GPU
+in pinned memory, as a data loader would have them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.messages import Batch
+from edge_sdk.protocol.tensors import Array
 from export.optimizers import check_hyper, get_optimizer
 from export.packing import get_codec
 from export.split import SplitModel
@@ -26,11 +28,26 @@ from export.split import SplitModel
 
 @dataclass(frozen=True)
 class BareBatch:
-    """A batch as it comes from a device, and the cut that it enters at."""
+    """A packed batch in memory.
+
+    Attributes:
+        cut: block that the activations enter.
+        codec: how they are packed.
+        parts: the packed tensors by name.
+        labels: (rows,), or (rows, positions) for texts.
+    """
 
     cut: int
     codec: str
-    batch: Batch
+    parts: dict[str, Tensor]
+    labels: Tensor
+
+    @classmethod
+    def of(cls, cut: int, codec: str, batch: Batch, device: str) -> BareBatch:
+        """A batch as it comes from a device, made ready for a torch device."""
+        assert batch.labels is not None
+        parts = {name: _ready(part, device) for name, part in batch.parts.items()}
+        return cls(cut, codec, parts, _ready(batch.labels, device))
 
 
 class BareLoop:
@@ -65,9 +82,9 @@ class BareLoop:
         """One merged step; returns the mean loss of a label, still on the device."""
         entering: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for b in batches:
-            parts = {name: self._move(part) for name, part in b.batch.parts.items()}
+            parts = {name: self._move(part) for name, part in b.parts.items()}
             h = get_codec(b.codec).unpack(parts)
-            entering.setdefault(b.cut, []).append((h, self._move(b.batch.labels)))
+            entering.setdefault(b.cut, []).append((h, self._move(b.labels)))
         self._optimizer.zero_grad()
         with self._precision():
             loss = self._loss(entering)
@@ -105,13 +122,17 @@ class BareLoop:
             return nullcontext()
         return torch.autocast(torch.device(self._device).type, torch.bfloat16)
 
-    def _move(self, array: object) -> Tensor:
-        # as the trunk: torch warns of read-only memory, so that is copied
-        return torch.from_numpy(np.require(array, requirements="W")).to(self._device)
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
 
     def _wait(self) -> None:
         if torch.device(self._device).type == "cuda":
             torch.cuda.synchronize()
+
+
+def _ready(array: Array, device: str) -> Tensor:
+    tensor = torch.from_numpy(np.array(array))
+    return tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
 
 
 def _sum(logits: Tensor, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ websockets, gateway, sessions, rounds. Nothing is computed on the device's side 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trunk_workloads import ReplayDevice, read_batches
 from edge_sdk.bundle.store import verify_blob
 from edge_sdk.errors import HubError, LinkClosed
 from edge_sdk.protocol.channel import Channel, Delivery
@@ -34,10 +34,39 @@ from edge_sdk.protocol.messages import (
     Stop,
     Welcome,
 )
+from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.exchange import send_update
 from edge_sdk.training.learner import LocalResult
 from edge_sdk.transport.link import open_websocket
 from edge_sdk.transport.session import Session
+
+DEVICES = "devices.json"
+"""File of a prepared folder that lists the devices."""
+
+
+@dataclass(frozen=True)
+class ReplayDevice:
+    """A device that replays: its name, tier and token."""
+
+    name: str
+    tier: str
+    token: str
+
+
+def read_batches(folder: Path, device: str) -> list[Batch]:
+    """The batches that a device replays, in order."""
+    found: list[dict[str, Array]] = []
+    for key, tensor in unpack_tensors((folder / f"{device}.batches").read_bytes()).items():
+        number, _, name = key.partition("/")
+        while len(found) <= int(number):
+            found.append({})
+        found[int(number)][name] = tensor
+    return [Batch(parts={n: t for n, t in b.items() if n}, labels=b[""]) for b in found]
+
+
+def read_devices(folder: Path) -> list[ReplayDevice]:
+    """The devices of a prepared folder."""
+    return [ReplayDevice(**d) for d in json.loads((folder / DEVICES).read_text("utf-8"))]
 
 
 @dataclass

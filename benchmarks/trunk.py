@@ -38,36 +38,23 @@ import json
 import multiprocessing as mp
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bare_loop import BareBatch, BareLoop
-from benchmarks.replay import generate
-from benchmarks.trunk_hub import MAX_NORM, RATE, Composition, HubJob, Turn, serve
-from benchmarks.trunk_workloads import (
-    CODEC,
-    NAMES,
-    Workload,
-    cut_of,
-    get_workload,
-    prepare,
-    read_batches,
-    read_devices,
-)
+from benchmarks.bare_process import run_steps
+from benchmarks.replay import generate, read_devices
+from benchmarks.trunk_hub import HubJob, Turn, serve
+from benchmarks.trunk_workloads import NAMES, Workload, get_workload, prepare
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import CutlayerError
-from export.writer import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -131,31 +118,6 @@ class Child:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-
-
-def bare(pipe: Connection, folder: Path, name: str, device: str, mode: str, threads: int) -> None:
-    """A process with the bare loop: takes the steps of a turn.
-
-    It answers with the seconds and the processor time that they have taken.
-    """
-    torch.set_num_threads(threads)
-    workload = get_workload(name, device)
-    model = workload.model()
-    model.load(folder / "bundles" / WEIGHTS)
-    loop = BareLoop(model, device, mode, workload.optimizer, RATE, MAX_NORM)
-    batches = {
-        (d.name, number): BareBatch(cut_of(d.tier), CODEC, batch)
-        for d in read_devices(folder)
-        for number, batch in enumerate(read_batches(folder, d.name))
-    }
-    pipe.send("ready")
-    while True:
-        steps: list[Composition] | str = pipe.recv()
-        if isinstance(steps, str):
-            return
-        before = time.process_time()
-        seconds = loop.seconds([[batches[key] for key in step] for step in steps])
-        pipe.send((seconds, time.process_time() - before))
 
 
 @dataclass(frozen=True)
@@ -232,7 +194,7 @@ def bench(
 
         hub = start("hub", serve, HubJob(folder, folder / "run", *common))
         null = start("null hub", serve, HubJob(folder, folder / "null", *common, null=True))
-        loop = start("bare loop", bare, folder, *common)
+        loop = start("bare loop", run_steps, folder, *common)
         urls = [hub.answer(), null.answer()]
         loop.answer()
         replay = start("devices", generate, folder, urls, read_devices(folder))

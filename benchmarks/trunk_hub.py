@@ -20,7 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from benchmarks.trunk_workloads import TOKENS, get_workload, read_batches, read_devices
+from benchmarks.bare_process import MAX_NORM, RATE, Composition
+from benchmarks.replay import read_batches, read_devices
+from benchmarks.trunk_workloads import TOKENS, get_workload
 from edge_sdk.protocol.tensors import State
 from export.split import SplitModel
 from server_hub.config import HubConfig
@@ -33,15 +35,6 @@ from server_hub.trunk.process import WorkerTrunk
 from server_hub.trunk.settings import TrunkTraining
 
 T = TypeVar("T")
-
-Composition = list[tuple[str, int]]
-"""A merged step: device and number of each of its batches."""
-
-RATE = 1e-3
-"""Learning rate of the trunk and of the bare loop."""
-
-MAX_NORM = 25.0
-"""Gradients of a step are scaled down to this norm, in the trunk and in the bare loop."""
 
 
 @dataclass(frozen=True)

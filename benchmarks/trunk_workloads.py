@@ -15,17 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.replay import DEVICES, ReplayDevice
 from edge_sdk.bundle.index import BundleIndex, TierEntry
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.frames import pack_tensors, unpack_tensors
-from edge_sdk.protocol.messages import Batch
+from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import Array
 from export.lora import Lora, add_lora
 from export.packing import get_codec
 from export.split import SplitModel, channel_axis
-from export.writer import WEIGHTS, Tier, make_steps, segment_of, write_tier
-from server_hub.gateway.tokens import TokenFile
 
 CODEC = "int8"
 """How the replayed activations are packed."""
@@ -90,15 +88,6 @@ class Workload:
         model = self.build()
         model.add_heads(self.cuts, torch.from_numpy(self.inputs(2, 0)[0]), self.classes)
         return model
-
-
-@dataclass(frozen=True)
-class ReplayDevice:
-    """A device that replays: its name, tier and token."""
-
-    name: str
-    tier: str
-    token: str
 
 
 def _small() -> SplitModel:
@@ -198,6 +187,10 @@ def prepare(workload: Workload, folder: Path, devices: int) -> list[ReplayDevice
         folder: an empty folder.
         devices: how many.
     """
+    # here, so that a process that only reads the folder starts faster
+    from export.writer import WEIGHTS, Tier, make_steps, segment_of, write_tier
+    from server_hub.gateway.tokens import TokenFile
+
     model = workload.model()
     bundles = folder / "bundles"
     blobs = BlobStore(bundles / "blobs")
@@ -220,12 +213,12 @@ def prepare(workload: Workload, folder: Path, devices: int) -> list[ReplayDevice
         found.append(ReplayDevice(device, tier_name, tokens.issue(device, tier_name)))
         path = folder / f"{device}.batches"
         path.write_bytes(_packed_batches(workload, model, cut, seed=number + 1))
-    (folder / "devices.json").write_text(json.dumps([asdict(device) for device in found]))
+    (folder / DEVICES).write_text(json.dumps([asdict(device) for device in found]))
     return found
 
 
 def _packed_batches(workload: Workload, model: SplitModel, cut: int, seed: int) -> bytes:
-    """A device's batches, as :func:`read_batches` reads them."""
+    """A device's batches, as :func:`benchmarks.replay.read_batches` reads them."""
     x, y = workload.inputs(workload.rows, seed)
     codec, tensors = get_codec(CODEC), {}
     model.train()
@@ -237,22 +230,6 @@ def _packed_batches(workload: Workload, model: SplitModel, cut: int, seed: int) 
         tensors |= {f"{number}/{name}": part.numpy() for name, part in parts.items()}
         tensors[f"{number}/"] = y[rows]
     return pack_tensors(tensors)
-
-
-def read_batches(folder: Path, device: str) -> list[Batch]:
-    """The batches that a device replays, in order."""
-    found: list[dict[str, Array]] = []
-    for key, tensor in unpack_tensors((folder / f"{device}.batches").read_bytes()).items():
-        number, _, name = key.partition("/")
-        while len(found) <= int(number):
-            found.append({})
-        found[int(number)][name] = tensor
-    return [Batch(parts={n: t for n, t in b.items() if n}, labels=b[""]) for b in found]
-
-
-def read_devices(folder: Path) -> list[ReplayDevice]:
-    """The devices of a prepared folder."""
-    return [ReplayDevice(**d) for d in json.loads((folder / "devices.json").read_text("utf-8"))]
 
 
 def cut_of(tier: str) -> int:
