@@ -1,10 +1,12 @@
-# make setup: .venv with everything; make demo: the main job; make test: all tests.
+# make setup: .venv with everything; make demo: the main job; make test: the tests but for slow ones;
+# make test-all: all tests; make cover: coverage of make test; make mutate ROOM=edge_sdk/protocol:
+# whether the tests of a room notice small changes of its code.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-all cover mutate lint clean
 
 setup: $(VENV)/.ready
 
@@ -22,8 +24,32 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/cutlayer demo
 
+# A file's tests stay in one process, for its fixtures.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python $(PYTEST)
+
+test-all: setup
+	$(BIN)/python $(PYTEST) -m "slow or not slow"
+
+COVERAGE := $(CURDIR)/build/coverage
+
+cover: export COVERAGE_FILE = $(COVERAGE)/data
+cover: setup
+	rm -rf $(COVERAGE)
+	mkdir -p $(COVERAGE)
+	$(BIN)/coverage run $(PYTEST)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage json --quiet -o $(COVERAGE)/coverage.json
+	$(BIN)/python -m tests.lib.coverage_table $(COVERAGE)/coverage.json
+
+ROOM ?= edge_sdk/protocol
+COUNT ?= 20
+SEED ?= 0
+
+mutate: setup
+	$(BIN)/python -m tests.lib.mutate --room $(ROOM) --count $(COUNT) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.bundle.store import write_atomically
+from edge_sdk.protocol.messages import Batch
 from edge_sdk.runtime import load_runtime
 from export.bases import split_width
 from export.packing import get_codec
@@ -34,8 +35,8 @@ from export.whole import WholeBases, whole_bases
 from export.writer import Tier, export_bundles
 from server_hub.demo.digits import CLASSES
 from server_hub.demo.mix_model import BASES, build
-from server_hub.trunk.interface import Arrival, TrunkPlan
-from server_hub.trunk.step import TrunkCore
+from server_hub.trunk.interface import StepInput, TrunkPlan
+from server_hub.trunk.step import TrunkTrainer
 
 MIXED = (1, 2, 4, 8)
 ROWS = (1, 16)
@@ -100,9 +101,9 @@ def in_trunk(
     """Steps of the trunk."""
     rng = np.random.default_rng(0)
     present = np.ones(CLASSES, np.float32)
-    stacked = TrunkCore(bases.hub, "cpu")
+    stacked = TrunkTrainer(bases.hub, "cpu")
     stacked.begin(bases.states, replace(PLAN, bases=BASES))
-    single = [TrunkCore(bases.hub, "cpu") for _ in range(BASES)]
+    single = [TrunkTrainer(bases.hub, "cpu") for _ in range(BASES)]
     for base, trunk in enumerate(single):
         trunk.begin({n: t[base] for n, t in bases.states.items()}, PLAN)
     found = []
@@ -110,18 +111,18 @@ def in_trunk(
         with torch.no_grad():
             h = bases.hub.segment(torch.rand(rows, *example.shape[1:]), CUT)
         parts = {n: p.numpy() for n, p in get_codec("fp16").pack(h, 1).items()}
+        labels = rng.integers(0, CLASSES, rows)
         arrivals = [
-            Arrival("device", "bases", CUT, "fp16", parts, rng.integers(0, CLASSES, rows),
-                    base=base, present=present)
+            StepInput("device", "bases", CUT, "fp16", Batch(parts, labels, base, present=present))
             for base in range(BASES)
-        ]  # fmt: skip
+        ]
 
-        def one_pass(arrivals: list[Arrival] = arrivals) -> object:
+        def one_pass(arrivals: list[StepInput] = arrivals) -> object:
             return stacked.step(arrivals)
 
-        def one_by_one(arrivals: list[Arrival] = arrivals) -> object:
+        def one_by_one(arrivals: list[StepInput] = arrivals) -> object:
             return [
-                trunk.step([replace(arrival, base=0, present=None)])
+                trunk.step([replace(arrival, batch=replace(arrival.batch, base=0, present=None))])
                 for trunk, arrival in zip(single, arrivals, strict=True)
             ]
 

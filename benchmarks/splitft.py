@@ -40,7 +40,7 @@ from server_hub.simulation.partition import PartitionTable
 from server_hub.simulation.results import Grid, figure, fleet_accuracy, partition_name
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord, read_records
-from server_hub.trunk.evaluator import batches_to_measure
+from server_hub.trunk.evaluator import batches_to_evaluate
 
 JOB = Path(__file__).with_name("splitft.toml")
 PICTURE = "splitft.png"
@@ -267,7 +267,7 @@ def run_cell(cell: Cell, held_out: Examples) -> None:
 def perplexity_before(held_out: Examples) -> float:
     """Of the base, uncut."""
     model, tally = gpt2.build().eval(), Tally("tokens")
-    for batch in batches_to_measure(held_out, model):
+    for batch in batches_to_evaluate(held_out, model):
         logits = model(torch.from_numpy(batch.x)).double()
         tally.add(logits[None], torch.from_numpy(batch.y))
     return tally.value

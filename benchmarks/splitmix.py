@@ -354,7 +354,7 @@ def setting_text(plan: Plan) -> str:
         "loss, logits of classes that a device has no examples of are left out, as in its paper, "
         "unless it is *unmasked*; those of FedAvg and HeteroFL are over all classes.\n\n"
         f"For robustness: digits, IID, {robust.rounds} rounds, examples made hard with "
-        f"{mix.attack.steps} steps of {mix.attack.rate:g} within {mix.attack.epsilon:g} and "
+        f"{mix.attack.steps} steps of {mix.attack.step_size:g} within {mix.attack.epsilon:g} and "
         f"weight {mix.robustness:g}, rates {rates}. FedAvg is one base of all channels "
         "on devices that can all carry it. The attack that is measured knows the mixture and the "
         f"robustness that it answers with, and takes {ATTACK_STEPS} steps."

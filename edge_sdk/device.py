@@ -9,41 +9,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-from edge_sdk.bundle.manifest import Bundle, Manifest
-from edge_sdk.bundle.signing import check, read_trust
+from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.bundle.signing import read_trust
 from edge_sdk.bundle.store import BlobStore
-from edge_sdk.errors import BundleError, CutlayerError, DataError, HubError
+from edge_sdk.errors import BundleError, DataError, HubError
 from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.mixture import Mixture
-from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor, softmax
-from edge_sdk.protocol.frames import unpack_tensors
-from edge_sdk.protocol.messages import (
-    Decline,
-    Move,
-    Ready,
-    Round,
-    Stop,
-    Welcome,
-)
+from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor
+from edge_sdk.protocol.enums import ActivationMode, ErrorCode
+from edge_sdk.protocol.messages import Decline, Move, Ready, Round, Stop
 from edge_sdk.protocol.tensors import Array
-from edge_sdk.runtime import Runtime, load_runtime
+from edge_sdk.runtime import load_runtime
+from edge_sdk.training.conditions import MayTrain
 from edge_sdk.training.data import Examples
 from edge_sdk.training.exchange import Exchange, send_update
-from edge_sdk.training.learner import (
-    Finished,
-    Learner,
-    LocalPlan,
-    LocalResult,
-    Packed,
-    Precision,
-    Reply,
-    Training,
-    Wanted,
-    advance,
-)
-from edge_sdk.transport.connection import Connection, OpenLink, RoundOver
+from edge_sdk.training.learner import Learner, Precision
+from edge_sdk.training.loader import BundleLoader, LoadRuntime
+from edge_sdk.training.plan import LocalPlan, LocalResult
+from edge_sdk.transport.connection import Connection, OpenLink
 from edge_sdk.transport.download import Downloader
 from edge_sdk.transport.link import open_websocket
+from edge_sdk.transport.replies import RoundOver
 from edge_sdk.transport.session import Session, SessionLost
 
 __all__ = [
@@ -54,22 +40,22 @@ __all__ = [
     "Prediction",
     "RoundReport",
     "TrainReport",
-    "softmax",
 ]
 
 log = logging.getLogger("cutlayer.device")
 
 DEFAULT_CACHE = Path.home() / ".cache" / "cutlayer"
 
-MayTrain = Callable[[int], str | None]
-"""Asked before each round with its number; a text declines the round and says why."""
-
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What one round of local training was like.
+    """One round of local training.
 
-    Loss and accuracy are those of the auxiliary heads; None in a round that does not train them.
+    Attributes:
+        round: number of the round.
+        loss: mean loss of the auxiliary heads in the last epoch; None if they were not trained.
+        accuracy: their accuracy, a fraction; None likewise.
+        seconds: time from the ``round`` message to the sent update.
     """
 
     round: int
@@ -80,27 +66,32 @@ class RoundReport:
 
 @dataclass
 class TrainReport:
-    """What :meth:`Device.train` did."""
+    """What :meth:`Device.train` did.
+
+    Attributes:
+        reason: why the hub stopped.
+        rounds: the rounds that the device has trained in.
+    """
 
     reason: str = ""
     rounds: list[RoundReport] = field(default_factory=list)
 
 
 class Device:
-    """A device that is joined to a hub. Made by :meth:`connect`, used in ``async with``.
+    """A device that has joined a hub. Made by :meth:`connect`, used in ``async with``.
 
-    The arguments are those of :meth:`connect`, but for the way to the hub and what runs the step
-    graphs; :meth:`join` then does the rest.
+    Whoever brings another transport or runtime uses the constructor and then :meth:`join`. Its
+    other arguments are those of :meth:`connect`.
 
     Args:
         open_link: opens a link to the hub.
-        load: makes a runtime of a verified bundle, with so many threads.
+        load: makes a runtime from a verified bundle, with a number of threads.
     """
 
     def __init__(
         self,
         open_link: OpenLink,
-        load: Callable[[Bundle, int], Runtime] = load_runtime,
+        load: LoadRuntime = load_runtime,
         *,
         token: str,
         tier: str | None = None,
@@ -112,17 +103,22 @@ class Device:
         memory_mb: int | None = None,
         patience_s: float = 60.0,
     ) -> None:
-        self._data, self._may_train, self._load = data, may_train, load
-        self._trust = read_trust(trust)
-        self._threads = threads
-        self._learner: Learner | None = None
-        self._bundle: str | None = None  # whose manifest the learner has
+        self._may_train = may_train
         self._connection = Connection(
             open_link, token=token, tier=tier, patience_s=patience_s, memory_mb=memory_mb
         )
-        self._fetcher = Downloader(self._connection, BlobStore(cache))
-        self._bases = BaseNetworks(self._connection, self._fetcher, self._need_learner)
-        self._predictor = Predictor(self._need_learner, self._connection.ask, self._bases.have)
+        self._downloader = Downloader(self._connection, BlobStore(cache))
+        self._loader = BundleLoader(
+            self._connection,
+            self._downloader,
+            load,
+            data,
+            read_trust(trust),
+            threads,
+            on_change=lambda: self._bases.forget(),
+        )
+        self._bases = BaseNetworks(self._connection, self._downloader, self._present_learner)
+        self._predictor = Predictor(self._present_learner, self._connection.ask, self._bases.fetch)
 
     @classmethod
     async def connect(
@@ -143,25 +139,25 @@ class Device:
 
         Args:
             url: ``ws://`` or ``wss://`` address of the hub.
-            token: this device's token; it says who the device is.
+            token: this device's token, which says who it is.
             data: local examples; without them the device can only predict.
-            tier: the tier whose bundle the device can carry; if not given, the one that the hub
-                has moved it to, else the one that the token was issued for.
+            tier: the tier whose bundle the device can carry; by default the one that the hub has
+                moved it to, else the one that the token was issued for.
             cache: folder for bundles, so that they are fetched once.
             trust: public keys, each 64 hex digits or a ``.pub`` file, one of which must have
-                signed the bundle; without them an unsigned bundle is taken, too.
+                signed the bundle; without them an unsigned bundle is accepted.
             may_train: asked before each round whether the device may train now.
             threads: threads of the runtime.
-            memory_mb: what the device can spare for training; a hub that moves cuts gives it
-                none that takes more.
-            patience_s: how long to go on trying to (re)connect, in seconds.
+            memory_mb: MB that the device can spare for training; a hub that moves cuts gives it
+                no bundle that takes more.
+            patience_s: seconds to go on trying to (re)connect.
 
         Raises:
             HubError: the hub refused the device (token, tier, protocol version).
             LinkClosed: the hub could not be reached for ``patience_s``.
             BundleError: the bundle is damaged, not signed by a key in ``trust``, or cannot be run
                 here.
-            ConfigError: ``trust`` is empty, or one of it is no public key.
+            ConfigError: ``trust`` is empty, or holds something that is no public key.
             DataError: the examples do not fit the model.
         """
         device = cls(
@@ -183,8 +179,8 @@ class Device:
         """Connect to the hub and load the tier's bundle; raises as :meth:`connect` does."""
         try:
             welcome = await self._connection.open()
-            await self._load_welcomed()
-            await self._load_present_state(welcome)
+            await self._loader.load_welcomed()
+            await self._loader.load_present_state(welcome)
         except BaseException:
             await self.close()
             raise
@@ -202,44 +198,44 @@ class Device:
 
     @property
     def name(self) -> str:
-        """The device's name at the hub, by its token."""
+        """The device's name at the hub, which its token stands for."""
         return self._connection.welcome.device
 
     @property
     def manifest(self) -> Manifest:
         """The manifest of the loaded bundle."""
-        return self._need_learner().manifest
+        return self._loader.learner.manifest
 
     # --- training -------------------------------------------------------------------------------
 
     async def train(self, on_round: Callable[[RoundReport], None] | None = None) -> TrainReport:
-        """Take part in rounds until the hub says stop; then hold the final state.
+        """Take part in rounds until the hub says stop; the device then holds the final state.
 
         Args:
             on_round: called after each round of local training.
 
         Raises:
             DataError: the device was connected without examples.
-            BundleError: the hub has come back with another bundle, which cannot be loaded.
+            BundleError: the hub came back with another bundle, which cannot be loaded.
             HubError: the hub refused a message and ended the session.
             LinkClosed: the hub was out of reach for longer than ``patience_s``.
         """
-        self._need_learner()
-        if self._data is None:
+        self._present_learner()
+        if self._loader.data is None:
             raise DataError("this device has no examples; pass data= to Device.connect")
         report = TrainReport()
         joined = False
         while True:
             try:
                 if not joined:
-                    await self._load_welcomed()
+                    await self._loader.load_welcomed()
                     await self._connection.send(self._ready())
                     joined = True
                 session, delivery = await self._connection.next_work()
                 if isinstance(delivery.message, Stop):
                     report.reason = delivery.message.reason
                     if delivery.message.state is not None:
-                        await self._load_state(delivery.message.state)
+                        await self._loader.load_state(delivery.message.state)
                     if delivery.message.bases is not None:
                         self._bases.offer(delivery.message.bases)
                     session.settle(delivery.seq)
@@ -261,32 +257,33 @@ class Device:
                 joined = False  # the hub forgot us: join again, in a new session
 
     def _ready(self) -> Ready:
-        assert self._data is not None
-        return Ready(samples=len(self._data), tier=self.manifest.tier)
+        assert self._loader.data is not None
+        return Ready(samples=len(self._loader.data), tier=self.manifest.tier)
 
     async def _move(self, session: Session, move: Move) -> None:
-        """Go on with another bundle; with the one that is here if the other cannot be loaded.
+        """Go on with another bundle, or with the present one if the other cannot be loaded.
 
-        Only what the cache lacks is fetched: layers that both bundles have are the same blobs.
+        Only blobs that the cache lacks are fetched: layers that both bundles have are the same
+        blobs.
         """
         try:
-            learner = await self._load_bundle(move.manifest, move.tier)
-            session.check()  # in a new session the hub knows us by the tier that we had
-            self._learner, self._bundle = learner, move.manifest
-            self._bases.forget()
+            learner = await self._loader.load(move.manifest, move.tier)
+            session.check()  # in a new session the hub knows the device by its old tier
+            self._loader.use(learner, move.manifest)
             self._connection.tier = move.tier
         except (BundleError, DataError, HubError, OSError) as error:
             log.warning("cannot move to %s (%s): %s", move.tier, move.reason, error)
         await session.send(self._ready())
 
     async def _take_part(self, session: Session, task: Round) -> RoundReport | None:
-        """Train one round and send the update; None if it was declined.
+        """Train in one round and send the update.
 
-        All of it goes over the session that the round came from: if the hub restarts meanwhile,
+        Everything goes over the session that the round came from: if the hub restarts meanwhile,
         :class:`SessionLost` ends the round.
+
+        Returns:
+            The report; None if the round was declined, or over before the device was done.
         """
-        data = self._data
-        assert data is not None
         reason = self._may_train(task.round) if self._may_train is not None else None
         if reason is not None:
             await session.send(Decline(round=task.round, reason=reason))
@@ -294,18 +291,15 @@ class Device:
         now = asyncio.get_running_loop().time
         started = now()
         try:
-            states = await self._fetcher.start_of(task)
+            states = await self._downloader.start_of(task)
         except HubError as error:
-            if error.code != "unknown_blob":
+            if error.code != ErrorCode.UNKNOWN_BLOB:
                 raise
-            return None  # the round ended while we were away
-        plan = LocalPlan(
-            task.epochs, task.batch_size, task.hyper, task.activations, task.seed, task.staleness
-        )
+            return None  # the round ended during the download
         try:
-            result, compute_s = await self._train_locally(session, task.round, plan, states, data)
+            result, compute_s = await self._train_locally(session, task, states)
         except RoundOver:
-            return None  # too slow: the hub went on without us
+            return None  # too slow: the hub went on without this device
         times = {"compute_s": compute_s, "wait_s": now() - started - compute_s}
         result = replace(result, metrics=result.metrics | times)
         await send_update(session, task.round, result, self._connection.welcome.max_frame)
@@ -313,41 +307,33 @@ class Device:
         return RoundReport(task.round, loss, accuracy, now() - started)
 
     async def _train_locally(
-        self,
-        session: Session,
-        number: int,
-        plan: LocalPlan,
-        states: dict[int | None, dict[str, Array]],
-        data: Examples,
+        self, session: Session, task: Round, states: dict[int | None, dict[str, Array]]
     ) -> tuple[LocalResult, float]:
-        """Step by step in a thread; what a step yields is sent before the next one.
+        """The local epochs of a round.
 
-        Returns the result, and the seconds of computing; loading the graphs does not count.
+        Args:
+            session: the session that the round came over.
+            task: the round.
+            states: the state to start from, by base network; of a single model under None.
+
+        Returns:
+            The result, and the seconds of computing, without those of loading graphs.
         """
-        learner = self._need_learner()
-        training: Training
+        learner, data = self._loader.learner, self._loader.data
+        assert data is not None
+        plan = LocalPlan(
+            task.epochs, task.batch_size, task.hyper, task.activations, task.seed, task.staleness
+        )
         if None in states:
             training = learner.training(states[None], data, plan)
         else:
             bases = {base: state for base, state in states.items() if base is not None}
             training = learner.training_bases(bases, data, plan)
+        optional = plan.activations is ActivationMode.FUSED
+        exchange = Exchange(self._connection, session, task.round, optional=optional)
         loaded = learner.runtime.loading_s
-        now = asyncio.get_running_loop().time
-        reply: Reply = None
-        computing = 0.0
-        optional = plan.activations == "fused"
-        exchange = Exchange(self._connection, session, number, optional=optional)
-        while True:
-            started = now()
-            step = await asyncio.to_thread(advance, training, reply)
-            computing += now() - started
-            reply = None
-            if isinstance(step, LocalResult):
-                return step, computing - (learner.runtime.loading_s - loaded)
-            if isinstance(step, Packed | Finished):
-                await exchange.send(step)
-            elif isinstance(step, Wanted):
-                reply = await exchange.reply(step)
+        result, computing = await exchange.run(training)
+        return result, computing - (learner.runtime.loading_s - loaded)
 
     # --- prediction -----------------------------------------------------------------------------
 
@@ -365,44 +351,47 @@ class Device:
 
         Rows whose most probable class has at least ``confidence`` are answered on the device.
         For the others the packed activations go to the hub, and the answer is the ensemble of
-        all heads, the device's and the hub's. If the hub cannot be reached in ``timeout_s``,
+        all heads, the device's and the hub's. If the hub does not answer within ``timeout_s``,
         the device's own answer stands.
 
         Args:
             x: inputs (rows, ...), dtype and shape as the model takes them. For a model of tokens
-                the answer is the token that comes behind the last position of each row.
+                the answer is the token after the last position of each row.
             confidence: from 0 (never ask the hub) to above 1 (always ask it).
-            timeout_s: how long to wait for the hub.
+            timeout_s: seconds to wait for the hub.
             precision: ``int8`` runs the bundle's small graph, whose weights are those of the
                 export: it does not follow training.
-            bases: of a model of several base networks, how many have a part in the answer; the
-                best so many, all if not given. Those that are not here yet are fetched.
-            robustness: of a model with dual norms, from 0 (for inputs as they should be) to 1 (for
-                inputs that somebody has made hard).
+            bases: number of base networks to mix, the best ones first; all by default. Those that
+                are not on the device yet are fetched. Only for models of base networks.
+            robustness: weight of the noise norms, from 0 (clean inputs) to 1 (adversarial
+                examples). Only for models with dual norms.
 
         Raises:
             BundleError: the bundle has no graph of this precision.
             DataError: the inputs do not fit the model, a text is too long for one message, there
-                are not so many bases, or the robustness cannot be had.
+                are fewer bases, or ``robustness`` is out of range or not available.
         """
-        manner = AnswerOptions(precision, bases, robustness)
-        return await self._predictor.predict(x, confidence, timeout_s, manner)
+        options = AnswerOptions(precision, bases, robustness)
+        return await self._predictor.predict(x, confidence, timeout_s, options)
 
     async def fetch_bases(self, bases: int) -> Mixture:
-        """Have the best ``bases`` base networks here; only those that are not are fetched.
+        """Fetch those of the best ``bases`` base networks that are not on the device yet.
+
+        Returns:
+            The mixture, which answers without the hub if the bases are whole.
 
         Raises:
-            DataError: there are not so many.
-            HubError: the hub does not give them.
+            DataError: there are fewer bases.
+            HubError: the hub does not have them.
         """
-        return await self._bases.have(bases)
+        return await self._bases.fetch(bases)
 
     async def evaluate(self, examples: Examples, batch_size: int = 256) -> Evaluation:
         """Measure the three ways to answer: accuracy, or perplexity for a model of tokens.
 
         Args:
             examples: inputs and labels.
-            batch_size: examples at a time at most; fewer where logits take much memory.
+            batch_size: largest number of examples at a time; fewer if logits take much memory.
 
         Raises:
             DataError: the examples do not fit the model, or a text is too long for one message.
@@ -419,21 +408,21 @@ class Device:
         seed: int = 0,
         context: int | None = None,
     ) -> Array:
-        """Go on with texts through the whole model: its first half here, the rest on the hub.
+        """Continue texts with the whole model: its first blocks here, the rest on the hub.
 
         Every token takes one pass over the text, on the device and on the hub.
 
         Args:
             x: tokens (rows, positions) to begin with.
             tokens: how many to append to each row.
-            temperature: 0 appends the most probable token; above it, one that is drawn with the
+            temperature: 0 appends the most probable token; above it, one that is drawn from the
                 softmax of the logits divided by it.
-            seed: of the draws.
-            context: positions that the model looks back at, at most; those that the bundle
-                takes, where it has a limit, if not given.
+            seed: seed of the draws.
+            context: largest number of positions that the model looks back at; by default the
+                bundle's limit, if it has one.
 
         Returns:
-            (rows, positions + tokens), what was given at the start.
+            Tokens (rows, positions + tokens), ``x`` at the start.
 
         Raises:
             DataError: the model is not one of tokens, or the text does not fit it.
@@ -444,49 +433,8 @@ class Device:
     # --- leaving --------------------------------------------------------------------------------
 
     async def close(self, reason: str = "done") -> None:
-        """Say bye, if the hub is there to hear it, and close the connection."""
+        """Say bye, if the hub can be reached, and close the connection."""
         await self._connection.close(reason)
 
-    # --- bundles and state ----------------------------------------------------------------------
-
-    async def _load_welcomed(self) -> None:
-        """Load the bundle of the last welcome, if it is not the one that is here."""
-        while (welcome := self._connection.welcome).manifest != self._bundle:
-            self._learner = await self._load_bundle(welcome.manifest, welcome.tier)
-            self._bundle = welcome.manifest
-            self._bases.forget()
-
-    async def _load_bundle(self, name: str, tier: str) -> Learner:
-        """Fetch the manifest called ``name`` and its blobs, verify them, load the runtime."""
-        data = await self._fetcher.blob(name)
-        manifest = Manifest.from_bytes(data)
-        check(data, self._trust)
-        if manifest.tier != tier:
-            raise BundleError(f"the hub sent the bundle of {manifest.tier!r} for tier {tier!r}")
-        blobs = {name: await self._fetcher.blob(name) for name in manifest.blobs}
-        if self._data is not None:
-            self._data = self._data.fitted(manifest)
-        bundle = Bundle.open(manifest, blobs.__getitem__)
-        runtime = await asyncio.to_thread(self._load, bundle, self._threads)
-        return Learner(manifest, runtime)
-
-    async def _load_present_state(self, welcome: Welcome) -> None:
-        """Fetch the tier's present state, if it is no longer the bundle's initial one."""
-        for attempt in range(4):
-            try:
-                if welcome.state is not None:
-                    await self._load_state(welcome.state)
-                return
-            except HubError as error:
-                if error.code != "unknown_blob" or attempt == 3:
-                    raise
-            welcome = await self._connection.renew()  # rounds went by while we downloaded
-
-    async def _load_state(self, name: str) -> None:
-        """Fetch a state and predict with it from now on."""
-        self._need_learner().runtime.set_state(unpack_tensors(await self._fetcher.state(name)))
-
-    def _need_learner(self) -> Learner:
-        if self._learner is None:
-            raise CutlayerError("the device is not connected; use Device.connect")
-        return self._learner
+    def _present_learner(self) -> Learner:
+        return self._loader.learner

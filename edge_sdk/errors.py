@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from edge_sdk.protocol.enums import ErrorCode
+
 
 class CutlayerError(Exception):
     """Base of every error that a user of Cutlayer can cause or meet."""
@@ -27,25 +29,25 @@ class HubError(CutlayerError):
     """The hub refused something and said why.
 
     Attributes:
-        code: one of the codes in ``docs/protocol.md``.
+        code: an :class:`ErrorCode`; text if the hub sent a code that this version does not know.
         field: the field of the message that was wrong, if one was.
     """
 
-    def __init__(self, code: str, message: str, field: str | None = None) -> None:
+    def __init__(self, code: ErrorCode | str, message: str, field: str | None = None) -> None:
         super().__init__(message if field is None else f"{message} (field {field!r})")
-        self.code = code
+        self.code = ErrorCode.parse(code)
         self.field = field
 
 
 class ProtocolError(CutlayerError):
-    """The peer broke the protocol; it is told so in an ``error`` message.
+    """The peer broke the protocol. An ``error`` message tells the peer what was wrong.
 
     Attributes:
-        code: one of the codes in ``docs/protocol.md``.
-        field: the field of the message that was wrong, if one was.
+        code: what was wrong, by kind.
+        field: the field of the message, or the tensor, that was wrong, if one was.
     """
 
-    def __init__(self, code: str, message: str, field: str | None = None) -> None:
+    def __init__(self, code: ErrorCode, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.field = field

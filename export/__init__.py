@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_sdk.bundle.index import BundleIndex
+    from export.adapters.pretrained import from_transformers
     from export.errors import ExportError
     from export.split import SplitModel
     from export.writer import Tier, export_bundles
 
-__all__ = ["BundleIndex", "ExportError", "SplitModel", "Tier", "export_bundles"]
+__all__ = [
+    "BundleIndex",
+    "ExportError",
+    "SplitModel",
+    "Tier",
+    "export_bundles",
+    "from_transformers",
+]
 
 _HOME = {
     "ExportError": "export.errors",
@@ -22,6 +30,7 @@ _HOME = {
     "BundleIndex": "edge_sdk.bundle.index",
     "Tier": "export.writer",
     "export_bundles": "export.writer",
+    "from_transformers": "export.adapters",
 }
 
 

@@ -27,7 +27,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from edge_sdk.bundle.manifest import Bundle, Manifest
-from edge_sdk.inference.prediction import softmax
+from edge_sdk.inference.metrics import softmax
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.data import Examples

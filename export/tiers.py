@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edge_sdk import config
 from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.messages import MAX_BASES
+from edge_sdk.protocol.checks import MAX_BASES
 
 if TYPE_CHECKING:
     from torch import Tensor

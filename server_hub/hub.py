@@ -13,6 +13,8 @@ import torch
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.inference.metrics import Metric
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import (
     Activations,
     Decline,
@@ -42,7 +44,7 @@ from server_hub.rounds.model_publisher import ModelPublisher
 from server_hub.rounds.round_log import RoundLog
 from server_hub.rounds.rounds import Rounds
 from server_hub.rounds.update_collector import UpdateCollector
-from server_hub.storage.run_folder import Metric, RoundRecord, RunFolder
+from server_hub.storage.run_folder import RoundRecord, RunFolder
 from server_hub.trunk.batcher import StepBatcher
 from server_hub.trunk.interface import EvaluationReport, Trunk
 from server_hub.trunk.process import WorkerTrunk
@@ -268,7 +270,7 @@ class Hub:
         elif isinstance(message, Update):
             self._collector.update(peer, message)
         else:
-            raise ProtocolError("bad_message", f"a device does not send {message.TYPE}")
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"a device does not send {message.TYPE}")
         self._changes.wake()
         return effect
 
@@ -285,7 +287,7 @@ class Hub:
     def _refused(self, peer: Peer, reason: str) -> None:
         """The trunk cannot use what a device has sent."""
         self.rounds.drop(peer.device, reason)
-        error = ProtocolError("not_finite", reason, "parts")
+        error = ProtocolError(ErrorCode.NOT_FINITE, reason, "parts")
         self._background.spawn(self.gateway.refuse(peer, error))
 
     def _gone(self, peer: Peer, reason: str) -> None:

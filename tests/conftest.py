@@ -1,27 +1,65 @@
-"""Fixtures that all tests may use."""
+"""Fixtures that all tests may use, and the rule that a run leaves no files behind."""
 
 from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from edge_sdk.bundle.index import BundleIndex
 from export.split import SplitModel
-from export.writer import WEIGHTS, Tier, export_bundles
-from tests.lib.models import BUILD, CLASSES, IMAGE, build, example
-
-TIERS = {"small": Tier(1, "int8"), "medium": Tier(2, "fp16"), "large": Tier(3, "int8")}
+from export.writer import WEIGHTS
+from tests.lib.exports import shared_export, small_bundles
+from tests.lib.leftovers import Leftovers
+from tests.lib.models import build
 
 torch.set_num_threads(1)
+
+LEFTOVERS = pytest.StashKey[Leftovers]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Look at the system's temporary folder before anything runs."""
+    if not hasattr(config, "workerinput"):  # the one process that sees the whole run
+        config.stash[LEFTOVERS] = Leftovers(Path(tempfile.gettempdir()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Temporary files of tests and of their processes lie in pytest's own folder."""
+    folder = str(tmp_path_factory.mktemp("temporary"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", folder)
+        patch.setitem(os.environ, "TMPDIR", folder)
+        yield
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run that left files in the system's temporary folder has failed."""
+    leftovers = session.config.stash.get(LEFTOVERS, None)
+    if leftovers is not None and leftovers.found():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Name the files that were left."""
+    leftovers = config.stash.get(LEFTOVERS, None)
+    if leftovers is not None and (found := leftovers.found()):
+        terminalreporter.section("files left in the temporary folder", red=True)
+        for path in found:
+            terminalreporter.line(str(path))
 
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> BundleIndex:
-    """Bundles of ``tests.lib.models:build`` for three tiers, exported once; not to be changed."""
-    folder = tmp_path_factory.mktemp("export") / "bundles"
-    return export_bundles(
-        build(), TIERS, folder, example=example(IMAGE), classes=CLASSES, model_path=BUILD
-    )
+    """Bundles of ``tests.lib.models:build`` for three tiers; not to be changed."""
+    return BundleIndex.read(shared_export(tmp_path_factory, "small", small_bundles))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.errors import BundleError, ProtocolError
+from edge_sdk.errors import BundleError, DataError, ProtocolError
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 
@@ -36,7 +36,7 @@ def canonical_json(fields: dict[str, Any]) -> bytes:
 
 
 def tensor_of(base: int, name: str) -> str:
-    """What a tensor of a base is called where there are tensors of several."""
+    """Name of a tensor of base network ``base`` where tensors of several are together."""
     return f"base.{base}.{name}"
 
 
@@ -184,6 +184,21 @@ class Manifest:
     def x(self) -> TensorSpec:
         """What an input batch must be."""
         return next(port.spec for port in self.graphs["predict"].inputs if port.spec.name == "x")
+
+    def check_robustness(self, robustness: float) -> None:
+        """Check that the bundle can answer with a weight of the noise norms.
+
+        Raises:
+            DataError: the weight is not from 0 to 1, or is not 0 and the model has no dual norms.
+        """
+        if not 0 <= robustness <= 1:
+            raise DataError(f"robustness is {robustness:g}; it must be from 0 to 1")
+        names = [port.spec.name for port in self.graphs["predict"].inputs]
+        if robustness and "robustness" not in names:
+            raise DataError(
+                f"robustness is {robustness:g}, and the model has no dual norms; export it with "
+                "dual_norms = true, or leave robustness at 0"
+            )
 
     def fresh_state(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """A copy of ``tensors`` in the state's dtypes; slots that are not given are zero.

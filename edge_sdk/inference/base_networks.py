@@ -1,4 +1,4 @@
-"""The base networks of a device: those that the hub names, fetched when they are asked for."""
+"""The base networks that a device mixes: those that the hub names, fetched when needed."""
 
 from __future__ import annotations
 
@@ -7,65 +7,69 @@ from collections.abc import Callable, Mapping
 
 from edge_sdk.errors import HubError
 from edge_sdk.inference.mixture import Mixture
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.training.learner import Learner
 from edge_sdk.transport.connection import Connection
 from edge_sdk.transport.download import Downloader
 
 _ATTEMPTS = 4
-"""Rounds that may go by while bases are fetched, of which each makes new versions."""
+"""Times that base networks are fetched anew because rounds made new versions meanwhile."""
 
 
 class BaseNetworks:
-    """What a device mixes.
+    """Keeps the mixture of a device in step with what the hub offers.
 
     Args:
-        connection: to the hub.
-        fetcher: fetches states.
-        learner: gives the present learner.
+        connection: connection to the hub.
+        downloader: fetches states.
+        learner: returns the present learner.
     """
 
     def __init__(
-        self, connection: Connection, fetcher: Downloader, learner: Callable[[], Learner]
+        self, connection: Connection, downloader: Downloader, learner: Callable[[], Learner]
     ) -> None:
-        self._connection, self._fetcher, self._learner = connection, fetcher, learner
-        self._mix: Mixture | None = None
+        self._connection, self._downloader, self._learner = connection, downloader, learner
+        self._mixture: Mixture | None = None
 
     def forget(self) -> None:
-        """The bundle is another."""
-        self._mix = None
+        """Drop all base networks, because another bundle was loaded."""
+        self._mixture = None
 
     def offer(self, bases: Mapping[str, str]) -> Mixture:
-        """From now on these are mixed; of those that are here, the ones that are as they were stay.
+        """Mix these versions from now on; base networks whose version is the same stay.
 
-        Answers that are under way go on with what they have begun with.
+        Answers in progress finish with the mixture that they began with.
+
+        Args:
+            bases: sha256 of each state by number of the base, best first.
         """
         learner = self._learner()
-        mix = (
+        mixture = (
             Mixture(learner.manifest, learner.runtime)
-            if self._mix is None
-            else copy.copy(self._mix)
+            if self._mixture is None
+            else copy.copy(self._mixture)
         )
-        mix.offer(bases)
-        self._mix = mix
-        return mix
+        mixture.offer(bases)
+        self._mixture = mixture
+        return mixture
 
-    async def have(self, bases: int) -> Mixture:
-        """Have the best so many here; only those that are not are fetched.
+    async def fetch(self, bases: int) -> Mixture:
+        """Fetch those of the best ``bases`` base networks that are not here yet.
 
         Raises:
-            DataError: there are not so many.
-            HubError: the hub does not give them.
+            DataError: there are fewer bases.
+            HubError: the hub does not have them.
         """
         for attempt in range(_ATTEMPTS):
-            mix = self._mix or self.offer(self._connection.welcome.bases or {})
+            mixture = self._mixture or self.offer(self._connection.welcome.bases or {})
             try:
-                for base, name in mix.missing(bases):
-                    mix.put(base, name, unpack_tensors(await self._fetcher.state(name)))
-                return mix
+                for base, name in mixture.missing(bases):
+                    mixture.put(base, name, unpack_tensors(await self._downloader.state(name)))
+                return mixture
             except HubError as error:
-                if error.code != "unknown_blob" or attempt == _ATTEMPTS - 1:
+                if error.code != ErrorCode.UNKNOWN_BLOB or attempt == _ATTEMPTS - 1:
                     raise
-            # rounds went by since the hub named them
+            # rounds passed since the hub named them
             self.offer((await self._connection.renew()).bases or {})
         raise AssertionError("the last attempt returns or raises")

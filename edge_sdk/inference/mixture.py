@@ -1,7 +1,7 @@
 """Several narrow base networks on a device, mixed at the moment of use.
 
-Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747): the more bases have a part in
-an answer, the better it is and the longer it takes. An answer is the mean of their logits.
+Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747): an answer is the mean of the
+logits of some base networks. With more of them it is better and takes longer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from edge_sdk.runtime import Runtime, load_runtime
 
 @dataclass(frozen=True)
 class MixtureAnswer:
-    """What some bases answer.
+    """The answer of some base networks.
 
     Attributes:
-        logits: their mean, (heads, rows, classes), or (heads, rows, positions, vocabulary).
-        parts: packed activations of each, by number; none where all of a base is on the device.
+        logits: mean of their logits, (heads, rows, classes), or (heads, rows, positions,
+            vocabulary).
+        parts: packed activations by number of the base; empty if bases are whole on the device.
     """
 
     logits: Array
@@ -36,25 +37,25 @@ class MixtureAnswer:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Numbers of some bases, best first, and their tensors, each (bases, ...)."""
+    """Numbers of some bases, best first, and their stacked tensors, each (bases, ...)."""
 
     bases: list[int]
     tensors: dict[str, Array]
 
 
 class Mixture:
-    """The bases that a device holds, those that answer best first.
+    """The base networks that a device holds, best first.
 
     Args:
-        manifest: of the bundle, which is the same for all bases.
-        runtime: runs its graphs; the state that it holds is not used, and stays.
+        manifest: manifest of the bundle, which all bases share.
+        runtime: runs its graphs; the state that it holds is neither used nor changed.
     """
 
     def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
         self._manifest, self._runtime = manifest, runtime
         self._offered: dict[int, str] = {}
         self._states: dict[int, Mapping[str, Array]] = {}
-        # replaced, never changed: an answer may be on its way in another thread
+        # replaced, never changed: another thread may be computing an answer
         self._stack = _Stack([], {})
 
     @classmethod
@@ -66,18 +67,18 @@ class Mixture:
         trust: Iterable[str | Path] | None = None,
         threads: int = 1,
     ) -> Mixture:
-        """All bases of a folder that ``cutlayer mix`` has written, without a hub.
+        """Load all base networks from a folder that ``cutlayer mix`` wrote, without a hub.
 
         Args:
             folder: the folder.
-            tier: whose bundle.
+            tier: the tier whose bundle is loaded.
             trust: public keys, one of which must have signed the bundle; without them an unsigned
-                one is taken, too.
-            threads: of the runtime.
+                bundle is accepted.
+            threads: threads of the runtime.
 
         Raises:
-            BundleError: there is no such bundle, it holds no trained bases, it is damaged, or not
-                signed by a key in ``trust``.
+            BundleError: there is no such bundle, it holds no trained bases, it is damaged, or it
+                is not signed by a key in ``trust``.
         """
         index = BundleIndex.read(Path(folder))
         if tier not in index.tiers:
@@ -92,14 +93,18 @@ class Mixture:
                 f"the bundle of {tier!r} in {folder} holds no trained bases; write one with "
                 "cutlayer mix, from a hub's run"
             )
-        mix = cls(manifest, load_runtime(Bundle.open(manifest, blobs.read), threads))
-        mix.offer({str(i): name for i, name in enumerate(manifest.base_states)})
-        for base, name in mix.missing(manifest.bases):
-            mix.put(base, name, unpack_tensors(blobs.read(name)))
-        return mix
+        mixture = cls(manifest, load_runtime(Bundle.open(manifest, blobs.read), threads))
+        mixture.offer({str(i): name for i, name in enumerate(manifest.base_states)})
+        for base, name in mixture.missing(manifest.bases):
+            mixture.put(base, name, unpack_tensors(blobs.read(name)))
+        return mixture
 
     def offer(self, bases: Mapping[str, str]) -> None:
-        """The present versions of all bases, by number, best first; older ones are forgotten."""
+        """Set the present versions of all bases; states of other versions are dropped.
+
+        Args:
+            bases: version (sha256 of the state) by number of the base, best first.
+        """
         offered = {int(base): version for base, version in bases.items()}
         self._states = {
             base: state for base, state in self._states.items()
@@ -110,14 +115,14 @@ class Mixture:
 
     @property
     def held(self) -> list[int]:
-        """The bases that are here, best first."""
+        """Numbers of the bases whose states are here, best first."""
         return [base for base in self._offered if base in self._states]
 
     def missing(self, bases: int) -> list[tuple[int, str]]:
-        """Number and version of those of the best ``bases`` that are not here.
+        """Number and version of those of the best ``bases`` bases that are not here.
 
         Raises:
-            DataError: there are not so many, or none is asked for.
+            DataError: ``bases`` is below 1, or there are fewer.
         """
         if not self._offered:
             raise DataError(
@@ -133,10 +138,10 @@ class Mixture:
         return [(base, version) for base, version in first if base not in self._states]
 
     def put(self, base: int, version: str, state: Mapping[str, Array]) -> None:
-        """Add a base.
+        """Add the state of a base.
 
         Raises:
-            BundleError: it is of another version than the others, or not of this bundle.
+            BundleError: the version is not the present one, or the tensors do not fit the bundle.
         """
         if self._offered.get(base) != version:
             raise BundleError(
@@ -152,19 +157,21 @@ class Mixture:
         self._states = {**self._states, base: state}
 
     def answer(self, x: Array, bases: int, robustness: float = 0.0) -> MixtureAnswer:
-        """What the best ``bases`` answer, in one call where the bundle has a graph for so many.
+        """The answer of the best ``bases`` bases.
 
-        Other numbers are sums of a few calls, 7 of 4, 2 and 1.
+        It takes one call if the bundle has a graph for this number, else a few: 7 bases take the
+        graphs for 4, 2 and 1.
 
         Args:
-            x: inputs (rows, ...).
-            bases: how many have a part in it; they must be here.
+            x: inputs (rows, ...), as the model takes them.
+            bases: number of bases to mix; their states must be here.
             robustness: weight of the noise norms, from 0 to 1.
 
         Raises:
-            DataError: there are not so many, or the robustness cannot be had.
+            DataError: there are fewer bases, one of them is not here, or ``robustness`` is out of
+                range or not available.
         """
-        check_robustness(robustness, self._manifest)
+        self._manifest.check_robustness(robustness)
         absent = self.missing(bases)
         if absent:
             raise DataError(f"base {absent[0][0]} is not here yet; fetch it before it is mixed")
@@ -183,7 +190,7 @@ class Mixture:
         return MixtureAnswer(total, parts)
 
     def _stacked(self, bases: int) -> _Stack:
-        """The best so many, and those behind them that are here, too."""
+        """Stacked tensors of all bases that are here; the best ``bases`` are among them."""
         stack, held = self._stack, self.held
         if stack.bases[:bases] != held[:bases]:
             states = [self._states[base] for base in held]
@@ -192,21 +199,9 @@ class Mixture:
         return stack
 
     def _calls(self, bases: int) -> Iterator[tuple[int, int]]:
-        """From which base on, and how many, each call takes."""
+        """The first base and the number of bases of each call."""
         first = 0
         for count in reversed(self._manifest.mixes):
             while bases - first >= count:
                 yield first, count
                 first += count
-
-
-def check_robustness(robustness: float, manifest: Manifest) -> None:
-    """Raise :class:`DataError` unless a bundle can answer with this robustness."""
-    if not 0 <= robustness <= 1:
-        raise DataError(f"robustness is {robustness:g}; it must be from 0 to 1")
-    names = [port.spec.name for port in manifest.graphs["predict"].inputs]
-    if robustness and "robustness" not in names:
-        raise DataError(
-            f"robustness is {robustness:g}, and the model has no dual norms; export it with "
-            "dual_norms = true, or leave robustness at 0"
-        )

@@ -1,4 +1,4 @@
-"""Answers: the device's own, those that the hub finishes, and how good they are."""
+"""Answers: of the device alone, finished by the hub, and how good they are."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import contextlib
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import DataError, LinkClosed
-from edge_sdk.inference.mixture import Mixture, check_robustness
+from edge_sdk.inference.metrics import Metric, Tally, metric_of, softmax
+from edge_sdk.inference.mixture import Mixture
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import Answer
 from edge_sdk.protocol.tensors import Array
@@ -22,20 +22,17 @@ from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner, Precision
 from edge_sdk.transport.connection import Question
 
-Metric = Literal["accuracy", "perplexity"]
-"""What is measured on held-out examples; of perplexity, less is better."""
-
 Ask = Callable[[Question], Awaitable[Answer]]
-"""Sends what a bundle has packed to the hub; gives its answer."""
+"""Sends packed activations to the hub and returns its half of the answer."""
 
-HaveBases = Callable[[int], Awaitable[Mixture]]
-"""Base networks of which the best so many are here; fetches those that are not."""
+FetchBases = Callable[[int], Awaitable[Mixture]]
+"""Returns a mixture that holds so many of the best base networks; fetches those it lacks."""
 
 _ROOM = DEFAULT_MAX_FRAME - 2**16
 """Bytes of logits that the hub puts into one answer."""
 
 _HEADS = 32
-"""Heads that the hub is taken to have above a cut, until it has answered once."""
+"""Number of heads that the hub is assumed to have above a cut before its first answer."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ class AnswerOptions:
     """How to answer.
 
     Attributes:
-        precision: of the weights.
-        bases: how many base networks to mix, where there are any; None for all.
-        robustness: weight of the noise norms, where there are any.
+        precision: dtype of the weights.
+        bases: number of base networks to mix; None for all. Only for models of base networks.
+        robustness: weight of the noise norms, from 0 to 1. Only for models with dual norms.
     """
 
     precision: Precision = "float32"
@@ -53,27 +50,35 @@ class AnswerOptions:
     robustness: float = 0.0
 
 
-_PLAIN = AnswerOptions()
+_DEFAULTS = AnswerOptions()
 
 
 @dataclass(frozen=True)
-class _Own:
-    """The device's part of an answer: what it has come from, logits, packed activations by base."""
+class _DeviceAnswer:
+    """The device's half of an answer.
+
+    Attributes:
+        manifest: manifest of the bundle that answered.
+        logits: logits of the device's heads, (heads, rows, classes), or (heads, rows, positions,
+            vocabulary).
+        parts: packed activations by base network; under 0 for a single model.
+        robustness: weight of the noise norms that the answer was computed with.
+    """
 
     manifest: Manifest
-    heads: Array
+    logits: Array
     parts: Mapping[int, Mapping[str, Array]]
     robustness: float
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer; for a model of tokens, what comes after each row.
+    """An answer; for a model of tokens, the token after each row.
 
     Attributes:
-        labels: most probable class, or token, of each row (rows,).
-        probabilities: (rows, classes), mean of the softmax of the heads that were asked.
-        by_hub: (rows,) whether the hub finished the answer.
+        labels: most probable class or token of each row, (rows,) int64.
+        probabilities: (rows, classes) float64, mean of the softmax of the heads that answered.
+        by_hub: (rows,) bool, whether the hub finished the answer.
     """
 
     labels: Array
@@ -86,11 +91,11 @@ class Evaluation:
     """How good the three ways to answer are on labelled examples.
 
     Attributes:
-        device_alone: by the mean of the device's own heads.
-        through_hub: by the head of the whole model.
-        ensemble: by the mean of all heads, the device's and the hub's.
+        device_alone: metric of the mean of the device's own heads.
+        through_hub: metric of the head of the whole model.
+        ensemble: metric of the mean of all heads, the device's and the hub's.
         samples: number of examples.
-        metric: what the three are: accuracy as a fraction, or perplexity for a model of tokens.
+        metric: accuracy as a fraction, or perplexity for a model of tokens.
     """
 
     device_alone: float
@@ -101,26 +106,26 @@ class Evaluation:
 
 
 class Predictor:
-    """Answers with the device's half of the model and the hub's, as :class:`Device` says.
+    """Answers with the device's half of the model and the hub's; see :class:`edge_sdk.Device`.
 
     Args:
-        learner: gives the present learner; a move may put another in its place at any time.
+        learner: returns the present learner; a move may replace it at any time.
         ask: asks the hub.
-        mixing: gives the base networks.
+        fetch_bases: returns the mixture of base networks.
     """
 
-    def __init__(self, learner: Callable[[], Learner], ask: Ask, mixing: HaveBases) -> None:
-        self._learner, self._ask, self._mixing = learner, ask, mixing
+    def __init__(self, learner: Callable[[], Learner], ask: Ask, fetch_bases: FetchBases) -> None:
+        self._learner, self._ask, self._fetch_bases = learner, ask, fetch_bases
         self._hub_heads: dict[str, int] = {}
 
     async def predict(
-        self, x: Array, confidence: float, timeout_s: float, manner: AnswerOptions
+        self, x: Array, confidence: float, timeout_s: float, options: AnswerOptions
     ) -> Prediction:
         """See :meth:`edge_sdk.device.Device.predict`."""
         limit = self._learner().manifest.limits.get("batch", len(x))
         if len(x) > limit:
             answers = [
-                await self.predict(x[start : start + limit], confidence, timeout_s, manner)
+                await self.predict(x[start : start + limit], confidence, timeout_s, options)
                 for start in range(0, len(x), limit)
             ]
             return Prediction(
@@ -128,15 +133,15 @@ class Predictor:
                 np.concatenate([answer.probabilities for answer in answers]),
                 np.concatenate([answer.by_hub for answer in answers]),
             )
-        own = await self._own(x, manner, timeout_s)
-        heads = _asked_for(own.heads, own.manifest)
+        own = await self._own(x, options, timeout_s)
+        heads = _last_position(own.logits, own.manifest)
         probabilities = softmax(heads).mean(0)
         unsure = np.flatnonzero(probabilities.max(1) < confidence)
         by_hub = np.zeros(len(probabilities), bool)
         if len(unsure) and not own.manifest.whole:
             with contextlib.suppress(TimeoutError, LinkClosed):
                 hub = await asyncio.wait_for(self._hub(own, unsure, x), timeout_s)
-                every = np.concatenate([heads[:, unsure], _asked_for(hub, own.manifest)])
+                every = np.concatenate([heads[:, unsure], _last_position(hub, own.manifest)])
                 probabilities[unsure] = softmax(every).mean(0)
                 by_hub[unsure] = True
         return Prediction(probabilities.argmax(1), probabilities, by_hub)
@@ -152,24 +157,17 @@ class Predictor:
             batches = text.batches(examples, min(size, max(_ROOM // row, 1)))
         else:
             batches = examples.batches(size)
-        totals = np.zeros(3)
+        tallies = [Tally(manifest.task) for _ in range(3)]
         for batch in batches:
             own = await self._own(batch.x)
-            paths = [own.heads] * 3
+            paths = [own.logits] * 3
             if not own.manifest.whole:
                 hub = await self._hub(own, np.arange(len(batch)), batch.x)
-                paths = [own.heads, hub[-1:], np.concatenate([own.heads, hub])]
-            for path, logits in enumerate(paths):
-                if manifest.task == "tokens":
-                    totals[path] += _loss(logits, batch.y)
-                else:
-                    totals[path] += (softmax(logits).mean(0).argmax(1) == batch.y).sum()
-        metric: Metric = "accuracy"
-        alone, through, ensemble = totals / examples.labels
-        if manifest.task == "tokens":
-            metric = "perplexity"
-            alone, through, ensemble = np.exp(np.minimum([alone, through, ensemble], 700.0))
-        return Evaluation(float(alone), float(through), float(ensemble), len(examples), metric)
+                paths = [own.logits, hub[-1:], np.concatenate([own.logits, hub])]
+            for tally, logits in zip(tallies, paths, strict=True):
+                tally.add(logits, batch.y)
+        alone, through, ensemble = (tally.value for tally in tallies)
+        return Evaluation(alone, through, ensemble, len(examples), metric_of(manifest.task))
 
     async def generate(
         self, x: Array, tokens: int, temperature: float, seed: int, context: int | None
@@ -194,7 +192,7 @@ class Predictor:
             seen = x if x.shape[1] <= window else x[:, -int(window) :]
             own = await self._own(seen)
             whole = own.manifest.whole
-            logits = own.heads if whole else await self._hub(own, np.arange(len(x)), seen)
+            logits = own.logits if whole else await self._hub(own, np.arange(len(x)), seen)
             logits_BV = logits[-1, :, -1]
             if temperature > 0:  # the largest with Gumbel noise is a sample of the softmax
                 logits_BV = logits_BV / temperature + rng.gumbel(size=logits_BV.shape)
@@ -202,53 +200,53 @@ class Predictor:
         return x
 
     async def _own(
-        self, x: Array, manner: AnswerOptions = _PLAIN, timeout_s: float | None = None
-    ) -> _Own:
-        """The device's part of an answer, by :meth:`Learner.predict` or :meth:`Mixture.answer`."""
-        learner = self._learner()  # another one may take its place meanwhile
+        self, x: Array, options: AnswerOptions = _DEFAULTS, timeout_s: float | None = None
+    ) -> _DeviceAnswer:
+        """The device's half of an answer, by :meth:`Learner.predict` or :meth:`Mixture.answer`."""
+        learner = self._learner()  # a move may replace it while this answer is computed
         manifest = learner.manifest
         shape = x.shape if manifest.task == "tokens" else x.shape[:1]
         x = Examples(x, np.zeros(shape, np.int64)).fitted(manifest).x
-        if not manifest.bases and manner.bases is not None:
+        if not manifest.bases and options.bases is not None:
             raise DataError(
-                f"{manner.bases} bases are to be mixed, and the model has none; leave out bases, "
+                f"{options.bases} bases are to be mixed, and the model has none; leave out bases, "
                 "or export it with bases in tiers.toml"
             )
-        if manner.bases is not None and manner.precision != "float32":
+        if options.bases is not None and options.precision != "float32":
             raise DataError(
-                f"{manner.bases} bases are to be mixed in {manner.precision}; bases are mixed in "
+                f"{options.bases} bases are to be mixed in {options.precision}; bases are mixed in "
                 "float32, so leave out bases or precision"
             )
-        if not manifest.bases or manner.precision != "float32":
-            asked = x, manner.precision, manner.robustness
-            heads, parts = await asyncio.to_thread(learner.predict, *asked)
-            return _Own(manifest, heads, {0: parts}, manner.robustness)
-        check_robustness(manner.robustness, manifest)
-        bases = manifest.bases if manner.bases is None else manner.bases
+        if not manifest.bases or options.precision != "float32":
+            asked = x, options.precision, options.robustness
+            logits, parts = await asyncio.to_thread(learner.predict, *asked)
+            return _DeviceAnswer(manifest, logits, {0: parts}, options.robustness)
+        manifest.check_robustness(options.robustness)
+        bases = manifest.bases if options.bases is None else options.bases
         try:
-            mix = await asyncio.wait_for(self._mixing(bases), timeout_s)
+            mixture = await asyncio.wait_for(self._fetch_bases(bases), timeout_s)
         except TimeoutError:
             raise LinkClosed(
                 f"not all of {bases} bases are here, and the hub does not give the others; ask for "
                 "fewer"
             ) from None
-        mixed = await asyncio.to_thread(mix.answer, x, bases, manner.robustness)
-        return _Own(manifest, mixed.logits, mixed.parts, manner.robustness)
+        answer = await asyncio.to_thread(mixture.answer, x, bases, options.robustness)
+        return _DeviceAnswer(manifest, answer.logits, answer.parts, options.robustness)
 
-    async def _hub(self, own: _Own, rows: Array, x: Array) -> Array:
-        """The hub's logits for some rows, the mean over the bases.
+    async def _hub(self, own: _DeviceAnswer, rows: Array, x: Array) -> Array:
+        """Logits of the hub's heads for some rows, mean over the base networks.
 
         Args:
-            own: what the device has made of a batch.
+            own: the device's half of the answer to a batch.
             rows: numbers of the rows.
-            x: the batch.
+            x: inputs of the batch.
         """
         logits = [await self._hub_of(base, own, rows, x) for base in own.parts]
         mean: Array = np.mean(logits, axis=0)
         return mean
 
-    async def _hub_of(self, base: int, own: _Own, rows: Array, x: Array) -> Array:
-        """That of one base, asked for in as many requests as its answers take."""
+    async def _hub_of(self, base: int, own: _DeviceAnswer, rows: Array, x: Array) -> Array:
+        """:meth:`_hub` for one base network, in as many requests as the answers need."""
         manifest, parts = own.manifest, own.parts[base]
         tier = manifest.tier
         positions = x.shape[1] if manifest.task == "tokens" else 1
@@ -278,28 +276,6 @@ def rows_of(parts: Mapping[str, Array], rows: Array, manifest: Manifest) -> dict
     }
 
 
-def softmax(logits: Array) -> Array:
-    """Softmax over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    weights: Array = np.exp(shifted)
-    total: Array = weights / weights.sum(-1, keepdims=True)
-    return total
-
-
-def _asked_for(logits: Array, manifest: Manifest) -> Array:
-    """Logits (heads, rows, classes); of texts those behind the last position."""
+def _last_position(logits: Array, manifest: Manifest) -> Array:
+    """Logits (heads, rows, classes); for tokens those at the last position."""
     return logits[:, :, -1] if manifest.task == "tokens" else logits
-
-
-def _loss(logits: Array, y: Array) -> float:
-    """Sum of the cross-entropy of the heads' mean over the labels that count.
-
-    Args:
-        logits: (heads, rows, positions, vocabulary).
-        y: (rows, positions), -1 where a position does not count.
-    """
-    counted = y >= 0
-    z_HNV = logits[:, counted].astype(np.float64)
-    label_HN = z_HNV[:, np.arange(z_HNV.shape[1]), y[counted]]
-    log_p_HN = label_HN - np.logaddexp.reduce(z_HNV, axis=-1)
-    return float((math.log(len(logits)) - np.logaddexp.reduce(log_p_HN, axis=0)).sum())

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME, Frame, decode, encode
 from edge_sdk.protocol.messages import Message, from_body
 
@@ -77,7 +78,7 @@ class Channel:
         frame = encode(message, seq, self.settled)
         if len(frame) > self.peer_max_frame:
             raise ProtocolError(
-                "frame_too_big",
+                ErrorCode.FRAME_TOO_BIG,
                 f"a frame with {message.TYPE} has {len(frame)} bytes, the peer takes "
                 f"{self.peer_max_frame}; send fewer rows at a time, or raise the peer's max_frame",
             )
@@ -100,17 +101,17 @@ class Channel:
         """:meth:`receive` for a frame that is already decoded."""
         if frame.ack > self._sent:
             raise ProtocolError(
-                "bad_frame", f"ack {frame.ack} is for a frame that was never sent", "ack"
+                ErrorCode.BAD_FRAME, f"ack {frame.ack} is for a frame that was never sent", "ack"
             )
         if frame.seq > self._received + 1:
             raise SequenceGap(
-                "sequence_gap",
+                ErrorCode.SEQUENCE_GAP,
                 f"frame {frame.seq} came after {self._received}; reconnect and resume",
                 "seq",
             )
         if frame.seq > self.settled + self.window:
             raise ProtocolError(
-                "window_exceeded",
+                ErrorCode.WINDOW_EXCEEDED,
                 f"more than {self.window} messages are unsettled; wait for acknowledgements",
                 "seq",
             )
@@ -145,11 +146,11 @@ class Channel:
         """
         if last_seq > self._sent:
             raise CannotResume(
-                "cannot_resume", f"the peer settled {last_seq}, only {self._sent} were sent"
+                ErrorCode.CANNOT_RESUME, f"the peer settled {last_seq}, only {self._sent} were sent"
             )
         if last_seq < self._sent - len(self._unacked):
             raise CannotResume(
-                "cannot_resume",
+                ErrorCode.CANNOT_RESUME,
                 f"the peer settled only {last_seq}, frames up to "
                 f"{self._sent - len(self._unacked)} are already forgotten",
             )

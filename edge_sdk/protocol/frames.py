@@ -9,7 +9,9 @@ import msgpack
 import numpy as np
 
 from edge_sdk.errors import ProtocolError
-from edge_sdk.protocol.messages import MAX_INT, MAX_TENSORS, Message, from_body
+from edge_sdk.protocol.checks import MAX_INT, MAX_TENSORS
+from edge_sdk.protocol.enums import ErrorCode
+from edge_sdk.protocol.messages import Message, from_body
 from edge_sdk.protocol.tensors import TENSOR_EXT, Array, pack_tensor, unpack_tensor
 
 DEFAULT_MAX_FRAME = 64 * 2**20
@@ -52,10 +54,13 @@ def decode(data: bytes | str, max_frame: int = DEFAULT_MAX_FRAME) -> Frame:
             message type, or a bad field.
     """
     if isinstance(data, str):
-        raise ProtocolError("bad_frame", "frames are binary websocket messages, this one is text")
+        raise ProtocolError(
+            ErrorCode.BAD_FRAME, "frames are binary websocket messages, this one is text"
+        )
     if len(data) > max_frame:
         raise ProtocolError(
-            "frame_too_big", f"a frame of {len(data)} bytes is over the limit of {max_frame}"
+            ErrorCode.FRAME_TOO_BIG,
+            f"a frame of {len(data)} bytes is over the limit of {max_frame}",
         )
     try:
         frame = msgpack.unpackb(
@@ -69,18 +74,20 @@ def decode(data: bytes | str, max_frame: int = DEFAULT_MAX_FRAME) -> Frame:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise ProtocolError(
-            "bad_frame", f"a frame of {len(data)} bytes is not valid msgpack: {error}"[:512]
+            ErrorCode.BAD_FRAME, f"a frame of {len(data)} bytes is not valid msgpack: {error}"[:512]
         ) from error
     if not isinstance(frame, list) or len(frame) != 4:
-        raise ProtocolError("bad_frame", "a frame is an array [type, seq, ack, body]")
+        raise ProtocolError(ErrorCode.BAD_FRAME, "a frame is an array [type, seq, ack, body]")
     kind, seq, ack, body = frame
     for name, value in (("seq", seq), ("ack", ack)):
         if type(value) is not int or not 0 <= value <= MAX_INT:
-            raise ProtocolError("bad_frame", f"{name} must be an integer from 0 on", name)
+            raise ProtocolError(ErrorCode.BAD_FRAME, f"{name} must be an integer from 0 on", name)
     message = from_body(kind, body)
     if message.RELIABLE == (seq == 0):
         rule = "from 1 on" if message.RELIABLE else "0"
-        raise ProtocolError("bad_frame", f"the seq of {kind} must be {rule}, not {seq}", "seq")
+        raise ProtocolError(
+            ErrorCode.BAD_FRAME, f"the seq of {kind} must be {rule}, not {seq}", "seq"
+        )
     return Frame(message, seq, ack)
 
 
@@ -95,11 +102,11 @@ def unpack_tensors(data: bytes) -> dict[str, Array]:
     try:
         tensors = msgpack.unpackb(data, ext_hook=_unpack, max_array_len=0, max_map_len=MAX_TENSORS)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ProtocolError("bad_tensor", "the blob is not a map of tensors") from error
+        raise ProtocolError(ErrorCode.BAD_TENSOR, "the blob is not a map of tensors") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, np.ndarray) for name, value in tensors.items()
     ):
-        raise ProtocolError("bad_tensor", "the blob is not a map from name to tensor")
+        raise ProtocolError(ErrorCode.BAD_TENSOR, "the blob is not a map from name to tensor")
     return tensors
 
 
@@ -111,5 +118,5 @@ def _pack(value: Any) -> Any:
 
 def _unpack(code: int, data: bytes) -> Any:
     if code != TENSOR_EXT:
-        raise ProtocolError("bad_frame", f"unknown msgpack extension type {code}")
+        raise ProtocolError(ErrorCode.BAD_FRAME, f"unknown msgpack extension type {code}")
     return unpack_tensor(data)

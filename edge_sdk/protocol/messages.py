@@ -1,138 +1,23 @@
 """The messages of protocol version 1, each a frozen dataclass that is validated on decode.
 
 ``docs/protocol.md`` says when each is sent. A message's body is a msgpack map from field name to
-value; a field that is unknown, missing or of the wrong type is a :class:`ProtocolError` that
-names it.
+value. A field that is unknown, missing or wrong raises a :class:`ProtocolError` that names it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from edge_sdk.errors import ProtocolError
-from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol import checks
+from edge_sdk.protocol.checks import MAX_BASES, checked
+from edge_sdk.protocol.enums import ActivationMode, ErrorCode
 from edge_sdk.protocol.tensors import Array
 
 VERSION = 1
 SUBPROTOCOL = "cutlayer.v1"
-
-MAX_TENSORS = 65_536
-MAX_TEXT = 4_096
-MAX_INT = 2**63 - 1
-
-_HASH = re.compile(r"[0-9a-f]{64}")
-
-Check = Callable[[object], str | None]
-"""Returns what a value must be, or None when it is that."""
-
-
-def _integer(low: int = 0, high: int = MAX_INT) -> Check:
-    def check(value: object) -> str | None:
-        ok = type(value) is int and low <= value <= high
-        return None if ok else f"an integer from {low} to {high}"
-
-    return check
-
-
-def _text(limit: int = MAX_TEXT) -> Check:
-    def check(value: object) -> str | None:
-        ok = isinstance(value, str) and len(value) <= limit
-        return None if ok else f"text of at most {limit} characters"
-
-    return check
-
-
-def _choice(*choices: str) -> Check:
-    def check(value: object) -> str | None:
-        ok = isinstance(value, str) and value in choices
-        return None if ok else f"one of {', '.join(choices)}"
-
-    return check
-
-
-def _optional(inner: Check) -> Check:
-    def check(value: object) -> str | None:
-        wanted = None if value is None else inner(value)
-        return None if wanted is None else f"nil or {wanted}"
-
-    return check
-
-
-def _flag(value: object) -> str | None:
-    return None if isinstance(value, bool) else "true or false"
-
-
-def _hash(value: object) -> str | None:
-    ok = isinstance(value, str) and _HASH.fullmatch(value)
-    return None if ok else "a sha256 as 64 lower-case hexadecimal digits"
-
-
-def _data(value: object) -> str | None:
-    return None if isinstance(value, bytes) else "binary data"
-
-
-def _tensor(value: object) -> str | None:
-    return None if isinstance(value, np.ndarray) else "a tensor"
-
-
-def _map_of(what: str, kind: Callable[[object], bool], limit: int) -> Check:
-    def check(value: object) -> str | None:
-        ok = (
-            isinstance(value, dict)
-            and len(value) <= limit
-            and all(isinstance(k, str) and len(k) <= 512 and kind(v) for k, v in value.items())
-        )
-        return None if ok else f"a map from text to {what}, of at most {limit} entries"
-
-    return check
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-
-
-def _number(value: object) -> str | None:
-    return None if _finite(value) else "a finite number"
-
-
-_tensors = _map_of("tensors", lambda v: isinstance(v, np.ndarray), MAX_TENSORS)
-_numbers = _map_of("finite numbers", _finite, 64)
-
-
-MAX_BASES = 64
-"""Base networks that a model may be split into."""
-
-_hashes = _map_of("sha256s", lambda v: _hash(v) is None, MAX_BASES)
-
-
-def _states(value: object) -> str | None:
-    wanted = _hashes(value)
-    if wanted is not None:
-        return wanted
-    assert isinstance(value, dict)
-    numbers = all(re.fullmatch("0|[1-9][0-9]?", key) and int(key) < MAX_BASES for key in value)
-    return None if numbers else f"a map from numbers below {MAX_BASES}, as text, to sha256s"
-
-
-def _names(value: object) -> str | None:
-    ok = (
-        isinstance(value, list)
-        and len(value) <= 1024
-        and all(isinstance(name, str) and len(name) <= 512 for name in value)
-    )
-    return None if ok else "a list of at most 1024 names"
-
-
-def _must(check: Check, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with a check; a field with a default may be left out on the wire."""
-    return field(default=default, metadata={"check": check})
 
 
 class Message:
@@ -160,42 +45,49 @@ class Message:
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """First frame of a connection: the token says who the device is.
+    """First frame of a connection.
 
-    ``tier`` is nil to take the one that the hub has for the device: where it has moved it to, else
-    the one that the token was issued for. ``session`` is to be resumed. ``memory_mb`` is what the
-    device can spare for training, if it says so.
+    Attributes:
+        version: protocol version.
+        token: secret that says which device this is.
+        tier: tier whose bundle the device can carry. None takes the one that the hub has moved the
+            device to, else the one that the token was issued for.
+        session: session to resume; None for a new one.
+        last_seq: every number up to this one that came from the hub is settled.
+        memory_mb: MB that the device can spare for training; None if it does not say.
     """
 
     TYPE = "hello"
     RELIABLE = False
-    version: int = _must(_integer(0, 1_000_000))
-    token: str = _must(_text(512))
-    tier: str | None = _must(_optional(_text(128)), None)
-    session: str | None = _must(_optional(_text(64)), None)
-    last_seq: int = _must(_integer(), 0)
-    memory_mb: int | None = _must(_optional(_integer(1)), None)
+    version: int = checked(checks.integer(0, 1_000_000))
+    token: str = checked(checks.text(512))
+    tier: str | None = checked(checks.optional(checks.text(128)), None)
+    session: str | None = checked(checks.optional(checks.text(64)), None)
+    last_seq: int = checked(checks.integer(), 0)
+    memory_mb: int | None = checked(checks.optional(checks.integer(1)), None)
 
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """The bundle of ``tier`` is loaded; the device can be picked for rounds.
+    """The bundle is loaded; the device can be picked for rounds.
 
-    ``tier`` is nil for the one that the hub's welcome named.
+    Attributes:
+        samples: number of local examples.
+        tier: tier of the loaded bundle; None for the one that ``welcome`` named.
     """
 
     TYPE = "ready"
-    samples: int = _must(_integer(1))
-    tier: str | None = _must(_optional(_text(128)), None)
+    samples: int = checked(checks.integer(1))
+    tier: str | None = checked(checks.optional(checks.text(128)), None)
 
 
 @dataclass(frozen=True)
 class Decline(Message):
-    """The device will not take part in this round."""
+    """The device does not take part in this round."""
 
     TYPE = "decline"
-    round: int = _must(_integer(1))
-    reason: str = _must(_text())
+    round: int = checked(checks.integer(1))
+    reason: str = checked(checks.text())
 
 
 @dataclass(frozen=True)
@@ -204,16 +96,16 @@ class BlobGet(Message):
 
     TYPE = "blob_get"
     RELIABLE = False
-    hash: str = _must(_hash)
-    offset: int = _must(_integer())
+    hash: str = checked(checks.sha256)
+    offset: int = checked(checks.integer())
 
 
 @dataclass(frozen=True)
 class _OfBatch(Message):
-    """A message about batch number ``batch`` of a device in a round."""
+    """A message about batch number ``batch`` of a device in round number ``round``."""
 
-    round: int = _must(_integer(1))
-    batch: int = _must(_integer())
+    round: int = checked(checks.integer(1))
+    batch: int = checked(checks.integer())
 
 
 @dataclass(frozen=True)
@@ -224,17 +116,17 @@ class Batch:
         parts: the packed tensors by name, as the manifest's ``packed`` lists them.
         labels: (rows,) int64; (rows, positions) for a model of tokens, where -1 does not count.
             None in rounds in which labels stay on the device.
-        base: number of the base network that the activations are of; 0 for a single model.
-        noise: whether they have come through the noise norms.
-        present: (classes,) float32, 1 for classes that the device has examples of, 0 for those
-            that its loss leaves out; None where all classes count.
+        base: number of the base network that the activations belong to; 0 for a single model.
+        noise: whether they are those of adversarial examples, through the noise norms.
+        present: class mask (classes,) float32: 1 for classes that the device has examples of, 0 for
+            those that its loss leaves out; None where all classes count.
     """
 
-    parts: dict[str, Array] = _must(_tensors)
-    labels: Array | None = _must(_optional(_tensor), None)
-    base: int = _must(_integer(0, MAX_BASES - 1), 0)
-    noise: bool = _must(_flag, False)
-    present: Array | None = _must(_optional(_tensor), None)
+    parts: dict[str, Array] = checked(checks.tensors)
+    labels: Array | None = checked(checks.optional(checks.tensor), None)
+    base: int = checked(checks.integer(0, MAX_BASES - 1), 0)
+    noise: bool = checked(checks.flag, False)
+    present: Array | None = checked(checks.optional(checks.tensor), None)
 
     @classmethod
     def of(cls, message: Batch) -> Batch:
@@ -244,15 +136,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class HeadGradient:
-    """What a device's head makes of the features of a batch whose labels stay on the device.
+    """Gradient of a batch's features, from a device that holds the model's head and the labels.
 
     Attributes:
         parts: packed gradient of the mean loss with respect to the features, by name.
-        labels: number of labels that the mean is over.
+        labels: number of labels that the mean loss is over.
     """
 
-    parts: dict[str, Array] = _must(_tensors)
-    labels: int = _must(_integer(1))
+    parts: dict[str, Array] = checked(checks.tensors)
+    labels: int = checked(checks.integer(1))
 
     @classmethod
     def of(cls, message: HeadGradient) -> HeadGradient:
@@ -276,30 +168,42 @@ class FeatureGradient(HeadGradient, _OfBatch):
 
 @dataclass(frozen=True)
 class Update(Message):
-    """Trained parameters, in as many messages as the frame limit needs; ``done`` in the last."""
+    """Trained parameters, in as many messages as the frame limit needs.
+
+    Attributes:
+        round: number of the round.
+        tensors: trained tensors by name.
+        done: whether this is the last message of the update.
+        samples: number of local examples.
+        metrics: ``loss``, ``accuracy``, ``compute_s`` and ``wait_s``, as far as they are known.
+    """
 
     TYPE = "update"
-    round: int = _must(_integer(1))
-    tensors: dict[str, Array] = _must(_tensors)
-    done: bool = _must(_flag)
-    samples: int = _must(_integer(1))
-    metrics: dict[str, float] = _must(_numbers)
+    round: int = checked(checks.integer(1))
+    tensors: dict[str, Array] = checked(checks.tensors)
+    done: bool = checked(checks.flag)
+    samples: int = checked(checks.integer(1))
+    metrics: dict[str, float] = checked(checks.numbers)
 
 
 @dataclass(frozen=True)
 class Infer(Message):
-    """Asks the hub to finish an answer from activations that the bundle of ``tier`` has packed.
+    """Asks the hub to finish an answer from packed activations.
 
-    ``tier`` is nil for the device's present one. Of several base networks ``base`` is the one that
-    they are of; ``robustness`` mixes the hub's dual norms, if the model has any.
+    Attributes:
+        request: number that the device chooses, not used before in the session.
+        parts: the packed tensors by name.
+        tier: tier of the bundle that packed them; None for the device's present one.
+        base: number of the base network that they belong to; 0 for a single model.
+        robustness: weight of the noise norms above the cut, from 0 to 1.
     """
 
     TYPE = "infer"
-    request: int = _must(_integer(1))
-    parts: dict[str, Array] = _must(_tensors)
-    tier: str | None = _must(_optional(_text(128)), None)
-    base: int = _must(_integer(0, MAX_BASES - 1), 0)
-    robustness: float = _must(_number, 0.0)
+    request: int = checked(checks.integer(1))
+    parts: dict[str, Array] = checked(checks.tensors)
+    tier: str | None = checked(checks.optional(checks.text(128)), None)
+    base: int = checked(checks.integer(0, MAX_BASES - 1), 0)
+    robustness: float = checked(checks.number, 0.0)
 
 
 @dataclass(frozen=True)
@@ -307,7 +211,7 @@ class Bye(Message):
     """The device leaves for good; its session ends."""
 
     TYPE = "bye"
-    reason: str = _must(_text())
+    reason: str = checked(checks.text())
 
 
 # --- hub -> device ------------------------------------------------------------------------------
@@ -315,58 +219,78 @@ class Bye(Message):
 
 @dataclass(frozen=True)
 class Welcome(Message):
-    """Answer to ``hello``. ``resumed`` says whether the session of the hello goes on.
+    """Answer to ``hello``.
 
-    ``state`` is the tier's present state, or nil while it is the bundle's initial one. Of several
-    base networks ``bases`` has the present states, by number, those that answer best first.
+    Attributes:
+        version: protocol version.
+        device: name of the device at the hub.
+        tier: its tier.
+        session: the session, to be named in a later ``hello``.
+        resumed: whether the session of the ``hello`` goes on; else this is a new one.
+        last_seq: every number up to this one that came from the device is settled.
+        manifest: sha256 of the manifest of the tier's bundle.
+        window: how many messages each side may leave unsettled.
+        max_frame: bytes of the largest frame that the hub takes.
+        state: sha256 of the tier's present state; None while it is the bundle's initial one.
+        bases: sha256 of the present state of each base network by number, best first; None for a
+            single model.
     """
 
     TYPE = "welcome"
     RELIABLE = False
-    version: int = _must(_integer(0, 1_000_000))
-    device: str = _must(_text(128))
-    tier: str = _must(_text(128))
-    session: str = _must(_text(64))
-    resumed: bool = _must(_flag)
-    last_seq: int = _must(_integer())
-    manifest: str = _must(_hash)
-    window: int = _must(_integer(1))
-    max_frame: int = _must(_integer(1024))
-    state: str | None = _must(_optional(_hash), None)
-    bases: dict[str, str] | None = _must(_optional(_states), None)
+    version: int = checked(checks.integer(0, 1_000_000))
+    device: str = checked(checks.text(128))
+    tier: str = checked(checks.text(128))
+    session: str = checked(checks.text(64))
+    resumed: bool = checked(checks.flag)
+    last_seq: int = checked(checks.integer())
+    manifest: str = checked(checks.sha256)
+    window: int = checked(checks.integer(1))
+    max_frame: int = checked(checks.integer(1024))
+    state: str | None = checked(checks.optional(checks.sha256), None)
+    bases: dict[str, str] | None = checked(checks.optional(checks.states), None)
 
 
 @dataclass(frozen=True)
 class Blob(Message):
-    """A piece of a blob, from ``offset`` on; the blob has ``size`` bytes in all."""
+    """A piece of a blob, from byte ``offset`` on; the whole blob has ``size`` bytes."""
 
     TYPE = "blob"
     RELIABLE = False
-    hash: str = _must(_hash)
-    offset: int = _must(_integer())
-    size: int = _must(_integer())
-    data: bytes = _must(_data)
+    hash: str = checked(checks.sha256)
+    offset: int = checked(checks.integer())
+    size: int = checked(checks.integer())
+    data: bytes = checked(checks.data)
 
 
 @dataclass(frozen=True)
 class Round(Message):
     """Start of a round: where the state is, and how to train.
 
-    No epochs mean that activations are wanted, but no training. ``staleness`` is for returned
-    gradients: so many batches more than one may be on their way. ``bases`` are the base networks
-    that the device is to train, with their states, by number; then ``state`` is nil.
+    Attributes:
+        round: number of the round.
+        state: sha256 of the state to start from; None if ``bases`` takes its place.
+        epochs: passes over the local examples; 0 if only activations are wanted.
+        batch_size: rows of a batch.
+        hyper: hyper-parameters by name.
+        activations: when activations are sent, and what comes back for them.
+        seed: seed of the order of the examples.
+        staleness: with returned gradients, how many further batches may be in flight while the
+            device waits for a gradient.
+        bases: sha256 of the state to start from, by number of each base network that the device
+            trains; None for a single model.
     """
 
     TYPE = "round"
-    round: int = _must(_integer(1))
-    state: str | None = _must(_optional(_hash))
-    epochs: int = _must(_integer())
-    batch_size: int = _must(_integer(1))
-    hyper: dict[str, float] = _must(_numbers)
-    activations: ActivationMode = _must(_choice(*ActivationMode))
-    seed: int = _must(_integer())
-    staleness: int = _must(_integer(0, 1024), 0)
-    bases: dict[str, str] | None = _must(_optional(_states), None)
+    round: int = checked(checks.integer(1))
+    state: str | None = checked(checks.optional(checks.sha256))
+    epochs: int = checked(checks.integer())
+    batch_size: int = checked(checks.integer(1))
+    hyper: dict[str, float] = checked(checks.numbers)
+    activations: ActivationMode = checked(checks.choice(*ActivationMode))
+    seed: int = checked(checks.integer())
+    staleness: int = checked(checks.integer(0, 1024), 0)
+    bases: dict[str, str] | None = checked(checks.optional(checks.states), None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "activations", ActivationMode(self.activations))
@@ -374,68 +298,93 @@ class Round(Message):
 
 @dataclass(frozen=True)
 class Features(Message):
-    """What leaves the last block for the activations of one batch, packed as these are."""
+    """Features of one batch: the packed output of the model's last block for its activations."""
 
     TYPE = "features"
-    round: int = _must(_integer(1))
-    batch: int = _must(_integer())
-    parts: dict[str, Array] = _must(_tensors)
+    round: int = checked(checks.integer(1))
+    batch: int = checked(checks.integer())
+    parts: dict[str, Array] = checked(checks.tensors)
 
 
 @dataclass(frozen=True)
 class Gradient(Message):
-    """Packed gradient of the activations of one batch, in rounds with returned gradients.
+    """Packed gradient of a batch's mean loss with respect to its activations.
 
-    It is that of the mean loss over the batch, which is ``loss`` if it is there.
+    Attributes:
+        round: number of the round.
+        batch: number of the batch.
+        parts: the packed gradient by name, packed like the activations.
+        loss: that mean loss; None if the hub does not have the labels.
     """
 
     TYPE = "gradient"
-    round: int = _must(_integer(1))
-    batch: int = _must(_integer())
-    parts: dict[str, Array] = _must(_tensors)
-    loss: float | None = _must(_optional(_number), None)
+    round: int = checked(checks.integer(1))
+    batch: int = checked(checks.integer())
+    parts: dict[str, Array] = checked(checks.tensors)
+    loss: float | None = checked(checks.optional(checks.number), None)
 
 
 @dataclass(frozen=True)
 class Move(Message):
-    """The device is to go on with the bundle of another tier; it says ``ready`` when it can."""
+    """Asks the device to go on with the bundle of another tier; it answers with ``ready``."""
 
     TYPE = "move"
-    tier: str = _must(_text(128))
-    manifest: str = _must(_hash)
-    reason: str = _must(_text())
+    tier: str = checked(checks.text(128))
+    manifest: str = checked(checks.sha256)
+    reason: str = checked(checks.text())
 
 
 @dataclass(frozen=True)
 class Stop(Message):
-    """The job is over. ``state`` is the final state, if there is one to fetch, or ``bases`` are."""
+    """The job is over.
+
+    Attributes:
+        reason: for people to read.
+        state: sha256 of the final state; None if there is none to fetch.
+        bases: sha256 of the final state of each base network by number, best first; None for a
+            single model.
+    """
 
     TYPE = "stop"
-    reason: str = _must(_text())
-    state: str | None = _must(_optional(_hash), None)
-    bases: dict[str, str] | None = _must(_optional(_states), None)
+    reason: str = checked(checks.text())
+    state: str | None = checked(checks.optional(checks.sha256), None)
+    bases: dict[str, str] | None = checked(checks.optional(checks.states), None)
 
 
 @dataclass(frozen=True)
 class Answer(Message):
-    """The hub's half of an answer: logits (heads, batch, classes) of the heads it holds."""
+    """The hub's half of an answer.
+
+    Attributes:
+        request: the ``request`` of the ``infer``.
+        heads: names of the heads that the hub holds, the model's own last.
+        logits: their logits, float32 (heads, rows, classes), or (heads, rows, positions,
+            vocabulary).
+    """
 
     TYPE = "answer"
-    request: int = _must(_integer(1))
-    heads: list[str] = _must(_names)
-    logits: Array = _must(_tensor)
+    request: int = checked(checks.integer(1))
+    heads: list[str] = checked(checks.names)
+    logits: Array = checked(checks.tensor)
 
 
 @dataclass(frozen=True)
 class Error(Message):
-    """What was wrong. After a fatal one the sender closes the connection and ends the session."""
+    """Tells the other side what it did wrong.
+
+    Attributes:
+        code: an :class:`ErrorCode`; text if a newer peer sent one that is not known here.
+        message: for people to read.
+        fatal: whether the session is over; the sender then closes the connection.
+        field: the field or tensor that was wrong, if one was.
+    """
 
     TYPE = "error"
     RELIABLE = False
-    code: str = _must(_text(64))
-    message: str = _must(_text())
-    fatal: bool = _must(_flag)
-    field: str | None = _must(_optional(_text(512)), None)
+    code: str = checked(checks.text(64))
+    message: str = checked(checks.text())
+    fatal: bool = checked(checks.flag)
+    field: str | None = checked(checks.optional(checks.text(512)), None)
 
 
 # --- both ways ----------------------------------------------------------------------------------
@@ -443,7 +392,7 @@ class Error(Message):
 
 @dataclass(frozen=True)
 class Ack(Message):
-    """Carries an acknowledgement when nothing else is going that way."""
+    """Carries an acknowledgement when there is nothing else to send."""
 
     TYPE = "ack"
     RELIABLE = False
@@ -467,20 +416,20 @@ def from_body(kind: object, body: object) -> Message:
     cls = MESSAGES.get(kind) if isinstance(kind, str) else None
     if cls is None:
         shown = repr(kind[:64]) if isinstance(kind, str) else f"of type {type(kind).__name__}"
-        raise ProtocolError("unknown_type", f"unknown message type {shown}")
+        raise ProtocolError(ErrorCode.UNKNOWN_TYPE, f"unknown message type {shown}")
     if not isinstance(body, dict):
-        raise ProtocolError("bad_message", f"the body of {kind} must be a map")
+        raise ProtocolError(ErrorCode.BAD_MESSAGE, f"the body of {kind} must be a map")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in body:
         if name not in fields:
             shown = str(name)[:64]
-            raise ProtocolError("bad_message", f"{kind} has no field {shown!r}", shown)
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind} has no field {shown!r}", shown)
     for name, spec in fields.items():
         if name not in body:
             if spec.default is dataclasses.MISSING:
-                raise ProtocolError("bad_message", f"{kind} lacks the field {name!r}", name)
+                raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind} lacks the field {name!r}", name)
             continue
         wanted = spec.metadata["check"](body[name])
         if wanted is not None:
-            raise ProtocolError("bad_message", f"{kind}.{name} must be {wanted}", name)
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind}.{name} must be {wanted}", name)
     return cls(**body)

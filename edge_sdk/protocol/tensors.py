@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.enums import ErrorCode
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +40,9 @@ _BIN_HEADERS = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """Wire name of a numpy dtype. Raises :class:`ProtocolError` for one that may not travel."""
     if dtype.name not in DTYPES:
-        raise ProtocolError("bad_tensor", f"dtype {dtype} cannot travel; use {', '.join(DTYPES)}")
+        raise ProtocolError(
+            ErrorCode.BAD_TENSOR, f"dtype {dtype} cannot travel; use {', '.join(DTYPES)}"
+        )
     return dtype.name
 
 
@@ -71,23 +74,27 @@ def unpack_tensor(data: bytes) -> Array:
         start += 1 + struct.calcsize(size_format)
     except (ValueError, KeyError, IndexError, struct.error, msgpack.UnpackException) as error:
         raise ProtocolError(
-            "bad_tensor", "a tensor is not [dtype, shape, bytes]; see docs/protocol.md"
+            ErrorCode.BAD_TENSOR, "a tensor is not [dtype, shape, bytes]; see docs/protocol.md"
         ) from error
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise ProtocolError("bad_tensor", f"unknown tensor dtype {str(name)[:32]!r}")
+        raise ProtocolError(ErrorCode.BAD_TENSOR, f"unknown tensor dtype {str(name)[:32]!r}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ProtocolError("bad_tensor", "a tensor shape is a list of integers, none negative")
+        raise ProtocolError(
+            ErrorCode.BAD_TENSOR, "a tensor shape is a list of integers, none negative"
+        )
     if len(data) - start != size or math.prod(shape) * dtype.itemsize != size:
         raise ProtocolError(
-            "bad_tensor",
+            ErrorCode.BAD_TENSOR,
             f"a {name} tensor of shape {shape} has {math.prod(shape) * dtype.itemsize} bytes, "
             f"but {len(data) - start} came",
         )
     try:
         return np.frombuffer(data, dtype, offset=start).reshape(shape)
     except ValueError as error:  # no elements, and the other dimensions beyond what numpy can hold
-        raise ProtocolError("bad_tensor", f"a tensor cannot have the shape {shape}") from error
+        raise ProtocolError(
+            ErrorCode.BAD_TENSOR, f"a tensor cannot have the shape {shape}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,9 @@ class TensorSpec:
         """
         if array.dtype.name != self.dtype:
             raise ProtocolError(
-                "bad_tensor", f"{self.name} is {array.dtype.name}, must be {self.dtype}", self.name
+                ErrorCode.BAD_TENSOR,
+                f"{self.name} is {array.dtype.name}, must be {self.dtype}",
+                self.name,
             )
         fits = len(array.shape) == len(self.shape)
         for size, want in zip(array.shape, self.shape, strict=False):
@@ -122,7 +131,7 @@ class TensorSpec:
         if not fits:
             known = ", ".join(f"{name}={size}" for name, size in symbols.items())
             raise ProtocolError(
-                "bad_tensor",
+                ErrorCode.BAD_TENSOR,
                 f"{self.name} has shape {list(array.shape)}, must be {list(self.shape)}"
                 + (f" with {known}" if known else ""),
                 self.name,
@@ -143,8 +152,8 @@ def check_tensors(
     wanted = {spec.name: spec for spec in specs}
     for name in tensors:
         if name not in wanted:
-            raise ProtocolError("bad_tensor", f"unexpected tensor {name!r}", name)
+            raise ProtocolError(ErrorCode.BAD_TENSOR, f"unexpected tensor {name!r}", name)
     for name, spec in wanted.items():
         if name not in tensors:
-            raise ProtocolError("bad_tensor", f"tensor {name!r} is missing", name)
+            raise ProtocolError(ErrorCode.BAD_TENSOR, f"tensor {name!r} is missing", name)
         spec.check(tensors[name], symbols)

@@ -1,16 +1,26 @@
-"""Examples made hard: small changes of the inputs that raise the loss."""
+"""Adversarial examples: small changes of the inputs that raise the loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
+
+_WIRE_NAMES = {
+    "epsilon": "epsilon",
+    "step_size": "rate",
+    "steps": "steps",
+    "low": "low",
+    "high": "high",
+}
+"""Names of the fields in graphs, and after ``attack_`` in ``round.hyper``."""
 
 
 @dataclass(frozen=True)
@@ -18,21 +28,24 @@ class Attack:
     """Projected gradient ascent within a maximum norm (https://arxiv.org/abs/1706.06083).
 
     Attributes:
-        epsilon: how far a number may be from where it was.
-        rate: how far it goes in a step.
-        steps: how many there are; the first starts from a random point.
-        low: least that an input can be.
-        high: most.
+        epsilon: largest change of a number, in units of the inputs.
+        step_size: how far a number moves in one step, in units of the inputs.
+        steps: number of steps; the first starts from a random point.
+        low: smallest value of an input.
+        high: largest value of an input.
+
+    Raises:
+        ValueError: a number out of its range.
     """
 
     epsilon: float = 8 / 255
-    rate: float = 1.43 / 255
+    step_size: float = 1.43 / 255
     steps: int = 7
     low: float = 0.0
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("epsilon", "rate"):
+        for name in ("epsilon", "step_size"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
         if self.steps < 1:
@@ -41,42 +54,46 @@ class Attack:
             raise ValueError(f"low is {self.low} and high {self.high}; low must be below high")
 
     def to_hyper(self) -> dict[str, float]:
-        """As numbers by name, for a ``round`` message."""
-        return {f"attack_{name}": float(value) for name, value in vars(self).items()}
+        """The fields as numbers by their names in ``round.hyper``."""
+        return {f"attack_{wire}": float(getattr(self, n)) for n, wire in _WIRE_NAMES.items()}
 
     @classmethod
     def of(cls, hyper: Mapping[str, float]) -> Attack:
-        """What :meth:`to_hyper` has given.
+        """The inverse of :meth:`to_hyper`; hyper-parameters of other names are left aside.
 
         Raises:
-            ProtocolError: a number is missing, unknown or wrong.
+            ProtocolError: a number is missing, unknown or out of range.
         """
-        own = {n.removeprefix("attack_"): v for n, v in hyper.items() if n.startswith("attack_")}
-        wrong = own.keys() ^ {field.name for field in fields(cls)}
+        given = {n.removeprefix("attack_"): v for n, v in hyper.items() if n.startswith("attack_")}
+        wrong = given.keys() ^ set(_WIRE_NAMES.values())
         if wrong:
             name = min(wrong)
-            what = "has" if name in own else "lacks"
-            raise ProtocolError("bad_message", f"hyper {what} attack_{name}", "hyper")
+            what = "has" if name in given else "lacks"
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"hyper {what} attack_{name}", "hyper")
+        fields = {name: given[wire] for name, wire in _WIRE_NAMES.items()}
         try:
-            return cls(**own | {"steps": int(own["steps"])})  # type: ignore[arg-type]
+            return cls(**fields | {"steps": int(given["steps"])})  # type: ignore[arg-type]
         except ValueError as error:
-            raise ProtocolError("bad_message", f"hyper: attack_{error}", "hyper") from error
+            raise ProtocolError(
+                ErrorCode.BAD_MESSAGE, f"hyper: attack: {error}", "hyper"
+            ) from error
 
     def on(self, runtime: Runtime, batch: Mapping[str, Array], rng: np.random.Generator) -> Array:
-        """Inputs that are hard for the present state, of the shape of ``x``.
+        """Adversarial examples for the state that the runtime holds, shaped as ``x``.
 
         Args:
             runtime: runs the graph ``attack``.
-            batch: ``x``, ``y`` and what else the graph takes of a batch.
-            rng: of the starting point.
+            batch: ``x``, ``y`` and the graph's other inputs of a batch.
+            rng: draws the starting point.
         """
         x = batch["x"]
-        numbers = {n: np.asarray(getattr(self, n), np.float32) for n in _NUMBERS}
+        numbers = {
+            wire: np.asarray(getattr(self, name), np.float32)
+            for name, wire in _WIRE_NAMES.items()
+            if name != "steps"
+        }
         start = x + rng.uniform(-self.epsilon, self.epsilon, x.shape).astype(x.dtype)
-        hard: Array = start.clip(self.low, self.high)
+        x_adv: Array = start.clip(self.low, self.high)
         for _ in range(self.steps):
-            hard = runtime.run("attack", {**batch, **numbers, "start": hard})["x_adv"]
-        return hard
-
-
-_NUMBERS = ("epsilon", "rate", "low", "high")
+            x_adv = runtime.run("attack", {**batch, **numbers, "start": x_adv})["x_adv"]
+        return x_adv

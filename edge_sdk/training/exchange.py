@@ -1,34 +1,45 @@
-"""What goes to and fro while a device trains: activations up, gradients down."""
+"""What a device exchanges with the hub while it trains: activations up, gradients down."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from edge_sdk.protocol.messages import (
     Activations,
+    Batch,
     FeatureGradient,
     Features,
     Gradient,
     Update,
 )
 from edge_sdk.protocol.tensors import Array
-from edge_sdk.training.learner import Alone, Finished, LocalResult, Packed, Reply, Wanted
-from edge_sdk.transport.connection import Connection, Returned
+from edge_sdk.training.plan import (
+    LocalResult,
+    NoGradient,
+    Outgoing,
+    Reply,
+    ReplyRequest,
+    Training,
+    advance,
+)
+from edge_sdk.transport.connection import Connection
+from edge_sdk.transport.replies import BatchReply
 from edge_sdk.transport.session import Session
 
 PATIENCE_S = 10.0
-"""How long a device waits for a gradient that it can do without."""
+"""Seconds that a device waits for a gradient that it can do without."""
 
 
 class Exchange:
     """The batches of one round.
 
     Args:
-        connection: to the hub.
-        session: the one that the round came over.
-        number: of the round.
-        optional: whether the device can do without gradients: then it sends nothing while there is
-            no link, and once the hub has let it wait for :data:`PATIENCE_S` it goes on alone for
+        connection: connection to the hub.
+        session: the session that the round came over.
+        number: number of the round.
+        optional: whether the device can do without gradients. Then it sends nothing while there is
+            no link, and after one gradient took longer than :data:`PATIENCE_S` it trains alone for
             the rest of the round.
     """
 
@@ -39,51 +50,83 @@ class Exchange:
         self._optional, self._gave_up = optional, False
         self._unsent: set[int] = set()
 
-    async def send(self, packed: Packed | Finished) -> None:
-        """Send a batch; waits while the outbox has no room, not until it is sent."""
-        number, batch, parts = self._number, packed.batch, packed.parts
-        if isinstance(packed, Finished):
-            await self._session.send(
-                FeatureGradient(round=number, batch=batch, parts=parts, labels=packed.labels)
-            )
-            return
-        if self._optional and (self._gave_up or not self._connection.linked):
-            self._unsent.add(packed.batch)
-            return
-        await self._session.send(
-            Activations(
-                round=number,
-                batch=batch,
-                parts=parts,
-                labels=packed.labels,
-                base=packed.base,
-                noise=packed.noise,
-                present=packed.present,
-            )
-        )
+    async def run(self, training: Training) -> tuple[LocalResult, float]:
+        """Drive local training in a thread. What a step yields is sent before the next step.
 
-    async def reply(self, wanted: Wanted) -> Reply:
-        """What comes back for a batch; raises as :meth:`Connection.returned` does."""
-        kind: type[Returned] = Features if wanted.features else Gradient
-        arguments = kind, self._session, self._number, wanted.batch
-        if wanted.batch in self._unsent:
-            self._connection.check_round(self._session, self._number)
-            return Alone()
-        if not wanted.wait or self._gave_up:
-            here = self._connection.returned_now(*arguments)
-            return Alone() if here is None and self._gave_up else here
+        Returns:
+            The result, and the seconds of computing.
+
+        Raises:
+            RoundOver: the hub has begun another round, or the job is over.
+            SessionLost: the session has ended, and the round with it.
+        """
+        now = asyncio.get_running_loop().time
+        reply: Reply = None
+        computing = 0.0
+        while True:
+            started = now()
+            step = await asyncio.to_thread(advance, training, reply)
+            computing += now() - started
+            reply = None
+            if isinstance(step, LocalResult):
+                return step, computing
+            if isinstance(step, Outgoing):
+                await self.send(step)
+            elif isinstance(step, ReplyRequest):
+                reply = await self.reply(step)
+
+    async def send(self, outgoing: Outgoing) -> None:
+        """Queue a batch or a gradient; waits while the session's window is full.
+
+        Raises:
+            SessionLost: the session has ended, and the round with it.
+        """
+        place: dict[str, Any] = {"round": self._number, "batch": outgoing.number}
+        if not isinstance(outgoing.batch, Batch):
+            await self._session.send(FeatureGradient(**place, **vars(outgoing.batch)))
+        elif self._optional and (self._gave_up or not self._connection.linked):
+            self._unsent.add(outgoing.number)
+        else:
+            await self._session.send(Activations(**place, **vars(outgoing.batch)))
+
+    async def reply(self, request: ReplyRequest) -> Reply:
+        """The hub's reply for a batch.
+
+        Raises:
+            RoundOver: the hub has begun another round, or the job is over.
+            SessionLost: the session has ended, and the round with it.
+        """
+        replies = self._connection.replies
+        kind: type[BatchReply] = Features if request.features else Gradient
+        arguments = kind, self._session, self._number, request.number
+        if request.number in self._unsent:
+            replies.check_round(self._session, self._number)
+            return NoGradient()
+        if not request.wait or self._gave_up:
+            here = replies.take(*arguments)
+            return NoGradient() if here is None and self._gave_up else here
         if not self._optional:
-            return await self._connection.returned(*arguments)
+            return await replies.wait(*arguments)
         try:
             async with asyncio.timeout(PATIENCE_S):
-                return await self._connection.returned(*arguments)
+                return await replies.wait(*arguments)
         except TimeoutError:
             self._gave_up = True
-            return Alone()
+            return NoGradient()
 
 
 async def send_update(session: Session, number: int, result: LocalResult, max_frame: int) -> None:
-    """Send what was trained in messages that each stay under the frame limit."""
+    """Send what was trained, in as many messages as the frame limit needs.
+
+    Args:
+        session: the session that the round came over.
+        number: number of the round.
+        result: trained tensors and metrics.
+        max_frame: bytes of the largest frame that the hub takes.
+
+    Raises:
+        SessionLost: the session has ended, and the round with it.
+    """
     limit = max_frame - 4096 - 600 * len(result.state)
     part: dict[str, Array] = {}
     size = 0

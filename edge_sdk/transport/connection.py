@@ -12,6 +12,7 @@ from typing import Any
 
 from edge_sdk.errors import BundleError, CutlayerError, HubError, LinkClosed
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
     VERSION,
@@ -30,8 +31,10 @@ from edge_sdk.protocol.messages import (
     Stop,
     Welcome,
 )
+from edge_sdk.protocol.states import ConnectionEvent, ConnectionState, next_connection_state
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.transport.link import Link
+from edge_sdk.transport.replies import BatchReplies
 from edge_sdk.transport.session import Session, SessionLost
 
 Work = tuple[Session, Delivery]
@@ -41,13 +44,16 @@ OpenLink = Callable[[], Awaitable[Link]]
 """Opens a link to the hub, or raises :class:`LinkClosed`."""
 
 
-Returned = Gradient | Features
-"""What comes back for a batch."""
-
-
 @dataclass(frozen=True)
 class Question:
-    """What the hub is to finish an answer from; see :class:`edge_sdk.protocol.messages.Infer`."""
+    """The packed activations that the hub finishes an answer from.
+
+    Attributes:
+        parts: the packed tensors by name, as the manifest's ``packed`` lists them.
+        tier: tier of the bundle that packed them.
+        base: number of the base network; 0 for a single model.
+        robustness: weight of the noise norms above the cut, from 0 to 1.
+    """
 
     parts: dict[str, Array]
     tier: str
@@ -55,19 +61,15 @@ class Question:
     robustness: float = 0.0
 
 
-class RoundOver(CutlayerError):
-    """The hub has ended the round; no gradient will come back in it any more."""
-
-
 class Connection:
-    """Connects, says hello, resumes after a break, and joins anew when the hub has forgotten us.
+    """Connects, says hello, resumes after a break, and joins anew if the hub forgot the session.
 
     Args:
         open_link: opens a link to the hub.
         token: the device's token, which says who it is.
-        tier: the tier whose bundle it can carry; None takes the one that the hub has for it.
-        patience_s: how long to go on trying to (re)connect, in seconds.
-        memory_mb: what it can spare for training; None if it does not say.
+        tier: the tier whose bundle the device can carry; None takes the hub's choice.
+        patience_s: seconds to go on trying to (re)connect.
+        memory_mb: MB that the device can spare for training; None if it does not say.
     """
 
     def __init__(
@@ -83,18 +85,18 @@ class Connection:
         self._patience_s, self._memory_mb = patience_s, memory_mb
         # so that many devices that lost one hub do not all come back at the same moment
         self._jitter = random.Random(token)
+        self._state = ConnectionState.DISCONNECTED
         self._session: Session | None = None
         self._session_id: str | None = None
         self._welcome: Welcome | None = None
-        self._linked = asyncio.Event()
+        self._linked = asyncio.Event()  # set while linked, and for good after a failure
         self._failure: CutlayerError | None = None
         self._blob: asyncio.Future[Blob] | None = None
         self._wanted: tuple[str, int] | None = None
         self._downloading = asyncio.Lock()
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._requests = 0
-        self._returns: dict[tuple[int, int, str], asyncio.Future[Any]] = {}
-        self._round: float = 0  # the newest; infinite after the last
+        self.replies = BatchReplies()
         self._work: asyncio.Queue[Work | CutlayerError] = asyncio.Queue()
         self._keeper: asyncio.Task[None] | None = None
 
@@ -102,7 +104,7 @@ class Connection:
         """Connect, and go on reconnecting in the background.
 
         Raises:
-            HubError: the hub refused us.
+            HubError: the hub refused the device.
             LinkClosed: the hub could not be reached for ``patience_s``.
         """
         self._keeper = asyncio.create_task(self._keep_linked())
@@ -111,7 +113,7 @@ class Connection:
         return self.welcome
 
     async def renew(self) -> Welcome:
-        """Reconnect, for a welcome that says what is present now."""
+        """Reconnect, for a welcome that names the present states."""
         assert self._session is not None
         self._linked.clear()
         await self._session.unlink()
@@ -120,7 +122,7 @@ class Connection:
         return self.welcome
 
     async def close(self, reason: str) -> None:
-        """Say bye, if the hub is there to hear it, and close."""
+        """Send ``bye`` if there is a link, wait up to 5 s until it is settled, and close."""
         if self._session is not None and self._failure is None:
             with contextlib.suppress(CutlayerError, TimeoutError):
                 channel = self._session.channel
@@ -132,7 +134,18 @@ class Connection:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
+        self._enter(ConnectionEvent.BYE)
         self._fail(LinkClosed("the device was closed"))
+
+    @property
+    def state(self) -> ConnectionState:
+        """Whether the device is connected; see ``docs/protocol.md``."""
+        return self._state
+
+    @property
+    def linked(self) -> bool:
+        """Whether there is a link to the hub now."""
+        return self._state is ConnectionState.LINKED
 
     @property
     def welcome(self) -> Welcome:
@@ -141,7 +154,7 @@ class Connection:
         return self._welcome
 
     def raise_failure(self) -> None:
-        """Raise what the connection ended with, if it has ended."""
+        """Raise the error that ended the connection, if it has ended."""
         if self._failure is not None:
             raise self._failure
 
@@ -157,7 +170,7 @@ class Connection:
         """The next ``round``, ``move`` or ``stop``.
 
         Raises:
-            SessionLost: the hub has forgotten us; say ``ready`` again.
+            SessionLost: the hub has forgotten the session; send ``ready`` again.
             CutlayerError: the connection has ended.
         """
         item = await self._work.get()
@@ -165,63 +178,8 @@ class Connection:
             raise item
         return item
 
-    @property
-    def linked(self) -> bool:
-        """Whether there is a link to the hub now."""
-        return self._linked.is_set()
-
-    async def returned(
-        self, kind: type[Returned], session: Session, number: int, batch: int
-    ) -> Returned:
-        """What comes back for a batch that was sent in round ``number``.
-
-        Args:
-            kind: :class:`Gradient`, or :class:`Features`.
-            session: the one that the round came over.
-            number: the round.
-            batch: the batch.
-
-        Raises:
-            RoundOver: the hub has begun another round, or the job is over.
-            SessionLost: the session has ended, and the round with it.
-        """
-        key = (number, batch, kind.TYPE)
-        future = self._returns.setdefault(key, asyncio.get_running_loop().create_future())
-        try:
-            self.check_round(session, number)
-            message: Returned = await future
-            return message
-        finally:
-            self._returns.pop(key, None)
-
-    def returned_now(
-        self, kind: type[Returned], session: Session, number: int, batch: int
-    ) -> Returned | None:
-        """The same, if it is there already; raises as :meth:`returned` does."""
-        self.check_round(session, number)
-        future = self._returns.get((number, batch, kind.TYPE))
-        if future is None or not future.done():
-            return None
-        del self._returns[number, batch, kind.TYPE]
-        message: Returned = future.result()
-        return message
-
-    def check_round(self, session: Session, number: int) -> None:
-        """Raises as :meth:`returned` does."""
-        session.check()
-        if number < self._round:
-            raise RoundOver(f"round {number} is over")
-
-    def _end_rounds_before(self, number: float) -> None:
-        """Gradients of earlier rounds will not come, and those that have are of no use."""
-        self._round = number
-        for key in [key for key in self._returns if key[0] < number]:
-            future = self._returns.pop(key)
-            if not future.done():
-                future.set_exception(RoundOver(f"round {key[0]} is over"))
-
     async def ask(self, question: Question) -> Answer:
-        """The hub's answer to what a bundle has packed.
+        """The hub's half of an answer.
 
         Raises:
             LinkClosed: the hub restarts, or is out of reach for good.
@@ -240,7 +198,18 @@ class Connection:
             del self._answers[request]
 
     async def download(self, name: str, offset: int, append: Callable[[bytes], None]) -> None:
-        """Download a blob from ``offset`` on, piece by piece, over as many links as it takes."""
+        """Download a blob from ``offset`` on, piece by piece, over as many links as it takes.
+
+        Args:
+            name: sha256 of the blob.
+            offset: bytes that are already here.
+            append: receives each piece, in order.
+
+        Raises:
+            HubError: the hub does not have the blob.
+            BundleError: the hub sent an empty piece.
+            LinkClosed: the hub is out of reach for good.
+        """
         async with self._downloading:
             while True:
                 await self._linked.wait()
@@ -276,6 +245,7 @@ class Connection:
                     await self._serve(link)
                 finally:
                     await link.close()
+                    self._enter(ConnectionEvent.LOST)
                     self._linked.clear()
                     if self._welcome is not welcomed:
                         lost_at, delay = now(), 0.1
@@ -299,25 +269,7 @@ class Connection:
     async def _serve(self, link: Link) -> None:
         """Handshake on a fresh link, then run the session on it until it breaks."""
         old = self._session
-        settled = old.channel.settled if old is not None else 0
-        hello = Hello(
-            version=VERSION,
-            token=self._token,
-            tier=self.tier,
-            session=self._session_id,
-            last_seq=settled,
-            memory_mb=self._memory_mb,
-        )
-        await link.send(encode(hello, 0, 0))
-        try:
-            async with asyncio.timeout(10):
-                answer = decode(await link.receive()).message
-        except TimeoutError:
-            raise LinkClosed("the hub did not answer the hello in 10 s") from None
-        if isinstance(answer, Error):
-            raise HubError(answer.code, answer.message, answer.field)
-        if not isinstance(answer, Welcome):
-            raise HubError("bad_message", f"the hub answered hello with {answer.TYPE}")
+        answer = await self._shake_hands(link, old.channel.settled if old is not None else 0)
         self._welcome = answer
         if old is None or not answer.resumed:
             if old is not None:
@@ -327,6 +279,7 @@ class Connection:
             self._session_id = answer.session
         session = self._session
         assert session is not None
+        self._enter(ConnectionEvent.WELCOME)
         self._linked.set()
         try:
             await session.run(link, answer.last_seq, lambda d: self._handle(session, d))
@@ -336,13 +289,38 @@ class Connection:
             self._session = self._session_id = None  # the next hello starts over
             raise LinkClosed(str(error)) from error
 
+    async def _shake_hands(self, link: Link, settled: int) -> Welcome:
+        """Send ``hello`` and wait for ``welcome``."""
+        hello = Hello(
+            version=VERSION,
+            token=self._token,
+            tier=self.tier,
+            session=self._session_id,
+            last_seq=settled,
+            memory_mb=self._memory_mb,
+        )
+        await link.send(encode(hello, 0, 0))
+        self._enter(ConnectionEvent.HELLO)
+        try:
+            async with asyncio.timeout(10):
+                answer = decode(await link.receive()).message
+        except TimeoutError:
+            raise LinkClosed("the hub did not answer the hello in 10 s") from None
+        if isinstance(answer, Error):
+            raise HubError(answer.code, answer.message, answer.field)
+        if not isinstance(answer, Welcome):
+            raise HubError(ErrorCode.BAD_MESSAGE, f"the hub answered hello with {answer.TYPE}")
+        return answer
+
     def _handle(self, session: Session, delivery: Delivery) -> None:
         message = delivery.message
         if isinstance(message, Round | Move | Stop):
             if isinstance(message, Round):
-                self._end_rounds_before(message.round)
+                self.replies.begin_round(message.round)
+            elif isinstance(message, Move):
+                self.replies.end_round()
             else:
-                self._end_rounds_before(self._round + 1 if isinstance(message, Move) else math.inf)
+                self.replies.begin_round(math.inf)
             self._work.put_nowait((session, delivery))
         elif isinstance(message, Answer):
             future = self._answers.get(message.request)
@@ -350,16 +328,7 @@ class Connection:
                 future.set_result(message)
             session.settle(delivery.seq)
         elif isinstance(message, Gradient | Features):
-            key = (message.round, message.batch, message.TYPE)
-            if message.round < self._round:
-                session.settle(delivery.seq)
-                return
-            waiting = self._returns.get(key)
-            if waiting is None:  # it may come before anybody waits for it
-                waiting = asyncio.get_running_loop().create_future()
-                self._returns[key] = waiting
-            if not waiting.done():
-                waiting.set_result(message)
+            self.replies.deliver(message)
             session.settle(delivery.seq)
         elif isinstance(message, Blob):
             # a piece that was asked for twice, because the first took long, may come twice
@@ -375,26 +344,32 @@ class Connection:
         elif delivery.seq:
             session.settle(delivery.seq)
 
-    def _forget_session(self) -> None:
-        """Everything that waits for the old session ends."""
-        self._round = 0
-        lost = SessionLost("the hub does not know this session any more")
-        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._returns.values()]
+    def _enter(self, event: ConnectionEvent) -> None:
+        self._state = next_connection_state(self._state, event)
+
+    def _wake(self, error: CutlayerError) -> None:
+        """Everybody who waits for an answer or a reply gets ``error``."""
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self.replies.pending]
         for future in waiting:
             if not future.done():
-                future.set_exception(lost)
-        self._returns.clear()  # those that somebody waits for are theirs to see
+                future.set_exception(error)
+
+    def _forget_session(self) -> None:
+        """Everything that waits for the old session ends."""
+        lost = SessionLost("the hub does not know this session any more")
+        self._wake(lost)
+        self.replies.forget()
         while not self._work.empty():
             self._work.get_nowait()
         self._work.put_nowait(lost)
 
     def _fail(self, error: CutlayerError) -> None:
-        """Remember why the device stopped and wake everything that waits."""
+        """Remember why the connection ended and wake everything that waits."""
         if self._failure is None:
             self._failure = error
+        self._enter(ConnectionEvent.FATAL)
         self._linked.set()
-        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._returns.values()]
-        for future in (self._blob, *waiting):
-            if future is not None and not future.done():
-                future.set_exception(error)
+        self._wake(error)
+        if self._blob is not None and not self._blob.done():
+            self._blob.set_exception(error)
         self._work.put_nowait(error)

@@ -11,10 +11,10 @@ from edge_sdk.transport.connection import Connection
 
 
 class Downloader:
-    """Fetches what a device needs; everything is verified by its hash.
+    """Fetches blobs and states. Everything is verified by its sha256.
 
     Args:
-        connection: to the hub.
+        connection: connection to the hub.
         store: the device's cache.
     """
 
@@ -22,7 +22,14 @@ class Downloader:
         self._connection, self._store = connection, store
 
     async def blob(self, name: str) -> bytes:
-        """A blob of a bundle, from the cache or downloaded into it, resumed if broken off."""
+        """A blob of a bundle, from the cache or downloaded into it.
+
+        A download that broke off before goes on where it stopped.
+
+        Raises:
+            HubError: the hub does not have the blob.
+            BundleError: the downloaded bytes do not match the name.
+        """
         if name in self._store:
             try:
                 return self._store.read(name)
@@ -39,9 +46,10 @@ class Downloader:
             return self._store.finish(name)
 
     async def state(self, name: str) -> bytes:
-        """The state of a round; kept in memory, since every round has another.
+        """A state, from the cache or downloaded into memory; raises as :meth:`blob` does.
 
-        The first round's is that of the bundle, which is here already.
+        States are not cached, since every round has another. That of the first round is a blob of
+        the bundle.
         """
         if name in self._store:
             return self._store.read(name)
@@ -50,7 +58,7 @@ class Downloader:
         return verify_blob(name, bytes(buffer))
 
     async def start_of(self, task: Round) -> dict[int | None, dict[str, Array]]:
-        """What a round starts from: the state of each base network, or of the model under None."""
+        """The states that a round starts from: by base network, or of a single model under None."""
         if task.bases is None:
             assert task.state is not None
             return {None: unpack_tensors(await self.state(task.state))}

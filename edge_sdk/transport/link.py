@@ -10,6 +10,7 @@ from websockets.asyncio.connection import Connection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
 from edge_sdk.errors import ConfigError, LinkClosed
+from edge_sdk.protocol.enums import CloseCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import SUBPROTOCOL
 
@@ -46,7 +47,7 @@ class WebSocketLink:
             raise LinkClosed(f"the connection closed: {error}") from error
 
     async def close(self) -> None:
-        await self._connection.close()
+        await self._connection.close(CloseCode.NORMAL)
 
 
 async def open_websocket(url: str, max_frame: int = DEFAULT_MAX_FRAME) -> WebSocketLink:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable
 
 from edge_sdk.errors import CutlayerError, LinkClosed, ProtocolError
 from edge_sdk.protocol.channel import Channel, Delivery, SequenceGap
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, kind_of
 from edge_sdk.protocol.messages import Ack, Error, Message
+from edge_sdk.protocol.states import SessionState, SessionTracker
 from edge_sdk.transport.link import Link
 
+log = logging.getLogger("cutlayer.session")
+
 Count = Callable[[str, int, int], None]
-"""Told of every frame: message type, bytes received, bytes sent."""
+"""Called for every frame with its message type, the bytes received and the bytes sent."""
 
 
 class SessionLost(CutlayerError):
@@ -29,7 +34,7 @@ class Session:
 
     Args:
         channel: the channel that goes over the links.
-        count: told of every frame, to account for traffic.
+        count: called for every frame, to account for traffic.
     """
 
     def __init__(self, channel: Channel, count: Count = lambda kind, up, down: None) -> None:
@@ -43,6 +48,12 @@ class Session:
         self._closing: asyncio.Task[None] | None = None
         self._ack_due = False
         self._lost: str | None = None
+        self._tracker = SessionTracker()
+
+    @property
+    def state(self) -> SessionState:
+        """What the device does in this session, by the messages that this end has seen."""
+        return self._tracker.state
 
     @property
     def linked(self) -> bool:
@@ -61,9 +72,10 @@ class Session:
         self.check()
         if message.RELIABLE and self.channel.full:
             raise ProtocolError(
-                "window_exceeded", f"{self.channel.window} messages wait to be acknowledged"
+                ErrorCode.WINDOW_EXCEEDED, f"{self.channel.window} messages wait to be acknowledged"
             )
         frame = self.channel.send(message)
+        self._follow(message)
         if self._link is not None:
             self._frames.append(frame)
             self._ack_due = False  # the frame carries it
@@ -84,7 +96,7 @@ class Session:
             self.post(message)
 
     def settle(self, seq: int) -> None:
-        """Say that a delivered message has had its effect; the peer is told."""
+        """Say that a delivered message has had its effect; an acknowledgement goes to the peer."""
         if self.channel.settle(seq) and self._link is not None:
             self._ack_due = True
             self._wake.set()
@@ -92,6 +104,7 @@ class Session:
     async def lose(self, reason: str) -> None:
         """End the session: waiting senders get :class:`SessionLost`."""
         self._lost = reason
+        self._tracker.end()
         await self._notify()
         await self.unlink()
 
@@ -113,7 +126,7 @@ class Session:
 
         Raises:
             LinkClosed: the link ended, or lost frames, or another one took its place.
-            ProtocolError: the peer broke the protocol; it was told so, and the link is closed.
+            ProtocolError: the peer broke the protocol; an ``error`` was sent and the link closed.
         """
         if self._link is not None:  # the peer came back before we saw the old link break
             if self._writer is not None:
@@ -138,14 +151,15 @@ class Session:
                 delivery = self.channel.accept(frame)
                 await self._notify()
                 if delivery is not None:
+                    self._follow(delivery.message)
                     handle(delivery)
-        except SequenceGap as error:  # this link is of no more use; the session is
+        except SequenceGap as error:  # the session can go on over another link
             writer.cancel()
-            await self.tell(link, error, fatal=False)
+            await self._send_error(link, error)
             raise LinkClosed(str(error)) from error
         except ProtocolError as error:
             writer.cancel()
-            await self.tell(link, error, fatal=True)
+            await self._send_error(link, error)
             raise
         finally:
             writer.cancel()
@@ -154,9 +168,15 @@ class Session:
                 self._frames.clear()
             await link.close()
 
-    async def tell(self, link: Link, error: ProtocolError, fatal: bool) -> None:
-        """Tell the peer directly what it did wrong, past everything that is queued."""
-        message = Error(code=error.code, message=str(error)[:4096], fatal=fatal, field=error.field)
+    def _follow(self, message: Message) -> None:
+        if not self._tracker.follow(message):
+            log.debug("%s has no place in the state %s", message.TYPE, self.state)
+
+    async def _send_error(self, link: Link, error: ProtocolError) -> None:
+        """Send what the peer did wrong, past everything that is queued."""
+        message = Error(
+            code=error.code, message=str(error)[:4096], fatal=error.code.is_fatal, field=error.field
+        )
         with contextlib.suppress(CutlayerError, TimeoutError):  # gone already is as good
             await asyncio.wait_for(link.send(self.channel.send(message)), 5)
 

@@ -45,7 +45,7 @@ from server_hub.storage.run_folder import RoundRecord, RunFolder
 from server_hub.trunk.adversarial import hard_examples
 
 MIX_DEVICE = "server_hub.demo.mix_device"
-ATTACK = Attack(epsilon=0.1, rate=0.025, steps=7)
+ATTACK = Attack(epsilon=0.1, step_size=0.025, steps=7)
 """Pixels are from 0 to 1."""
 
 MIXED = (1, 2, 4, 8)
@@ -82,7 +82,7 @@ hyper = {{ lr = {lr}, momentum = 0.9 }}
 
 [mix]
 robustness = 0.5
-attack = {{ epsilon = {epsilon}, rate = {rate}, steps = {steps} }}
+attack = {{ epsilon = {epsilon}, step_size = {step_size}, steps = {steps} }}
 budgets = {{ {budgets} }}
 """
 
@@ -227,7 +227,7 @@ def _federate(
             lr=demo.lr,
             budgets=", ".join(f"{tier} = {budget}" for tier, budget in BUDGETS.items()),
             epsilon=ATTACK.epsilon,
-            rate=ATTACK.rate,
+            step_size=ATTACK.step_size,
             steps=ATTACK.steps,
         )
     )

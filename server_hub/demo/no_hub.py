@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
-from edge_sdk.inference.prediction import softmax
+from edge_sdk.inference.metrics import softmax
+from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import Learner, LocalPlan
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import LocalPlan
 from export.optimizers import check_hyper
 from export.split import SplitModel
 from server_hub.aggregation.layer_store import LayerCopy, LayerStore, split_by_layer
@@ -55,7 +57,7 @@ def federated_averaging(
         full["lr"] *= learning_rate_factor("cosine", number, rounds)
         copies = []
         for order, data in enumerate(local):
-            plan = LocalPlan(1, batch_size, full, "none", number * 1_000_003 + order)
+            plan = LocalPlan(1, batch_size, full, ActivationMode.NONE, number * 1_000_003 + order)
             result = learner.train(store.state(), data, plan, lambda *_: None)
             copies += [
                 LayerCopy(layer, tensors, result.samples, f"device {order}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Blob, BlobGet, Error
 
 
@@ -60,7 +61,7 @@ class BlobServer:
         data = now.get(wanted.hash) or before.get(wanted.hash) or self._bundle_blob(wanted.hash)
         if data is None or wanted.offset > len(data):
             what = "the blob is not here" if data is None else "the offset is beyond the blob"
-            return Error(code="unknown_blob", message=what, fatal=False, field="hash")
+            return Error(code=ErrorCode.UNKNOWN_BLOB, message=what, fatal=False, field="hash")
         piece = data[wanted.offset : wanted.offset + self._piece]
         return Blob(hash=wanted.hash, offset=wanted.offset, size=len(data), data=piece)
 

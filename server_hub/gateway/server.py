@@ -13,6 +13,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import ConfigError, CutlayerError, LinkClosed, ProtocolError
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
@@ -114,7 +115,9 @@ class Gateway:
     async def serve_link(self, link: Link, origin: str = "memory") -> None:
         """Serve one link from its hello to its end."""
         if self._links >= self._limits.connections:
-            await _refuse(link, ProtocolError("busy", "the hub has no connections left; try later"))
+            await _refuse(
+                link, ProtocolError(ErrorCode.BUSY, "the hub has no connections left; try later")
+            )
             return
         self._links += 1
         try:
@@ -164,19 +167,21 @@ class Gateway:
                 data = await link.receive()
         except TimeoutError:
             raise ProtocolError(
-                "bad_message", f"no hello within {self._limits.hello_s:g} s"
+                ErrorCode.BAD_MESSAGE, f"no hello within {self._limits.hello_s:g} s"
             ) from None
         message = decode(data, self._limits.max_frame).message
         self.traffic.count(message.TYPE, len(data), 0)
         if not isinstance(message, Hello):
-            raise ProtocolError("bad_message", f"the first frame is {message.TYPE}, must be hello")
+            raise ProtocolError(
+                ErrorCode.BAD_MESSAGE, f"the first frame is {message.TYPE}, must be hello"
+            )
         return message
 
     async def _admit(self, hello: Hello) -> tuple[Peer, bool]:
         """The session for a hello, and whether it is the one that the device had."""
         if hello.version != VERSION:
             raise ProtocolError(
-                "unsupported_version",
+                ErrorCode.UNSUPPORTED_VERSION,
                 f"protocol version {hello.version} is not spoken here, version {VERSION} is",
                 "version",
             )
@@ -191,7 +196,9 @@ class Gateway:
         if old is not None:
             if old.session.linked and hello.session != old.session_id:
                 # a device that crashed is not there to hear it; a second one with its token is
-                taken = ProtocolError("replaced", f"another connection came with {device}'s token")
+                taken = ProtocolError(
+                    ErrorCode.REPLACED, f"another connection came with {device}'s token"
+                )
                 await self.refuse(old, taken)
             else:
                 await self.end(old, "the device started over")
@@ -208,18 +215,24 @@ class Gateway:
             issued = self._tokens.tier_of(device) if device and not hello.tier else None
         except ConfigError as error:
             log.error("the token file cannot be used: %s", error)
-            raise ProtocolError("internal", "the hub cannot check tokens now; try later") from error
+            raise ProtocolError(
+                ErrorCode.INTERNAL, "the hub cannot check tokens now; try later"
+            ) from error
         if device is None:
-            raise ProtocolError("bad_token", "the token is no device's", "token")
+            raise ProtocolError(ErrorCode.BAD_TOKEN, "the token is no device's", "token")
         tier = hello.tier or self._moved(device, issued, hello.memory_mb) or issued
         known = ", ".join(sorted(self._manifests))
         if tier is None:
             raise ProtocolError(
-                "unknown_tier", f"{device}'s token is for no tier; say one of {known}", "tier"
+                ErrorCode.UNKNOWN_TIER,
+                f"{device}'s token is for no tier; say one of {known}",
+                "tier",
             )
         if tier not in self._manifests:
             raise ProtocolError(
-                "unknown_tier", f"there is no tier {tier!r} for {device}; there are {known}", "tier"
+                ErrorCode.UNKNOWN_TIER,
+                f"there is no tier {tier!r} for {device}; there are {known}",
+                "tier",
             )
         return device, tier
 

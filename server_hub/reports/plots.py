@@ -13,11 +13,12 @@ import numpy as np
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.protocol.tensors import Array
+from server_hub.methods.registry import simulated_methods
 from server_hub.reports.tables import LABELS, scale_of
 from server_hub.storage.run_folder import RoundRecord
 
 if TYPE_CHECKING:
-    from edge_sdk.inference.prediction import Metric
+    from edge_sdk.inference.metrics import Metric
     from server_hub.simulation.results import Point, Runs, Score
 
 WRITTEN = 24
@@ -128,7 +129,7 @@ def _draw_curves(
     from server_hub.reports.tables import scale_of, shown
 
     factor, name = scale_of(metric)
-    styles = dict(zip(RECIPES, cycle(LINES), strict=False))
+    styles = dict(zip(simulated_methods(), cycle(LINES), strict=False))
     scales = (("round", "round"), ("megabytes", "traffic of all devices, up and down (MB)"),
               ("seconds", "virtual time (s)"))  # fmt: skip
     for axis, (scale, label) in zip(axes, scales, strict=True):

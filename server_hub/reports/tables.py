@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from edge_sdk.inference.prediction import Metric as Metric
+from edge_sdk.inference.metrics import Metric as Metric
 from server_hub.storage.run_folder import RoundRecord
 
 PATHS = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Answer, Infer
 from export.split import NoHead, SplitModel
 from server_hub.concurrency import BackgroundTasks, Effect
@@ -47,13 +48,15 @@ class Answers:
         """
         manifest = self._manifests.get(message.tier or peer.tier)
         if manifest is None:
-            raise ProtocolError("unknown_tier", f"there is no tier {message.tier!r}", "tier")
+            raise ProtocolError(
+                ErrorCode.UNKNOWN_TIER, f"there is no tier {message.tier!r}", "tier"
+            )
         sizes = check_packed(message.parts, manifest)
         heads = [f"aux.{depth}" for depth in self._model.head_depths if depth > manifest.cut]
         if not isinstance(self._model.head, NoHead):
             heads.append("head")
         if not heads:
-            raise ProtocolError("bad_message", "all of the model is on the device", "tier")
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, "all of the model is on the device", "tier")
         self._check_options(message)
         check_answer(sizes, len(heads), manifest.classes)
         query = Query(manifest.cut, manifest.codec, message.parts, message.base, message.robustness)
@@ -73,9 +76,11 @@ class Answers:
         bases = max(len(self._method.aggregation.order), 1)
         if message.base >= bases:
             raise ProtocolError(
-                "bad_message", f"there is no base {message.base}; there are {bases}", "base"
+                ErrorCode.BAD_MESSAGE, f"there is no base {message.base}; there are {bases}", "base"
             )
         if not 0 <= message.robustness <= 1:
             raise ProtocolError(
-                "bad_message", f"robustness is {message.robustness:g}, not in 0 to 1", "robustness"
+                ErrorCode.BAD_MESSAGE,
+                f"robustness is {message.robustness:g}, not in 0 to 1",
+                "robustness",
             )

@@ -15,6 +15,7 @@ from typing import Any
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Move, Ready
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.concurrency import Changes
@@ -160,7 +161,7 @@ class CutMoves:
         if message.tier is not None and message.tier != peer.tier:
             if message.tier != asked:
                 raise ProtocolError(
-                    "unknown_tier",
+                    ErrorCode.UNKNOWN_TIER,
                     f"{device} says that it has the bundle of {message.tier!r}; "
                     f"it is of tier {peer.tier!r}",
                     "tier",

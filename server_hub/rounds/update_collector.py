@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from edge_sdk.bundle.manifest import Manifest, tensor_of
 from edge_sdk.errors import ProtocolError
-from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.enums import ActivationMode, ErrorCode
 from edge_sdk.protocol.messages import (
     Activations,
     Batch,
@@ -113,7 +113,9 @@ class UpdateCollector:
         plan = member.plan
         if plan.activations is ActivationMode.NONE:
             raise ProtocolError(
-                "bad_message", "no activations are wanted of this tier in this round", "parts"
+                ErrorCode.BAD_MESSAGE,
+                "no activations are wanted of this tier in this round",
+                "parts",
             )
         sizes = check_packed(message.parts, manifest)
         u_shaped = plan.activations is ActivationMode.U_SHAPED
@@ -133,7 +135,7 @@ class UpdateCollector:
             return self._batcher.put(self._pending(peer, message, step_input))
         if len(member.features) >= self._window:
             raise ProtocolError(
-                "bad_message",
+                ErrorCode.BAD_MESSAGE,
                 f"{len(member.features)} batches are without the gradient of their features; "
                 "send these first",
                 "batch",
@@ -171,7 +173,7 @@ class UpdateCollector:
         kept = self._members[peer.device].features.pop(message.batch, None)
         if kept is None:
             raise ProtocolError(
-                "bad_message", f"there are no features of a batch {message.batch}", "batch"
+                ErrorCode.BAD_MESSAGE, f"there are no features of a batch {message.batch}", "batch"
             )
         step_input, sizes = kept
         check_features(message.parts, message.labels, sizes, self._manifests[peer.tier])

@@ -11,6 +11,7 @@ import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import Batch, Update
 from edge_sdk.protocol.tensors import Array, State, TensorSpec, check_tensors
@@ -31,7 +32,7 @@ def check_packed(parts: Mapping[str, Array], manifest: Manifest) -> dict[str, in
     longest = min(manifest.limits.get("seq", MAX_POSITIONS), MAX_POSITIONS)
     if symbols.get("seq", 0) > longest:
         raise ProtocolError(
-            "bad_tensor",
+            ErrorCode.BAD_TENSOR,
             f"texts of {symbols['seq']} positions; they may have {longest} at most",
             "parts",
         )
@@ -52,7 +53,7 @@ def check_features(
     check_tensors(dict(parts), manifest.features, dict(sizes))
     most = sizes["batch"] * sizes.get("seq", 1)
     if labels > most:
-        raise ProtocolError("bad_labels", f"{labels} labels for {most} answers", "labels")
+        raise ProtocolError(ErrorCode.BAD_LABELS, f"{labels} labels for {most} answers", "labels")
 
 
 def check_labels(
@@ -74,27 +75,27 @@ def check_labels(
             if on_device
             else "labels are missing; the hub trains the head in this round"
         )
-        raise ProtocolError("bad_labels", what, "labels")
+        raise ProtocolError(ErrorCode.BAD_LABELS, what, "labels")
     if labels is None:
         return
     tokens = manifest.task == "tokens"
     shape = (sizes["batch"], sizes["seq"]) if tokens else (sizes["batch"],)
     if labels.dtype != np.int64 or labels.shape != shape:
         raise ProtocolError(
-            "bad_labels",
+            ErrorCode.BAD_LABELS,
             f"labels are {labels.dtype} {list(labels.shape)}, must be int64 {list(shape)}",
             "labels",
         )
     lowest, highest = (-1 if tokens else 0), manifest.classes - 1
     if labels.min() < lowest or labels.max() > highest:
         raise ProtocolError(
-            "bad_labels",
+            ErrorCode.BAD_LABELS,
             f"labels reach from {labels.min()} to {labels.max()}, "
             f"must be from {lowest} to {highest}",
             "labels",
         )
     if labels.max() < 0:
-        raise ProtocolError("bad_labels", "no label counts: all are -1", "labels")
+        raise ProtocolError(ErrorCode.BAD_LABELS, "no label counts: all are -1", "labels")
 
 
 def check_base_network(batch: Batch, plan: DevicePlan, manifest: Manifest) -> None:
@@ -108,18 +109,22 @@ def check_base_network(batch: Batch, plan: DevicePlan, manifest: Manifest) -> No
     if plan.bases is None:
         if batch.base or batch.noise or batch.present is not None:
             field = "base" if batch.base else "noise" if batch.noise else "present"
-            raise ProtocolError("bad_message", "the model is not one of several bases", field)
+            raise ProtocolError(
+                ErrorCode.BAD_MESSAGE, "the model is not one of several bases", field
+            )
         return
     if batch.base not in plan.bases:
         raise ProtocolError(
-            "bad_message",
+            ErrorCode.BAD_MESSAGE,
             f"activations of base {batch.base}; the device trains "
             f"{', '.join(map(str, plan.bases))} in this round",
             "base",
         )
     if batch.noise and plan.adversarial is None:
         raise ProtocolError(
-            "bad_message", "there are no adversarial examples in this tier and round", "noise"
+            ErrorCode.BAD_MESSAGE,
+            "there are no adversarial examples in this tier and round",
+            "noise",
         )
     assert batch.labels is not None
     check_present(batch.present, batch.labels, manifest)
@@ -138,14 +143,18 @@ def check_present(present: Array | None, labels: Array, manifest: Manifest) -> N
         return
     if not wanted or present is None:
         what = "is missing" if wanted else "is not for this model"
-        raise ProtocolError("bad_message", f"which classes are present {what}", "present")
+        raise ProtocolError(ErrorCode.BAD_MESSAGE, f"which classes are present {what}", "present")
     shape = (manifest.classes,)
     if present.dtype != np.float32 or present.shape != shape or not np.isin(present, (0, 1)).all():
         raise ProtocolError(
-            "bad_tensor", f"present must be float32 {list(shape)} of zeros and ones", "present"
+            ErrorCode.BAD_TENSOR,
+            f"present must be float32 {list(shape)} of zeros and ones",
+            "present",
         )
     if not present[labels].all():
-        raise ProtocolError("bad_labels", "a label is of a class that is not present", "labels")
+        raise ProtocolError(
+            ErrorCode.BAD_LABELS, "a label is of a class that is not present", "labels"
+        )
 
 
 def check_rows(rows: int, total: int, samples: int, plan: DevicePlan) -> None:
@@ -159,7 +168,7 @@ def check_rows(rows: int, total: int, samples: int, plan: DevicePlan) -> None:
     """
     if rows > plan.batch_size or total > plan.passes * samples:
         raise ProtocolError(
-            "bad_message",
+            ErrorCode.BAD_MESSAGE,
             f"{total} rows of activations in batches of {rows}; a round takes each of {samples} "
             f"examples {'once' if plan.passes == 1 else f'{plan.passes} times'}, in batches of at "
             f"most {plan.batch_size}",
@@ -178,7 +187,7 @@ def check_answer(sizes: Mapping[str, int], heads: int, classes: int) -> None:
     size = 4 * heads * sizes["batch"] * sizes.get("seq", 1) * classes
     if size > DEFAULT_MAX_FRAME - _BESIDE:
         raise ProtocolError(
-            "bad_message",
+            ErrorCode.BAD_MESSAGE,
             f"the answer would have {size} bytes; ask for fewer rows or shorter texts at a time",
             "parts",
         )
@@ -197,18 +206,18 @@ def check_update(message: Update, wanted: Sequence[TensorSpec], have: State, sam
     for name, tensor in message.tensors.items():
         if name not in specs or name in have:
             what = "is not a parameter of the tier" if name not in specs else "came twice"
-            raise ProtocolError("bad_tensor", f"tensor {name!r} {what}", name)
+            raise ProtocolError(ErrorCode.BAD_TENSOR, f"tensor {name!r} {what}", name)
         specs[name].check(tensor, {})
     try:
         check_finite(message.tensors)
     except NotFinite as error:
-        raise ProtocolError("not_finite", str(error), error.tensor) from error
+        raise ProtocolError(ErrorCode.NOT_FINITE, str(error), error.tensor) from error
     missing = [name for name in specs if name not in have and name not in message.tensors]
     if message.done and missing:
-        raise ProtocolError("bad_tensor", f"tensor {missing[0]!r} is missing", missing[0])
+        raise ProtocolError(ErrorCode.BAD_TENSOR, f"tensor {missing[0]!r} is missing", missing[0])
     if message.samples != samples:
         raise ProtocolError(
-            "bad_message",
+            ErrorCode.BAD_MESSAGE,
             f"the update counts {message.samples} samples, ready said {samples}",
             "samples",
         )

@@ -9,7 +9,7 @@ from typing import Literal
 
 from edge_sdk import config
 from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.messages import MAX_BASES
+from edge_sdk.protocol.checks import MAX_BASES
 from export.errors import ExportError
 from export.optimizers import check_hyper
 from export.writer import Tier
@@ -229,7 +229,10 @@ class Job:
 
 def check_method(name: str) -> None:
     """Raise ValueError unless there is a method called ``name``."""
-    find(name, simulated_methods())
+    try:
+        find(name, simulated_methods())
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def methods_of(text: str) -> list[str]:

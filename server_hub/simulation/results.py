@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.inference.prediction import Metric
+from edge_sdk.inference.metrics import Metric
 from server_hub.reports.tables import LABELS, best, markdown_table, shown
 from server_hub.simulation.job import Job
 from server_hub.storage.run_folder import RoundRecord

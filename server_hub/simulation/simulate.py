@@ -18,8 +18,7 @@ import torch
 from edge_sdk.bundle.index import BundleIndex, TierEntry
 from edge_sdk.bundle.manifest import Bundle, Manifest
 from edge_sdk.bundle.store import BlobStore
-from edge_sdk.inference.metrics import Tally
-from edge_sdk.inference.prediction import Metric
+from edge_sdk.inference.metrics import Metric, Tally
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
-from edge_sdk.inference.prediction import Metric as Metric
+from edge_sdk.inference.metrics import Metric as Metric
 from edge_sdk.protocol.tensors import Array
 
 METRICS = "metrics.jsonl"

@@ -47,5 +47,5 @@ def hard_examples(
         hard.requires_grad_()
         loss = cross_entropy(mixed_logits(bases, hard, robust), y, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, [hard])
-        hard = (hard.detach() + attack.rate * gradient.sign()).clamp(low, high)
+        hard = (hard.detach() + attack.step_size * gradient.sign()).clamp(low, high)
     return hard

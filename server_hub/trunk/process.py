@@ -68,7 +68,8 @@ class WorkerTrunk:
         self._arguments = (model, device, held_out, threads)
         self._arena_bytes = arena_bytes
         self._turn = asyncio.Lock()
-        self._threads = ThreadPoolExecutor(2, "trunk")  # one for calls, one for evaluations
+        self._calls = ThreadPoolExecutor(1, "trunk")
+        self._evaluations = ThreadPoolExecutor(1, "trunk-evaluation")
         self._states = StateSender()
         self._pipe: SharedMemoryPipe | None = None
         self._reports: Connection | None = None
@@ -83,7 +84,7 @@ class WorkerTrunk:
             target=_work, args=(theirs, reports, self._pipe.name, *self._arguments), name="trunk"
         )
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._threads, self._process.start)
+        await loop.run_in_executor(self._calls, self._process.start)
         theirs.close()
         reports.close()
         await self._call("hello")
@@ -120,7 +121,7 @@ class WorkerTrunk:
     ) -> EvaluationReport:
         await self._call("evaluate", lambda: (tiers, paths))
         loop = asyncio.get_running_loop()
-        failure, report = await loop.run_in_executor(self._threads, self._next_report)
+        failure, report = await loop.run_in_executor(self._evaluations, self._next_report)
         if failure is not None:
             raise TrunkFailed(f"the trunk failed in evaluate: {failure}")
         assert isinstance(report, EvaluationReport)
@@ -135,7 +136,8 @@ class WorkerTrunk:
             if self._process.is_alive():
                 self._process.kill()
                 await asyncio.to_thread(self._process.join)
-        self._threads.shutdown(wait=False)
+        self._calls.shutdown(wait=False)
+        self._evaluations.shutdown(wait=False)
         if self._pipe is not None:
             self._pipe.close()
 
@@ -148,7 +150,7 @@ class WorkerTrunk:
         """
         async with self._turn:
             future = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._exchange, command, arguments()
+                self._calls, self._exchange, command, arguments()
             )
             try:
                 failure, result = await asyncio.shield(future)

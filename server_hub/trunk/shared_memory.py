@@ -37,6 +37,7 @@ class SharedMemoryPipe:
         self._connection = connection
         self._memory = SharedMemory(name, create=name is None, size=size)
         self._owner = name is None
+        self._closed = False
         assert self._memory.buf is not None
         self._block = self._memory.buf
 
@@ -107,7 +108,10 @@ class SharedMemoryPipe:
         return fills
 
     def close(self) -> None:
-        """Close this end; the end that made the block also removes it."""
+        """Close this end; the end that made the block also removes it. Twice is as good."""
+        if self._closed:
+            return
+        self._closed = True
         self._connection.close()
         del self._block
         with contextlib.suppress(BufferError):  # an array in an exception's trace still maps it

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import methods, splitft
 from benchmarks.pages import put_between
 from edge_sdk.errors import ConfigError
-from server_hub.methods.registry import RECIPES
+from server_hub.methods.registry import simulated_methods
 from server_hub.simulation.compare import Cell
 from server_hub.simulation.job import Job, methods_of
 from server_hub.storage.run_folder import RoundRecord
@@ -92,8 +92,8 @@ def test_the_comparison_names_methods_that_there_are() -> None:
     """The eleven; language models' methods are for another benchmark."""
     names = methods_of(methods.METHODS)
     assert len(names) == 11
-    assert set(names) < set(RECIPES)
-    assert Job.read(methods.JOB).method in RECIPES
+    assert set(names) < set(simulated_methods())
+    assert Job.read(methods.JOB).method in simulated_methods()
 
 
 def test_a_page_keeps_what_is_around_the_marks(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Examples made hard: where the ascent starts, how many steps it takes, what it tells devices."""
+"""Adversarial examples: start and steps of the ascent, and what devices are told of it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.adversarial import Attack
 
+INPUTS = {"epsilon": "epsilon", "rate": "step_size", "low": "low", "high": "high"}
+"""The graph's inputs, and the fields of an attack that they are fed with."""
+
 
 class Climbing:
-    """Stands for a runtime: a step goes by the rate along a sign, as ``attack`` does."""
+    """Stands for a runtime: a step moves by the step size along a sign, as ``attack`` does."""
 
     def __init__(self, sign: float = 1.0) -> None:
         self.sign = sign
@@ -41,7 +44,7 @@ def attacks() -> st.SearchStrategy[Attack]:
     return st.builds(
         Attack,
         epsilon=positive,
-        rate=positive,
+        step_size=positive,
         steps=st.integers(1, 6),
         low=st.floats(-3, 0, width=32),
         high=st.floats(0.5, 3, width=32),
@@ -57,7 +60,7 @@ def test_it_starts_near_and_goes_on_from_where_it_was(attack: Attack, rows: int,
     x = x.clip(np.float32(attack.low), np.float32(attack.high))
     batch: dict[str, Array] = {"x": x, "y": np.arange(rows), "present": np.ones(4, np.float32)}
     runtime: Any = Climbing(rng.choice([-1.0, 1.0]))
-    hard = attack.on(runtime, batch, np.random.default_rng(seed))
+    x_adv = attack.on(runtime, batch, np.random.default_rng(seed))
     assert len(runtime.calls) == attack.steps
     start = runtime.calls[0]["start"]
     assert start.dtype == x.dtype
@@ -68,13 +71,13 @@ def test_it_starts_near_and_goes_on_from_where_it_was(attack: Attack, rows: int,
     assert start.max() <= np.float32(attack.high)
     for call in runtime.calls:
         assert all(call[name] is batch[name] for name in batch)
-        for name in ("epsilon", "rate", "low", "high"):
+        for name, field in INPUTS.items():
             assert call[name].dtype == x.dtype
             assert call[name].shape == ()
-            assert call[name] == np.float32(getattr(attack, name))
+            assert call[name] == np.float32(getattr(attack, field))
     for before, call in zip(runtime.results, runtime.calls[1:], strict=False):
         assert call["start"] is before
-    assert hard is runtime.results[-1]
+    assert x_adv is runtime.results[-1]
     assert x is batch["x"]
 
 
@@ -109,7 +112,7 @@ def test_devices_are_told_all_of_it(attack: Attack, lr: float) -> None:
     """As finite numbers with names of their own, among others; they come back as they were."""
     hyper = attack.to_hyper()
     assert all(name.startswith("attack_") and type(v) is float for name, v in hyper.items())
-    assert len(hyper) == len(asdict(attack))
+    assert {n.removeprefix("attack_") for n in hyper} == {*INPUTS, "steps"}
     told = Attack.of({"lr": lr, "robustness": 0.5, **hyper})
     assert told == attack
     assert type(told.steps) is int
@@ -118,7 +121,7 @@ def test_devices_are_told_all_of_it(attack: Attack, lr: float) -> None:
 def test_the_paper_s_settings_are_the_defaults() -> None:
     """Split-Mix: 8/255 in seven steps, pixels from 0 to 1."""
     assert asdict(Attack()) == {
-        "epsilon": 8 / 255, "rate": 1.43 / 255, "steps": 7, "low": 0.0, "high": 1.0,
+        "epsilon": 8 / 255, "step_size": 1.43 / 255, "steps": 7, "low": 0.0, "high": 1.0,
     }  # fmt: skip
 
 
@@ -128,8 +131,8 @@ def test_the_paper_s_settings_are_the_defaults() -> None:
         ({"epsilon": 0.0}, "epsilon is 0.0; it must be above 0 and finite"),
         ({"epsilon": -0.1}, "epsilon is -0.1; it must be above 0 and finite"),
         ({"epsilon": float("inf")}, "epsilon is inf; it must be above 0 and finite"),
-        ({"rate": 0.0}, "rate is 0.0; it must be above 0 and finite"),
-        ({"rate": float("nan")}, "rate is nan; it must be above 0 and finite"),
+        ({"step_size": 0.0}, "step_size is 0.0; it must be above 0 and finite"),
+        ({"step_size": float("nan")}, "step_size is nan; it must be above 0 and finite"),
         ({"steps": 0}, "steps is 0; it must be 1 or more"),
         ({"low": 1.0}, "low is 1.0 and high 1.0; low must be below high"),
         ({"high": float("nan")}, "low must be below high"),
@@ -139,8 +142,9 @@ def test_what_makes_no_sense(wrong: dict[str, Any], message: str) -> None:
     """Refused where it is written; where it is told, as what a hub has said."""
     with pytest.raises(ValueError, match=message):
         Attack(**wrong)
-    told = Attack().to_hyper() | {f"attack_{name}": value for name, value in wrong.items()}
-    with pytest.raises(ProtocolError, match="hyper: attack_") as caught:
+    wire = {"step_size": "rate"}
+    told = Attack().to_hyper() | {f"attack_{wire.get(n, n)}": v for n, v in wrong.items()}
+    with pytest.raises(ProtocolError, match=f"hyper: attack: .*{message}") as caught:
         Attack.of(told)
     assert caught.value.field == "hyper"
 

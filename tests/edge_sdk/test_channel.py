@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery, SequenceGap
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import Frame, decode, encode
 from edge_sdk.protocol.messages import Ack, Activations, BlobGet, Decline, Ready
 from edge_sdk.protocol.tensors import TENSOR_EXT, pack_tensor, unpack_tensor
@@ -188,7 +189,7 @@ class Sessions(RuleBasedStateMachine):
             return
         with pytest.raises(SequenceGap) as caught:
             side.channel.receive(data)
-        assert caught.value.code == "sequence_gap"
+        assert caught.value.code == ErrorCode.SEQUENCE_GAP
         assert to_disk(side.channel.snapshot()) == before, "a refused frame changed something"
         assert side.channel._received == received
 
@@ -377,7 +378,7 @@ def test_a_gap_is_refused_and_changes_nothing() -> None:
     first, second = a.send(message(1)), a.send(message(2))
     with pytest.raises(SequenceGap, match="reconnect") as caught:
         b.receive(second)
-    assert caught.value.code == "sequence_gap"
+    assert caught.value.code == ErrorCode.SEQUENCE_GAP
     assert pump([first, second, first, second], b) == [1, 2]
 
 
@@ -388,7 +389,7 @@ def test_more_than_the_window_is_refused() -> None:
     assert pump(frames[:2], b) == [1, 2]
     with pytest.raises(ProtocolError, match="2 messages") as caught:
         b.receive(frames[2])
-    assert caught.value.code == "window_exceeded"
+    assert caught.value.code == ErrorCode.WINDOW_EXCEEDED
     assert b.settle(1)
     assert pump(frames[2:], b) == [3]
 
@@ -416,7 +417,7 @@ def test_the_frame_limit_of_a_channel() -> None:
     channel = Channel(4, max_frame=1024)
     with pytest.raises(ProtocolError) as caught:
         channel.receive(encode(Decline(1, "x" * 1024), 1, 0))
-    assert caught.value.code == "frame_too_big"
+    assert caught.value.code == ErrorCode.FRAME_TOO_BIG
 
 
 def test_resume_sends_again_what_was_not_settled() -> None:
@@ -434,7 +435,7 @@ def test_cannot_resume_what_was_never_sent() -> None:
     a.send(message(1))
     with pytest.raises(CannotResume, match="only 1 were sent") as caught:
         a.resume(2)
-    assert caught.value.code == "cannot_resume"
+    assert caught.value.code == ErrorCode.CANNOT_RESUME
     assert a.unacked == 1
 
 

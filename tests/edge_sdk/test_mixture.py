@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from edge_sdk.bundle.manifest import Bundle, tensor_of
 from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, DataError, ProtocolError
-from edge_sdk.inference.mixture import Mixture, check_robustness
-from edge_sdk.inference.mixture import Mixture as MixConfig
-from edge_sdk.inference.prediction import softmax
-from edge_sdk.protocol.messages import Activations, Error, Infer, Message, Update, Welcome
+from edge_sdk.inference.metrics import softmax
+from edge_sdk.inference.mixture import Mixture
+from edge_sdk.protocol.messages import Activations, Batch, Error, Infer, Message, Update, Welcome
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.adversarial import Attack
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import Learner, LocalPlan, LocalResult, Packed, advance
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import LocalPlan, LocalResult, Outgoing, advance
 from edge_sdk.transport.link import open_websocket
 from export.dual_norm import robustness as noise_norms
 from export.lowering.lowered import lower
@@ -37,13 +37,12 @@ from export.writer import WEIGHTS
 from server_hub.config import HubConfig
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
-from server_hub.methods.settings import LocalTraining, MethodConfig
+from server_hub.methods.settings import LocalTraining, MethodConfig, SplitMixConfig
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
-from server_hub.trunk.step import TrunkCore
-from tests.end_to_end.test_bad_input import RawClient, raw
 from tests.lib.harness import hub_config, save_npz
 from tests.lib.mixture_models import DEPTH, Made, made, vectors
+from tests.lib.raw_client import RawClient, raw
 
 
 class Counting:
@@ -246,7 +245,7 @@ def test_robustness_takes_dual_norms() -> None:
     with pytest.raises(DataError, match="the model has no dual norms; export it with dual_norms"):
         mix.answer(vectors(1).x, 2, 0.5)
     with pytest.raises(DataError, match="no dual norms"):
-        check_robustness(1.0, export.index.manifest("whole"))
+        export.index.manifest("whole").check_robustness(1.0)
 
 
 def test_answers_may_overlap() -> None:
@@ -277,23 +276,24 @@ def plan(hyper: Mapping[str, float] | None = None, epochs: int = 2) -> LocalPlan
     return LocalPlan(epochs, 8, sgd | dict(hyper or {}), "train", 5)
 
 
-def trained(training: Any) -> tuple[LocalResult, list[Packed]]:
+def trained(training: Any) -> tuple[LocalResult, list[tuple[int, Batch]]]:
     """The result of local training, and what it sends."""
     sent = []
     while not isinstance(step := advance(training), LocalResult):
-        if isinstance(step, Packed):
-            sent.append(step)
+        if isinstance(step, Outgoing):
+            assert isinstance(step.batch, Batch)
+            sent.append((step.number, step.batch))
     return step, sent
 
 
-def same_parts(a: Packed, b: Packed) -> bool:
+def same_parts(a: Batch, b: Batch) -> bool:
     """Whether two batches hold the same numbers."""
     return a.parts.keys() == b.parts.keys() and all(
         np.array_equal(a.parts[n], b.parts[n]) for n in a.parts
     )
 
 
-ATTACK = Attack(epsilon=0.2, rate=0.1, steps=3, low=0.0, high=1.0)
+ATTACK = Attack(epsilon=0.2, step_size=0.1, steps=3, low=0.0, high=1.0)
 
 
 @pytest.mark.parametrize("tier", ["whole", "cut"])
@@ -315,21 +315,21 @@ def test_bases_are_trained_as_each_alone(tier: str, robust: float) -> None:
             assert np.array_equal(result.state[tensor_of(base, name)], tensor)
             assert not np.array_equal(tensor, state[name]) or ".noise." in name
         mine, rest = rest[: len(own)], rest[len(own) :]
-        for packed, want in zip(mine, own, strict=True):
-            assert (packed.base, packed.batch, packed.noise) == (base, want.batch, want.noise)
-            assert same_parts(packed, want)
-            assert packed.present is not None
-            assert packed.present.tolist() == [1, 0, 1]
+        for (number, batch), (want_number, want) in zip(mine, own, strict=True):
+            assert (batch.base, number, batch.noise) == (base, want_number, want.noise)
+            assert same_parts(batch, want)
+            assert batch.present is not None
+            assert batch.present.tolist() == [1, 0, 1]
     assert not rest
     hardens = tier == "whole" and robust > 0
-    assert [p.noise for p in sent] == ([False, True] if hardens else [False]) * (len(sent) // (1 + hardens))  # noqa: E501  # fmt: skip
+    assert [batch.noise for _, batch in sent] == ([False, True] if hardens else [False]) * (len(sent) // (1 + hardens))  # noqa: E501  # fmt: skip
     assert len(result.state) == 2 * len(states[0])
     for name in ("loss", "accuracy"):
         assert result.metrics[name] == pytest.approx(np.mean([m[name] for m in metrics]))
 
 
 def test_the_plan_says_how_examples_are_made_hard() -> None:
-    """Every batch: so many steps of this epsilon and rate, from the last; then trained on."""
+    """Every batch: attack steps, each from the last one's result; then it is trained on."""
     export, data = made(4), vectors(20, seed=1)
     counting = Counting(export.runtime("whole"))
     learner = Learner(export.index.manifest("whole"), counting)
@@ -354,7 +354,7 @@ def test_the_plan_says_how_examples_are_made_hard() -> None:
 
 
 def test_tiers_that_do_not_harden_take_no_notice() -> None:
-    """What the plan says of hard examples changes nothing; nor does robustness 0 elsewhere."""
+    """An attack in the plan changes nothing there; nor does robustness 0 elsewhere."""
     export, data = made(4), vectors(20, seed=1)
     told = {"robustness": 0.5, **ATTACK.to_hyper()}
     for tier, hyper in (("cut", told), ("whole", {**told, "robustness": 0.0})):
@@ -365,7 +365,8 @@ def test_tiers_that_do_not_harden_take_no_notice() -> None:
         assert set(counting.graphs) == {"train"}
         plainly, sent_plainly = trained(learner.training(state, data, plan()))
         assert all(np.array_equal(result.state[n], t) for n, t in plainly.state.items())
-        assert all(map(same_parts, sent, sent_plainly))
+        assert len(sent) == len(sent_plainly)
+        assert all(same_parts(a, b) for (_, a), (_, b) in zip(sent, sent_plainly, strict=True))
 
 
 def test_a_round_that_does_not_say_how_is_refused() -> None:
@@ -391,7 +392,7 @@ def config_of(folder: Path, export: Made, count: int = 2, **changes: Any) -> Hub
         local=LocalTraining(batch_size=8, hyper={"lr": 0.05, "momentum": 0.9}),
         held_out=save_npz(folder / "held_out.npz", vectors(60, seed=7)),
         keep_serving=True,
-        **({"mix": MixConfig(robustness=0.5, attack=ATTACK)} | changes),
+        **({"mix": SplitMixConfig(robustness=0.5, attack=ATTACK)} | changes),
     )
 
 
@@ -401,7 +402,7 @@ async def serving(config: HubConfig, export: Made) -> AsyncIterator[tuple[Hub, s
     held_out = vectors(60, seed=7)
     model = copy.deepcopy(export.bases.hub)
     model.load(config.bundles / WEIGHTS)
-    hub = Hub(config, model, LocalTrunk(TrunkCore(model, "cpu", (held_out.x, held_out.y))))
+    hub = Hub(config, model, LocalTrunk(model, "cpu", (held_out.x, held_out.y)))
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(hub.serve(ready.set_result))
     both: list[asyncio.Future[Any]] = [ready, task]
@@ -437,13 +438,13 @@ async def join(
 def fetches(device: Device) -> list[str]:
     """States that the device goes for from now on, those that the hub has not among them."""
     seen: list[str] = []
-    fetch = device._fetcher.state
+    fetch = device._downloader.state
 
     async def noting(name: str) -> bytes:
         seen.append(name)
         return await fetch(name)
 
-    device._fetcher.state = noting  # type: ignore[method-assign]
+    device._downloader.state = noting  # type: ignore[method-assign]
     return seen
 
 
@@ -491,7 +492,7 @@ def test_a_job_with_a_whole_and_a_cut_tier(tmp_path: Path) -> None:
             for base, model in zip(records[-1].order, models, strict=True):
                 for name, tensor in model.trained().items():
                     same = np.array_equal(tensor.detach(), export.bases.states[name][base])
-                    # nobody has made examples hard for the head at the cut
+                    # the head at the cut has seen no adversarial examples
                     assert same == (name.startswith("aux.1.") and ".noise." in name), name
 
             guest = await join(config, export, url, "guest", "whole")
@@ -502,8 +503,8 @@ def test_a_job_with_a_whole_and_a_cut_tier(tmp_path: Path) -> None:
                 _, whole = logits_of(models[:bases], x, 0.0)
                 assert answer.probabilities == pytest.approx(softmax(whole), abs=1e-5)
                 assert len(seen) == len(set(seen)) == fetched
-            hard = await guest.predict(x, bases=3, robustness=0.7)
-            assert hard.probabilities == pytest.approx(
+            mixed = await guest.predict(x, bases=3, robustness=0.7)
+            assert mixed.probabilities == pytest.approx(
                 softmax(logits_of(models[:3], x, 0.7)[1]), abs=1e-5
             )
 
@@ -530,7 +531,7 @@ def test_what_is_as_it_was_is_not_fetched_again(tmp_path: Path) -> None:
 
     async def job() -> None:
         budgets = {"whole": 0.25, "cut": 0.25}
-        config = config_of(tmp_path, export, count=1, mix=MixConfig(budgets=budgets))
+        config = config_of(tmp_path, export, count=1, mix=SplitMixConfig(budgets=budgets))
         x = vectors(4).x
         async with serving(config, export) as (hub, url):
             devices = [
@@ -597,7 +598,7 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     export = made(4, dual=False)
 
     async def job() -> None:
-        config = config_of(tmp_path, export, mix=MixConfig())
+        config = config_of(tmp_path, export, mix=SplitMixConfig())
         x = vectors(2).x
         async with serving(config, export) as (_, url):
             device = await join(config, export, url, "phone", "cut")
@@ -712,7 +713,7 @@ def test_a_bad_message_is_refused_and_the_job_goes_on(tmp_path: Path, case: str)
     spoiled, code, field = BAD[case]
 
     async def job() -> None:
-        mix = MixConfig(budgets={"cut": 0.5}, robustness=0.5, attack=ATTACK)
+        mix = SplitMixConfig(budgets={"cut": 0.5}, robustness=0.5, attack=ATTACK)
         config = replace(config_of(tmp_path, export, count=1, mix=mix), held_out=None)
         async with serving(config, export) as (hub, url), raw(url) as connection:
             client = RawClient(connection)

@@ -13,6 +13,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from edge_sdk.errors import ConfigError, LinkClosed, ProtocolError
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
@@ -146,7 +147,7 @@ def test_a_sender_waits_while_the_window_is_full_and_wakes_upon_an_ack() -> None
         assert sent == sides.at_b.got == [1, 2, 3]
         with pytest.raises(ProtocolError) as caught:
             sides.a.post(numbered(9))
-        assert caught.value.code == "window_exceeded"
+        assert caught.value.code == ErrorCode.WINDOW_EXCEEDED
         sides.a.post(BlobGet(HASH, 0))  # what is not reliable needs no room
         sides.b.settle(2)
         await settled_down()

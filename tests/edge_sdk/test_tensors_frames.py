@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.checks import MAX_INT, MAX_TEXT
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
-    MAX_INT,
-    MAX_TEXT,
     MESSAGES,
     Ack,
     Activations,
@@ -176,7 +176,7 @@ GOOD: list[Message] = [
     Move("large", HASH, "there is time for it"),
     Stop("finished", HASH, {"1": HASH}),
     Answer(1, ["head"], FLOAT),
-    Error("bad_frame", "no", True, "seq"),
+    Error(ErrorCode.BAD_FRAME, "no", True, "seq"),
     Ack(),
 ]
 """One valid message of each type, with no field left at its default."""
@@ -267,7 +267,7 @@ def test_a_decoded_tensor_shares_the_memory_of_its_bytes() -> None:
 def test_other_dtypes_do_not_travel(dtype: str) -> None:
     with pytest.raises(ProtocolError, match="cannot travel") as caught:
         pack_tensor(np.zeros(1, dtype))
-    assert caught.value.code == "bad_tensor"
+    assert caught.value.code == ErrorCode.BAD_TENSOR
 
 
 @pytest.mark.parametrize(
@@ -299,16 +299,16 @@ def test_bad_tensors(payload: object) -> None:
     data = msgpack.packb(payload)
     with pytest.raises(ProtocolError) as caught:
         unpack_tensor(data)
-    assert caught.value.code == "bad_tensor"
+    assert caught.value.code == ErrorCode.BAD_TENSOR
     spoiled = frame_bytes("infer", {"request": 1, "parts": {"h": msgpack.ExtType(1, data)}})
-    assert refusal(spoiled).code == "bad_tensor"
+    assert refusal(spoiled).code == ErrorCode.BAD_TENSOR
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_tensor(data: bytes) -> None:
     result = attempt(unpack_tensor, data)
     if isinstance(result, ProtocolError):
-        assert result.code == "bad_tensor"
+        assert result.code == ErrorCode.BAD_TENSOR
     else:
         assert result.nbytes <= len(data)
 
@@ -323,7 +323,7 @@ def checked(tensors: dict[str, np.ndarray], **symbols: int) -> str | None:
     error = attempt(check_tensors, tensors, SPECS, symbols)
     if error is None:
         return None
-    assert error.code == "bad_tensor"
+    assert error.code == ErrorCode.BAD_TENSOR
     assert error.field is not None
     assert error.field in str(error)
     return error.field
@@ -579,7 +579,7 @@ def test_reliable_messages_have_a_seq_and_others_none(message: Message) -> None:
 def test_a_frame_at_the_limit_and_one_over_it() -> None:
     data = encode(Blob(HASH, 0, 1000, bytes(1000)), 0, 0)
     assert decode(data, max_frame=len(data)).seq == 0
-    assert refusal(data, max_frame=len(data) - 1).code == "frame_too_big"
+    assert refusal(data, max_frame=len(data) - 1).code == ErrorCode.FRAME_TOO_BIG
 
 
 # --- bytes from anywhere ------------------------------------------------------------------------
@@ -745,7 +745,7 @@ def test_named_tensors_come_back_as_they_were(tensors: dict[str, np.ndarray]) ->
 def test_other_values_are_not_named_tensors(value: object) -> None:
     with pytest.raises(ProtocolError) as caught:
         unpack_tensors(msgpack.packb(value))
-    assert caught.value.code == "bad_tensor"
+    assert caught.value.code == ErrorCode.BAD_TENSOR
 
 
 def test_only_arrays_can_be_sent() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from edge_sdk.errors import ProtocolError
+from edge_sdk.errors import HubError, ProtocolError
+from edge_sdk.protocol.enums import CloseCode, ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME, decode, encode, pack_tensors, unpack_tensors
-from edge_sdk.protocol.messages import MESSAGES, SUBPROTOCOL, VERSION, Message
+from edge_sdk.protocol.messages import MESSAGES, SUBPROTOCOL, VERSION, Error, Message
 
 ROOT = Path(__file__).parents[2]
 SPECIFICATION = (ROOT / "docs" / "protocol.md").read_text("utf-8")
@@ -105,14 +106,30 @@ def test_every_message_is_specified_as_reliable_or_not() -> None:
 
 
 def test_every_error_code_is_specified() -> None:
-    used = set()
-    for folder in ("edge_sdk", "server_hub"):
-        for file in (ROOT / folder).rglob("*.py"):
-            pattern = (
-                r"\b(?:\w*Error|SequenceGap|CannotResume)\(\s*(?:code=)?\"([a-z]+(?:_[a-z]+)*)\""
-            )
-            used |= set(re.findall(pattern, file.read_text("utf-8")))
-    assert {code.strip("`") for code, *_ in rows(section("Errors"))} == used
+    """The table lists the codes in the enum's order, with the fatal ones marked; all are used."""
+    table = {code.strip("`"): fatal for code, _, fatal, _ in rows(section("Errors"))}
+    assert list(table.items()) == [(c.value, "yes" if c.is_fatal else "no") for c in ErrorCode]
+    text = "".join(
+        file.read_text("utf-8")
+        for folder in ("edge_sdk", "server_hub")
+        for file in (ROOT / folder).rglob("*.py")
+    )
+    for code in ErrorCode:
+        assert re.search(rf"(Error|Gap|Resume)\(\s*(code=)?ErrorCode\.{code.name}\b", text), code
+
+
+def test_a_code_that_is_not_known_stays_text() -> None:
+    """A newer peer may send one."""
+    frame = encode(Error(code="too_new", message="m", fatal=True), 0, 0)
+    message = decode(frame).message
+    assert isinstance(message, Error)
+    assert HubError(message.code, message.message).code == "too_new"
+    assert HubError("busy", "m").code is ErrorCode.BUSY
+
+
+def test_the_close_codes_are_specified() -> None:
+    found = {int(code) for code in re.findall(r"code (\d{4})", section("Transport"))}
+    assert found == set(CloseCode)
 
 
 def test_the_specification_is_of_this_version() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from edge_sdk.inference.mixture import Mixture
@@ -13,7 +12,6 @@ from server_hub.cli.mix import bundle_bases
 from server_hub.demo.mix_job import ROBUSTNESS, MixtureDemo, run_mix_demo
 
 
-@pytest.mark.slow
 def test_bases_are_trained_by_processes_and_mixed_on_a_device(tmp_path: Path) -> None:
     """Two rounds teach little; what is tested is that all of it fits together."""
     shown = io.StringIO()

@@ -41,7 +41,6 @@ def demo(
     return json.loads(json.dumps(result)), folder, told
 
 
-@pytest.mark.slow
 def test_fine_tuning_lowers_perplexity(demo: Any) -> None:
     """On texts that no device has, through the hub and in the saved model."""
     result, _, _ = demo
@@ -52,7 +51,6 @@ def test_fine_tuning_lowers_perplexity(demo: Any) -> None:
         assert value == pytest.approx(result["ppl_after"], rel=0.02)
 
 
-@pytest.mark.slow
 def test_cuts_are_those_that_the_moves_say(demo: Any) -> None:
     """From the cut of its tier on, a device's cut changes with its moves and no other way."""
     result, _, told = demo
@@ -70,7 +68,6 @@ def test_cuts_are_those_that_the_moves_say(demo: Any) -> None:
     assert sum(len(record.moves) for record in told) == len(result["moves"])
 
 
-@pytest.mark.slow
 def test_the_run_folder_and_the_json_say_what_happened(demo: Any) -> None:
     """Traffic of adapters, activations and gradients; a text that goes on; a report."""
     result, folder, told = demo

@@ -16,7 +16,12 @@ import torch
 
 from edge_sdk import DataError, Device, HubError, LinkClosed
 from edge_sdk.bundle.index import BundleIndex
-from edge_sdk.inference.prediction import softmax
+from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.inference.metrics import softmax
+from edge_sdk.protocol.frames import decode
+from edge_sdk.protocol.messages import BlobGet, Error
+from edge_sdk.runtime import Runtime, load_runtime
+from edge_sdk.transport.link import open_websocket
 from export.packing import get_codec
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
@@ -31,48 +36,9 @@ from tests.lib.harness import (
     running_hub,
     save_npz,
 )
+from tests.lib.hub_files import write_hub_toml
 from tests.lib.models import build
-
-HUB_TOML = """
-bundles = "{bundles}"
-tokens = "{tokens}"
-run = "{run}"
-held_out = "{held_out}"
-[listen]
-port = 0
-[rounds]
-count = {rounds}
-min_devices = {devices}
-deadline_s = 60
-[local]
-batch_size = 16
-hyper = {{ lr = 0.05 }}
-[trunk]
-device = "cpu"
-threads = 1
-mix_rows = 32
-hyper = {{ lr = 0.05 }}
-[limits]
-session_s = {session_s}
-"""
-
-
-def write_hub_toml(
-    folder: Path, bundles: BundleIndex, rounds: int, devices: int, session_s: float = 10.0
-) -> Path:
-    path = folder / "hub.toml"
-    path.write_text(
-        HUB_TOML.format(
-            bundles=bundles.folder,
-            tokens=folder / "tokens.toml",
-            run=folder / "run",
-            held_out=save_npz(folder / "held_out.npz", examples(100, seed=50)),
-            rounds=rounds,
-            devices=devices,
-            session_s=session_s,
-        )
-    )
-    return path
+from tests.lib.proxy import proxy
 
 
 def test_processes_train_one_model_over_websockets(tmp_path: Path, bundles: BundleIndex) -> None:
@@ -373,19 +339,25 @@ def test_a_slow_hub_slows_the_device_down(tmp_path: Path, bundles: BundleIndex) 
                 return await step(arrivals)
 
             hub.trunk.step = stuck  # type: ignore[method-assign]
-            device = await Device.connect(
-                url, token=token, tier="small", data=examples(320),
+            steps = 0
+
+            def load(bundle: Bundle, threads: int) -> Runtime:
+                runtime = load_runtime(bundle, threads)
+                run = runtime.run
+
+                def counted(graph: str, batch: Any) -> Any:
+                    nonlocal steps
+                    steps += graph == "train"
+                    return run(graph, batch)
+
+                runtime.run = counted  # type: ignore[method-assign]
+                return runtime
+
+            device = Device(
+                lambda: open_websocket(url), load, token=token, tier="small", data=examples(320),
                 cache=tmp_path / "cache",
             )  # fmt: skip
-            steps = 0
-            run = device._need_learner().runtime.run
-
-            def counted(graph: str, batch: Any) -> Any:
-                nonlocal steps
-                steps += graph == "train"
-                return run(graph, batch)
-
-            device._need_learner().runtime.run = counted  # type: ignore[method-assign]
+            await device.join()
             training = asyncio.create_task(device.train())
             await asyncio.sleep(1.5)
             # ready was settled; four batches are unsettled, the fifth waits for room
@@ -410,9 +382,9 @@ def test_a_device_that_only_predicts_has_the_present_state(
         held_out = examples(64, seed=7)
         async with running_hub(config) as (hub, url):
 
-            async def join(name: str, **more: Any) -> Device:
+            async def join(name: str, address: str = url, **more: Any) -> Device:
                 return await Device.connect(
-                    url, token=tokens.issue(name), tier="large",
+                    address, token=tokens.issue(name), tier="large",
                     cache=tmp_path / "cache", **more,
                 )  # fmt: skip
 
@@ -421,29 +393,37 @@ def test_a_device_that_only_predicts_has_the_present_state(
             async with await join("trainer", data=examples(200)) as trainer:
                 await trainer.train()
                 own = await trainer.evaluate(held_out)
-            publish, calls = hub.gateway._send_piece, []
+            asked: list[str] = []
 
-            def forget_once(peer: Any, wanted: Any) -> None:
-                calls.append(wanted.hash)
-                if len(calls) == 1:  # two rounds end before the device asks
-                    for number in range(2):
-                        hub.gateway.publish(dict.fromkeys(bundles.tiers, bytes([number])))
-                    asyncio.get_running_loop().call_soon(
-                        lambda: asyncio.ensure_future(hub.offers.publish())
-                    )
-                publish(peer, wanted)
+            def forget_once(frame: bytes) -> bytes:
+                message = decode(frame).message
+                if isinstance(message, BlobGet):
+                    asked.append(message.hash)
+                    if len(asked) == 1:  # two rounds end before the hub hears it
+                        for number in range(2):
+                            hub.gateway.publish(dict.fromkeys(bundles.tiers, bytes([number])))
+                return frame
 
-            hub.gateway._send_piece = forget_once  # type: ignore[method-assign]
-            async with await join("late") as late:
+            def republish(frame: bytes) -> bytes:
+                message = decode(frame).message
+                if isinstance(message, Error) and message.code == "unknown_blob":
+                    published.append(asyncio.ensure_future(hub.publisher.publish()))
+                return frame
+
+            published: list[asyncio.Future[None]] = []
+            async with (
+                proxy(url, forget_once, republish) as between,
+                await join("late", between) as late,
+            ):
                 assert await late.evaluate(held_out) == own
-            assert len(calls) > 1
+            assert len(asked) > 1
+            assert len(published) == 1
             assert own != first
             await before.close()
 
     asyncio.run(job())
 
 
-@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     """The demo as a user runs it: every tier's ensemble is good, and better than without a hub."""
     code, out, err = finish(

@@ -11,24 +11,16 @@ import numpy as np
 import pytest
 
 from edge_sdk.bundle.index import BundleIndex
-from edge_sdk.cli.main import main
 from edge_sdk.protocol.messages import Error
 from export.writer import Tier, export_bundles
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
-from tests.end_to_end.test_bad_input import RawClient, expect_one_sentence, good_activations, raw
+from tests.lib.commands import expect_one_sentence, refusal
 from tests.lib.harness import hub_config, running_hub
+from tests.lib.mixture_files import MODEL, tiers_toml
 from tests.lib.mixture_models import made
 from tests.lib.models import BUILD, CLASSES, IMAGE, build, example
-
-MODEL = "tests.lib.mixture_models:build_wide"
-TIERS = """
-classes = 3
-input_shape = [6]
-{more}
-[tiers.small]
-{tier}
-"""
+from tests.lib.raw_client import RawClient, good_activations, raw
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +30,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> BundleIndex:
         build(), {"small": Tier(1, runtime="torch")}, tmp_path_factory.mktemp("plain") / "bundles",
         example=example(IMAGE), classes=CLASSES, model_path=BUILD, verified=False,
     )  # fmt: skip
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The sentence that a command ends with, in this process."""
-    with pytest.raises(SystemExit) as caught:
-        main(list(arguments))
-    err = capsys.readouterr().err
-    assert caught.value.code == 2, err
-    assert "Traceback" not in err
-    (line,) = err.strip().splitlines()
-    return line
-
-
-def tiers_toml(folder: Path, more: str, tier: str = "") -> Path:
-    """A file that asks for an export of :data:`MODEL`."""
-    path = folder / "tiers.toml"
-    path.write_text(TIERS.format(more=more, tier=tier))
-    return path
 
 
 @pytest.mark.parametrize(

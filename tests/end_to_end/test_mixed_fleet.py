@@ -12,12 +12,11 @@ from safetensors.numpy import load_file
 from edge_sdk.bundle.index import BundleIndex
 from export.writer import Tier, export_bundles
 from server_hub.gateway.tokens import TokenFile
-from tests.end_to_end.test_end_to_end import write_hub_toml
 from tests.lib.harness import cutlayer, examples, finish, next_event, save_npz
+from tests.lib.hub_files import write_hub_toml
 from tests.lib.models import CLASSES, IMAGE, build_batchnorm, example
 
 
-@pytest.mark.slow
 def test_one_job_on_both_runtimes(tmp_path: Path) -> None:
     """Statistics move and are averaged, frozen layers stay, all learn; on one hub."""
     bundles: BundleIndex = export_bundles(

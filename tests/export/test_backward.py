@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,176 +12,28 @@ import transformers
 from torch import Tensor, nn
 
 from edge_sdk.bundle.index import BundleIndex
-from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
-from edge_sdk.protocol.tensors import Array, TensorSpec
+from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
-from edge_sdk.runtime.executorch import ExecutorchRuntime
-from edge_sdk.runtime.onnx import OnnxRuntime
 from export.adapters import from_transformers
 from export.dropout import SeededDropout
 from export.errors import ExportError
-from export.functional import TorchRuntime
 from export.lora import Lora, add_lora
-from export.lowering.lowered import Run, RuntimeName, lower
+from export.lowering.lowered import RuntimeName, lower
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
-from export.packing import Codec, Shape, get_codec
+from export.packing import Codec, get_codec
+from export.returned_steps import activate, backward
 from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps, Step
+from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps
+from tests.lib.codecs import Exact
 from tests.lib.models import (
     CLASSES,
-    IMAGE,
-    ConvBlock,
-    MeanHead,
-    build_batchnorm,
     conv_model,
-    example,
 )
-
-HYPER = {
-    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
-    "adamw": {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1},
-}
-WORDS = 20
-CUT = 2
-
-
-class Exact:
-    """A codec that packs float32 as it is."""
-
-    name = "float32"
-
-    def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
-        """The activations."""
-        return {"h": h.detach() + 0.0}
-
-    def unpack(self, parts: dict[str, Tensor]) -> Tensor:
-        """The same."""
-        return parts["h"]
-
-    def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
-        """One tensor."""
-        return (TensorSpec("h", "float32", shape),)
-
-    def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
-        """None at all."""
-        return torch.zeros(())
-
-
-class DropBlock(nn.Module):
-    """A convolutional block with dropout behind it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = ConvBlock(width)
-        self.drop = nn.Dropout(0.4)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Activations of the same shape."""
-        result: Tensor = self.drop(self.inner(h))
-        return result
-
-
-class DropHead(MeanHead):
-    """A head with dropout and a batch norm of its own."""
-
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__(width, classes)
-        self.norm = nn.BatchNorm2d(width)
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Logits (batch, classes)."""
-        return super().forward(self.drop(self.norm(h)))
-
-
-def dropout_model() -> SplitModel:
-    """Dropouts before the cut, between them a head that draws as well; a plain trunk."""
-    torch.manual_seed(0)
-    blocks = [DropBlock(6), DropBlock(6), ConvBlock(6)]
-    model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), blocks, MeanHead(6, CLASSES))
-    model.aux["1"] = DropHead(6, CLASSES)
-    return model
-
-
-def batchnorm_model() -> SplitModel:
-    """Batch norms and frozen layers before the cut; a trunk without dropout."""
-    model = build_batchnorm()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def lora_model() -> SplitModel:
-    """A small GPT-2 with adapters."""
-    config = transformers.GPT2Config(
-        n_embd=16, n_layer=3, n_head=2, vocab_size=WORDS, n_positions=16, bos_token_id=1,
-        eos_token_id=1, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = from_transformers(config)
-    add_lora(model, Lora(rank=3), "gpt2")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # starts at zero, where A has no gradient
-                parameter.normal_(0, 0.1)
-    return model
-
-
-def words(rows: int, seed: int = 0) -> Tensor:
-    """Token ids."""
-    return torch.randint(WORDS, (rows, 6), generator=torch.Generator().manual_seed(seed))
-
-
-def images(rows: int, seed: int = 0) -> Tensor:
-    """Small images."""
-    return example(IMAGE, rows, seed)
-
-
-MODELS: dict[str, Any] = {
-    "groupnorm": (conv_model, images, CLASSES),
-    "batchnorm": (batchnorm_model, images, CLASSES),
-    "dropout": (dropout_model, images, CLASSES),
-    "lora": (lora_model, words, WORDS),
-}
-
-
-def steps_of(kind: str, codec: Codec, optimizer: str) -> tuple[SplitModel, ClientSteps]:
-    """A model cut after its second block, with heads at both cuts."""
-    build, draw, classes = MODELS[kind]
-    model = build()
-    model.add_heads([1, CUT], draw(8), classes)
-    segment = ClientSegment(model, CUT)
-    limits = {"batch": 8} | ({"seq": 6} if kind == "lora" else {})
-    return model, ClientSteps(
-        segment, get_optimizer(optimizer), codec, draw(8), classes, limits, returned=True
-    )
-
-
-def manifest_of(steps: ClientSteps, runtime: str) -> Manifest:
-    """A manifest for graphs in memory; every graph has its own blob, ExecuTorch's have one."""
-    segment = steps.segment
-    return Manifest(
-        "test", CUT, runtime, segment.task, steps.classes, dict(steps.limits),
-        tuple(segment.heads), steps.optimizer.name, steps.codec.name, steps.packed, steps.state,
-        {
-            s.name: Graph("0" if runtime == "executorch" else s.name, s.inputs, s.outputs)
-            for s in steps.all()
-        },
-        "", (), {},
-    )  # fmt: skip
-
-
-def runtime_of(steps: ClientSteps, name: RuntimeName) -> Runtime:
-    """The steps in a runtime of the SDK."""
-    manifest = manifest_of(steps, name)
-    if name == "torch":
-        return TorchRuntime(manifest, steps)
-    files = dict(lower(name, steps.all(), {}).files)
-    bundle = Bundle(manifest, files, {n: t.numpy() for n, t in steps.initial.items()})
-    return OnnxRuntime(bundle) if name == "onnx" else ExecutorchRuntime(bundle)
+from tests.lib.returned_models import CUT, HYPER, MODELS, WORDS, images, steps_of, words
+from tests.lib.step_runtimes import runtime_of
+from tests.lib.wrong_steps import wrong
 
 
 class Uncut:
@@ -299,7 +150,7 @@ def compare(
     [
         *((kind, runtime) for kind in MODELS for runtime in ("onnx", "torch")),
         *(
-            pytest.param(kind, "executorch", marks=pytest.mark.exhaustive)
+            pytest.param(kind, "executorch", marks=pytest.mark.slow)
             for kind in ("batchnorm", "lora")
         ),
     ],
@@ -325,7 +176,7 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
     assert graphs["backward"].outputs == graphs["train"].outputs[: len(index.manifest("t").state)]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_executorch() -> None:
     """The methods of a .pte make the steps that the functions make, dropout included."""
     model, steps = steps_of("dropout", get_codec("int8"), "sgd")
@@ -352,7 +203,7 @@ def test_frozen_layers_before_the_cut() -> None:
     model.block[0].requires_grad_(False)
     segment = ClientSegment(model, CUT)
     steps = make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
-    verify(steps, steps.backward(), lower("torch", [steps.backward()], {}).run, images(8))
+    verify(steps, backward(steps), lower("torch", [backward(steps)], {}).run, images(8))
     model.block[1].requires_grad_(False)
     with pytest.raises(ExportError, match="before cut 2 every parameter is frozen"):
         make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
@@ -373,21 +224,6 @@ def test_without_returned_nothing_changes(tmp_path: Path) -> None:
     assert plain.graphs == {n: g for n, g in more.graphs.items() if n in plain.graphs}
 
 
-def wrong(name: str, run: Run) -> Run:
-    """Put out for one tensor what went in, or the other way round for those that must not move."""
-
-    def bent(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
-        outputs = run(step, feeds)
-        before = feeds[name]
-        outputs[f"next/{name}"] = before + 1 if name.startswith(REST) else before
-        return outputs
-
-    return bent
-
-
-REST = ("aux.", "momentum/aux.")
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -398,7 +234,7 @@ REST = ("aux.", "momentum/aux.")
 def test_a_wrong_backward_is_refused(name: str) -> None:
     """What does not move, or moves and must not, is named."""
     _, steps = steps_of("batchnorm", get_codec("int8"), "sgd")
-    step = steps.backward()
+    step = backward(steps)
     run = lower("torch", [step], {}).run
     verify(steps, step, run, images(8))
     with pytest.raises(ExportError, match=f"'backward' differs from eager PyTorch in next/{name}"):
@@ -410,7 +246,7 @@ def test_a_wrong_activate_is_refused() -> None:
     _, steps = steps_of("batchnorm", get_codec("fp16"), "sgd")
     with pytest.raises(ExportError, match="'activate' differs from eager PyTorch in packed"):
         verify(
-            steps, steps.activate(), lambda _, feeds: lower("torch", [], {}).run(
+            steps, activate(steps), lambda _, feeds: lower("torch", [], {}).run(
                 steps.forward(), feeds
             ), images(8),
         )  # fmt: skip

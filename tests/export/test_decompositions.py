@@ -575,7 +575,7 @@ def test_training_step_of(name: str) -> None:
     "name",
     [
         *("BatchNorm2d", "MaxPool2d", "AdaptiveAvgPool2d", "Embedding"),
-        pytest.param("GRU", marks=pytest.mark.exhaustive),
+        pytest.param("GRU", marks=pytest.mark.slow),
     ],
 )
 def test_onnx_of(name: str) -> None:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import MAX_SEED, Learner, LocalPlan
+from edge_sdk.training.learner import MAX_SEED, Learner
+from edge_sdk.training.plan import LocalPlan
 from export.dropout import PRIME, SeededDropout
 
 COUNT = 100_000

@@ -101,7 +101,7 @@ CONVS = {
 }
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(**CONVS)
 @given_example(
@@ -330,7 +330,7 @@ def draw(steps: ClientSteps, rows: int, seed: int) -> dict[str, Array]:
     return {"x": x.numpy(), "y": y.numpy(), **hyper}
 
 
-@pytest.mark.parametrize("kind", ["conv", pytest.param("text", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kind", ["conv", pytest.param("text", marks=pytest.mark.slow)])
 def test_steps(kind: str, request: pytest.FixtureRequest) -> None:
     """Several steps of several sizes give the state, loss, logits and codes that eager gives."""
     from edge_sdk.runtime.executorch import ExecutorchRuntime

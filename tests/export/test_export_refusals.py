@@ -606,31 +606,27 @@ def test_nobody_is_to_blame() -> None:
     assert exact.find_culprit(segment, x, lower_onnx.lower) is None
 
 
-def test_the_first_to_fail_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_to_fail_is_to_blame() -> None:
     """Leaves come before what they are part of; modules that are not called are left out."""
-    lowered: list[str] = []
-    names: dict[str, str] = {}
-
-    def alone(module: nn.Module, *_: Any) -> str:
-        lowered.append(names[str(id(module))])
-        return lowered[-1]
-
-    def lower(name: Any) -> bytes:
-        if name in ("block.0", "block.1.1"):
-            raise ExportError(name)
-        return b""
-
     block = nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.GELU())
     segment, x = segment_of(vectors(nn.Tanh(), block))
-    names.update({str(id(module)): name for name, module in segment.named_modules()})
-    monkeypatch.setattr(exact, "_alone", alone)
-    assert exact.find_culprit(segment, x, lower) == "block.0 is a Tanh"
-    assert lowered == ["stem", "block.0"]
-    lowered.clear()
-    segment.block[0] = nn.Identity()
-    names[str(id(segment.block[0]))] = "fine"
-    assert exact.find_culprit(segment, x, lower) == "block.1.1 is a Linear"
-    assert lowered == ["stem", "fine", "block.1.0", "block.1.1"]
+
+    def culprit(number: int) -> str | None:
+        """Who is to blame when the lowering of one step fails."""
+        steps: list[Step] = []
+
+        def lower(step: Step) -> bytes:
+            steps.append(step)
+            if len(steps) == number:
+                raise ExportError("for a test")
+            return b""
+
+        return exact.find_culprit(segment, x, lower)
+
+    found = [culprit(number) for number in range(1, 7)]
+    assert found[1] == "block.0 is a Tanh"
+    assert found[2:5] == ["block.1.0 is a ReLU", "block.1.1 is a Linear", "block.1.2 is a GELU"]
+    assert found[0] == "stem is a Linear"
 
 
 def test_without_a_culprit_the_graph_is_named(

@@ -23,9 +23,11 @@ from export.lora import Lora, adapted_modules
 from export.optimizers import get_optimizer
 from export.split import ClientSegment
 from export.steps import ClientSteps
-from server_hub.trunk.interface import Arrival, TrunkPlan
-from server_hub.trunk.step import TrunkCore
-from tests.export.test_backward import Exact, manifest_of
+from server_hub.trunk.interface import TrunkPlan
+from server_hub.trunk.step import TrunkTrainer
+from tests.lib.codecs import Exact
+from tests.lib.step_runtimes import manifest_of
+from tests.lib.trunk_models import step_input
 
 CUT, ROWS, LENGTH = 2, 2, 16
 
@@ -59,7 +61,6 @@ PARAMETERS = {"gpt2": 124_439_808, "opt-125m": 125_239_296, "gpt-neo-125m": 125_
 """What the published models have."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_split_step_of_a_real_model_is_that_of_the_uncut_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,7 +91,7 @@ def test_a_split_step_of_a_real_model_is_that_of_the_uncut_one(
     loss.backward()  # type: ignore[no-untyped-call]
     reference.step()
 
-    trunk = TrunkCore(copy.deepcopy(model, dict(frozen)), "cpu")
+    trunk = TrunkTrainer(copy.deepcopy(model, dict(frozen)), "cpu")
     model.add_heads([CUT], x, words)
     steps = ClientSteps(
         ClientSegment(model, CUT), rule, Exact(), x, words, {"seq": LENGTH}, returned=True
@@ -99,7 +100,7 @@ def test_a_split_step_of_a_real_model_is_that_of_the_uncut_one(
     given = {"x": x.numpy()}
     packed = device.run("activate", given)
     trunk.begin(before, TrunkPlan("sgd", hyper, returned=True))
-    report = trunk.step([Arrival("d", "all", CUT, "float32", packed, y.numpy())])
+    report = trunk.step([step_input("d", "all", CUT, "float32", packed, y.numpy())])
     assert report.loss == pytest.approx(loss.item(), rel=1e-6)
     (gradient,) = report.gradients
     assert gradient is not None

@@ -20,7 +20,8 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import Learner, LocalPlan
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import LocalPlan
 from export.errors import ExportError
 from export.functional import TorchRuntime
 from export.losses import local_loss
@@ -187,8 +188,8 @@ def test_local_loss(
     ("kind", "runtime"),
     [
         *((kind, runtime) for kind in ("conv", "decoder") for runtime in ("onnx", "torch")),
-        pytest.param("conv", "executorch", marks=pytest.mark.exhaustive),
-        pytest.param("decoder", "executorch", marks=pytest.mark.exhaustive),
+        pytest.param("conv", "executorch", marks=pytest.mark.slow),
+        pytest.param("decoder", "executorch", marks=pytest.mark.slow),
     ],
 )
 def test_distillation_is_exported(kind: str, runtime: RuntimeName) -> None:
@@ -232,7 +233,7 @@ class WordStem(nn.Module):
         return result
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_no_distillation_no_operators() -> None:
     """With a weight of zero, or a single head, the graph is the one without it."""
     model, x, classes = distilled("conv")

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from export.bases import split_width
-from export.dual_norm import DualNorm, noise_tensors, with_dual_norms
+from export.dual_norm import noise_tensors, with_dual_norms
 from export.errors import ExportError
 from export.functional import TorchRuntime
 from export.losses import local_loss, masked
@@ -34,7 +32,7 @@ from export.split import ClientSegment, SplitModel, statistics
 from export.steps import ClientSteps, Step, mixed_at_once
 from export.whole import without_trunk
 from export.writer import Tier, export_bundles, make_steps
-from tests.export.test_bases import gpt2
+from tests.lib.dual_norms import only, shaken, torch_runtime
 from tests.lib.models import (
     CLASSES,
     FEATURES,
@@ -46,6 +44,7 @@ from tests.lib.models import (
     text_model,
     token_model,
 )
+from tests.lib.transformers_models import gpt2
 
 WORDS = 12
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -97,16 +96,6 @@ MODELS: dict[str, tuple[Callable[[], SplitModel], Draw]] = {
     "batch norms": (batch_model, pictures),
     "vectors": (token_model, vectors),
 }
-
-
-def shaken(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Other values than all copies start from; variances stay above zero."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        n: t * (0.8 + 0.4 * torch.rand(t.shape, generator=generator))
-        + (0 if n.endswith("running_var") else 0.1 * torch.randn(t.shape, generator=generator))
-        for n, t in tensors.items()
-    }
 
 
 def steps_of(
@@ -163,24 +152,6 @@ def labels_of(there: list[int], rows: int, seed: int) -> Tensor:
     """Labels of classes that there are."""
     drawn = np.random.default_rng(seed).choice(there, rows)
     return torch.from_numpy(drawn.astype(np.int64))
-
-
-@contextmanager
-def only(module: nn.Module, copied: str) -> Iterator[None]:
-    """Put one copy of every dual norm in its place."""
-    swapped = [
-        (parent, key, child)
-        for parent in list(module.modules())
-        for key, child in parent.named_children()
-        if isinstance(child, DualNorm)
-    ]
-    for parent, key, child in swapped:
-        setattr(parent, key, getattr(child, copied))
-    try:
-        yield
-    finally:
-        for parent, key, child in swapped:
-            setattr(parent, key, child)
 
 
 def cross_entropy(logits: Tensor, y: Tensor, there: list[int]) -> Tensor:
@@ -557,18 +528,6 @@ def arrays(feeds: Mapping[str, Tensor]) -> dict[str, Array]:
     return {n: t.float().numpy() if t.is_floating_point() else t.numpy() for n, t in feeds.items()}
 
 
-def torch_runtime(
-    model: SplitModel, tier: Tier, x: Tensor, classes: int, folder: Path
-) -> tuple[TorchRuntime, ClientSteps]:
-    """The steps of a tier, as they are."""
-    tier = replace(tier, runtime="torch")
-    index = export_bundles(
-        model, {"t": tier}, folder, example=x, classes=classes, verified=False
-    )  # fmt: skip
-    steps = make_steps(ClientSegment(model, tier.cut), tier, x, classes, "sgd")
-    return TorchRuntime(index.manifest("t"), steps), steps
-
-
 class ShuffleBuffer(Protocol):
     """What runs mixtures."""
 
@@ -658,9 +617,7 @@ def conv_base() -> SplitModel:
     return without_trunk(split_width(model, 3, pictures(8)).with_dual_norms().model)
 
 
-@pytest.mark.parametrize(
-    "runtime", ["onnx", pytest.param("executorch", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("runtime", ["onnx", pytest.param("executorch", marks=pytest.mark.slow)])
 def test_a_base_is_exported(runtime: RuntimeName, tmp_path: Path) -> None:
     """Every graph on a device's runtime does what it does in PyTorch, for batches of any size."""
     model = conv_base()
@@ -736,7 +693,7 @@ def test_bases_of_a_language_model_are_mixed(tmp_path: Path) -> None:
         assert_mixes(eager, mixer, steps, 2, words(rows, rows, length), (0.0, 0.3, 1.0), 1e-4)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_base_of_a_language_model_is_exported(tmp_path: Path) -> None:
     """With all its graphs, as a bundle that opens."""
     model = without_trunk(split_width(gpt2(), 2, words(8)).with_dual_norms().model)

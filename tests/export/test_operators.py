@@ -48,8 +48,7 @@ def test_onnx(case: Case) -> None:
 def executorch_cases() -> list[Any]:
     """All cases; those that no other stands for run by default."""
     return [
-        pytest.param(case, marks=() if title(case) in USUAL else pytest.mark.exhaustive)
-        for case in CASES
+        pytest.param(case, marks=() if title(case) in USUAL else pytest.mark.slow) for case in CASES
     ]
 
 

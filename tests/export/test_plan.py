@@ -358,7 +358,7 @@ def test_quantized_inference_is_part_of_the_bundle(planner: Planner) -> None:
     assert sizes["int8"] > sizes["float32"]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_executorch() -> None:
     pytest.importorskip("executorch")
     tier = TierTable(batch=8, runtime="executorch").at(1)
@@ -395,7 +395,7 @@ examples = 10
 """
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_the_command_on_adapters(
     tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -429,7 +429,7 @@ def test_the_command_on_adapters(
     assert not out.exists()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_export_uses_the_plans_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tiers.toml").write_text(
         "classes = 10\ninput_shape = [1, 8, 8]\n"

@@ -24,7 +24,7 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, DataError
-from edge_sdk.inference.prediction import softmax
+from edge_sdk.inference.metrics import softmax
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.data import Examples
@@ -393,7 +393,7 @@ def test_sizes(runtime: RuntimeName) -> None:
     assert files[0] == files[1]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_same_bundle(tmp_path: Path) -> None:
     """Exporting twice gives the same bundle."""
     indices = [exported("text", tmp_path / str(i))[1] for i in range(2)]
@@ -475,7 +475,7 @@ def unlike(bundle: Bundle, rows: int = 3000) -> Examples:
     return Examples(x[chosen], answers["float32"][chosen])
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_accuracy_at_the_bound(tmp_path: Path) -> None:
     """One example of a hundred is a loss of 0.01, which is allowed, and no bit more."""
     _, index, _ = exported("text", tmp_path / "out")

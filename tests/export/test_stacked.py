@@ -20,8 +20,8 @@ from export.lowering.lowered import lower
 from export.split import SplitModel
 from export.stacked import over_bases
 from export.steps import Step
-from tests.export.test_bases import bert, gpt2, llama, opt, vit
 from tests.lib.models import CLASSES, AttentionBlock, MeanHead, TokenBlock, conv_model, text_model
+from tests.lib.transformers_models import bert, gpt2, llama, opt, vit
 
 WORDS = 12
 
@@ -385,7 +385,7 @@ def step_of(net: nn.Module, stacked: dict[str, Tensor], x: Tensor) -> Step:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.exhaustive)
+        pytest.param(name, marks=pytest.mark.slow)
         if name in ("bert", "opt", "vit", "gpt2") else name
         for name in NETS
     ],

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.errors import BundleError, DataError
+from edge_sdk.protocol.messages import Batch
 from edge_sdk.protocol.tensors import Array, TensorSpec, check_tensors
 from edge_sdk.runtime import load_runtime
-from edge_sdk.runtime.measure import _resident
 from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import Learner, LocalPlan
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import LocalPlan
 from export.lowering.lowered import lower as lower_all
 from export.lowering.onnx import lower
 from export.lowering.verify import verify
@@ -558,12 +559,20 @@ def test_frozen_tensors_are_in_memory_once(tmp_path: Path) -> None:
         model, {"a": Tier(1)}, tmp_path / "out", example=words(4, 0), classes=CLASSES
     )
     bundle = open_bundle(index, "a")
-    before, _ = _resident()
+    before = resident_bytes()
     runtime = OnnxRuntime(bundle)
     for graph in ("predict", "forward"):
         runtime.run(graph, {"x": words(4, 0).numpy()})
-    after, _ = _resident()
+    after = resident_bytes()
     assert after - before < bundle.constants["stem.weight"].nbytes / 2
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    (line,) = (
+        row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmRSS")
+    )
+    return 1024 * int(line.split()[1])
 
 
 def test_transposed_frozen_tensors_are_read_as_stored() -> None:
@@ -628,8 +637,9 @@ class Emitted:
     def __init__(self) -> None:
         self.batches: list[tuple[int, dict[str, Array], Array]] = []
 
-    def __call__(self, number: int, packed: dict[str, Array], y: Array) -> None:
-        self.batches.append((number, packed, y))
+    def __call__(self, number: int, batch: Batch) -> None:
+        assert batch.labels is not None
+        self.batches.append((number, batch.parts, batch.labels))
 
     def rows(self, h: Tensor) -> list[int]:
         """Which example each emitted row is of, found by its activations ``h``."""

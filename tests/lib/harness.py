@@ -22,11 +22,11 @@ from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
+from server_hub.methods.method import ALL_PATHS
 from server_hub.methods.settings import LocalTraining
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.settings import TrunkTraining
-from server_hub.trunk.step import TrunkCore
 from tests.lib.models import build
 
 
@@ -69,8 +69,10 @@ async def running_hub(config: HubConfig) -> AsyncIterator[tuple[Hub, str]]:
     held_out = examples(64, seed=7)
     model = build()
     model.load(config.bundles / WEIGHTS)
-    hub = Hub(config, model, LocalTrunk(TrunkCore(model, "cpu", (held_out.x, held_out.y))))
-    hub._evaluate = lambda: hub.trunk.evaluate(hub._tier_cuts())
+    trunk = LocalTrunk(model, "cpu", (held_out.x, held_out.y))
+    tiers = BundleIndex.read(config.bundles).tiers
+    cuts = {name: (entry.cut, entry.codec) for name, entry in tiers.items()}
+    hub = Hub(config, model, trunk, evaluate=lambda: trunk.evaluate(cuts, ALL_PATHS))
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(hub.serve(ready.set_result))
     await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)

@@ -6,17 +6,19 @@ They live in a module of their own so that a worker process can import them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from edge_sdk.protocol.messages import Batch, HeadGradient
 from edge_sdk.protocol.tensors import Array
 from export.packing import get_codec
 from export.split import SplitModel, channel_axis
-from server_hub.trunk.interface import Arrival, TrunkCopy
+from server_hub.trunk.interface import StepInput, TrunkCopy
 
 DEPTH = 4
 WIDTH = 6
@@ -133,6 +135,26 @@ def activations(model: SplitModel, rows: int, seed: int) -> tuple[Tensor, Tensor
     return h, torch.from_numpy(rng.integers(0, CLASSES, rows))
 
 
+def step_input(
+    device: str,
+    replica: str,
+    cut: int,
+    codec: str,
+    parts: Mapping[str, Array],
+    labels: Array | None,
+    weight: float = 1.0,
+    *,
+    shape: tuple[int, ...] = (),
+    head_gradient: HeadGradient | None = None,
+    **batch: Any,
+) -> StepInput:
+    """A batch on its way into a step; ``batch`` has further fields of :class:`Batch`."""
+    return StepInput(
+        device, replica, cut, codec, Batch(dict(parts), labels, **batch), weight, shape,
+        head_gradient,
+    )  # fmt: skip
+
+
 def arrival_of(
     model: SplitModel,
     cut: int,
@@ -142,20 +164,20 @@ def arrival_of(
     replica: str = "shared",
     codec: str = "int8",
     weight: float = 1.0,
-) -> Arrival:
+) -> StepInput:
     """An arrival with random activations."""
     h, labels = activations(model, rows, seed)
     packed = get_codec(codec).pack(h, channel_axis(h))
     parts = {name: part.numpy() for name, part in packed.items()}
-    return Arrival(
+    return step_input(
         device or f"device-{seed}", replica, cut, codec, parts, labels.numpy(), weight
     )  # fmt: skip
 
 
-def unpacked(arrival: Arrival) -> tuple[Tensor, Tensor]:
+def unpacked(arrival: StepInput) -> tuple[Tensor, Tensor]:
     """The activations of an arrival as the trunk sees them, and the labels."""
-    parts = {name: torch.from_numpy(part) for name, part in arrival.parts.items()}
-    return get_codec(arrival.codec).unpack(parts), torch.from_numpy(arrival.labels)
+    parts = {name: torch.from_numpy(part) for name, part in arrival.batch.parts.items()}
+    return get_codec(arrival.codec).unpack(parts), torch.from_numpy(arrival.batch.labels)
 
 
 def plain_logits(model: SplitModel, h: Tensor, cut: int) -> list[Tensor]:
@@ -175,7 +197,7 @@ def plain_row_losses(model: SplitModel, h: Tensor, labels: Tensor, cut: int) -> 
 
 
 def plain_step(
-    model: SplitModel, optimizer: torch.optim.Optimizer, arrivals: Sequence[Arrival]
+    model: SplitModel, optimizer: torch.optim.Optimizer, arrivals: Sequence[StepInput]
 ) -> float:
     """One step on the arrivals, a backward pass for each; returns the mean loss of a row."""
     rows = sum(a.rows for a in arrivals)

@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import shutil
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +30,7 @@ from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
     VERSION,
     Ack,
+    Activations,
     Gradient,
     Message,
     Move,
@@ -38,8 +41,9 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.runtime import Runtime
 from edge_sdk.training.data import Examples
-from edge_sdk.transport.connection import Connection, Question, RoundOver
+from edge_sdk.transport.connection import Connection, Question
 from edge_sdk.transport.link import Link, MemoryLink, open_websocket
+from edge_sdk.transport.replies import RoundOver
 from export import packing
 from export.functional import TorchRuntime
 from export.split import SplitModel
@@ -50,15 +54,16 @@ from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.methods.settings import LocalTraining, MethodConfig
+from server_hub.rounds import cut_moves
 from server_hub.rounds.cut_policy import Cuts, Seen, Target
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.settings import TrunkTraining
-from server_hub.trunk.step import TrunkCore
-from tests.export.test_backward import Exact
+from tests.lib.codecs import Exact
 from tests.lib.harness import cutlayer, finish, next_event, save_npz
 from tests.lib.harness import examples as images
 from tests.lib.models import CLASSES, FEATURES, MeanHead, TokenBlock
+from tests.lib.proxy import proxy
 
 HYPER = {"lr": 0.05, "momentum": 0.9}
 HASH = "0" * 64
@@ -168,8 +173,9 @@ async def running(config: HubConfig, script: Script) -> AsyncIterator[tuple[Hub,
         TokenFile(config.tokens).issue("nobody")
     model = build()
     model.load(config.bundles / WEIGHTS)
-    hub = Hub(config, model, LocalTrunk(TrunkCore(model, "cpu")))
-    hub.moves._policy = script
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cut_moves, "policy_of", lambda name: script)
+        hub = Hub(config, model, LocalTrunk(model, "cpu"))
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(hub.serve(ready.set_result))
     await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)
@@ -297,17 +303,19 @@ def test_a_gradient_for_a_round_that_is_over_is_not_applied(tmp_path: Path, expo
     """Huge gradients for the round before arrive in every round: the model is that without."""
 
     def disturb(made: Fleet) -> None:
-        hub, begin = made.hub, made.hub._feed.begin
+        hub, start = made.hub, made.hub.rounds.start
 
-        def begin_and_send(number: int, mixes: bool) -> None:
-            begin(number, mixes)
+        def start_and_send(now: float, everyone: bool) -> Any:
+            members = start(now, everyone)
+            number = hub.rounds.number
             wrong = {"h": np.full((8, 8), 1e6, np.float32)}
             loop = asyncio.get_running_loop()
             for batch in range(4) if number > 1 else ():
                 late = Gradient(number - 1, batch, wrong)
                 loop.call_soon(hub.gateway.post, hub.gateway.peers["a"], late)  # after the round
+            return members
 
-        hub._feed.begin = begin_and_send  # type: ignore[method-assign]
+        hub.rounds.start = start_and_send  # type: ignore[method-assign]
 
     _, _, want = run(one_job(tmp_path / "quiet", export, Script()))
     _, _, got = run(one_job(tmp_path / "disturbed", export, Script(), disturb))
@@ -375,7 +383,7 @@ def test_memory_of_a_tier_that_is_not_there_is_an_error(tmp_path: Path, export: 
     config = config_of(tmp_path, export, 1, cuts=Cuts(memory_mb={"tow": 50.0}))
     TokenFile(config.tokens).issue("nobody")
     with pytest.raises(ConfigError, match=r"\[cuts.memory_mb\] names the tier 'tow'; there are"):
-        Hub(config, build(), LocalTrunk(TrunkCore(build(), "cpu")))
+        Hub(config, build(), LocalTrunk(build(), "cpu"))
 
 
 @pytest.mark.parametrize("how", ["does not load", "damaged at the hub", "no room"])
@@ -421,29 +429,30 @@ def test_a_device_that_cannot_load_a_bundle_stays_where_it_is(
 def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, export: Export) -> None:
     """The others wait ``wait_s`` for it, then go on; a job that is over finds it ready at last."""
     script = Script({"a": 3})
-    go = asyncio.Event()
+    go, loaded = threading.Event(), []
 
     async def job() -> None:
         settings = Cuts(wait_s=0.4)
         rules = RoundRules(5, min_devices=1)
         async with fleet(tmp_path, export, script, 5, cuts=settings, rounds=rules) as made:
             hub, waits = made.hub, []
-            wait = hub.moves.until_ready
+            wait = hub.cut_moves.until_ready
 
             async def timed() -> None:
                 started = asyncio.get_running_loop().time()
                 await wait()
                 waits.append(asyncio.get_running_loop().time() - started)
 
-            hub.moves.until_ready = timed  # type: ignore[method-assign]
-            slow, other = await made.join("a", "two"), await made.join("b", "one")
-            load = slow._load_bundle
+            hub.cut_moves.until_ready = timed  # type: ignore[method-assign]
 
-            async def stuck(name: str, tier: str) -> Any:
-                await go.wait()
-                return await load(name, tier)
+            def load(bundle: Bundle, threads: int) -> Runtime:  # in a thread of its own
+                if loaded:
+                    go.wait(20)
+                loaded.append(export.load(bundle, threads))
+                return loaded[-1]
 
-            slow._load_bundle = stuck  # type: ignore[method-assign]
+            slow = await made.join("a", "two", load=load)
+            other = await made.join("b", "one")
             training = asyncio.create_task(slow.train())
             await until(lambda: "a" in hub.rounds.ready)
             report = await other.train()
@@ -454,7 +463,7 @@ def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, expor
             assert (await training).reason == "the job is finished"
             assert made.tier_of("a") == slow.manifest.tier == "three"
             final = load_file(tmp_path / "run" / "model.safetensors")
-            for name, tensor in slow._need_learner().runtime.get_state().items():
+            for name, tensor in loaded[-1].get_state().items():
                 np.testing.assert_array_equal(tensor, final[name])
             await asyncio.gather(slow.close(), other.close())
 
@@ -469,10 +478,21 @@ def test_a_device_that_leaves_with_batches_in_flight_does_not_stop_the_job(
     script = Script({"a": 3} if moved else {})
     last = 2 if moved else 1
 
+    sent: Counter[int] = Counter()
+
+    def count(frame: bytes) -> bytes:
+        message = decode(frame).message
+        if isinstance(message, Activations):
+            sent[message.round] += 1
+        return frame
+
     async def job() -> None:
         rules = RoundRules(4, min_devices=1)
         local = LocalTraining(1, 4, HYPER, staleness=3)
-        async with fleet(tmp_path, export, script, 4, rounds=rules, local=local) as made:
+        async with (
+            fleet(tmp_path, export, script, 4, rounds=rules, local=local) as made,
+            proxy(made.url, up=count) as url,
+        ):
             hub, go = made.hub, asyncio.Event()
             step = hub.trunk.step
 
@@ -482,16 +502,14 @@ def test_a_device_that_leaves_with_batches_in_flight_does_not_stop_the_job(
                 return await step(arrivals)
 
             hub.trunk.step = stuck  # type: ignore[method-assign]
-            leaver, other = await made.join("a", "two"), await made.join("b", "one")
+            leaver = await replace(made, url=url).join("a", "two")
+            other = await made.join("b", "one")
             leaving = asyncio.create_task(leaver.train())
             await until(lambda: "a" in hub.rounds.ready)
             staying = asyncio.create_task(other.train())
             if not moved:  # the first round began with a alone
                 await until(lambda: "b" in hub.rounds.ready)
-            sent = hub.gateway.peers["a"].session.channel
-            await until(
-                lambda: hub.rounds.number == last and sent._received - sent.settled >= 4
-            )  # staleness and one
+            await until(lambda: hub.rounds.number == last and sent[last] >= 4)  # staleness and one
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
             closing = asyncio.create_task(leaver.close())
@@ -624,11 +642,13 @@ def test_a_session_goes_on_though_the_device_names_no_tier(tmp_path: Path, expor
     async def job() -> None:
         async with fleet(tmp_path, export, Script(), 3) as made:
             hub = made.hub
-            hub.moves.restore({"tiers": {"a": "three"}, "policy": {}})
+            hub.cut_moves.restore({"tiers": {"a": "three"}, "policy": {}})
             async with await made.join("a", issued="two") as device:
                 before = hub.gateway.peers["a"]
                 assert before.tier == "three"
-                assert (await device._connection.renew()).resumed
+                await before.session.unlink()
+                await until(lambda: not before.session.linked)
+                await until(lambda: before.session.linked)
                 assert hub.gateway.peers["a"] is before
                 await device.train()
             assert cuts_of(hub, "a") == [3, 3, 3]
@@ -646,24 +666,23 @@ def test_a_connection_that_ends_during_a_move_ends_neither_device_nor_job(
     async def job() -> None:
         async with fleet(tmp_path, export, script, 4) as made:
             hub = made.hub
-            async with await made.join("a", issued="two") as device:
-                load, peers = device._load_bundle, [hub.gateway.peers["a"]]
+            loop, loads = asyncio.get_running_loop(), []
 
-                async def breaking(name: str, tier: str) -> Any:
-                    learner = await load(name, tier)
-                    if len(peers) == 1:
-                        session = device._connection._session
-                        assert session is not None
-                        if lost == "link":  # before ready is sent
-                            await session.unlink()
-                            await until(lambda: not session.linked)
-                        else:
-                            await hub.gateway.end(peers[0], "for a test")
-                            await until(lambda: device._connection._session is not session)
-                        peers.append(peers[0])
-                    return learner
+            async def end_it() -> None:
+                peer = hub.gateway.peers["a"]
+                if lost == "link":
+                    await peer.session.unlink()
+                    return
+                await hub.gateway.end(peer, "for a test")
+                await until(lambda: hub.gateway.peers.get("a", peer) is not peer)
 
-                device._load_bundle = breaking  # type: ignore[method-assign]
+            def breaking(bundle: Bundle, threads: int) -> Runtime:  # in a thread of its own
+                loads.append(bundle.manifest.tier)
+                if len(loads) == 2:  # the move's; ready is sent after it
+                    asyncio.run_coroutine_threadsafe(end_it(), loop).result()
+                return export.load(bundle, threads)
+
+            async with await made.join("a", issued="two", load=breaking) as device:
                 report = await device.train()
                 assert report.reason == "the job is finished"
                 assert made.tier_of("a") == device.manifest.tier == "one"
@@ -683,7 +702,7 @@ def test_a_device_that_came_back_after_a_move_was_planned_is_not_moved(
     async def job() -> None:
         async with fleet(tmp_path, export, script, 4) as made:
             hub = made.hub
-            publish = hub.offers.publish
+            publish = hub.publisher.publish
 
             async def back_meanwhile() -> None:
                 await publish()
@@ -693,7 +712,7 @@ def test_a_device_that_came_back_after_a_move_was_planned_is_not_moved(
                     while hub.gateway.peers.get("a", before) is before:
                         await asyncio.sleep(0)
 
-            hub.offers.publish = back_meanwhile  # type: ignore[method-assign]
+            hub.publisher.publish = back_meanwhile  # type: ignore[method-assign]
             async with await made.join("a", "two") as device:
                 assert (await device.train()).reason == "the job is finished"
                 assert made.tier_of("a") == device.manifest.tier == "one"
@@ -714,7 +733,8 @@ def test_a_device_loads_the_bundle_of_a_hub_that_has_another(
             async with await made.join("a", issued="two") as device:
                 training = asyncio.create_task(device.train())
                 await until(lambda: len(hub.run.records) >= 1)
-                hub.gateway._tokens.tier_of = lambda device: "three"  # type: ignore[method-assign]
+                tokens = hub.config.tokens
+                tokens.write_text(tokens.read_text().replace('"two"', '"three"'))
                 await hub.gateway.end(hub.gateway.peers["a"], "for a test")
                 assert (await training).reason == "the job is finished"
                 assert device.manifest.tier == made.tier_of("a") == "three"
@@ -777,15 +797,23 @@ def test_an_answer_is_that_of_the_tier_which_has_packed_the_question(
     async def job() -> None:
         async with fleet(tmp_path, export, Script({"a": 3}), 2) as made:
             async with await made.join("a", "two") as device:
-                _, parts = device._need_learner().predict(x)
+                packed = Bundle.open(device.manifest, export.index.blobs().read)
+                logits = export.load(packed, 1).run("predict", {"x": x})
+                parts = {spec.name: logits[spec.name] for spec in device.manifest.packed}
                 assert device.manifest.tier == "two"
                 await device.train()
                 assert device.manifest.tier == made.tier_of("a") == "three"
-                late = await device._connection.ask(Question(parts, "two"))
-                now = await device._connection.ask(Question(parts, "three"))
+                token = TokenFile(made.hub.config.tokens).issue("asker")
+                asker = Connection(
+                    lambda: open_websocket(made.url), token=token, tier="three", patience_s=1.0
+                )
+                await asker.open()
+                late = await asker.ask(Question(parts, "two"))
+                now = await asker.ask(Question(parts, "three"))
                 with pytest.raises(HubError, match="no tier 'five'") as caught:
-                    await device._connection.ask(Question(parts, "five"))
+                    await asker.ask(Question(parts, "five"))
                 assert caught.value.code == "unknown_tier"
+                await asker.close("done")
             model = build()
             model.load(tmp_path / "run" / "model.safetensors")
             with torch.no_grad():
@@ -860,9 +888,9 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
         session.settle(delivery.seq)
         parts = {"h": np.ones((2, 3), np.float32)}
         await hub.say(Gradient(1, 0, parts))
-        assert (await connection.returned(Gradient, session, 1, 0)).parts.keys() == parts.keys()
+        assert (await connection.replies.wait(Gradient, session, 1, 0)).parts.keys() == parts.keys()
         await hub.say(Gradient(1, 2, parts))
-        waiting = asyncio.create_task(connection.returned(Gradient, session, 1, 1))
+        waiting = asyncio.create_task(connection.replies.wait(Gradient, session, 1, 1))
         await asyncio.sleep(0)
         await hub.say(end)
         with pytest.raises(RoundOver, match="round 1 is over"):
@@ -871,15 +899,16 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
         _, delivery = await connection.next_work()
         session.settle(delivery.seq)
         await hub.settled()
-        assert not connection._returns
         for batch in range(4):
             with pytest.raises(RoundOver):
-                connection.returned_now(Gradient, session, 1, batch)
+                connection.replies.take(Gradient, session, 1, batch)
             with pytest.raises(RoundOver):
-                await connection.returned(Gradient, session, 1, batch)
+                await connection.replies.wait(Gradient, session, 1, batch)
         if isinstance(end, Round):
             await hub.say(Gradient(2, 0, parts))
-            assert (await connection.returned(Gradient, session, 2, 0)).parts.keys() == parts.keys()
+            assert (
+                await connection.replies.wait(Gradient, session, 2, 0)
+            ).parts.keys() == parts.keys()
         await asyncio.gather(connection.close("done"), hub.part())
 
     run(conversation())
@@ -888,7 +917,6 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_device_moves_between_processes(tmp_path: Path, bundles: BundleIndex) -> None:
     """FedSplitX and a hub that measures: a device alone is as fast as it can be at cut 1."""
     token = TokenFile(tmp_path / "tokens.toml").issue("phone", "large")

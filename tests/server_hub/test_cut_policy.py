@@ -117,7 +117,7 @@ def test_weights_are_those_of_the_formula(rounds: list[dict[str, float]]) -> Non
     for found in rounds:
         policy.targets({d: Seen(1, [1, 2], 0.1, loss) for d, loss in found.items()}, 1.0)
     expected = weights_by_hand(rounds, policy.gamma)
-    assert policy._weights == pytest.approx(expected, rel=1e-9)
+    assert policy.state()["weights"] == pytest.approx(expected, rel=1e-9)
 
 
 @given(st.lists(fleets, min_size=1, max_size=8), st.floats(0, 10))
@@ -133,7 +133,7 @@ def test_adaptive_stays_within_its_bounds(rounds: list[dict[str, Seen]], gamma: 
             assert target.cut <= limits[device].cut
             allowed = [cut for cut in seen.options if cut <= limits[device].cut]
             assert target.cut in allowed[-2:], "one option below the limit at most"
-        assert all(0.5 <= weight <= 1.5 for weight in policy._weights.values())
+        assert all(0.5 <= weight <= 1.5 for weight in policy.state()["weights"].values())
 
 
 def test_who_falls_behind_is_given_one_option_less() -> None:
@@ -145,9 +145,9 @@ def test_who_falls_behind_is_given_one_option_less() -> None:
     }
     policy = Adaptive(patience=1)
     assert policy.targets(fleet, 1.0) == {}, "0.75003 of the mean is not yet behind"
-    assert policy._weights == pytest.approx({"good": 1.25, "bad": 0.75}, rel=1e-3)
+    assert policy.state()["weights"] == pytest.approx({"good": 1.25, "bad": 0.75}, rel=1e-3)
     targets = policy.targets(fleet, 1.0)
-    assert policy._weights == pytest.approx({"good": 1.5, "bad": 0.5625}, rel=1e-3)
+    assert policy.state()["weights"] == pytest.approx({"good": 1.5, "bad": 0.5625}, rel=1e-3)
     assert {d: t.cut for d, t in targets.items()} == {"bad": 2}
     assert "; its weight is 0.55 of the mean, " in targets["bad"].reason
 
@@ -223,7 +223,7 @@ def test_who_has_no_loss_counts_as_the_mean() -> None:
     policy = Adaptive(patience=1)
     fleet = {"a": Seen(2, [1, 2], 0.1, None), "slow": Seen(1, [1], 0.5, 1.0)}
     assert policy.targets(fleet, 1.0) == {}
-    assert "a" not in policy._weights
+    assert "a" not in policy.state()["weights"]
 
 
 def test_nobody_goes_deeper_while_the_hub_has_time_to_spare() -> None:

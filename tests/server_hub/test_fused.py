@@ -20,14 +20,14 @@ from edge_sdk.protocol.messages import Gradient
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training import exchange
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import (
-    Alone,
-    Learner,
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import (
     LocalPlan,
     LocalResult,
-    Packed,
+    NoGradient,
+    Outgoing,
     Reply,
-    Wanted,
+    ReplyRequest,
     advance,
 )
 from edge_sdk.transport.link import Link, open_websocket
@@ -37,15 +37,19 @@ from export.lowering.lowered import RuntimeName, lower
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
 from export.packing import get_codec
+from export.returned_steps import fuse
 from export.split import ClientSegment
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles, make_steps, segment_of
 from server_hub.gateway.tokens import TokenFile
 from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules
-from tests.export.test_backward import CUT, HYPER, MODELS, Exact, images, runtime_of, wrong
+from tests.lib.codecs import Exact
 from tests.lib.harness import examples, hub_config, running_hub
 from tests.lib.models import CLASSES, IMAGE, build, example
+from tests.lib.returned_models import CUT, HYPER, MODELS, images
+from tests.lib.step_runtimes import runtime_of
+from tests.lib.wrong_steps import wrong
 
 
 def fused_steps(kind: str, optimizer: str) -> tuple[nn.Module, ClientSteps]:
@@ -119,8 +123,8 @@ def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
     [
         ("dropout", "onnx"),
         ("dropout", "torch"),
-        pytest.param("lora", "onnx", marks=pytest.mark.exhaustive),
-        pytest.param("batchnorm", "executorch", marks=pytest.mark.exhaustive),
+        pytest.param("lora", "onnx", marks=pytest.mark.slow),
+        pytest.param("batchnorm", "executorch", marks=pytest.mark.slow),
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_a_wrong_graph_is_refused(name: str) -> None:
         ClientSegment(model, CUT), get_optimizer("sgd"), get_codec("int8"), draw(8), CLASSES,
         {"batch": 8}, fused=True,
     )  # fmt: skip
-    step = steps.fuse()
+    step = fuse(steps)
     run = lower("torch", [step], {}).run
     verify(steps, step, run, images(8))
     bent = wrong(name, run)
@@ -199,12 +203,12 @@ def test_weights_follow_the_losses_and_what_does_not_come_is_done_without() -> N
     sent: dict[int, dict[str, Array]] = {}
     while not isinstance(step := advance(training, reply), LocalResult):
         reply = None
-        if isinstance(step, Packed):
-            sent[step.batch] = step.parts
-        elif isinstance(step, Wanted):
-            loss = hub_losses[step.batch]
-            parts = sent[step.batch]
-            reply = Alone() if loss is None else Gradient(1, step.batch, parts, loss)
+        if isinstance(step, Outgoing):
+            sent[step.number] = step.batch.parts
+        elif isinstance(step, ReplyRequest):
+            loss = hub_losses[step.number]
+            parts = sent[step.number]
+            reply = NoGradient() if loss is None else Gradient(1, step.number, parts, loss)
     heads = 3.0 / len(runtime.manifest.heads)
     expected = [0.25, *(0.5 * loss / (heads + loss) for loss in (0.5, 6.0, 1.0))]
     assert [name for name, _ in runtime.calls if name != "activate"] == [

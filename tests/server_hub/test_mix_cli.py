@@ -18,7 +18,8 @@ from export.build import model_of
 from export.split import SplitModel
 from export.writer import WEIGHTS, Tier, export_bundles
 from server_hub.storage.run_folder import RoundRecord, RunFolder
-from tests.end_to_end.test_mix_bad_input import MODEL, refusal, tiers_toml
+from tests.lib.commands import refusal
+from tests.lib.mixture_files import MODEL, tiers_toml
 from tests.lib.mixture_models import CLASSES, FEATURES, made
 
 ORDER = [2, 0, 3, 1]

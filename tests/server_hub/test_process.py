@@ -24,11 +24,12 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.sync.client import connect
 
 from export.split import SplitModel
-from server_hub.trunk.interface import Arrival, Trunk, TrunkCopy, TrunkPlan
+from server_hub.methods.method import ALL_PATHS
+from server_hub.trunk.evaluator import Evaluator
+from server_hub.trunk.interface import Query, StepInput, Trunk, TrunkCopy, TrunkPlan
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.process import TrunkFailed, WorkerTrunk
-from server_hub.trunk.shared_memory import Arena
-from server_hub.trunk.step import TrunkCore
+from server_hub.trunk.step import TrunkTrainer
 from tests.lib.trunk_models import (
     BusyBlock,
     SleepingBlock,
@@ -72,11 +73,11 @@ async def worker(model: SplitModel, **options: Any) -> AsyncIterator[WorkerTrunk
         await trunk.close()
 
 
-def pid_of(trunk: WorkerTrunk) -> int:
-    """Process id of a worker."""
-    pid = trunk._process.pid
-    assert isinstance(pid, int)
-    return pid
+def worker_pid() -> int:
+    """Process id of the one worker that this process has."""
+    (child,) = (c for c in multiprocessing.active_children() if c.name == "trunk")
+    assert child.pid is not None
+    return child.pid
 
 
 def is_running(pid: int) -> bool:
@@ -87,17 +88,25 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def shared_memory_of(trunk: WorkerTrunk) -> Path:
-    """The file behind a worker's arena."""
-    assert trunk._arena is not None
-    return Path("/dev/shm") / trunk._arena.name
+def shared_memory() -> Path:
+    """The file behind the one arena that this process has."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    (path,) = {line.split()[-1] for line in maps if line.split()[-1].startswith("/dev/shm/psm_")}
+    return Path(path)
 
 
-def bad(arrival: Arrival) -> Arrival:
+def bad(arrival: StepInput) -> StepInput:
     """The arrival with a value that is not finite."""
-    parts = {name: np.array(part) for name, part in arrival.parts.items()}
+    parts = {name: np.array(part) for name, part in arrival.batch.parts.items()}
     parts["h.scale"].flat[0] = math.nan
-    return dataclasses.replace(arrival, device="bad", parts=parts)
+    batch = dataclasses.replace(arrival.batch, parts=parts)
+    return dataclasses.replace(arrival, device="bad", batch=batch)
+
+
+def query_of(model: SplitModel, cut: int, rows: int, seed: int) -> Query:
+    """A question with random activations."""
+    arrival = arrival_of(model, cut, rows, seed)
+    return Query(cut, arrival.codec, arrival.batch.parts)
 
 
 # --- the same results -----------------------------------------------------------------------------
@@ -123,8 +132,9 @@ async def a_job(trunk: Trunk, model: SplitModel) -> list[Any]:
                                c.tensors.items()}}  # fmt: skip
         await trunk.serve({1: shallow, 2: state, 3: shallow})
         for cut in (1, 2, 3):
-            said.append(await trunk.answer(arrival_of(model, cut, 5, 77 + cut)))
-        said.append(await trunk.evaluate({"s": (1, "int8"), "m": (2, "fp16"), "l": (3, "int8")}))
+            said.append(await trunk.answer(query_of(model, cut, 5, 77 + cut)))
+        tiers = {"s": (1, "int8"), "m": (2, "fp16"), "l": (3, "int8")}
+        said.append(await trunk.evaluate(tiers, ALL_PATHS))
         state = shallow
     return said
 
@@ -153,7 +163,7 @@ def test_a_worker_says_what_a_local_trunk_says() -> None:
     async def test() -> None:
         model = conv_model()
         held_out = inputs(model, 40, seed=5)
-        want = await a_job(LocalTrunk(TrunkCore(conv_model(), "cpu", held_out)), model)
+        want = await a_job(LocalTrunk(conv_model(), "cpu", held_out), model)
         async with worker(model, held_out=held_out) as trunk:
             got = await a_job(trunk, model)
         assert [report.refused.keys() for report in want[:3]] == [{"bad"}] * 3
@@ -166,10 +176,11 @@ def test_calls_that_come_at_once_take_turns() -> None:
     async def test() -> None:
         model = dense_model()
         state = state_of(model)
-        core = TrunkCore(dense_model(), "cpu")
-        core.serve({2: state})
+        core = TrunkTrainer(dense_model(), "cpu")
+        evaluator = Evaluator(dense_model(), "cpu")
+        evaluator.serve({2: state})
         core.begin(state, TrunkPlan("sgd", HYPER))
-        questions = [arrival_of(model, 2, rows, 50 + rows) for rows in range(1, 20)]
+        questions = [query_of(model, 2, rows, 50 + rows) for rows in range(1, 20)]
         steps = [[arrival_of(model, 1, 3, seed)] for seed in range(len(questions))]
         async with worker(model) as trunk:
             await trunk.serve({2: state})
@@ -178,7 +189,7 @@ def test_calls_that_come_at_once_take_turns() -> None:
                 asyncio.gather(*(trunk.answer(question) for question in questions)),
                 asyncio.gather(*(trunk.step(step) for step in steps)),
             )
-            assert_same(list(both[0]), [core.answer(question) for question in questions])
+            assert_same(list(both[0]), [evaluator.answer(question) for question in questions])
             assert_same(list(both[1]), [core.step(step) for step in steps])
             assert_same(await trunk.finish(), core.finish())
 
@@ -192,35 +203,30 @@ def test_a_worker_goes_on_after_what_it_could_not_do() -> None:
     async def test() -> None:
         model = dense_model()
         state, plan = state_of(model), TrunkPlan("sgd", HYPER)
-        core = TrunkCore(dense_model(), "cpu")
+        core = TrunkTrainer(dense_model(), "cpu")
         core.begin(state, plan)
         fine = [arrival_of(model, 1, 4, 1)]
         async with worker(model, arena_bytes=4096) as trunk:
             await trunk.begin(state, plan)
             assert_same(await trunk.step(fine), core.step(fine))
 
-            # more than the shared memory takes
+            # more than the shared memory takes goes in several fills
             large = [arrival_of(model, 1, 400, seed, f"large-{seed}") for seed in (1, 2)]
-            size = sum(p.nbytes for a in large for p in (*a.parts.values(), a.labels))
-            with pytest.raises(TrunkFailed, match=f"{size} bytes does not fit") as caught:
-                await trunk.step(large)
-            assert "4096" in str(caught.value)
-            assert "trunk.arena_mb" in str(caught.value)
-            assert "trunk.max_rows" in str(caught.value)
-            with pytest.raises(TrunkFailed, match=r"trunk\.arena_mb"):
-                await trunk.answer(large[0])
+            assert_same(await trunk.step(large), core.step(large))
             assert_same(await trunk.step(fine), core.step(fine))
 
             # an exception in the worker
-            wrong = dataclasses.replace(fine[0], labels=np.full(4, 99))
+            labels = np.full(4, 99)
+            batch = dataclasses.replace(fine[0].batch, labels=labels)
+            wrong = dataclasses.replace(fine[0], batch=batch)
             with pytest.raises(TrunkFailed, match=r"the trunk failed in step: IndexError: .*99"):
                 await trunk.step([wrong])
             with pytest.raises(TrunkFailed, match="the trunk failed in step: ExportError: unknown"):
                 await trunk.step([dataclasses.replace(fine[0], codec="zip")])
             with pytest.raises(TrunkFailed, match="the trunk failed in answer: KeyError"):
-                await trunk.answer(fine[0])
+                await trunk.answer(query_of(model, 1, 4, 1))
             with pytest.raises(TrunkFailed, match="the trunk failed in evaluate: "):
-                await trunk.evaluate({"s": (1, "int8")})
+                await trunk.evaluate({"s": (1, "int8")}, ALL_PATHS)
             assert_same(await trunk.step(fine), core.step(fine))
             assert_same(await trunk.finish(), core.finish())
 
@@ -232,10 +238,10 @@ def test_a_worker_that_is_killed_fails_at_once_and_leaves_nothing() -> None:
         model = slow_model(SleepingBlock(30.0))
         trunk = WorkerTrunk(model, "cpu", arena_bytes=ARENA, threads=1)
         await trunk.start()
-        memory, pid = shared_memory_of(trunk), pid_of(trunk)
+        memory, pid = shared_memory(), worker_pid()
         await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER))
         step = asyncio.create_task(trunk.step([arrival_of(model, 1, 2, 1)]))
-        queued = asyncio.create_task(trunk.answer(arrival_of(model, 1, 2, 2)))
+        queued = asyncio.create_task(trunk.answer(query_of(model, 1, 2, 2)))
         await asyncio.sleep(0.3)
         assert not step.done()
         killed = time.monotonic()
@@ -259,7 +265,7 @@ def test_a_worker_that_is_killed_while_idle_is_noticed_at_the_next_call() -> Non
     async def test() -> None:
         model = dense_model()
         async with worker(model) as trunk:
-            os.kill(pid_of(trunk), signal.SIGKILL)
+            os.kill(worker_pid(), signal.SIGKILL)
             started = time.monotonic()
             with pytest.raises(TrunkFailed, match="ended with exit code -9 in finish"):
                 await trunk.finish()
@@ -275,7 +281,7 @@ def test_a_caller_that_gives_up_does_not_confuse_the_next() -> None:
         model = slow_model(SleepingBlock(0.3))
         plan = TrunkPlan("sgd", HYPER)
         one, other = ([arrival_of(model, 1, 6, seed)] for seed in (1, 2))
-        core = TrunkCore(model, "cpu")
+        core = TrunkTrainer(model, "cpu")
         core.begin(state_of(model), plan)
         want = [core.step(one), core.step(other)]
         async with worker(model) as trunk:
@@ -298,7 +304,7 @@ def test_a_device_that_torch_does_not_have_is_a_failure_to_start(
         trunk = WorkerTrunk(dense_model(), "nonsense", arena_bytes=ARENA, threads=1)
         with pytest.raises(TrunkFailed, match="ended with exit code 1 in hello"):
             await trunk.start()
-        memory = shared_memory_of(trunk)
+        memory = shared_memory()
         await trunk.close()
         assert not memory.exists()
 
@@ -315,7 +321,7 @@ def test_close_leaves_no_process_and_no_shared_memory() -> None:
         model = dense_model()
         trunk = WorkerTrunk(model, "cpu", arena_bytes=ARENA, threads=1)
         await trunk.start()
-        pid, memory = pid_of(trunk), shared_memory_of(trunk)
+        pid, memory = worker_pid(), shared_memory()
         assert is_running(pid)
         assert memory.exists()
         await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER, epochs=2))
@@ -347,22 +353,25 @@ def test_close_of_a_start_that_was_given_up(when: str) -> None:
         if when == "at once":
             await asyncio.sleep(0)
         else:
-            await until(lambda: trunk._process is not None and trunk._process.pid is not None)
+            await until(lambda: bool(multiprocessing.active_children()))
+            pid = worker_pid()
         assert not start.done()
         start.cancel()
         with pytest.raises(asyncio.CancelledError):
             await start
-        memory = shared_memory_of(trunk)
+        memory = shared_memory()
         await trunk.close()
         assert not memory.exists()
-        assert not is_running(pid_of(trunk))
+        assert not multiprocessing.active_children()
+        assert when == "at once" or not is_running(pid)
 
     run(test())
 
 
 SCRIPT = """
-import asyncio, os, signal, sys
-from server_hub.trunk import TrunkPlan
+import asyncio, multiprocessing, os, signal, sys
+from pathlib import Path
+from server_hub.trunk.interface import TrunkPlan
 from server_hub.trunk.process import TrunkFailed, WorkerTrunk
 from tests.lib.trunk_models import arrival_of, dense_model, state_of
 
@@ -370,12 +379,15 @@ async def main():
     model = dense_model()
     trunk = WorkerTrunk(model, "cpu", arena_bytes=2**20, threads=1)
     await trunk.start()
-    print(trunk._arena.name, flush=True)
+    (child,) = multiprocessing.active_children()
+    maps = Path("/proc/self/maps").read_text().split()
+    (arena,) = {word for word in maps if word.startswith("/dev/shm/psm_")}
+    print(Path(arena).name, flush=True)
     await trunk.begin(state_of(model), TrunkPlan("sgd", {}))
     if sys.argv[1] == "kill worker":
-        os.kill(trunk._process.pid, signal.SIGKILL)
+        os.kill(child.pid, signal.SIGKILL)
     if sys.argv[1] == "kill hub":
-        print(trunk._process.pid, flush=True)
+        print(child.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     await trunk.close()
 
@@ -485,48 +497,3 @@ def test_the_event_loop_goes_on_while_the_worker_is_busy(
         assert max(pings) < 1.0
 
     run(test())
-
-
-# --- shared memory --------------------------------------------------------------------------------
-
-
-def test_an_arena_gives_back_what_was_laid_into_it() -> None:
-    arena = Arena(4096)
-    try:
-        rng = np.random.default_rng(0)
-        arrays = [
-            rng.standard_normal((3, 5)).astype(np.float32),
-            rng.integers(-127, 127, (7,), np.int8),
-            rng.integers(0, 9, (1,)),
-            rng.standard_normal((2, 3, 4)).astype(np.float16)[:, ::2],
-            np.float32(3.5).reshape(()),
-        ]
-        for _ in range(2):
-            places = arena.write(arrays)
-            assert places is not None
-            other_side = Arena(name=arena.name)
-            for array, place in zip(arrays, places, strict=True):
-                got = other_side.read(place)
-                assert got.dtype == array.dtype
-                np.testing.assert_array_equal(got, array)
-                assert place[0] % 64 == 0
-                del got
-            other_side.close()
-            arrays.reverse()
-        assert (Path("/dev/shm") / arena.name).exists(), "the other side does not remove it"
-    finally:
-        arena.close()
-    assert not (Path("/dev/shm") / arena.name).exists()
-
-
-@pytest.mark.parametrize(("sizes", "fits"), [
-    ([4096], True), ([4097], False), ([64] * 64, True), ([64] * 65, False), ([1] * 64, True),
-    ([1] * 65, False), ([4032, 64], True), ([4033, 63], False),
-])  # fmt: skip
-def test_an_arena_takes_what_fits(sizes: list[int], fits: bool) -> None:
-    arena = Arena(4096)
-    try:
-        places = arena.write([np.zeros(size, np.uint8) for size in sizes])
-        assert (places is not None) is fits
-    finally:
-        arena.close()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,12 @@ from edge_sdk.errors import ConfigError, CutlayerError, DataError
 from edge_sdk.protocol.tensors import Array
 from export.errors import ExportError
 from export.split import SplitModel
-from server_hub.methods.registry import RECIPES
+from server_hub.methods.registry import simulated_methods
 from server_hub.methods.settings import LocalTraining
-from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import FILE, Checkpoint
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.devices import Meter
-from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
+from server_hub.simulation.job import FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
 from server_hub.simulation.trunk import flop_above
 from server_hub.storage.run_folder import RoundRecord, read_records
@@ -42,6 +39,7 @@ from tests.lib.models import (
     build_batchnorm,
     example,
 )
+from tests.lib.simulations import Interrupted, assert_alike, in_time, simulate, stop_after
 
 UNEQUAL = {
     "small": FleetTier(
@@ -61,35 +59,6 @@ def job(**changes: Any) -> Job:
         "local": LocalTraining(batch_size=8),
     }
     return Job(**settings | changes)
-
-
-def simulate(
-    job: Job,
-    folder: Path,
-    runtime: DeviceRuntime = "torch",
-    on_round: Callable[[RoundRecord], None] = lambda record: None,
-) -> list[RoundRecord]:
-    """Run a job, or what is left of it."""
-    with in_time(), Simulation(job, folder, runtime) as simulation:
-        return simulation.run(on_round)
-
-
-@contextmanager
-def in_time(virtual_s: float = 20_000.0) -> Iterator[None]:
-    """A run that goes on for so long without an end fails its test."""
-    selector = clock._JumpingSelector
-    select, over = selector.select, False
-
-    def limited(self: clock._JumpingSelector, timeout: float | None = None) -> Any:
-        nonlocal over
-        if self.now > virtual_s and not over:
-            over = True  # once: the loop needs it to clean up
-            raise AssertionError(f"the run has no end, not in {virtual_s:g} virtual seconds")
-        return select(self, timeout)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selector, "select", limited)
-        yield
 
 
 def repeatable(record: RoundRecord) -> dict[str, Any]:
@@ -192,20 +161,6 @@ def test_functional_steps_and_exported_graphs_train_the_same_model(tmp_path: Pat
 # --- going on -------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """What stops a run in a test."""
-
-
-def stop_after(round_number: int) -> Callable[[RoundRecord], None]:
-    """For ``on_round``: raises :class:`Interrupted` after a round."""
-
-    def on_round(record: RoundRecord) -> None:
-        if record.round == round_number:
-            raise Interrupted
-
-    return on_round
-
-
 LONG = job(rounds=RoundsTable(count=4, per_round=3))
 
 
@@ -225,25 +180,6 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
         simulate(LONG, folder, on_round=stop_after(2))
     assert [r.round for r in read_records(folder)] == [1, 2]
     return folder
-
-
-def assert_alike(found: list[RoundRecord], wanted: list[RoundRecord]) -> None:
-    """The rounds are the same, but for times and handshakes.
-
-    Of devices that are equally fast another one may come first, and sums round otherwise.
-    """
-    for a, b in zip(found, wanted, strict=True):
-        assert (a.round, a.devices, a.dropped) == (b.round, b.devices, b.dropped)
-        assert a.local_loss == pytest.approx(b.local_loss, rel=1e-5)
-        assert a.trunk_loss == pytest.approx(b.trunk_loss, rel=1e-5)
-        assert a.trunk_steps == b.trunk_steps
-        assert a.accuracy.keys() == b.accuracy.keys()
-        for tier, paths in a.accuracy.items():
-            assert paths == pytest.approx(b.accuracy[tier], abs=1.5 / 60)
-        for kind in ("activations", "update"):
-            assert a.bytes[kind] == b.bytes[kind]
-        for count in ("device_flop", "trunk_flop"):
-            assert a.costs[count] == b.costs[count]
 
 
 def assert_goes_on_like(folder: Path, whole: Path) -> None:
@@ -542,7 +478,6 @@ def test_the_trunks_batch_norms_learn(tmp_path: Path) -> None:
 # --- many devices ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_two_hundred_devices_join_and_some_train(tmp_path: Path) -> None:
     tiers = {
         "small": replace(UNEQUAL["small"], clients=120),
@@ -727,5 +662,5 @@ def test_the_command_runs_a_job_and_goes_on_where_it_stopped(
 
 
 def test_every_method_is_known_by_name() -> None:
-    for name in RECIPES:
+    for name in simulated_methods():
         assert job(method=name).method == name

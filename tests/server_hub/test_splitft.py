@@ -17,16 +17,17 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.protocol.messages import Gradient
+from edge_sdk.protocol.messages import Batch, Gradient
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from edge_sdk.training.data import Examples
-from edge_sdk.training.learner import Learner, LocalPlan, LocalResult, Packed, Wanted, advance
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.plan import LocalPlan, LocalResult, Outgoing, ReplyRequest, advance
 from export import packing
 from export.adapters import from_transformers
 from export.functional import TorchRuntime
 from export.lora import Lora, add_lora, set_ranks
 from export.optimizers import get_optimizer
-from export.packing import Shape
+from export.returned_steps import activate, backward
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from server_hub.aggregation.adapters import MergedAdapters, at_ranks
@@ -36,53 +37,20 @@ from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord
-from server_hub.trunk.interface import Arrival, TrunkCopy, TrunkPlan
+from server_hub.trunk.interface import TrunkCopy, TrunkPlan
 from server_hub.trunk.settings import TrunkTraining
-from server_hub.trunk.step import TrunkCore
-from tests.export.test_backward import Exact, manifest_of
+from server_hub.trunk.step import TrunkTrainer
+from tests.lib.adapted_gpt2 import DEPTH, LENGTH, WORDS, build, texts
+from tests.lib.codecs import Double, Exact
+from tests.lib.step_runtimes import manifest_of
+from tests.lib.trunk_models import step_input
 
-WORDS, LENGTH, DEPTH = 23, 7, 4
 ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
-
-
-def build(rank: int = 4, seed: int = 0) -> SplitModel:
-    """A GPT-2 of four small blocks with adapters that do something from the start."""
-    config = transformers.GPT2Config(
-        n_embd=16, n_layer=DEPTH, n_head=2, vocab_size=WORDS, n_positions=LENGTH, bos_token_id=1,
-        eos_token_id=1, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = from_transformers(config)
-    add_lora(model, Lora(rank=rank), "gpt2")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
-    return model
-
-
-def texts(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random tokens, and labels of which some do not count."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(WORDS, (rows, LENGTH), generator=generator)
-    y = torch.randint(WORDS, (rows, LENGTH), generator=generator)
-    y[torch.rand(y.shape, generator=generator) < 0.2] = -1
-    return x, y
 
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of the labels that count."""
     return cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1), ignore_index=-1)
-
-
-class Double(Exact):
-    """Activations in float64, as they are."""
-
-    name = "float64"
-
-    def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
-        """One tensor."""
-        return (TensorSpec("h", "float64", shape),)
 
 
 # --- staleness 0 ----------------------------------------------------------------------------------
@@ -100,7 +68,7 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
     uncut = copy.deepcopy(model)
     rule = get_optimizer(optimizer)
     reference = rule.reference([p for p in uncut.parameters() if p.requires_grad], hyper)
-    trunk = TrunkCore(copy.deepcopy(model), "cpu")
+    trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     held = {n: p.detach().numpy().copy() for n, p in model.trained().items()}
     held |= {n: t.numpy() for n, t in rule.slots(model.trained()).items()}
     rng = np.random.default_rng(seed)
@@ -125,15 +93,15 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
             for t, e in zip(state, steps.state, strict=True)
         ]  # fmt: skip
         constants = dict(steps.constants)
-        (h,) = steps.activate().function(constants, *state[: len(steps.initial)], x)
+        (h,) = activate(steps).function(constants, *state[: len(steps.initial)], x)
         plan = TrunkPlan(optimizer, hyper, returned=True, keeps_slots=True)
         trunk.begin(held, plan)
-        arrival = Arrival("d", "all", cut, "float64", {"h": h.numpy()}, y.numpy())
+        arrival = step_input("d", "all", cut, "float64", {"h": h.numpy()}, y.numpy())
         report = trunk.step([arrival])
         (gradient,) = report.gradients
         assert gradient is not None
         rates = [torch.tensor(hyper[name], dtype=torch.float64) for name in rule.hyper]
-        after = steps.backward().function(
+        after = backward(steps).function(
             constants, *state, x, torch.from_numpy(np.array(gradient["h"])), *rates
         )
         for copied in trunk.finish():
@@ -175,11 +143,12 @@ def drive(
         if isinstance(step, LocalResult):
             assert not sent
             return step, most
-        if isinstance(step, Packed):
-            sent[step.batch] = hub(step)
+        if isinstance(step, Outgoing):
+            assert isinstance(step.batch, Batch)
+            sent[step.number] = hub(step.batch)
             most = max(most, len(sent))
-        elif isinstance(step, Wanted) and (step.wait or not late):
-            gradient = Gradient(1, step.batch, sent.pop(step.batch))
+        elif isinstance(step, ReplyRequest) and (step.wait or not late):
+            gradient = Gradient(1, step.number, sent.pop(step.number))
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3, 20])
@@ -201,9 +170,11 @@ def test_gradients_are_as_old_as_the_staleness_allows_and_no_older(staleness: in
         (gradient,) = torch.autograd.grad(loss_of(model.head(deep), labels), h)
         return gradient
 
-    def hub(step: Packed) -> dict[str, Array]:
-        shown.append((step.parts["h"], step.labels))
-        return {"h": gradient_at(torch.tensor(step.parts["h"]), torch.tensor(step.labels)).numpy()}
+    def hub(batch: Batch) -> dict[str, Array]:
+        shown.append((batch.parts["h"], batch.labels))
+        return {
+            "h": gradient_at(torch.tensor(batch.parts["h"]), torch.tensor(batch.labels)).numpy()
+        }
 
     def batches() -> Iterator[Tensor]:
         """The inputs of the batches, found again by their labels."""
@@ -255,12 +226,12 @@ def test_gradients_that_are_there_are_used_at_once() -> None:
         model, runtime, _ = runtime_at(2)
         x, y = texts(8, 1)
 
-        def hub(step: Packed, model: SplitModel = model) -> dict[str, Array]:
-            h = torch.tensor(step.parts["h"]).requires_grad_()
+        def hub(batch: Batch, model: SplitModel = model) -> dict[str, Array]:
+            h = torch.tensor(batch.parts["h"]).requires_grad_()
             deep = h
             for block in model.block[2:]:
                 deep = block(deep)
-            loss = loss_of(model.head(deep), torch.tensor(step.labels))
+            loss = loss_of(model.head(deep), torch.tensor(batch.labels))
             return {"h": torch.autograd.grad(loss, h)[0].numpy()}
 
         plan = LocalPlan(1, 2, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}, "returned", 0,

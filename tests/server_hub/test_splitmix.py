@@ -42,10 +42,10 @@ from server_hub.storage.run_folder import read_records
 from server_hub.trunk.adversarial import hard_examples, mixed_logits
 from server_hub.trunk.interface import TrunkCopy
 from server_hub.trunk.settings import TrunkTraining
-from server_hub.trunk.step import TrunkCore
-from tests.export.test_mix_steps import only, shaken, torch_runtime
+from server_hub.trunk.step import TrunkTrainer
+from tests.lib.dual_norms import only, shaken, torch_runtime
 from tests.lib.models import CLASSES, IMAGE, MeanHead, example
-from tests.server_hub.test_simulation import Interrupted, assert_alike, simulate, stop_after
+from tests.lib.simulations import Interrupted, assert_alike, simulate, stop_after
 
 DEPTH = 3
 
@@ -367,7 +367,7 @@ def test_a_simulated_job_is_the_loop_of_the_paper(tmp_path: Path, model: str, ma
 
 # --- jobs from end to end -------------------------------------------------------------------------
 
-HARD = Attack(epsilon=0.1, rate=0.05, steps=1)
+HARD = Attack(epsilon=0.1, step_size=0.05, steps=1)
 TOGETHER = {
     "cut": FleetTier(clients=2, cut=1, codec="fp16", budget=0.5),
     "whole": FleetTier(clients=1, cut=DEPTH),
@@ -631,7 +631,7 @@ def hub_bases(bases: int = 4, seed: int = 0) -> tuple[SplitModel, dict[str, Arra
 def test_bases_are_put_in_order_by_some_examples_and_measured_by_the_others(seed: int) -> None:
     model, states = hub_bases(seed=seed)
     x, y = example(IMAGE, 83, seed), torch.randint(CLASSES, (83,))
-    core = TrunkCore(model, "cpu", (x.numpy(), y.numpy()))
+    core = TrunkTrainer(model, "cpu", (x.numpy(), y.numpy()))
     core.serve(dict.fromkeys((1, 3), states), 4)
     report = core.evaluate_bases()
     logits = [plain_answers(m, x) for m in each(model, states)]
@@ -662,7 +662,7 @@ def test_mixtures_of_texts_are_measured_by_perplexity() -> None:
         n: (t + 0.3 * rng.standard_normal(t.shape)).astype(np.float32)
         for n, t in found.states.items()
     }
-    core = TrunkCore(found.hub, "cpu", (x.numpy(), y.numpy()))
+    core = TrunkTrainer(found.hub, "cpu", (x.numpy(), y.numpy()))
     core.serve({1: states}, 2)
     report = core.evaluate_bases()
     logits = [plain_answers(m, x) for m in each(found.hub, states)]
@@ -696,7 +696,7 @@ def test_hard_examples_stay_near_and_inside_and_raise_the_loss(
 ) -> None:
     bases = double_bases(seed)
     x, y = unit_pictures(6, seed)
-    attack = Attack(epsilon=epsilon, rate=epsilon / 4, steps=8, low=0.0, high=0.9)
+    attack = Attack(epsilon=epsilon, step_size=epsilon / 4, steps=8, low=0.0, high=0.9)
     x = x.clamp(max=0.9)
     hard = hard_examples(bases, x, y, attack, robust, seed)
     assert (hard - x).abs().max() <= epsilon + 1e-12
@@ -716,7 +716,7 @@ def test_hard_examples_go_along_the_gradient_of_the_norms_that_are_asked_for(
 ) -> None:
     bases = double_bases()
     x, y = unit_pictures(5, 1)
-    one = Attack(epsilon=0.1, rate=0.03, steps=1)
+    one = Attack(epsilon=0.1, step_size=0.03, steps=1)
     steps = [hard_examples(bases, x, y, replace(one, steps=n), robust, seed=7) for n in (1, 2)]
     at = steps[0].detach().clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)

@@ -20,6 +20,7 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, DataError, ProtocolError
 from edge_sdk.inference.metrics import Tally
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training import text
 from edge_sdk.training.data import Examples
@@ -36,7 +37,7 @@ from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
 from server_hub.simulation.results import accuracy_grid, common_target, cost_grid, rows_of, summary
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RoundRecord, RunFolder, read_records
-from server_hub.trunk.evaluator import batches_to_measure, vocabulary
+from server_hub.trunk.evaluator import batches_to_evaluate, vocabulary
 from server_hub.trunk.settings import TrunkTraining
 
 WORDS = 258
@@ -148,7 +149,7 @@ def test_perplexity_of_a_model_that_has_overflowed_is_a_number() -> None:
 def test_texts_are_measured_as_many_at_a_time_as_memory_has_room_for() -> None:
     model = build()
     y = np.zeros((300, 1024), np.int64)
-    sizes = [len(batch) for batch in batches_to_measure(Examples(y, y), model)]
+    sizes = [len(batch) for batch in batches_to_evaluate(Examples(y, y), model)]
     assert sum(sizes) == 300
     assert max(sizes) * 1024 * vocabulary(model) <= 2**24
 
@@ -192,7 +193,7 @@ def test_labels_are_one_for_each_position_that_was_sent(index: BundleIndex) -> N
     for labels, says in wrong:
         with pytest.raises(ProtocolError, match=says) as error:
             check_labels(labels, sizes, manifest)
-        assert error.value.code == "bad_labels"
+        assert error.value.code == ErrorCode.BAD_LABELS
 
 
 def test_texts_and_answers_that_take_too_much_memory_are_refused(index: BundleIndex) -> None:
@@ -325,7 +326,7 @@ def repeatable(record: RoundRecord) -> dict[str, Any]:
     [
         ("fedsplitx", 2, 1),
         *(
-            pytest.param(method, 5, 2, marks=pytest.mark.exhaustive)
+            pytest.param(method, 5, 2, marks=pytest.mark.slow)
             for method in ("splitfed-v1", "splitfed-v2")
         ),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -12,16 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_sdk.protocol.tensors import Array
 from export.optimizers import OPTIMIZERS
 from export.packing import CODECS, get_codec
 from export.split import SplitModel, channel_axis
+from server_hub.methods.method import ALL_PATHS
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
-from server_hub.trunk.interface import Arrival, StepReport, TrunkCopy, TrunkPlan
-from server_hub.trunk.step import TrunkCore
-from tests.lib.models import AttentionBlock, TokenBlock
+from server_hub.trunk.evaluator import Evaluator, finished
+from server_hub.trunk.interface import Query, StepInput, StepReport, TrunkCopy, TrunkPlan
+from server_hub.trunk.step import TrunkTrainer
 from tests.lib.trunk_models import (
     CLASSES,
     DEPTH,
@@ -36,9 +38,11 @@ from tests.lib.trunk_models import (
     plain_row_losses,
     plain_step,
     state_of,
+    step_input,
     tensors_of,
     unpacked,
 )
+from tests.lib.trunk_texts import language_model, some_texts
 
 MODELS = {"dense": dense_model, "conv": conv_model}
 SGD = TrunkPlan("sgd", {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4})
@@ -47,11 +51,9 @@ ADAMW = TrunkPlan(
 )
 
 
-def core_of(
-    model: SplitModel, plan: TrunkPlan = SGD, held_out: tuple[Array, Array] | None = None
-) -> TrunkCore:
+def core_of(model: SplitModel, plan: TrunkPlan = SGD) -> TrunkTrainer:
     """A trunk that has begun a round from the model's own weights."""
-    core = TrunkCore(model, "cpu", held_out)
+    core = TrunkTrainer(model, "cpu")
     core.begin(state_of(model), plan)
     return core
 
@@ -185,7 +187,7 @@ def test_row_losses_come_by_cut_and_then_by_arrival() -> None:
 # --- steps ----------------------------------------------------------------------------------------
 
 
-def steps_of(model: SplitModel, codec: str = "int8") -> list[list[Arrival]]:
+def steps_of(model: SplitModel, codec: str = "int8") -> list[list[StepInput]]:
     """Steps with changing cuts: the third leaves out the shallow blocks, the fourth does not."""
     plan = [[(1, 3), (2, 2)], [(2, 4)], [(3, 2), (3, 3)], [(3, 1), (1, 5), (2, 2)], [(2, 3)]]
     seeds = itertools.count()
@@ -266,7 +268,7 @@ def test_a_round_starts_from_the_given_state_and_without_momentum() -> None:
 def test_the_given_state_and_the_model_are_left_as_they_are() -> None:
     model = dense_model()
     state, before = state_of(model), state_of(model)
-    core = TrunkCore(model, "cpu")
+    core = TrunkTrainer(model, "cpu")
     core.begin(state, SGD)
     for arrivals in steps_of(model):
         core.step(arrivals)
@@ -290,16 +292,14 @@ def test_what_a_round_has_trained_is_not_changed_by_the_next() -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def poisoned(arrival: Arrival, part: str, value: float) -> Arrival:
+def poisoned(arrival: StepInput, part: str, value: float) -> StepInput:
     """An arrival with one value of a part replaced."""
-    parts = {name: np.array(tensor) for name, tensor in arrival.parts.items()}
+    parts = {name: np.array(tensor) for name, tensor in arrival.batch.parts.items()}
     parts[part].flat[0] = value
-    return Arrival(
-        arrival.device, arrival.replica, arrival.cut, arrival.codec, parts, arrival.labels
-    )
+    return replace(arrival, batch=replace(arrival.batch, parts=parts))
 
 
-BAD: dict[str, Callable[[SplitModel], Arrival]] = {
+BAD: dict[str, Callable[[SplitModel], StepInput]] = {
     "fp16 nan": lambda m: poisoned(arrival_of(m, 2, 3, 99, "bad", codec="fp16"), "h", math.nan),
     "fp16 inf": lambda m: poisoned(arrival_of(m, 2, 3, 99, "bad", codec="fp16"), "h", math.inf),
     "int8 nan": lambda m: poisoned(arrival_of(m, 2, 3, 99, "bad"), "h.scale", math.nan),
@@ -337,11 +337,11 @@ def test_a_bad_arrival_is_refused_and_the_others_step_as_without_it(what: str, k
 def test_the_bad_arrivals_are_bad_in_the_way_that_their_names_say() -> None:
     model = dense_model()
 
-    def measure(arrival: Arrival) -> tuple[bool, bool, bool]:
-        parts = {name: torch.from_numpy(part) for name, part in arrival.parts.items()}
+    def measure(arrival: StepInput) -> tuple[bool, bool, bool]:
+        parts = {name: torch.from_numpy(part) for name, part in arrival.batch.parts.items()}
         h = get_codec(arrival.codec).unpack(parts)
         model.zero_grad()
-        losses = plain_row_losses(model, h, torch.from_numpy(arrival.labels), arrival.cut)
+        losses = plain_row_losses(model, h, torch.from_numpy(arrival.batch.labels), arrival.cut)
         losses.mean().backward()
         squares = sum(float(p.grad.double().square().sum())
                       for p in model.parameters() if p.grad is not None)  # fmt: skip
@@ -433,7 +433,7 @@ def with_epochs(epochs: int, max_rows: int = 256, seed: int = 0) -> TrunkPlan:
 
 
 def replayed(
-    model: SplitModel, plan: TrunkPlan, steps: Sequence[Sequence[Arrival]]
+    model: SplitModel, plan: TrunkPlan, steps: Sequence[Sequence[StepInput]]
 ) -> list[TrunkCopy]:
     """What a round leaves."""
     core = core_of(model, plan)
@@ -566,15 +566,15 @@ def test_a_step_without_arrivals_does_nothing() -> None:
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_answers_are_those_of_the_plain_model(kind: str, codec: str, cut: int) -> None:
     model, trained = MODELS[kind](heads=(1, 3)), MODELS[kind](heads=(1, 3), seed=5)
-    core = TrunkCore(model, "cpu")
-    core.serve(dict.fromkeys((1, 2, 3), state_of(trained)))
-    x, labels = inputs(model, 7, seed=3)
+    evaluator = Evaluator(model, "cpu")
+    evaluator.serve(dict.fromkeys((1, 2, 3), state_of(trained)))
+    x, _ = inputs(model, 7, seed=3)
     with torch.no_grad():
         h = trained.segment(torch.from_numpy(x), cut)
         parts = get_codec(codec).pack(h, channel_axis(h))
         want = torch.stack(plain_logits(trained, get_codec(codec).unpack(parts), cut)).numpy()
     packed = {name: part.numpy() for name, part in parts.items()}
-    got = core.answer(Arrival("d", "", cut, codec, packed, labels))
+    got = evaluator.answer(Query(cut, codec, packed))
     assert got.shape == (1 + (cut < 3), 7, CLASSES)
     np.testing.assert_allclose(got, want, 1e-5, 1e-6)
 
@@ -601,10 +601,11 @@ def test_evaluation_is_that_of_the_plain_model(kind: str) -> None:
         p.data.mul_(2)  # answers that differ from row to row
     for rows, codec in ((300, "fp16"), (200, "int8")):
         x, y = inputs(model, rows, seed=1)
-        core = TrunkCore(model, "cpu", (x, y))
+        evaluator = Evaluator(model, "cpu", (x, y))
         state = state_of(deep)
-        core.serve({1: state_of(shallow), 2: state, 3: state})
-        got = core.evaluate({"s": (1, codec), "m": (2, codec), "l": (3, codec)})
+        evaluator.serve({1: state_of(shallow), 2: state, 3: state})
+        tiers = {"s": (1, codec), "m": (2, codec), "l": (3, codec)}
+        got = finished(evaluator.evaluate(tiers, ALL_PATHS)).accuracy
         want = {
             "s": plain_accuracy(shallow, x, y, 1, codec),
             "m": plain_accuracy(deep, x, y, 2, codec),
@@ -614,73 +615,41 @@ def test_evaluation_is_that_of_the_plain_model(kind: str) -> None:
         assert len({a for paths in want.values() for a in paths.values()}) >= 3
 
 
+def live_models() -> int:
+    """How many models there are in memory."""
+    gc.collect()
+    return sum(isinstance(found, SplitModel) for found in gc.get_objects())
+
+
 def test_one_model_serves_all_cuts_that_have_the_same_state() -> None:
     model = dense_model()
-    core = TrunkCore(model, "cpu")
+    evaluator = Evaluator(model, "cpu")
     shared, own = state_of(model), state_of(model)
-    core.serve({1: shared, 2: own, 3: shared})
-    serving = core._serving
-    assert serving[1, 0] is serving[3, 0]
-    assert serving[1, 0] is not serving[2, 0]
+    before = live_models()
+    evaluator.serve({1: shared, 2: own, 3: shared})
+    assert live_models() - before == 2
 
 
 def test_what_is_served_changes_with_serve_alone() -> None:
     model = dense_model()
-    question = arrival_of(model, 2, 4, seed=9)
-    core, undisturbed = core_of(model), core_of(model)
-    core.serve({2: state_of(model)})
-    before = core.answer(question)
+    asked = arrival_of(model, 2, 4, seed=9)
+    question = Query(asked.cut, asked.codec, asked.batch.parts)
+    core, undisturbed, evaluator = core_of(model), core_of(model), Evaluator(model, "cpu")
+    evaluator.serve({2: state_of(model)})
+    before = evaluator.answer(question)
     steps = steps_of(model)
     for arrivals in steps:
         core.step(arrivals)
         undisturbed.step(arrivals)
-        np.testing.assert_array_equal(core.answer(question), before)
+        np.testing.assert_array_equal(evaluator.answer(question), before)
     copies = core.finish()
     assert_same(tensors_of(copies), tensors_of(undisturbed.finish()))
-    np.testing.assert_array_equal(core.answer(question), before)
-    core.serve({2: {**state_of(model), **tensors_of(copies)}})
-    assert not np.allclose(core.answer(question), before)
+    np.testing.assert_array_equal(evaluator.answer(question), before)
+    evaluator.serve({2: {**state_of(model), **tensors_of(copies)}})
+    assert not np.allclose(evaluator.answer(question), before)
 
 
 # --- texts ----------------------------------------------------------------------------------------
-
-VOCABULARY = 11
-
-
-class TokenStem(nn.Module):
-    """Embeddings of tokens and of up to 9 positions."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Embedding(9, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.embedding(x) + self.positions.weight[: x.shape[1]]
-        return h
-
-
-def language_model(seed: int = 0, width: int = 8) -> SplitModel:
-    """Four causal blocks, a head at every depth; the last head reads the table of the stem."""
-    torch.manual_seed(seed)
-    stem = TokenStem(width)
-    blocks = [kind(width) for kind in (AttentionBlock, TokenBlock, AttentionBlock, AttentionBlock)]
-    out = nn.Linear(width, VOCABULARY, bias=False)
-    out.weight = stem.embedding.weight
-    model = SplitModel(stem, blocks, nn.Sequential(nn.LayerNorm(width), out), "tokens")
-    model.add_heads((1, 2, 3), torch.zeros(1, 2, dtype=torch.int64), VOCABULARY)
-    for head in model.aux.values():
-        nn.init.normal_(head.up.weight)  # type: ignore[union-attr, arg-type]
-    return model
-
-
-def some_texts(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random tokens, and labels of which some do not count, but never all."""
-    rng = np.random.default_rng(seed)
-    x, y = rng.integers(0, VOCABULARY, (2, rows, length))
-    y[rng.random(y.shape) < 0.4] = -1
-    y[0, rng.integers(length)] = 0
-    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def text_loss(
@@ -747,12 +716,12 @@ def test_merged_texts_of_any_length_learn_as_each_does_alone(
 
 def text_arrival(
     model: SplitModel, cut: int, rows: int, length: int, seed: int, weight: float = 1.0
-) -> Arrival:
+) -> StepInput:
     """What a device sends of random texts."""
     x, labels = some_texts(rows, length, seed)
     parts = get_codec("fp16").pack(model.segment(x, cut), 2)
     packed = {name: part.numpy() for name, part in parts.items()}
-    return Arrival(f"device-{seed}", "shared", cut, "fp16", packed, labels.numpy(), weight)
+    return step_input(f"device-{seed}", "shared", cut, "fp16", packed, labels.numpy(), weight)
 
 
 def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_length() -> None:
@@ -763,7 +732,7 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
         for seed, (cut, rows, length) in enumerate(((2, 3, 9), (1, 2, 4), (2, 1, 6)))
     ]
     report = core.step(arrivals)
-    counts = [int((a.labels >= 0).sum()) for a in arrivals]
+    counts = [int((a.batch.labels >= 0).sum()) for a in arrivals]
     reference.stem.requires_grad_(False)
     losses = []
     for arrival, gradient, count in zip(arrivals, report.gradients, counts, strict=True):
@@ -774,7 +743,7 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
         assert gradient is not None
         assert h.grad is not None
         want = (h.grad * sum(counts) / count).half().numpy()
-        assert gradient["h"].shape == (*arrival.labels.shape, 8)
+        assert gradient["h"].shape == (*arrival.batch.labels.shape, 8)
         np.testing.assert_allclose(gradient["h"], want, 2e-3, 1e-5)
     assert report.rows == sum(counts)
     assert report.loss == pytest.approx(np.average(losses, weights=counts), rel=1e-5)
@@ -790,9 +759,10 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
 def test_evaluation_of_texts_is_perplexity() -> None:
     model = language_model()
     x, y = some_texts(40, 9, seed=3)
-    core = TrunkCore(model, "cpu", (x.numpy(), y.numpy()))
-    core.serve(dict.fromkeys((1, 3), state_of(model)))
-    got = core.evaluate({"s": (1, "fp16"), "l": (3, "fp16")})
+    evaluator = Evaluator(model, "cpu", (x.numpy(), y.numpy()))
+    evaluator.serve(dict.fromkeys((1, 3), state_of(model)))
+    tiers = {"s": (1, "fp16"), "l": (3, "fp16")}
+    got = finished(evaluator.evaluate(tiers, ALL_PATHS)).accuracy
     with torch.no_grad():
         hub = torch.log_softmax(model(x), 2)
         heads = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from edge_sdk.protocol.messages import HeadGradient
 from edge_sdk.protocol.tensors import Array
-from edge_sdk.training.learner import Finished
 from export import packing
 from export.errors import ExportError
 from export.functional import TorchRuntime
@@ -22,6 +23,7 @@ from export.lowering.lowered import RuntimeName, lower
 from export.lowering.verify import verify
 from export.optimizers import get_optimizer
 from export.packing import get_codec
+from export.returned_steps import activate, backward, finish
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles
@@ -29,13 +31,16 @@ from server_hub.methods.settings import LocalTraining
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
 from server_hub.simulation.simulate import Simulation
-from server_hub.trunk.interface import Arrival, TrunkPlan
+from server_hub.trunk.interface import StepInput, TrunkPlan
 from server_hub.trunk.settings import TrunkTraining
-from server_hub.trunk.step import TrunkCore
-from tests.export.test_backward import HYPER, MODELS, manifest_of
-from tests.server_hub.test_splitft import WORDS, Double
-from tests.server_hub.test_splitft import build as build_gpt2
-from tests.server_hub.test_splitft import texts as draw_texts
+from server_hub.trunk.step import TrunkTrainer
+from tests.lib.adapted_gpt2 import WORDS
+from tests.lib.adapted_gpt2 import build as build_gpt2
+from tests.lib.adapted_gpt2 import texts as draw_texts
+from tests.lib.codecs import Double
+from tests.lib.returned_models import HYPER, MODELS
+from tests.lib.step_runtimes import manifest_of
+from tests.lib.trunk_models import step_input
 
 
 def conv() -> SplitModel:
@@ -74,7 +79,7 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
     uncut = copy.deepcopy(model)
     rule, hyper = get_optimizer(optimizer), HYPER[optimizer]
     reference = rule.reference([p for p in uncut.parameters() if p.requires_grad], hyper)
-    trunk = TrunkCore(copy.deepcopy(model), "cpu")
+    trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     held = {n: p.detach().numpy().copy() for n, p in model.trained().items()}
     held |= {n: t.numpy() for n, t in rule.slots(model.trained()).items()}
     rates = [torch.tensor(hyper[name], dtype=torch.float64) for name in rule.hyper]
@@ -102,25 +107,27 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
         def state(own: dict[str, Tensor] = own, steps: ClientSteps = steps) -> list[Tensor]:
             return [own[e.spec.name] for e in steps.state]
 
-        (h,) = steps.activate().function(constants, *state()[: len(steps.initial)], x)
+        (h,) = activate(steps).function(constants, *state()[: len(steps.initial)], x)
         trunk.begin(held, TrunkPlan(optimizer, hyper, returned=True, u_shaped=True,
                                     keeps_slots=True))  # fmt: skip
-        arrival = Arrival("d", "all", cut, "float64", {"h": h.numpy()}, None, shape=tuple(y.shape))
+        arrival = step_input(
+            "d", "all", cut, "float64", {"h": h.numpy()}, None, shape=tuple(y.shape)
+        )
         features = trunk.features(arrival)
         assert features is not None
-        outputs = steps.finish().function(
+        outputs = finish(steps).function(
             constants, *state(), torch.from_numpy(features["h"]), y, *rates
         )
         *after, loss, _, back = outputs
         own.update(zip((e.spec.name for e in steps.state), after, strict=True))
         assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-10)
-        done = Finished({"h": back.numpy()}, int((y >= 0).sum()))
-        report = trunk.step([Arrival("d", "all", cut, "float64", {"h": h.numpy()}, None,
-                                     shape=tuple(y.shape), finished=done)])  # fmt: skip
+        done = HeadGradient({"h": back.numpy()}, int((y >= 0).sum()))
+        report = trunk.step([step_input("d", "all", cut, "float64", {"h": h.numpy()}, None,
+                                     shape=tuple(y.shape), head_gradient=done)])  # fmt: skip
         (gradient,) = report.gradients
         assert gradient is not None
         assert report.losses == [None]
-        after = list(steps.backward().function(
+        after = list(backward(steps).function(
             constants, *state(), x, torch.from_numpy(np.array(gradient["h"])), *rates
         ))  # fmt: skip
         own.update(zip((e.spec.name for e in steps.state), after, strict=True))
@@ -149,22 +156,24 @@ def test_arrivals_of_several_depths_are_one_step_over_all_their_labels(
     returned: list[list[Array]] = []
     batches = [(cut, *draw(kind, rows, cut)) for cut, rows in ((2, 3), (1, 2), (2, 1))]
     for u_shaped in (False, True):
-        trunk = TrunkCore(copy.deepcopy(model), "cpu")
+        trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
         trunk.begin(state, TrunkPlan("sgd", hyper, returned=True, u_shaped=u_shaped))
         arrivals = []
         for i, (cut, x, y) in enumerate(batches):
             with torch.no_grad():
                 parts = {"h": model.segment(x, cut).numpy()}
-            arrival = Arrival(f"d{i}", "all", cut, "float64", parts, y.numpy())
+            arrival = step_input(f"d{i}", "all", cut, "float64", parts, y.numpy())
             if u_shaped:
-                arrival = Arrival(f"d{i}", "all", cut, "float64", parts, None, shape=tuple(y.shape))
+                arrival = step_input(
+                    f"d{i}", "all", cut, "float64", parts, None, shape=tuple(y.shape)
+                )
                 seen = trunk.features(arrival)
                 assert seen is not None
                 features = torch.from_numpy(seen["h"]).requires_grad_()
                 (back,) = torch.autograd.grad(loss_of(model.head(features), y), features)
-                done = Finished({"h": back.numpy()}, int((y >= 0).sum()))
-                arrival = Arrival(f"d{i}", "all", cut, "float64", parts, None,
-                                  shape=tuple(y.shape), finished=done)  # fmt: skip
+                done = HeadGradient({"h": back.numpy()}, int((y >= 0).sum()))
+                arrival = step_input(f"d{i}", "all", cut, "float64", parts, None,
+                                  shape=tuple(y.shape), head_gradient=done)  # fmt: skip
             arrivals.append(arrival)
         report = trunk.step(arrivals)
         returned.append([g["h"] for g in report.gradients if g is not None])
@@ -186,8 +195,8 @@ def test_arrivals_of_several_depths_are_one_step_over_all_their_labels(
         ("lora", "torch"),
         ("dropout", "torch"),
         ("batchnorm", "onnx"),
-        pytest.param("lora", "onnx", marks=pytest.mark.exhaustive),
-        pytest.param("groupnorm", "executorch", marks=pytest.mark.exhaustive),
+        pytest.param("lora", "onnx", marks=pytest.mark.slow),
+        pytest.param("groupnorm", "executorch", marks=pytest.mark.slow),
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
@@ -213,7 +222,7 @@ def test_a_wrong_finish_is_refused() -> None:
         ClientSegment(model, 2, u_shaped=True), get_optimizer("sgd"), get_codec("int8"),
         example(8), classes, {"batch": 8}, returned=True,
     )  # fmt: skip
-    step = steps.finish()
+    step = finish(steps)
     run = lower("torch", [step], {}).run
     verify(steps, step, run, example(8))
     for name in ("head.out.weight", "block.0.conv.weight"):
@@ -281,13 +290,18 @@ def test_a_fleet_learns_and_no_label_leaves_a_device(
 ) -> None:
     """Accuracy of the model's head rises; what the trunk is given has no labels."""
     seen: list[Array | None] = []
-    receive = TrunkCore._receive
+    step, features = TrunkTrainer.step, TrunkTrainer.features
 
-    def watched(self: TrunkCore, arrival: Arrival) -> Any:
-        seen.append(arrival.labels)
-        return receive(self, arrival)
+    def watched_step(self: TrunkTrainer, arrivals: Sequence[StepInput]) -> Any:
+        seen.extend(arrival.batch.labels for arrival in arrivals)
+        return step(self, arrivals)
 
-    monkeypatch.setattr(TrunkCore, "_receive", watched)
+    def watched_features(self: TrunkTrainer, arrival: StepInput) -> Any:
+        seen.append(arrival.batch.labels)
+        return features(self, arrival)
+
+    monkeypatch.setattr(TrunkTrainer, "step", watched_step)
+    monkeypatch.setattr(TrunkTrainer, "features", watched_features)
     accuracies = []
     hyper = {"lr": 0.05, "momentum": 0.0}  # steps that come late do not go with momentum
     calm: dict[str, Any] = {"trunk": TrunkTraining(hyper=hyper, max_rows=1, wait_s=0.0)}

@@ -21,13 +21,13 @@ from export.dual_norm import has_dual_norms, noise_tensors, with_dual_norms
 from export.packing import CODECS
 from export.split import SplitModel
 from export.whole import without_trunk
-from server_hub.trunk.interface import Arrival, TrunkCopy, TrunkPlan
-from server_hub.trunk.step import TrunkCore
-from server_hub.trunk.vmapped import StackedTrunk
-from tests.export.test_mix_steps import only
+from server_hub.trunk.interface import StepInput, TrunkCopy, TrunkPlan
+from server_hub.trunk.step import TrunkTrainer
+from server_hub.trunk.vmapped import VmappedTrainer
+from tests.lib.dual_norms import only
 from tests.lib.models import CLASSES, FEATURES, IMAGE, conv_model, example, token_model
-from tests.lib.trunk_models import dense_model, inputs
-from tests.server_hub.test_trunk import VOCABULARY, language_model, some_texts
+from tests.lib.trunk_models import dense_model, inputs, step_input
+from tests.lib.trunk_texts import VOCABULARY, language_model, some_texts
 
 BASES = 4
 # halves and quarters: the trunk has its hyper-parameters in float32
@@ -94,7 +94,7 @@ class Sent:
     device: str = ""
 
 
-def arrival_of(model: SplitModel, kind: str, sent: Sent, seed: int) -> Arrival:
+def arrival_of(model: SplitModel, kind: str, sent: Sent, seed: int) -> StepInput:
     """Random activations."""
     rng = np.random.default_rng(seed)
     if kind == "texts":
@@ -108,7 +108,7 @@ def arrival_of(model: SplitModel, kind: str, sent: Sent, seed: int) -> Arrival:
     present = None
     if sent.there is not None:
         present = np.isin(np.arange(CLASSES), sent.there).astype(np.float32)
-    return Arrival(
+    return step_input(
         sent.device or f"device-{seed}", "shared", sent.cut, "exact",
         {"h": h + 0.3 * rng.standard_normal(h.shape)}, labels,
         sent.weight, base=sent.base, present=present, noise=sent.noise,
@@ -146,11 +146,14 @@ class Eager:
         self.max_norm, self.dual = plan.max_norm, has_dual_norms(template)
         self.samples: dict[str, int] = {}
 
-    def loss(self, arrival: Arrival) -> Tensor:
+    def loss(self, arrival: StepInput) -> Tensor:
         """Sum over labels that count of the cross-entropy of all heads above the cut."""
-        h, labels = torch.from_numpy(arrival.parts["h"]), torch.from_numpy(arrival.labels)
+        h, labels = (
+            torch.from_numpy(arrival.batch.parts["h"]),
+            torch.from_numpy(arrival.batch.labels),
+        )
         total = torch.zeros((), dtype=torch.float64)
-        copied = "noise" if arrival.noise else "clean"
+        copied = "noise" if arrival.batch.noise else "clean"
         with only(self.model, copied) if self.dual else nullcontext():
             for depth in range(arrival.cut, self.model.depth):
                 h = self.model.block[depth](h)
@@ -163,16 +166,16 @@ class Eager:
                     if label < 0:
                         continue
                     there = (
-                        list(range(len(logits))) if arrival.present is None
-                        else np.flatnonzero(arrival.present).tolist()
+                        list(range(len(logits))) if arrival.batch.present is None
+                        else np.flatnonzero(arrival.batch.present).tolist()
                     )  # fmt: skip
                     right = torch.tensor(there.index(label))
                     total = total + cross_entropy(logits[there], right)
         return total
 
-    def step(self, arrivals: Sequence[Arrival]) -> list[float]:
+    def step(self, arrivals: Sequence[StepInput]) -> list[float]:
         """One step; returns the loss of each arrival."""
-        counts = [int((a.labels >= 0).sum()) for a in arrivals]
+        counts = [int((a.batch.labels >= 0).sum()) for a in arrivals]
         total = sum(a.weight * n for a, n in zip(arrivals, counts, strict=True))
         self.optimizer.zero_grad()
         losses = [self.loss(arrival) for arrival in arrivals]
@@ -226,7 +229,7 @@ def check(
     model = hub_model(kind, dual)
     state = states_of(model, seed)
     before = {name: tensor.copy() for name, tensor in state.items()}
-    trunk = StackedTrunk(model, state, plan, torch.device("cpu"))
+    trunk = VmappedTrainer(model, state, plan, torch.device("cpu"))
     alone = [Eager(model, state, base, plan) for base in range(BASES)]
     hardened: set[int] = set()
     for number, sents in enumerate(steps):
@@ -242,7 +245,7 @@ def check(
             want[base] = alone[base].step(mine)
             hardened |= {base} if any(a.noise for a in mine) else set()
         expected = [want[a.base].pop(0) for a in arrivals]
-        counts = [int((a.labels >= 0).sum()) for a in arrivals]
+        counts = [int((a.batch.labels >= 0).sum()) for a in arrivals]
         losses = [found for found in report.losses if found is not None]
         assert [loss for loss, _ in losses] == pytest.approx(expected, rel=1e-5)
         assert [count for _, count in losses] == counts
@@ -367,7 +370,7 @@ def test_the_weighted_loss_is_the_mean_of_both_by_their_weight() -> None:
         0.75 * clean + 0.25 * noisy, [p for _, p in named(eager)], allow_unused=True
     )
     plain = replace(SGD, hyper={"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0})
-    trunk = StackedTrunk(model, state, plain, torch.device("cpu"))
+    trunk = VmappedTrainer(model, state, plain, torch.device("cpu"))
     trunk.step(arrivals)
     got = of_base(trunk.finish(), 0)
     want = {
@@ -386,7 +389,7 @@ def test_a_device_that_weighs_nothing_does_not_stop_the_step() -> None:
     """With all weight on hard examples the clean ones may come in a step of their own."""
     model = hub_model("vectors", dual=True)
     state = states_of(model)
-    trunk = StackedTrunk(model, state, SGD, torch.device("cpu"))
+    trunk = VmappedTrainer(model, state, SGD, torch.device("cpu"))
     clean, noisy = hardened([[Sent(1, 1, 3)]], 1.0)[0]
     other = Sent(0, 1, 2)
     report = trunk.step([arrival_of(model, "vectors", s, i) for i, s in enumerate((clean, other))])
@@ -402,7 +405,7 @@ def test_a_device_that_weighs_nothing_does_not_stop_the_step() -> None:
 def test_a_base_without_arrivals_stays_bit_for_bit() -> None:
     model = hub_model("vectors")
     state = states_of(model)
-    both, first = (StackedTrunk(model, state, ADAMW, torch.device("cpu")) for _ in range(2))
+    both, first = (VmappedTrainer(model, state, ADAMW, torch.device("cpu")) for _ in range(2))
     start = [arrival_of(model, "vectors", Sent(base, 1, 3), base) for base in (0, 2)]
     both.step(start)
     first.step(start)
@@ -416,7 +419,7 @@ def test_a_base_without_arrivals_stays_bit_for_bit() -> None:
 
 def test_what_is_trained_lies_above_the_lowest_cut_alone() -> None:
     model = hub_model("pictures")
-    trunk = StackedTrunk(model, states_of(model), SGD, torch.device("cpu"))
+    trunk = VmappedTrainer(model, states_of(model), SGD, torch.device("cpu"))
     trunk.step([arrival_of(model, "pictures", Sent(1, 3, 2), 0)])
     trunk.step([arrival_of(model, "pictures", Sent(1, 2, 3), 1)])
     found = {c.layer: c.samples for c in trunk.finish()}
@@ -425,7 +428,7 @@ def test_what_is_trained_lies_above_the_lowest_cut_alone() -> None:
 
 def test_noise_does_not_count_an_example_twice() -> None:
     model = hub_model("vectors", dual=True)
-    trunk = StackedTrunk(model, states_of(model), SGD, torch.device("cpu"))
+    trunk = VmappedTrainer(model, states_of(model), SGD, torch.device("cpu"))
     steps = hardened([[Sent(0, 1, 3), Sent(0, 2, 2)]], 0.5)
     trunk.step([arrival_of(model, "vectors", s, i) for i, s in enumerate(steps[0])])
     found = {c.layer: c.samples for c in trunk.finish()}
@@ -434,7 +437,7 @@ def test_noise_does_not_count_an_example_twice() -> None:
 
 def test_a_step_without_arrivals_does_nothing() -> None:
     model = hub_model("vectors")
-    trunk = StackedTrunk(model, states_of(model), SGD, torch.device("cpu"))
+    trunk = VmappedTrainer(model, states_of(model), SGD, torch.device("cpu"))
     report = trunk.step([])
     assert math.isnan(report.loss)
     assert (report.rows, report.refused, trunk.finish()) == (0, {}, [])
@@ -443,9 +446,9 @@ def test_a_step_without_arrivals_does_nothing() -> None:
 def test_a_round_of_the_trunk_with_bases_is_that_of_the_stack() -> None:
     model = hub_model("vectors")
     state = states_of(model)
-    core = TrunkCore(model, "cpu")
+    core = TrunkTrainer(model, "cpu")
     core.begin(state, SGD)
-    trunk = StackedTrunk(model, state, SGD, torch.device("cpu"))
+    trunk = VmappedTrainer(model, state, SGD, torch.device("cpu"))
     arrivals = [arrival_of(model, "vectors", Sent(base, 1, 3), base) for base in (0, 3)]
     assert core.step(arrivals).loss == trunk.step(arrivals).loss
     got, want = core.finish(), trunk.finish()
@@ -456,7 +459,7 @@ def test_a_round_of_the_trunk_with_bases_is_that_of_the_stack() -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def dense(model: SplitModel, base: int, cut: int, seed: int, spoil: float = 0.0) -> Arrival:
+def dense(model: SplitModel, base: int, cut: int, seed: int, spoil: float = 0.0) -> StepInput:
     """Activations for :func:`dense_model`; one value of them may be spoiled."""
     x, labels = inputs(model, 3, seed)
     with torch.no_grad():
@@ -464,7 +467,7 @@ def dense(model: SplitModel, base: int, cut: int, seed: int, spoil: float = 0.0)
     if spoil:
         h[1, 2] = spoil
     name = "bad" if spoil else f"device-{seed}"
-    return Arrival(name, "shared", cut, "exact", {"h": h}, labels, base=base)
+    return step_input(name, "shared", cut, "exact", {"h": h}, labels, base=base)
 
 
 BAD = {
@@ -484,7 +487,7 @@ def test_a_bad_arrival_is_refused_and_all_others_learn_once_as_without_it(
     spoil, reason = BAD[what]
     state = states_of(model)
     plan = replace(SGD, max_norm=5.0)
-    trunk, without = (StackedTrunk(model, state, plan, torch.device("cpu")) for _ in range(2))
+    trunk, without = (VmappedTrainer(model, state, plan, torch.device("cpu")) for _ in range(2))
     for step in range(2):
         good = [dense(model, *pair, seed=10 * step + i) for i, pair in enumerate(
             ((0, 1), (1, 2), (1, 1), (2, 3), (0, 2)))]  # fmt: skip
@@ -519,7 +522,7 @@ def assert_losses(
 
 def test_a_base_with_nothing_but_bad_arrivals_rests() -> None:
     model = dense_model().double()
-    trunk = StackedTrunk(model, states_of(model), SGD, torch.device("cpu"))
+    trunk = VmappedTrainer(model, states_of(model), SGD, torch.device("cpu"))
     bad = [replace(dense(model, 0, 1, i, spoil), device=f"bad-{i}") for i, spoil in enumerate(
         (math.nan, 1.7e308, 1e250))]  # fmt: skip
     report = trunk.step([*bad, dense(model, 1, 1, 9)])
@@ -530,7 +533,7 @@ def test_a_base_with_nothing_but_bad_arrivals_rests() -> None:
 
 def test_noise_of_a_refused_arrival_leaves_the_noise_norms() -> None:
     model = hub_model("vectors", dual=True)
-    trunk = StackedTrunk(model, states_of(model), SGD, torch.device("cpu"))
+    trunk = VmappedTrainer(model, states_of(model), SGD, torch.device("cpu"))
     clean, noisy = (
         arrival_of(model, "vectors", sent, 3) for sent in hardened([[Sent(0, 1, 3)]], 0.5)[0]
     )

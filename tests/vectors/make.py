@@ -22,9 +22,10 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from edge_sdk.protocol.checks import MAX_INT
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
-    MAX_INT,
     VERSION,
     Ack,
     Activations,
@@ -224,8 +225,8 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("stop with a final state", Stop("all rounds are done", HASH), 4, 5),
     ("stop with base networks", Stop("all rounds are done", None, BASES), 4, 5),
     ("bye", Bye("done"), 6, 4),
-    ("error", Error("unknown_blob", "the blob is not here", False, "hash"), 0, 6),
-    ("error that is fatal", Error("bad_token", "the token is wrong", True), 0, 0),
+    ("error", Error(ErrorCode.UNKNOWN_BLOB, "the blob is not here", False, "hash"), 0, 6),
+    ("error that is fatal", Error(ErrorCode.BAD_TOKEN, "the token is wrong", True), 0, 0),
     ("ack", Ack(), 0, 6),
     ("largest numbers", Decline(MAX_INT, ""), MAX_INT, MAX_INT),
     (

@@ -1,0 +1,57 @@
+"""What tests of base networks with dual norms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from export.dual_norm import DualNorm
+from export.functional import TorchRuntime
+from export.split import ClientSegment, SplitModel
+from export.steps import ClientSteps
+from export.writer import Tier, export_bundles, make_steps
+
+
+def shaken(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Other values than all copies start from; variances stay above zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        n: t * (0.8 + 0.4 * torch.rand(t.shape, generator=generator))
+        + (0 if n.endswith("running_var") else 0.1 * torch.randn(t.shape, generator=generator))
+        for n, t in tensors.items()
+    }
+
+
+@contextmanager
+def only(module: nn.Module, copied: str) -> Iterator[None]:
+    """Put one copy of every dual norm in its place."""
+    swapped = [
+        (parent, key, child)
+        for parent in list(module.modules())
+        for key, child in parent.named_children()
+        if isinstance(child, DualNorm)
+    ]
+    for parent, key, child in swapped:
+        setattr(parent, key, getattr(child, copied))
+    try:
+        yield
+    finally:
+        for parent, key, child in swapped:
+            setattr(parent, key, child)
+
+
+def torch_runtime(
+    model: SplitModel, tier: Tier, x: Tensor, classes: int, folder: Path
+) -> tuple[TorchRuntime, ClientSteps]:
+    """The steps of a tier, as they are."""
+    tier = replace(tier, runtime="torch")
+    index = export_bundles(
+        model, {"t": tier}, folder, example=x, classes=classes, verified=False
+    )  # fmt: skip
+    steps = make_steps(ClientSegment(model, tier.cut), tier, x, classes, "sgd")
+    return TorchRuntime(index.manifest("t"), steps), steps

@@ -1,0 +1,35 @@
+"""The steps of a device in a runtime of the SDK, without a bundle on disk."""
+
+from __future__ import annotations
+
+from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
+from edge_sdk.runtime import Runtime
+from edge_sdk.runtime.executorch import ExecutorchRuntime
+from edge_sdk.runtime.onnx import OnnxRuntime
+from export.functional import TorchRuntime
+from export.lowering.lowered import RuntimeName, lower
+from export.steps import ClientSteps
+
+
+def manifest_of(steps: ClientSteps, runtime: str) -> Manifest:
+    """A manifest for graphs in memory; every graph has its own blob, ExecuTorch's have one."""
+    segment = steps.segment
+    return Manifest(
+        "test", segment.cut, runtime, segment.task, steps.classes, dict(steps.limits),
+        tuple(segment.heads), steps.optimizer.name, steps.codec.name, steps.packed, steps.state,
+        {
+            s.name: Graph("0" if runtime == "executorch" else s.name, s.inputs, s.outputs)
+            for s in steps.all()
+        },
+        "", (), {},
+    )  # fmt: skip
+
+
+def runtime_of(steps: ClientSteps, name: RuntimeName) -> Runtime:
+    """The steps in a runtime of the SDK."""
+    manifest = manifest_of(steps, name)
+    if name == "torch":
+        return TorchRuntime(manifest, steps)
+    files = dict(lower(name, steps.all(), {}).files)
+    bundle = Bundle(manifest, files, {n: t.numpy() for n, t in steps.initial.items()})
+    return OnnxRuntime(bundle) if name == "onnx" else ExecutorchRuntime(bundle)
