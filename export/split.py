@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edge_sdk.errors import BundleError
@@ -150,6 +148,8 @@ class SplitModel(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the weights as safetensors, auxiliary heads included."""
+        from safetensors.torch import save_file  # the trunk works without this package
+
         save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, path)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -164,6 +164,9 @@ class SplitModel(nn.Module):
         Raises:
             BundleError: no such file, or its tensors are not this model's.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
