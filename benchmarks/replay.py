@@ -36,7 +36,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.exchange import send_update
-from edge_sdk.training.learner import LocalResult
+from edge_sdk.training.plan import LocalResult
 from edge_sdk.transport.link import open_websocket
 from edge_sdk.transport.session import Session
 
