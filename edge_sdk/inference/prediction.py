@@ -140,7 +140,8 @@ class Predictor:
         by_hub = np.zeros(len(probabilities), bool)
         if len(unsure) and not own.manifest.whole:
             with contextlib.suppress(TimeoutError, LinkClosed):
-                hub = await asyncio.wait_for(self._hub(own, unsure, x), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    hub = await self._hub(own, unsure, x)
                 every = np.concatenate([heads[:, unsure], _last_position(hub, own.manifest)])
                 probabilities[unsure] = softmax(every).mean(0)
                 by_hub[unsure] = True
@@ -224,7 +225,8 @@ class Predictor:
         manifest.check_robustness(options.robustness)
         bases = manifest.bases if options.bases is None else options.bases
         try:
-            mixture = await asyncio.wait_for(self._fetch_bases(bases), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                mixture = await self._fetch_bases(bases)
         except TimeoutError:
             raise LinkClosed(
                 f"not all of {bases} bases are here, and the hub does not give the others; ask for "

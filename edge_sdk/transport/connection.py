@@ -218,7 +218,9 @@ class Connection:
                 self._wanted = (name, offset)
                 try:
                     await self.send(BlobGet(hash=name, offset=offset))
-                    piece = await asyncio.wait_for(self._blob, 30)
+                    # not wait_for: in Python 3.11 that may lose a cancellation
+                    async with asyncio.timeout(30):
+                        piece = await self._blob
                 except (LinkClosed, SessionLost, TimeoutError):
                     self.raise_failure()
                     await asyncio.sleep(0.05)

@@ -178,7 +178,8 @@ class Session:
             code=error.code, message=str(error)[:4096], fatal=error.code.is_fatal, field=error.field
         )
         with contextlib.suppress(CutlayerError, TimeoutError):  # gone already is as good
-            await asyncio.wait_for(link.send(self.channel.send(message)), 5)
+            async with asyncio.timeout(5):
+                await link.send(self.channel.send(message))
 
     async def _notify(self) -> None:
         async with self._room:

@@ -302,7 +302,8 @@ _IGNORED = ("ack", "hello")
 async def _refuse(link: Link, error: ProtocolError) -> None:
     message = Error(code=error.code, message=str(error)[:4096], fatal=True, field=error.field)
     try:
-        await asyncio.wait_for(link.send(encode(message, 0, 0)), 5)
+        async with asyncio.timeout(5):
+            await link.send(encode(message, 0, 0))
         await link.close()
     except (CutlayerError, TimeoutError):
         pass

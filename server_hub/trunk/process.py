@@ -130,7 +130,8 @@ class WorkerTrunk:
     async def close(self) -> None:
         if self._pipe is not None:
             with contextlib.suppress(TrunkFailed, TimeoutError):
-                await asyncio.wait_for(self._call("stop"), 5)
+                async with asyncio.timeout(5):
+                    await self._call("stop")
         if self._process is not None and self._process.pid is not None:
             await asyncio.to_thread(self._process.join, 5)
             if self._process.is_alive():

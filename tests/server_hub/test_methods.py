@@ -9,13 +9,15 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
+from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from export.names import layer_of
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.layer_store import NotFinite
 from server_hub.aggregation.merged import Merged
 from server_hub.aggregation.separate import Separate
-from server_hub.methods.fedsplitx import fedsplitx
+from server_hub.methods.fedsplitx import fedsplitx, fedsplitx_paper
+from server_hub.methods.fleet import JobOutline
 from server_hub.methods.method import CopyPerDevice, SharedCopy, Stage
 from server_hub.methods.settings import learning_rate_factor
 from server_hub.trunk.interface import TrunkCopy
@@ -208,32 +210,32 @@ def test_separate_path_is_the_devices_layers_and_above_them_the_trunks(cut: int)
 
 @pytest.mark.parametrize("local_epochs", [1, 5])
 def test_the_merged_form(local_epochs: int) -> None:
-    method = fedsplitx(initial(), "merged", local_epochs)
-    assert method.stage(1, 9) == method.stage(9, 9) == Stage("train")
+    method = fedsplitx(initial(), JobOutline(9, local_epochs))
+    assert method.stage(1, 9) == method.stage(9, 9) == Stage(ActivationMode.TRAIN)
     assert isinstance(method.copies, SharedCopy)
     assert {method.copies.replica_of(device) for device in ("a", "b")} == {"shared"}
     assert isinstance(method.aggregation, Merged)
     assert values(method.aggregation.trunk_state()) == dict.fromkeys(LAYERS, 100.0)
-    assert fedsplitx(initial()).name == method.name
+    assert fedsplitx(initial(), JobOutline(9)).name == method.name
 
 
 @pytest.mark.parametrize("local_epochs", [1, 5])
 def test_the_papers_form(local_epochs: int) -> None:
-    method = fedsplitx(initial(), "paper", local_epochs)
-    wanted = Stage("forward", trunk_epochs=local_epochs)
+    method = fedsplitx_paper(initial(), JobOutline(9, local_epochs))
+    wanted = Stage(ActivationMode.FORWARD, trunk_epochs=local_epochs)
     assert method.stage(1, 9) == method.stage(9, 9) == wanted
     assert isinstance(method.copies, CopyPerDevice)
     assert [method.copies.replica_of(device) for device in ("a", "b", "a")] == ["a", "b", "a"]
     assert isinstance(method.aggregation, Separate)
     assert values(method.aggregation.trunk_state()) == dict.fromkeys(LAYERS, 100.0)
     assert values(method.aggregation.device_state(specs(["stem"]))) == {"stem": 100.0}
-    assert method.name != fedsplitx(initial()).name
+    assert method.name != fedsplitx(initial(), JobOutline(9)).name
 
 
 def test_a_method_does_not_share_memory_with_the_initial_state() -> None:
-    for form in ("merged", "paper"):
+    for compose in (fedsplitx, fedsplitx_paper):
         start: dict[str, Array] = initial()
-        method = fedsplitx(start, form)  # type: ignore[arg-type]
+        method = compose(start, JobOutline(9))
         for tensor in start.values():
             tensor[...] = 7
         assert set(values(method.aggregation.trunk_state()).values()) == {100.0}
