@@ -30,10 +30,10 @@ from export.bases import split_width
 from export.packing import get_codec
 from export.whole import WholeBases, whole_bases
 from export.writer import Tier, export_bundles
-from server_hub.demo.digits import CLASSES
 from server_hub.demo.mix_model import BASES, build
 from server_hub.reports.files import write_rows
 from server_hub.reports.table import Table
+from server_hub.simulation.digits import CLASSES
 from server_hub.trunk.interface import StepInput, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from export.tiers import TiersConfig
+from export.tiers import TiersConfig, TierTable
 
 if TYPE_CHECKING:
     from edge_sdk.bundle.index import BundleIndex
@@ -51,6 +51,7 @@ def export(
     from edge_sdk.bundle.signing import read_private_key
     from edge_sdk.training.data import Examples
     from export.build import build_model
+    from export.plan import Planner
     from export.quantize import LossCheck
     from export.writer import check_out, export_bundles
 
@@ -65,9 +66,15 @@ def export(
         if weights is not None:
             split.load(weights)
         example, classes = settings.example(split)
-        chosen = settings.exported(
-            split, example, classes, lambda text, _: status.update(f"looking for cuts: {text}")
-        )
+
+        def choose(tiers: Mapping[str, TierTable]) -> dict[str, int]:
+            def report(text: str, share: float | None) -> None:
+                status.update(f"looking for cuts: {text}")
+
+            with Planner(split, example, classes, settings.optimizer, report) as planner:
+                return planner.choose(tiers)
+
+        chosen = settings.exported(split, choose)
         extra: dict[str, Any] = {} if lora is None else {"lora": vars(lora)}
         bases = None
         if settings.bases:

@@ -17,6 +17,7 @@ from edge_sdk.protocol.tensors import DTYPES, Array
 from export.errors import reason
 from export.names import layer_of
 from export.optimizers import AdamW, Optimizer, Sgd, Tensors
+from export.step_set import all_steps
 from export.steps import ClientSteps
 
 _TURN = threading.Lock()
@@ -50,7 +51,7 @@ class TorchRuntime:
         self.manifest = manifest
         fast = copy.copy(steps)
         fast.optimizer = _FAST[steps.optimizer.name]
-        self._steps = {step.name: step for step in fast.all()}
+        self._steps = {step.name: step for step in all_steps(fast)}
         self._constants = dict(steps.constants)
         self._turn = threading.Lock()
         # steps are functions: nothing writes into these, so devices start from the same tensors

@@ -7,8 +7,6 @@ all of them. Their answers are mixed in one pass, and where norms are there twic
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -18,12 +16,7 @@ from export.dual_norm import robustness
 from export.errors import ExportError
 from export.losses import correct, local_loss, masked
 from export.stacked import over_bases
-
-if TYPE_CHECKING:
-    from export.steps import ClientSteps, Step
-
-ROBUSTNESS = Port(TensorSpec("robustness", "float32", ()), "hyper")
-"""Weight of the noise norms, from 0 to 1."""
+from export.steps import ClientSteps, Step
 
 
 def mix(steps: ClientSteps, bases: int) -> Step:

@@ -7,7 +7,6 @@ comes back; where labels stay on the device, the model's head makes a step of it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +15,7 @@ from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec
 from export.losses import correct, local_loss
 from export.names import in_head, is_below_heads
-
-if TYPE_CHECKING:
-    from export.steps import ClientSteps, Step
+from export.steps import ClientSteps, Step
 
 
 def activate(steps: ClientSteps) -> Step:

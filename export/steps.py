@@ -19,7 +19,6 @@ from torch.func import functional_call
 
 from edge_sdk.bundle.manifest import Port, StateSpec
 from edge_sdk.protocol.tensors import TensorSpec
-from export import mix_steps, returned_steps
 from export.dropout import SeededDropout
 from export.dual_norm import has_dual_norms, noise_tensors, robustness
 from export.errors import ExportError
@@ -28,6 +27,9 @@ from export.names import in_head, is_below_heads
 from export.optimizers import Optimizer
 from export.packing import Codec
 from export.split import ClientSegment, channel_axis, statistics
+
+ROBUSTNESS = Port(TensorSpec("robustness", "float32", ()), "hyper")
+"""Weight of the noise norms, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -172,21 +174,6 @@ class ClientSteps:
     def initial(self) -> dict[str, Tensor]:
         """Parameters and statistics to start from."""
         return {**self.parameters, **self.statistics}
-
-    def all(self) -> list[Step]:
-        """Every step of the bundle."""
-        steps = [self.predict(), self.train(), self.forward()]
-        if self.returned or self.fused:
-            steps.append(returned_steps.activate(self))
-        if self.returned:
-            steps.append(returned_steps.backward(self))
-        if self.fused:
-            steps.append(returned_steps.fuse(self))
-        if self.features:
-            steps.append(returned_steps.finish(self))
-        if self.adversarial:
-            steps += [mix_steps.attack(self), mix_steps.harden(self)]
-        return [*steps, *(mix_steps.mix(self, n) for n in mixed_at_once(self.bases))]
 
     def predict(self) -> Step:
         """``(parameters, statistics, x) -> logits, packed activations``, in evaluation mode.
@@ -343,7 +330,7 @@ class ClientSteps:
 
     def robustness_port(self) -> tuple[Port, ...]:
         """How answers mix dual norms, where there are any."""
-        return (mix_steps.ROBUSTNESS,) if self.dual else ()
+        return (ROBUSTNESS,) if self.dual else ()
 
     def robust(self, given: Iterator[Tensor]) -> AbstractContextManager[None]:
         """Dual norms mixed by the next input, where there are any."""
@@ -358,15 +345,6 @@ class ClientSteps:
 
     def packed_ports(self) -> tuple[Port, ...]:
         return tuple(Port(spec, "packed") for spec in self.packed)
-
-
-def mixed_at_once(bases: int) -> list[int]:
-    """Numbers of bases that there is a graph for: powers of two, and all; others are sums of them.
-
-    Empty where the answers of bases are not mixed.
-    """
-    powers = [2**i for i in range(bases.bit_length()) if 2**i <= bases]
-    return sorted({*powers, bases}) if bases else []
 
 
 class _Blocks(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from export.lora import Lora
-    from export.plan import Report
     from export.split import SplitModel
     from export.whole import WholeBases
     from export.writer import Tier
@@ -202,27 +201,22 @@ class TiersConfig:
         return draw_inputs(shape, high), classes
 
     def exported(
-        self, model: SplitModel, example: Tensor, classes: int, report: Report
+        self, model: SplitModel, choose: Callable[[Mapping[str, TierTable]], dict[str, int]]
     ) -> dict[str, Tier]:
-        """What is exported for each tier: at its cut, or at the deepest that it can carry.
+        """What is exported for each tier: at its cut, or at the one that ``choose`` finds.
 
         Args:
             model: the model.
-            example: inputs and
-            classes: number of classes, by :meth:`example`.
-            report: told what is measured to find cuts.
+            choose: finds a cut for every tier; called if a tier has none.
 
         Raises:
-            ExportError: a tier can carry no cut, or a cut is outside the model.
+            ExportError: as ``choose`` does.
         """
         cuts = {name: tier.cut for name, tier in self.tiers.items() if tier.cut is not None}
         if self.bases:
             cuts = {name: cuts.get(name, model.depth) for name in self.tiers}
         if len(cuts) < len(self.tiers):
-            from export.plan import Planner
-
-            with Planner(model, example, classes, self.optimizer, report) as planner:
-                cuts = planner.choose(self.tiers)
+            cuts = choose(self.tiers)
         cut_rank = None if self.lora is None else self.lora.cut_rank
         return {
             name: replace(

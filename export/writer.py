@@ -39,6 +39,7 @@ from export.quantize import (
     verify_int8,
 )
 from export.split import ClientSegment, SplitModel
+from export.step_set import all_steps
 from export.steps import ClientSteps
 from export.whole import WholeBases, save_bases
 
@@ -324,10 +325,10 @@ def write_tier(
     places: dict[str, Place] = {}
     if tier.runtime == "onnx":  # a .pte holds its constants, once for all its graphs
         constants, places = _store_constants(steps, store)
-    all_steps = steps.all()
+    found = all_steps(steps)
     progress(f"{name}: cut {tier.cut}, {tier.runtime}")
     lowered = _lower(steps, tier, places, example)
-    for step in all_steps if verified else ():
+    for step in found if verified else ():
         progress(f"{name}: cut {tier.cut}, checking {step.name} against PyTorch")
         verify(steps, step, lowered.run, example)
     graphs = {
@@ -337,7 +338,7 @@ def write_tier(
             step.outputs,
             lowered.constants[step.name],
         )
-        for step in all_steps
+        for step in found
     }
     if tier.precision == "int8":
         progress(f"{name}: cut {tier.cut}, {INT8}")
@@ -407,7 +408,7 @@ def _store_constants(
 
 def _lower(steps: ClientSteps, tier: Tier, places: Mapping[str, Place], example: Tensor) -> Lowered:
     try:
-        return lower(tier.runtime, steps.all(), places)
+        return lower(tier.runtime, all_steps(steps), places)
     except ExportError as error:
         culprit = find_culprit(steps.segment, example, lambda s: lower(tier.runtime, [s], {}))
         raise ExportError(f"{culprit or 'the training step'}: {error}") from error

@@ -95,7 +95,15 @@ class Hub:
         self.model = model or model_of(self.index.model, self.index.extra, config.model)
         self.model.load(config.bundles / WEIGHTS)
         initial = {n: t.detach().cpu().numpy() for n, t in self.model.trained().items()}
-        self.method = method or compose(config, self.index, self.manifests, initial)
+        self.method = method or compose(
+            config.method,
+            config.mix,
+            config.rounds.count,
+            config.local.epochs,
+            self.index,
+            self.manifests,
+            initial,
+        )
         self.method.check_bundles(self.manifests, self.model, config.rounds.count)
         local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edge_sdk.errors import CutlayerError
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.concurrency import Changes
 from server_hub.gateway.server import Gateway
@@ -24,10 +23,6 @@ from server_hub.trunk.interface import EvaluationReport, Trunk, TrunkCopy
 from server_hub.trunk.settings import TrunkTraining
 
 log = logging.getLogger("cutlayer.hub")
-
-
-class JobFailed(CutlayerError):
-    """The job cannot come to its end."""
 
 
 @dataclass(kw_only=True)
@@ -122,19 +117,9 @@ class Job:
         await self.changes.until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
         await self.batcher.drain()  # the trunk may refuse what somebody who delivered has sent
         useful = self.rounds.finish()
-        for device, reason in self.rounds.dropped.items():
-            log.warning("round %d goes on without %s: %s", self.rounds.number, device, reason)
+        self.round_log.tell_losses()
         copies = await self.trunk.finish()
-        if useful:
-            return self.collector.updates(), copies
-        log.warning("nobody delivered in round %d; it does not count", self.rounds.number)
-        if self.rounds.given_up:
-            reasons = sorted(set(self.rounds.dropped.values()))
-            raise JobFailed(
-                f"nobody delivered in {self.rounds.fruitless} rounds in a row: "
-                f"{'; '.join(reasons[:3])}"
-            )
-        return [], []
+        return (self.collector.updates(), copies) if useful else ([], [])
 
     async def average(
         self, plan: RoundPlan, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]

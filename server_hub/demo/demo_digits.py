@@ -17,6 +17,7 @@ from server_hub.methods.settings import LocalTraining
 from server_hub.reports.table import Table
 from server_hub.reports.values import PATHS
 from server_hub.simulation.datasets import DataTable
+from server_hub.simulation.digits import CLASSES, load
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
 from server_hub.simulation.prepare import FederatedData
 from server_hub.simulation.simulate import Simulation
@@ -45,7 +46,7 @@ class DigitsDemo:
 
     def prepare(self, run: DemoRun) -> Setup:
         """Deal the digits out to the devices."""
-        train, held_out = digits.load()
+        train, held_out = load()
         tiers = [tier for tier in TIERS for _ in range(DEVICES_PER_TIER)]
         run.step(f"data: {len(train)} digits on {len(tiers)} devices, {len(held_out)} held out")
         evaluate = ("--evaluate", str(run.inputs / "held_out.npz"), "--json")
@@ -59,7 +60,7 @@ class DigitsDemo:
                 for i, (tier, share) in enumerate(zip(tiers, shares, strict=True))
             ],
             tiers=TIERS,
-            export={"classes": digits.CLASSES, "model_path": digits.MODEL},
+            export={"classes": CLASSES, "model_path": digits.MODEL},
             hub={
                 "local": {"batch_size": BATCH, "hyper": HYPER},
                 "trunk": {"max_rows": MERGED_ROWS, "hyper": HYPER, "threads": 1},
@@ -101,7 +102,7 @@ class DigitsDemo:
             local=LocalTraining(batch_size=BATCH, hyper=HYPER),
             evaluate_every=self.rounds,
         )
-        data = FederatedData(shares, run.setup.held_out, digits.CLASSES)
+        data = FederatedData(shares, run.setup.held_out, CLASSES)
         with Simulation(job, run.folder / "without-hub", "onnx", data=data) as simulation:
             *_, last = simulation.run()
         return last.accuracy[poorest]["device_alone"]

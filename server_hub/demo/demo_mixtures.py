@@ -22,6 +22,7 @@ from server_hub.demo.runner import DemoDevice, DemoRun, Setup
 from server_hub.reports.progress import live_view
 from server_hub.reports.table import Table
 from server_hub.reports.values import bases as bases_name
+from server_hub.simulation.digits import CLASSES, load
 from server_hub.trunk.adversarial import hard_examples
 
 DEVICE = "server_hub.demo.device_mixing"
@@ -58,13 +59,13 @@ class MixtureDemo:
 
     def prepare(self, run: DemoRun) -> Setup:
         """Deal the digits out, and split the wide model into base networks."""
-        train, held_out = digits.load()
+        train, held_out = load()
         names = [f"{tier}-{i + 1}" for tier in BUDGETS for i in range(DEVICES_PER_TIER)]
         run.step(f"data: {len(train)} digits on {len(names)} devices, {len(held_out)} held out")
         shape = train.x.shape[1:]
         model, example = build(), torch.from_numpy(train.x[:64])
         bases = split_width(model, BASES, draw_inputs(shape, None)).with_dual_norms()
-        found = whole_bases(bases, [], example, digits.CLASSES)
+        found = whole_bases(bases, [], example, CLASSES)
         wide = sum(p.numel() for p in model.parameters())
         base = sum(p.numel() for p in bases.model.parameters())
         run.say(
@@ -86,7 +87,7 @@ class MixtureDemo:
                 for name in BUDGETS
             },
             export={
-                "classes": digits.CLASSES,
+                "classes": CLASSES,
                 "model_path": MODEL,
                 "extra": {"mix": like},
                 "bases": found,

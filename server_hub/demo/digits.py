@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from edge_sdk.training.data import Examples
 from export.heads import AuxiliaryHead
 from export.split import SplitModel
+from server_hub.simulation.digits import CLASSES
 from server_hub.simulation.partition import dirichlet
 
-CLASSES = 10
 MODEL = "server_hub.demo.digits:build_for_demo"
 
 
@@ -72,18 +72,6 @@ def build_for_demo() -> SplitModel:
             torch.manual_seed(depth)
             model.aux[str(depth)] = AuxiliaryHead(width, CLASSES)
     return model
-
-
-def load() -> tuple[Examples, Examples]:
-    """Training and held-out digits, 80 % and 20 %, pixels in [0, 1], the same split every time."""
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    images = (x / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
-    order = np.random.default_rng(0).permutation(len(y))
-    cut = len(y) // 5
-    test, train = order[:cut], order[cut:]
-    return Examples(images[train], y[train]), Examples(images[test], y[test])
 
 
 def partition(data: Examples, devices: int, alpha: float, seed: int = 0) -> list[Examples]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from export.split import SplitModel
-from server_hub.demo.digits import CLASSES, PooledHead
+from server_hub.demo.digits import PooledHead
+from server_hub.simulation.digits import CLASSES
 
 MODEL = "server_hub.demo.mix_model:build"
 BASES = 8

@@ -1,4 +1,4 @@
-"""The method of a hub, composed from its configuration and bundles."""
+"""The method of a hub, composed from its settings and bundles."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import State
 from export.whole import load_bases
-from server_hub.config import HubConfig
 from server_hub.methods.fleet import JobOutline
 from server_hub.methods.method import Method
 from server_hub.methods.registry import find, hub_methods
+from server_hub.methods.settings import MethodConfig, SplitMixConfig
 
 
 def compose(
-    config: HubConfig, index: BundleIndex, manifests: Mapping[str, Manifest], initial: State
+    settings: MethodConfig,
+    mix: SplitMixConfig,
+    rounds: int,
+    local_epochs: int,
+    index: BundleIndex,
+    manifests: Mapping[str, Manifest],
+    initial: State,
 ) -> Method:
-    """The configuration's method.
+    """The method that the settings name.
 
     Args:
-        config: configuration of the hub.
+        settings: name and options of the method.
+        mix: settings for base networks.
+        rounds: number of rounds of the job.
+        local_epochs: epochs on the devices in a round.
         index: index of the bundles.
         manifests: manifest by tier.
-        initial: trained tensors of the model; bundles of base networks have their own.
+        initial: trained tensors of the model by name; bundles of base networks have their own.
 
     Raises:
         ConfigError: there is no such method; or the bundles are of base networks and the method
             trains a single model, or the reverse.
     """
-    settings = config.method
     paper = settings.form == "paper"
     recipe = find("fedsplitx-paper" if paper else settings.name, hub_methods())
     bases = {manifest.bases for manifest in manifests.values()}
@@ -45,11 +53,11 @@ def compose(
             "bases = 8 in tiers.toml"
         )
     outline = JobOutline(
-        config.rounds.count,
-        config.local.epochs,
+        rounds,
+        local_epochs,
         optimizer=index.optimizer,
         cut_rank=settings.cut_rank,
-        assignment=config.mix.of(bases.pop()) if recipe.trains_bases else None,
+        assignment=mix.of(bases.pop()) if recipe.trains_bases else None,
         split=not all(manifest.whole for manifest in manifests.values()),
     )
-    return recipe.compose(load_bases(config.bundles) if recipe.trains_bases else initial, outline)
+    return recipe.compose(load_bases(index.folder) if recipe.trains_bases else initial, outline)

@@ -8,9 +8,11 @@ an evaluation may be one round old, and a record's figures are always those of i
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
+from edge_sdk.errors import CutlayerError
 from edge_sdk.inference.metrics import mean_metric
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.gateway.traffic import Traffic
@@ -21,6 +23,12 @@ from server_hub.rounds.rounds import Rounds
 from server_hub.storage.run_folder import RoundRecord, RunFolder
 from server_hub.trunk.batcher import RoundTotals
 from server_hub.trunk.interface import EvaluationReport
+
+log = logging.getLogger("cutlayer.hub")
+
+
+class JobFailed(CutlayerError):
+    """The job cannot come to its end."""
 
 
 class RoundLog:
@@ -64,6 +72,24 @@ class RoundLog:
     def round_seconds(self) -> float:
         """Seconds since the round has begun."""
         return asyncio.get_running_loop().time() - self._round_began
+
+    def tell_losses(self) -> None:
+        """Log which members have not delivered in the round that has ended.
+
+        Raises:
+            JobFailed: nobody has delivered in too many rounds in a row.
+        """
+        rounds = self._rounds
+        for device, reason in rounds.dropped.items():
+            log.warning("round %d goes on without %s: %s", rounds.number, device, reason)
+        if rounds.delivered:
+            return
+        log.warning("nobody delivered in round %d; it does not count", rounds.number)
+        if rounds.given_up:
+            reasons = sorted(set(rounds.dropped.values()))
+            raise JobFailed(
+                f"nobody delivered in {rounds.fruitless} rounds in a row: {'; '.join(reasons[:3])}"
+            )
 
     async def save(self) -> None:
         """Begin to write the model; the model of the round before is written first.

@@ -189,7 +189,7 @@ def _held_out(rows: int, name: str, fraction: float) -> int:
 
 def _read(name: str, path: Path) -> Source:
     if name == "digits":
-        from server_hub.demo import digits
+        from server_hub.simulation import digits
 
         return Source(*digits.load())
     if path.is_dir():

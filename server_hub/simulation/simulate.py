@@ -27,6 +27,7 @@ from edge_sdk.training.learner import Learner
 from export.build import build_model
 from export.flops import flops_per_row
 from export.functional import TorchRuntime
+from export.step_set import all_steps
 from export.steps import ClientSteps
 from export.writer import WEIGHTS, make_steps, segment_of, write_tier
 from server_hub.config import HubConfig
@@ -165,7 +166,9 @@ class Simulation:
             manifest = write_tier(steps, name, tier, blobs, fleet.example, say, verified=exact)
             entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(manifest.to_bytes()))
             self._steps[name] = steps
-            self._flop[name] = {s.name: flops_per_row(s, self._length or 1) for s in steps.all()}
+            self._flop[name] = {
+                s.name: flops_per_row(s, self._length or 1) for s in all_steps(steps)
+            }
         fleet.model.save(folder / WEIGHTS)
         index = BundleIndex(folder, None, fleet.classes, self.job.optimizer, entries, {})
         index.write()

@@ -33,6 +33,7 @@ from edge_sdk.transport.link import open_websocket
 from export.dual_norm import robustness as noise_norms
 from export.lowering.lowered import lower
 from export.split import SplitModel
+from export.step_set import all_steps
 from export.writer import WEIGHTS
 from server_hub.config import HubConfig
 from server_hub.gateway.tokens import TokenFile
@@ -167,7 +168,7 @@ def test_few_calls_answer(bases: int, graphs: list[str]) -> None:
 def test_onnx_runtime_mixes(tmp_path: Path) -> None:
     """Every number of eight, on the graphs as a device runs them."""
     export, order = made(8), [3, 0, 7, 5, 1, 6, 2, 4]
-    steps = [step for step in export.steps["cut"].all() if step.name.startswith("mix_")]
+    steps = [step for step in all_steps(export.steps["cut"]) if step.name.startswith("mix_")]
     manifest = export.index.manifest("cut")
     lowered = lower("onnx", steps, {})
     state = export.states("cut")[0]

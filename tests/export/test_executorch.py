@@ -24,6 +24,7 @@ from export.lowering.trace import trace
 from export.optimizers import get_optimizer
 from export.packing import get_codec
 from export.split import ClientSegment, SplitModel
+from export.step_set import all_steps
 from export.steps import ClientSteps
 from tests.lib.models import CLASSES, IMAGE, conv_model, example, text_model
 
@@ -279,7 +280,7 @@ def client_steps(model: SplitModel, x: Tensor, optimizer: str = "sgd") -> Client
 
 def bundle_of(steps: ClientSteps, data: bytes) -> Bundle:
     """A bundle around a lowered file."""
-    graphs = {s.name: Graph("0" * 64, s.inputs, s.outputs) for s in steps.all()}
+    graphs = {s.name: Graph("0" * 64, s.inputs, s.outputs) for s in all_steps(steps)}
     manifest = Manifest(
         tier="tier", cut=2, runtime="executorch", task="classes", classes=CLASSES,
         limits=steps.limits, heads=("aux.2",), optimizer="sgd", codec="int8",
@@ -294,7 +295,7 @@ def lowered(steps: ClientSteps) -> bytes:
     """The file of all steps."""
     from export.lowering.executorch import lower
 
-    return lower({step.name: trace(step) for step in steps.all()})
+    return lower({step.name: trace(step) for step in all_steps(steps)})
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +338,7 @@ def test_steps(kind: str, request: pytest.FixtureRequest) -> None:
 
     steps, data = request.getfixturevalue(kind)
     runtime = ExecutorchRuntime(bundle_of(steps, data))
-    graphs = {step.name: step for step in steps.all()}
+    graphs = {step.name: step for step in all_steps(steps)}
     state = dict(steps.initial) | dict(steps.slots)
     for seed, rows in enumerate((MAX_BATCH, 1, 3)):
         batch = draw(steps, rows, seed)

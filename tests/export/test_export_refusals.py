@@ -24,6 +24,7 @@ from export.lowering.verify import verify
 from export.optimizers import check_hyper, get_optimizer
 from export.packing import get_codec
 from export.split import ClientSegment, SplitModel
+from export.step_set import all_steps
 from export.steps import ClientSteps, Step
 from export.writer import WEIGHTS, Tier, export_bundles
 from tests.lib.models import (
@@ -115,7 +116,7 @@ def steps_of(model: SplitModel) -> ClientSteps:
 
 def step_called(name: str, steps: ClientSteps) -> Step:
     """One of the steps."""
-    return next(step for step in steps.all() if step.name == name)
+    return next(step for step in all_steps(steps) if step.name == name)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def run() -> Run:
     """Runs the graphs of these steps."""
     model = conv_model()
     model.add_heads([1], example(IMAGE), CLASSES)
-    return lower("onnx", steps_of(model).all(), {}).run
+    return lower("onnx", all_steps(steps_of(model)), {}).run
 
 
 def bend(name: str, change: Callable[[Array, Array], Array]) -> Callable[[Run], Run]:

@@ -29,7 +29,8 @@ from export.losses import local_loss, masked
 from export.lowering.lowered import RuntimeName, lower
 from export.lowering.verify import verify
 from export.split import ClientSegment, SplitModel, statistics
-from export.steps import ClientSteps, Step, mixed_at_once
+from export.step_set import all_steps, mixed_at_once
+from export.steps import ClientSteps, Step
 from export.whole import without_trunk
 from export.writer import Tier, export_bundles, make_steps
 from tests.lib.dual_norms import only, shaken, torch_runtime
@@ -136,7 +137,7 @@ def scalars(values: Mapping[str, float]) -> dict[str, Tensor]:
 
 def by_name(steps: ClientSteps, name: str) -> Step:
     """A step by the name of its graph."""
-    return next(step for step in steps.all() if step.name == name)
+    return next(step for step in all_steps(steps) if step.name == name)
 
 
 def some_classes(seed: int) -> tuple[Tensor, list[int]]:
@@ -671,7 +672,7 @@ class Lowered:
     """Runs lowered mixtures, as a runtime does."""
 
     def __init__(self, steps: ClientSteps, x: Tensor) -> None:
-        self.steps = {step.name: step for step in steps.all() if step.name.startswith("mix_")}
+        self.steps = {step.name: step for step in all_steps(steps) if step.name.startswith("mix_")}
         self.lowered = lower("onnx", list(self.steps.values()), {})
         for step in self.steps.values():
             verify(steps, step, self.lowered.run, x)
@@ -767,7 +768,7 @@ def test_steps_of_split_mix_are_only_where_they_are_asked_for() -> None:
     model = with_dual_norms(conv_model())
     model.add_heads([1], pictures(8), CLASSES)
     steps = make_steps(ClientSegment(model, 1), Tier(1), pictures(8), CLASSES, "sgd")
-    assert [step.name for step in steps.all()] == ["predict", "train", "forward"]
-    names = [port.spec.name for step in steps.all() for port in step.inputs]
+    assert [step.name for step in all_steps(steps)] == ["predict", "train", "forward"]
+    names = [port.spec.name for step in all_steps(steps) for port in step.inputs]
     assert "present" not in names
     assert names.count("robustness") == 1

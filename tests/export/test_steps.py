@@ -37,6 +37,7 @@ from export.names import layer_of
 from export.optimizers import get_optimizer
 from export.packing import Codec, Shape, get_codec
 from export.split import ClientSegment, SplitModel
+from export.step_set import all_steps
 from export.steps import ClientSteps
 from export.writer import Tier, export_bundles
 from tests.lib.models import (
@@ -245,7 +246,7 @@ def bundle_of(
     model.add_heads([cut], x, CLASSES)
     segment = ClientSegment(model, cut)
     steps = ClientSteps(segment, get_optimizer(optimizer), codec, x, CLASSES)
-    wanted = [step for step in steps.all() if step.name in graphs]
+    wanted = [step for step in all_steps(steps) if step.name in graphs]
     manifest = Manifest(
         tier="test",
         cut=cut,

@@ -8,6 +8,7 @@ from edge_sdk.runtime.executorch import ExecutorchRuntime
 from edge_sdk.runtime.onnx import OnnxRuntime
 from export.functional import TorchRuntime
 from export.lowering.lowered import RuntimeName, lower
+from export.step_set import all_steps
 from export.steps import ClientSteps
 
 
@@ -19,7 +20,7 @@ def manifest_of(steps: ClientSteps, runtime: str) -> Manifest:
         tuple(segment.heads), steps.optimizer.name, steps.codec.name, steps.packed, steps.state,
         {
             s.name: Graph("0" if runtime == "executorch" else s.name, s.inputs, s.outputs)
-            for s in steps.all()
+            for s in all_steps(steps)
         },
         "", (), {},
     )  # fmt: skip
@@ -30,6 +31,6 @@ def runtime_of(steps: ClientSteps, name: RuntimeName) -> Runtime:
     manifest = manifest_of(steps, name)
     if name == "torch":
         return TorchRuntime(manifest, steps)
-    files = dict(lower(name, steps.all(), {}).files)
+    files = dict(lower(name, all_steps(steps), {}).files)
     bundle = Bundle(manifest, files, {n: t.numpy() for n, t in steps.initial.items()})
     return OnnxRuntime(bundle) if name == "onnx" else ExecutorchRuntime(bundle)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
-from server_hub.demo.digits import CLASSES, load
 from server_hub.demo.digits import partition as demo_partition
 from server_hub.reports.plots import draw_partition
 from server_hub.simulation.datasets import Dataset, apportion
+from server_hub.simulation.digits import CLASSES, load
 from server_hub.simulation.partition import Kind, PartitionTable, dirichlet, partition, table_of
 
 DEMO_DEVICES = 6
