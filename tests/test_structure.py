@@ -20,8 +20,7 @@ PRIVATE_BY_NECESSITY = {
 
 OPEN = {
     ("tests/edge_sdk/test_channel.py", "_received"),
-    ("tests/edge_sdk/test_mixture.py", "_fetcher"),
-    ("tests/edge_sdk/test_mixture.py", "_evaluate"),
+    ("tests/edge_sdk/test_mixture.py", "_downloader"),
     ("tests/edge_sdk/test_mixture.py", "_connection"),
 }
 """Private names whose uses are still to be replaced; the list only gets shorter."""
@@ -88,9 +87,11 @@ def test_every_test_is_in_the_folder_of_a_package() -> None:
     assert folders == {*PACKAGES, "end_to_end", "benchmarks", "lib", "vectors"}
     beside = {path.name for path in TESTS.glob("test_*.py")}
     assert beside == {
+        "test_bare_imports.py",
         "test_layering.py",
         "test_mutate.py",
         "test_public_names.py",
+        "test_rooms.py",
         "test_structure.py",
     }
 

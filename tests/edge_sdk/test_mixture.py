@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -40,6 +40,7 @@ from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.methods.settings import LocalTraining, MethodConfig, SplitMixConfig
 from server_hub.rounds.rounds import RoundRules
+from server_hub.trunk.interface import EvaluationReport
 from server_hub.trunk.local import LocalTrunk
 from tests.lib.harness import hub_config, save_npz
 from tests.lib.mixture_models import DEPTH, Made, made, vectors
@@ -398,12 +399,23 @@ def config_of(folder: Path, export: Made, count: int = 2, **changes: Any) -> Hub
 
 
 @asynccontextmanager
-async def serving(config: HubConfig, export: Made) -> AsyncIterator[tuple[Hub, str]]:
-    """A hub in this process; yields it with its address."""
+async def serving(
+    config: HubConfig, export: Made, first: Callable[[], Awaitable[None]] | None = None
+) -> AsyncIterator[tuple[Hub, str]]:
+    """A hub in this process; yields it with its address. ``first`` comes before evaluations."""
     held_out = vectors(60, seed=7)
     model = copy.deepcopy(export.bases.hub)
     model.load(config.bundles / WEIGHTS)
-    hub = Hub(config, model, LocalTrunk(model, "cpu", (held_out.x, held_out.y)))
+    trunk = LocalTrunk(model, "cpu", (held_out.x, held_out.y))
+    tiers = {name: (entry.cut, entry.codec) for name, entry in export.index.tiers.items()}
+
+    async def later() -> EvaluationReport:
+        assert first is not None
+        await first()
+        return await trunk.evaluate(tiers, ["mix"])
+
+    waiting = None if first is None else lambda: asyncio.ensure_future(later())
+    hub = Hub(config, model, trunk, evaluate=waiting)
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(hub.serve(ready.set_result))
     both: list[asyncio.Future[Any]] = [ready, task]
@@ -561,23 +573,19 @@ def test_a_device_that_asks_when_rounds_went_by(tmp_path: Path) -> None:
     async def job() -> None:
         config = config_of(tmp_path, export, count=5)
         x = vectors(4).x
-        async with serving(config, export) as (hub, url):
+        evaluating, joined = asyncio.Event(), asyncio.Event()
+
+        async def held_up() -> None:
+            evaluating.set()
+            await joined.wait()
+
+        async with serving(config, export, held_up) as (hub, url):
             devices = [
                 await join(config, export, url, tier, tier, vectors(24, seed))
                 for seed, tier in enumerate(("whole", "cut"))
             ]
-            measure = hub._evaluate
-            assert measure is not None
-            measuring, joined = asyncio.Event(), asyncio.Event()
-
-            async def held_up() -> dict[str, dict[str, float]]:
-                measuring.set()
-                await joined.wait()
-                return await measure()
-
-            hub._evaluate = held_up
             training = [asyncio.create_task(device.train()) for device in devices]
-            await measuring.wait()
+            await evaluating.wait()
             late = await join(config, export, url, "late", "whole")
             joined.set()
             told = dict(late._connection.welcome.bases or {})

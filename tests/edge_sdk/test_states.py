@@ -37,7 +37,7 @@ from edge_sdk.protocol.states import (
     SessionTracker,
     next_connection_state,
 )
-from tests.edge_sdk.test_vectors import rows, section
+from tests.lib.specification import rows, section
 
 HASH = "0" * 64
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,8 @@ from edge_sdk.errors import HubError, ProtocolError
 from edge_sdk.protocol.enums import CloseCode, ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME, decode, encode, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import MESSAGES, SUBPROTOCOL, VERSION, Error, Message
+from tests.lib.specification import ROOT, SPECIFICATION, rows, section
 
-ROOT = Path(__file__).parents[2]
-SPECIFICATION = (ROOT / "docs" / "protocol.md").read_text("utf-8")
 FOLDER = ROOT / "tests" / "vectors"
 VECTORS: dict[str, Any] = json.loads((FOLDER / "vectors.json").read_text("utf-8"))
 make = runpy.run_path(str(FOLDER / "make.py"))
@@ -75,19 +73,6 @@ def test_invalid(vector: dict[str, Any]) -> None:
 
 
 # --- the specification --------------------------------------------------------------------------
-
-
-def section(title: str) -> str:
-    """The text under a heading of the specification."""
-    level = re.search(rf"^(#+) {re.escape(title)}$", SPECIFICATION, re.MULTILINE)
-    assert level is not None, f"docs/protocol.md has no section {title!r}"
-    return re.split(r"^#+ ", SPECIFICATION[level.end() :], maxsplit=1, flags=re.MULTILINE)[0]
-
-
-def rows(text: str) -> list[list[str]]:
-    """The rows of the tables in a text, by cell; heads and rules are left out."""
-    lines = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return [[cell.strip(" |") for cell in line] for line in lines if line[0].strip()[0] in "`["]
 
 
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)

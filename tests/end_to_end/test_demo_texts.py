@@ -119,9 +119,9 @@ def test_a_slow_device_computes_the_same_and_takes_longer(monkeypatch: pytest.Mo
     def sleep(seconds: float) -> None:
         Fake.slept += seconds
 
-    monkeypatch.setattr("server_hub.demo.slow_device.time.perf_counter", lambda: Fake.clock)
-    monkeypatch.setattr("server_hub.demo.slow_device.time.thread_time", lambda: Fake.clock)
-    monkeypatch.setattr("server_hub.demo.slow_device.time.sleep", sleep)
+    monkeypatch.setattr("server_hub.demo.device_slow.time.perf_counter", lambda: Fake.clock)
+    monkeypatch.setattr("server_hub.demo.device_slow.time.thread_time", lambda: Fake.clock)
+    monkeypatch.setattr("server_hub.demo.device_slow.time.sleep", sleep)
     for slower, want in ((1, 0.0), (4, 0.75), (16, 3.75)):
         Fake.slept = 0.0
         runtime: Any = Fake()

@@ -58,7 +58,7 @@ from server_hub.trunk.interface import Query
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.settings import TrunkTraining
 from tests.lib.models import AttentionBlock, TokenBlock
-from tests.server_hub.test_reports import record
+from tests.lib.records import record
 
 WORDS, WIDTH, LENGTH = 11, 8, 9
 EXAMPLE = torch.zeros(2, LENGTH, dtype=torch.int64)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -20,21 +19,10 @@ from server_hub.reports.rounds import (
 )
 from server_hub.reports.table import Table
 from server_hub.reports.tensorboard import scalars
-from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.storage.run_folder import RunFolder
+from tests.lib.records import record
 
 MOVE = {"device": "phone-3", "cut": 4, "to": 2, "reason": "a round takes it 0.9 s, 0.4 s at cut 2"}
-
-
-def record(number: int, **changes: Any) -> RoundRecord:
-    """A round of SplitFT, which trains no way to answer but that through the hub."""
-    given: dict[str, Any] = {
-        "round": number, "clock": 10.0 * number, "seconds": 1.0, "devices": 2, "dropped": {},
-        "local_loss": None, "local_accuracy": None, "trunk_loss": 2.5, "trunk_steps": 3,
-        "accuracy": {"a": {"through_hub": 1234.5 / number}, "b": {"through_hub": 40.0}},
-        "bytes": {"update": {"up": 1000, "down": 0}}, "costs": {"device_flop": 1e9},
-        "metric": "perplexity", "cuts": {"phone-3": 4, "phone-20": 1},
-    }  # fmt: skip
-    return RoundRecord(**given | changes)
 
 
 def test_the_line_of_a_round_has_the_metric_and_the_best_way_where_there_is_no_ensemble() -> None:
