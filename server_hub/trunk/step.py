@@ -127,8 +127,7 @@ class TrunkTrainer:
         replica = self._replica(step_input.replica)
         codec = get_codec(step_input.codec)
         h = codec.unpack(to_device_by_name(step_input.batch.parts, self._device))
-        with self._autocast():
-            h = merged_features(replica.model, {step_input.cut: [h]}).float()
+        h = self._merged_features(replica, {step_input.cut: [h]})
         if not torch.isfinite(h).all():
             return None
         parts = codec.pack(h, channel_axis(h, self._pool.template.channels_first))
@@ -319,8 +318,7 @@ class TrunkTrainer:
         entering: dict[int, list[Tensor]] = {}
         for b in batches:
             entering.setdefault(b.source.cut, []).append(b.h)
-        with self._autocast():
-            merged = merged_features(replica.model, entering).float()
+        merged = self._merged_features(replica, entering)
         gradient, row = torch.zeros_like(merged), 0
         for b in (batches[i] for i in _merged_order(batches)):
             assert b.received.head_gradient is not None
@@ -331,6 +329,12 @@ class TrunkTrainer:
             (rows[:, : own.shape[1]] if own.dim() == 3 else rows).copy_(own)
             row += b.source.rows
         merged.backward(gradient)  # type: ignore[no-untyped-call]
+
+    def _merged_features(self, replica: _Replica, entering: Mapping[int, list[Tensor]]) -> Tensor:
+        """Output of the last block, in the dtype of the weights."""
+        with self._autocast():
+            h = merged_features(replica.model, entering)
+        return h.float() if self._plan.precision == "bf16" else h
 
     def _clip(self, replica: _Replica) -> Tensor:
         """Scale the gradients down to the largest norm allowed; return the norm before."""

@@ -108,7 +108,8 @@ class VmappedTrainer:
         losses: list[tuple[float, int] | None] = [None] * len(inputs)
         groups: dict[int, list[_Unpacked]] = {}
         batches = self._unpack(inputs)
-        fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
+        flags = [torch.isfinite(b.h).all() for b in batches]
+        fine = torch.stack(flags).tolist() if flags else []
         for b, finite in zip(batches, fine, strict=True):
             if finite:
                 groups.setdefault(b.source.batch.base, []).append(b)

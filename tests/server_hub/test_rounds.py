@@ -12,6 +12,13 @@ from server_hub.rounds.rounds import Phase, RoundRules, Rounds
 DEVICES = ["ada", "bo", "cy", "dee", "eli", "flo"]
 
 
+def begin(rounds: Rounds, now: float) -> list[str]:
+    """Start the next round with the devices that the rules draw; returns these."""
+    members = rounds.draw()
+    rounds.start(now, members)
+    return members
+
+
 def with_devices(number: int = 3, **rules: object) -> Rounds:
     """Rounds with some devices ready."""
     rounds = Rounds(RoundRules(**rules))  # type: ignore[arg-type]
@@ -38,7 +45,7 @@ def test_nothing_happens_before_enough_devices_are_ready() -> None:
 
 def test_a_round_takes_every_ready_device() -> None:
     rounds = with_devices(3, deadline_s=5.0)
-    assert sorted(rounds.start(100.0)) == ["ada", "bo", "cy"]
+    assert sorted(begin(rounds, 100.0)) == ["ada", "bo", "cy"]
     assert rounds.phase is Phase.TRAINING
     assert rounds.number == 1
     assert rounds.members == rounds.owed == {"ada", "bo", "cy"}
@@ -50,7 +57,7 @@ def test_a_round_takes_every_ready_device() -> None:
 
 def test_who_joins_during_a_round_takes_part_in_the_next() -> None:
     rounds = with_devices(1)
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     rounds.join("bo")
     assert not rounds.expects("bo", 1)
     rounds.deliver("bo")
@@ -58,7 +65,7 @@ def test_who_joins_during_a_round_takes_part_in_the_next() -> None:
     rounds.deliver("ada")
     assert rounds.is_over(0.0)
     assert rounds.finish()
-    assert sorted(rounds.start(1.0)) == ["ada", "bo"]
+    assert sorted(begin(rounds, 1.0)) == ["ada", "bo"]
 
 
 def draws(seed: int, order: list[str], rounds_count: int = 6) -> list[list[str]]:
@@ -68,7 +75,7 @@ def draws(seed: int, order: list[str], rounds_count: int = 6) -> list[list[str]]
         rounds.join(device)
     members = []
     for _ in range(rounds_count):
-        drawn = rounds.start(0.0)
+        drawn = begin(rounds, 0.0)
         assert set(drawn) == rounds.members == rounds.owed
         assert len(drawn) == len(set(drawn)) == 3
         members.append(sorted(drawn))
@@ -90,7 +97,7 @@ def test_the_draw_depends_on_the_seed_and_the_round_alone() -> None:
 @pytest.mark.parametrize("per_round", [3, 4, None])
 def test_all_take_part_where_there_are_no_more_than_per_round(per_round: int | None) -> None:
     rounds = with_devices(3, per_round=per_round)
-    assert sorted(rounds.start(0.0)) == ["ada", "bo", "cy"]
+    assert sorted(begin(rounds, 0.0)) == ["ada", "bo", "cy"]
 
 
 # --- during a round -------------------------------------------------------------------------------
@@ -98,7 +105,7 @@ def test_all_take_part_where_there_are_no_more_than_per_round(per_round: int | N
 
 def test_a_round_is_over_once_all_have_delivered_or_dropped_out() -> None:
     rounds = with_devices(3)
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     rounds.deliver("ada")
     rounds.drop("bo", "declined: battery")
     assert not rounds.is_over(0.0)
@@ -113,7 +120,7 @@ def test_a_round_is_over_once_all_have_delivered_or_dropped_out() -> None:
 
 def test_the_deadline_ends_a_round_without_the_missing() -> None:
     rounds = with_devices(3, deadline_s=10.0)
-    rounds.start(50.0)
+    begin(rounds, 50.0)
     rounds.deliver("bo")
     assert not rounds.is_over(59.999)
     assert rounds.is_over(60.0)
@@ -129,7 +136,7 @@ def test_what_is_expected_of_whom() -> None:
     rounds = with_devices(2)
     assert not rounds.expects("ada", 0)
     assert not rounds.expects("ada", 1)
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     assert rounds.expects("ada", 1)
     assert not rounds.expects("ada", 2)
     assert not rounds.expects("ada", 0)
@@ -144,7 +151,7 @@ def test_what_is_expected_of_whom() -> None:
 
 def test_who_has_dropped_out_cannot_deliver_any_more() -> None:
     rounds = with_devices(2)
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     rounds.drop("ada", "declined")
     rounds.deliver("ada")
     assert rounds.delivered == set()
@@ -153,7 +160,7 @@ def test_who_has_dropped_out_cannot_deliver_any_more() -> None:
 
 def test_an_update_that_turns_out_not_to_count_is_taken_back() -> None:
     rounds = with_devices(2)
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     rounds.deliver("ada")
     rounds.drop("ada", "its activations were not finite")
     assert rounds.delivered == set()
@@ -165,7 +172,7 @@ def test_an_update_that_turns_out_not_to_count_is_taken_back() -> None:
 
 def test_a_device_that_leaves_is_not_waited_for() -> None:
     rounds = with_devices(2)
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     rounds.deliver("bo")
     rounds.leave("ada", "the connection was lost")
     assert rounds.is_over(0.0)
@@ -175,7 +182,7 @@ def test_a_device_that_leaves_is_not_waited_for() -> None:
 
 def test_what_was_delivered_counts_though_the_device_has_left() -> None:
     rounds = with_devices(2)
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     rounds.deliver("ada")
     rounds.leave("ada", "went to sleep")
     rounds.leave("bo", "lost")
@@ -185,7 +192,7 @@ def test_what_was_delivered_counts_though_the_device_has_left() -> None:
 
 def test_a_device_that_comes_back_waits_for_the_next_round() -> None:
     rounds = with_devices(2)
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     rounds.leave("ada", "lost")
     rounds.join("ada")
     assert not rounds.expects("ada", 1)
@@ -193,7 +200,7 @@ def test_a_device_that_comes_back_waits_for_the_next_round() -> None:
     assert rounds.delivered == set()
     rounds.deliver("bo")
     rounds.finish()
-    assert sorted(rounds.start(0.0)) == ["ada", "bo"]
+    assert sorted(begin(rounds, 0.0)) == ["ada", "bo"]
     assert rounds.dropped == {}
 
 
@@ -203,7 +210,7 @@ def test_strangers_and_times_between_rounds_do_not_matter() -> None:
     rounds.deliver("ada")
     rounds.leave("stranger", "was never here")
     assert (rounds.delivered, rounds.dropped) == (set(), {})
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     rounds.drop("stranger", "not a member")
     assert rounds.dropped == {}
     rounds.deliver("ada")
@@ -217,11 +224,11 @@ def test_strangers_and_times_between_rounds_do_not_matter() -> None:
 
 def test_a_round_that_nobody_delivered_for_is_repeated() -> None:
     rounds = with_devices(2, count=1, deadline_s=1.0)
-    rounds.start(0.0)
+    begin(rounds, 0.0)
     assert rounds.is_over(1.0)
     assert not rounds.finish()
     assert (rounds.phase, rounds.completed) == (Phase.WAITING, 0)
-    rounds.start(2.0)
+    begin(rounds, 2.0)
     assert rounds.number == 2, "what is still on its way for the first is not for this one"
     assert rounds.deadline == 3.0
     assert rounds.owed == {"ada", "bo"}
@@ -235,7 +242,7 @@ def test_the_job_is_done_after_its_last_round() -> None:
     rounds = with_devices(1, count=3)
     for number in (1, 2, 3):
         assert rounds.can_start()
-        rounds.start(0.0)
+        begin(rounds, 0.0)
         assert rounds.number == number
         rounds.deliver("ada")
         assert rounds.finish()
@@ -316,7 +323,7 @@ class RoundsMachine(RuleBasedStateMachine):
     def start(self) -> None:
         rules, ready = self.rounds.rules, set(self.rounds.ready)
         assert len(ready) >= rules.min_devices
-        members = self.rounds.start(self.now)
+        members = begin(self.rounds, self.now)
         assert set(members) <= ready
         assert len(members) == min(len(ready), rules.per_round or len(ready))
         assert self.rounds.deadline == self.now + rules.deadline_s
@@ -382,7 +389,7 @@ class RoundsMachine(RuleBasedStateMachine):
         for device in DEVICES:
             self.rounds.join(device)
         while self.rounds.phase is not Phase.DONE:
-            for device in self.rounds.start(self.now):
+            for device in begin(self.rounds, self.now):
                 self.rounds.deliver(device)
             self.end()
             assert self.useful <= self.rounds.rules.count

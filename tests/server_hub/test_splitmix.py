@@ -40,9 +40,9 @@ from server_hub.simulation.partition import PartitionTable
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import read_records
 from server_hub.trunk.adversarial import hard_examples, mixed_logits
+from server_hub.trunk.evaluator import Evaluator, finished
 from server_hub.trunk.interface import TrunkCopy
 from server_hub.trunk.settings import TrunkTraining
-from server_hub.trunk.step import TrunkTrainer
 from tests.lib.dual_norms import only, shaken, torch_runtime
 from tests.lib.models import CLASSES, IMAGE, MeanHead, example
 from tests.lib.simulations import Interrupted, assert_alike, simulate, stop_after
@@ -631,14 +631,14 @@ def hub_bases(bases: int = 4, seed: int = 0) -> tuple[SplitModel, dict[str, Arra
 def test_bases_are_put_in_order_by_some_examples_and_measured_by_the_others(seed: int) -> None:
     model, states = hub_bases(seed=seed)
     x, y = example(IMAGE, 83, seed), torch.randint(CLASSES, (83,))
-    core = TrunkTrainer(model, "cpu", (x.numpy(), y.numpy()))
-    core.serve(dict.fromkeys((1, 3), states), 4)
-    report = core.evaluate_bases()
+    evaluator = Evaluator(model, "cpu", (x.numpy(), y.numpy()))
+    evaluator.serve(dict.fromkeys((1, 3), states), 4)
+    report = finished(evaluator.evaluate({"a": (1, "int8"), "b": (3, "int8")}, ["mix"]))
     logits = [plain_answers(m, x) for m in each(model, states)]
     order, mixed = by_definition(logits, y)
     assert report.order == order
     assert report.mixed == pytest.approx(mixed)
-    assert report.scores == pytest.approx([accuracy(z[::5], y[::5]) for z in logits])
+    assert report.accuracy == {tier: {"mix": report.mixed[4]} for tier in "ab"}
 
 
 def each(model: SplitModel, states: Mapping[str, Array]) -> list[SplitModel]:
@@ -662,9 +662,9 @@ def test_mixtures_of_texts_are_measured_by_perplexity() -> None:
         n: (t + 0.3 * rng.standard_normal(t.shape)).astype(np.float32)
         for n, t in found.states.items()
     }
-    core = TrunkTrainer(found.hub, "cpu", (x.numpy(), y.numpy()))
-    core.serve({1: states}, 2)
-    report = core.evaluate_bases()
+    evaluator = Evaluator(found.hub, "cpu", (x.numpy(), y.numpy()))
+    evaluator.serve({1: states}, 2)
+    report = finished(evaluator.evaluate({"a": (1, "int8")}, ["mix"]))
     logits = [plain_answers(m, x) for m in each(found.hub, states)]
     order, mixed = by_definition(logits, y, texts=True)
     assert report.order == order

@@ -134,7 +134,7 @@ def test_perplexity_is_that_of_the_mean_of_the_heads(heads: int, seed: int) -> N
     for part in range(3):
         y = torch.from_numpy(texts(4, 5, 3 * seed + part).y)
         logits = 3 * torch.randn(heads, 4, 5, 9, generator=generator, dtype=torch.float64)
-        tally.add(logits, y)
+        tally.add(logits.numpy(), y.numpy())
         for row in range(4):
             for position in range(5):
                 if (label := int(y[row, position])) >= 0:
@@ -147,7 +147,7 @@ def test_perplexity_is_that_of_the_mean_of_the_heads(heads: int, seed: int) -> N
 
 def test_perplexity_of_a_model_that_has_overflowed_is_a_number() -> None:
     tally = Tally("tokens")
-    tally.add(torch.tensor([[[[0.0, 1e30]]]]), torch.tensor([[0]]))
+    tally.add(np.array([[[[0.0, 1e30]]]], np.float32), np.array([[0]]))
     assert json.loads(json.dumps(tally.value)) == math.exp(700)
 
 
@@ -186,7 +186,7 @@ def test_labels_are_one_for_each_position_that_was_sent(index: BundleIndex) -> N
     assert sizes == {"batch": 3, "seq": 5}
     y = np.full((3, 5), -1)
     y[1, 2] = WORDS - 1
-    check_labels(y, sizes, manifest)
+    check_labels(y, sizes, manifest, on_device=False)
     wrong: list[tuple[Any, str]] = [
         (y[:, :4], r"\[3, 4\], must be int64 \[3, 5\]"),
         (y[0], r"must be int64 \[3, 5\]"),
@@ -197,7 +197,7 @@ def test_labels_are_one_for_each_position_that_was_sent(index: BundleIndex) -> N
     ]
     for labels, says in wrong:
         with pytest.raises(ProtocolError, match=says) as error:
-            check_labels(labels, sizes, manifest)
+            check_labels(labels, sizes, manifest, on_device=False)
         assert error.value.code == ErrorCode.BAD_LABELS
 
 

@@ -419,7 +419,6 @@ HUB_WRONG = {
     "limits.window": ("[limits]\nwindow = 1", "limits: window must be at least 2"),
     "limits.max_frame": ("[limits]\nmax_frame = 1000", "max_frame at least twice blob_piece"),
     "method.form": ("[method]\nform = 'best'", "method: form is 'best', must be one of merged"),
-    "method.name": ("[method]\nname = 'fedavg'", "method: name is 'fedavg'"),
     "schedule": ("schedule = 'linear'", "schedule is 'linear', must be one of constant"),
     "listen.port": ("[listen]\nport = '8765'", "listen: port is '8765', must be of type int"),
     "port too high": ("[listen]\nport = 65536", "listen: port is 65536, must be from 0 to 65535"),

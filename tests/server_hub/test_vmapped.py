@@ -184,7 +184,7 @@ class Eager:
         noise = noise_tensors(self.model)
         lowest = min(a.cut for a in arrivals)
         for name, p in self.model.named_parameters():
-            if not any(a.noise for a in arrivals) and name in noise:
+            if not any(a.batch.noise for a in arrivals) and name in noise:
                 p.grad = None
             elif name.startswith(tuple(f"{layer}." for layer in self.passed(lowest))):
                 # the noise copy is not reached by clean rows, nor the clean one by noise
@@ -192,7 +192,7 @@ class Eager:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
         for a in arrivals:
-            for layer in () if a.noise else self.passed(a.cut):
+            for layer in () if a.batch.noise else self.passed(a.cut):
                 self.samples[layer] = self.samples.get(layer, 0) + a.rows
         return [loss.item() for loss in losses]
 
@@ -240,11 +240,11 @@ def check(
         report = trunk.step(arrivals)
         assert report.refused == {}
         want: dict[int, list[float]] = {}
-        for base in {a.base for a in arrivals}:
-            mine = [a for a in arrivals if a.base == base]
+        for base in {a.batch.base for a in arrivals}:
+            mine = [a for a in arrivals if a.batch.base == base]
             want[base] = alone[base].step(mine)
-            hardened |= {base} if any(a.noise for a in mine) else set()
-        expected = [want[a.base].pop(0) for a in arrivals]
+            hardened |= {base} if any(a.batch.noise for a in mine) else set()
+        expected = [want[a.batch.base].pop(0) for a in arrivals]
         counts = [int((a.batch.labels >= 0).sum()) for a in arrivals]
         losses = [found for found in report.losses if found is not None]
         assert [loss for loss, _ in losses] == pytest.approx(expected, rel=1e-5)
@@ -537,7 +537,7 @@ def test_noise_of_a_refused_arrival_leaves_the_noise_norms() -> None:
     clean, noisy = (
         arrival_of(model, "vectors", sent, 3) for sent in hardened([[Sent(0, 1, 3)]], 0.5)[0]
     )
-    noisy.parts["h"][:] = math.nan
+    noisy.batch.parts["h"][:] = math.nan
     report = trunk.step([clean, noisy])
     assert report.refused.keys() == {"device-3"}
     names = of_base(trunk.finish(), 0).keys()
