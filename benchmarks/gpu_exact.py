@@ -118,14 +118,19 @@ def counted(step_input: StepInput) -> int:
 
 
 def reference_steps(
-    case: Case, device: str, inputs: list[list[StepInput]], *, weighted_mean: bool = False
+    case: Case,
+    device: str,
+    inputs: list[list[StepInput]],
+    *,
+    weighted_mean: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> SplitModel:
-    """The model after the steps: each device alone, gradients summed, in float64.
+    """The model after the steps: each device alone, gradients summed, in plain PyTorch.
 
     A step's loss is the sum of weighted losses by the number of labels; with ``weighted_mean``, as
     base networks have it, by the sum of their weights.
     """
-    model = copy.deepcopy(case.model).to(device).train()
+    model = copy.deepcopy(case.model).to(device, dtype).train()
     model.stem.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, **HYPER)
@@ -133,7 +138,7 @@ def reference_steps(
         optimizer.zero_grad()
         total = sum(counted(i) * (i.weight if weighted_mean else 1.0) for i in step)
         for i in step:
-            h, labels = unpacked(in_dtype(i, torch.float64).batch, device)
+            h, labels = unpacked(in_dtype(i, dtype).batch, device)
             loss = alone_losses(model, h, labels, i.cut, auxiliary=True)
             (loss * i.weight / total).backward()
         nn.utils.clip_grad_norm_(trained, case.max_norm)
@@ -175,6 +180,19 @@ def merged_error(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> fl
     got = tensors_of(trainer.finish())
     wanted = dict(reference_steps(case, device, case.steps).named_parameters())
     return change_error(got, wanted, start)
+
+
+def rounding_error(shape: Shape, seed: int, device: str) -> float:
+    """:func:`merged_error` in float32, by the error that plain PyTorch makes in float32.
+
+    Where a change is small beside the weights, float32 cannot hold it any better.
+    """
+    case = draw(shape, seed)
+    start = state_of(case.model)
+    wanted = dict(reference_steps(case, device, case.steps).named_parameters())
+    plain = reference_steps(case, device, case.steps, dtype=torch.float32)
+    trained = {n: p.detach().cpu().numpy() for n, p in plain.named_parameters() if p.requires_grad}
+    return merged_error(shape, seed, device, torch.float32) / change_error(trained, wanted, start)
 
 
 def uncut_error(shape: Shape, seed: int, device: str) -> float:

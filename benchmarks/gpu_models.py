@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -159,8 +159,11 @@ def merged_step(
     for number in range(devices):
         cut = shape.cuts[number % len(shape.cuts)]
         batch = packed_batch(model, cut, *shape.inputs(rows, rng))
-        inputs.append(step_input(f"device-{number}", cut, batch))
         bare.append(BareBatch.of(cut, CODEC, batch, device))
+        # in the same memory, which is pinned for a GPU, as the hub's shared memory is
+        parts = {name: part.numpy() for name, part in bare[-1].parts.items()}
+        batch = replace(batch, parts=parts, labels=bare[-1].labels.numpy())
+        inputs.append(step_input(f"device-{number}", cut, batch))
     return MergedStep(inputs, bare)
 
 

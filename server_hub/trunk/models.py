@@ -14,9 +14,6 @@ from export.lora import fit_ranks
 from export.names import is_slot
 from export.split import SplitModel
 
-_ALIGN = 64
-"""Bytes that an array in a staging buffer starts at a multiple of, as torch's views need it."""
-
 
 class ModelPool:
     """Makes models with a given state, and uses those again that are given back.
@@ -63,31 +60,17 @@ class ModelPool:
 def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     """Arrays as tensors on ``device``.
 
-    On the CPU a tensor shares the array's memory where that is writable. To a GPU all arrays go in
-    one copy that the host does not wait for.
+    On the CPU a tensor shares the array's memory where that is writable. To a GPU, arrays in pinned
+    memory are copied without the host waiting; other arrays go through a pinned buffer.
     """
-    if device.type == "cpu":  # torch warns of read-only memory, so that is copied
-        return [torch.from_numpy(np.require(array, requirements="W")) for array in arrays]
-    places, size = [], 0
-    for array in arrays:
-        places.append(size)
-        size += -(-array.nbytes // _ALIGN) * _ALIGN
-    staging = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    host = staging.numpy()
-    for array, start in zip(arrays, places, strict=True):
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        host[start : start + array.nbytes] = raw
-    moved = staging.to(device, non_blocking=True)
-    return [
-        moved[start : start + array.nbytes].view(_torch_dtype(array)).view(array.shape)
-        for array, start in zip(arrays, places, strict=True)
-    ]
+    # torch warns of read-only memory, so that is copied
+    tensors = [torch.from_numpy(np.require(array, requirements="W")) for array in arrays]
+    if device.type == "cpu":
+        return tensors
+    pinned = [t if t.is_pinned() else t.pin_memory() for t in tensors]
+    return [t.to(device, non_blocking=True) for t in pinned]
 
 
 def to_device_by_name(parts: Mapping[str, Array], device: torch.device) -> dict[str, Tensor]:
     """Arrays by name as tensors on ``device``, as :func:`to_device` moves them."""
     return dict(zip(parts, to_device(list(parts.values()), device), strict=True))
-
-
-def _torch_dtype(array: Array) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, array.dtype)).dtype

@@ -46,6 +46,11 @@ class SharedMemoryPipe:
         """Name of the block, for the other end."""
         return self._memory.name
 
+    @property
+    def block(self) -> memoryview:
+        """The shared memory."""
+        return self._block
+
     def poll(self, timeout_s: float | None = 0.0) -> bool:
         """Whether a message is there, after waiting for it; None waits without limit."""
         return self._connection.poll(timeout_s)
