@@ -17,12 +17,14 @@ import torch
 from edge_sdk import DataError, Device, HubError, LinkClosed
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.bundle.store import sha256
 from edge_sdk.inference.metrics import softmax
 from edge_sdk.protocol.frames import decode
 from edge_sdk.protocol.messages import BlobGet, Error
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.transport.link import open_websocket
 from export.packing import get_codec
+from server_hub.gateway.blobs import ModelOffer
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.methods.settings import LocalTraining, MethodConfig
@@ -401,7 +403,10 @@ def test_a_device_that_only_predicts_has_the_present_state(
                     asked.append(message.hash)
                     if len(asked) == 1:  # two rounds end before the hub hears it
                         for number in range(2):
-                            hub.gateway.publish(dict.fromkeys(bundles.tiers, bytes([number])))
+                            state = bytes([number])
+                            offer = ModelOffer(state=sha256(state))
+                            offers = dict.fromkeys(bundles.tiers, offer)
+                            hub.gateway.blobs.publish(offers, {sha256(state): state})
                 return frame
 
             def republish(frame: bytes) -> bytes:

@@ -524,7 +524,7 @@ def test_mistakes_about_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_measuring_imports_no_torch(bundles: BundleIndex) -> None:
     code = (
-        "import sys; from edge_sdk import measure; "
+        "import sys; from edge_sdk.runtime import measure; "
         f"measure.main([{str(bundles.folder)!r}, 'small', '--steps=1']); "
         "assert not {'torch', 'onnx', 'export', 'server_hub'} & set(sys.modules)"
     )

@@ -136,7 +136,7 @@ ROOMS = {
     ),
     "server_hub/demo": RoomTests(
         ("server_hub/test_datasets.py",),
-        ("end_to_end/test_demo_mix.py", "end_to_end/test_demo_text.py"),
+        ("end_to_end/test_demo_mixtures.py", "end_to_end/test_demo_texts.py"),
     ),
 }
 """The tests that belong to each room."""

@@ -17,7 +17,7 @@ from PIL import Image
 from edge_sdk.config import build
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.protocol.tensors import Array
-from server_hub.demo import digits
+from server_hub.simulation import digits
 from server_hub.simulation.datasets import DataTable, load_dataset, stratified
 from server_hub.simulation.formats import cut_text
 
