@@ -1,6 +1,6 @@
-"""From a PyTorch model to bundles: cut it per tier and export its training steps.
+"""Exports a PyTorch model as bundles: cuts it per tier and lowers its training steps.
 
-Names are imported when they are used: ``cutlayer --help`` works without torch.
+Public names are imported on first use, so that ``cutlayer --help`` works without torch.
 """
 
 from __future__ import annotations

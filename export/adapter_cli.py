@@ -1,4 +1,4 @@
-"""``cutlayer adapter``: adapters of a run into files of PEFT, and such files into an export."""
+"""``cutlayer adapter``: converts adapters of a run to PEFT files, and PEFT files to weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from export.split import SplitModel
 
 adapter = typer.Typer(
-    help="Adapters (LoRA) out of a run in PEFT's files, and from such files into an export.",
+    help="Convert LoRA adapters of a run to PEFT files, and PEFT files to weights for an export.",
     no_args_is_help=True,
 )
 
@@ -27,15 +27,15 @@ JsonOption = Annotated[
 
 @adapter.command("export")
 def export_adapter(
-    bundles: Annotated[Path, typer.Argument(help="Folder of bundles that the run was made with.")],
-    out: Annotated[Path, typer.Option(help="Folder to write PEFT's files to.")],
+    bundles: Annotated[Path, typer.Argument(help="Folder of the bundles that the run used.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the PEFT files to.")],
     run: Annotated[Path | None, typer.Option(help="Folder of the run, see docs/hub.md.")] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Weights in place of a run's, .safetensors.")
+        Path | None, typer.Option(help="Weights to read instead of a run's, .safetensors.")
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="What to call the original model in the files.  [default: its folder]"),
+        typer.Option(help="Name of the original model in the files.  [default: its folder]"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,15 +63,15 @@ def export_adapter(
 
 @adapter.command("import")
 def import_adapter(
-    folder: Annotated[Path, typer.Argument(help="Folder with an adapter of PEFT.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with a PEFT adapter.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     tiers: Annotated[
-        Path, typer.Option(help=f"{TIERS_HELP} Its table lora says rank and targets.")
+        Path, typer.Option(help=f"{TIERS_HELP} Its table lora gives rank and targets.")
     ],
     out: Annotated[Path, typer.Option(help="Weights to write, for cutlayer export --weights.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Read an adapter of PEFT into weights that an export starts from."""
+    """Convert a PEFT adapter to weights that an export starts from."""
     from export.tiers import TiersConfig
 
     lora = TiersConfig.read(tiers).make_lora()
@@ -97,7 +97,7 @@ def import_adapter(
 
 
 def _report(model: SplitModel, out: Path, as_json: bool) -> None:
-    """Say what was written."""
+    """Print the number of adapted modules, their ranks and the number of parameters."""
     from export.lora import ADAPTER, adapted_modules
 
     modules = adapted_modules(model)

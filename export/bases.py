@@ -1,12 +1,12 @@
-"""Split-Mix: a wide model as many narrow base networks, of which a device trains and mixes some.
+"""Splits a wide model by width into narrow base networks (Split-Mix).
 
-Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747) divides a network by width into
-``K`` base networks of the same structure that share nothing. A device trains as many as it can
-afford, and answers with the mean of the logits of any number of them.
+Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747) divides a network into ``K``
+base networks of one structure that share no parameters. A device trains as many as its budget
+allows, and answers with the mean of the logits of any number of them.
 
-Convolutional nets and MLPs get ``1/K`` of the channels of every inner layer. Transformers keep the
-width of their residual stream; every attention has ``1/K`` of its heads and every MLP ``1/K`` of
-its hidden units.
+In a base, each inner layer of a convolutional network or MLP has ``1/K`` of the channels. A
+transformer keeps the width of its residual stream; each attention has ``1/K`` of the heads, and
+each MLP ``1/K`` of the hidden units.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Bases:
     """The base networks of a model.
 
     Attributes:
-        model: the structure of one, rescaling included; its weights are those of the first.
-        states: of each, the tensors that ``model.trained()`` has, at their start.
+        model: one base network, rescaling included, with the initial weights of the first base.
+        states: initial tensors of each base, with the names of ``model.trained()``.
     """
 
     model: SplitModel
     states: list[dict[str, Tensor]]
 
     def with_dual_norms(self) -> Bases:
-        """The same with :func:`export.dual_norm.with_dual_norms`, both copies as the norms are.
+        """The same bases with dual norms; both copies of a norm start as the norm.
 
         Raises:
             ExportError: as :func:`export.dual_norm.with_dual_norms`.
@@ -67,26 +67,26 @@ class Bases:
 def split_width(model: SplitModel, bases: int, example: Tensor, *, seed: int = 0) -> Bases:
     """Split a model by width into independent base networks, newly initialised.
 
-    Of what the model has learned only embeddings, positions and class tokens stay, and whatever is
-    frozen (the leading slices of it). Convolutions and linear layers start uniform within
-    ``1 / sqrt(fan_in)``, as torch starts them, but with the fan-in of the *wide* layer. Biases
-    start at 0, norms as the identity. A :class:`export.heads.TokenHead` stays as it is.
+    The base networks keep the model's embeddings, positions, class tokens, and
+    :class:`export.heads.TokenHead`, and the leading slices of its frozen parameters. Weights of
+    convolutions and linear layers are drawn uniformly within ``1 / sqrt(fan_in)``, as in torch,
+    with the fan-in of the *wide* layer. Biases start at 0, norms as the identity.
 
-    A layer that lost inputs gives its output, bias included, times ``bases``. The classifier is not
-    rescaled, nor a layer whose output only goes into a norm, where a factor cancels.
+    The output of a layer that lost inputs, bias included, is multiplied by ``bases``. The
+    classifier is not rescaled, nor a layer whose output only enters a norm, where a factor cancels.
 
-    Auxiliary heads are better put on the base afterwards: those of the model become narrower, too.
+    Add auxiliary heads to the base afterwards: heads of the model become narrower as well.
 
     Args:
-        model: what :func:`export.width.narrow` takes; or a transformer, as
-            :func:`export.adapters.from_transformers` makes them.
-        bases: how many, ``K``.
-        example: some inputs (batch, ...) like those that devices will have.
-        seed: of the initialisation, 0 or more. A base's depends on the seed and its number.
+        model: a model that :func:`export.width.narrow` takes, or a transformer of
+            :func:`export.adapters.from_transformers`.
+        bases: number of base networks, ``K``.
+        example: inputs (batch, ...) like those on the devices.
+        seed: seed of the initialisation, 0 or more; each base draws from the seed and its number.
 
     Raises:
-        ExportError: ``bases`` is no whole number above 0; channels, heads or hidden units of a
-            layer do not divide by it; or a module is of a kind that cannot be split.
+        ExportError: ``bases`` is not a positive integer; channels, heads or hidden units of a
+            layer are not divisible by it; or a module is of a kind that cannot be split.
     """
     if not isinstance(bases, int) or isinstance(bases, bool) or bases < 1:
         raise ExportError(f"the number of bases is {bases!r}; it must be a whole number, 1 or more")
@@ -95,7 +95,7 @@ def split_width(model: SplitModel, bases: int, example: Tensor, *, seed: int = 0
         units = _find_units(model, bases)
         _check(model, units, bases, example)
         base = _divide(model, units, bases)
-        classifiers: set[str] = set()  # they lose no inputs
+        classifiers: set[str] = set()  # the classifier of a transformer loses no inputs
     else:
         try:
             base = narrow(model, 1 / bases, example)
@@ -112,7 +112,7 @@ def split_width(model: SplitModel, bases: int, example: Tensor, *, seed: int = 0
     ]
     for name in sorted(set(rescaled) - _under_norms(base, rescaled, example)):
         base.get_submodule(name).register_forward_hook(Rescaling(bases))
-    bounds = {name: fan_in**-0.5 for name, fan_in in wide.items()}  # as torch's, at one base
+    bounds = {name: fan_in**-0.5 for name, fan_in in wide.items()}  # torch's bounds if bases is 1
     states = [_start(base, bounds, _generator(seed, number)) for number in range(bases)]
     with torch.no_grad():
         for name, tensor in base.trained().items():
@@ -124,13 +124,13 @@ def split_width(model: SplitModel, bases: int, example: Tensor, *, seed: int = 0
 
 
 class Rescaling:
-    """Forward hook of a layer that lost inputs: multiplies what it gives.
+    """Forward hook that multiplies the output of a layer that lost inputs.
 
-    In training and in evaluation: a function that differed between the two would be another network
-    than the one that was trained. The paper's code does it in training only and relies on norms.
+    It multiplies in training and in evaluation, so that the network that answers is the network
+    that was trained. The paper's code multiplies in training only and relies on norms.
 
     Args:
-        factor: of inputs in the wide layer to those in this one.
+        factor: number of inputs of the wide layer divided by that of this layer.
     """
 
     def __init__(self, factor: int) -> None:
@@ -142,7 +142,7 @@ class Rescaling:
 
 
 def _without_origin(model: TransformersModel) -> SplitModel:
-    """The same layers: no model of transformers has their sizes, so none can be written."""
+    """The same layers as a plain SplitModel: no transformers model has these sizes to save as."""
     result = SplitModel(model.stem, list(model.block), model.head, model.task)
     result.aux, result.training = model.aux, model.training
     return result
@@ -159,7 +159,13 @@ def _generator(seed: int, base: int) -> torch.Generator:
 def _start(
     base: SplitModel, bounds: Mapping[str, float], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The trained tensors of a fresh base network."""
+    """Initial values of the trained tensors of one base network.
+
+    Args:
+        base: a base network.
+        bounds: largest magnitude of an initial weight, by name of the layer.
+        generator: source of the weights.
+    """
     kept = {
         p
         for module in base.modules()
@@ -191,11 +197,11 @@ def _start(
 
 
 def _under_norms(model: SplitModel, names: list[str], example: Tensor) -> set[str]:
-    """Those of the layers whose output goes into a norm and nowhere else.
+    """Names of the given layers whose output enters a norm and nothing else.
 
-    Autograd's graph of the answers tells: the node of the output is the one that a norm receives
-    (not changed in place since), and one other node reads it. What leaves a block has a reader more
-    than these, as a head may be put there.
+    The data flow is read from autograd's graph of the logits: the node of such an output is one
+    that a norm receives, unchanged, and exactly one node reads it. The output of a block counts as
+    read once more, because a head may be added there.
     """
     model = copy.deepcopy(model).cpu().double().eval().requires_grad_(True)
     made: dict[str, list[Any]] = {name: [] for name in names}
@@ -241,12 +247,12 @@ def _under_norms(model: SplitModel, names: list[str], example: Tensor) -> set[st
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the layers of an attention or an MLP are.
+    """Names of the linear layers in an attention or an MLP.
 
     Attributes:
-        inner: layers whose outputs are divided.
-        outer: the layer that reads them, from which a base has the inputs that are left.
-        fused: how many outputs of the same kind an inner layer joins.
+        inner: layers whose outputs are divided among the bases.
+        outer: layer whose inputs are divided, because it reads those outputs.
+        fused: number of matrices of equal size that one inner layer joins.
     """
 
     inner: tuple[str, ...]
@@ -267,7 +273,7 @@ _MLPS = (
     _Layout(("intermediate.dense",), "output.dense"),
 )
 _COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "all_head_size", "split_size")
-"""What attentions of transformers remember of sizes that are divided."""
+"""Attributes in which attentions of transformers keep sizes that are divided."""
 
 _SUPPORTED = (
     "there are rules for attention of q_proj, k_proj, v_proj and o_proj or out_proj; of c_attn and "
@@ -290,7 +296,7 @@ class _Unit:
 
     @property
     def outer(self) -> str:
-        """Name of the layer that reads them."""
+        """Name of the layer whose inputs are divided."""
         return f"{self.name}.{self.layout.outer}"
 
 
@@ -309,7 +315,7 @@ def _fits(module: nn.Module, layout: _Layout) -> bool:
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Whether a layer is one of transformers' ``Conv1D``: linear, with weights (in, out)."""
+    """Whether a layer is a ``Conv1D`` of transformers: linear, with weights (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
@@ -323,7 +329,12 @@ def _fan_in(module: nn.Module) -> int:
 
 
 def _find_units(model: SplitModel, bases: int) -> list[_Unit]:
-    """Attentions and MLPs of the blocks, all of whose sizes divide by ``bases``."""
+    """Attentions and MLPs of the blocks.
+
+    Raises:
+        ExportError: a layer belongs to none, or its heads or hidden units are not divisible by
+            ``bases``.
+    """
     units: list[_Unit] = []
     known: set[str] = set()
     blocks = [(f"block.{n}", m) for n, m in model.block.named_modules() if n]
@@ -355,7 +366,7 @@ def _outputs(layer: nn.Module) -> int:
 
 
 def _sizes(model: SplitModel, unit: _Unit) -> list[int]:
-    """Heads, or hidden units, of each inner layer."""
+    """Number of heads, or of hidden units, of each inner layer."""
     outputs = [_outputs(model.get_submodule(n)) // unit.layout.fused for n in unit.inner]
     if unit.layout not in _ATTENTIONS:
         return outputs
@@ -373,7 +384,7 @@ def _sizes(model: SplitModel, unit: _Unit) -> list[int]:
 
 
 def _divide(model: SplitModel, units: list[_Unit], bases: int) -> SplitModel:
-    """A copy with the leading heads and hidden units, under the same names."""
+    """A copy of the model with the leading ``1 / bases`` of its heads and hidden units."""
     result = copy.deepcopy(model)
     for unit in units:
         for name in unit.inner:
@@ -391,7 +402,7 @@ def _divide(model: SplitModel, units: list[_Unit], bases: int) -> SplitModel:
 
 
 def _keep(layer: nn.Module, kept: Tensor, axis: int) -> None:
-    """Cut a linear layer down to some of its outputs, or inputs."""
+    """Reduce a linear layer in place to the outputs, or inputs, with the indices ``kept``."""
     outputs = axis == (1 if _is_transposed(layer) else 0)
     for name, p in list(layer.named_parameters(recurse=False)):
         if name == "weight" or outputs:
@@ -402,9 +413,9 @@ def _keep(layer: nn.Module, kept: Tensor, axis: int) -> None:
 
 
 def _check(model: SplitModel, units: list[_Unit], bases: int, example: Tensor) -> None:
-    """Compare a base with the wide model that reads the same heads and units, for random weights.
+    """Compare a base with the wide model whose other heads and units are zero, at random weights.
 
-    In float32: some layers of transformers compute in it whatever their inputs are.
+    Both compute in float32: some layers of transformers do so for inputs of any dtype.
     """
     wide = copy.deepcopy(model).cpu().float().eval()
     generator = torch.Generator().manual_seed(0)

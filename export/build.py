@@ -1,4 +1,4 @@
-"""Models by name, as commands and configuration files give them."""
+"""Builds a model from its name in a command or configuration file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from export.whole import without_trunk
 
 
 def build_model(source: str | None, lora: Lora | None = None) -> SplitModel:
-    """Build a model.
+    """Build a model, with adapters on request.
 
     Args:
-        source: ``module:function`` that returns a SplitModel; or a model of transformers: its
-            folder, or a ``config.json`` for random weights.
-        lora: freeze the model and adapt it.
+        source: ``module:function`` that returns a SplitModel; or the folder of a transformers
+            model, or its ``config.json`` for random weights.
+        lora: adapters to add to the frozen model; None for none.
 
     Raises:
-        ConfigError: there is no such function, file or folder, or no SplitModel comes of it.
-        ExportError: the model of transformers cannot be used.
+        ConfigError: ``source`` is None or does not exist, or the function does not return a
+            SplitModel.
+        ExportError: the transformers model cannot be cut, or the adapters do not fit it.
     """
     if source is None:
         raise ConfigError("the bundles do not say how to build the model; set model in hub.toml")
@@ -41,7 +42,7 @@ def build_model(source: str | None, lora: Lora | None = None) -> SplitModel:
             )
         from export.adapters import from_transformers
 
-        logging.disable(logging.WARNING)  # what transformers imports talks about missing hardware
+        logging.disable(logging.WARNING)  # imports of transformers warn about missing hardware
         try:
             adapted = from_transformers(source)
         finally:
@@ -55,7 +56,7 @@ def build_model(source: str | None, lora: Lora | None = None) -> SplitModel:
 
 def _call(source: str, module: str, function: str) -> SplitModel:
     if "" not in sys.path:
-        sys.path.insert(0, "")  # the module may stand in the folder that the command runs in
+        sys.path.insert(0, "")  # finds modules in the working directory of the command
     try:
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
@@ -69,7 +70,12 @@ def _call(source: str, module: str, function: str) -> SplitModel:
 
 
 def draw_inputs(shape: Sequence[int], high: int | None) -> Tensor:
-    """Random inputs (rows, *shape), always the same: floats, or integers below ``high``."""
+    """Random inputs (8, *shape) from a fixed seed: normal floats, or integers below ``high``.
+
+    Args:
+        shape: shape of one input.
+        high: exclusive upper bound of integers; None for floats.
+    """
     generator = torch.Generator().manual_seed(0)
     if high is None:
         return torch.randn((_ROWS, *shape), generator=generator)
@@ -80,9 +86,18 @@ _ROWS = 8
 
 
 def model_of(index_model: str | None, extra: Mapping[str, Any], override: str | None) -> SplitModel:
-    """The model that bundles were exported from, as their index says.
+    """Build the model that bundles were exported from.
 
-    Of base networks it is one of them, cut behind its last block.
+    For an export of base networks this is one base network, cut behind its last block.
+
+    Args:
+        index_model: model that the index of the bundles names, see :func:`build_model`.
+        extra: field ``extra`` of the index.
+        override: model to build instead of ``index_model``.
+
+    Raises:
+        ConfigError: as :func:`build_model`.
+        ExportError: as :func:`build_model`, or the model cannot be split into bases.
     """
     lora = Lora(**extra["lora"]) if extra.get("lora") else None
     model = build_model(override or index_model, lora)

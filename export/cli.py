@@ -1,4 +1,4 @@
-"""``cutlayer export``: from a PyTorch model to bundles."""
+"""``cutlayer export``: exports a PyTorch model as bundles."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from export.quantize import Comparison
 
 MODEL_HELP = (
-    "A model of transformers (its folder, or a config.json for random weights), or "
-    "MODULE:FUNCTION that returns a SplitModel."
+    "Folder of a transformers model, its config.json for random weights, or MODULE:FUNCTION "
+    "that returns a SplitModel."
 )
 TIERS_HELP = "TOML file with the tiers, see docs/export.md."
 
@@ -32,21 +32,23 @@ def export(
         Path | None, typer.Option(help="Private key to sign with, see cutlayer bundle key.")
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Weights to start from, .safetensors as a hub's run.")
+        Path | None, typer.Option(help="Weights to start from, .safetensors of a run.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help=".npz with x and y, to compare int8 with float32 on.")
+        Path | None, typer.Option(help=".npz with x and y on which int8 is compared with float32.")
     ] = None,
     max_loss: Annotated[
-        float, typer.Option(help="Accuracy that int8 may lose; or growth of perplexity.")
+        float, typer.Option(help="Largest loss of accuracy, or growth of perplexity, by int8.")
     ] = 0.01,
-    allow_loss: Annotated[bool, typer.Option(help="Export int8 that loses more, too.")] = False,
+    allow_loss: Annotated[
+        bool, typer.Option(help="Export int8 even if it loses more than --max-loss.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, progress to stderr.")
     ] = False,
 ) -> None:
-    """Cut a model per tier and export its training steps, checked against PyTorch."""
+    """Cut a model per tier and export its training steps, verified against PyTorch."""
     settings = TiersConfig.read(tiers)
     from edge_sdk.bundle.signing import read_private_key
     from edge_sdk.training.data import Examples
@@ -114,7 +116,7 @@ def export(
 
 
 def describe(index: BundleIndex) -> dict[str, dict[str, Any]]:
-    """What was exported, by tier."""
+    """Cut, runtime, codec, number of parameters and sizes in bytes of each tier's bundle."""
     tiers = {}
     for name, entry in index.tiers.items():
         manifest = index.manifest(name)
@@ -136,7 +138,7 @@ def describe(index: BundleIndex) -> dict[str, dict[str, Any]]:
 
 
 def table(index: BundleIndex) -> Table:
-    """What was exported, to look at."""
+    """Table of the exported tiers."""
     result = Table(title="bundles, every graph equal to eager PyTorch")
     texts = any("seq" in spec.shape for n in index.tiers for spec in index.manifest(n).packed)
     unit = "token" if texts else "example"
@@ -158,7 +160,7 @@ def table(index: BundleIndex) -> Table:
 
 
 def inference_table(comparisons: Mapping[str, Comparison]) -> Table:
-    """What int8 is worth against float32, to look at."""
+    """Table that compares int8 with float32: score, size and latency of each tier."""
     measure = next(iter(comparisons.values())).measure
     result = Table(title="inference in float32 and with int8 weights")
     result.add_column("tier")

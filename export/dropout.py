@@ -1,13 +1,14 @@
-"""Dropout with a seed that is an input: the same graph draws another mask for every seed.
+"""Dropout whose mask is a function of a seed, which is an input of the graph.
 
-A graph of standard operators has no random numbers, so the mask is arithmetic: element ``i`` of
-the ``n``-th dropout of a step has the key ``i + C n``, and three rounds of ``x -> (x + k)^3 mod p``
-with keys from the seed turn it into a number that is uniform in ``0..p-1`` for all that dropout
-needs (the rounds of the block cipher MiMC, https://eprint.iacr.org/2016/492; here they need not be
-secret). A mask has the distribution of ``torch.nn.functional.dropout``, not its bits.
+A graph of standard operators has no random numbers, so the mask is computed by integer arithmetic.
+Element ``i`` of the ``n``-th dropout of a step has the key ``i + C n``. Three rounds of
+``x -> (x + k)^3 mod p`` with keys from the seed map it to a number that is close enough to uniform
+in ``0..p-1`` for dropout. These are the rounds of the block cipher MiMC
+(https://eprint.iacr.org/2016/492); secrecy is not needed here. A mask has the distribution of
+``torch.nn.functional.dropout``, not its bits.
 
-Ordered dropout drops the last channels of every layer, as many as a width leaves out that is drawn
-once for a step; :func:`export.width.ordered_dropout` puts it on a model.
+Ordered dropout draws one width per step and drops the last channels of every layer beyond it;
+:func:`export.width.ordered_dropout` adds it to a model.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 PRIME = 2_147_483_579
-"""The largest prime below 2^31 with ``p mod 3 = 2``: there ``x -> x^3`` is a permutation."""
+"""Largest prime ``p`` below 2^31 with ``p mod 3 = 2``, for which ``x -> x^3`` is a permutation."""
 
 _ROUND_KEYS = (0, 1_103_515_245, 824_287_391)
 _STRIDE = 1_299_709_357
 
 _CHOICE = PRIME - 1
-"""Key of what is drawn once for a step: the last one, far from those of its first elements."""
+"""Key of choices, which are drawn once per step: the last key, far from those of masks."""
 
 
 class SeededDropout(TorchFunctionMode):
@@ -41,7 +42,7 @@ class SeededDropout(TorchFunctionMode):
         seed: int64 scalar, ``0 <= seed < PRIME``.
 
     Attributes:
-        calls: dropouts that took a mask so far, and choices that were drawn.
+        calls: number of masks and choices drawn so far.
     """
 
     def __init__(self, seed: Tensor) -> None:
@@ -52,7 +53,7 @@ class SeededDropout(TorchFunctionMode):
 
     @staticmethod
     def active() -> SeededDropout | None:
-        """The innermost one that is active in this thread, if there is one."""
+        """The innermost active mode of this thread; None if there is none."""
         return _ACTIVE.get()
 
     def __enter__(self) -> SeededDropout:
@@ -70,12 +71,10 @@ class SeededDropout(TorchFunctionMode):
         _ACTIVE.reset(self._outer)
 
     def choice(self, values: Sequence[float]) -> Tensor:
-        """One of ``values``, each as likely: the same in every call with the same values.
+        """Draw one of ``values`` with equal probability, a float32 scalar.
 
-        It comes from the seed alone, and the masks of dropouts are what they are without it.
-
-        Returns:
-            A float32 scalar.
+        The choice depends on the seed only: calls with the same values return the same one, and
+        the masks of dropouts do not change.
         """
         known = tuple(values)
         if known not in self._choices:
@@ -95,7 +94,7 @@ class SeededDropout(TorchFunctionMode):
     ) -> Any:
         mine: dict[Any, Callable[..., Any]] = {
             F.dropout: self._dropout,
-            torch.dropout: self._dropout,  # positional, as nn.functional calls it
+            torch.dropout: self._dropout,  # nn.functional passes its arguments by position
             F.dropout1d: self._signals,
             F.dropout2d: self._channels,
             F.dropout3d: self._channels,
@@ -122,7 +121,7 @@ class SeededDropout(TorchFunctionMode):
     def _signals(
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
-        """For ``dropout1d``, to which two dimensions are (channels, length) without a batch."""
+        """``dropout1d``, which reads two dimensions as (channels, length) without a batch."""
         if input.dim() == 3:
             return self._channels(input, p, training)
         return self._channels(input.unsqueeze(0), p, training).squeeze(0)
@@ -138,7 +137,7 @@ class SeededDropout(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Attention as written in torch's documentation, for the sake of its dropout."""
+        """Attention as torch documents it, in operations whose dropout this mode computes."""
         if dropout_p == 0:
             result: Tensor = torch._C._nn.scaled_dot_product_attention(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -158,12 +157,12 @@ class SeededDropout(TorchFunctionMode):
         return self._dropout(torch.softmax(scores, -1), dropout_p) @ value
 
     def _multi_head_attention(self, *args: Any, **kwargs: Any) -> Any:
-        """The function of ``nn.MultiheadAttention``: what it calls does not reach the mode."""
+        """The function of ``nn.MultiheadAttention``, whose inner calls bypass the mode."""
         with patch.multiple(F, dropout=self._dropout, scaled_dot_product_attention=self._attention):
             return F.multi_head_attention_forward(*args, **kwargs)
 
     def _kept(self, shape: Any, p: float, like: Tensor) -> Tensor:
-        """What to multiply by: 0 with probability ``p``, else ``1 / (1 - p)``."""
+        """Mask of a shape: 0 with probability ``p``, else ``1 / (1 - p)``."""
         count = 1
         for n in shape:
             count = count * n
@@ -174,7 +173,7 @@ class SeededDropout(TorchFunctionMode):
         return (x >= round(p * PRIME)).to(like.dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
     def _uniform(self, x: Tensor) -> Tensor:
-        """Numbers in ``0..PRIME-1`` for the keys ``x``."""
+        """Pseudorandom numbers in ``0..PRIME-1`` for the keys ``x``."""
         for key in _ROUND_KEYS:
             x = torch.remainder(x + (self.seed + key), PRIME)
             x = torch.remainder(torch.remainder(x * x, PRIME) * x, PRIME)
@@ -187,15 +186,15 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def mask_channels(module: nn.Module, input: Tensor, h: Tensor, width: Tensor) -> Tensor:
-    """What a layer gives, with zeros in the channels beyond a width.
+    """Output of a layer with zeros in the channels beyond a width.
 
-    A LayerNorm is computed anew, over the channels that are left: zeros would count in its mean.
+    A LayerNorm is computed again over the remaining channels, since zeros would enter its mean.
 
     Args:
         module: a convolution, linear layer or norm.
-        input: what it was given.
-        h: what it gives.
-        width: part of the channels that is left, a float32 scalar.
+        input: input of the layer.
+        h: output of the layer.
+        width: fraction of the channels that remains, a float32 scalar.
     """
     if isinstance(module, nn.LayerNorm):
         kept = _leading(h.shape[-1], width).to(h.dtype)
@@ -213,15 +212,22 @@ def mask_channels(module: nn.Module, input: Tensor, h: Tensor, width: Tensor) ->
 
 
 def _leading(channels: int, width: Tensor) -> Tensor:
-    """Which of the channels are left at a width, which leaves a whole number but for rounding."""
+    """Boolean mask (channels,) of the channels that remain at a width.
+
+    The width leaves a whole number of channels up to rounding.
+    """
     middles = torch.arange(channels, device=width.device).to(torch.float32) + 0.5
     return middles < width * channels
 
 
 class OrderedDropout:
-    """Hooks of one layer: drop the channels beyond the width of the step.
+    """Hooks that drop the channels of one layer beyond the width of the step.
 
-    In training under a :class:`SeededDropout`, which chooses the width; else they do nothing.
+    A :class:`SeededDropout` draws the width. Without one, and in evaluation mode, nothing is
+    dropped.
+
+    Args:
+        widths: fractions of the channels to draw from.
     """
 
     def __init__(self, widths: Sequence[float]) -> None:
@@ -229,14 +235,15 @@ class OrderedDropout:
         self._statistics: dict[str, Tensor] = {}
 
     def put_on(self, module: nn.Module) -> None:
-        """Register the hooks."""
+        """Register the hooks on a layer."""
         module.register_forward_pre_hook(self._before)
         module.register_forward_hook(self._after)
 
     def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Let a batch norm move copies of its statistics: those of dropped channels must stay.
+        """Give a batch norm copies of its statistics, since those of dropped channels must stay.
 
-        They cannot be put back afterwards: autograd refuses statistics that were changed since.
+        Restoring the statistics afterwards does not work: autograd refuses tensors that were
+        changed after the forward pass.
         """
         if isinstance(module, _NormBase) and self._width(module) is not None:
             for name in ("running_mean", "running_var"):
@@ -263,7 +270,7 @@ class OrderedDropout:
 
 
 def remove_ordered_dropout(model: nn.Module) -> None:
-    """Take the hooks of :class:`OrderedDropout` off all modules."""
+    """Remove the hooks of :class:`OrderedDropout` from all modules."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):

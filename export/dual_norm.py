@@ -1,9 +1,9 @@
-"""Dual norms: two copies of every norm, for clean inputs and for noisy ones, and mixtures of both.
+"""Dual norms: a clean and a noise copy of every norm, and weighted means of both.
 
-Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747) trains a model for clean and
-for adversarial inputs in which only the norms differ: each has two copies, with statistics and
-affine parameters of their own. Whoever runs the model chooses between accuracy and robustness by a
-number, without training anything again.
+Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747) trains one model for clean
+inputs and for adversarial examples. Only the norms differ: each has two copies with their own
+statistics and affine parameters. A number, the robustness, then trades accuracy against
+robustness at inference, without further training.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _ROBUSTNESS: ContextVar[float | Tensor] = ContextVar("robustness", default=0)
 
 
 class DualNorm(nn.Module):
-    """Two copies of a norm: ``(1 - l) clean(h) + l noise(h)``, with ``l`` of :func:`robustness`.
+    """Two copies of a norm: ``(1 - l) clean(h) + l noise(h)``, where :func:`robustness` sets ``l``.
 
     Args:
-        norm: what both copies start as.
+        norm: norm that both copies start from.
 
     Attributes:
-        clean: the given norm itself; the one in use outside of :func:`robustness`.
-        noise: the copy for noisy inputs.
+        clean: the given norm, for clean inputs; used alone outside of :func:`robustness`.
+        noise: the copy for adversarial examples.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -45,8 +45,9 @@ class DualNorm(nn.Module):
         """``h`` normalised, of the same shape.
 
         Raises:
-            ExportError: both copies are asked of batch norms in training; or there is a robustness
-                for each row, and ``h`` has another number of rows.
+            ExportError: the norm is a batch norm in training mode and the robustness is not 0 or
+                1; or the robustness is given per row, and the number of rows of ``h`` is not a
+                multiple of its length.
         """
         value = _ROBUSTNESS.get()
         if not isinstance(value, Tensor):
@@ -65,18 +66,18 @@ class DualNorm(nn.Module):
 
 
 def with_dual_norms(model: SplitModel) -> SplitModel:
-    """A copy of a model whose norms are a :class:`DualNorm` each.
+    """A copy of a model in which each norm is a :class:`DualNorm`.
 
     The norm ``block.0.norm1`` becomes ``block.0.norm1.clean`` and ``block.0.norm1.noise``. Norms of
-    auxiliary heads stay: they belong to the answer and not to the features, and whoever loads a
-    file of weights knows heads by the name of their norm. So do norms that have neither parameters
-    nor statistics, whose copies would be equal forever.
+    auxiliary heads stay single: they belong to the classifier, and :meth:`SplitModel.load` finds
+    heads by the name of their norm. Norms without parameters and statistics stay single as well,
+    since their copies would always be equal.
 
     Args:
-        model: with GroupNorm, LayerNorm, RMSNorm (of torch or transformers) or BatchNorm.
+        model: a model with GroupNorm, LayerNorm, RMSNorm (of torch or transformers) or BatchNorm.
 
     Raises:
-        ExportError: there is nothing to copy, the model has dual norms already, or a BatchNorm
+        ExportError: the model has no norm to copy, it has dual norms already, or a BatchNorm
             does not track statistics.
     """
     if has_dual_norms(model):
@@ -89,7 +90,7 @@ def with_dual_norms(model: SplitModel) -> SplitModel:
                 f"{name} is a {type(module).__name__} without running statistics, which makes the "
                 "answer depend on the batch; use GroupNorm, or track_running_stats=True"
             )
-    duals: dict[nn.Module, DualNorm] = {}  # a norm in two places stays one
+    duals: dict[nn.Module, DualNorm] = {}  # a shared norm stays shared
     for _, parent in parts:
         for key, norm in list(parent.named_children()):
             if is_norm(norm) and next(chain(norm.parameters(), norm.buffers()), None) is not None:
@@ -106,12 +107,12 @@ def with_dual_norms(model: SplitModel) -> SplitModel:
 
 
 def has_dual_norms(module: nn.Module) -> bool:
-    """Whether there is a :class:`DualNorm` in a module."""
+    """Whether a module contains a :class:`DualNorm`."""
     return any(isinstance(part, DualNorm) for part in module.modules())
 
 
 def noise_tensors(module: nn.Module) -> set[str]:
-    """Names of the tensors of noise copies."""
+    """Names of the parameters and buffers of all noise norms in a module."""
     return {
         f"{name}.{key}"
         for name, part in module.named_modules()
@@ -123,17 +124,18 @@ def noise_tensors(module: nn.Module) -> set[str]:
 
 @contextmanager
 def robustness(value: float | Tensor) -> Iterator[None]:
-    """Which copy of dual norms is used inside; outside it is the clean one.
+    """Set the weight of the noise norms inside the context; outside it is 0.
 
-    Numbers 0 and 1 compute the clean or the noise copy alone; in training the statistics of the
-    other copy stay, and its gradients are zero. Anything else computes both.
+    The numbers 0 and 1 run the clean or the noise copy alone: in training the statistics of the
+    other copy stay, and its gradients are zero. Any other value runs both copies.
 
     Args:
-        value: from 0 (clean) to 1 (noise); a tensor () for all rows, or (rows,) with one for each.
-            A tensor may be traced, so that it is an input of a graph; its values are not checked.
+        value: weight of the noise norms from 0 to 1: a number; or a tensor, () for all rows or
+            (rows,) per row. A tensor may be traced as an input of a graph; its values are not
+            checked.
 
     Raises:
-        ExportError: a number outside of 0 to 1, or a tensor of another shape.
+        ExportError: the number is not between 0 and 1, or the tensor has another shape.
     """
     if isinstance(value, Tensor):
         if value.dim() > 1:
@@ -151,16 +153,19 @@ def robustness(value: float | Tensor) -> Iterator[None]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm; classes of transformers are known by name: each has its own."""
+    """Whether a module is a norm, of torch or an RMSNorm of transformers.
+
+    RMSNorms of transformers are recognised by name, since each family has its own class.
+    """
     known = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase)
     return isinstance(module, known) or type(module).__name__.endswith("RMSNorm")
 
 
 def _share(value: Tensor, h: Tensor) -> Tensor:
-    """The robustness in a shape that multiplies ``h``.
+    """The robustness in a shape that broadcasts with ``h``.
 
-    A model may have joined rows and positions before a norm: then a row of the batch is a run of
-    rows of ``h``.
+    A model may have merged rows and positions before a norm; then each row of the batch is a run
+    of consecutive rows of ``h``.
     """
     value = value.to(h.dtype)
     if value.dim() == 0:
@@ -176,7 +181,7 @@ def _share(value: Tensor, h: Tensor) -> Tensor:
 
 
 class _Idle(torch.autograd.Function):
-    """The first tensor; the others get gradients of zero."""
+    """Returns the first tensor; the gradients of all other tensors are zero."""
 
     generate_vmap_rule = True
 
@@ -194,10 +199,10 @@ class _Idle(torch.autograd.Function):
 
 
 def _alone(norm: nn.Module, idle: nn.Module, h: Tensor) -> Tensor:
-    """What one copy gives, with gradients of zero for the parameters of the other.
+    """Output of one copy, with gradients of zero for the parameters of the other.
 
-    Without it they would have none, and a training step takes that for a mistake in the model. They
-    join at the input: what follows may work in place on the output.
+    A training step refuses parameters without a gradient. The idle parameters join at the input,
+    because the next layer may change the output in place.
     """
     parameters = [p for p in idle.parameters() if p.requires_grad]
     if parameters and torch.is_grad_enabled():

@@ -6,11 +6,11 @@ from edge_sdk.errors import ConfigError
 
 
 class ExportError(ConfigError):
-    """A model cannot be exported exactly. Says which module or tensor, and what to use instead."""
+    """A model cannot be exported exactly. The message names the module or tensor, and a remedy."""
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause, in one line: torch's errors wrap the useful one several times."""
+    """First line of the innermost cause, since torch wraps the useful error several times."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Which modules can be exported exactly, and which one is to blame when an export fails."""
+"""Checks that a model can be exported exactly, and finds the module that makes an export fail."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ REPLACEMENTS: dict[type[nn.Module], str] = {
     nn.FeatureAlphaDropout: _ALPHA,
     nn.RReLU: _ALPHA,
 }
-"""Modules that are refused in a client segment, with the reason and what to use instead."""
+"""Modules that are refused in a client segment, with the reason and a replacement."""
 
 
 def check_modules(root: nn.Module, prefix: str = "") -> None:
-    """Raise :class:`ExportError` for the first module that has no exact translation."""
+    """Raise :class:`ExportError` for the first module that has no exact translation.
+
+    Args:
+        root: module to check, with all its submodules.
+        prefix: name of ``root`` in messages.
+    """
     for name, module in root.named_modules(prefix=prefix):
         for kind, why in REPLACEMENTS.items():
             if isinstance(module, kind):
@@ -51,12 +56,16 @@ def check_modules(root: nn.Module, prefix: str = "") -> None:
 
 
 def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
-    """Check the stem and the first blocks, and run them in training on batches of several sizes.
+    """Check the stem and the first blocks, and run them in training mode on several batch sizes.
+
+    Args:
+        model: the model; its buffers and modes are restored.
+        cut: number of blocks to check.
+        example: inputs (batch, ...) like those on the devices.
 
     Raises:
-        ExportError: a module has no exact translation, fails, fixes the batch size, or keeps
-            something between calls; or a stage does not return one float32 tensor with a row for
-            each example.
+        ExportError: a module has no exact translation, fails, fixes the batch size, or changes a
+            buffer; or a stage does not return one float32 tensor with a row for each example.
     """
     stages = {"stem": model.stem, **{f"block.{i}": b for i, b in enumerate(model.block[:cut])}}
     for name, stage in stages.items():
@@ -102,11 +111,14 @@ def _run_stages(stages: Mapping[str, nn.Module], example: Tensor) -> None:
 
 
 def check_parameters(segment: ClientSegment, example: Tensor) -> None:
-    """Raise :class:`ExportError` for the first parameter that a training step cannot train."""
+    """Raise :class:`ExportError` for a parameter that a training step cannot train.
+
+    Every parameter must be float32, and every trained one must have a gradient.
+    """
     parameters = {
         n: p
         for n, p in segment.named_parameters()
-        if p.requires_grad and not n.startswith("head.")  # it answers what comes from the hub
+        if p.requires_grad and not n.startswith("head.")  # the head reads features from the hub
     }
     for name, p in segment.named_parameters():
         if p.dtype != torch.float32:
@@ -128,8 +140,15 @@ def find_culprit(
 ) -> str | None:
     """The first module whose training step cannot be lowered alone, as ``block.2.pool is a Pool``.
 
-    Modules are tried in the order in which they finish, so a module is blamed for what it does
-    itself before the modules around it are.
+    Modules are tried in the order in which their calls return, so inner modules come first.
+
+    Args:
+        segment: segment whose export failed.
+        example: inputs (batch, ...) of the segment.
+        lower: lowers a step, or raises :class:`ExportError`.
+
+    Returns:
+        Name and class of the module; None if every module can be lowered alone.
     """
     with torch.no_grad(), _recorded(segment) as calls:
         functional_call(segment, _copied_buffers(segment), (example,))
@@ -144,7 +163,7 @@ def find_culprit(
 
 
 def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) -> Step:
-    """A step that runs one module forward and backward, for inputs like those that it had."""
+    """A step that runs one module forward and backward on inputs like its recorded arguments."""
     leaves, layout = tree_flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     parameters = dict(module.named_parameters())
@@ -187,13 +206,18 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
 
 @dataclass
 class _Calls:
-    """The modules that were called: with what, and which of them returned, in order."""
+    """Recorded calls of modules.
+
+    Attributes:
+        entered: each called module with its arguments, by name, in the order of the calls.
+        finished: names of the modules that returned, in that order.
+    """
 
     entered: dict[str, tuple[nn.Module, tuple[Any, dict[str, Any]]]] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
 
     def unfinished(self) -> str:
-        """The innermost module that did not return."""
+        """Name and class of the innermost module that did not return."""
         name = next(n for n in reversed(self.entered) if n not in self.finished)
         return _called(name, self.entered[name][0])
 
@@ -222,7 +246,7 @@ def _recorded(root: nn.Module, prefix: str = "") -> Iterator[_Calls]:
 
 
 def _copied_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """For a call in training mode that leaves the statistics as they are."""
+    """Copies of the buffers, so that a call in training mode does not change the statistics."""
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 

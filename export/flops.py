@@ -1,4 +1,4 @@
-"""How many operations a step takes."""
+"""Counts the floating-point operations of a step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from export.lowering.trace import without_onednn
 from export.steps import Step
 
 _ROWS = 2
-"""A batch norm in training wants more than one."""
+"""Rows of the counted batch; a batch norm in training mode needs more than one."""
 
 
 class _Total:
-    """Stands for torch's module tracker: all operations are of one module.
+    """Replaces torch's module tracker and assigns all operations to one module.
 
-    The tracker's hooks fail in ``autograd.grad`` where a trained tensor is an argument of a
-    module, as the token table is of a head for tokens.
+    The tracker's hooks fail in ``autograd.grad`` if a trained tensor is an argument of a module,
+    as the token table is an argument of a :class:`export.heads.TokenHead`.
     """
 
     parents = frozenset({"Global"})
@@ -30,10 +30,10 @@ class _Total:
 
 
 def flops_per_row(step: Step, length: int = 1) -> float:
-    """FLOPs of a step per example, by running it in eager mode on tensors without data.
+    """FLOPs of a step per example, counted in eager mode on tensors without data.
 
     Args:
-        step: the step.
+        step: step to count.
         length: size of the dimension ``seq``, if the step has one.
     """
     sizes = {"batch": _ROWS, "seq": length}
@@ -48,7 +48,7 @@ def flops_per_row(step: Step, length: int = 1) -> float:
         ]
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = _Total()  # type: ignore[assignment]
-        # what is exported has no fused LSTM, whose operations would not be counted
+        # exported graphs have no fused LSTM, and its operations would not be counted
         with without_onednn(), counter:
             step.function(constants, *inputs)
     return counter.get_total_flops() / _ROWS

@@ -1,4 +1,4 @@
-"""The functional steps in PyTorch, as they are: for many simulated devices in one process."""
+"""Runs functional steps in eager PyTorch, for many simulated devices in one process."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from export.step_set import all_steps
 from export.steps import ClientSteps
 
 _TURN = threading.Lock()
-"""One step at a time: during a step the parameters of its device are those of the shared module."""
+"""Held during a step, in which the shared module has the parameters of one device."""
 
 
 class TorchRuntime:
-    """Implements :class:`edge_sdk.runtime.Runtime`.
+    """An :class:`edge_sdk.runtime.Runtime` that runs steps in eager PyTorch.
 
-    A device costs its state and nothing else: hundreds of them share the steps and their module,
-    which holds the same tensors in the same mode after every step. Calls from several threads take
-    turns; the module must not be in use elsewhere meanwhile.
+    A runtime holds only its own state. Hundreds of runtimes share the steps and their module,
+    whose tensors and mode are the same after every step. Steps of several threads run one at a
+    time; nothing else may use the module during a step.
 
     Args:
-        manifest: of the bundle that was exported from ``steps``.
-        steps: the steps of the tier.
+        manifest: manifest of the bundle that was exported from ``steps``.
+        steps: steps of the tier.
 
     Raises:
-        BundleError: the manifest is of other steps.
+        BundleError: the manifest belongs to other steps.
     """
 
     loading_s = 0.0
-    """There is nothing to load."""
+    """Seconds that loading took: none, since there are no files to load."""
 
     def __init__(self, manifest: Manifest, steps: ClientSteps) -> None:
         if manifest.state != steps.state or manifest.packed != steps.packed:
@@ -54,7 +54,7 @@ class TorchRuntime:
         self._steps = {step.name: step for step in all_steps(fast)}
         self._constants = dict(steps.constants)
         self._turn = threading.Lock()
-        # steps are functions: nothing writes into these, so devices start from the same tensors
+        # steps do not change their inputs, so all devices can share the initial tensors
         self._state = {**steps.initial, **steps.slots}
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
@@ -68,7 +68,7 @@ class TorchRuntime:
             self._state = {name: torch.from_numpy(value) for name, value in values.items()}
 
     def get_state(self, slots: bool = False) -> dict[str, Array]:
-        """A copy of parameters and statistics by name, and with ``slots`` of these, too."""
+        """Copies of parameters and statistics by name, and with ``slots`` of optimizer slots."""
         with self._turn:
             return {
                 spec.name: self._state[spec.name].numpy().copy()
@@ -76,9 +76,14 @@ class TorchRuntime:
             }
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a graph on ``batch`` (inputs other than state); outputs other than state.
+        """Run a graph; its state outputs become the state.
 
-        State outputs become the state.
+        Args:
+            graph: name of the graph.
+            batch: inputs other than the state, by name.
+
+        Returns:
+            Outputs other than the state, by name.
 
         Raises:
             DataError: an input is missing, or has another dtype or shape.
@@ -116,7 +121,7 @@ class TorchRuntime:
 
 
 def _input(graph: str, port: Port, batch: Mapping[str, Array]) -> Tensor:
-    """One checked input, as a copy: a module may work in place."""
+    """A checked copy of one input; a copy because a module may change it in place."""
     spec = port.spec
     if spec.name not in batch:
         raise DataError(f"the graph {graph!r} needs the input {spec.name!r}")
@@ -132,7 +137,7 @@ def _input(graph: str, port: Port, batch: Mapping[str, Array]) -> Tensor:
 
 
 class _FastSgd(Sgd):
-    """:class:`Sgd` with a call for all parameters instead of one for each."""
+    """:class:`Sgd` with one call for all parameters instead of one call for each."""
 
     def step(
         self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
@@ -148,7 +153,7 @@ class _FastSgd(Sgd):
 
 
 class _FastAdamW(AdamW):
-    """:class:`AdamW` with a call for all parameters instead of one for each."""
+    """:class:`AdamW` with one call for all parameters instead of one call for each."""
 
     def step(
         self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors

@@ -1,4 +1,4 @@
-"""Auxiliary heads: a small classifier at a cut, for a loss on the device and an early exit."""
+"""Auxiliary heads: small classifiers at a cut, which give a device a loss and an early exit."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 GRID = 4
-"""Of images, a head sees the means over so many rows and columns of patches."""
+"""Rows and columns of means to which a head pools images."""
 
 
 class AuxiliaryHead(nn.Module):
-    """FedSplitX's head: average pool, Linear(d, d/2), norm, ReLU, Linear(d/2, classes).
+    """The head of FedSplitX: average pool, Linear(d, d/2), norm, ReLU, Linear(d/2, classes).
 
-    The paper pools images over all positions. Early layers see little of the image at a position,
-    and what is where is most of what they know, so here :data:`GRID` x :data:`GRID` means are
-    kept, if the activations have as many positions: two residual blocks of a small ResNet came to
-    35 % in an epoch of CIFAR-10 instead of 23 %. The norm is a LayerNorm, so that an answer does
-    not depend on what else is in the batch.
+    The paper pools images over all positions. Early layers have a small receptive field, so most
+    of their information is in the positions. This head pools to ``grid`` x ``grid`` means: with
+    :data:`GRID`, two residual blocks of a small ResNet reached 35 % in an epoch of CIFAR-10
+    instead of 23 %. The norm is a LayerNorm, so that an answer does not depend on the rest of the
+    batch.
 
     Args:
         width: feature width ``d`` of the activations.
         classes: number of classes.
         channels_first: whether activations of three dimensions are (B, C, L), not (B, T, C).
-        grid: rows and columns of means that are kept of (B, C, H, W).
+        grid: rows and columns of means to which (B, C, H, W) is pooled.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class AuxiliaryHead(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Logits (batch, classes) from activations (B, C, ...) or (B, T, C).
 
-        Positions (B, T, C) that are zero throughout are padding and have no part in the mean.
+        Positions of (B, T, C) whose channels are all zero are padding and do not count in the mean.
         """
         if h.dim() == 3 and not self.channels_first:
             positions_B1 = (h != 0).any(2).to(h.dtype).sum(1, keepdim=True)
@@ -53,28 +53,28 @@ class AuxiliaryHead(nn.Module):
 
 
 def hidden_width(width: int) -> int:
-    """Width of the hidden layer of a head for activations of a width."""
+    """Width of the hidden layer of a head for activations of width ``width``."""
     return max(width // 2, 8)
 
 
 def grid_of(h: Tensor) -> int:
-    """The grid of a head for activations: 1 for all but images of some size."""
+    """The grid of a head: :data:`GRID` for images with as many rows and columns, else 1."""
     return GRID if h.dim() == 4 and min(h.shape[2:]) >= GRID else 1
 
 
 def grid_and_width(inputs: int, hidden: int) -> tuple[int, int]:
-    """The grid and width of a head from the sizes of its first layer."""
+    """The grid and feature width of a head, from the input and output size of its first layer."""
     if hidden_width(inputs) == hidden:
         return 1, inputs
     return GRID, inputs // GRID**2
 
 
 class TokenHead(nn.Module):
-    """A head for language models: a narrow residual layer, norm, and the model's own token table.
+    """A head for language models: a narrow residual layer, a norm, and the stem's token table.
 
-    The device holds the table for its embeddings already; tying the head to it costs ``d^2 / 2``
-    parameters more instead of ``d`` times the vocabulary. The last layer of the residual starts
-    at zero, so that at first the head reads the activations as the model's own head would
+    The device holds the table already, for its embeddings. Tying the head to it takes ``d^2 / 2``
+    further parameters instead of ``d`` times the vocabulary. The last layer of the residual starts
+    at zero, so that the head first decodes the activations like the model's own head
     ("logit lens").
 
     Args:

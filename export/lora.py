@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) by PEFT, on a base that is frozen."""
+"""Low-rank adapters on a frozen base (LoRA, https://arxiv.org/abs/2106.09685), made with PEFT."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from export.split import SplitModel
 
 @dataclass(frozen=True)
 class Lora:
-    """How to adapt a model.
+    """Configuration of adapters.
 
     Attributes:
         rank: rank of the adapters.
-        alpha: their scale is ``alpha / rank``.
-        dropout: dropout before an adapter, in training.
-        targets: names (the last parts, as PEFT takes them) of the modules to adapt; PEFT's choice
-            for the model's family if empty.
+        alpha: numerator of the adapters' scale, ``alpha / rank``.
+        dropout: probability of dropout before an adapter, in training.
+        targets: last parts of the names of the modules to adapt, as in PEFT; if empty, the
+            :data:`FAMILY_TARGETS` of the model.
     """
 
     rank: int = 8
@@ -55,26 +55,29 @@ FAMILY_TARGETS = {
     "bert": ["query", "value"],
     "vit": ["q_proj", "v_proj"],
 }
-"""What is adapted by default: the attention's queries and values."""
+"""Modules that are adapted by default, by family: the queries and values of the attention."""
 
 
 def add_lora(model: SplitModel, lora: Lora, family: str | None = None) -> SplitModel:
-    """Freeze every parameter of ``model`` and put adapters on the target modules, in place.
+    """Freeze every parameter of ``model`` and add adapters to the target modules, in place.
 
-    The adapters are always the same ones: A is drawn from a fixed seed, B starts at zero.
-    Auxiliary heads that are added later are trained in full.
+    A is drawn from a fixed seed, B starts at zero. Auxiliary heads that are added later are
+    trained in full.
 
     Args:
-        model: the model.
-        lora: rank, scale, targets.
-        family: model type, for the targets when ``lora`` names none.
+        model: model to adapt.
+        lora: rank, scale and targets.
+        family: ``model_type`` of transformers, whose default targets apply if ``lora`` has none.
+
+    Returns:
+        ``model``.
 
     Raises:
-        ExportError: no module is a target, or one that PEFT cannot adapt is; or an adapted module
-            is not among the blocks, or too small for the rank.
+        ExportError: there is no target module, PEFT cannot adapt one, a target is outside of the
+            blocks, or a target is too small for the rank.
         ConfigError: PEFT is not installed.
     """
-    logging.disable(logging.WARNING)  # what peft imports talks about hardware that is not there
+    logging.disable(logging.WARNING)  # imports of peft warn about missing hardware
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -109,29 +112,28 @@ def add_lora(model: SplitModel, lora: Lora, family: str | None = None) -> SplitM
 
 
 ADAPTER = "default"
-"""PEFT's name for a module's adapter; there is one."""
+"""Name that PEFT gives the only adapter of a module."""
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Any]:
-    """PEFT's modules with adapters, by name."""
+    """Modules of PEFT that have adapters, by name."""
     return {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 def set_ranks(model: SplitModel, ranks: Mapping[int, int]) -> None:
-    """Give the adapters of some blocks other ranks, in place.
+    """Change the ranks of the adapters in some blocks, in place.
 
-    ``alpha`` stays, so the scale becomes ``alpha / rank``. Adapters whose rank changes start
-    anew, always the same ones: A is random, by a seed for each block, and B zero. What they have
-    learned is lost, and an optimizer must be made again: their parameters are new. Adapters that
-    have the rank already stay as they are.
+    ``alpha`` stays, so the scale becomes ``alpha / rank``. Adapters whose rank changes lose their
+    training: A is drawn from a fixed seed per block, and B is zero. Their parameters are new
+    objects, so an existing optimizer must be replaced. Adapters that have the rank already stay.
 
     Args:
-        model: with adapters, by :func:`add_lora`.
+        model: a model with adapters, see :func:`add_lora`.
         ranks: rank by block.
 
     Raises:
-        ExportError: there are no adapters, no such block, or a module is too small for the rank.
-            Nothing was changed.
+        ExportError: the model has no adapters or no such block, or a module is too small for the
+            rank. Nothing was changed.
     """
     adapted = adapted_modules(model)
     if not adapted:
@@ -156,10 +158,12 @@ def set_ranks(model: SplitModel, ranks: Mapping[int, int]) -> None:
 
 
 def lower_ranks(model: SplitModel, ranks: Mapping[int, int]) -> None:
-    """Like :func:`set_ranks`; what adapters have learned is kept as well as the ranks allow.
+    """Change the ranks of the adapters in some blocks, and keep their products approximately.
+
+    See :func:`export.low_rank.reduce` for the approximation, and :func:`set_ranks` for the rest.
 
     Args:
-        model: with adapters, by :func:`add_lora`.
+        model: a model with adapters, see :func:`add_lora`.
         ranks: rank by block.
 
     Raises:
@@ -181,11 +185,11 @@ def lower_ranks(model: SplitModel, ranks: Mapping[int, int]) -> None:
 
 
 def fit_ranks(model: SplitModel, tensors: Mapping[str, Tensor]) -> None:
-    """Give the blocks of a model the ranks that the adapters in ``tensors`` have, in place.
+    """Set the ranks of a model's blocks to those of the adapters in ``tensors``, in place.
 
     Args:
-        model: with adapters, if there are any in ``tensors``.
-        tensors: of a state, by name.
+        model: a model with adapters if ``tensors`` has any.
+        tensors: tensors of a state by name.
 
     Raises:
         ExportError: as :func:`set_ranks`.
@@ -199,14 +203,14 @@ def fit_ranks(model: SplitModel, tensors: Mapping[str, Tensor]) -> None:
 
 
 def unify(model: SplitModel, lora: Lora) -> None:
-    """Give all adapters one rank and one scale, in place; what they compute stays the same.
+    """Give all adapters one rank and one scale, in place, without changing their products.
 
-    Where the rank grows, the new directions are as in a fresh adapter: A random, always the same,
-    and B zero. Adapters that have the rank and the scale already stay as they are, bit for bit.
+    If a rank grows, the new rows of A are drawn from a fixed seed and the new columns of B are
+    zero. Adapters that have the rank and the scale already stay the same bit for bit.
 
     Args:
-        model: with adapters.
-        lora: the rank and ``alpha`` that all get.
+        model: a model with adapters.
+        lora: the rank and ``alpha`` for all adapters.
 
     Raises:
         ExportError: an adapter has a higher rank. Nothing was changed.
@@ -225,7 +229,8 @@ def unify(model: SplitModel, lora: Lora) -> None:
         if factor != 1:
             B = B * factor
         if len(A) < lora.rank:
-            groups = getattr(module.lora_B[ADAPTER], "groups", 1)  # each has its part of the rank
+            # the rank of a grouped convolution is divided among its groups
+            groups = getattr(module.lora_B[ADAPTER], "groups", 1)
             fresh = A.new_empty(lora.rank, *A.shape[1:])
             nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
             known, drawn = A.unflatten(0, (groups, -1)), fresh.unflatten(0, (groups, -1))
@@ -236,12 +241,12 @@ def unify(model: SplitModel, lora: Lora) -> None:
 
 
 def put_adapter(module: Any, A: Tensor, B: Tensor, alpha: float) -> None:
-    """Give a module of PEFT these values as its adapter; its scale becomes ``alpha / rank``.
+    """Replace the adapter of a module of PEFT; its scale becomes ``alpha / rank``.
 
     Args:
         module: one of :func:`adapted_modules`.
         A: (rank, in), or (rank, in, ...) for a convolution.
-        B: (out, rank), or (out, rank, 1, ...).
+        B: (out, rank), or (out, rank, 1, ...) for a convolution.
         alpha: scale times rank.
     """
     rank = len(A)
@@ -262,7 +267,7 @@ def put_adapter(module: Any, A: Tensor, B: Tensor, alpha: float) -> None:
 
 
 def _start(module: Any, rank: int, generator: torch.Generator) -> None:
-    """An adapter as PEFT starts them."""
+    """Reset an adapter to PEFT's initialisation: A is random, B is zero."""
     down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
     A = torch.empty(rank, *down.shape[1:])
     nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)

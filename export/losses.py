@@ -1,4 +1,4 @@
-"""Losses of a device, written so that their gradients come out of lowering right and fast."""
+"""Losses of a device, written so that their lowered gradients are exact and fast."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -1
-"""Label of a position that does not count: padding, or a token that nothing is asked about."""
+"""Label of a position that the loss leaves out, such as padding."""
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each row of logits (rows, classes), with as few passes as there can be.
+    """Cross-entropy of each row of logits (rows, classes), with few passes over the logits.
 
-    ``nll_loss`` comes out of ONNX export with gradients that are wrong by a factor of the batch
-    size; one-hot times log-softmax is right, but with a vocabulary for classes its backward pass
-    takes longer than a transformer block.
+    The ONNX export of ``nll_loss`` has gradients that are wrong by a factor of the batch size.
+    One-hot times log-softmax is exact, but with a vocabulary as classes its backward pass takes
+    longer than a transformer block.
     """
 
     @staticmethod
@@ -39,9 +39,9 @@ def _cross_entropy(logits_NC: Tensor, y_N: Tensor) -> Tensor:
 
 
 def _disagreement(logits_HNC: Tensor) -> Tensor:
-    """``sum_j sum_k KL(p_j || p_k)`` of the heads' answers for each row; ``p_j`` is detached.
+    """``sum_j sum_k KL(p_j || p_k)`` over the heads, for each row; ``p_j`` is detached.
 
-    For ``j = k`` divergence and gradient are zero, so a product with all heads at once will do.
+    The terms with ``j = k`` and their gradients are zero, so the sum runs over all pairs at once.
     """
     log_p_HNC = torch.log_softmax(logits_HNC, 2)
     others_HNC = log_p_HNC.detach()
@@ -50,31 +50,31 @@ def _disagreement(logits_HNC: Tensor) -> Tensor:
 
 
 def masked(logits: Tensor, present: Tensor | None = None) -> Tensor:
-    """Logits of which classes that are not there cannot win, nor lose anything.
+    """Logits whose masked classes have probability zero and gradient zero.
 
     Args:
         logits: (..., classes).
-        present: (classes,), 1 for classes that are there, 0 for others; all are if not given.
+        present: class mask (classes,): 1 for classes to keep, 0 for others; None keeps all.
     """
     return logits if present is None else logits + (present - 1) * _NEVER
 
 
 _NEVER = 1e9
-"""What is taken from the logit of a class that is not there: its probability is exactly zero."""
+"""Subtracted from the logit of a masked class, whose probability becomes exactly zero."""
 
 
 def local_loss(logits: Tensor, y: Tensor, distill: float = 0.0) -> Tensor:
-    """FedSplitX's loss of a device: the sum over its heads of their mean cross-entropy.
+    """The loss of a device in FedSplitX: the sum over its heads of their mean cross-entropy.
 
-    With ``distill`` every head also learns from the others, as in DepthFL (Kim et al., ICLR 2023):
-    added is, for each head, ``distill`` times the mean over the other heads of
-    ``KL(softmax(other) || softmax(own))``, where ``other`` is detached. A single head has none.
+    With ``distill`` the heads also learn from each other, as in DepthFL (Kim et al., ICLR 2023).
+    The loss then has a further term for each head: ``distill`` times the mean over the other heads
+    of ``KL(softmax(other) || softmax(own))``, where ``other`` is detached.
 
     Args:
         logits: (heads, batch, classes), or (heads, batch, positions, vocabulary).
         y: labels (batch,) or (batch, positions); in a text, positions with the label
             :data:`NO_LABEL` do not count.
-        distill: weight of what heads learn from each other.
+        distill: weight of the distillation between heads.
     """
     heads, rows_N = len(logits), y.reshape(-1)
     counted_N = None
@@ -93,6 +93,6 @@ def local_loss(logits: Tensor, y: Tensor, distill: float = 0.0) -> Tensor:
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
-    """How many labels the mean of the heads' softmax gets right; see :func:`local_loss`."""
+    """Number of labels that the mean of the heads' softmax predicts; see :func:`local_loss`."""
     scores = torch.softmax(logits, -1).mean(0) if len(logits) > 1 else logits[0]
     return (scores.argmax(-1) == y).to(torch.float32).sum()

@@ -1,8 +1,8 @@
-"""Averages of low-rank adapters as products (HLoRA, https://arxiv.org/abs/2503.00813).
+"""Averages low-rank adapters as products (HLoRA, https://arxiv.org/abs/2503.00813).
 
-A module's adapter is the matrix ``scale * B @ A``. The mean of A times the mean of B is another
-matrix than the mean of the products, and ranks that differ have no mean of A at all. So the
-products are averaged, and the mean is cut back to a rank by SVD.
+The adapter of a module is the matrix ``scale * B @ A``. The mean of A times the mean of B is not
+the mean of the products, and matrices A of different ranks have no mean. So the products are
+averaged, and an SVD reduces the mean to a rank.
 
 Shapes: ``O`` outputs and ``I`` inputs of the module, ``R`` rank, ``S`` sum of the copies' ranks.
 """
@@ -19,27 +19,27 @@ import numpy as np
 from edge_sdk.protocol.tensors import Array
 
 _SIZE = 1 / math.sqrt(3)
-"""Norm of a row of A as PEFT draws it: uniform with the variance 1 / (3 I)."""
+"""Norm of a row of A at PEFT's initialisation, which is uniform with variance 1 / (3 I)."""
 
 _CONDITION = 1e3
-"""Largest condition number of a change of basis; float32 has 7 digits to lose."""
+"""Largest condition number of a change of basis: float32 has 7 digits."""
 
 _GROWTH = 2.0
-"""How much larger than the copies' a B may become in a basis that is kept: where that basis hardly
-has a direction of the mean, B would have to be huge there, and the next step with it."""
+"""Largest growth of the norm of B over the copies' B in a kept basis. If that basis hardly
+contains a direction of the mean, B, and the next step with it, would become huge."""
 
 _PRESENT = 1e-8
-"""Size from which on a direction, relative to the rows it is taken from, is more than rounding."""
+"""Smallest singular value, relative to the norm of the rows, that counts as a direction."""
 
 
 class AdapterCopy(NamedTuple):
-    """A module's adapter as somebody has trained it.
+    """One trained copy of a module's adapter.
 
     Attributes:
         B: (out, rank).
         A: (rank, in).
-        scale: of their product, ``alpha / rank``.
-        weight: how much the copy counts, usually the number of samples it was trained on.
+        scale: factor of the product, ``alpha / rank``.
+        weight: weight in the mean, usually the number of samples that the copy was trained on.
     """
 
     B: Array
@@ -54,26 +54,27 @@ def average(
     scale: float,
     near: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The adapter of a rank whose product is nearest to the weighted mean of the copies' products.
+    """The best approximation of the weighted mean of the copies' products by an adapter of a rank.
 
-    Nearest in the Frobenius norm. The basis of the result is the one nearest to ``near``, so that
-    optimizer slots that belong to that basis still do. Where all copies have the rank, it is the
-    mean of their A, and equal copies come back as they were. Without one, or where it lacks a
-    direction of the mean, the rows of A are orthogonal, with the norm that they have at the start.
-    A is never zero, even if every B is. The matrix itself, (out, in), is never formed.
+    The approximation is the best in the Frobenius norm. Its basis is the one nearest to ``near``,
+    so that optimizer slots for that basis remain valid. If ``near`` is None and all copies have
+    the rank, the mean of their A replaces it, and equal copies give the same adapter again.
+    Without such a basis, or if it lacks a direction of the mean, the rows of A are orthogonal and
+    have the norm of PEFT's initialisation. A is never zero, even if every B is. The product
+    (out, in) is never computed.
 
     Args:
-        copies: of one module; finite, weights above zero with any sum.
-        rank: of the result.
-        scale: of the result's product.
-        near: an A (rank, in) whose basis to stay near to.
+        copies: finite copies of one module's adapter; weights above zero with any sum.
+        rank: rank of the result.
+        scale: factor of the result's product.
+        near: an A (rank, in) whose basis the result keeps as far as possible.
 
     Returns:
         B (out, rank) and A (rank, in), in the copies' dtype.
 
     Raises:
-        ValueError: no copies, a weight that is not above zero, shapes that do not fit each other,
-            or a rank above the number of inputs or outputs.
+        ValueError: there are no copies, a weight is not above zero, the shapes do not fit each
+            other, or the rank is above the number of inputs or outputs.
     """
     adapters = [AdapterCopy(*copy) for copy in copies]
     _check(adapters, rank)
@@ -103,11 +104,11 @@ def average(
 
 
 def reduce(B: Array, A: Array, rank: int) -> tuple[Array, Array]:
-    """An adapter with another rank, its product kept as well as the rank allows.
+    """Change the rank of an adapter and keep its product ``B @ A`` as far as the rank allows.
 
-    A lower rank keeps the leading part of the product. A higher one adds rows to A, orthogonal to
-    those that are there, and zero columns to B. The product is ``B @ A``: where the scale changes
-    with the rank, multiply the new B by the old scale over the new one.
+    A lower rank keeps the leading part of the product. A higher rank adds orthogonal rows to A and
+    zero columns to B. If the scale changes with the rank, multiply the new B by the old scale over
+    the new one.
 
     Args:
         B: (out, old rank).
@@ -118,7 +119,7 @@ def reduce(B: Array, A: Array, rank: int) -> tuple[Array, Array]:
         B (out, rank) and A (rank, in).
 
     Raises:
-        ValueError: the shapes do not fit each other, or a rank above the number of inputs or
+        ValueError: the shapes do not fit each other, or the rank is above the number of inputs or
             outputs.
     """
     copy = AdapterCopy(B, A, 1.0, 1.0)
@@ -137,12 +138,12 @@ _FACTOR = re.compile(r"(?P<module>[^/]+)\.lora_(?P<factor>[AB])\.(?P<adapter>[^.
 
 
 def adapter_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The names of the adapters' A and B among those of a state, pair by pair.
+    """Pairs of the names of A and B of each adapter in a state.
 
-    Optimizer slots, as ``momentum/block.0...``, are none of them.
+    Names of optimizer slots, such as ``momentum/block.0...``, are left out.
 
     Raises:
-        ValueError: an A without a B, or a B without an A.
+        ValueError: an A has no B, or a B has no A.
     """
     known = dict.fromkeys(names)
     pairs: dict[tuple[str, str], None] = {}
@@ -173,8 +174,10 @@ def _check(copies: Sequence[AdapterCopy], rank: int) -> None:
 
 
 def _leading(left_OS: Array, right_SI: Array, rank: int) -> Array:
-    """The leading right singular vectors of ``left @ right``: ``rank`` rows, or fewer if its
-    numerical rank is lower."""
+    """The leading right singular vectors of ``left @ right``, as rows.
+
+    There are ``rank`` rows, or fewer if the numerical rank of the product is lower.
+    """
     small_left = np.linalg.qr(left_OS, "r")
     Q_IK, small_right = np.linalg.qr(right_SI.T)
     _, sizes, directions = np.linalg.svd(small_left @ small_right.T)
@@ -186,9 +189,9 @@ def _leading(left_OS: Array, right_SI: Array, rank: int) -> Array:
 
 
 def _completed(basis: Array, sources: Sequence[Array], rank: int, *, rest: bool = True) -> Array:
-    """Orthonormal rows, completed to ``rank`` by the main directions of the sources, in order.
+    """Complete orthonormal rows to ``rank`` with the main directions of the sources, in order.
 
-    Where all of them have fewer, ``rest`` adds random ones, always the same.
+    If the sources do not have enough directions, ``rest`` adds random ones from a fixed seed.
     """
     inputs = basis.shape[1]
     drawn = np.random.default_rng(0).standard_normal((rank, inputs))

@@ -1,8 +1,8 @@
 """Step graphs for Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747).
 
-A client segment is one of several *base networks*. They have one form, so one set of graphs serves
-all of them. Their answers are mixed in one pass, and where norms are there twice (``clean`` and
-``noise``, see :mod:`export.dual_norm`) a device also trains on examples that it has made hard.
+A client segment is one of several *base networks* of the same structure, which share one set of
+graphs. ``mix_N`` computes the answer of N bases in one pass. ``attack`` makes adversarial examples,
+and ``harden`` trains on them through the noise norms (see :mod:`export.dual_norm`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from export.steps import ClientSteps, Step
 
 
 def mix(steps: ClientSteps, bases: int) -> Step:
-    """``(tensors of some bases, x) -> logits, packed activations``, in one pass.
+    """``(states of some bases, x) -> logits, packed activations``, in one pass.
 
     Logits are the mean over the bases, (heads, batch, classes), or (heads, batch, positions,
-    vocabulary). Activations are packed for each, (bases, ...), where the hub has a part of them.
+    vocabulary). Activations are packed per base, (bases, ...), unless bases are whole on the
+    device.
 
     Args:
-        steps: of one base.
-        bases: how many are mixed; the tensors of their states are (bases, ...).
+        steps: steps of one base.
+        bases: number of bases to mix; the tensors of their states are (bases, ...).
     """
 
     def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -63,12 +64,12 @@ def attack(steps: ClientSteps) -> Step:
     """``(parameters, statistics, x, y, start, epsilon, rate, low, high) -> x_adv``.
 
     One step of projected gradient ascent (Madry et al., ICLR 2018,
-    https://arxiv.org/abs/1706.06083) on the loss behind the noise norms, in evaluation mode: from
-    ``start`` by ``rate`` along the sign of the gradient, not farther than ``epsilon`` from ``x``,
-    between ``low`` and ``high``.
+    https://arxiv.org/abs/1706.06083) on the loss with the noise norms, in evaluation mode. It
+    moves ``start`` by the step size ``rate`` along the sign of the gradient, and clips the result
+    to within ``epsilon`` of ``x`` and to ``low`` … ``high``.
 
     Raises:
-        ExportError: inputs are whole numbers, which have no gradient.
+        ExportError: inputs are integers, which have no gradient.
     """
     if steps.x.dtype != "float32":
         raise ExportError(
@@ -82,15 +83,15 @@ def attack(steps: ClientSteps) -> Step:
         x, y = next(given), next(given)
         present = [next(given) for _ in steps.present_port()]
         start = next(given).detach().requires_grad_()
-        epsilon, rate, low, high = given
+        epsilon, step_size, low, high = given
         with robustness(1):
             _, logits = steps.call(False, {**constants, **named}, start)
         loss = local_loss(masked(logits, *present), y)
         (gradient,) = torch.autograd.grad(loss, [start])
         with torch.no_grad():
-            there = start.detach() + rate * gradient.sign()
-            there = torch.minimum(torch.maximum(there, x - epsilon), x + epsilon)
-            return (torch.minimum(torch.maximum(there, low), high),)
+            x_adv = start.detach() + step_size * gradient.sign()
+            x_adv = torch.minimum(torch.maximum(x_adv, x - epsilon), x + epsilon)
+            return (torch.minimum(torch.maximum(x_adv, low), high),)
 
     inputs = (
         *steps.inputs(),
@@ -106,9 +107,9 @@ def attack(steps: ClientSteps) -> Step:
 def harden(steps: ClientSteps) -> Step:
     """``(state, x, y, x_adv, hyper, robustness) -> state', loss, correct, packed activations``.
 
-    A training step on ``(1 - robustness) * loss(x)`` behind the clean norms plus ``robustness *
-    loss(x_adv)`` behind the noise norms. Activations are packed of both, ``noise.NAME`` for those
-    of ``x_adv``.
+    A training step on ``(1 - robustness) * loss(x) + robustness * loss(x_adv)``, with the clean
+    norms for ``x`` and the noise norms for ``x_adv``. The activations of both are packed; those of
+    ``x_adv`` are called ``noise.NAME``.
     """
     hyper_names = list(steps.optimizer.hyper)
 

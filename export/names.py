@@ -1,4 +1,4 @@
-"""Names of tensors: which layer one belongs to."""
+"""Reads the layer and the kind of a tensor from its name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 def layer_of(name: str) -> str:
     """The layer that a tensor belongs to: ``block.3.conv.weight`` -> ``block.3``.
 
-    An optimizer's slot, ``mean/block.3.conv.weight``, belongs to its parameter's.
+    An optimizer slot, ``mean/block.3.conv.weight``, belongs to the layer of its parameter.
     """
     parts = name.rpartition("/")[2].split(".")
     return ".".join(parts[:2]) if parts[0] in ("block", "aux") else parts[0]
@@ -18,7 +18,7 @@ def is_statistic(name: str) -> bool:
 
 
 def is_slot(name: str) -> bool:
-    """Whether a tensor is an optimizer's slot, ``mean/block.3.conv.weight``."""
+    """Whether a tensor is an optimizer slot, such as ``mean/block.3.conv.weight``."""
     return "/" in name
 
 

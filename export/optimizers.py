@@ -1,4 +1,4 @@
-"""Optimizers as functions, to be traced into step graphs. The rules are those of torch.optim."""
+"""Optimizers as pure functions, which are traced into step graphs and agree with torch.optim."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Optimizer(Protocol):
     """One update rule.
 
     Attributes:
-        hyper: hyper-parameters with their defaults; scalars that the graph takes as inputs.
-        torch_names: what torch.optim calls the slots of a parameter.
+        name: name in ``tiers.toml`` and in the manifest.
+        hyper: defaults of the hyper-parameters, which are scalar inputs of the graph.
+        torch_names: name of a slot in torch.optim by its name here.
     """
 
     name: str
@@ -26,19 +27,19 @@ class Optimizer(Protocol):
     torch_names: dict[str, str]
 
     def slots(self, parameters: Tensors) -> Tensors:
-        """The optimizer's own state before the first step; all zeros.
+        """Slots before the first step; all zeros.
 
-        Slots are called ``KIND/PARAMETER``, or ``KIND/LAYER`` where a layer has one for all: so a
-        layer that moves from a device to the hub, or back, takes its slots along.
+        A slot is called ``KIND/PARAMETER``, or ``KIND/LAYER`` if all parameters of a layer share
+        it. So a layer that moves between device and hub keeps its slots.
         """
 
     def step(
         self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
     ) -> tuple[Tensors, Tensors]:
-        """New parameters and new slots."""
+        """One update; returns new parameters and new slots by name."""
 
     def reference(self, parameters: list[Tensor], hyper: dict[str, float]) -> torch.optim.Optimizer:
-        """The same optimizer from torch.optim, which exported graphs are compared with."""
+        """The same optimizer of torch.optim, with which exported graphs are compared."""
 
 
 class Sgd:
@@ -104,7 +105,7 @@ class AdamW:
             g = gradients[name]
             m = beta1 * slots[f"mean/{name}"] + (1 - beta1) * g
             v = beta2 * slots[f"square/{name}"] + (1 - beta2) * g * g
-            # scalars first: every product with a tensor is a pass over all parameters
+            # scalars are combined first: every product with a tensor is a pass over its values
             deviation = v.sqrt() * root + hyper["eps"]
             new_parameters[name] = p * decay - (m / deviation) * rate
             new_slots[f"mean/{name}"] = m
@@ -125,14 +126,18 @@ OPTIMIZERS: dict[str, Optimizer] = {rule.name: rule for rule in (Sgd(), AdamW())
 
 
 def get_optimizer(name: str) -> Optimizer:
-    """The optimizer called ``name``. Raises :class:`ExportError`."""
+    """The optimizer called ``name``; raises :class:`ExportError` if there is none."""
     if name not in OPTIMIZERS:
         raise ExportError(f"unknown optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
 
 
 def check_hyper(name: str, given: dict[str, float]) -> dict[str, float]:
-    """The optimizer's hyper-parameters with ``given`` in place of defaults."""
+    """Hyper-parameters of an optimizer: the defaults, replaced by ``given``.
+
+    Raises:
+        ExportError: there is no such optimizer or hyper-parameter.
+    """
     known = get_optimizer(name).hyper
     for key in given:
         if key not in known:

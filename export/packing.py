@@ -1,8 +1,8 @@
-"""Codecs: how activations are packed in the step graph, and unpacked by the hub in torch.
+"""Codecs: pack activations in the step graph, and unpack them in torch on the hub.
 
-A codec is a pair of pure functions. ``pack`` is traced into the step graphs, so what a graph puts
-out are the tensors that travel; ``unpack`` runs on the hub's device. This is the one place for
-codecs: a new one is a class here and an entry in :data:`CODECS`.
+A codec is a pair of pure functions. ``pack`` is traced into the step graphs, so a graph returns the
+tensors that travel; ``unpack`` runs on the hub's device. To add a codec, write a class here and add
+it to :data:`CODECS`.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ Shape = tuple[int | str, ...]
 
 
 class Codec(Protocol):
-    """Packs activations (batch, ...) into named tensors and back.
+    """Packs activations (batch, ...) into named tensors, and unpacks them.
 
-    What is packed says by itself how to unpack it; only packing needs to know the channels.
+    Only packing needs the axis of the channels; unpacking needs the packed tensors alone.
     """
 
     name: str
 
     def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
-        """Packed tensors by name. Must not carry a gradient into ``h``."""
+        """Packed tensors by name; no gradient flows into ``h``."""
 
     def unpack(self, parts: dict[str, Tensor]) -> Tensor:
         """Activations in float32, on the device of the parts."""
 
     def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
-        """What travels for activations of this shape, the batch included."""
+        """Names, dtypes and shapes of the packed tensors of activations (batch, ...)."""
 
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
-        """Largest error of ``unpack(pack(h))`` in exact arithmetic, broadcastable to ``h``."""
+        """Largest error of ``unpack(pack(h))`` in exact arithmetic; broadcasts with ``h``."""
 
 
 class Int8PerChannel:
-    """8-bit integers with one scale per channel of the batch: ``h ~ q * scale``.
+    """8-bit integers with one scale per channel of a batch: ``h ~ q * scale``.
 
     ``scale = max|h| / 127`` over the batch and positions of a channel, in a shape that broadcasts.
-    A channel that is zero throughout has the smallest scale there is, and codes of zero.
+    A channel of zeros has the smallest scale, 1e-12 / 127, and codes of zero.
     """
 
     name = "int8"
@@ -68,7 +68,7 @@ class Int8PerChannel:
 
 
 class Fp16:
-    """Half precision; values beyond its range are clamped to it."""
+    """float16; values beyond its range are clamped to it."""
 
     name = "fp16"
     _MAX = 65504.0
@@ -90,7 +90,7 @@ CODECS: dict[str, Codec] = {codec.name: codec for codec in (Int8PerChannel(), Fp
 
 
 def get_codec(name: str) -> Codec:
-    """The codec called ``name``. Raises :class:`ExportError`."""
+    """The codec called ``name``; raises :class:`ExportError` if there is none."""
     if name not in CODECS:
         raise ExportError(f"unknown codec {name!r}; there are {', '.join(CODECS)}")
     return CODECS[name]

@@ -1,4 +1,4 @@
-"""Adapters in the files of PEFT, for the original model of transformers."""
+"""Reads and writes adapters as PEFT files, for the original transformers model."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from export.split import SplitModel
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "cutlayer_base"
-"""Key in the configuration: sha256 of the base that the adapters were trained on."""
+"""Key in the configuration for the SHA-256 of the base that the adapters were trained on."""
 
 _UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias", "modules_to_save")
-"""Settings of PEFT under which an adapter is more than ``alpha / rank`` times a product."""
+"""Settings of PEFT with which an adapter is not ``alpha / rank * B @ A``."""
 
 T = TypeVar("T")
 
 
 def save_adapter(model: SplitModel, folder: str | Path, base_name: str) -> None:
-    """Write the adapters as PEFT does, for ``PeftModel.from_pretrained`` on the original model.
+    """Write the adapters as PEFT files for ``PeftModel.from_pretrained`` on the original model.
 
-    Modules have the names that they have in transformers' class; ranks that differ are in
-    ``rank_pattern``. Auxiliary heads are not written: the original has no place for them.
+    Modules have their names in the class of transformers; differing ranks are in
+    ``rank_pattern``. Auxiliary heads are not written, since the original model has none.
 
     Args:
-        model: of :func:`~export.adapters.from_transformers`, with adapters.
-        folder: must not exist, or be empty. It appears when all of it is written.
-        base_name: what the original is called, for ``base_model_name_or_path``: a folder, or a
-            name on a model hub. It is only noted.
+        model: a model of :func:`~export.adapters.from_transformers` with adapters.
+        folder: a new or empty folder. It appears only when everything is written.
+        base_name: value of ``base_model_name_or_path`` in the files: a folder, or a name on a
+            model hub. It is not checked.
 
     Raises:
-        ExportError: the model is another one or has no adapters, or ``folder`` is taken.
+        ExportError: the model does not come from transformers or has no adapters, or ``folder``
+            is not empty.
     """
     model = _adapted(model)
     names = _original_names(model)
@@ -68,18 +69,18 @@ def save_adapter(model: SplitModel, folder: str | Path, base_name: str) -> None:
 
 
 def load_adapter(model: SplitModel, folder: str | Path) -> None:
-    """Read adapters from files of PEFT into a model that has adapters on the same modules.
+    """Read PEFT files into a model that has adapters on the same modules.
 
-    Ranks and scales become those of the files. Where a rank changes the parameters are new ones,
-    so an optimizer must be made afterwards.
+    The ranks and scales become those of the files. Parameters whose rank changes are new objects,
+    so an existing optimizer must be replaced.
 
     Args:
-        model: of :func:`~export.adapters.from_transformers`, with adapters
+        model: a model of :func:`~export.adapters.from_transformers` with adapters
             (:func:`~export.lora.add_lora`).
-        folder: as written by :func:`save_adapter`, or by PEFT.
+        folder: folder written by :func:`save_adapter` or by PEFT.
 
     Raises:
-        ExportError: a file is missing or damaged, or the adapters are of another kind, for other
+        ExportError: a file is missing or damaged; or the adapters are of another kind, for other
             modules or for another base. Nothing was changed.
     """
     folder = Path(folder)
@@ -108,13 +109,14 @@ def load_trained(model: SplitModel, weights: Path) -> None:
     The ranks of the blocks become those of the weights.
 
     Args:
-        model: of :func:`~export.adapters.from_transformers`, with adapters, as it was built.
-        weights: as a hub writes them, or :meth:`~export.split.SplitModel.save`.
+        model: a newly built model of :func:`~export.adapters.from_transformers` with adapters.
+        weights: file written by a hub or by :meth:`~export.split.SplitModel.save`.
 
     Raises:
-        ExportError: the model is another one or has no adapters; or the weights have none, or are
-            for another base than the model's own, on which PEFT would put the adapters.
-        BundleError: the weights cannot be read, or are not of this model.
+        ExportError: the model does not come from transformers; the model or the weights have no
+            adapters; or the weights have another base than the model, to which PEFT would add the
+            adapters.
+        BundleError: the weights cannot be read, or do not fit the model.
     """
     _adapted(model)
     try:
@@ -136,8 +138,10 @@ def load_trained(model: SplitModel, weights: Path) -> None:
 
 
 def base_fingerprint(model: SplitModel) -> str:
-    """sha256, in hex, of the base: names, shapes and values of all parameters that are not of an
-    adapter or an auxiliary head."""
+    """SHA-256, in hex, of the names, dtypes, shapes and values of the base's parameters.
+
+    Parameters of adapters and auxiliary heads are left out.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if ".lora_" in name or name.startswith("aux."):
@@ -150,7 +154,7 @@ def base_fingerprint(model: SplitModel) -> str:
 
 
 def _adapted(model: SplitModel) -> TransformersModel:
-    """The model, if PEFT has names for its adapters."""
+    """Return the model; raise :class:`ExportError` if PEFT cannot name its adapters."""
     if not isinstance(model, TransformersModel):
         raise ExportError(
             "this model does not come from transformers, so PEFT has no names for its modules; "
@@ -164,8 +168,8 @@ def _adapted(model: SplitModel) -> TransformersModel:
 
 
 def _original_names(model: TransformersModel) -> dict[str, str]:
-    """What the modules that have weights are called in transformers' class."""
-    with torch.device("meta"):  # names in a checkpoint may be others than those in the class
+    """Name in the class of transformers of each module that has a weight, by its name here."""
+    with torch.device("meta"):  # names in a checkpoint may differ from those in the class
         twin = from_transformers(model.origin.config)
     return {
         own.removesuffix(".weight"): name.removesuffix(".weight")
@@ -175,7 +179,7 @@ def _original_names(model: TransformersModel) -> dict[str, str]:
 
 
 def _keys(name: str) -> tuple[str, str]:
-    """What A and B of a module are called in the file."""
+    """Names of a module's A and B in the file."""
     return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
 
 
@@ -184,7 +188,7 @@ def _weights(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _config(model: TransformersModel, modules: Mapping[str, Any]) -> Any:
-    """PEFT's configuration, with the ranks and scales that the adapters have."""
+    """Configuration of PEFT with the ranks and scales of the adapters."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     origin = model.origin
@@ -201,18 +205,21 @@ def _config(model: TransformersModel, modules: Mapping[str, Any]) -> Any:
 
 
 def _whole(alpha: float) -> float:
-    """An integer where it is one, as PEFT writes it."""
+    """``alpha`` as an int if it is integral, as PEFT writes it."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _usual(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
-    """The most common value, and the others by name."""
+    """The most common value, and all other values by name."""
     usual = Counter(values.values()).most_common(1)[0][0]
     return usual, {name: value for name, value in values.items() if value != usual}
 
 
 def _targets(originals: Iterable[str], modules: Mapping[str, Any]) -> list[str]:
-    """Last parts of the names, as people write them; whole names where other modules share one."""
+    """Target modules for the configuration: the last parts of their names.
+
+    The full names are used if other modules share a last part.
+    """
     last = {name.rpartition(".")[2] for name in modules}
     matched = {name for name in originals if name.rpartition(".")[2] in last}
     return sorted(last if matched == modules.keys() else modules)
@@ -268,7 +275,7 @@ def _check_shapes(
 ) -> None:
     (A, B), (down, up) = given, own
     fits = A.dim() == down.dim() and B.dim() == up.dim()
-    # the rank is free, the same in both
+    # the ranks of A and B must be equal, but may differ from the model's
     fits = fits and A.shape[1:] == down.shape[1:] and B.shape[:1] == up.shape[:1]
     fits = fits and B.shape[2:] == up.shape[2:] and len(A) * up.shape[1] == B.shape[1] * len(down)
     fits = fits and len(A) > 0
@@ -281,7 +288,7 @@ def _check_shapes(
 
 
 def _alphas(folder: Path, config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, float]:
-    """The modules' alpha, by the patterns as PEFT reads them."""
+    """``alpha`` of each module, with ``alpha_pattern`` read as in PEFT."""
     alphas = {}
     try:
         patterns = dict(config.get("alpha_pattern") or {})

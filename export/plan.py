@@ -1,7 +1,7 @@
-"""What every cut costs, and the deepest cut that each tier can carry.
+"""Measures the cost of every cut, and finds the deepest cut that each tier can carry.
 
-Nothing here is interpolated: parameters and bytes are counted on the bundle that would be
-exported, FLOPs on the eager training step, memory and time on the step graph as it runs.
+Nothing is interpolated: parameters and bytes are counted in the bundle that would be exported,
+FLOPs in the eager training step; memory and time are measured while the step graph runs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from export.writer import Tier, make_steps, modes_kept, write_tier
 
 _NAME = "measured"
 _STEPS = 2
-"""Steps to time: memory has its peak in the second."""
+"""Number of measured steps: memory reaches its peak in the second."""
 
 _ROWS = 2
-"""Examples that a model is looked at with: a batch norm in training wants more than one."""
+"""Rows of the example; a batch norm in training mode needs more than one."""
 
 Report = Callable[[str, float | None], None]
-"""Told what is being done, and which part of it is done (0 to 1), where that is known."""
+"""Reports progress: a text, and the completed fraction (0 to 1) if it is known."""
 
 
 def _silent(text: str, done: float | None) -> None:
@@ -47,17 +47,17 @@ def _silent(text: str, done: float | None) -> None:
 
 @dataclass(frozen=True)
 class Counts:
-    """What can be said of a cut without running it.
+    """Counts for a cut, which need no run of its graphs.
 
     Attributes:
-        parameters: trained parameters that the device holds.
-        frozen: its frozen parameters.
-        flops: of a training step, forward and backward, per example: matrix products,
+        parameters: number of trained parameters on the device.
+        frozen: number of frozen parameters on the device.
+        flops: FLOPs per example of a training step, forward and backward: matrix products,
             convolutions and attention, as ``torch.utils.flop_counter`` counts them.
-        tokens: positions of an example of text; 1 for everything else.
-        activation_bytes: packed activations per token of a text, per example of anything else;
-            what a batch shares (scales) is divided among its rows.
-        update_bytes: what a device sends at the end of a round: parameters and statistics.
+        tokens: positions per example of text; 1 for all other inputs.
+        activation_bytes: bytes of packed activations per token of a text, or per example; tensors
+            that a batch shares (scales) are divided among its rows.
+        update_bytes: bytes of the update at the end of a round: parameters and statistics.
     """
 
     parameters: int
@@ -70,14 +70,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a cut costs.
+    """Cost of a cut.
 
     Attributes:
-        tier: the cut, and what it is exported with.
+        tier: the cut and the other settings of the export.
         heads: depths of the auxiliary heads that the device holds.
-        counts: what is known without running it.
+        counts: parameters, FLOPs and bytes.
         bundle_bytes: size of the bundle.
-        measured: memory and time of a training step of the tier's batch on this machine.
+        measured: memory and time on this machine of a training step with the tier's batch.
     """
 
     tier: Tier
@@ -87,7 +87,7 @@ class Cost:
     measured: Measurement
 
     def to_json(self) -> dict[str, Any]:
-        """All of it in one flat object."""
+        """All fields in one flat object."""
         return {
             **asdict(self.tier),
             "heads": list(self.heads),
@@ -102,9 +102,9 @@ class Failure:
     """A cut that cannot be exported or measured.
 
     Attributes:
-        tier: the cut, and what it would be exported with.
+        tier: the cut and the other settings of the export.
         heads: depths of the auxiliary heads.
-        error: why.
+        error: message of the error.
     """
 
     tier: Tier
@@ -112,7 +112,7 @@ class Failure:
     error: str
 
     def to_json(self) -> dict[str, Any]:
-        """All of it in one flat object."""
+        """All fields in one flat object."""
         return {**asdict(self.tier), "heads": list(self.heads), "error": self.error}
 
 
@@ -122,10 +122,10 @@ class Choice:
 
     Attributes:
         cut: the cut; None if the tier can carry none.
-        given: ``tiers.toml`` says the cut.
-        fits: the cut is within the tier's limits.
-        reason: what is in the way of a deeper cut, or of this one if it does not fit.
-        cost: of the cut, together with the heads of the other tiers' shallower cuts.
+        given: whether ``tiers.toml`` sets the cut.
+        fits: whether the cut is within the tier's limits.
+        reason: why the cut is not deeper, or which limit it exceeds.
+        cost: cost of the cut with the heads at the shallower cuts of all tiers.
     """
 
     cut: int | None
@@ -137,12 +137,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every cut costs with no head but its own, and the cuts of the tiers.
+    """Costs of all cuts, each with the head at the cut only, and the cuts of the tiers.
 
     Attributes:
-        costs: by cut, then by what is exported, for what the tiers use.
-        tiers: the tiers, as they were given.
-        choices: their cuts.
+        costs: costs by cut, then by the runtime, codec and batch that tiers use.
+        tiers: the given tiers by name.
+        choices: cut of each tier by name.
     """
 
     costs: tuple[Cost | Failure, ...]
@@ -150,7 +150,7 @@ class Plan:
     choices: Mapping[str, Choice]
 
     def epochs(self, cost: Cost | Failure) -> dict[str, float | None]:
-        """Seconds of a local epoch by tier, for the tiers that use what was measured."""
+        """Seconds of a local epoch by tier, for the tiers whose settings were measured."""
         if isinstance(cost, Failure):
             return {}
         return {
@@ -178,14 +178,14 @@ class Plan:
 
 
 class Planner:
-    """Measures cuts of a model. To be used in a ``with`` statement; the model stays as it is.
+    """Measures cuts of a model; a context manager that does not change the model.
 
     Args:
-        model: the model.
-        example: some inputs (batch, ...) like those that devices will have.
+        model: model to measure.
+        example: inputs (batch, ...) like those on the devices.
         classes: number of classes; for tokens the size of the vocabulary.
         optimizer: ``sgd`` or ``adamw``.
-        report: told what is being done.
+        report: receives the progress.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Planner:
         report: Report = _silent,
     ) -> None:
         self.model, self.classes = model.cpu(), classes
-        self.example = example[:_ROWS]  # only what it looks like counts
+        self.example = example[:_ROWS]  # only its shape and distribution matter
         self.optimizer, self.report = optimizer, report
         self._length = example.shape[1] if example.dim() == 2 else 1
         self._own = model.head_depths
@@ -206,7 +206,7 @@ class Planner:
         self._written: _Written | None = None
         self._done: float | None = None
         self._checked = 0
-        with suppress(ExportError):  # then each cut is checked by itself
+        with suppress(ExportError):  # if the check fails, each cut is checked by itself
             self._check(model.depth - 1)
 
     def __enter__(self) -> Planner:
@@ -221,14 +221,14 @@ class Planner:
         self._discard()
 
     def plan(self, tiers: Mapping[str, TierTable], cuts: Iterable[int] | None = None) -> Plan:
-        """What the cuts cost, and the deepest of them that each tier can carry.
+        """Measure the cuts and find the deepest cut that each tier can carry.
 
         Args:
             tiers: tiers by name.
-            cuts: cuts to look at; all if None.
+            cuts: cuts to measure; None for all.
 
         Raises:
-            ExportError: a cut outside the model.
+            ExportError: a cut is outside the model.
         """
         cuts = self._cuts(tiers, cuts)
         variants = list(dict.fromkeys(table.at(1) for table in tiers.values()))
@@ -245,9 +245,12 @@ class Planner:
         return Plan(tuple(costs), dict(tiers), choices)
 
     def choose(self, tiers: Mapping[str, TierTable]) -> dict[str, int]:
-        """The cut of every tier: the one it is given, else the deepest that it can carry.
+        """The cut of every tier: the given one, or the deepest that it can carry.
 
-        Only what decides this is measured.
+        Only the cuts that this depends on are measured.
+
+        Args:
+            tiers: tiers by name.
 
         Raises:
             ExportError: a tier can carry no cut, or a cut is outside the model.
@@ -269,7 +272,7 @@ class Planner:
         return chosen
 
     def cost(self, tier: Tier, heads: Iterable[int]) -> Cost | Failure:
-        """What a cut costs with its own head and those at shallower ones of the given depths."""
+        """Cost of a cut with the head at the cut and those of ``heads`` at shallower depths."""
         depths = self._depths(tier.cut, heads)
         if (tier, depths) not in self._known:
             with modes_kept(self.model):
@@ -280,7 +283,7 @@ class Planner:
         return tuple(sorted({d for d in {*heads, *self._own} if d < cut} | {cut}))
 
     def _cuts(self, tiers: Mapping[str, TierTable], cuts: Iterable[int] | None) -> list[int]:
-        """The cuts to look at, shallowest first; all that are named are in the model."""
+        """The cuts to measure, shallowest first; checks that all given cuts are in the model."""
         wanted = sorted(set(range(1, self.model.depth) if cuts is None else cuts))
         for cut in wanted:
             self.model.check_cut(cut)
@@ -295,10 +298,11 @@ class Planner:
     def _settle(
         self, tiers: Mapping[str, TierTable], cuts: Sequence[int]
     ) -> dict[str, tuple[int | None, str]]:
-        """The cut of every tier, with the reason why it is no deeper one.
+        """The cut of every tier, with the reason why it is not deeper.
 
-        A device also trains the heads at shallower cuts of other tiers. So the shallowest choice
-        is settled first: its head counts for all others, and no other one's counts for it.
+        A device also trains the heads at the shallower cuts of other tiers. So the shallowest cut
+        is settled first: its head adds to the cost of all other tiers, and no other head adds to
+        its own.
         """
         settled: dict[str, tuple[int | None, str]] = {
             name: (table.cut, "") for name, table in tiers.items() if table.cut is not None
@@ -317,7 +321,7 @@ class Planner:
     def _deepest(
         self, table: TierTable, cuts: Sequence[int], heads: Iterable[int]
     ) -> tuple[int | None, str]:
-        """The deepest cut that a tier can carry, and why not the next one."""
+        """The deepest cut that a tier can carry, and the reason why it is not deeper."""
         reason = "the deepest cut there is"
         if cuts[-1] < self.model.depth - 1:
             reason = "the deepest cut that was asked about"
@@ -331,7 +335,7 @@ class Planner:
     def _judge(
         self, table: TierTable, cut: int | None, reason: str, heads: Iterable[int]
     ) -> Choice:
-        """Whether a settled cut is within the limits, with all heads that are settled."""
+        """Judge whether a settled cut, with all settled heads, is within the tier's limits."""
         given = table.cut is not None
         if cut is None:
             return Choice(None, given, False, f"can carry no cut: {reason}", None)
@@ -342,11 +346,11 @@ class Planner:
         return Choice(cut, given, True, reason or "set in tiers.toml, within its limits", cost)
 
     def _shortfall(self, table: TierTable, cut: int, heads: Iterable[int]) -> str | None:
-        """What a cut takes that a tier does not have; None if it can carry the cut."""
+        """The limit of a tier that a cut exceeds, in words; None if the tier can carry the cut."""
         tier = table.at(cut)
         cost = self._known.get((tier, self._depths(cut, heads)))
         if cost is None and table.max_epoch_s is not None:
-            # before a cut is lowered and run: this is known at once
+            # the time of an epoch is known before the cut is lowered and run
             with suppress(ExportError), modes_kept(self.model):
                 counts = self._count(self._steps(tier, self._depths(cut, heads)), tier)
                 problem = _too_slow(table, counts)
@@ -361,7 +365,7 @@ class Planner:
         return _too_slow(table, cost.counts)
 
     def _measure(self, tier: Tier, depths: tuple[int, ...]) -> Cost | Failure:
-        """Lower a cut, write its bundle and run it."""
+        """Lower a cut, write its bundle and measure its training step."""
         heads = ", ".join(map(str, depths))
         line = f"cut {tier.cut}, heads at {heads}, {tier.runtime}, batch {tier.batch}"
         self.report(line, self._done)
@@ -411,7 +415,7 @@ class Planner:
         )
 
     def _write(self, steps: ClientSteps, tier: Tier, depths: tuple[int, ...]) -> _Written:
-        """The bundle of a cut. On ONNX Runtime it is the same one for every batch."""
+        """Write the bundle of a cut, unless it was written last: ONNX ones fit every batch."""
         key = (replace(tier, batch=1) if "batch" not in steps.limits else tier), depths
         if self._written is not None and self._written.key == key:
             return self._written
@@ -435,7 +439,13 @@ class Planner:
 
 @dataclass(frozen=True)
 class _Written:
-    """The bundle that was written last, in a temporary folder."""
+    """The bundle that was written last, in a temporary folder.
+
+    Attributes:
+        key: export settings and depths of the heads.
+        folder: folder of the bundle.
+        manifest: manifest of the bundle.
+    """
 
     key: tuple[Tier, tuple[int, ...]]
     folder: TemporaryDirectory[str]
@@ -447,10 +457,13 @@ class _Written:
 
 
 def epoch_s(table: TierTable, counts: Counts) -> float | None:
-    """Seconds of a local epoch with everything it sends; None if nothing says how fast that is.
+    """Seconds of a local epoch, including the uploads.
 
-    Activations go up while the device trains, so the longer of the two counts; the update goes
-    when both are done. A term whose speed the tier does not give is left out.
+    A device uploads activations while it trains, so the longer of the two times counts; the update
+    follows. Terms whose speed the tier does not give are left out.
+
+    Returns:
+        Seconds; None if the tier gives neither ``gflops`` nor ``uplink_mbit``.
     """
     if table.gflops is None and table.uplink_mbit is None:
         return None
@@ -472,6 +485,6 @@ def _too_slow(table: TierTable, counts: Counts) -> str | None:
 
 
 def _up(value: float) -> str:
-    """A number to four digits, rounded up: what is over a limit looks like it."""
+    """A number rounded up to four digits, so that a value above a limit is shown above it."""
     decimals = max(0, 3 - math.floor(math.log10(value)))
     return f"{math.ceil(value * 10**decimals) / 10**decimals:.{decimals}f}"

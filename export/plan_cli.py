@@ -1,4 +1,4 @@
-"""``cutlayer plan``: what every cut costs, and the deepest cut that each tier can carry."""
+"""``cutlayer plan``: shows the cost of every cut, and the deepest cut that each tier can carry."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ def plan(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     tiers: Annotated[Path, typer.Option(help=TIERS_HELP)],
     cuts: Annotated[
-        str | None, typer.Option(help="Look at these cuts only, as 1,2,4; all of them if missing.")
+        str | None, typer.Option(help="Measure these cuts only, as 1,2,4.  [default: all]")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw the plan, too: a .png file.", metavar="FILE.png")
+        Path | None, typer.Option(help="Also draw the plan to a .png file.", metavar="FILE.png")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, progress to stderr.")
     ] = False,
 ) -> None:
-    """Say what every cut of a model costs, and the deepest cut that each tier can carry.
+    """Measure the cost of every cut of a model, and find the deepest cut for each tier.
 
-    Memory and time are measured: every cut's training step is lowered and run, which takes
-    seconds to a minute for each.
+    The training step of each cut is lowered and run, which takes seconds to a minute per cut.
     """
     settings = TiersConfig.read(tiers)
     wanted = None if cuts is None else parse_cuts(cuts)
@@ -81,7 +80,7 @@ def plan(
 
 
 def parse_cuts(text: str) -> list[int]:
-    """``1,2,4`` as numbers. Raises :class:`ConfigError`."""
+    """Parse ``1,2,4``; raises :class:`ConfigError` if a part is not a number."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -89,7 +88,7 @@ def parse_cuts(text: str) -> list[int]:
 
 
 def cuts_table(plan: Plan) -> Table:
-    """What every cut costs, whoever trains it.
+    """Table of the costs of every cut that do not depend on the tier.
 
     Scales, which a batch shares, are divided among the rows of the first tier's batch.
     """
@@ -126,7 +125,7 @@ def cuts_table(plan: Plan) -> Table:
 
 
 def steps_table(plan: Plan) -> Table:
-    """Memory of a training step and seconds of an epoch, by cut and tier."""
+    """Table of the memory of a training step and the seconds of an epoch, by cut and tier."""
     rows = plan.to_json()["cuts"]
     table = Table(title="what a tier needs for a cut, by itself", title_justify="left")
     table.add_column("cut", justify="right")
@@ -144,7 +143,7 @@ def steps_table(plan: Plan) -> Table:
 
 
 def tiers_table(plan: Plan) -> Table:
-    """The cut of every tier, with what it takes there and the reason."""
+    """Table of the cut of every tier, with its cost and the reason."""
     table = Table(title="cuts of the tiers, with the heads of shallower ones", title_justify="left")
     table.add_column("tier")
     for header in ("cut", "heads at", "step MB", "epoch s"):
@@ -169,12 +168,12 @@ def _exported_as(row: dict[str, Any]) -> str:
 
 
 def _compact(count: int) -> str:
-    """A count of parameters: in full where it is short, else in millions."""
+    """A count of parameters: in full below a million, else in millions."""
     return f"{count:,}" if count < 1_000_000 else f"{_number(count / 1e6)} M"
 
 
 def _number(value: float | None) -> str:
-    """At least three digits that mean something, and no more behind the point than that takes."""
+    """A number with three significant digits, from 100 on as an integer; ``-`` for None."""
     if value is None:
         return "-"
     for decimals, least in ((0, 100), (1, 10), (2, 1), (3, 0.1)):
@@ -185,7 +184,14 @@ def _number(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class _Panel:
-    """A panel of the picture: a value of a cost and its epoch's seconds, and a tier's limit."""
+    """A panel of the picture.
+
+    Attributes:
+        title: title of the panel.
+        unit: unit of the values.
+        value: value of a cost and its seconds per epoch; None if there is none.
+        limit: limit of a tier for the value; None if there is none.
+    """
 
     title: str
     unit: str
@@ -211,9 +217,13 @@ def _panels(rows: list[dict[str, Any]]) -> list[_Panel]:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Memory, time and activations over the cuts, with the tiers' limits and their cuts.
+    """Draw memory, time and activations over the cuts, with the tiers' limits and cuts.
 
-    A dot is what the tier's cut takes, with the heads of the shallower tiers.
+    A dot marks the cost of a tier's cut with the heads of the shallower tiers.
+
+    Args:
+        plan: plan to draw.
+        path: ``.png`` file to write.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
@@ -232,7 +242,8 @@ def draw(plan: Plan, path: Path) -> None:
     axes = figure.subplots(1, len(panels))
     for panel, axis in zip(panels, axes, strict=True):
         for i, (name, table) in enumerate(plan.tiers.items()):
-            color, width = f"C{i % 10}", 1.5 + 1.5 * (len(plan.tiers) - 1 - i)  # lines may coincide
+            # lines that coincide have different widths
+            color, width = f"C{i % 10}", 1.5 + 1.5 * (len(plan.tiers) - 1 - i)
             points = [
                 (row["cut"], value)
                 for row in rows

@@ -1,13 +1,13 @@
-"""The graph ``predict_int8``: inference with weights that are constants, its matrices in 8 bits.
+"""The graph ``predict_int8``: inference with 8-bit matrices as constants of the graph.
 
-Matrices of linear layers, convolutions and embeddings are int8 with a float32 scale for each output
-channel; activations and everything else are float32. The weights are those at export: this graph
-does not follow training.
+Matrices of linear layers, convolutions and embeddings are int8 with a float32 scale per output
+channel; activations and all other tensors are float32. The weights are those at export: training
+does not change this graph.
 
-A matrix is ``codes * scale`` in the graph. ONNX Runtime computes that once, when it loads the
-graph, and then runs as fast as with float32 constants; ``DequantizeLinear`` it would run in every
-call, unless an option of the session says otherwise. ExecuTorch computes it in every call. Rows of
-an embedding are looked up as codes, so the table stays int8 in memory, too.
+A matrix is ``codes * scale`` in the graph. ONNX Runtime computes this product once, when it loads
+the graph, and then runs as fast as with float32 constants. It would run ``DequantizeLinear`` in
+every call, unless an option of the session disables that. ExecuTorch computes the product in every
+call. Rows of an embedding are looked up as codes, so that the table stays int8 in memory.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Quantized:
 
     Attributes:
         codes: int8 from -127 to 127, in the shape of the tensor.
-        scale: float32 for each channel, in a shape that broadcasts.
+        scale: one float32 per channel, in a shape that broadcasts.
     """
 
     codes: Tensor
@@ -62,10 +62,10 @@ class Quantized:
 
 
 def quantize(weight: Tensor, axis: int = 0) -> Quantized:
-    """Round a finite float32 tensor to 8 bits, symmetrically, with a scale for each channel.
+    """Quantize a finite float32 tensor to 8 bits, symmetrically, with one scale per channel.
 
-    ``scale = max|w| / 127`` over a channel of ``axis``, so that no element changes by more than
-    half of it. A channel whose scale would lose bits (below 1e-38, zero for example) becomes zero.
+    ``scale = max|w| / 127`` over a channel of ``axis``, so no element changes by more than half of
+    the scale. A channel whose scale would be subnormal (below 1.2e-38) becomes zero.
     """
     others = [d for d in range(weight.dim()) if d != axis]
     scale = weight.abs().amax(others, keepdim=True) / _LARGEST
@@ -74,11 +74,11 @@ def quantize(weight: Tensor, axis: int = 0) -> Quantized:
 
 
 def quantize_matrices(steps: ClientSteps, runtime: RuntimeName) -> dict[str, Quantized]:
-    """The matrices of a segment that are quantized for a runtime, by name.
+    """Quantize the matrices of a segment for a runtime; returns them by name.
 
-    Not for ExecuTorch: grouped convolutions. XNNPACK runs them only with constant weights, of which
-    it takes float32 alone next to float32 activations; the detour that other convolutions go, by
-    products of matrices, is 3 to 9 times slower here, and a depthwise kernel is small.
+    Grouped convolutions stay float32 on ExecuTorch. XNNPACK runs them only with constant float32
+    weights. As matrix products, like other convolutions, they would be 3 to 9 times slower, and a
+    depthwise kernel is small.
     """
     tensors = {**steps.initial, **steps.constants}
     found = {}
@@ -88,7 +88,7 @@ def quantize_matrices(steps: ClientSteps, runtime: RuntimeName) -> dict[str, Qua
         if matrix is None or (grouped and runtime == "executorch"):
             continue
         name = f"{path}.{matrix[0]}"
-        if name in tensors:  # not if it has another name already, or is computed
+        if name in tensors:  # tied tensors are quantized once; computed ones are not quantized
             found[name] = quantize(tensors[name], matrix[1])
     return found
 
@@ -98,18 +98,22 @@ def _matrix(module: nn.Module) -> tuple[str, int] | None:
     match module:
         case nn.MultiheadAttention() if module.in_proj_weight is not None:
             return "in_proj_weight", 0
-        case nn.Embedding() if module.max_norm is not None:  # its table changes when it is read
+        case nn.Embedding() if module.max_norm is not None:  # a look-up changes the table
             return None
         case _ConvTransposeNd():
             return "weight", 1
         case nn.Linear() | nn.Embedding() | _ConvNd():
             return "weight", 0
-    # GPT-2's linear layer, of transformers: (in, out)
+    # the linear layer of GPT-2 in transformers has weights (in, out)
     return ("weight", 1) if type(module).__name__ == "Conv1D" else None
 
 
 class _LookUp(TorchFunctionMode):
-    """While active, rows of a quantized table are looked up first and dequantized then."""
+    """While active, looks up rows of a quantized table before dequantizing them.
+
+    Args:
+        tables: quantized tables by the id of the dequantized tensor.
+    """
 
     def __init__(self, tables: Mapping[int, Quantized]) -> None:
         super().__init__()
@@ -133,8 +137,8 @@ def predict_int8(steps: ClientSteps, matrices: Mapping[str, Quantized]) -> Step:
     """``x -> logits, packed activations``: ``predict`` with the weights as constants.
 
     Args:
-        steps: the steps of the segment.
-        matrices: the quantized matrices by name.
+        steps: steps of the segment.
+        matrices: quantized matrices by name.
     """
     predict = steps.predict()
     tensors = {**steps.initial, **steps.constants}
@@ -161,6 +165,13 @@ def verify_int8(
 ) -> None:
     """Compare the lowered graph with eager PyTorch in float64, with the dequantized weights.
 
+    Args:
+        steps: steps of the segment.
+        matrices: quantized matrices by name.
+        step: step of ``predict_int8``.
+        run: runs the lowered graph.
+        example: inputs (batch, ...) like those on the devices.
+
     Raises:
         ExportError: the graph fails or differs by more than rounding.
     """
@@ -184,12 +195,12 @@ def verify_int8(
 
 @dataclass(frozen=True)
 class LossCheck:
-    """What the int8 graphs may lose, and the examples on which that is measured.
+    """Limit for the loss of int8 graphs, and the examples on which it is measured.
 
     Attributes:
-        examples: examples with labels, as devices have them.
+        examples: labelled examples like those on the devices.
         max_loss: largest loss, see :class:`Comparison`.
-        allow_loss: export graphs that lose more, too.
+        allow_loss: whether graphs that lose more are exported nevertheless.
     """
 
     examples: Examples
@@ -201,7 +212,7 @@ class LossCheck:
             raise ExportError(f"the largest loss is {self.max_loss}; it must be 0 or more")
 
     def judge(self, tier: str, comparison: Comparison) -> None:
-        """Raise :class:`ExportError` if int8 loses too much."""
+        """Raise :class:`ExportError` if the int8 graph of a tier loses more than allowed."""
         if comparison.loss > self.max_loss and not self.allow_loss:
             measure = comparison.measure
             raise ExportError(
@@ -214,12 +225,13 @@ class LossCheck:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a graph for inference is worth, and what it costs.
+    """Quality and cost of a graph for inference.
 
     Attributes:
         score: accuracy, or perplexity.
-        kilobytes: what has to be loaded to answer: the file, and in float32 the weights.
-        milliseconds: to answer one example, on one thread of the exporting machine; the median.
+        kilobytes: size in kB of the files needed for an answer: the graph, and in float32 the
+            weights.
+        milliseconds: median latency of one example, on one thread of the exporting machine.
     """
 
     score: float
@@ -229,16 +241,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``predict`` and ``predict_int8`` side by side.
+    """Comparison of ``predict`` with ``predict_int8``.
 
     Attributes:
-        measure: ``accuracy``, the fraction of the examples that the mean of the heads' softmax gets
-            right; or ``perplexity`` for a model of tokens, e to the mean cross-entropy of that mean
-            over the labels.
-        float32: of ``predict``.
-        int8: of ``predict_int8``.
-        loss: accuracy that int8 loses, as a fraction of all examples; or by what fraction of itself
-            the perplexity grows. Below 0 where int8 is better.
+        measure: ``accuracy`` of the mean of the heads' softmax; or for a model of tokens its
+            ``perplexity``, the exponential of the mean cross-entropy over the labels.
+        float32: figures of ``predict``.
+        int8: figures of ``predict_int8``.
+        loss: decrease of the accuracy, or relative increase of the perplexity; negative if int8
+            is better.
     """
 
     measure: Literal["accuracy", "perplexity"]
@@ -260,8 +271,8 @@ def compare(manifest: Manifest, read: Callable[[str], bytes], examples: Examples
 
     Args:
         manifest: a manifest with ``predict_int8``.
-        read: the content of a blob by its name.
-        examples: examples with labels.
+        read: returns the content of a blob, given its name.
+        examples: labelled examples.
 
     Raises:
         DataError: the examples do not fit the model.
@@ -291,7 +302,7 @@ def compare(manifest: Manifest, read: Callable[[str], bytes], examples: Examples
 
 
 def _answers(learner: Learner, examples: Examples, precision: Precision) -> tuple[int, float]:
-    """How many labels are right, and the mean cross-entropy of the labels, in nats."""
+    """Number of correctly predicted labels, and mean cross-entropy of the labels in nats."""
     correct, entropy = 0, 0.0
     for batch in examples.batches(learner.manifest.limits.get("batch", _ROWS)):
         logits, _ = learner.predict(batch.x, precision)

@@ -1,7 +1,8 @@
-"""Step graphs for gradients that come back from the hub.
+"""Step graphs for gradients that the hub returns.
 
-With returned gradients a device sends the activations of a batch, and steps with the gradient that
-comes back; where labels stay on the device, the model's head makes a step of its own in between.
+A device sends the activations of a batch, and updates its segment with the returned gradient. If
+labels stay on the device (U-shaped), the device also trains the model's head on features that the
+hub sends.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from export.steps import ClientSteps, Step
 def activate(steps: ClientSteps) -> Step:
     """``(parameters, statistics, x, seed) -> packed activations``, in training mode.
 
-    What :func:`backward` differentiates. Statistics are not moved: ``backward`` does that.
+    These are the activations that :func:`backward` differentiates. Only ``backward`` updates the
+    running statistics.
     """
 
     def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -38,12 +40,12 @@ def activate(steps: ClientSteps) -> Step:
 
 
 def backward(steps: ClientSteps) -> Step:
-    """``(state, x, packed gradient, hyper, seed) -> state'``: a step with what came back.
+    """``(state, x, packed gradient, hyper, seed) -> state'``: a step on the returned gradient.
 
-    The forward pass is computed again, in training mode with the seed that ``activate`` had.
-    The gradient of a loss on the hub with respect to the activations is packed as they are,
-    ``grad.NAME`` for their ``NAME``. The heads have no part in that loss: they keep their
-    values and slots.
+    The gradient is that of a loss on the hub with respect to the activations, packed like these:
+    ``grad.NAME`` is the gradient of ``NAME``. The graph recomputes the forward pass in training
+    mode, with the seed of ``activate``. The heads do not contribute to that loss, so their
+    parameters and slots stay.
     """
     hyper_names = list(steps.optimizer.hyper)
 
@@ -67,12 +69,13 @@ def backward(steps: ClientSteps) -> Step:
 
 
 def fuse(steps: ClientSteps) -> Step:
-    """``(state, x, y, packed gradient, hyper, seed) -> state', loss, correct``: both at once.
+    """``(state, x, y, packed gradient, hyper, seed) -> state', loss, correct``: a fused step.
 
-    As SuperSFL (https://arxiv.org/abs/2601.02092) fuses gradients: the stem and the blocks
-    step with ``own`` times the gradient of the heads' loss and ``1 - own`` times that which
-    came back, the heads with their own. ``own`` is a hyper-parameter above 0, 1 at most. The
-    forward pass is computed again, as in :func:`backward`.
+    Gradients are fused as in SuperSFL (https://arxiv.org/abs/2601.02092). The stem and the blocks
+    are updated with ``own`` times the gradient of the heads' loss plus ``1 - own`` times the
+    returned gradient; the heads are updated with the gradient of their loss. ``own`` is a
+    hyper-parameter above 0 and at most 1. The graph recomputes the forward pass, as in
+    :func:`backward`.
     """
     hyper_names = list(steps.optimizer.hyper)
 
@@ -110,8 +113,9 @@ def fuse(steps: ClientSteps) -> Step:
 def finish(steps: ClientSteps) -> Step:
     """``(state, packed features, y, hyper, seed) -> state', loss, correct, packed gradient``.
 
-    A step of the model's head, for labels that do not leave the device: ``features.NAME`` are
-    what leaves the last block on the hub, ``grad.NAME`` is the gradient of their mean loss.
+    A step of the model's head on the device, where the labels stay. ``features.NAME`` are the
+    packed outputs of the last block on the hub; ``grad.NAME`` is the gradient of the mean loss
+    with respect to them.
     """
     hyper_names = list(steps.optimizer.hyper)
     head = steps.head

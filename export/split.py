@@ -1,4 +1,4 @@
-"""SplitModel: a stem, a list of blocks and a head; and what a cut of it means."""
+"""SplitModel, a model of stem, blocks and head, and ClientSegment, its part on a device."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ from export.errors import ExportError
 from export.heads import AuxiliaryHead, TokenHead, grid_and_width, grid_of
 
 Task = Literal["classes", "tokens"]
-"""What a label says: the class of an example, or the token at each position of a text."""
+"""Kind of the labels: the class of an example, or the token at each position of a text."""
 
 
 class SplitModel(nn.Module):
     """A model that can be cut between any two of its blocks.
 
     With cut layer ``k`` a device holds the stem and blocks ``0..k-1``; the hub holds blocks
-    ``k..N-1`` and the head. Auxiliary heads sit at depths: head ``k`` reads what leaves block
-    ``k-1``. Tensors are named by layer: ``stem.*``, ``block.3.*``, ``aux.2.*``, ``head.*``.
+    ``k..N-1`` and the head. The auxiliary head at depth ``k`` reads the output of block ``k-1``.
+    Tensors are named by layer: ``stem.*``, ``block.3.*``, ``aux.2.*``, ``head.*``.
 
     Args:
-        stem: what comes before the first block. For ``tokens`` its ``embedding`` is the
+        stem: module before the first block. For ``tokens`` its ``embedding`` is the
             ``nn.Embedding`` of the tokens.
         blocks: the blocks, in order; each takes one tensor and returns one.
-        head: from the last block's output to logits: (batch, classes), or (batch, positions,
-            vocabulary) for ``tokens``.
-        task: what a label says.
+        head: module from the output of the last block to logits: (batch, classes), or (batch,
+            positions, vocabulary) for ``tokens``.
+        task: kind of the labels.
         channels_first: whether activations of three dimensions are (batch, channels, length), as
             after a Conv1d, instead of (batch, positions, channels).
+
+    Raises:
+        ExportError: there are fewer than 2 blocks, the task is unknown, or the stem of a model of
+            tokens has no ``embedding``.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class SplitModel(nn.Module):
 
     @property
     def head_depths(self) -> list[int]:
-        """Depths at which auxiliary heads sit, shallowest first."""
+        """Depths of the auxiliary heads, shallowest first."""
         return sorted(int(depth) for depth in self.aux)
 
     def check_cut(self, cut: int) -> None:
@@ -79,12 +83,16 @@ class SplitModel(nn.Module):
             )
 
     def add_heads(self, cuts: Iterable[int], example: Tensor, classes: int) -> None:
-        """Put an auxiliary head at every cut that has none yet, always the same one.
+        """Add an auxiliary head at every cut that has none yet, initialised from a fixed seed.
 
         Args:
-            cuts: depths.
-            example: one input batch, to find the width at each depth.
+            cuts: depths of the heads.
+            example: inputs (batch, ...), from which the width at each depth is found.
             classes: number of classes; for ``tokens`` the size of the vocabulary.
+
+        Raises:
+            ExportError: a cut is outside the model, or ``classes`` or the width at a cut does not
+                fit the stem's table (``tokens``).
         """
         for cut in sorted(set(cuts)):
             self.check_cut(cut)
@@ -93,7 +101,7 @@ class SplitModel(nn.Module):
                     h = self.segment(example, cut)
                 width = h.shape[channel_axis(h, self.channels_first)]
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(cut)  # the same model gives the same bundles
+                    torch.manual_seed(cut)  # so that the same model gives the same bundles
                     self.aux[str(cut)] = self._head(width, classes, grid_of(h))
 
     def _head(self, width: int, classes: int, grid: int) -> nn.Module:
@@ -109,41 +117,41 @@ class SplitModel(nn.Module):
         return TokenHead(width)
 
     def answer(self, depth: int, h: Tensor) -> Tensor:
-        """Logits of the auxiliary head at ``depth`` from the activations there."""
+        """Logits of the auxiliary head at ``depth`` from the activations at that depth."""
         return answer(self.aux[str(depth)], self.stem, h)
 
     def trained(self) -> dict[str, Tensor]:
-        """The tensors that training changes, by name: parameters that are not frozen, statistics.
+        """The tensors that devices and hub exchange, by name.
 
-        This is what devices and hub exchange. The statistics are those of batch norms.
+        These are the trained parameters and the running statistics of batch norms.
         """
         parameters = {n: p for n, p in self.named_parameters() if p.requires_grad}
         return parameters | statistics(self)
 
     def segment(self, x: Tensor, cut: int) -> Tensor:
-        """Activations at ``cut``: the stem and blocks ``0..cut-1``."""
+        """Activations at ``cut``: the output of the stem and blocks ``0..cut-1``."""
         h: Tensor = self.stem(x)
         for block in self.block[:cut]:
             h = block(h)
         return h
 
     def features(self, x: Tensor) -> Tensor:
-        """What enters the head, in evaluation mode."""
+        """Features: the output of the last block, in evaluation mode."""
         with _evaluating(self):
             return self.segment(x, self.depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, classes) of the whole model, without auxiliary heads."""
+        """Logits of the model's head: (batch, classes), or (batch, positions, vocabulary)."""
         logits: Tensor = self.head(self.segment(x, self.depth))
         return logits
 
     def client_layers(self, cut: int) -> list[str]:
-        """Layers that a device with this cut holds, its auxiliary heads included."""
+        """Names of the layers on a device with this cut, its auxiliary heads included."""
         heads = [f"aux.{depth}" for depth in self.head_depths if depth <= cut]
         return ["stem", *(f"block.{i}" for i in range(cut)), *heads]
 
     def layers(self) -> list[str]:
-        """All layers."""
+        """Names of all layers."""
         return [*self.client_layers(self.depth), "head"]
 
     def save(self, path: Path) -> None:
@@ -153,16 +161,16 @@ class SplitModel(nn.Module):
         save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, path)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, tied ones under their first name only."""
+        """All tensors by name; tied tensors appear under their first name only."""
         first: dict[int, str] = {}
         state = self.state_dict(keep_vars=True)
         return {n: t for n, t in state.items() if first.setdefault(id(t), n) == n}
 
     def load(self, path: Path) -> None:
-        """Read weights written by :meth:`save`; auxiliary heads are made as the file has them.
+        """Read weights written by :meth:`save`; adds auxiliary heads that only the file has.
 
         Raises:
-            BundleError: no such file, or its tensors are not this model's.
+            BundleError: the file cannot be read, or its tensors do not fit the model.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -189,7 +197,7 @@ class SplitModel(nn.Module):
                 tensor.copy_(tensors[name])
 
     def _add_head_like(self, depth: str, tensors: dict[str, Tensor]) -> None:
-        """Make the head whose tensors a file has."""
+        """Add a head of the size that the tensors of a file have."""
         if self.task == "tokens":
             self.aux[depth] = TokenHead(len(tensors[f"aux.{depth}.norm.weight"]))
         elif {f"aux.{depth}.hidden.weight", f"aux.{depth}.out.bias"} <= tensors.keys():
@@ -200,14 +208,17 @@ class SplitModel(nn.Module):
 
 
 class ClientSegment(nn.Module):
-    """What a device holds at a cut: the stem, the first blocks, and the heads up to the cut.
+    """The client segment at a cut: the stem, the first blocks, and the heads up to the cut.
 
-    Parameters keep the names they have in the :class:`SplitModel`, which it shares.
+    It shares the parameters of the :class:`SplitModel`, and their names.
 
     Args:
-        model: the whole model.
+        model: model to cut.
         cut: cut layer.
-        u_shaped: the device has the model's head, too, so that labels need not leave it.
+        u_shaped: whether the device also holds the model's head, so that labels stay on it.
+
+    Raises:
+        ExportError: the cut is outside the model, or there is no auxiliary head up to it.
     """
 
     def __init__(self, model: SplitModel, cut: int, *, u_shaped: bool = False) -> None:
@@ -215,14 +226,14 @@ class ClientSegment(nn.Module):
         model.check_cut(cut)
         self.cut = cut
         self.whole = isinstance(model.head, NoHead) and cut == model.depth - 1
-        """Whether all of the model is here, with nothing to compute on the hub."""
+        """Whether all blocks are on the device, so that the hub computes nothing."""
         self.task = model.task
         self.stem = model.stem
         self.block = model.block[:cut]
         self.aux = nn.ModuleDict({str(d): model.aux[str(d)] for d in model.head_depths if d <= cut})
         self.channels_first = model.channels_first
         self.features: Callable[[Tensor], Tensor] | None = None
-        """What enters the head, from inputs; None where the device does not have the head."""
+        """Maps inputs to features; None if the device does not hold the model's head."""
         if u_shaped:
             self.head = model.head
             self.features = model.features
@@ -231,7 +242,7 @@ class ClientSegment(nn.Module):
 
     @property
     def heads(self) -> list[str]:
-        """Names of the heads, shallowest first."""
+        """Names of the auxiliary heads, shallowest first."""
         return [f"aux.{depth}" for depth in sorted(map(int, self.aux))]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,27 +256,32 @@ class ClientSegment(nn.Module):
             h = block(h)
             if str(depth) in self.aux:
                 read.append((self.aux[str(depth)], h))
-        # heads last: dropouts of the blocks draw the same with them and without
+        # heads run last: so dropouts of the blocks draw the same masks without them
         return h, torch.stack([answer(head, self.stem, at) for head, at in read])
 
 
 class NoHead(nn.Module):
-    """Stands where a model's head would: its answers are those of its last auxiliary head."""
+    """Placeholder for the head of a model that answers with its last auxiliary head."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """``h``."""
+        """Return ``h``."""
         return h
 
 
 def answer(head: nn.Module, stem: nn.Module, h: Tensor) -> Tensor:
-    """Logits of an auxiliary head; one for tokens reads the stem's table."""
+    """Logits of an auxiliary head; a head for tokens also reads the stem's token table."""
     tables = (stem.embedding.weight,) if isinstance(head, TokenHead) else ()  # type: ignore[union-attr]
     logits: Tensor = head(h, *tables)
     return logits
 
 
 def statistics(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Running statistics of the batch norms in a module: state that training changes."""
+    """Running statistics of the batch norms in a module, by name.
+
+    Args:
+        module: module to search.
+        prefix: prefix of the names.
+    """
     return {
         f"{name}.{key}" if name else key: getattr(norm, key)
         for name, norm in module.named_modules(prefix=prefix)
@@ -275,14 +291,14 @@ def statistics(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 def channel_axis(h: Tensor, channels_first: bool = False) -> int:
-    """Axis of the channels: 1 for (B, C) and (B, C, H, W); of (B, T, C) the last.
+    """Axis of the channels: 1 for (B, C) and (B, C, H, W), 2 for (B, T, C).
 
     Args:
         h: activations.
-        channels_first: three dimensions are (B, C, L) instead.
+        channels_first: whether three dimensions are (B, C, L), whose channels are axis 1.
 
     Raises:
-        ExportError: activations of another form.
+        ExportError: the activations do not have 2, 3 or 4 dimensions.
     """
     if h.dim() not in (2, 3, 4):
         raise ExportError(
@@ -294,7 +310,7 @@ def channel_axis(h: Tensor, channels_first: bool = False) -> int:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every submodule gets its own mode back."""
+    """Set evaluation mode inside the context, and restore the mode of every submodule."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:

@@ -1,9 +1,9 @@
-"""One pass through many networks of one form, whose tensors are stacked: (bases, ...).
+"""Runs base networks of one structure in one pass over their stacked tensors, (bases, ...).
 
-``torch.vmap`` makes batched matrix products and grouped convolutions of it, but some of its rules
-fix the number of rows, which graphs for devices leave open. For the layers in question there are
-rules of our own here: channels of all networks stand side by side, (rows, bases * channels, ...),
-so a convolution is one with groups, and nothing is copied between layers.
+``torch.vmap`` turns the networks into batched matrix products and grouped convolutions. Some of its
+rules fix the number of rows, which must stay symbolic in graphs for devices. This module replaces
+those rules. The channels of all networks are concatenated, (rows, bases * channels, ...), so a
+convolution becomes one grouped convolution, and nothing is copied between layers.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ Result = TypeVar("Result")
 def over_bases(
     function: Callable[[dict[str, Tensor]], Result], tensors: Mapping[str, Tensor]
 ) -> Result:
-    """``function`` of every network's tensors, in one pass.
+    """Apply a function to the tensors of every network, in one pass.
 
     Args:
-        function: of the tensors of one network, by name; without gradients.
-        tensors: (bases, ...), by name.
+        function: function of the tensors of one network by name; it computes no gradients.
+        tensors: tensors (bases, ...) by name.
 
     Returns:
-        What it gives for each, a tensor (bases, ...) or several.
+        The stacked results: a tensor (bases, ...), or several.
     """
 
     def one(own: dict[str, Tensor]) -> Result:
-        with _RowsLeftOpen(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule
+        with _SymbolicRows(), sdpa_kernel(SDPBackend.MATH):  # fused kernels have no rule
             return function(own)
 
     result: Result = torch.vmap(one)(dict(tensors))
     return result
 
 
-class _RowsLeftOpen(TorchFunctionMode):
-    """Takes layers whose rule in ``torch.vmap`` fixes the number of rows."""
+class _SymbolicRows(TorchFunctionMode):
+    """While active, replaces functions whose rule in ``torch.vmap`` fixes the number of rows."""
 
     def __torch_function__(
         self,
@@ -140,7 +140,7 @@ def _by_channel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
-    if mode == "constant":  # of any axes, the channels' among them
+    if mode == "constant":  # may pad the axis of the channels
         return F.pad(input, pad, mode, value)
     return _apply(lambda h, bases: F.pad(h, pad, mode), input)
 
@@ -153,17 +153,17 @@ def _apply(
 
 
 class _Rule(torch.autograd.Function):
-    """A function with a rule of its own in ``torch.vmap``."""
+    """Base class of functions with their own rule for ``torch.vmap``, without gradients."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there are no gradients."""
+        """Save nothing, since there are no gradients."""
 
 
 class _SideBySide(_Rule):
-    """A layer on (rows, bases * channels, ...), its tensors of all bases one behind the other.
+    """A layer on activations (rows, bases * channels, ...), with the concatenated tensors of bases.
 
-    ``shared``: activations that all bases have in common need not be repeated for each.
+    With ``shared``, activations that all bases share are not repeated per base.
     """
 
     @staticmethod
@@ -201,7 +201,7 @@ class _SideBySide(_Rule):
 
 
 class _Products(_Rule):
-    """Products with the matrices of all bases."""
+    """Linear layers without bias, with the matrices of all bases."""
 
     @staticmethod
     def forward(h: Tensor, weight: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class _Products(_Rule):
         if in_dims[1] is None:
             return F.linear(h.movedim(in_dims[0], 0), weight), 0
         weight = weight.movedim(in_dims[1], 0)
-        if in_dims[0] is None:  # one product for all
+        if in_dims[0] is None:  # one product for all bases
             h = F.linear(h, weight.flatten(0, 1))
             return h.reshape(*h.shape[:-1], bases, h.shape[-1] // bases), h.dim() - 1
         h = h.movedim(in_dims[0], 0)
@@ -222,7 +222,7 @@ class _Products(_Rule):
 
 
 class _LastAxis(_Rule):
-    """Layer norm without weights: the same for every row, whatever the axes before it are."""
+    """Layer norm without weights, which treats the axis of the bases like rows."""
 
     @staticmethod
     def forward(h: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
@@ -236,7 +236,7 @@ class _LastAxis(_Rule):
 
 
 class _Tables(_Rule):
-    """Rows of tables that lie one behind the other."""
+    """Look-ups in the concatenated embedding tables of all bases."""
 
     @staticmethod
     def forward(rows: Tensor, table: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ class _Tables(_Rule):
 
 
 class _Joined(_Rule):
-    """Tensors of all bases joined, each repeated where all bases have it in common."""
+    """Concatenation per base; tensors that all bases share are repeated."""
 
     @staticmethod
     def forward(dim: int, *tensors: Tensor) -> Tensor:

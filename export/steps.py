@@ -1,7 +1,7 @@
-"""Functional steps: what a device does, as pure functions of tensors that can be traced.
+"""Functional steps: training and inference of a client segment as pure, traceable functions.
 
-Loss, gradients and optimizer update of a client segment become one function
-``(state, x, y, hyper) -> (state', loss, correct, packed activations)``. Nothing is kept between
+Loss, gradients and optimizer update become one function
+``(state, x, y, hyper) -> (state', loss, correct, packed activations)``. It keeps nothing between
 calls, so an inference runtime can run it.
 """
 
@@ -38,12 +38,12 @@ class Step:
 
     Attributes:
         name: name of the graph.
-        function: takes the constants as a dictionary, then tensors in the order of ``inputs``;
-            returns a tuple in that of ``outputs``.
+        function: takes the constants by name, then tensors in the order of ``inputs``; returns
+            tensors in the order of ``outputs``.
         inputs: ports, state first.
         outputs: ports, state first; a state output is called ``next/NAME``.
-        constants: tensors that are the same in every call: frozen weights, tables.
-        limits: largest size of a symbolic dimension, where there is one.
+        constants: tensors that are the same in every call, such as frozen weights.
+        limits: upper bounds of symbolic dimensions by name, if there are any.
     """
 
     name: str
@@ -59,23 +59,23 @@ class ClientSteps:
 
     Args:
         segment: the segment with its heads.
-        optimizer: traced into ``train``.
-        codec: traced into all of them; it sees detached activations only.
-        example: one input batch, for dtype and shape.
+        optimizer: optimizer of the training graphs.
+        codec: codec of the activations, which are detached before packing.
+        example: inputs (batch, ...), for dtype and shape.
         classes: number of classes; for tokens the size of the vocabulary.
-        limits: largest batch (and ``seq``, for tokens) that a graph must take, where there is one.
-        returned: whether gradients come back from the hub: adds ``activate`` and ``backward``.
-        fused: whether they are joined with those of the heads: adds ``activate`` and ``fuse``.
-        distill: weight of what heads learn from each other, see :func:`export.losses.local_loss`.
-        bases: the segment is one of so many base networks, of which any number can be mixed: adds
-            graphs for it, and an input ``present`` to those that train, (classes,), 1 for classes
-            that the device has examples of and 0 for those that its loss leaves out.
-        adversarial: whether the device trains on examples that it has made hard, behind noise norms
-            where there are any: adds ``attack`` and ``harden``.
+        limits: upper bounds of ``batch``, and of ``seq`` for tokens, if there are any.
+        returned: whether the hub returns gradients: adds ``activate`` and ``backward``.
+        fused: whether returned gradients are fused with those of the heads: adds ``activate`` and
+            ``fuse``.
+        distill: weight of the distillation between heads, see :func:`export.losses.local_loss`.
+        bases: number of base networks, of which the segment is one; 0 for an ordinary model. Adds
+            ``mix_N``, and the class mask ``present`` (classes,) as an input of training graphs.
+        adversarial: whether the device trains on adversarial examples, through the noise norms if
+            the segment has dual norms: adds ``attack`` and ``harden``.
 
     Raises:
-        ExportError: ``distill`` is negative; or gradients come back and there is nothing to train
-            with them.
+        ExportError: ``distill`` is not a number from 0 up; or gradients are returned and every
+            parameter below the heads is frozen.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ClientSteps:
             self.features = codec.specs(self._symbolic(deep, example), self.features_axis)
 
     def _takes_any_length(self, example: Tensor) -> bool:
-        """Whether the input is a text, and the segment takes shorter ones as well."""
+        """Whether inputs are texts, and the segment also accepts shorter ones."""
         if example.is_floating_point() or example.dim() != 2 or example.shape[1] < 2:
             return False
         tensors = {**self.constants, **self.initial}
@@ -156,7 +156,7 @@ class ClientSteps:
         return True
 
     def _symbolic(self, h: Tensor, example: Tensor) -> tuple[int | str, ...]:
-        """The shape of activations, with the symbols of ``x``."""
+        """The shape of activations with the symbolic dimensions of ``x``."""
         seq = ["seq"] if self.x.shape[1:2] == ("seq",) and h.shape[1] == example.shape[1] else []
         return ("batch", *seq, *h.shape[1 + len(seq) :])
 
@@ -172,7 +172,7 @@ class ClientSteps:
 
     @property
     def initial(self) -> dict[str, Tensor]:
-        """Parameters and statistics to start from."""
+        """Initial parameters and statistics by name."""
         return {**self.parameters, **self.statistics}
 
     def predict(self) -> Step:
@@ -206,9 +206,9 @@ class ClientSteps:
     def train(self) -> Step:
         """``(state, x, y, hyper) -> state', loss, correct, packed activations``: one local step.
 
-        In training mode: batch norms use the batch and move their statistics, dropouts draw from
-        the input ``seed`` if there are any. ``correct`` counts the labels that the mean of the
-        heads' softmax gets right.
+        The segment runs in training mode: batch norms use the batch and update their running
+        statistics, and dropouts draw their masks from the input ``seed``. ``correct`` is the
+        number of labels that the mean of the heads' softmax predicts.
         """
         hyper_names = list(self.optimizer.hyper)
 
@@ -246,7 +246,15 @@ class ClientSteps:
         slots: dict[str, Tensor],
         hyper: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
-        """The state after an optimizer step of the parameters that have gradients."""
+        """The state after an optimizer step, in graph order.
+
+        Args:
+            parameters: all parameters by name.
+            gradients: gradients by name; parameters without one stay.
+            moved: new running statistics.
+            slots: optimizer slots before the step.
+            hyper: hyper-parameters of the optimizer.
+        """
         with torch.no_grad():
             new_parameters, new_slots = self.optimizer.step(
                 {n: parameters[n].detach() for n in gradients}, gradients, slots, hyper
@@ -262,9 +270,11 @@ class ClientSteps:
         inputs: tuple[Port, ...],
         outputs: tuple[Port, ...],
     ) -> Step:
+        """A step with the constants and limits of the segment."""
         return Step(name, function, inputs, outputs, self.constants, self.limits)
 
     def call(self, training: bool, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations and logits of the segment with the given tensors."""
         result: tuple[Tensor, Tensor] = self.apply(self.segment, training, tensors, x)
         return result
 
@@ -276,35 +286,50 @@ class ClientSteps:
     def apply(
         self, module: nn.Module, training: bool, tensors: dict[str, Tensor], x: Tensor
     ) -> Any:
-        """Call the segment, or its blocks; it keeps its own tensors and its mode."""
+        """Call a module with the given tensors; its own tensors and its mode stay.
+
+        Args:
+            module: the segment, its blocks or its head.
+            training: whether the module runs in training mode.
+            tensors: parameters and buffers by name.
+            x: input of the module.
+        """
         given = tensors | {n: torch.zeros((), dtype=torch.int64) for n in self._counters}
         given |= {name: given[first] for name, first in self._tied.items()}
         children = dict(module.named_children())
         given = {n: t for n, t in given.items() if n.partition(".")[0] in children}
         modes = [(part, part.training) for part in self._modules]
         try:
-            module.train(training)  # a module may have its own opinion of what that means
+            module.train(training)  # a module may override train(), as a frozen batch norm does
             return functional_call(module, given, (x,), tie_weights=False)
         finally:
             for part, mode in modes:
                 part.training = mode
 
     def seeded_by(self, given: Iterator[Tensor]) -> AbstractContextManager[object]:
-        """Dropouts that draw from the next input, if there are any."""
+        """Context in which dropouts draw their masks from the next input, if there are any."""
         return SeededDropout(next(given)) if self.seeded else nullcontext()
 
     def pack(self, h: Tensor) -> tuple[Tensor, ...]:
+        """Packed activations, in the order of ``packed``."""
         parts = self.codec.pack(h, self.axis)
         return tuple(parts[spec.name] for spec in self.packed)
 
     def inputs(self) -> tuple[Port, ...]:
+        """Ports of parameters, statistics and ``x``."""
         state = (Port(_spec(n, t), "state") for n, t in self.initial.items())
         return (*state, Port(self.x, "batch"))
 
     def training_inputs(
         self, *given: Port, own: tuple[str, ...] = (), x: bool = True
     ) -> tuple[Port, ...]:
-        """State, ``x``, what a step is ``given``, hyper-parameters and its ``own``, seed."""
+        """Ports of state, ``x``, further inputs, hyper-parameters and seed.
+
+        Args:
+            given: ports between ``x`` and the hyper-parameters.
+            own: names of hyper-parameters besides those of the optimizer.
+            x: whether the step takes ``x``.
+        """
         hyper = [*self.optimizer.hyper, *own]
         return (
             *(Port(entry.spec, "state") for entry in self.state),
@@ -315,35 +340,38 @@ class ClientSteps:
         )
 
     def logits_port(self) -> Port:
-        """What answers are."""
+        """Port of the logits (heads, batch, classes), or (heads, batch, positions, vocabulary)."""
         shape = (len(self.segment.heads), *self.y.shape, self.classes)
         return Port(TensorSpec("logits", "float32", shape), "result")
 
     def results(self) -> tuple[Port, ...]:
-        """What a training step tells."""
+        """Ports of ``loss`` and ``correct``."""
         return tuple(Port(TensorSpec(n, "float32", ()), "result") for n in ("loss", "correct"))
 
     def present_port(self) -> tuple[Port, ...]:
-        """Which classes there are, where the loss leaves out the others."""
+        """Port of the class mask; empty if training graphs take none."""
         masks = self.bases > 0 and self.segment.task == "classes"
         return (Port(TensorSpec("present", "float32", (self.classes,)), "batch"),) if masks else ()
 
     def robustness_port(self) -> tuple[Port, ...]:
-        """How answers mix dual norms, where there are any."""
+        """Port of the robustness; empty without dual norms."""
         return (ROBUSTNESS,) if self.dual else ()
 
     def robust(self, given: Iterator[Tensor]) -> AbstractContextManager[None]:
-        """Dual norms mixed by the next input, where there are any."""
+        """Context in which the next input is the robustness, if there are dual norms."""
         return robustness(next(given)) if self.dual else nullcontext()
 
     def seed_port(self) -> tuple[Port, ...]:
+        """Port of the seed; empty without dropout."""
         return (Port(TensorSpec("seed", "int64", ()), "seed"),) if self.seeded else ()
 
     def next_state(self) -> tuple[Port, ...]:
+        """Ports of the new state, ``next/NAME``."""
         specs = (entry.spec for entry in self.state)
         return tuple(Port(replace(s, name=f"next/{s.name}"), "state") for s in specs)
 
     def packed_ports(self) -> tuple[Port, ...]:
+        """Ports of the packed activations."""
         return tuple(Port(spec, "packed") for spec in self.packed)
 
 
@@ -363,7 +391,7 @@ class _Blocks(nn.Module):
 
 
 class _Head(nn.Module):
-    """The model's head of a segment that has it, under the same names."""
+    """The model's head on a U-shaped segment, under the same names."""
 
     def __init__(self, segment: ClientSegment) -> None:
         super().__init__()
@@ -376,12 +404,12 @@ class _Head(nn.Module):
 
 
 def _counts(name: str) -> bool:
-    """Whether a buffer counts the batches of a batch norm: nothing we export reads it."""
+    """Whether a buffer counts the batches of a batch norm; exported graphs do not read it."""
     return name.rpartition(".")[2] == "num_batches_tracked"
 
 
 def _tied(module: nn.Module) -> dict[str, str]:
-    """Further names of tensors that have several, with the first. A shared module has one path."""
+    """First name of each tied tensor by its further names; a shared module has one path."""
     first: dict[int, str] = {}
     names = {
         name: first.setdefault(id(tensor), name)

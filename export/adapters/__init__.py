@@ -1,4 +1,4 @@
-"""SplitModels from models that exist: of transformers, or any module with a list of blocks."""
+"""Makes a SplitModel of a transformers model, or of any module with a list of blocks."""
 
 from __future__ import annotations
 

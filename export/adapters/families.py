@@ -1,7 +1,7 @@
-"""Which models of transformers can be cut, and how each comes apart into stem, blocks and head.
+"""The transformers models that can be cut, with a function per class that takes it apart.
 
-A family is a ``model_type`` of transformers. To add one: a function that takes the model apart,
-and an entry in :data:`FAMILIES`.
+A family is a ``model_type`` of transformers. To add one, write a function that returns the
+:class:`Parts` of a model, and add an entry to :data:`FAMILIES`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from export.split import Task
 
 @dataclass(frozen=True)
 class Parts:
-    """What a SplitModel is made of; these are the model's own modules, not copies."""
+    """The parts of a SplitModel: modules of the original model, not copies."""
 
     stem: nn.Module
     blocks: list[nn.Module]
@@ -42,8 +42,8 @@ class Family:
     """A ``model_type`` of transformers.
 
     Attributes:
-        architectures: class names that can be taken apart, each with how; the first is the
-            default.
+        architectures: function that takes a model apart, by name of the model's class; the first
+            class is the default.
         base: class name of the model without a head.
     """
 
@@ -52,7 +52,7 @@ class Family:
 
     @property
     def default(self) -> str:
-        """The architecture where a configuration does not name one."""
+        """Class name used if the configuration names none."""
         return next(iter(self.architectures))
 
 
@@ -61,7 +61,7 @@ def _gpt2(model: Any) -> Parts:
     if model.config.add_cross_attention:
         raise ExportError("this GPT-2 has cross-attention; a block takes one tensor only")
     for layer in body.h:
-        # the same attention in float32, by operations that have no place in a step graph
+        # this option computes the same attention in float32, with operations that do not lower
         layer.attn.reorder_and_upcast_attn = False
     stem = TextStem(body.wte, body.wpe, dropout=body.drop)
     head = in_order(norm=body.ln_f, output=model.lm_head)
@@ -72,8 +72,8 @@ def _gpt_neo(model: Any) -> Parts:
     body, config = model.transformer, model.config
     blocks: list[nn.Module] = []
     for layer, kind in zip(body.h, config.attention_layers, strict=True):
-        # the block brings the mask; the layer's own table (positions x positions) would be a
-        # constant of every graph
+        # DecoderBlock computes the mask; the layer's own table (positions x positions) would be
+        # a constant of every graph
         layer.attn.attention.bias = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         blocks.append(DecoderBlock(layer, config.window_size if kind == "local" else None))
     stem = TextStem(body.wte, body.wpe, dropout=body.drop)
@@ -171,4 +171,4 @@ FAMILIES: dict[str, Family] = {
         {"MobileNetV2ForImageClassification": _mobilenet_v2}, "MobileNetV2Model"
     ),
 }
-"""Families by transformers' ``model_type``."""
+"""Families by ``model_type`` of transformers."""

@@ -1,4 +1,4 @@
-"""SplitModels from any module, by the names of what comes before, in and after the blocks."""
+"""Makes a SplitModel of any module, from the dotted names of its stem, blocks and head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from export.errors import ExportError, reason
 from export.split import SplitModel, Task
 
 Part = str | Callable[[Tensor], Tensor]
-"""A dotted name in the module, or a function of the activations."""
+"""Dotted name of a submodule, or a function of the activations."""
 
 
 class Apply(nn.Module):
@@ -33,11 +33,11 @@ class Apply(nn.Module):
 
 
 class TokenParts(nn.Sequential):
-    """The parts of a stem for tokens, in order."""
+    """A stem for tokens that runs its parts in order."""
 
     @property
     def embedding(self) -> nn.Embedding | None:
-        """The first embedding in it: that of the tokens."""
+        """The first embedding among the parts, which is that of the tokens."""
         return next((m for m in self.modules() if isinstance(m, nn.Embedding)), None)
 
 
@@ -50,9 +50,9 @@ def from_module(
     example: Tensor | None = None,
     task: Task = "classes",
 ) -> SplitModel:
-    """Cut a module that runs a stem, a list of blocks and a head, one after the other.
+    """Make a SplitModel of a module that runs a stem, a list of blocks and a head in order.
 
-    The SplitModel has the module's own layers, not copies::
+    The SplitModel shares the module's layers::
 
         from_module(
             resnet,
@@ -63,17 +63,18 @@ def from_module(
         )
 
     Args:
-        module: the module.
-        stem: what comes before the blocks: a name, or names and functions in order.
+        module: the module to cut.
+        stem: the parts before the blocks: a name, or names and functions in order.
         blocks: name of an ``nn.ModuleList`` or ``nn.Sequential``, or names of blocks and of such
             containers in order.
-        head: what comes after the blocks.
-        example: a batch of inputs; the parts must give what the module gives for it, in
-            evaluation mode. Without one nothing is checked.
-        task: what a label says.
+        head: the parts after the blocks, like ``stem``.
+        example: inputs (batch, ...) on which the parts in order must return the module's logits,
+            in evaluation mode. Without an example nothing is checked.
+        task: task of the model.
 
     Raises:
-        ExportError: a name that is not in the module, or parts that are not the whole module.
+        ExportError: the module has no part of a given name, or the parts in order do not compute
+            what the module computes.
     """
     if example is not None:
         twin = copy.deepcopy(module).eval()
@@ -82,10 +83,10 @@ def from_module(
 
 
 def from_layers(layers: Sequence[nn.Module], task: Task = "classes") -> SplitModel:
-    """A SplitModel of layers that run in order: the first is the stem, the last the head.
+    """Make a SplitModel of layers that run in order: the first is the stem, the last the head.
 
     Raises:
-        ExportError: fewer than 4 layers.
+        ExportError: there are fewer than 4 layers.
     """
     if len(layers) < 4:
         raise ExportError(

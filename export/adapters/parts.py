@@ -1,8 +1,7 @@
-"""Stems, blocks and heads around the layers of transformers: one tensor in, one tensor out.
+"""Stems, blocks and heads around the layers of transformers: each takes and returns one tensor.
 
-Everything that the layers need besides the activations (masks, positions, rotary angles) is
-computed from the activations' shape, or from the activations themselves, so that a block can run
-on another machine than the one before it.
+Masks, positions and rotary angles are computed from the activations or from their shape. So a
+block can run on another machine than the block before it.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 
 
 class TextStem(nn.Module):
-    """Tokens (batch, positions) to activations (batch, positions, channels).
+    """Maps tokens (batch, positions) to activations (batch, positions, channels).
 
     Args:
-        embedding: of the tokens.
+        embedding: embedding of the tokens.
         positions: table of learned positions, if the model has one.
         offset: row of the first position in that table; OPT's table begins with 2 unused rows.
-        projection: from the embedding's width to that of the blocks.
-        dropout: on the sum.
+        projection: layer from the width of the embedding to the width of the blocks.
+        dropout: dropout on the sum of embedding and position.
     """
 
     def __init__(
@@ -53,17 +52,17 @@ class TextStem(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """A layer of a causal decoder, with its mask.
+    """A layer of a causal decoder with its causal mask.
 
-    Texts are padded on the right, so a position sees padding only where it is padding itself:
-    nothing besides the causal mask is needed.
+    Texts are padded on the right, so only padding attends to padding, and the causal mask is
+    enough.
 
     Args:
-        layer: takes activations and ``attention_mask``.
-        window: number of positions that a position sees, itself included; all if None.
-        rotary: from activations and position ids to the angles that the layer's
-            ``position_embeddings`` are. Each block has one of its own: ``functional_call`` does
-            not give a module that is in two places its buffers back.
+        layer: layer that takes activations and ``attention_mask``.
+        window: number of positions that a position attends to, itself included; None for all.
+        rotary: computes the layer's ``position_embeddings`` from activations and position ids.
+            Each block has its own copy: ``functional_call`` does not restore the buffers of a
+            module that is registered twice.
     """
 
     def __init__(
@@ -88,27 +87,33 @@ class DecoderBlock(nn.Module):
 
 
 def causal_mask(positions_T: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """What is added to attention scores (1, 1, query, key): 0, or the dtype's lowest number."""
+    """Additive attention mask (1, 1, query, key): 0, or the lowest number of the dtype.
+
+    Args:
+        positions_T: positions of the tokens.
+        dtype: dtype of the mask.
+        window: number of positions that a position attends to, itself included; None for all.
+    """
     distance_TT = positions_T.unsqueeze(1) - positions_T.unsqueeze(0)
     seen_TT = distance_TT >= 0
     if window is not None:
         seen_TT = seen_TT & (distance_TT < window)
-    return _added(seen_TT, dtype).unsqueeze(0).unsqueeze(0)
+    return _additive(seen_TT, dtype).unsqueeze(0).unsqueeze(0)
 
 
-def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return (~seen).to(dtype) * torch.finfo(dtype).min
 
 
 class BertStem(nn.Module):
-    """Tokens to activations; rows of padding become exactly zero.
+    """Maps tokens to activations; activations of padding are exactly zero.
 
-    That is how the padding mask reaches the blocks, see :class:`BertBlock`. A row of a token is
-    never zero throughout: it comes out of a layer norm.
+    Zeros carry the padding mask to the blocks, see :class:`BertBlock`. The activations of a token
+    are never all zero, because they come out of a layer norm.
 
     Args:
-        embeddings: transformers' ``BertEmbeddings``.
-        padding: the token that means padding, if there is one.
+        embeddings: ``BertEmbeddings`` of transformers.
+        padding: id of the padding token, if the model has one.
     """
 
     def __init__(self, embeddings: Any, padding: int | None) -> None:
@@ -131,14 +136,14 @@ class BertStem(nn.Module):
 
 
 class BertBlock(nn.Module):
-    """A layer of a bidirectional encoder that leaves out padding.
+    """A layer of a bidirectional encoder that masks padding.
 
-    Rows of activations that are zero throughout are padding: no position attends to them, and
-    they are zero in the output again. So the mask travels with the activations, without a second
-    tensor; codecs keep zeros.
+    A position whose activations are all zero is padding: no position attends to it, and its
+    activations in the output are zero again. So the mask travels inside the activations; codecs
+    keep zeros.
 
     Args:
-        layer: takes activations and ``attention_mask``.
+        layer: layer that takes activations and an additive attention mask.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -148,16 +153,16 @@ class BertBlock(nn.Module):
     def forward(self, h_BTD: Tensor) -> Tensor:
         """Activations of the same shape."""
         tokens_BT = (h_BTD != 0).any(-1)
-        mask_B11T = _added(tokens_BT, h_BTD.dtype).unsqueeze(1).unsqueeze(1)
+        mask_B11T = _additive(tokens_BT, h_BTD.dtype).unsqueeze(1).unsqueeze(1)
         out: Tensor = self.layer(h_BTD, mask_B11T)
         return out * tokens_BT.unsqueeze(-1).to(out.dtype)
 
 
 class ResidualBlock(nn.Module):
-    """A residual layer of ResNet, without adding in place: a step graph has no such operation.
+    """A residual layer of ResNet whose addition is not in place, as a step graph requires.
 
     Args:
-        layer: has ``layer``, ``shortcut`` and ``activation``.
+        layer: layer of transformers with ``layer``, ``shortcut`` and ``activation``.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -165,13 +170,13 @@ class ResidualBlock(nn.Module):
         self.layer = layer
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
-        """Activations, of other channels and size where the layer changes them."""
+        """Activations (batch, channels, height, width); the layer may change all but the batch."""
         out: Tensor = self.layer.activation(self.layer.layer(h_BCHW) + self.layer.shortcut(h_BCHW))
         return out
 
 
 class FirstPosition(nn.Module):
-    """The activations of the first position, (batch, channels)."""
+    """Selects the activations of the first position, (batch, channels)."""
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         """``h[:, 0]``."""
@@ -179,5 +184,5 @@ class FirstPosition(nn.Module):
 
 
 def in_order(**parts: nn.Module | None) -> nn.Sequential:
-    """The parts that there are, one after the other, under their names."""
+    """A sequence of named parts; parts that are None are left out."""
     return nn.Sequential(OrderedDict((n, m) for n, m in parts.items() if m is not None))

@@ -1,4 +1,4 @@
-"""SplitModels from models of Hugging Face transformers, and back into their folders."""
+"""Makes a SplitModel of a Hugging Face transformers model, and saves it as the original."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _EAGER = "eager"
-"""Attention by plain matrix products: what a step graph has in the end, on every device."""
+"""Attention as plain matrix products, which is what a step graph computes on every device."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, and what its tensors are called there.
+    """Source of a SplitModel, and the names of its tensors there.
 
     Attributes:
-        config: transformers' configuration, as it was given.
-        architecture: transformers' class.
-        checkpoint: the weights that it was loaded from, if any.
-        names: from the name in the checkpoint to that in the SplitModel. Without a checkpoint,
-            from the name in transformers' class.
-        added: the same for tensors of a new head, which the checkpoint does not have.
+        config: configuration of transformers, as given.
+        architecture: class name in transformers.
+        checkpoint: weights that the model was loaded from, if any.
+        names: name of a tensor in the SplitModel by its name in the checkpoint, or without a
+            checkpoint by its name in the class of transformers.
+        added: the same for tensors of a new head, which the checkpoint lacks.
     """
 
     config: PretrainedConfig
@@ -48,10 +48,10 @@ class Origin:
 
 
 class TransformersModel(SplitModel):
-    """A SplitModel around the layers of a model of transformers.
+    """A SplitModel around the layers of a transformers model.
 
     Attributes:
-        origin: where it came from, for :func:`save_original`.
+        origin: source of the model, for :func:`save_original`.
     """
 
     origin: Origin
@@ -60,7 +60,10 @@ class TransformersModel(SplitModel):
         super().__init__(parts.stem, parts.blocks, parts.head, parts.task)
 
     def names_of(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """What the given tensors of the original are called here, for those that are in use."""
+        """Names in this model of tensors of the original, by their original name.
+
+        Tensors that this model does not use are left out.
+        """
         own: dict[int, str] = {}
         for name, tensor in self.state_dict(keep_vars=True).items():
             own.setdefault(id(tensor), name)
@@ -68,21 +71,21 @@ class TransformersModel(SplitModel):
 
 
 def from_transformers(source: str | Path | PretrainedConfig) -> TransformersModel:
-    """Take a model of transformers apart. Nothing is downloaded.
+    """Take a transformers model apart into a SplitModel, without downloading anything.
 
-    The SplitModel has the model's own layers, in float32 and in training mode; tied weights stay
-    tied. In evaluation mode its logits are those of the original. BERT reads tokens equal to
+    The SplitModel has the layers of the model, in float32 and in training mode; tied weights stay
+    tied. In evaluation mode it returns the logits of the original. BERT reads tokens equal to
     ``pad_token_id`` as padding; texts for decoders are padded on the right.
 
     Args:
-        source: a folder with ``config.json`` and safetensors; or the path of a ``config.json``,
-            or a configuration, for random weights, always the same ones. The class is the one in
-            ``architectures``, or the family's default (BERT: sequence classification). Where the
-            folder is that of a model without a head, the head is random, always the same one.
+        source: a folder with ``config.json`` and safetensors; or, for random weights from a fixed
+            seed, the path of a ``config.json`` or a configuration. The class is the one in
+            ``architectures``, or the default of the family (BERT: sequence classification). If
+            the folder holds a model without a head, the head is random, from a fixed seed.
 
     Raises:
-        ExportError: transformers is not installed, the model is of no supported family, or the
-            folder lacks something or is damaged.
+        ExportError: transformers is not installed, the family is not supported, or the folder is
+            incomplete or damaged.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ExportError("transformers is not installed; pip install 'cutlayer[transformers]'")
@@ -102,18 +105,19 @@ def from_transformers(source: str | Path | PretrainedConfig) -> TransformersMode
 
 
 def save_original(model: SplitModel, folder: str | Path) -> None:
-    """Write a model of :func:`from_transformers` as transformers would, for ``from_pretrained``.
+    """Write a model of :func:`from_transformers` to a folder that ``from_pretrained`` loads.
 
-    A model that was loaded from a folder keeps that folder's files, names and dtypes, tensors that
-    it does not use, configuration and tokenizer; the folder must still be there. Adapters of
-    LoRA are not written, nor auxiliary heads.
+    If the model was loaded from a folder, the files, names, dtypes, unused tensors, configuration
+    and tokenizer are those of that folder, which must still exist. LoRA adapters and auxiliary
+    heads are not written.
 
     Args:
-        model: from :func:`from_transformers`, trained or not.
-        folder: must not exist, or be empty. It appears when all of it is written.
+        model: a model from :func:`from_transformers`.
+        folder: a new or empty folder. It appears only when everything is written.
 
     Raises:
-        ExportError: the model is another one, ``folder`` is taken, or the source is gone.
+        ExportError: the model is not from :func:`from_transformers`, ``folder`` is not empty, or
+            the source folder is gone.
     """
     if not isinstance(model, TransformersModel):
         raise ExportError(
@@ -136,7 +140,7 @@ def save_original(model: SplitModel, folder: str | Path) -> None:
 
 
 def _base(state: Mapping[str, Tensor], name: str) -> Tensor:
-    """A tensor by its name; where peft has put an adapter around the module, that of its base."""
+    """A tensor by its name; if PEFT has wrapped the module, the tensor of its base layer."""
     parent, _, leaf = name.rpartition(".")
     for candidate in (name, f"{parent}.base_layer.{leaf}"):
         if candidate in state:
@@ -204,7 +208,7 @@ def _architecture(family: Family, config: PretrainedConfig) -> str:
 def _build(
     architecture: str, config: PretrainedConfig, checkpoint: Checkpoint | None
 ) -> PreTrainedModel:
-    """The model of transformers, in float32; what no checkpoint has is random, by a fixed seed."""
+    """Build the transformers model in float32; weights without a checkpoint have a fixed seed."""
     import transformers
 
     kind = getattr(transformers, architecture)
@@ -234,10 +238,14 @@ def _build(
 def _match(
     original: PreTrainedModel, checkpoint: Checkpoint, headless: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The original's tensors by their names in the checkpoint, and those of a head it lacks.
+    """Match the tensors of a checkpoint with those of the model.
+
+    Returns:
+        The model's tensors by their name in the checkpoint; and, for a ``headless`` checkpoint,
+        the head's tensors, which it lacks, by their name in the model.
 
     Raises:
-        ExportError: the checkpoint lacks other tensors, or has them in other shapes.
+        ExportError: the checkpoint lacks any other tensor, or a tensor has another shape.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -275,7 +283,7 @@ def _match(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers."""
+    """Silence the progress bars and warnings of transformers."""
     from transformers import utils
 
     logging: Any = utils.logging

@@ -1,4 +1,4 @@
-"""Folders of transformers' weights: reading what is in them, and writing them back as they were."""
+"""Reads and rewrites the safetensors files in the folder of a transformers model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from export.errors import ExportError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".pt", ".pth", ".ckpt", ".onnx", ".gguf")
-"""Files that hold weights: not copied, since they would be those from before training."""
+"""Suffixes of files with weights. They are not copied: their weights are those before training."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Checkpoint:
     """The safetensors files of a folder.
 
     Attributes:
-        folder: where they are.
-        files: shapes of the tensors by name, for every file by its name.
+        folder: folder with the files.
+        files: shapes of the tensors by name, for each file name.
     """
 
     folder: Path
@@ -37,30 +37,31 @@ class Checkpoint:
 
     @classmethod
     def find(cls, folder: Path) -> Checkpoint:
-        """The weights in ``folder``, by the names that transformers gives them.
+        """Find the weights in ``folder`` by the file names that transformers uses.
 
         Raises:
-            ExportError: there are none, only pickled ones, or a file is missing or damaged.
+            ExportError: there are no weights, or only pickled ones; or a file is missing or
+                damaged.
         """
         return cls(folder, {name: _shapes(folder / name) for name in _file_names(folder)})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
+        """Shape of each tensor by name."""
         return {key: shape for shapes in self.files.values() for key, shape in shapes.items()}
 
     def rewrite(self, out: Path, values: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> None:
-        """Write the same files to ``out``: same tensors in the same dtypes, same metadata.
+        """Write the same files to ``out``, with the same tensors, dtypes and metadata.
 
         Args:
             out: an empty folder.
-            values: new values of tensors, in any dtype; others keep theirs, and so do tensors
-                that have not changed, bit for bit.
-            added: tensors that no file has yet; they go into the last one.
+            values: new values of tensors, in any dtype. All other tensors, and tensors whose
+                value has not changed, stay the same bit for bit.
+            added: tensors that no file has yet; they are written to the last file.
 
         Raises:
             ExportError: the folder has changed since it was read, or a value is out of range for
-                its dtype.
+                the dtype of its tensor.
         """
         last = list(self.files)[-1]
         for name in self.files:
@@ -93,7 +94,7 @@ class Checkpoint:
         (out / INDEX).write_text(text, "utf-8")
 
     def copy_others(self, out: Path) -> None:
-        """Copy the other files of the folder: configuration, tokenizer and the like."""
+        """Copy the files without weights, such as configuration and tokenizer, to ``out``."""
         for path in self.folder.iterdir():
             if path.is_file() and path.suffix not in _WEIGHTS and path.name != INDEX:
                 shutil.copyfile(path, out / path.name)
@@ -135,7 +136,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _stored(key: str, value: Tensor, before: Tensor) -> Tensor:
-    """``value`` in the dtype of ``before``, or ``before`` itself where nothing has changed."""
+    """``value`` in the dtype of ``before``, or ``before`` itself if the value has not changed."""
     value = value.detach().cpu()
     if torch.equal(before.to(value.dtype), value):
         return before
@@ -148,7 +149,7 @@ def _stored(key: str, value: Tensor, before: Tensor) -> Tensor:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` if the block ends without an error.
+    """Yield a temporary folder that is renamed to ``out`` if the block ends without an error.
 
     Raises:
         ExportError: ``out`` exists and is not an empty folder.

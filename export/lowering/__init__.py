@@ -1,1 +1,1 @@
-"""Lowering: from a functional step to a file that a stock runtime runs, checked against eager."""
+"""Lowers functional steps to files for stock runtimes, and verifies them against eager PyTorch."""

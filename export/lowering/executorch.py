@@ -1,4 +1,4 @@
-"""Lowering to ExecuTorch with XNNPACK: one file with a method per graph."""
+"""Lowers traced steps to ExecuTorch with XNNPACK: one file with a method per graph."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from export.lowering.rewrites import rewrite
 
 
 def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
-    """A ``.pte`` file with a method for every program. The same programs give the same bytes.
+    """Lower programs to a ``.pte`` file with a method for each, deterministically.
 
-    Memory is planned for the upper bound of every symbolic dimension, so bounds should be no
-    larger than what devices use. Constants are stored once for all methods.
+    ExecuTorch plans memory for the upper bound of every symbolic dimension, so bounds should be
+    no larger than the batches of devices. Constants are stored once for all methods.
 
     Args:
         programs: traced steps by the name of their graph.
 
+    Returns:
+        Content of the file.
+
     Raises:
-        ExportError: ExecuTorch is not installed, or has no kernel for an operator.
+        ExportError: ExecuTorch is not installed, or cannot lower an operator.
     """
     with _quiet():
         try:
@@ -42,7 +45,7 @@ def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
                 f"ExecuTorch is not installed ({error}); run pip install 'cutlayer[executorch]'"
             ) from error
         try:
-            # what to_edge does besides is to decompose, which takes as long as all the rest
+            # to_edge would also decompose, which takes as long as everything else
             config = EdgeCompileConfig(
                 _check_ir_validity=False,
                 _skip_dim_order=True,
@@ -65,7 +68,7 @@ def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
             lowered = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
             _check_kernels(lowered.executorch_program)
             data: bytes = lowered.buffer
-        except Exception as error:  # its passes raise whatever their authors thought of
+        except Exception as error:  # ExecuTorch's passes raise errors of any class
             raise ExportError(
                 f"no ExecuTorch translation for its training step ({reason(error)}); replace it "
                 "by convolutions, linear layers, norms, attention and elementwise functions, or "
@@ -87,11 +90,11 @@ def _check_kernels(program: Any) -> None:
 
 
 def _partitioner() -> Any:
-    """XNNPACK's partitioner, with slices and products that it runs but does not take by itself.
+    """XNNPACK's partitioner, extended by slices and products that XNNPACK can run.
 
-    Weights of linear layers are inputs of the delegate even where they are constants: packing them
-    anew costs little against the product of a batch, and they are stored once, not packed in every
-    method, forward and backward.
+    Weights of linear layers are inputs of the delegate even if they are constant: then they are
+    stored once, instead of once per method, forward and backward. Packing them in each call takes
+    little time beside the product of a batch.
     """
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.config.gemm_configs import ConvolutionConfig
@@ -99,7 +102,7 @@ def _partitioner() -> Any:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     class AnySlice(SliceCopyConfig):  # type: ignore[misc]
-        """Takes slices of tensors with symbolic dimensions: XNNPACK clips them to what is there."""
+        """Accepts slices of tensors with symbolic dimensions, which XNNPACK clips to the tensor."""
 
         def check_constraints(self, node: Any, ep: ExportedProgram) -> bool:
             step = node.args[4] if len(node.args) > 4 else 1
@@ -108,7 +111,7 @@ def _partitioner() -> Any:
             return step == 1 and fixed and bool(self.check_common_constraints(node, ep))
 
     class ConstantConvolution(ConvolutionConfig):  # type: ignore[misc]
-        """Keeps the bias with the weight, as constants: the switch below is for linear layers."""
+        """Keeps weight and bias as constants: the option below is for linear layers only."""
 
         def __init__(self, **_: Any) -> None:
             super().__init__()
@@ -120,10 +123,10 @@ def _partitioner() -> Any:
 
 @contextmanager
 def _few_passes() -> Iterator[None]:
-    """Let XNNPACK run only those of its passes that change a partition.
+    """Restrict XNNPACK to the passes that change a partition.
 
-    Every pass traces the partition again, whether it changes it or not, which is most of the time
-    of lowering. Nothing here is quantized, has batch norms, or operators of a memory layout.
+    Every pass traces the partition again, even if it changes nothing, and that is most of the time
+    of lowering. Step graphs need no passes for quantization or batch norms.
     """
     from executorch.backends.xnnpack import _passes as passes
     from executorch.backends.xnnpack import xnnpack_preprocess as preprocess
@@ -158,7 +161,7 @@ def _few_passes() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of ExecuTorch's own modules."""
+    """Silence the warnings of ExecuTorch's modules."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

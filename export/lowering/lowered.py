@@ -1,4 +1,4 @@
-"""What lowering makes of the steps of a tier, by runtime."""
+"""Lowers the steps of a tier for its runtime, and runs the lowered graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from export.lowering.trace import trace
 from export.steps import Step
 
 RuntimeName = Literal["onnx", "executorch", "torch"]
-"""What runs the graphs: on a device, or ``torch`` in a simulation (:mod:`export.functional`)."""
+"""Name of a runtime: ``onnx`` or ``executorch`` on a device, ``torch`` in a simulation."""
 
 Run = Callable[[Step, dict[str, Array]], dict[str, Array]]
 """Runs the lowered graph of a step: inputs by name to outputs by name."""
@@ -26,13 +26,13 @@ Run = Callable[[Step, dict[str, Array]], dict[str, Array]]
 
 @dataclass(frozen=True)
 class Lowered:
-    """The files of a tier's graphs, and how to run them as a device does.
+    """The lowered graphs of a tier.
 
     Attributes:
-        files: the file that holds each graph; the same one for all of them on ExecuTorch; for
-            torch nothing but its name.
-        constants: names of the constants that each file refers to.
-        run: runs a step's graph.
+        files: content of the file of each graph, by name of the graph. ExecuTorch has one file
+            for all graphs; a file for torch holds only the name of the graph.
+        constants: names of the constants that each file refers to, by name of the graph.
+        run: runs the graph of a step as a device does.
     """
 
     files: Mapping[str, bytes]
@@ -44,9 +44,10 @@ def lower(runtime: RuntimeName, steps: Sequence[Step], places: Mapping[str, onnx
     """Lower steps for a runtime.
 
     Args:
-        runtime: what shall run them.
-        steps: the steps of a tier.
-        places: constants that ONNX files refer to; a ``.pte`` holds all of them itself.
+        runtime: runtime to lower for.
+        steps: steps of a tier.
+        places: storage of the constants that ONNX files refer to; a ``.pte`` file contains all
+            constants.
 
     Raises:
         ExportError: a step cannot be traced, or has an operator that cannot be lowered.

@@ -1,4 +1,4 @@
-"""Lowering to ONNX."""
+"""Lowers steps to ONNX files of standard operators."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ _MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a constant is stored: in which blob, from which byte, how many bytes."""
+    """Storage of a constant.
+
+    Attributes:
+        blob: name of the blob.
+        offset: first byte in the blob.
+        length: number of bytes.
+    """
 
     blob: str
     offset: int
@@ -34,22 +40,25 @@ class Place:
 
 
 def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
-    """An ONNX file of standard operators whose inputs and outputs are the step's ports.
+    """Lower a step to an ONNX file of standard operators with the step's ports.
 
     Args:
-        step: the step.
-        places: constants that the file refers to instead of holding them (external data).
+        step: step to lower.
+        places: storage of constants that become external data of the file.
+
+    Returns:
+        Content of the file.
 
     Raises:
-        ExportError: what is traced fixes the batch size, cannot be traced, or has an operator
-            without a translation. The message is about the module that is to blame, which
+        ExportError: the step fixes the batch size, cannot be traced, or has an operator without a
+            translation. The message continues the name of the module that
             :func:`export.exact.find_culprit` finds.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            # torch.onnx.export would decompose the program a second time, which takes longer than
-            # all the rest and changes nothing: tracing has left core operators only.
+            # torch.onnx.export would decompose the program again, which takes longer than
+            # everything else and changes nothing: tracing has left core operators only
             program = trace(step)
             _fx_passes.insert_type_promotion_nodes(program.graph_module)
             model = _core._exported_program_to_onnx_program(
@@ -57,7 +66,7 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
             ).model_proto
         except ExportError:
             raise
-        except Exception as error:  # a model's code is traced: anything can come out
+        except Exception as error:  # the traced code of a model raises errors of any class
             missing = _MISSING.search(reason(error))
             why = f"{missing[1]} has none" if missing else reason(error)
             raise ExportError(
@@ -87,7 +96,7 @@ def _registry() -> Any:
 
 
 def _rename(graph: onnx.GraphProto, step: Step) -> None:
-    """Give inputs, outputs and constants the names of the step."""
+    """Rename inputs, outputs and constants of the graph to the names of the step."""
     names = {f"constant_{i}": name for i, name in enumerate(step.constants)}
     names |= {
         value.name: port.spec.name for value, port in zip(graph.input, step.inputs, strict=True)
@@ -95,7 +104,7 @@ def _rename(graph: onnx.GraphProto, step: Step) -> None:
     copies = []
     for value, port in zip(graph.output, step.outputs, strict=False):
         if value.name in names or any(t.name == value.name for t in graph.initializer):
-            # an input, a constant, or a value that is another output as well
+            # the output is an input, a constant or another output
             copies.append((value.name, port.spec.name))
         else:
             names[value.name] = port.spec.name
@@ -112,8 +121,8 @@ def _rename(graph: onnx.GraphProto, step: Step) -> None:
 def _read_as_stored(graph: onnx.GraphProto) -> None:
     """Let products with a transposed constant read the constant itself.
 
-    ONNX Runtime would transpose it once, when it loads the graph, and keep both: the memory of a
-    frozen model twice.
+    ONNX Runtime would transpose the constant when it loads the graph and keep both, which doubles
+    the memory of a frozen model.
     """
     stored = {t.name: (t.name, False) for t in graph.initializer if len(t.dims) == 2}
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.value_info)}
@@ -138,9 +147,10 @@ def _read_as_stored(graph: onnx.GraphProto) -> None:
 
 
 def _prune(graph: onnx.GraphProto) -> None:
-    """Drop what no output needs: ONNX Runtime refuses external data of constants that nobody reads.
+    """Remove nodes and constants that no output depends on.
 
-    A step with a gradient that came back, for one, does not need what the last bias adds.
+    ONNX Runtime refuses external data of unused constants. ``backward``, for example, does not
+    need the last bias of the segment.
     """
     needed = {value.name for value in graph.output}
     kept = []
@@ -157,7 +167,7 @@ def _prune(graph: onnx.GraphProto) -> None:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes for debugging: it makes the file about ten times larger."""
+    """Remove debugging information of the exporter, which makes a file about ten times larger."""
     model.graph.ClearField("value_info")
     model.ClearField("metadata_props")
     model.graph.ClearField("metadata_props")

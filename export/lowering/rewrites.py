@@ -1,11 +1,11 @@
-"""Rewrites of a step graph for runtimes that accelerate few operators (ExecuTorch with XNNPACK).
+"""Rewrites a step graph to the operators that ExecuTorch accelerates with XNNPACK.
 
-XNNPACK multiplies matrices of which both are computed only as ``bmm`` or ``linear``, convolves only
-with constant weights, takes slices only with a step of 1, views with at most one symbolic
-dimension, and has no comparisons and no sums. What it does not take runs on portable kernels, which
-are 10 to 50 times slower. Each rewrite replaces an operator by others that XNNPACK takes. Rules are
-plain functions of tensors with the signature of the operator that they replace; they raise
-:class:`Declined` where they do not apply. All are exact up to float32 rounding.
+XNNPACK multiplies two computed matrices only as ``bmm`` or ``linear``, convolves only with constant
+weights, slices only with a step of 1, reshapes with at most one symbolic dimension, and has neither
+comparisons nor sums. All other operators run on portable kernels, which are 10 to 50 times slower.
+A rule replaces an operator by operators that XNNPACK supports. It is a function of tensors with the
+signature of that operator, and raises :class:`Declined` if it does not apply. All rules are exact
+up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class Declined(Exception):
-    """A rule does not apply to the tensors at hand."""
+    """A rule does not apply to the given tensors."""
 
 
 # matrix products
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """A matrix product as a batch of one."""
+    """A matrix product as a batched product with one batch."""
     return torch.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze((0,))
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """A matrix product as a batch of one, and an addition."""
+    """A matrix product as a batched product with one batch, and an addition."""
     product = mm(a, b)
     product = product if alpha == 1 else product * alpha
     return product + (bias if beta == 1 else bias * beta)
@@ -69,10 +69,10 @@ def convolution(
 ) -> Tensor:
     """A 1-D or 2-D convolution as matrix products over shifted inputs, channels last.
 
-    The shifts of one kernel row lie side by side as channels and meet the weights of that row in
-    one product; the products of the rows are summed. That is im2col without the copies of it that
-    the rows would be. A transposed convolution is a convolution over the input with zeros between
-    its elements.
+    The shifted inputs of one kernel row are concatenated as channels and multiplied with the
+    weights of that row in one product; the products of the rows are summed. This is im2col without
+    its copies along the kernel's rows. A transposed convolution is a convolution over the input
+    with zeros between its elements.
     """
     if any(not isinstance(n, int) for n in x.shape[2:]) or weight.dim() not in (3, 4):
         raise Declined
@@ -88,7 +88,7 @@ def convolution(
         for axis in (1, 2):
             x = _spread(x, axis, stride[axis - 1])
         before = [r - p for r, p in zip(reach, padding, strict=True)]
-        # the last zeros that were spread in are surplus
+        # _spread adds surplus zeros behind the last element
         after = [
             b + extra - (s - 1) for b, extra, s in zip(before, output_padding, stride, strict=True)
         ]
@@ -118,7 +118,7 @@ def convolution(
 
 
 def _dense(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> Tensor:
-    """Convolution of a padded input (N, H, W, C) without groups; also channels last."""
+    """Convolution without groups of a padded input (N, H, W, C), to (N, H', W', C')."""
     c_out, c_in, rows, columns = weight.shape
     out = _out_size(x, weight, stride, dilation)
     shifted = [
@@ -137,10 +137,10 @@ def _dense(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) ->
 
 
 def _depthwise(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> Tensor:
-    """Convolution of a padded input (N, H, W, C) with weights (C * M, 1, KH, KW)."""
+    """Depthwise convolution of a padded input (N, H, W, C) with weights (C * M, 1, KH, KW)."""
     channels, (rows, columns) = x.shape[3], weight.shape[2:]
     out = _out_size(x, weight, stride, dilation)
-    # (KH * KW, M, C): the outputs of a channel are M passes over the channels
+    # (KH * KW, M, C): M passes over the channels give the M outputs of each channel
     passes = weight.reshape(channels, -1, rows * columns).permute(2, 1, 0)
     windows = [
         _window(
@@ -164,9 +164,9 @@ def _out_size(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int])
 
 
 def _window(x: Tensor, axis: int, start: int, size: int, step: int) -> Tensor:
-    """``size`` elements of an axis from ``start`` on, ``step`` apart, with steps of 1 only.
+    """``size`` elements of an axis from ``start`` on, ``step`` apart, by slices with step 1.
 
-    The axis is folded into rows of ``step`` elements, of which one column is what is wanted.
+    The axis is folded into rows of ``step`` elements, and one column is selected.
     """
     if step == 1:
         return _part(x, axis, start, size)
@@ -179,7 +179,7 @@ def _window(x: Tensor, axis: int, start: int, size: int, step: int) -> Tensor:
 
 
 def _spread(x: Tensor, axis: int, step: int) -> Tensor:
-    """Put ``step - 1`` zeros behind every element of an axis."""
+    """Insert ``step - 1`` zeros behind every element of an axis."""
     if step == 1:
         return x
     apart = _resize(x.unsqueeze(axis + 1), axis + 1, 0, step - 1)
@@ -187,7 +187,7 @@ def _spread(x: Tensor, axis: int, step: int) -> Tensor:
 
 
 def _resize(x: Tensor, axis: int, before: int, after: int, value: float = 0.0) -> Tensor:
-    """Add a value at both ends of an axis, or crop where a number is negative."""
+    """Pad both ends of an axis with a value; negative numbers crop."""
     if before < 0 or after < 0:
         start = max(-before, 0)
         x = _part(x, axis, start, x.shape[axis] - start - max(-after, 0))
@@ -198,7 +198,7 @@ def _resize(x: Tensor, axis: int, before: int, after: int, value: float = 0.0) -
 
 
 def _part(x: Tensor, axis: int, start: int, size: int) -> Tensor:
-    """``size`` elements of an axis from ``start`` on, all of which exist."""
+    """``size`` elements of an axis from ``start`` on; all of them must exist."""
     return x if size == x.shape[axis] else aten.slice.Tensor(x, axis, start, start + size)
 
 
@@ -216,7 +216,7 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
 def slice_(
     x: Tensor, axis: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Tensor:
-    """A slice with a step above 1, of an axis of known length."""
+    """A slice with a step above 1 along an axis of known length."""
     length = x.shape[axis]
     if step == 1 or not isinstance(length, int) or not x.is_floating_point():
         raise Declined
@@ -224,13 +224,13 @@ def slice_(
     size = len(range(first, last, step))
     if size == 0:
         raise Declined
-    # what lies behind the last row of the fold would be padded for nothing
+    # elements behind the last row of the fold would be padded needlessly
     stop = min(length, (first // step + size) * step)
     return _window(_part(x, axis, 0, stop), axis % x.dim(), first, size, step)
 
 
 def constant_pad_nd(x: Tensor, pad: list[int], value: float = 0.0) -> Tensor:
-    """Padding that also crops, or pads with an infinity: XNNPACK's file format has none."""
+    """Padding with negative widths or with an infinity, which XNNPACK does not support."""
     if all(n >= 0 for n in pad) and math.isfinite(value):
         raise Declined
     value = min(max(value, -_LARGEST), _LARGEST)
@@ -247,14 +247,14 @@ def constant_pad_nd(x: Tensor, pad: list[int], value: float = 0.0) -> Tensor:
 def sum_(
     x: Tensor, dims: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
-    """A sum as a product with ones: over the last dimensions, over the first, or over both."""
+    """A sum over the last or the first dimensions, or both, as a product with ones."""
     return _reduce(x, dims, keepdim, dtype, mean=False)
 
 
 def mean(
     x: Tensor, dims: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
-    """A mean as a product with a constant, over the last dimensions."""
+    """A mean over the last dimensions, as a product with a constant."""
     return _reduce(x, dims, keepdim, dtype, mean=True)
 
 
@@ -297,10 +297,10 @@ def _fixed(size: Size) -> bool:
 
 
 def erf(x: Tensor) -> Tensor:
-    """The error function by the one in GELU: ``gelu(a) / a = (1 + erf(a / √2)) / 2``.
+    """The error function computed by GELU: ``gelu(a) / a = (1 + erf(a / √2)) / 2``.
 
-    Taken at ``|x|``, away from zero, and given the sign of ``x``. The floor of 1e-6 is within
-    rounding of 1, which all uses add to it.
+    It is evaluated at ``|x|``, at least 1e-6, and gets the sign of ``x``. All graphs add 1 to the
+    result, so the error near zero is within rounding.
     """
     size = (x.abs() * math.sqrt(2)).clamp(min=1e-6)
     positive: Tensor = aten.gelu.default(size) / size * 2 - 1
@@ -323,7 +323,7 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
 
 
 def rewrite(program: ExportedProgram) -> ExportedProgram:
-    """A copy of ``program`` with every rewrite applied; its inputs, outputs and constants stay."""
+    """A copy of ``program`` with all rewrites applied; inputs, outputs and constants stay."""
     module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     graph = module.graph
     mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
@@ -347,7 +347,7 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
 
 
 def _signature(program: ExportedProgram, graph: fx.Graph) -> ExportGraphSignature:
-    """The signature of ``program``, which knows outputs by the names of their nodes."""
+    """The signature of ``program`` with the names of the output nodes of ``graph``."""
     signature = program.graph_signature
     nodes = cast(tuple[fx.Node, ...], graph.output_node().args[0])
     outputs = [
@@ -358,7 +358,7 @@ def _signature(program: ExportedProgram, graph: fx.Graph) -> ExportGraphSignatur
 
 
 def _constants(program: ExportedProgram) -> set[str]:
-    """Names of the placeholders that are no inputs."""
+    """Names of the placeholders that are constants, not inputs."""
     signature = program.graph_signature
     return {
         *signature.inputs_to_parameters,
@@ -368,7 +368,7 @@ def _constants(program: ExportedProgram) -> set[str]:
 
 
 def _native(node: fx.Node, constants: set[str]) -> bool:
-    """Whether XNNPACK takes this convolution as it is: its weight and bias are constants."""
+    """Whether a node is a convolution with constant weight and bias, which XNNPACK supports."""
     if node.target is not aten.convolution.default:
         return False
     return all(n is None or cast(fx.Node, n).name in constants for n in node.args[1:3])
@@ -382,7 +382,7 @@ def _replace(
     graph: fx.Graph,
     mode: FakeTensorMode,
 ) -> None:
-    """Put the operators that ``function`` runs in the place of ``node``, unless it declines."""
+    """Replace ``node`` by the operators that ``function`` runs, unless it declines."""
     leaves, layout = torch.utils._pytree.tree_flatten((args, kwargs))
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
@@ -415,7 +415,7 @@ def _replace(
 
 
 def _drop_copies(graph: fx.Graph) -> None:
-    """Remove clones, and expansions that broadcasting makes superfluous."""
+    """Remove clones, and expansions that broadcasting makes unnecessary."""
     elementwise = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
     outputs = set(graph.output_node().all_input_nodes)
     for node in list(graph.nodes):
@@ -437,7 +437,7 @@ def _drop_copies(graph: fx.Graph) -> None:
 
 
 def _use_linear(graph: fx.Graph, mode: FakeTensorMode) -> None:
-    """``mm`` and ``addmm`` with a transposed second factor become ``linear``."""
+    """Replace ``mm`` and ``addmm`` with a transposed second factor by ``linear``."""
     for node in list(graph.nodes):
         if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
@@ -448,14 +448,14 @@ def _use_linear(graph: fx.Graph, mode: FakeTensorMode) -> None:
 
 
 def _fill(node: fx.Node) -> None:
-    """Memory that is overwritten later is zeros: ExecuTorch has no kernel that leaves it empty."""
+    """Replace uninitialised memory by zeros: ExecuTorch has no kernel for ``new_empty_strided``."""
     if node.target is aten.new_empty_strided.default:
         dtype = node.meta["val"].dtype
         node.target, node.args, node.kwargs = aten.full.default, (node.args[1], 0), {"dtype": dtype}
 
 
 def _use_masks(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
-    """The gradient of ReLU, ``where(x <= 0, 0, g)``, as ``g`` times a mask of zeros and ones."""
+    """Replace the gradient of ReLU, ``where(x <= 0, 0, g)``, by ``g`` times a mask of 0 and 1."""
     if node.target is not aten.where.self:
         return
     condition, zero, gradient = (cast(fx.Node, n) for n in node.args)
@@ -471,11 +471,11 @@ def _use_masks(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
 
 
 _MAGIC = 1.5 * 2**23
-"""Added to a small float32, it leaves no bits behind the point: the sum is rounded half to even."""
+"""Adding this number to a small float32 and subtracting it again rounds half to even."""
 
 
 def _round_late(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
-    """``clamp(round(x), -n, n)`` for a small integer n: clamp first, then round by an addition."""
+    """Replace ``clamp(round(x), -n, n)``, for a small integer n: clamp, then round by addition."""
     if node.target is not aten.clamp.default:
         return
     inner = cast(fx.Node, node.args[0])
@@ -496,9 +496,9 @@ _SQUEEZES = (aten.squeeze.dims, aten.squeeze.dim, aten.unsqueeze.default)
 
 
 def _use_views(graph: fx.Graph) -> None:
-    """What only changes the shape becomes a ``view_copy``, a single symbolic dimension of it -1.
+    """Replace views and squeezes by ``view_copy``, with -1 for a single symbolic dimension.
 
-    Not a view: where a clone was dropped, strides may not allow one.
+    A view would be wrong after :func:`_drop_copies`, since the strides may not allow it.
     """
     outputs = set(graph.output_node().all_input_nodes)
     for node in list(graph.nodes):
@@ -512,5 +512,5 @@ def _use_views(graph: fx.Graph) -> None:
             for i in symbolic:
                 shape[i] = -1
             node.target, node.args = aten.view_copy.default, (source, shape)
-        elif node.target in _VIEWS:  # its own arguments say how the symbols are computed
+        elif node.target in _VIEWS:  # its arguments compute the symbolic dimensions
             node.target = aten.view_copy.default

@@ -1,4 +1,4 @@
-"""Simplifications of a traced graph that hold for every runtime."""
+"""Simplifies a traced graph, for every runtime."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SHAPED = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def simplify(module: GraphModule) -> None:
-    """Remove nodes that only rename a tensor, repeat another node, or are not used.
+    """Remove nodes that only rename a tensor, repeat another node, or are unused.
 
-    A view whose shape has one symbolic size takes it as -1: then the size need not be computed,
-    and a graph with a symbolic batch has no shape arithmetic left.
+    A single symbolic size in the shape of a view becomes -1, so that it is not computed. A graph
+    with a symbolic batch then has no shape arithmetic.
     """
     for node in list(module.graph.nodes):
         if node.op != "call_function":
@@ -43,7 +43,7 @@ def _infer_one_size(node: Node) -> None:
 
 
 def _multiply_sizes(node: Node) -> None:
-    """The number of elements as a product: ONNX export knows ``sym_size`` only."""
+    """Replace ``sym_numel`` by a product of ``sym_size``, which ONNX export can translate."""
     tensor = node.args[0]
     assert isinstance(tensor, Node)
     shape = tensor.meta["val"].shape

@@ -1,4 +1,4 @@
-"""Tracing: a functional step into an ``ExportedProgram`` with a symbolic batch dimension."""
+"""Traces a functional step to an ``ExportedProgram`` with symbolic dimensions."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from export.lowering.simplify import simplify
 from export.steps import Step
 
 _HINTS = (7, 5, 3)
-"""Sizes that stand in for symbolic dimensions while tracing."""
+"""Sizes of symbolic dimensions during tracing."""
 
 MAX_SIZE = 65_536
-"""Limit of a symbolic dimension that has none of its own."""
+"""Upper bound of a symbolic dimension for which a step has no limit."""
 
 
 def trace(step: Step) -> ExportedProgram:
-    """Trace a step: forward, backward and update become one graph of core operators.
+    """Trace forward pass, backward pass and update of a step as one graph of core operators.
 
-    Weights have fixed shapes and only named dimensions (``batch``, ``seq``) are symbolic, which
-    keeps shape arithmetic out of the graph and tracing fast. The step's constants are buffers
-    ``constant_0``, ``constant_1``, ... of the program, in their order.
+    Only the named dimensions (``batch``, ``seq``) are symbolic, which keeps shape arithmetic out
+    of the graph and tracing fast. The step's constants are buffers ``constant_0``,
+    ``constant_1``, ... of the program, in their order.
 
     Raises:
         ExportError: the step needs a fixed size of a symbolic dimension.
     """
     shapes = ShapeEnv()
     names = sorted({n for port in step.inputs for n in port.spec.shape if isinstance(n, str)})
-    # sizes of 1 and 2 would not be taken for symbols everywhere
+    # torch specialises sizes of 1 and 2 in some places
     largest = {name: max(step.limits.get(name, MAX_SIZE), 3) for name in names}
     hints = {n: min(hint, largest[n]) for n, hint in zip(names, _HINTS, strict=False)}
     symbols, sizes = {}, {}
@@ -73,10 +73,11 @@ def trace(step: Step) -> ExportedProgram:
 
     table = decompositions()
     fake = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
-    # attention in terms of matrix products: the backward of its fused kernels has no translation
+    # attention as matrix products: the gradients of fused kernels have no translation
     with fake, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), without_onednn():
         graph = make_fx(flat, decomposition_table=table)(*inputs())
-        if any(_mutates(node) for node in graph.graph.nodes):  # running statistics, ReLU in place
+        # running statistics and in-place activations
+        if any(_mutates(node) for node in graph.graph.nodes):
             pure = functionalize(graph, remove="mutations")
             graph = make_fx(pure, decomposition_table=table)(*inputs())
     for name, symbol in symbols.items():
@@ -84,15 +85,15 @@ def trace(step: Step) -> ExportedProgram:
             raise ExportError(_FIXED[name])
     simplify(graph)
     limits = {symbols[n]: ValueRanges(1, largest[n]) for n in names}
-    shapes.var_to_range.update(limits)  # ExecuTorch plans memory by what it finds here
+    shapes.var_to_range.update(limits)  # ExecuTorch plans memory by these bounds
     return _program(graph, step.constants, limits)
 
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """LSTM in terms of matrix products: oneDNN's has no translation.
+    """Disable oneDNN, so that an LSTM is traced as matrix products: its kernel has no translation.
 
-    Its ``flags`` would do the same, and warn of settings for graphics cards.
+    ``torch.backends.mkldnn.flags`` would do the same, but warns about settings of GPUs.
     """
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
@@ -105,9 +106,9 @@ def without_onednn() -> Iterator[None]:
 def _program(
     graph: torch.fx.GraphModule, constants: Mapping[str, Tensor], limits: dict[Any, Any]
 ) -> ExportedProgram:
-    """The graph as a program.
+    """Wrap a graph as an ``ExportedProgram``.
 
-    ``torch.export.export`` would trace it again, which takes as long as everything before.
+    ``torch.export.export`` would trace the graph again, which takes as long as the first trace.
     """
     tensors = {f"constant_{i}": tensor for i, tensor in enumerate(constants.values())}
     lifted = _lift(graph, after=len(tensors))
@@ -137,7 +138,7 @@ def _program(
 
 
 def _lift(module: torch.fx.GraphModule, after: int) -> dict[str, Tensor]:
-    """Make inputs of tensors that the traced code holds itself (``torch.tensor([0, 2])``)."""
+    """Turn tensors that the traced code creates (``torch.tensor([0, 2])``) into inputs."""
     graph = module.graph
     lifted: dict[str, Tensor] = {}
     first = [node for node in graph.nodes if node.op == "placeholder"][after]

@@ -1,7 +1,7 @@
-"""Verification: every exported graph is run and compared with eager PyTorch before it is written.
+"""Verifies every lowered graph against eager PyTorch before it is written.
 
-The reference shares nothing with the exported step but the module: it calls the module itself, in
-float64, lets autograd and ``torch.optim`` do the rest, and packs nothing.
+The reference shares only the module with the exported step. It calls the module in float64, uses
+autograd and ``torch.optim``, and does not pack activations.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ BATCHES = (1, 3, 8)
 SEEDS = (0, 1)
 DRAWS = 16
 LENGTHS = {1: 2, 3: 5, 8: 3}
-"""Of texts, by batch; the last batch has the example's own length."""
+"""Lengths of texts by batch size for the first seed; other seeds use the example's length."""
 
 _OWN = 0.3
-"""Weight of the heads' gradient where it is fused with one that came back."""
+"""Weight of the heads' gradient in ``fuse``."""
 
 _RELATIVE, _ROUNDING, _GLOBAL = 1e-3, 1e-6, 1e-5
 _VERIFY_HYPER = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
-    # a large eps: with a small one, AdamW's first step is the sign of gradients that are rounding
+    # eps is large: with a small one, AdamW's first step is the sign of rounding errors
     "adamw": {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-2, "weight_decay": 0.01},
 }
 
@@ -47,13 +47,20 @@ _VERIFY_HYPER = {
 def verify(steps: ClientSteps, step: Step, run: Run, example: Tensor) -> None:
     """Compare a lowered graph with eager PyTorch for several batch sizes and seeds.
 
-    A rounding error on the other side of a ReLU's kink changes a gradient for good reason: once in
-    some hundred draws of a small model, in most draws of one with a million activations. A wrong
-    translation is wrong in every draw. So a draw that differs is repeated with other data, and a
-    graph is refused when all of :data:`DRAWS` differ.
+    Rounding may move an activation across the kink of a ReLU, which changes gradients. This
+    happens in about one of several hundred draws of a small model, and in most draws of a model
+    with a million activations. A wrong translation differs in every draw. So a draw that differs is
+    repeated with other data, and a graph is refused only if all :data:`DRAWS` draws differ.
+
+    Args:
+        steps: steps of the segment.
+        step: the graph's step.
+        run: runs the lowered graph.
+        example: inputs (batch, ...), whose distribution the draws imitate.
 
     Raises:
-        ExportError: the graph fails or differs; names the first tensor that does, and its layer.
+        ExportError: the graph fails or differs; the message names the first tensor that differs,
+            and its layer.
     """
     for batch in BATCHES:
         if batch > step.limits.get("batch", batch):
@@ -85,7 +92,7 @@ def verify(steps: ClientSteps, step: Step, run: Run, example: Tensor) -> None:
 def _compare(
     steps: ClientSteps, step: Step, run: Run, example: Tensor, batch: int, seed: int
 ) -> tuple[str, float] | None:
-    """The first tensor that differs in this draw, with its error; None if none does."""
+    """Name and error of the first tensor that differs in one draw; None if none does."""
     generator = torch.Generator().manual_seed(seed)
     x = draw_like(example, batch, generator)
     if step.name in _TRAINING:
@@ -118,7 +125,7 @@ def _compare(
 def _compare_training(
     steps: ClientSteps, step: Step, run: Run, x: Tensor, seed: int
 ) -> tuple[str, float] | None:
-    """Two steps of training, so that the second starts from optimizer slots that are not zero."""
+    """Compare two training steps; the second starts from optimizer slots that are not zero."""
     hyper = _VERIFY_HYPER[steps.optimizer.name]
     scalars = {key: np.asarray(value, np.float32) for key, value in hyper.items()}
     state = {n: _numpy(t) for n, t in (steps.initial | steps.slots).items()}
@@ -137,18 +144,23 @@ def _compare_training(
             wrong = _packed(steps, got, eager.h, specs, prefix)
         if wrong is not None:
             return wrong
-        # the reference's: rounding of the first step, where a gradient is zero but for rounding,
-        # would be told as an error of the second
+        # Start the second step from the reference's state. A gradient that is zero up to rounding
+        # would otherwise carry an error of the first step over.
         state = {n: _numpy(eager.wanted[f"next/{n}"].float()) for n in state}
     return None
 
 
 @dataclass(frozen=True)
 class _Eager:
-    """A step in eager PyTorch: what went in besides the state, what a graph has to put out.
+    """One step in eager PyTorch.
 
-    ``h`` is what it has to pack, if it does: activations, or the gradient of features; ``h_adv``
-    activations of examples that were made hard.
+    Attributes:
+        feeds: inputs other than state and hyper-parameters.
+        h: tensor that the graph packs: activations, or the gradient of features; None if the
+            graph packs nothing.
+        wanted: expected outputs by name.
+        old: values before the step, by name of the output.
+        h_adv: activations of the adversarial examples, if the step has any.
     """
 
     feeds: dict[str, Array]
@@ -158,7 +170,7 @@ class _Eager:
     h_adv: Tensor | None = None
 
     def changes(self) -> dict[str, float]:
-        """Largest change of every tensor; of what has no value before, the largest value."""
+        """Largest change of each output; largest value of an output without an old value."""
         return {
             n: (w - self.old[n] if n in self.old else w).abs().max().item()
             for n, w in self.wanted.items()
@@ -166,12 +178,12 @@ class _Eager:
 
 
 def _train_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
-    """Two steps of training in float64, by autograd and torch.optim."""
+    """Two steps of ``train`` in float64, with autograd and torch.optim."""
     return _train(steps, x, seed, "train")
 
 
 def _harden_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
-    """Two steps on examples and on others like them, behind the clean and the noise norms."""
+    """Two steps of ``harden``: examples through the clean norms, perturbed ones through noise."""
     return _train(steps, x, seed, "harden")
 
 
@@ -225,7 +237,7 @@ def _train(steps: ClientSteps, x: Tensor, seed: int, graph: str) -> list[_Eager]
 
 
 def _fuse_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
-    """Two steps in float64: heads by their loss; the rest by both gradients, each on its own."""
+    """Two steps of ``fuse`` in float64; the two gradients of the blocks are computed separately."""
     generator = torch.Generator().manual_seed(seed)
     name = steps.optimizer.name
     reference = copy.deepcopy(steps.segment).double().train()
@@ -262,7 +274,7 @@ def _fuse_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
 
 
 def _finish_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
-    """Two steps of the model's head in float64, on features of random values; the rest stays."""
+    """Two steps of ``finish`` in float64, on random features; only the model's head changes."""
     generator = torch.Generator().manual_seed(seed)
     name = steps.optimizer.name
     reference = copy.deepcopy(steps.segment).double().train()
@@ -303,7 +315,7 @@ def _finish_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
 
 
 def _loss(logits: Tensor, y: Tensor, distill: float) -> Tensor:
-    """The sum of the heads' losses, each by its definition."""
+    """Cross-entropy and distillation of the heads, summed term by term."""
     classes, y = logits.shape[-1], y.reshape(-1)
     heads = [z.reshape(-1, classes) for z in logits]
     losses = [cross_entropy(z, y, ignore_index=NO_LABEL) for z in heads]
@@ -318,7 +330,7 @@ def _loss(logits: Tensor, y: Tensor, distill: float) -> Tensor:
 
 
 def _return_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
-    """Two steps in float64 with gradients that came back; the heads rest, whatever they hold."""
+    """Two steps of ``backward`` in float64, with random gradients; the heads do not change."""
     generator = torch.Generator().manual_seed(seed)
     name = steps.optimizer.name
     reference = copy.deepcopy(steps.segment).double().train()
@@ -342,7 +354,7 @@ def _return_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
 
 
 def _trains(graph: str, name: str) -> bool:
-    """Whether a graph trains a parameter, or the slot belongs to one that it trains."""
+    """Whether a graph trains a parameter, or the parameter that a slot belongs to."""
     layer = layer_of(name)
     if graph == "finish":
         return layer == "head"
@@ -350,7 +362,7 @@ def _trains(graph: str, name: str) -> bool:
 
 
 def _resting(steps: ClientSteps, graph: str) -> dict[str, Tensor]:
-    """Slots that a graph must leave alone, whatever they hold."""
+    """Slots that a graph must not change, with values other than zero."""
     idle = verify_mix.idle(steps, graph)
     return {
         n: torch.full_like(t, 0.5) for n, t in steps.slots.items()
@@ -361,7 +373,7 @@ def _resting(steps: ClientSteps, graph: str) -> dict[str, Tensor]:
 def _split(
     steps: ClientSteps, reference: ClientSegment, graph: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters that a graph trains; parameters and slots that it must leave alone."""
+    """Parameters that a graph trains; and parameters and slots that it must not change."""
     parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     idle = verify_mix.idle(steps, graph)
     trained: dict[str, Tensor] = {
@@ -372,7 +384,7 @@ def _split(
 
 
 def _activations(segment: ClientSegment, x: Tensor, seed: Tensor) -> Tensor:
-    """What leaves the last block, with dropouts that draw from ``seed``."""
+    """Activations at the cut, with dropout masks drawn from ``seed``."""
     with SeededDropout(seed):
         h: Tensor = segment.stem(_wide(x))
         for block in segment.block:
@@ -395,11 +407,11 @@ _TRAINING = {
     "fuse": _fuse_eagerly,
     "finish": _finish_eagerly,
 }
-"""Graphs that change the state, with what they have to do."""
+"""Reference of each graph that changes the state."""
 
 
 def _labels(steps: ClientSteps, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random labels; of a text some are missing, never all."""
+    """Random labels; in a text some labels are :data:`NO_LABEL`, but never all."""
     shape = x.shape if steps.segment.task == "tokens" else x.shape[:1]
     y = torch.randint(steps.classes, shape, generator=generator)
     if y.dim() == 2:
@@ -410,7 +422,7 @@ def _labels(steps: ClientSteps, x: Tensor, generator: torch.Generator) -> Tensor
 def _slots(
     optimizer_name: str, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
-    """The slots of a torch optimizer under the names that the step graph gives them."""
+    """The slots of a torch optimizer, with their names in the step graph."""
     for name, p in parameters.items():
         for slot, theirs in get_optimizer(optimizer_name).torch_names.items():
             whose = layer_of(name) if slot == "steps" else name
@@ -418,14 +430,14 @@ def _slots(
 
 
 def _differences(got: dict[str, Array], eager: _Eager) -> Iterator[tuple[str, float]]:
-    """Tensors that differ by more than rounding explains.
+    """Yield name and error of each tensor that differs by more than rounding explains.
 
-    What counts is the change of a parameter, not the parameter: the bound is relative to the
-    largest change in this tensor, plus float32 rounding of the values, plus a little of the
-    largest change anywhere (a gradient that is zero but for rounding has no scale of its own;
-    for an optimizer slot, which is not scaled by the rate, that is the largest of its kind).
-    A running mean near zero is the mean of activations that are not: it is rounded as they are,
-    in proportion to their deviation.
+    The bound applies to the change of a parameter, not to its value. It is a fraction of the
+    largest change in the tensor, plus float32 rounding of the values, plus a small fraction of the
+    largest change in any tensor, since a gradient that is zero up to rounding has no scale of its
+    own. Optimizer slots are not scaled by the learning rate, so for a slot the last term uses the
+    largest change among slots of its kind. The rounding of a running mean is proportional to the
+    deviation of the activations, even if their mean is near zero.
     """
     change = eager.changes()
     largest = max((c for n, c in change.items() if n in eager.old), default=0.0)
@@ -452,7 +464,11 @@ def _packed(
     specs: Sequence[TensorSpec],
     prefix: str = "",
 ) -> tuple[str, float] | None:
-    """Whether what was packed unpacks to what it is of, within the codec's own error."""
+    """Compare unpacked outputs with ``h``, within the error bound of the codec.
+
+    Returns:
+        Name and excess over the bound; None if the outputs are within it.
+    """
     parts = {spec.name: torch.from_numpy(got[f"{prefix}{spec.name}"]) for spec in specs}
     slack = 1e-4 * h.abs().max().item() + 1e-6  # norms over few values amplify rounding
     bound = steps.codec.error_bound(parts).double() * (1 + 1e-3) + slack
@@ -465,7 +481,16 @@ def _first(differences: Iterator[tuple[str, float]]) -> tuple[str, float] | None
 
 
 def draw_like(example: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """Random inputs like ``example``: the same mean and deviation, or range of integers."""
+    """Random inputs with the mean and deviation of ``example``, or with its range of integers.
+
+    Args:
+        example: inputs (rows, ...).
+        batch: number of rows to draw.
+        generator: source of the draws.
+
+    Returns:
+        Inputs (batch, ...) of the dtype of ``example``.
+    """
     shape = (batch, *example.shape[1:])
     if example.is_floating_point():
         deviation = example.std().clamp(min=1e-3) if example.numel() > 1 else torch.tensor(1.0)

@@ -1,7 +1,7 @@
-"""What the graphs of Split-Mix have to do, in eager PyTorch; see :mod:`export.lowering.verify`.
+"""Verifies the graphs of Split-Mix against eager PyTorch; see :mod:`export.lowering.verify`.
 
-As there, the reference is the module itself, in float64, by autograd and ``torch.optim``; networks
-are mixed one after the other.
+The reference is the module itself in float64, with autograd and ``torch.optim``. It runs the base
+networks of a mixture one after the other.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from export.split import ClientSegment
 from export.steps import ClientSteps, Step
 
 ROBUSTNESS = 0.3
-"""Of answers, and of the training steps."""
+"""Robustness of all compared graphs."""
 
-_EPSILON, _RATE, _LOW, _HIGH = 0.05, 0.02, -1.0, 1.0
+_EPSILON, _STEP_SIZE, _LOW, _HIGH = 0.05, 0.02, -1.0, 1.0
 
 _FLAT = 1e-3
-"""Part of the largest gradient below which its sign may be a matter of rounding."""
+"""Fraction of the largest gradient below which rounding may change the sign of a gradient."""
 
 
 def draw_present(steps: ClientSteps, generator: torch.Generator) -> Tensor | None:
-    """Which classes there are: about half, the first one always; None where all count."""
+    """A random class mask (classes,) with about half of the classes, always the first one.
+
+    Returns None if the graphs take no class mask.
+    """
     if not steps.present_port():
         return None
     present = (torch.rand(steps.classes, generator=generator) < 0.5).float()
@@ -40,16 +43,16 @@ def draw_present(steps: ClientSteps, generator: torch.Generator) -> Tensor | Non
 
 
 def labels_among(present: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-    """Random labels (rows,) of classes that there are."""
-    there = present.nonzero().flatten()
-    return there[torch.randint(len(there), (rows,), generator=generator)]
+    """Random labels (rows,) among the classes of a mask."""
+    classes = present.nonzero().flatten()
+    return classes[torch.randint(len(classes), (rows,), generator=generator)]
 
 
 def loss_of(logits: Tensor, y: Tensor, present: Tensor | None) -> Tensor:
-    """The sum of the heads' losses, over the classes that there are and no others."""
+    """The sum of the heads' cross-entropies over the classes of a mask, or over all classes."""
     if present is not None:
-        there = present.nonzero().flatten()
-        logits, y = logits[..., there], torch.searchsorted(there, y)
+        classes = present.nonzero().flatten()
+        logits, y = logits[..., classes], torch.searchsorted(classes, y)
     rows = y.reshape(-1)
     return torch.stack(
         [cross_entropy(z.reshape(-1, z.shape[-1]), rows, ignore_index=NO_LABEL) for z in logits]
@@ -64,9 +67,18 @@ def compare_mix(
     generator: torch.Generator,
     packed: Callable[..., tuple[str, float] | None],
 ) -> tuple[str, float] | None:
-    """Whether ``mix_N`` gives the mean of what N networks answer; the first difference.
+    """Compare ``mix_N`` with the mean of the logits of N base networks.
 
-    ``packed`` compares what was packed with what it is of.
+    Args:
+        steps: steps of one base network.
+        step: the graph's step.
+        run: runs the lowered graph.
+        x: inputs (batch, ...).
+        generator: source of the parameters.
+        packed: compares packed activations with the activations.
+
+    Returns:
+        Name and error of the first tensor that differs; None if none does.
     """
     bases = int(step.name.removeprefix("mix_"))
     states = [_noisy(steps.initial, generator) for _ in range(bases)]
@@ -92,7 +104,18 @@ def compare_mix(
 def compare_attack(
     steps: ClientSteps, step: Step, run: Run, x: Tensor, generator: torch.Generator
 ) -> tuple[str, float] | None:
-    """Whether ``attack`` goes where the gradient of the loss says; the first difference."""
+    """Compare ``attack`` with a step of projected gradient ascent.
+
+    Args:
+        steps: steps of one base network.
+        step: the graph's step.
+        run: runs the lowered graph.
+        x: inputs (batch, ...).
+        generator: source of the parameters, labels and start.
+
+    Returns:
+        Name and error of the first tensor that differs; None if none does.
+    """
     state = _noisy(steps.initial, generator)
     present = draw_present(steps, generator)
     y = (
@@ -100,18 +123,18 @@ def compare_attack(
         if present is None else labels_among(present, len(x), generator)
     )  # fmt: skip
     start = x + _EPSILON * (2 * torch.rand(x.shape, generator=generator) - 1)
-    scalars = {"epsilon": _EPSILON, "rate": _RATE, "low": _LOW, "high": _HIGH}
+    scalars = {"epsilon": _EPSILON, "rate": _STEP_SIZE, "low": _LOW, "high": _HIGH}
     feeds = {n: t.numpy() for n, t in state.items()}
     feeds |= {"x": x.numpy(), "y": y.numpy(), "start": start.numpy()}
     feeds |= {n: np.asarray(v, np.float32) for n, v in scalars.items()}
     if present is not None:
         feeds["present"] = present.numpy()
     (got,) = run(step, feeds).values()
-    there = start.double().requires_grad_()
+    before = start.double().requires_grad_()
     with robustness(1):
-        _, logits = _reference(steps, state).eval()(there)
-    (gradient,) = torch.autograd.grad(loss_of(logits, y, present), [there])
-    want = (there.detach() + _RATE * gradient.sign()).clamp(_LOW, _HIGH)
+        _, logits = _reference(steps, state).eval()(before)
+    (gradient,) = torch.autograd.grad(loss_of(logits, y, present), [before])
+    want = (before.detach() + _STEP_SIZE * gradient.sign()).clamp(_LOW, _HIGH)
     near = torch.maximum(torch.minimum(want, x.double() + _EPSILON), x.double() - _EPSILON)
     near = near.clamp(_LOW, _HIGH)
     steep = gradient.abs() > _FLAT * gradient.abs().max()
@@ -126,7 +149,7 @@ def _reference(steps: ClientSteps, state: Mapping[str, Tensor]) -> ClientSegment
 
 
 def _noisy(state: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Other values than those that all copies start from; variances stay above zero."""
+    """Perturb the tensors of a state, so that copies differ; variances stay above zero."""
     return {
         n: t * (1 + 0.2 * torch.rand(t.shape, generator=generator))
         + (0 if n.endswith("running_var") else 0.05 * torch.randn(t.shape, generator=generator))
@@ -143,5 +166,5 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def idle(steps: ClientSteps, graph: str) -> set[str]:
-    """Parameters that ``train`` leaves alone: those of noise copies, which ``harden`` trains."""
+    """Parameters that a graph does not train: for ``train`` those of the noise norms."""
     return noise_tensors(steps.segment) if graph == "train" else set()

@@ -1,8 +1,9 @@
-"""Backward operations written with forward operations, so that an inference runtime can run them.
+"""Decomposes backward operators into forward operators, which inference runtimes can run.
 
-Only what torch's core decompositions leave over, or write with many passes over large tensors, is
-here. Each function has the signature of its operator and is exact up to rounding;
-``tests/test_decompositions.py`` compares them with eager autograd over random shapes.
+This package has only the operators that torch's core decompositions leave out, or compute in many
+passes over large tensors. Each function has the signature of its operator and is exact up to
+rounding; ``tests/export/test_decompositions.py`` compares it with eager autograd over random
+shapes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ __all__ = [
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """The table for tracing: torch's core decompositions with ours in place of some."""
+    """Decompositions by operator, for tracing: torch's core table, with some entries replaced."""
     ours: dict[Any, Callable[..., Any]] = {
         aten.convolution_backward.default: convolution_backward,
         aten.native_group_norm.default: native_group_norm,
@@ -88,5 +89,5 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.squeeze.dims: squeeze_dims,
     }
     table = {**core_aten_decompositions(), **ours}
-    table.pop(aten.squeeze.dim, None)  # it would become that of several dimensions
+    table.pop(aten.squeeze.dim, None)  # torch would decompose it to squeeze.dims
     return table

@@ -1,4 +1,4 @@
-"""Convolution backward."""
+"""Gradients of convolutions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from export.lowering.decompositions.windows import windows
 aten = torch.ops.aten
 
 _WIDE = 16
-"""Channels from which on a product for each kernel position is faster than im2col."""
+"""Input channels per group from which one product per kernel position is faster than im2col."""
 
 
 def convolution_backward(
@@ -30,8 +30,8 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a 1-D or 2-D convolution, plain or transposed.
 
-    The weight gradient is a batched product for each kernel position with what it sees: as a
-    convolution with a kernel as large as the feature map it takes most of the step.
+    The weight gradient is a batched matrix product for each kernel position. As a convolution
+    with a kernel as large as the feature map it would take most of the step.
     """
     grad_x = grad_weight = grad_bias = None
     if output_mask[0]:
@@ -98,8 +98,8 @@ def _grad_weight(
     length = math.prod(out)
     if any(padding):
         x = aten.constant_pad_nd.default(x, [p for side in reversed(padding) for p in (side, side)])
-    # What every kernel position sees. Cut along the last axis first: then the other cuts, of which
-    # there are more, copy whole rows.
+    # The inputs at every kernel position. The last axis is cut first: then the other cuts, of
+    # which there are more, copy whole rows.
     seen = [x]
     for i in reversed(range(len(kernel))):
         cut = (windows(s, 2 + i, kernel[i], stride[i], dilation[i], out[i]) for s in seen)

@@ -1,4 +1,4 @@
-"""Backward of views and look-ups, and powers."""
+"""Gradients of slices and embeddings; squeeze and power."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ aten = torch.ops.aten
 def slice_backward(
     grad_out: Tensor, input_sizes: list[int], dim: int, start: int, end: int, step: int
 ) -> Tensor:
-    """Zeros around, and with a step between, the gradient of a slice."""
+    """Gradient of ``x[start:end:step]`` along ``dim``: zeros around and between its entries."""
     if start == 0 and end == sys.maxsize and step == 1:
-        same: Tensor = aten.alias.default(grad_out)  # all of it; its size may be symbolic
+        same: Tensor = aten.alias.default(grad_out)  # the slice is all of x; its size is symbolic
         return same
     dim %= len(input_sizes)
     size = input_sizes[dim]
@@ -29,7 +29,7 @@ def slice_backward(
 
 
 def select_backward(grad_out: Tensor, input_sizes: list[int], dim: int, index: int) -> Tensor:
-    """Zeros around the gradient of one entry along a dimension."""
+    """Gradient of ``x.select(dim, index)``: zeros around the gradient of one entry."""
     dim %= len(input_sizes)
     size = input_sizes[dim]
     if index < 0:
@@ -38,7 +38,7 @@ def select_backward(grad_out: Tensor, input_sizes: list[int], dim: int, index: i
 
 
 def squeeze_dims(x: Tensor, dims: list[int]) -> Tensor:
-    """Without some dimensions, one by one, the last first."""
+    """Squeeze several dimensions one by one, the last first."""
     for dim in sorted((d % x.dim() for d in dims), reverse=True):
         x = x.squeeze(dim)
     return x
@@ -47,7 +47,7 @@ def squeeze_dims(x: Tensor, dims: list[int]) -> Tensor:
 def unfold_backward(
     grad_out: Tensor, input_sizes: list[int], dim: int, size: int, step: int
 ) -> Tensor:
-    """Gradient of ``x.unfold(dim, size, step)``: windows that overlap are added up."""
+    """Gradient of ``x.unfold(dim, size, step)``: the sum of overlapping windows."""
     dim %= len(input_sizes)
     return fold(grad_out.unbind(-1), dim, step, 1, input_sizes[dim])
 
@@ -55,7 +55,7 @@ def unfold_backward(
 def embedding_dense_backward(
     grad_out: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_by_freq: bool
 ) -> Tensor:
-    """Gradient of an embedding table: the gradients of all looked-up rows, added up by row."""
+    """Gradient of an embedding table: the sum of the gradients for each looked-up row."""
     if scale_by_freq:
         raise NotImplementedError("embedding gradients scaled by frequency")
     width = grad_out.shape[-1]
@@ -69,9 +69,9 @@ def embedding_dense_backward(
 
 
 def pow_scalar(x: Tensor, exponent: float) -> Any:
-    """The first two powers as products, as the gradient of a square has them; else NotImplemented.
+    """``x ** 1`` and ``x ** 2`` without the power operator, as gradients of squares need them.
 
-    ``NotImplemented`` keeps the operator.
+    Returns ``NotImplemented`` for other exponents, which keeps the operator.
     """
     if exponent == 1:
         same: Tensor = aten.alias.default(x)

@@ -1,4 +1,4 @@
-"""Norms and their backward, each with as few passes over the activations as it takes."""
+"""Norms and their gradients, with few passes over the activations."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def native_group_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of GroupNorm.
 
-    All are linear in two sums per channel, of ``g x`` and of ``g``, which leaves few passes over
-    the activations: ``grad_x = a g + b x + c`` with coefficients for each example and channel.
+    All gradients are linear in two sums per channel, of ``g x`` and of ``g``. So
+    ``grad_x = a g + b x + c``, with coefficients for each example and channel, takes few passes
+    over the activations.
     """
     x_NGDL = x.reshape(x.shape[0], group, c // group, hxw)
     g_NGDL = grad_out.reshape(x_NGDL.shape)
@@ -112,10 +113,10 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm that, in training, moves the running statistics in place.
+    """BatchNorm, which updates the running statistics in place in training mode.
 
-    Also returns mean and reciprocal deviation of the batch (C) for the backward pass; without
-    training they are empty.
+    Also returns mean and reciprocal deviation of the batch (C) for the backward pass; both are
+    empty in evaluation mode.
     """
     if not training:
         return batch_norm_eval(x, weight, bias, running_mean, running_var, momentum, eps)
@@ -135,7 +136,7 @@ def batch_norm_no_stats(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm that has no running statistics and always uses the batch's."""
+    """BatchNorm without running statistics, which always normalises by the batch."""
     return _batch_norm(x, weight, bias, eps)[:3]
 
 
@@ -148,7 +149,7 @@ def batch_norm_eval(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm by its running statistics: one factor and one summand per channel."""
+    """BatchNorm in evaluation mode: one factor and one summand per channel."""
     factor = (running_var + eps).rsqrt()
     if weight is not None:
         factor = factor * weight
@@ -171,7 +172,7 @@ def native_batch_norm_backward(
     eps: float,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of BatchNorm, through the statistics where they are the batch's."""
+    """Gradients of BatchNorm; in training mode they include those of the batch's statistics."""
     if training:
         assert save_mean is not None
         assert save_rstd is not None
@@ -201,7 +202,7 @@ def native_batch_norm_backward(
 def _batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output; mean, reciprocal deviation and (biased) variance of the batch, of shape (C)."""
+    """Output, and mean, reciprocal deviation and biased variance of the batch, each (C)."""
     all_but_channels = [0, *range(2, x.dim())]
     mean = x.mean(all_but_channels)
     centred = x - _per_channel(mean, x)
@@ -214,7 +215,7 @@ def _batch_norm(
 
 
 def _count(x: Tensor) -> Tensor:
-    """Values per channel, as a tensor: runtimes do not divide tensors by symbolic integers."""
+    """Number of values per channel, as a tensor: runtimes cannot divide by symbolic integers."""
     return torch.scalar_tensor(x.shape[0], dtype=x.dtype) * math.prod(x.shape[2:])
 
 

@@ -9,7 +9,7 @@ from export.lowering.decompositions.windows import crop, pad
 
 
 def reflection_pad(x: Tensor, padding: list[int]) -> Tensor:
-    """Mirror the last one or two dimensions at their edges; ``padding`` as in torch, last first."""
+    """Pad the last one or two dimensions by reflection; ``padding`` is ordered as in torch."""
     for dim, before, after in _sides(x, padding):
         parts = [x]
         if before:
@@ -21,7 +21,7 @@ def reflection_pad(x: Tensor, padding: list[int]) -> Tensor:
 
 
 def reflection_pad_backward(grad_out: Tensor, x: Tensor, padding: list[int]) -> Tensor:
-    """What came of an entry's mirror images is added to it."""
+    """Gradient of :func:`reflection_pad`: each entry gets the gradients of its reflections."""
     grad = grad_out
     for dim, before, after in _sides(x, padding):
         size = x.shape[dim]
@@ -37,7 +37,7 @@ def reflection_pad_backward(grad_out: Tensor, x: Tensor, padding: list[int]) -> 
 
 
 def replication_pad_backward(grad_out: Tensor, x: Tensor, padding: list[int]) -> Tensor:
-    """What came of the copies of an edge is added to the edge."""
+    """Gradient of replication padding: each edge gets the gradients of its copies."""
     grad = grad_out
     for dim, before, after in _sides(x, padding):
         size = x.shape[dim]
@@ -52,5 +52,5 @@ def replication_pad_backward(grad_out: Tensor, x: Tensor, padding: list[int]) ->
 
 
 def _sides(x: Tensor, padding: list[int]) -> list[tuple[int, int, int]]:
-    """Dimension and what is added before and after it."""
+    """Padded dimensions, each with the number of entries added before and after it."""
     return [(x.dim() - 1 - i, padding[2 * i], padding[2 * i + 1]) for i in range(len(padding) // 2)]

@@ -1,7 +1,7 @@
-"""Pooling over the last two dimensions, which are taken one after the other.
+"""Pooling over the last two dimensions, one after the other, and its gradients.
 
-The forward operations stay where runtimes have a kernel for them. Pooling over one dimension comes
-as pooling over two, one of which has size 1.
+Forward operators for which runtimes have a kernel stay. torch traces pooling over one dimension as
+pooling over two, one of which has size 1.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def max_pool2d_with_indices_backward(
     ceil_mode: bool,
     indices: Tensor,
 ) -> Tensor:
-    """Gradient of max pooling; of equal maxima the first in reading order gets it, as in torch.
+    """Gradient of max pooling; the first of equal maxima in row-major order gets it, as in torch.
 
-    The first maximum of a window is in the first row whose maximum is the window's, and is the
-    first of that row: so columns, then rows, can be traced back one dimension at a time.
+    The first maximum of a window lies in the first row that contains the maximum, and is the first
+    in that row. So the gradient is traced back through the rows, then through the columns.
     """
     kernel, step = _pair(kernel_size), _pair(stride or kernel_size)
     border, spread = _pair(padding), _pair(dilation)
@@ -68,9 +68,10 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Any:
-    """Average pooling whose windows overhang or whose divisor is given; else NotImplemented.
+    """Average pooling with ``ceil_mode`` or a given divisor.
 
-    ``NotImplemented`` keeps the operator, for which runtimes have a kernel.
+    Returns ``NotImplemented`` for other arguments, which keeps the operator: runtimes have a
+    kernel for it.
     """
     if not ceil_mode and divisor_override is None:
         return NotImplemented
@@ -118,7 +119,7 @@ def avg_pool2d_backward(
 
 
 def adaptive_avg_pool2d(x: Tensor, output_size: list[int]) -> Tensor:
-    """Adaptive average pooling: plain where the sizes divide, else one matrix per dimension."""
+    """Adaptive average pooling, as one matrix product per dimension if the sizes do not divide."""
     sizes = list(x.shape[-2:])
     if all(size % out == 0 for size, out in zip(sizes, output_size, strict=True)):
         kernel = [size // out for size, out in zip(sizes, output_size, strict=True)]
@@ -139,7 +140,7 @@ def adaptive_avg_pool2d_backward(grad_out: Tensor, x: Tensor) -> Tensor:
 
 
 def adaptive_max_pool2d(x: Tensor, output_size: list[int]) -> tuple[Tensor, Tensor]:
-    """Adaptive max pooling to sizes that divide those of the input."""
+    """Adaptive max pooling; raises NotImplementedError if sizes do not divide the input's."""
     kernel = _dividing(x, output_size)
     pooled: tuple[Tensor, Tensor] = aten.max_pool2d_with_indices.default(x, kernel, kernel)
     return pooled
@@ -165,7 +166,7 @@ def _pair(values: list[int]) -> list[int]:
 
 
 def _outputs(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """How many windows there are; one that would start in the padding behind is left out."""
+    """Number of windows; a window that would start in the padding at the end does not count."""
     room = size + 2 * padding - kernel
     if not ceil_mode:
         return room // stride + 1
@@ -181,7 +182,7 @@ def _divisors(
     padding: list[int],
     count_include_pad: bool,
 ) -> Tensor:
-    """How many entries each window averages (H', W'); what overhangs the padding never counts."""
+    """Number of entries that each window averages, (H', W'); none lies beyond the padding."""
     counts = []
     for axis in (0, 1):
         size, p = x.shape[axis - 2], padding[axis]
@@ -192,9 +193,9 @@ def _divisors(
 
 
 def _shares(x: Tensor, size: int, outputs: int) -> Tensor:
-    """The matrix (outputs, size) that averages a dimension adaptively.
+    """The matrix (outputs, size) of adaptive average pooling over one dimension.
 
-    Output ``o`` averages the entries from floor(o * size / outputs) to, exclusive,
+    Output ``o`` averages the entries from floor(o * size / outputs) up to, but excluding,
     ceil((o + 1) * size / outputs).
     """
     o = torch.arange(outputs, device=x.device).unsqueeze(1)

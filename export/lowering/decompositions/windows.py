@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def pad(x: Tensor, dim: int, before: int, after: int, value: float = 0.0) -> Tensor:
-    """``x`` with so many entries of ``value`` before and after it along ``dim``."""
+    """Pad ``x`` along ``dim`` with ``before`` and ``after`` entries of ``value``."""
     if before == after == 0:
         return x
     widths = [0, 0] * (x.dim() - 1 - dim % x.dim()) + [before, after]
@@ -30,9 +30,9 @@ def crop(x: Tensor, dim: int, start: int, length: int) -> Tensor:
 def windows(
     x: Tensor, dim: int, kernel: int, stride: int, dilation: int, outputs: int
 ) -> list[Tensor]:
-    """What every kernel position sees: entry k holds ``x[o * stride + k * dilation]`` for all o.
+    """The inputs of every kernel position: entry k is ``x[o * stride + k * dilation]`` for all o.
 
-    There is no padding: what the last window needs must be there.
+    ``x`` must contain all of the last window, since nothing is padded.
     """
     reach = (outputs - 1) * stride + 1
     starts = (k * dilation for k in range(kernel))
@@ -42,8 +42,8 @@ def windows(
 def fold(parts: Sequence[Tensor], dim: int, stride: int, dilation: int, size: int) -> Tensor:
     """The adjoint of :func:`windows`: adds ``part_k[o]`` at ``o * stride + k * dilation``.
 
-    Positions with the same remainder modulo the stride are added up at the size of the output;
-    interleaving the remainders at the end gives ``size`` entries.
+    Parts whose positions have the same remainder modulo the stride are added first. Interleaving
+    the remainders then gives ``size`` entries.
     """
     length = -(-size // stride)
     sums: list[Tensor | None] = [None] * stride
