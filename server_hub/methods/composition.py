@@ -1,4 +1,4 @@
-"""The method of a hub, composed from its configuration and bundles."""
+"""Composes the method of a hub from the hub's configuration and bundles."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from server_hub.methods.registry import find, hub_methods
 def compose(
     config: HubConfig, index: BundleIndex, manifests: Mapping[str, Manifest], initial: State
 ) -> Method:
-    """The configuration's method.
+    """Compose the method that the configuration names.
 
     Args:
         config: configuration of the hub.
         index: index of the bundles.
         manifests: manifest by tier.
-        initial: trained tensors of the model; bundles of base networks have their own.
+        initial: initial trained tensors of the model by name. They are not used for base networks,
+            whose initial tensors are in the export.
 
     Raises:
-        ConfigError: there is no such method; or the bundles are of base networks and the method
-            trains a single model, or the reverse.
+        ConfigError: the method is unknown; or the bundles hold base networks and the method trains
+            a single model, or the reverse.
     """
     settings = config.method
     paper = settings.form == "paper"
