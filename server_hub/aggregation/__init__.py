@@ -1,1 +1,1 @@
-"""The global model, layer by layer, and the averages of what was trained."""
+"""Aggregation: the global model, layer by layer, and the rules that average trained copies."""

@@ -1,4 +1,4 @@
-"""Averages low-rank adapters as products."""
+"""Aggregation of low-rank adapters, which are averaged as products B·A."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from server_hub.aggregation.merged import Merged
 class AdapterStore(LayerStore):
     """Averages adapters as products (HLoRA, https://arxiv.org/abs/2503.00813).
 
-    The mean has the highest rank that a copy has, and the basis and the slots of the copies that
-    have it: where all have the same, nothing is lost. A copy of a lower rank has started from what
-    that rank could hold. What it could not is not unlearned: what counts is how the copy's product
-    has changed.
+    The mean has the highest rank of any copy, and the basis and optimizer slots of the copies with
+    this rank. If all copies have the same rank, the average loses nothing. A copy of a lower rank
+    started from the best approximation of that rank. It contributes the change of its product, so
+    that the rest of the old product is kept.
     """
 
     def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
@@ -48,28 +48,34 @@ class AdapterStore(LayerStore):
         slots = {name: like[name] for name in old if is_slot(name)}
         tensors |= (
             weighted_mean(slots, whole)
-            if kept  # else they belong to another basis
+            if kept  # otherwise the slots belong to another basis
             else {name: np.zeros_like(tensor) for name, tensor in slots.items()}
         )
         return {name: tensors[name] for name in old}
 
 
 def _changed(old_B: Array, old_A: Array, B: Array, A: Array, weight: float) -> AdapterCopy:
-    """The old product and what a copy has added to it; the scale is alpha / rank, alpha one."""
+    """Return the old product plus the change that a copy has made to it.
+
+    The scale of a product is alpha / rank, with alpha = 1.
+    """
     if len(A) >= len(old_A):
         return AdapterCopy(B, A, 1 / len(A), weight)
-    start_B, start_A = reduce(old_B, old_A, len(A))  # as at_ranks has sent it: see there
+    start_B, start_A = reduce(old_B, old_A, len(A))  # the copy started from the state of at_ranks
     sides = np.hstack([old_B / len(old_A), -start_B / len(old_A), B / len(A)])
     return AdapterCopy(sides, np.vstack([old_A, start_A, A]), 1.0, weight)
 
 
 class MergedAdapters(Merged):
-    """One store for devices and trunk, of adapters whose ranks may be lower at a cut.
+    """One store of adapters and optimizer slots, for devices and trunk.
+
+    The rank of adapters may be lower at a cut.
 
     Args:
-        initial: the tensors that are trained.
-        optimizer: of devices and trunk, for its slots.
-        cut_rank: rank of the block that activations enter on the hub; None for that of all.
+        initial: initial trained tensors by name.
+        optimizer: name of the optimizer of devices and trunk, whose slots are stored.
+        cut_rank: rank of the adapters in the block that activations enter on the hub; None for the
+            rank of the other blocks.
     """
 
     def __init__(self, initial: State, optimizer: str, cut_rank: int | None = None) -> None:
@@ -84,14 +90,14 @@ class MergedAdapters(Merged):
         self._whole: tuple[State, State] | None = None
 
     def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:
-        """What a device holds, its adapters at the ranks that it has."""
+        """Return a device's tensors, with adapters at the ranks in ``specs``."""
         everything = super().trunk_state()
         names = [spec.name for spec in specs]
         ranks = {s.name: int(s.shape[0]) for s in specs if ".lora_A." in s.name}
         return at_ranks({name: everything[name] for name in names}, ranks)
 
     def trunk_state(self, cuts: Collection[int] = ()) -> State:
-        """What the trunk starts from: lower ranks in the blocks that activations enter."""
+        """Return the trunk's tensors, with the rank at a cut in blocks that activations enter."""
         entered = {f"block.{cut}" for cut in cuts}
         ranks = {
             a: rank if self._cut_rank is None or layer_of(a) not in entered
@@ -101,7 +107,7 @@ class MergedAdapters(Merged):
         return at_ranks(super().trunk_state(), ranks)
 
     def path_state(self, model: SplitModel, cut: int) -> State:
-        """The whole model at its full ranks; one object for all cuts."""
+        """Return the whole model at its full ranks, as one object for all cuts."""
         everything = super().trunk_state()
         if self._whole is None or self._whole[0] is not everything:
             self._whole = everything, at_ranks(everything, self._ranks)
@@ -112,13 +118,14 @@ class MergedAdapters(Merged):
 
 
 def at_ranks(state: State, ranks: Mapping[str, int]) -> State:
-    """A state whose adapters have other ranks, their products kept as well as that allows.
+    """Return a state whose adapters have other ranks.
 
-    The slots of a layer with such an adapter start anew: another basis is another direction.
+    The product of an adapter becomes its best approximation of the new rank. The optimizer slots of
+    a layer with such an adapter become zero, because they belong to the old basis.
 
     Args:
         state: tensors by name.
-        ranks: by the name of an adapter's A; others keep theirs.
+        ranks: new rank by the name of an adapter's A; the other adapters keep their rank.
     """
     result = dict(state)
     for a, b in adapter_pairs(state):

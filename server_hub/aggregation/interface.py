@@ -1,4 +1,4 @@
-"""Interface of an aggregation: it holds the global model and averages what was trained into it."""
+"""The interface of an aggregation, which holds the global model and averages updates into it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from server_hub.trunk.interface import TrunkCopy
 
 @dataclass(frozen=True)
 class DeviceUpdate:
-    """What a device has trained in a round.
+    """The update of a device in a round.
 
     Attributes:
         device: name of the device.
-        state: trained tensors by name; of base network N they are called
-            ``base.N.NAME``.
+        state: trained tensors by name; those of base network N have names ``base.N.NAME``.
         samples: number of local examples.
-        metrics: what the device reports of its training, like ``loss`` and ``compute_s``.
+        metrics: metrics of the device's training by name, like ``loss`` and ``compute_s``.
     """
 
     device: str
@@ -30,9 +29,9 @@ class DeviceUpdate:
 
 
 class Aggregation(Protocol):
-    """Holds the global model, and averages into it what devices and trunk have trained.
+    """Holds the global model, and averages the updates of devices and trunk into it.
 
-    Tensors are never changed in place: a commit puts new arrays in the place of old ones.
+    An aggregation never changes a tensor in place: a commit replaces arrays by new ones.
 
     Attributes:
         order: numbers of the base networks, best first; empty for a single model.
@@ -41,42 +40,54 @@ class Aggregation(Protocol):
     order: list[int]
 
     def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:
-        """The tensors that a device starts from which holds those of ``specs``.
+        """Return the tensors that a device starts a round from, by name.
 
         Args:
-            specs: what the device holds.
+            specs: names and shapes of the tensors that the device holds.
             base: number of the base network; 0 for a single model.
         """
 
     def trunk_state(self, cuts: Collection[int] = ()) -> State:
-        """The tensors that the trunk starts from, if activations enter at ``cuts``."""
+        """Return the tensors that the trunk starts a round from, by name.
+
+        Args:
+            cuts: cut layers at which activations enter.
+        """
 
     def path_state(self, model: SplitModel, cut: int) -> State:
-        """The tensors of the whole model, for inputs that enter on a device with this cut.
+        """Return the tensors of the whole model, by name, for devices with the cut ``cut``.
 
         With base networks each tensor is (bases, ...).
+
+        Args:
+            model: the model, for the names of layers.
+            cut: cut layer of the devices.
         """
 
     def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
-        """Average what was trained into the global model.
+        """Average updates into the global model.
+
+        Args:
+            updates: updates of devices.
+            copies: layers that the trunk has trained.
 
         Raises:
-            NotFinite: an update or copy holds NaN or infinity; nothing was changed.
+            NotFinite: an update or copy holds NaN or infinity; the global model is unchanged.
         """
 
     def models(self, model: SplitModel, cuts: Mapping[str, int]) -> dict[str | None, State]:
-        """The whole models to save, by the name that tells their files apart.
+        """Return the whole models to save, by the name that tells their files apart.
 
         Args:
             model: the model, for the names of layers.
             cuts: cut by tier.
 
         Returns:
-            One model under None; or one by tier, or by base network.
+            One model under None; or one model per tier or per base network.
         """
 
     def stores(self) -> Mapping[str, State]:
-        """All tensors by store, for :meth:`restore`."""
+        """Return all tensors by name, by store, for :meth:`restore`."""
 
     def restore(self, stores: Mapping[str, State]) -> None:
-        """Go back to tensors that :meth:`stores` has given."""
+        """Set the global model to tensors that :meth:`stores` returned."""

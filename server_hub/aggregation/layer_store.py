@@ -1,4 +1,4 @@
-"""LayerStore: one versioned entry per layer; averages every copy that was trained."""
+"""The layer store: one versioned entry per layer, and the average over all trained copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from export.names import layer_of
 
 
 class NotFinite(CutlayerError):
-    """A copy holds NaN or infinity. Attribute ``tensor`` names the first tensor that does."""
+    """A copy holds NaN or infinity.
+
+    Attributes:
+        tensor: name of the first tensor with such a value.
+    """
 
     def __init__(self, tensor: str) -> None:
         super().__init__(f"tensor {tensor} holds values that are not finite")
@@ -22,13 +26,13 @@ class NotFinite(CutlayerError):
 
 @dataclass(frozen=True)
 class LayerCopy:
-    """A layer as somebody has trained it.
+    """A copy of a layer that a device or the trunk has trained.
 
     Attributes:
         layer: name of the layer: ``stem``, ``block.3``, ``aux.2``, ``head``.
         tensors: tensors of the layer by full name.
         weight: weight in the mean, usually the number of samples that the copy was trained on.
-        source: name of the device, or of the replica of the trunk, that has trained it.
+        source: name of the device, or of the copy of the trunk, that has trained the layer.
     """
 
     layer: str
@@ -39,7 +43,13 @@ class LayerCopy:
 
 @dataclass
 class LayerEntry:
-    """A layer in the store; ``trained_by`` names the sources that the present version averages."""
+    """A layer in the store.
+
+    Attributes:
+        tensors: tensors of the layer by full name.
+        version: number of commits that have changed the layer.
+        trained_by: sources of the copies that the present version is the mean of.
+    """
 
     tensors: State
     version: int = 0
@@ -54,7 +64,7 @@ def check_finite(tensors: Mapping[str, Array]) -> None:
 
 
 def split_by_layer(state: Mapping[str, Array]) -> dict[str, State]:
-    """Group tensors by the layer that they belong to."""
+    """Group tensors, given by name, by the layer that they belong to."""
     layers: dict[str, State] = {}
     for name, tensor in state.items():
         layers.setdefault(layer_of(name), {})[name] = tensor
@@ -62,7 +72,12 @@ def split_by_layer(state: Mapping[str, Array]) -> dict[str, State]:
 
 
 def weighted_mean(old: Mapping[str, Array], copies: Sequence[LayerCopy]) -> State:
-    """The weighted mean of the copies' tensors, of those that ``old`` has, in its dtypes."""
+    """Return the weighted mean of copies of a layer, computed in float64.
+
+    Args:
+        old: present tensors of the layer by name; the mean has their names and dtypes.
+        copies: copies of the layer, at least one; each has the tensors of ``old``.
+    """
     if len(copies) == 1:
         return {name: np.array(copies[0].tensors[name], t.dtype) for name, t in old.items()}
     total = sum(copy.weight for copy in copies)
@@ -90,13 +105,15 @@ class LayerStore:
         }
 
     def commit(self, copies: Iterable[LayerCopy]) -> None:
-        """Replace each layer by the weighted mean of its copies; the others keep their value.
+        """Replace each layer by the weighted mean of its copies; layers without copies stay.
 
-        Sums are in float64, so the result does not depend on the order of the copies by more
-        than rounding.
+        Sums are in float64, so that the order of the copies changes the result by rounding at most.
+
+        Args:
+            copies: trained copies of layers; copies of weight 0 are left out.
 
         Raises:
-            NotFinite: a copy holds NaN or infinity; nothing was changed.
+            NotFinite: a copy holds NaN or infinity; the store is unchanged.
         """
         by_layer: dict[str, list[LayerCopy]] = {}
         for copy in copies:
@@ -112,16 +129,20 @@ class LayerStore:
             entry.trained_by = [copy.source for copy in group]
 
     def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
-        """What the copies of a layer become: their weighted mean."""
+        """Return the new tensors of a layer, by name: the weighted mean of its copies."""
         return weighted_mean(self.entries[layer].tensors, copies)
 
     def restore(self, state: Mapping[str, Array]) -> None:
-        """Go back to tensors that :meth:`state` has given."""
+        """Set tensors to a state that :meth:`state` returned."""
         for layer, tensors in split_by_layer(state).items():
             self.entries[layer].tensors = {n: np.array(t) for n, t in tensors.items()}
 
     def state(self, layers: Iterable[str] | None = None) -> State:
-        """Tensors of some layers, or of all; a layer in which all is frozen has none."""
+        """Return the tensors of layers, by name.
+
+        Args:
+            layers: names of layers; None for all. A layer without trained tensors has no entry.
+        """
         given = self.entries if layers is None else layers
         wanted = [layer for layer in given if layer in self.entries]
         return {name: t for layer in wanted for name, t in self.entries[layer].tensors.items()}

@@ -1,4 +1,4 @@
-"""One store for devices and trunk."""
+"""Aggregation with one store for devices and trunk."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from server_hub.trunk.interface import TrunkCopy
 
 
 class Merged:
-    """One store: every layer is the mean of all its copies, wherever they were trained.
+    """One store: every layer is the mean of all its copies, from devices and from the trunk.
 
-    A copy counts by the samples that it was trained on.
+    The weight of a copy is the number of samples that it was trained on.
+
+    Args:
+        initial: initial trained tensors by name.
     """
 
     def __init__(self, initial: State) -> None:
@@ -32,7 +35,7 @@ class Merged:
         return self._everything
 
     def path_state(self, model: SplitModel, cut: int) -> State:
-        return self.trunk_state()  # one object for all cuts, so that one model serves them
+        return self.trunk_state()  # one object for all cuts, so that one model serves all
 
     def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
         self.store.commit(
@@ -55,6 +58,7 @@ class Merged:
 
 
 def _layer_copies(update: DeviceUpdate, weight: float) -> list[LayerCopy]:
+    """Return the layers of an update as copies with this weight."""
     return [
         LayerCopy(layer, tensors, weight, update.device)
         for layer, tensors in split_by_layer(update.state).items()

@@ -1,4 +1,4 @@
-"""One store for models of several widths."""
+"""Aggregation of nested models of several widths."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from server_hub.trunk.interface import TrunkCopy
 
 
 class Nested(Merged):
-    """One store for models of several widths: a device holds the leading part of each tensor.
+    """One store for nested models: a device holds the leading part of each tensor.
 
-    An element is the mean over the copies that hold it (HeteroFL, arXiv 2010.01264; FjORD,
-    arXiv 2102.13451), weighted by samples. There is no trunk.
+    Each element of a tensor is the mean over the copies that hold it, weighted by samples
+    (HeteroFL, arXiv 2010.01264; FjORD, arXiv 2102.13451). There is no trunk.
     """
 
     def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:
@@ -27,7 +27,7 @@ class Nested(Merged):
         }
 
     def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
-        """Average each element over the copies that hold it; the others keep their value."""
+        """Average each element over the copies that hold it; other elements keep their value."""
         old = self.trunk_state()
         sums: dict[str, tuple[Array, Array]] = {}
         for update in updates:
@@ -47,5 +47,5 @@ class Nested(Merged):
 
 
 def leading(shape: Sequence[int | str]) -> tuple[slice, ...]:
-    """Index of the leading part of a larger tensor."""
+    """Return the index of the leading part, of shape ``shape``, of a larger tensor."""
     return tuple(slice(int(n)) for n in shape)

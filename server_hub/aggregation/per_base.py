@@ -1,4 +1,4 @@
-"""A store for each base network."""
+"""Aggregation with a store for each base network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from server_hub.trunk.interface import TrunkCopy
 
 
 class BaseStore(LayerStore):
-    """A base: tensors that nobody has trained, the noise norms of some rounds, keep their value."""
+    """The store of a base network.
+
+    A copy may lack tensors that its device has not trained, such as noise norms. A tensor that no
+    copy has keeps its value.
+    """
 
     def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
         old = self.entries[layer].tensors
@@ -32,10 +36,12 @@ class BaseStore(LayerStore):
 
 
 class PerBase:
-    """A store for each base; implements :class:`server_hub.aggregation.interface.Aggregation`.
+    """A store for each base network.
+
+    Implements :class:`server_hub.aggregation.interface.Aggregation`.
 
     Args:
-        initial: the trained tensors by name, each (bases, ...).
+        initial: initial trained tensors by name, each (bases, ...).
     """
 
     def __init__(self, initial: State) -> None:
@@ -55,7 +61,7 @@ class PerBase:
         return self._stacked
 
     def path_state(self, model: SplitModel, cut: int) -> State:
-        return self.trunk_state()  # one object for all cuts, so that one set of models serves them
+        return self.trunk_state()  # one object for all cuts, so that one set of models serves all
 
     def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
         for base, store in enumerate(self._stores):

@@ -1,4 +1,4 @@
-"""Two stores, one for devices and one for the trunk: the form of FedSplitX's paper."""
+"""Aggregation with one store for devices and one for the trunk (FedSplitX, arXiv 2310.14579)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from server_hub.trunk.interface import TrunkCopy
 
 
 class Separate:
-    """Two stores that never meet, unweighted means: the form of FedSplitX's paper.
+    """Two separate stores with unweighted means, as in the paper of FedSplitX (arXiv 2310.14579).
 
-    Devices average with devices, the trunk's replicas with each other.
+    One store averages the updates of devices. The other averages the copies of the trunk.
+
+    Args:
+        initial: initial trained tensors by name.
     """
 
     def __init__(self, initial: State) -> None:

@@ -1,1 +1,1 @@
-"""Commands of an operator: ``cutlayer hub``, ``cutlayer token`` and ``cutlayer mix``."""
+"""Commands for operators: ``cutlayer hub``, ``cutlayer token`` and ``cutlayer mix``."""

@@ -92,7 +92,7 @@ def hub(
         tiers = ", ".join(f"{name} (cut {t.cut})" for name, t in job.index.tiers.items())
         console.print(f"hub at {address}; tiers {tiers}", soft_wrap=True)
 
-    # Full collections of a heap with torch in it would pause the event loop for tenths of a second.
+    # A full garbage collection of a heap with torch would pause the event loop for 0.1 s or more.
     gc.collect()
     gc.freeze()
     with Board(tensorboard) as board:
@@ -106,7 +106,11 @@ def hub(
 
 
 async def _serve(job: Hub, ready: Any) -> bool:
-    """Serve until done or interrupted; True if interrupted. The last round's model is kept."""
+    """Serve until the job is done or interrupted.
+
+    Returns:
+        Whether the job was interrupted. The model of the last round is then in the run folder.
+    """
     task = asyncio.create_task(job.serve(ready))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""``cutlayer mix``: from a run's base networks to bundles that hold them all."""
+"""``cutlayer mix``: writes bundles that hold all trained base networks of a run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from server_hub.reports.table import Table
 
 def mix(
     run: Annotated[Path, typer.Argument(help="Run folder of a hub with Split-Mix.")],
-    bundles: Annotated[Path, typer.Option(help="Folder that the hub had its bundles from.")],
+    bundles: Annotated[Path, typer.Option(help="Bundle folder of the hub.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier one.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
 ) -> None:
     """Put all trained bases of a run into the bundles, best first, to ship them with an app."""
     index = bundle_bases(run, bundles, out, overwrite)
@@ -42,13 +42,17 @@ def bundle_bases(run: Path, bundles: Path, out: Path, overwrite: bool = False) -
     """Write bundles that hold the trained bases of a run.
 
     Args:
-        run: the hub's run folder.
-        bundles: the export that it had.
-        out: a new folder; an earlier export with ``overwrite``.
+        run: run folder of the hub.
+        bundles: bundle folder of the hub.
+        out: folder to write; it must not exist, unless ``overwrite`` is set.
+        overwrite: whether to replace an earlier export at ``out``.
+
+    Returns:
+        The index of the new bundles.
 
     Raises:
-        ConfigError: there is no run of Split-Mix, or its bases are not those of the bundles.
-        ExportError: ``out`` exists. Nothing is written.
+        ConfigError: ``run`` holds no run of Split-Mix, or its bases do not fit the bundles.
+        ExportError: ``out`` exists; it is unchanged.
     """
     from export.writer import check_out, folder_for, put
 
@@ -69,7 +73,7 @@ def bundle_bases(run: Path, bundles: Path, out: Path, overwrite: bool = False) -
 
 
 def _trained(run: Path) -> list[State]:
-    """The bases of a run, best first."""
+    """Read the trained bases of a run, best first: tensors by name."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -91,7 +95,7 @@ def _trained(run: Path) -> list[State]:
 
 
 def _with_bases(index: BundleIndex, tier: str, states: list[State], blobs: BlobStore) -> Manifest:
-    """The manifest of a tier that names the states; copies what it needs."""
+    """Write the blobs of a tier with the states of trained bases; return the new manifest."""
     manifest = index.manifest(tier)
     if manifest.bases != len(states):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""``cutlayer token``: gives devices their tokens, and takes them back."""
+"""``cutlayer token``: issues and revokes the tokens of devices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-token = typer.Typer(help="Give devices their tokens, and take them back.", no_args_is_help=True)
+token = typer.Typer(help="Issue and revoke the tokens of devices.", no_args_is_help=True)
 
 
 TokensOption = Annotated[Path, typer.Option("--tokens", help="File that keeps the hashes.")]
@@ -18,7 +18,7 @@ def new(
     device: Annotated[str, typer.Argument(help="Name of the device.")],
     tokens: TokensOption = Path("tokens.toml"),
     tier: Annotated[
-        str | None, typer.Option(help="Tier of the device; without it, the device says its own.")
+        str | None, typer.Option(help="Tier of the device; without it, the device names its own.")
     ] = None,
 ) -> None:
     """Print a new token for a device; only its hash is stored."""
@@ -32,7 +32,7 @@ def revoke(
     device: Annotated[str, typer.Argument(help="Name of the device.")],
     tokens: TokensOption = Path("tokens.toml"),
 ) -> None:
-    """Make a device's token worthless from its next connection on."""
+    """Revoke a device's token; the device can no longer connect."""
     from server_hub.gateway.tokens import TokenFile
 
     TokenFile(tokens).revoke(device)

@@ -38,19 +38,19 @@ log = logging.getLogger("cutlayer.hub")
 
 
 class Gateway:
-    """Lets devices in and carries their messages.
+    """Admits devices and carries their messages.
 
     Args:
-        limits: what a peer may do.
-        tokens: which devices may come in.
+        limits: limits of a peer.
+        tokens: tells which device a token belongs to.
         manifests: hash of the manifest by tier.
-        store: the blobs of the bundles.
-        handle: called with every message that is not the gateway's own; must not block. It returns
-            the message's effect, or None if that is complete at once. A :class:`ProtocolError`
-            that it raises goes to the peer and ends its session.
-        gone: called when a session has ended, with the reason.
-        moved: tier that a device has been moved to, given the device's name, the tier of its token
-            and its memory in MB; None for the tier of its token.
+        store: store of the bundles' blobs.
+        handle: called with every message that the gateway does not handle itself; must not block.
+            It returns the message's effect, or None if the effect is complete at once. The gateway
+            sends a :class:`ProtocolError` that it raises to the peer, and ends the session.
+        gone: called with the peer and a reason when a session has ended.
+        moved: returns the tier that a device has moved to, given the device's name, the tier of its
+            token and its memory in MB; None for the tier of the token.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Gateway:
         self._limits, self._tokens, self._manifests = limits, tokens, manifests
         self._handle, self._gone, self._moved = handle, gone, moved
         self.blobs = BlobServer(store, limits.blob_piece)
-        """What devices can download."""
+        """Serves blobs to devices."""
         self.peers: dict[str, Peer] = {}
         """Peers by device name."""
         self.traffic = Traffic()
@@ -75,7 +75,11 @@ class Gateway:
 
     @asynccontextmanager
     async def listen(self, where: Listen) -> AsyncIterator[str]:
-        """Serve websockets; yields the address. :class:`ConfigError` if the port is taken."""
+        """Serve websockets while entered; yields the address.
+
+        Raises:
+            ConfigError: the hub cannot listen there, for example because the port is taken.
+        """
         try:
             server = await serve(
                 self._connection,
@@ -102,7 +106,7 @@ class Gateway:
 
     @asynccontextmanager
     async def reaping(self) -> AsyncIterator[None]:
-        """While entered, end sessions that have had no link for too long."""
+        """End sessions without a link after ``limits.session_s`` seconds, while entered."""
         reaper = asyncio.create_task(self._reap())
         try:
             yield
@@ -113,7 +117,12 @@ class Gateway:
         await self.serve_link(WebSocketLink(connection), str(connection.remote_address))
 
     async def serve_link(self, link: Link, origin: str = "memory") -> None:
-        """Serve one link from its hello to its end."""
+        """Serve one link from its ``hello`` to its end.
+
+        Args:
+            link: the link.
+            origin: address of the peer, for the log.
+        """
         if self._links >= self._limits.connections:
             await _refuse(
                 link, ProtocolError(ErrorCode.BUSY, "the hub has no connections left; try later")
@@ -178,7 +187,7 @@ class Gateway:
         return message
 
     async def _admit(self, hello: Hello) -> tuple[Peer, bool]:
-        """The session for a hello, and whether it is the one that the device had."""
+        """Return the peer of a ``hello``, and whether its earlier session is resumed."""
         if hello.version != VERSION:
             raise ProtocolError(
                 ErrorCode.UNSUPPORTED_VERSION,
@@ -195,7 +204,7 @@ class Gateway:
                 log.warning("%s cannot resume: %s", device, error)
         if old is not None:
             if old.session.linked and hello.session != old.session_id:
-                # a device that crashed is not there to hear it; a second one with its token is
+                # the other connection is that of a second device with the same token, or is dead
                 taken = ProtocolError(
                     ErrorCode.REPLACED, f"another connection came with {device}'s token"
                 )
@@ -209,7 +218,7 @@ class Gateway:
         return peer, False
 
     def _identify(self, hello: Hello) -> tuple[str, str]:
-        """The device and the tier of a hello."""
+        """Return the device name and the tier of a ``hello``."""
         try:
             device = self._tokens.device_of(hello.token)
             issued = self._tokens.tier_of(device) if device and not hello.tier else None
@@ -237,10 +246,10 @@ class Gateway:
         return device, tier
 
     def _deliver(self, peer: Peer, delivery: Delivery) -> None:
-        """Act on a message. This is the one place that settles messages."""
+        """Act on a message. This is the only place that settles messages."""
         message = delivery.message
         if self.peers.get(peer.device) is not peer:
-            return  # the session has ended, its link has not yet
+            return  # the session has ended, and its link is still open
         if isinstance(message, BlobGet):
             peer.session.post(self.blobs.piece(message))
         elif isinstance(message, Bye):
@@ -256,7 +265,10 @@ class Gateway:
                 effect.when_complete(lambda: peer.session.settle(delivery.seq))
 
     def post(self, peer: Peer, message: Message) -> None:
-        """Send to a device, or at least keep for it; a device that never settles is dropped."""
+        """Send a message to a device, or keep it until the device has a link again.
+
+        A device that leaves too many messages unsettled is dropped.
+        """
         try:
             peer.session.post(message)
         except ProtocolError as error:
@@ -266,13 +278,13 @@ class Gateway:
             pass
 
     async def refuse(self, peer: Peer, error: ProtocolError) -> None:
-        """Tell a device what it did wrong, and end its session."""
+        """Send an error to a device, and end its session."""
         log.warning("dropped %s (tier %s): %s", peer.device, peer.tier, error)
         self.post(
             peer,
             Error(code=error.code, message=str(error)[:4096], fatal=True, field=error.field),
         )
-        await asyncio.sleep(0.05)  # let the writer put it on the wire
+        await asyncio.sleep(0.05)  # let the writer send the error
         await self.end(peer, str(error))
 
     async def end(self, peer: Peer, reason: str) -> None:
@@ -297,6 +309,7 @@ class Gateway:
 
 
 _IGNORED = ("ack", "hello")
+"""Types of messages without an effect of their own."""
 
 
 async def _refuse(link: Link, error: ProtocolError) -> None:

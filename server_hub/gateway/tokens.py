@@ -1,6 +1,6 @@
-"""Tokens: one per device, which says who it is; stored as sha256, revoked by removing it.
+"""Tokens: each device has one, which authenticates it. The hub stores only the SHA-256 of a token.
 
-A token is 256 random bits, so that a plain hash is enough: there is nothing to guess.
+A token is 256 random bits, which nobody can guess. A plain hash without salt is therefore enough.
 """
 
 from __future__ import annotations
@@ -18,26 +18,33 @@ from edge_sdk.errors import ConfigError
 
 
 class Tokens(Protocol):
-    """Says which device a token is of."""
+    """Tells which device a token belongs to."""
 
     def device_of(self, token: str) -> str | None:
-        """The device whose token this is; None if it is nobody's."""
+        """Return the name of the device with this token; None if no device has it."""
 
     def tier_of(self, device: str) -> str | None:
-        """The tier that a device's token was issued for, if it was for one."""
+        """Return the tier that a device's token was issued for; None if for no tier."""
 
 
 class TokenFile:
     """A TOML file with a table ``[devices]`` from device name to ``sha256:...``.
 
-    A second table, ``[tiers]``, may say which tier a device's token was issued for.
+    A second table ``[tiers]`` has the tier of each token that was issued for a tier.
+
+    Args:
+        path: path of the file; it need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> dict[str, str]:
-        """Hashes by device name. Raises :class:`ConfigError`."""
+        """Return the hashes by device name.
+
+        Raises:
+            ConfigError: the file does not exist, or is invalid.
+        """
         if not self.path.exists():
             raise ConfigError(
                 f"no tokens at {self.path}; make one with: "
@@ -46,20 +53,41 @@ class TokenFile:
         return self._table("devices", needed=True)
 
     def device_of(self, token: str) -> str | None:
-        """The device whose token this is. Reads the file, so that a revocation counts now."""
+        """Return the name of the device with this token; None if no device has it.
+
+        The method reads the file, so that a revocation takes effect at once.
+
+        Raises:
+            ConfigError: the file does not exist, or is invalid.
+        """
         digest = _digest(token).encode()
         found = None
-        for device, stored in self.read().items():  # all of them, however early one matches
+        for device, stored in self.read().items():  # compare all, so that the time reveals nothing
             if hmac.compare_digest(stored.encode(), digest):
                 found = device
         return found
 
     def tier_of(self, device: str) -> str | None:
-        """The tier that a device's token was issued for, if it was for one."""
+        """Return the tier that a device's token was issued for; None if for no tier.
+
+        Raises:
+            ConfigError: the file is invalid.
+        """
         return self._table("tiers", needed=False).get(device)
 
     def issue(self, device: str, tier: str | None = None) -> str:
-        """A new token for a device, in place of any it had. Only its hash is stored."""
+        """Make a new token for a device, which replaces an earlier one, and store its hash.
+
+        Args:
+            device: name of the device.
+            tier: tier of the device; None if the device names its own.
+
+        Returns:
+            The token, 64 hexadecimal digits.
+
+        Raises:
+            ConfigError: the file is invalid.
+        """
         devices = self.read() if self.path.exists() else {}
         tiers = self._table("tiers", needed=False) if self.path.exists() else {}
         token = secrets.token_hex(32)
@@ -68,7 +96,11 @@ class TokenFile:
         return token
 
     def revoke(self, device: str) -> None:
-        """Remove a device's token. Raises :class:`ConfigError` if it has none."""
+        """Remove a device's token.
+
+        Raises:
+            ConfigError: the device has no token, or the file is invalid.
+        """
         devices = self.read()
         if device not in devices:
             raise ConfigError(f"{self.path} has no device {device!r}")
@@ -96,7 +128,10 @@ class TokenFile:
 
 
 def _quoted(text: str) -> str:
-    """A TOML string. JSON's, but for surrogate pairs and DEL, which TOML does not allow."""
+    """Return a TOML string.
+
+    It is the JSON string, without surrogate pairs and DEL, which TOML does not allow.
+    """
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

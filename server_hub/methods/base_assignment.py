@@ -1,4 +1,4 @@
-"""Which base networks each device trains in a round, and on which examples."""
+"""The assignment of base networks to devices in a round of Split-Mix."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from edge_sdk.training.adversarial import Attack
 
 @dataclass(frozen=True)
 class BaseAssignment:
-    """Which base networks devices train, and whether on adversarial examples.
+    """Assigns base networks to devices, and sets the loss that devices train them on.
 
     Attributes:
         bases: number of base networks.
-        budgets: by tier, the part of the wide model that a device trains in a round; 1 for tiers
-            that are not named.
-        robustness: weight of adversarial examples in the loss; 0 for none.
-        dual_norms: whether base networks have norms of their own for adversarial examples.
+        budgets: by tier, the fraction of the wide model that a device trains in a round, above 0
+            and at most 1. A tier without an entry has the budget 1.
+        robustness: weight of adversarial examples in the loss, from 0 (none) to 1.
+        dual_norms: whether base networks have separate norms for adversarial examples.
         attack: the attack that makes adversarial examples.
-        masked: whether a device's loss leaves out classes that it has no examples of.
-        seed: seed of the draws.
+        masked: whether a device's loss leaves out the classes that the device has no examples of.
+        seed: seed of the random assignment.
+
+    Raises:
+        ConfigError: a budget is out of its range.
     """
 
     bases: int
@@ -42,10 +45,10 @@ class BaseAssignment:
                 )
 
     def count(self, tier: str) -> int:
-        """Number of base networks that a device of a tier trains in a round.
+        """Return the number of base networks that a device of ``tier`` trains in a round.
 
         Raises:
-            ConfigError: the tier's budget is below one base network.
+            ConfigError: the tier's budget is smaller than one base network.
         """
         budget = self.budgets.get(tier, 1.0)
         count = int(budget * self.bases + 1e-9)
@@ -57,11 +60,17 @@ class BaseAssignment:
         return count
 
     def draw(self, number: int, tiers: Mapping[str, str]) -> dict[str, list[int]]:
-        """Numbers of the base networks of each device in round ``number``.
+        """Draw the base networks of each device for round ``number``.
+
+        The first base network of each device comes from one shuffled queue, in which every base
+        network comes once before any comes again. The others are drawn at random.
 
         Args:
             number: number of the round, from 1 on.
-            tiers: tier by device, of the round's members.
+            tiers: tier of each member of the round, by device name.
+
+        Returns:
+            Numbers of the base networks, by device name.
         """
         rng = np.random.default_rng([self.seed, number])
         drawn = {}
@@ -75,10 +84,10 @@ class BaseAssignment:
         return drawn
 
     def hyper(self, adversarial: bool) -> dict[str, float]:
-        """Hyper-parameters of the loss, for a device.
+        """Return the hyper-parameters of a device's loss, by name.
 
         Args:
-            adversarial: whether the device's bundle can make adversarial examples.
+            adversarial: whether the device's bundle has the graphs for adversarial examples.
         """
         hyper = {"masked": float(self.masked)}
         if self.robustness and adversarial:

@@ -1,4 +1,4 @@
-"""What the tiers of a fleet train, and the recipe of a method by name."""
+"""A fleet, the outline of a job, and recipes that set up a method for both."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from server_hub.methods.method import Method
 
 @dataclass(frozen=True)
 class Fleet:
-    """A model and the tiers that train it.
+    """A model, and the tiers of devices that train it.
 
     Attributes:
-        model: the whole model, as the hub holds it.
-        tiers: what is exported for each tier.
-        example: inputs (rows, ...), to see what they look like.
-        classes: number of classes.
-        models: the models of tiers whose layers are not the hub's.
+        model: the whole model on the hub.
+        tiers: settings of the export by tier.
+        example: example inputs (rows, ...), for their shape and dtype.
+        classes: number of classes; for a model of tokens the size of the vocabulary.
+        models: by tier, the model of a tier whose layers differ from those of the hub's model.
         options: cuts that devices may move to, beside the cut of their tier.
         cut_rank: rank of adapters at a cut; None for the rank of all blocks.
-        assignment: which base networks devices train; None for a single model.
-        bases: initial tensors of the base networks, each (bases, ...); empty for a single model.
+        assignment: assigns base networks to devices; None for a single model.
+        bases: initial tensors of the base networks by name, each (bases, ...); empty for a single
+            model.
     """
 
     model: SplitModel
@@ -42,22 +43,22 @@ class Fleet:
     bases: State = field(default_factory=dict)
 
     def model_of(self, tier: str) -> SplitModel:
-        """The model that a tier trains a part of."""
+        """Return the model whose first blocks a tier trains."""
         return self.models.get(tier, self.model)
 
 
 @dataclass(frozen=True)
 class JobOutline:
-    """What a method can base its composition on.
+    """The facts about a job that a method's composition depends on.
 
     Attributes:
         rounds: number of rounds of the job.
-        local_epochs: epochs on the devices in a round.
-        share: part of the devices that takes part in a round, from 0 to 1.
+        local_epochs: number of local epochs on a device in a round.
+        share: fraction of the devices that take part in a round, above 0 and at most 1.
         optimizer: name of the devices' optimizer.
         cut_rank: rank of adapters at a cut; None for the rank of all blocks.
-        assignment: which base networks devices train; None for a single model.
-        split: whether a tier trains base networks up to a cut, not as a whole.
+        assignment: assigns base networks to devices; None for a single model.
+        split: whether at least one tier is cut, so that activations go to the hub.
     """
 
     rounds: int
@@ -71,17 +72,18 @@ class JobOutline:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to set up a method.
+    """A recipe sets up a training method, for a hub or for a simulated fleet.
 
     Attributes:
         title: name for tables.
-        compose: makes the method, from the initial tensors of the whole model.
-        arrange: what a simulated fleet trains with the method, from what it would train with
-            FedSplitX.
-        pooled: in simulations, all data lie in one place, on a device that takes part in every
-            round.
-        takes_whole: a tier may be cut behind the last block; its devices train the whole model.
-        trains_bases: the method trains base networks, and needs bundles of such.
+        compose: composes the method from the initial tensors of the whole model by name, and the
+            outline of the job.
+        arrange: adapts a simulated fleet to the method. The given fleet is that of FedSplitX.
+        pooled: whether a simulation keeps all data in one place, on a device that takes part in
+            every round.
+        takes_whole: whether a tier may be cut behind the last block, so that its devices train the
+            whole model.
+        trains_bases: whether the method trains base networks, and needs bundles of base networks.
     """
 
     title: str
@@ -93,13 +95,13 @@ class Recipe:
 
 
 def at_poorest_cut(fleet: Fleet) -> Fleet:
-    """Every tier at the cut of the poorest."""
+    """Return the fleet with every tier at the shallowest cut of any tier."""
     cut = min(tier.cut for tier in fleet.tiers.values())
     return replace(fleet, tiers={n: replace(t, cut=cut) for n, t in fleet.tiers.items()})
 
 
 def whole_on_device(fleet: Fleet) -> Fleet:
-    """Every tier trains the whole model, whether it could carry it or not."""
+    """Return the fleet with the whole model on the devices of every tier, whatever they carry."""
     depth = fleet.model.depth
     return replace(
         fleet,

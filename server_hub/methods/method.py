@@ -15,39 +15,39 @@ from server_hub.methods.plan import DevicePlan, RoundContext, RoundPlan
 from server_hub.trunk.interface import EvaluationReport, TrunkPlan
 
 SEED_STRIDE = 1_000_003
-"""Seeds of devices are the round's number times this, plus the device's place in the round."""
+"""A device's seed is the number of the round times this, plus the device's place in the round."""
 
 Path = Literal["device_alone", "through_hub", "ensemble", "mix"]
-"""A way to answer: the device's own heads, the model's head on the hub, all heads together; or all
-base networks, mixed."""
+"""A way to answer: with the device's deepest head, with the model's head on the hub, with the
+ensemble of all heads, or with the mixture of all base networks."""
 
 ALL_PATHS: tuple[Path, ...] = ("device_alone", "through_hub", "ensemble")
-"""The ways to answer with a single model."""
+"""All ways to answer with a single model."""
 
 _GRAPHS = {
     ActivationMode.RETURNED: "backward",
     ActivationMode.U_SHAPED: "finish",
     ActivationMode.FUSED: "fuse",
 }
-"""The step graph that a device needs for gradients that come back."""
+"""The step graph that a device needs in each activation mode with returned gradients."""
 
 
 class ServerCopies(Protocol):
-    """Which copy of the trunk a device's activations train."""
+    """Decides which copy of the trunk a device's activations train."""
 
     def replica_of(self, device: str) -> str:
-        """Name of the copy."""
+        """Return the name of the copy for the device of this name."""
 
 
 class SharedCopy:
-    """One trunk for all devices: their rows are merged into one batch."""
+    """One trunk for all devices; a step may merge batches of several devices."""
 
     def replica_of(self, device: str) -> str:
         return "shared"
 
 
 class CopyPerDevice:
-    """One trunk per device; all start the round from the same weights."""
+    """One copy of the trunk per device; all copies start the round from the same weights."""
 
     def replica_of(self, device: str) -> str:
         return device
@@ -55,14 +55,15 @@ class CopyPerDevice:
 
 @dataclass(frozen=True)
 class Stage:
-    """What happens in a round, the same for all devices.
+    """The settings of a round that are the same for all devices.
 
     Attributes:
-        activations: when devices send activations, and what comes back.
-        local_epochs: epochs on the devices; None for as many as are configured.
-        trunk_epochs: passes of the trunk over the round's activations.
-        everyone: all devices that are ready take part, not only those that are drawn.
-        anneal: the trunk's learning rate falls from its full value to zero within the round.
+        activations: when devices send activations, and what the hub sends back.
+        local_epochs: number of local epochs on a device; None for the configured number.
+        trunk_epochs: number of passes of the trunk over the round's activations.
+        everyone: whether all ready devices take part, not only the drawn ones.
+        anneal: whether the trunk's learning rate falls from its full value to zero within the
+            round.
     """
 
     activations: ActivationMode
@@ -73,7 +74,12 @@ class Stage:
 
 
 def always(activations: ActivationMode, trunk_epochs: int = 1) -> Callable[[int, int], Stage]:
-    """The same stage in every round; the arguments are those of :class:`Stage`."""
+    """Return a :attr:`Method.stage` with the same stage in every round.
+
+    Args:
+        activations: as in :class:`Stage`.
+        trunk_epochs: as in :class:`Stage`.
+    """
     stage = Stage(activations, trunk_epochs=trunk_epochs)
     return lambda position, count: stage
 
@@ -87,14 +93,15 @@ class Method:
 
     Attributes:
         name: name for reports.
-        stage: what happens in round ``position`` of ``count``, from 1 on.
-        aggregation: the global model, and how it averages.
-        copies: which copy of the trunk a device's activations train.
+        stage: returns the stage of round ``position`` of ``count``, given both; positions start at
+            1.
+        aggregation: holds the global model, and averages into it.
+        copies: decides which copy of the trunk a device's activations train.
         paths: the ways to answer that the method trains.
-        merges: whether the trunk merges batches into one step; otherwise each is a step of its
-            own.
-        keeps_slots: optimizer slots are averaged and handed on as the parameters are; otherwise
-            every round starts with fresh optimizers.
+        merges: whether the trunk merges batches into one step. Otherwise it makes one step per
+            batch.
+        keeps_slots: whether optimizer slots are averaged, and sent to devices, as parameters are.
+            Otherwise every round starts with new optimizers.
     """
 
     name: str
@@ -106,7 +113,7 @@ class Method:
     keeps_slots: bool = False
 
     def plan(self, context: RoundContext) -> RoundPlan:
-        """The plan of a round."""
+        """Return the plan of a round."""
         stage = self.stage(context.position, context.count)
         members = sorted(context.ready if stage.everyone else context.drawn)
         return RoundPlan(
@@ -122,11 +129,11 @@ class Method:
     def device_plan(
         self, context: RoundContext, stage: Stage, device: str, order: int
     ) -> DevicePlan:
-        """What one device does.
+        """Return the plan of one device.
 
         Args:
-            context: what the plan is based on.
-            stage: what happens in the round.
+            context: the facts that the plan depends on.
+            stage: stage of the round.
             device: name of the device.
             order: place of the device among the round's members, from 0 on.
         """
@@ -146,7 +153,7 @@ class Method:
         )
 
     def trunk_plan(self, context: RoundContext, stage: Stage) -> TrunkPlan:
-        """What the trunk does."""
+        """Return the plan of the trunk."""
         settings = context.trunk
         rate = 1.0 if stage.anneal else context.rate
         return TrunkPlan(
@@ -195,10 +202,10 @@ class Method:
                     )
 
     def heed(self, report: EvaluationReport) -> bool:
-        """Take in an evaluation, which may be of the round before the last.
+        """Take the order of base networks from an evaluation, which may be one round old.
 
         Returns:
-            Whether devices are to be offered the model in another way.
+            Whether the order has changed, so that the hub must offer the model to devices again.
         """
         if not report.order or report.order == self.aggregation.order:
             return False

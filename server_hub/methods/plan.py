@@ -1,4 +1,4 @@
-"""The plan of a round: what a method says each device, the trunk and the average do."""
+"""The plan of a round, as a method makes it: for each device, the trunk, and the average."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from server_hub.trunk.settings import TrunkTraining
 
 @dataclass(frozen=True)
 class Participant:
-    """A device as a method sees it: its tier, and the manifest of the tier's bundle."""
+    """A ready device: the name of its tier, and the manifest of the tier's bundle."""
 
     tier: str
     manifest: Manifest
@@ -26,20 +26,20 @@ class Participant:
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What a method can base the plan of a round on.
+    """The facts that a method's plan of a round depends on.
 
     Attributes:
-        number: number of the round; no two rounds have the same.
-        position: which round of the job this is, from 1 to ``count``. A round that nobody delivers
-            for does not count, so its position comes again.
+        number: unique number of the round.
+        position: position of the round in the job, from 1 to ``count``. A round in which no device
+            delivers does not count, and its position comes again.
         count: number of rounds of the job.
         rate: factor of the learning rates in this round.
-        ready: devices that are ready, by name.
-        drawn: names of those that the operator's rules have drawn.
-        cuts: cuts of all devices that are connected.
+        ready: the ready devices by name.
+        drawn: names of the devices that the operator's rules have drawn.
+        cuts: cuts of all connected devices.
         model: the hub's model.
-        local: settings of the training on devices; ``hyper`` is complete.
-        trunk: settings of the training of the trunk; ``hyper`` is complete.
+        local: settings of the training on devices; ``hyper`` holds every hyper-parameter.
+        trunk: settings of the training of the trunk; ``hyper`` holds every hyper-parameter.
     """
 
     number: int
@@ -56,23 +56,23 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What a device does in a round, and what it owes.
+    """The plan of one device in a round.
 
     Attributes:
         tier: tier of the device.
-        activations: when the device sends activations, and what comes back.
-        epochs: local epochs; 0 if only activations are wanted.
-        batch_size: rows of a local step.
+        activations: when the device sends activations, and what the hub sends back.
+        epochs: number of local epochs; 0 for activations without training.
+        batch_size: number of rows in a local step.
         hyper: hyper-parameters of the local training, by name.
         seed: seed of the local training.
-        staleness: with returned gradients, number of batches that may be under way beside the one
-            whose gradient the device waits for.
+        staleness: with returned gradients, the number of batches that may be in flight beside the
+            one whose gradient the device waits for.
         replica: name of the copy of the trunk that the device's activations train.
         bases: numbers of the base networks that the device trains; None for a single model.
-        passes: how often the activations of each example may come.
+        passes: largest number of times that the device may send the activations of an example.
         adversarial: weight of adversarial examples in the trunk's loss, from 0 to 1; None if the
-            device does not train on any.
-        untrained: names of tensors in the device's update that it has not trained.
+            device does not train on adversarial examples.
+        untrained: names of the tensors in the device's update that the device does not train.
     """
 
     tier: str
@@ -89,13 +89,13 @@ class DevicePlan:
     untrained: frozenset[str] = frozenset()
 
     def weight_of(self, batch: Batch) -> float:
-        """Weight of a label of ``batch`` in the trunk's loss."""
+        """Return the weight of each label of ``batch`` in the trunk's loss."""
         if self.adversarial is None:
             return 1.0
         return self.adversarial if batch.noise else 1 - self.adversarial
 
     def message(self, number: int, state: str | None, bases: Mapping[str, str] | None) -> Round:
-        """The ``round`` message.
+        """Return the ``round`` message for the device.
 
         Args:
             number: number of the round.
@@ -120,13 +120,13 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What happens in a round.
+    """The plan of a round.
 
     Attributes:
-        devices: what each device does, by name; these devices are the round's members.
-        trunk: how the trunk trains.
-        state: tensors that the trunk starts from.
-        average: averages the updates of devices and the copies of the trunk into the global model.
+        devices: plan of each device by name; these devices are the round's members.
+        trunk: plan of the trunk.
+        state: initial tensors of the trunk in this round, by name.
+        average: averages the devices' updates and the copies of the trunk into the global model.
     """
 
     devices: Mapping[str, DevicePlan]

@@ -1,7 +1,8 @@
-"""The methods by the names that configurations and commands call them by.
+"""The registry of methods: their recipes by the names in configurations and commands.
 
-A package outside of Cutlayer adds a method with an entry point in the group ``cutlayer.methods``:
-the entry point's name is the method's, and its object is a :class:`Recipe`.
+A package outside of Cutlayer adds a method with an entry point in the group ``cutlayer.methods``.
+The name of the entry point is the name of the method, and its object is a
+:class:`server_hub.methods.fleet.Recipe`. A name of Cutlayer's own methods cannot be replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from server_hub.methods.splitmix import SPLITMIX
 from server_hub.methods.supersfl import SUPERSFL
 
 GROUP = "cutlayer.methods"
-"""Entry points that add methods."""
+"""Group of the entry points that add methods."""
 
 METHODS: dict[str, Recipe] = {
     "fedsplitx": FEDSPLITX,
@@ -33,7 +34,7 @@ METHODS: dict[str, Recipe] = {
     "supersfl": SUPERSFL,
     "splitmix": SPLITMIX,
 }
-"""Methods that hubs and simulations offer."""
+"""Recipes of the methods that hubs and simulations offer, by name."""
 
 BASELINES: dict[str, Recipe] = {
     "exc": EXC,
@@ -47,22 +48,34 @@ BASELINES: dict[str, Recipe] = {
     "ampere": AMPERE,
     "centralized": CENTRALIZED,
 }
-"""Methods that only simulations offer, to compare with."""
+"""Recipes of the baselines, which only simulations offer, by name."""
 
 
 def hub_methods() -> dict[str, Recipe]:
-    """The methods that a hub offers: those of Cutlayer, and those of installed packages."""
+    """Return the methods that a hub offers: those of Cutlayer, and those of installed packages.
+
+    Raises:
+        ConfigError: the object of an entry point is not a :class:`Recipe`.
+    """
     found = {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
     return METHODS | {name: _load(entry) for name, entry in found.items() if name not in METHODS}
 
 
 def simulated_methods() -> dict[str, Recipe]:
-    """The methods that a simulation offers."""
+    """Return the methods that a simulation offers: those of a hub, and the baselines.
+
+    Raises:
+        ConfigError: the object of an entry point is not a :class:`Recipe`.
+    """
     return hub_methods() | BASELINES
 
 
 def find(name: str, methods: dict[str, Recipe]) -> Recipe:
-    """The method called ``name``; :class:`ConfigError` if there is none."""
+    """Return the recipe called ``name``.
+
+    Raises:
+        ConfigError: ``methods`` holds no such recipe.
+    """
     if name not in methods:
         hint = "; it is a baseline, for cutlayer simulate" if name in BASELINES else ""
         raise ConfigError(f"there is no method {name!r}{hint}; there are {', '.join(methods)}")

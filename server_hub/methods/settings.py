@@ -22,10 +22,10 @@ class MethodConfig:
     """The training method: the table ``[method]`` of ``hub.toml``.
 
     Attributes:
-        name: name of a method, see :func:`server_hub.methods.registry.hub_methods`.
+        name: name of the method; :func:`server_hub.methods.registry.hub_methods` lists the names.
         form: form of FedSplitX.
-        cut_rank: of SplitFT, rank of the adapters in the block that activations enter; None for
-            the rank of all blocks.
+        cut_rank: with SplitFT, the rank of the adapters in the block that activations enter; None
+            for the rank of the other blocks.
     """
 
     name: str = "fedsplitx"
@@ -49,8 +49,9 @@ class LocalTraining:
         epochs: local epochs per round.
         batch_size: rows per local step.
         hyper: hyper-parameters of the optimizer that the bundles were exported with.
-        staleness: with returned gradients, number of batches that a device may have under way
-            beside the one whose gradient it waits for. 0 is exact; more hides the link's latency.
+        staleness: with returned gradients, the number of batches that a device may have in flight
+            beside the one whose gradient it waits for. With 0 every step uses the newest weights;
+            a larger number hides the latency of the link.
     """
 
     epochs: int = 1
@@ -72,7 +73,7 @@ class BaseLoss:
     Attributes:
         robustness: weight of adversarial examples in the loss, from 0 (none) to 1.
         attack: the attack that makes adversarial examples, in units of the inputs.
-        masked: whether the loss leaves out classes that the device has no examples of.
+        masked: whether the loss leaves out the classes that the device has no examples of.
     """
 
     robustness: float = 0.0
@@ -86,19 +87,19 @@ class BaseLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitMixConfig(BaseLoss):
-    """Which base networks devices train, and how: the table ``[mix]``.
+    """Training of base networks with Split-Mix: the table ``[mix]`` of ``hub.toml``.
 
     Attributes:
-        budgets: by tier, the part of the wide model that a device trains in a round; 1 for tiers
-            that are not named.
-        seed: seed of the draws of base networks.
+        budgets: by tier, the fraction of the wide model that a device trains in a round. A tier
+            without an entry has the budget 1.
+        seed: seed of the random assignment of base networks to devices.
     """
 
     budgets: dict[str, float] = field(default_factory=dict)
     seed: int = 0
 
     def of(self, bases: int) -> BaseAssignment:
-        """The assignment of ``bases`` base networks.
+        """Return the assignment of ``bases`` base networks to devices.
 
         Raises:
             ConfigError: a budget is not above 0 and at most 1.
@@ -114,10 +115,15 @@ class SplitMixConfig(BaseLoss):
 
 
 def learning_rate_factor(schedule: RateSchedule, number: int, count: int) -> float:
-    """Factor of the learning rates in round ``number`` of ``count``, from 1 on.
+    """Return the factor of the learning rates in round ``number`` of ``count``.
 
-    ``step`` is FedSplitX's schedule: a tenth from half of the rounds on, a hundredth from three
-    quarters on.
+    The schedule ``step`` is that of FedSplitX (arXiv 2310.14579): 0.1 from half of the rounds on,
+    0.01 from three quarters on.
+
+    Args:
+        schedule: name of the schedule.
+        number: position of the round in the job, from 1 on.
+        count: number of rounds of the job.
     """
     done = (number - 1) / count
     if schedule == "cosine":

@@ -6,11 +6,10 @@
                gradient at the cut down; device backward, step
     per round: adapters up, averaged layer by layer over the copies of each layer; cuts adjusted
 
-Every device has a cut of its own, and it may move (:mod:`server_hub.rounds.cut_policy`). The trunk
-is one for all, and its steps merge what devices at different cuts have sent. The base is frozen
-and stays
-where it is: what travels are adapters and the optimizers' slots, so a layer goes on where it was
-when it moves from a device to the hub, or back.
+Every device has its own cut, and the hub may move it (:mod:`server_hub.rounds.cut_policy`). All
+devices share one trunk, whose steps merge the batches of devices at different cuts. The weights of
+the base model are frozen and are never sent. Devices and hub exchange adapters and optimizer slots.
+A layer that moves from a device to the hub, or back, therefore keeps its training state.
 """
 
 from __future__ import annotations
@@ -25,12 +24,21 @@ from server_hub.methods.method import Method, always
 
 
 def splitft_u(initial: State, outline: JobOutline) -> Method:
-    """The same, and labels stay on the devices: these have the model's head, which is averaged."""
+    """SplitFT with labels on the devices.
+
+    Every device holds a copy of the model's head; the copies are averaged. The arguments are those
+    of :func:`splitft`.
+    """
     return replace(splitft(initial, outline), stage=always(ActivationMode.U_SHAPED))
 
 
 def splitft(initial: State, outline: JobOutline) -> Method:
-    """Merged trunk, gradients that come back, adapters and slots in one store."""
+    """SplitFT with labels on the hub.
+
+    Args:
+        initial: tensors of the whole model by name.
+        outline: outline of the job, with the devices' optimizer and the rank at a cut.
+    """
     return Method(
         name="SplitFT",
         stage=always(ActivationMode.RETURNED),
@@ -41,9 +49,10 @@ def splitft(initial: State, outline: JobOutline) -> Method:
 
 
 def moving(fleet: Fleet) -> Fleet:
-    """A bundle for every cut that a device of a tier may have, with graphs that take gradients.
+    """Return the fleet with a bundle for every cut that a device may have.
 
-    A further one is called ``TIER@CUT``.
+    The bundles hold the graphs for returned gradients. The bundle of another cut than the tier's
+    own is that of a further tier ``TIER@CUT``.
     """
     tiers = {}
     for name, tier in fleet.tiers.items():
@@ -55,7 +64,7 @@ def moving(fleet: Fleet) -> Fleet:
 
 
 def with_heads(fleet: Fleet) -> Fleet:
-    """The same, with the model's head on every device."""
+    """Return the fleet of :func:`moving` with the model's head on every device."""
     fleet = moving(fleet)
     return replace(fleet, tiers={n: replace(t, u_shaped=True) for n, t in fleet.tiers.items()})
 

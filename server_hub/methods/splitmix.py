@@ -1,16 +1,16 @@
-"""Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747): narrow networks, mixed.
+"""Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747): mixtures of base networks.
 
 A wide model is split by width into K independent *base networks*. Each round::
 
     hub    : a device with a budget of b trains n = b K bases: the first from one shuffled queue,
              in which each base comes once before any comes again, the others at random
-    device : E local epochs on each of its bases, and on adversarial examples of its own
-    hub    : each base becomes the mean of its copies, weighted by samples; others stay
-    use    : the mean of the logits of any number of bases, the best first
+    device : E local epochs on each of its bases, and on adversarial examples that it makes
+    hub    : each base becomes the mean of its copies, weighted by samples; untrained bases stay
+    answer : the mean of the logits of any number of bases, the best first
 
-A tier whose cut is the depth of the model trains its bases as a whole. Others train them up to
-their cut, as in FedSplitX: auxiliary heads there, activations up, and the trunk trains the deep
-part of all bases at once (:mod:`server_hub.trunk.vmapped`).
+A tier whose cut is the depth of the model trains whole bases. The other tiers train their bases up
+to their cut, as in FedSplitX: with auxiliary heads at the cut, and activations to the hub. The
+trunk trains the deep part of all bases in one step (:mod:`server_hub.trunk.vmapped`).
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from server_hub.trunk.interface import TrunkPlan
 
 @dataclass(frozen=True, kw_only=True)
 class SplitMix(Method):
-    """Split-Mix.
+    """The method Split-Mix.
 
     Attributes:
-        assignment: which base networks devices train, and on which examples.
+        assignment: assigns base networks to devices, and sets their loss.
     """
 
     assignment: BaseAssignment
 
     def plan(self, context: RoundContext) -> RoundPlan:
-        """As of every method, with base networks drawn for every member."""
+        """Return the plan of a round, with base networks drawn for every member."""
         plan = super().plan(context)
         tiers = {name: device.tier for name, device in plan.devices.items()}
         drawn = self.assignment.draw(context.number, tiers)
@@ -59,17 +59,17 @@ class SplitMix(Method):
     def _with_bases(
         self, plan: DevicePlan, manifest: Manifest, bases: list[int], noise: set[str]
     ) -> DevicePlan:
-        """The plan of a device that trains ``bases``.
+        """Return the plan of a device that trains ``bases``.
 
         Args:
             plan: the device's plan without base networks.
-            manifest: of the device's tier.
+            manifest: manifest of the device's tier.
             bases: numbers of the base networks.
             noise: names of the tensors of noise norms.
         """
         assignment = self.assignment
         adversarial = _trains_adversarially(assignment, manifest)
-        # noise norms are trained by adversarial examples alone
+        # only adversarial examples train the noise norms
         untrained = set() if adversarial else {tensor_of(b, n) for b in bases for n in noise}
         return replace(
             plan,
@@ -81,16 +81,22 @@ class SplitMix(Method):
         )
 
     def trunk_plan(self, context: RoundContext, stage: Stage) -> TrunkPlan:
-        """As of every method, for all base networks together."""
+        """Return the plan of the trunk, which trains all base networks in one step."""
         return replace(super().trunk_plan(context, stage), bases=self.assignment.bases)
 
     def check_bundles(
         self, manifests: Mapping[str, Manifest], model: SplitModel, rounds: int
     ) -> None:
-        """Check that every tier can train a base network, and the trunk those that are cut.
+        """Check that every tier can train a base network, and that the trunk can train cut ones.
+
+        Args:
+            manifests: manifest by tier.
+            model: the hub's model.
+            rounds: number of rounds of the job.
 
         Raises:
-            ConfigError: a tier cannot, or the settings name a tier that has no bundle.
+            ConfigError: a budget is below one base network, a budget is for a tier without a
+                bundle, batch norms lie above a cut, or no tier can make adversarial examples.
         """
         super().check_bundles(manifests, model, rounds)
         assignment = self.assignment
@@ -116,16 +122,16 @@ class SplitMix(Method):
 
 
 def _trains_adversarially(assignment: BaseAssignment, manifest: Manifest) -> bool:
-    """Whether devices of a tier train on adversarial examples."""
+    """Return whether devices with this manifest train on adversarial examples."""
     return assignment.robustness > 0 and "harden" in manifest.graphs
 
 
 def splitmix(initial: State, outline: JobOutline) -> Method:
-    """Split-Mix as a composition.
+    """Compose Split-Mix.
 
     Args:
-        initial: the trained tensors by name, each (bases, ...).
-        outline: outline of the job; must have an assignment.
+        initial: initial trained tensors by name, each (bases, ...).
+        outline: outline of the job, with an assignment of base networks.
     """
     assert outline.assignment is not None
     return SplitMix(
@@ -138,7 +144,11 @@ def splitmix(initial: State, outline: JobOutline) -> Method:
 
 
 def by_bases(fleet: Fleet) -> Fleet:
-    """Every tier trains bases: whole ones, or up to its cut."""
+    """Return the fleet with base networks on the devices of every tier, whole or up to the cut.
+
+    Raises:
+        ConfigError: the budget of a tier is below one base network.
+    """
     assert fleet.assignment is not None
     for name in fleet.tiers:
         fleet.assignment.count(name)

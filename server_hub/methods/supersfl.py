@@ -1,9 +1,10 @@
-"""SuperSFL (https://arxiv.org/abs/2601.02092): a device learns from its heads and from the hub.
+"""SuperSFL (https://arxiv.org/abs/2601.02092): fused gradients of device and hub.
 
-For every batch a gradient comes back, as in SplitFed. The device joins it with the gradient of its
-own heads, by weights that follow both losses and the device's share of the blocks. While the hub is
-away the device goes on with its heads alone. Every tier has its own cut, and there is one trunk for
-all devices. Not implemented: the paper's super-network of widths, and its weights in the average.
+The hub returns a gradient for every batch, as in SplitFed. The device fuses it with the gradient of
+its own heads. The weights of both depend on both losses and on the device's share of the blocks.
+While the hub does not answer, the device trains with its heads alone. Every tier has its own cut,
+and all devices share one trunk. The super-network of widths and the weights of the average, which
+the paper has, are not implemented.
 """
 
 from __future__ import annotations
@@ -20,26 +21,31 @@ from server_hub.methods.plan import DevicePlan, RoundContext
 
 @dataclass(frozen=True, kw_only=True)
 class SuperSfl(Method):
-    """Gradients of the device's heads and of the hub, fused on the device."""
+    """The method SuperSFL."""
 
     def device_plan(
         self, context: RoundContext, stage: Stage, device: str, order: int
     ) -> DevicePlan:
-        """As of every method; the heads' gradient counts by the device's share of the blocks."""
+        """Return the plan of one device, with its share of the blocks as the weight ``own``."""
         plan = super().device_plan(context, stage, device, order)
         share = context.ready[device].manifest.cut / context.model.depth
         return replace(plan, hyper={**plan.hyper, "own": share})
 
 
 def supersfl(initial: State, outline: JobOutline) -> Method:
-    """Merged trunk, fused gradients."""
+    """Compose SuperSFL.
+
+    Args:
+        initial: tensors of the whole model by name.
+        outline: outline of the job.
+    """
     return SuperSfl(
         name="SuperSFL", stage=always(ActivationMode.FUSED), aggregation=Merged(initial)
     )
 
 
 def fusing(fleet: Fleet) -> Fleet:
-    """Step graphs that take both gradients."""
+    """Return the fleet with the step graph ``fuse`` in the bundle of every tier."""
     return replace(fleet, tiers={n: replace(t, fused=True) for n, t in fleet.tiers.items()})
 
 

@@ -1,8 +1,8 @@
-"""Moving cuts: a device goes on with the bundle of another tier, between two rounds.
+"""Cut moves: between two rounds a device may change to the bundle of another tier.
 
-What a layer has learned, and its optimizer's slots, are in the LayerStore after every round. So a
-device that takes a block over finds them in the state of its new tier, and the trunk finds those
-of a block that it gets back: nothing else has to be handed over, and no step is lost.
+After every round the layer store holds the parameters of every layer, and its optimizer slots if
+the method keeps them. A device that takes over a block finds these in the state of its new tier,
+and the trunk finds those of a block that it gets back. A move therefore loses no training step.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ log = logging.getLogger("cutlayer.hub")
 
 
 class CutMoves:
-    """Which devices are to have another cut, which are on their way to it, and where they have got.
+    """Plans moves, tells devices to make them, and keeps the tiers that devices have moved to.
 
     Args:
-        settings: the policy, and what bounds it.
-        index: the bundles.
-        manifests: by tier.
-        gateway: where the devices are.
-        leave: tells the rounds that a device is not there for a while, with the reason.
+        settings: settings of the table ``[cuts]``.
+        index: index of the bundles.
+        manifests: manifest by tier.
+        gateway: holds the connected devices.
+        leave: called with a device and a reason when the device cannot take part in rounds for a
+            while.
 
     Raises:
         ConfigError: the settings name a tier that has no bundle.
@@ -55,23 +56,23 @@ class CutMoves:
         self._settings, self._index, self.manifests = settings, index, manifests
         self._gateway, self._leave = gateway, leave
         self._policy = policy_of(settings.policy)
-        self._moving: dict[str, tuple[str, float]] = {}  # to which tier, and waited for until when
+        self._moving: dict[str, tuple[str, float]] = {}  # new tier, and when waiting ends
         self._ready: set[str] = set()
-        self._tiers: dict[str, str] = {}  # of those that have moved, also while they are away
+        self._tiers: dict[str, str] = {}  # tiers of moved devices, connected or not
         self._unfit: dict[str, set[str]] = {}
         self.cuts: dict[str, int] = {}
-        """Cuts in the last round of the devices that have delivered."""
+        """Cut layers, in the last round, of the devices that delivered, by device name."""
         self.planned: list[CutMove] = []
-        """Moves after the last round."""
+        """Moves that the policy has planned after the last round."""
         self._changes = Changes()
 
     def cut_of(self, device: str) -> int | None:
-        """The cut of a device, if it is here."""
+        """Return the cut layer of a device; None if it is not connected."""
         peer = self._gateway.peers.get(device)
         return None if peer is None else self.manifests[peer.tier].cut
 
     def under_way(self, device: str) -> bool:
-        """Whether a device has been told to load another bundle, and has not said ready since."""
+        """Return whether a device is loading another bundle for a move."""
         return device in self._moving
 
     def plan(
@@ -81,13 +82,14 @@ class CutMoves:
         busy: float,
         last: bool,
     ) -> None:
-        """Let the policy decide after a round, into :attr:`planned`.
+        """Let the policy choose moves after a round, and set :attr:`cuts` and :attr:`planned`.
 
         Args:
-            updates: updates of the devices that have delivered.
-            losses: by device, the sum of the trunk's loss over its labels, and their number.
-            busy: share of the round that the trunk has spent in steps, from 0 to 1.
-            last: whether the round is the job's last, after which nobody moves.
+            updates: updates of the devices that delivered.
+            losses: by device, the sum of the trunk's loss over the device's labels, and the number
+                of labels.
+            busy: fraction of the round that the trunk spent in steps, from 0 to 1.
+            last: whether the round is the last of the job, after which no device moves.
         """
         cuts = {update.device: self.cut_of(update.device) for update in updates}
         self.cuts = {device: cut for device, cut in cuts.items() if cut is not None}
@@ -120,8 +122,8 @@ class CutMoves:
     def begin(self) -> None:
         """Tell the devices of the planned moves to load another bundle.
 
-        They say ``ready`` when they have it. Since a move was planned its device may have left,
-        and even come back with another tier.
+        A device sends ``ready`` when it has loaded the bundle. A device may have left since its
+        move was planned, and may have come back with another tier.
         """
         until = asyncio.get_running_loop().time() + self._settings.wait_s
         for move in self.planned:
@@ -138,10 +140,10 @@ class CutMoves:
                 self._gateway.post(peer, Move(tier=tier, manifest=manifest, reason=move.reason))
 
     async def until_ready(self) -> None:
-        """Wait until the devices have loaded their bundles, or have taken too long.
+        """Wait until the moving devices have loaded their bundles, or until the wait has ended.
 
-        Those take part again when they have. A device is waited for once, however many rounds it
-        takes.
+        The wait for a device ends ``wait_s`` seconds after it was told to move. A device that takes
+        longer misses rounds, and takes part again when it is ready.
         """
         now = asyncio.get_running_loop().time
         deadline = max((until for _, until in self._moving.values()), default=now())
@@ -150,10 +152,14 @@ class CutMoves:
         )
 
     def ready(self, peer: Peer, message: Ready) -> None:
-        """A device has its bundle; or the one that it was told to load; or could not load that.
+        """Take a device's ``ready``: it has joined, has moved, or could not load the new bundle.
+
+        Args:
+            peer: the device.
+            message: the message, with the tier of the loaded bundle.
 
         Raises:
-            ProtocolError: it says that it has a bundle which it was not told to load.
+            ProtocolError: the device has loaded a bundle that it was not told to load.
         """
         device, (asked, _) = peer.device, self._moving.pop(peer.device, (None, 0.0))
         self._ready.add(device)
@@ -173,47 +179,48 @@ class CutMoves:
             self._unfit.setdefault(device, set()).add(asked)
 
     def gone(self, device: str) -> None:
-        """A device has left."""
+        """Forget a move of a device that has left."""
         self._moving.pop(device, None)
         self._ready.discard(device)
         self._changes.wake()
 
     def moved(self, device: str, issued: str | None, memory_mb: int | None) -> str | None:
-        """The tier that a device has moved to, if it can go on there when it starts anew.
+        """Return the tier that a device has moved to, if it can continue there; otherwise None.
 
         Args:
-            device: its name.
-            issued: the tier of its token, whose kind it is of; None if the token is for none.
-            memory_mb: what it can spare for training; None if it does not say.
+            device: name of the device.
+            issued: tier of the device's token; None if the token is for no tier. The device can
+                only continue in a tier of the same kind.
+            memory_mb: memory for training that the device reports, in MB; None if it reports none.
         """
         tier = self._tiers.get(device)
         if tier is None or tier not in self.manifests or not self._fits(tier, memory_mb):
             return None
-        if issued is not None:  # a token that was issued anew may be for a device of another kind
+        if issued is not None:  # a new token may be for a device of another kind
             own = self.manifests.get(issued)
             if own is None or _kind(own) != _kind(self.manifests[tier]):
                 return None
         return tier
 
     def state(self) -> dict[str, Any]:
-        """What a hub that goes on with the job needs to know, for JSON.
+        """Return what :meth:`restore` takes, as JSON can hold it.
 
-        Devices that are on their way to a tier are there by then.
+        A device that is loading a bundle counts as moved.
         """
         ahead = {device: tier for device, (tier, _) in self._moving.items()}
         return {"tiers": self._tiers | ahead, "policy": self._policy.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state`."""
+        """Set moves and policy to a value that :meth:`state` returned."""
         self._tiers = dict(state["tiers"])
         self._policy.restore(state["policy"])
 
     def _fits(self, tier: str, memory_mb: int | None) -> bool:
-        """Whether a tier takes no more memory than a device says it has."""
+        """Return whether training in a tier fits the memory that a device reports, in MB."""
         return memory_mb is None or self._settings.memory_mb.get(tier, 0.0) <= memory_mb
 
     def _options(self, device: str) -> dict[int, str]:
-        """The tiers that a device can go on with, by cut: of its kind, and within its memory."""
+        """Return the tiers, by cut layer, of the device's kind and within its memory."""
         peer = self._gateway.peers[device]
         own = self.manifests[peer.tier]
         found = {
@@ -227,5 +234,5 @@ class CutMoves:
 
 
 def _kind(manifest: Manifest) -> tuple[str, str, bool]:
-    """What a device keeps when its cut moves: runtime, codec, and a graph in 8 bits or not."""
+    """Return what a move never changes: runtime, codec, and whether there is an int8 graph."""
     return manifest.runtime, manifest.codec, "predict_int8" in manifest.graphs

@@ -1,8 +1,7 @@
-"""Where each device is cut, and when that changes.
+"""Cut policies, which choose the cut layer of each device after a round.
 
-A policy looks at what the hub has seen of the devices in a round and says which of them should go
-on with another cut. What a device can carry is a hard limit: the options that a policy is given
-hold nothing beyond it.
+A policy chooses from measurements of the last round. It chooses only among the cuts that the device
+can carry.
 """
 
 from __future__ import annotations
@@ -14,22 +13,23 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple, Protocol
 
 PolicyName = Literal["fixed", "latency", "adaptive"]
+"""Name of a cut policy."""
 
 TOLERANCE = 0.1
-"""How much longer than the slowest a round may take: times that are measured are never the same."""
+"""Fraction by which a round may exceed the bound, because measured times vary."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A device in the last round.
+    """Measurements of a device in the last round.
 
     Attributes:
-        cut: its cut layer.
-        options: the cuts that it can carry, its present one among them, shallowest first.
-        compute_s: seconds that it has computed in the round; None if it has not said.
-        loss: mean loss of the trunk on what it has sent; None if it has sent nothing.
-        wait_s: seconds of the round in which it has not computed: transfers, and what it has
-            waited for.
+        cut: cut layer of the device.
+        options: cut layers that the device can carry, the present one included, shallowest first.
+        compute_s: seconds that the device has computed; None if the device did not report them.
+        loss: mean loss of the trunk on the device's activations; the device's own loss if it has
+            sent none; None if neither is known.
+        wait_s: seconds that the device has spent on transfers and on waiting.
     """
 
     cut: int
@@ -39,17 +39,20 @@ class Seen:
     wait_s: float = 0.0
 
     def time_at(self, cut: int) -> float | None:
-        """Seconds for a round at another cut: blocks take about the same time each."""
+        """Return the estimated seconds of a round at the cut ``cut``; None if unknown.
+
+        The estimate assumes that all blocks take the same time.
+        """
         return None if self.compute_s is None else self.wait_s + self.compute_s * cut / self.cut
 
     def within(self, seconds: float) -> int:
-        """The deepest option that takes no longer than this, or the shallowest there is."""
+        """Return the deepest option whose round fits into ``seconds``, or else the shallowest."""
         fitting = [cut for cut in self.options if (self.time_at(cut) or 0.0) <= seconds]
         return max(fitting, default=min(self.options))
 
 
 class Target(NamedTuple):
-    """The cut that a device should have, and why."""
+    """The cut that a policy chooses for a device, and the reason for people to read."""
 
     cut: int
     reason: str
@@ -57,7 +60,14 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class CutMove:
-    """A device goes on with another cut."""
+    """The move of a device to another cut.
+
+    Attributes:
+        device: name of the device.
+        cut: present cut layer.
+        to: new cut layer.
+        reason: reason of the policy, for people to read.
+    """
 
     device: str
     cut: int
@@ -66,25 +76,25 @@ class CutMove:
 
 
 class CutPolicy(Protocol):
-    """Says after a round which devices should have another cut."""
+    """Chooses the cuts of devices after a round."""
 
     def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
-        """The cuts that devices should have.
+        """Choose the cuts of devices.
 
         Args:
-            fleet: devices by name.
-            busy: share of the round in which the trunk has computed.
+            fleet: measurements by device name.
+            busy: fraction of the round that the trunk spent in steps, from 0 to 1.
 
         Returns:
-            By device; those that are not named, or named with the cut they have, stay.
+            Targets by device name. A device without a target keeps its cut.
         """
 
     def state(self) -> dict[str, Any]:
-        """What it keeps from round to round, for JSON."""
+        """Return what the policy remembers between rounds, as JSON can hold it."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state`."""
+        """Set what the policy remembers to a value that :meth:`state` returned."""
         return
 
 
@@ -96,10 +106,10 @@ class Fixed(CutPolicy):
 
 
 class Latency(CutPolicy):
-    """All devices take the time that the slowest takes at its shallowest cut.
+    """Every device gets the deepest cut that does not make the round longer.
 
-    A round is as long as its slowest device, so that is the shortest there can be; the others go
-    as deep as that time allows, which takes work from the hub.
+    The bound of a round is the time of the slowest device at its shallowest cut. No choice of cuts
+    makes a shorter round. The other devices go as deep as the bound allows, which relieves the hub.
     """
 
     def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
@@ -121,26 +131,26 @@ class Latency(CutPolicy):
 
 @dataclass
 class Adaptive(CutPolicy):
-    """SplitFT's cut adaptation (https://arxiv.org/abs/2604.26388), reconstructed by us.
+    """SplitFT's cut adaptation (https://arxiv.org/abs/2604.26388).
 
-    Devices that do better than the mean get more layers, those that do worse fewer, within what
-    their resources allow. Resources are a hard limit, the target of :class:`Latency`; progress is
-    a nudge of one option below it::
+    This is a reconstruction from the paper. A device that makes more progress than
+    the mean gets more blocks, and a device that makes less progress gets fewer. The target of
+    :class:`Latency` is a hard limit. Little progress moves a device one option below it::
 
         w_i <- w_i (1 + gamma (p_i - mean p)),   1/2 <= w_i <= 3/2
-        cut_i = the limit, or the option below it where w_i < behind * mean w
+        cut_i = the limit, or the option below it if w_i < behind * mean w
 
-    with ``p_i = exp(-loss_i)``, the inverse of the perplexity, relative to the best. Nobody goes
-    deeper while the hub has time to spare: that would make no round shorter, and blocks that are
-    averaged over devices learn more slowly than those that the trunk trains on everybody's
-    batches. A device moves once its target has been the same for ``patience`` rounds, because
-    every move means to load other graphs.
+    with ``p_i = exp(-loss_i)``, the inverse of the perplexity, relative to the best. No device goes
+    deeper while the hub has idle time. A deeper cut would not shorten the round then, and blocks
+    that are averaged over devices learn more slowly than blocks that the trunk trains on the
+    batches of all devices. A device moves after its target has been the same for ``patience``
+    rounds, because it must load other graphs for every move.
 
     Attributes:
-        full: share of a round that the trunk computes from which on it has no time to spare.
-        gamma: how strongly progress counts.
-        behind: share of the mean weight below which a device is given less to do.
-        patience: rounds that a target must stand.
+        full: fraction of a round in trunk steps above which the hub has no idle time.
+        gamma: strength of the influence of progress on a weight.
+        behind: fraction of the mean weight below which a device gets the option below its limit.
+        patience: number of rounds in which a target must be the same.
     """
 
     full: float = 0.8
@@ -183,14 +193,14 @@ class Adaptive(CutPolicy):
 
     @staticmethod
     def _progress(fleet: Mapping[str, Seen]) -> dict[str, float]:
-        """``exp(-loss)`` of each device, relative to the largest."""
+        """Return ``exp(-loss)`` of each device relative to the largest, by device name."""
         losses = {d: seen.loss for d, seen in fleet.items() if seen.loss is not None}
         best = min(losses.values(), default=0.0)
         return {d: math.exp(best - loss) for d, loss in losses.items()}
 
 
 def policy_of(name: PolicyName) -> CutPolicy:
-    """The policy called so."""
+    """Return a new policy with this name."""
     policies: dict[PolicyName, CutPolicy] = {
         "fixed": Fixed(), "latency": Latency(), "adaptive": Adaptive(),
     }  # fmt: skip
@@ -199,15 +209,15 @@ def policy_of(name: PolicyName) -> CutPolicy:
 
 @dataclass(frozen=True)
 class Cuts:
-    """How devices get other cuts during a job; see :mod:`server_hub.rounds.cut_policy`.
+    """Cuts that move during a job: the table ``[cuts]`` of ``hub.toml``.
 
-    A device may move between the bundles for its runtime, codec and precision.
+    A device may move between bundles with the same runtime, codec and precision.
 
     Attributes:
-        policy: ``fixed``, ``latency`` or ``adaptive``.
-        wait_s: how long a round waits for devices that load another bundle.
-        memory_mb: what training takes, by tier; a device that says how much it has gets no tier
-            that takes more.
+        policy: name of the policy: ``fixed``, ``latency`` or ``adaptive``.
+        wait_s: seconds that the next round waits for devices that load another bundle.
+        memory_mb: memory that training takes, in MB, by tier. A device that reports its memory gets
+            no tier that takes more.
     """
 
     policy: PolicyName = "fixed"

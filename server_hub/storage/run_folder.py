@@ -1,4 +1,4 @@
-"""The run folder: metrics, the trained model, a report and a picture."""
+"""The run folder: metrics of every round, and the trained model."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """The record of one round; a line of ``metrics.jsonl``.
+    """The record of one round, which is a line of ``metrics.jsonl``.
 
     Attributes:
-        round: its number, from 1 on.
-        clock: seconds since the start of the job.
-        seconds: duration of the round, evaluation included.
-        devices: number of devices whose update counted.
-        dropped: members that did not deliver, with reasons.
+        round: number of rounds that count, this one included.
+        clock: seconds from the start of the job to the end of the round.
+        seconds: duration of the round, without the evaluation.
+        devices: number of devices whose updates were averaged.
+        dropped: by member that did not deliver, the reason.
         local_loss: mean loss on the devices, weighted by samples; None in a round that does not
             train their heads.
-        local_accuracy: mean accuracy on the devices' own examples, during training; or None.
-        trunk_loss: mean loss per row on the trunk; None if no row came.
+        local_accuracy: mean accuracy on the devices' own examples during training; None if the
+            devices report none.
+        trunk_loss: mean loss of a row on the trunk; None if the trunk had no row with a label.
         trunk_steps: number of depth-merged steps.
-        accuracy: accuracy or perplexity, see ``metric``, on the held-out examples by tier and path;
-            empty if it was not measured.
-        bytes: traffic since the start, by kind of message.
+        accuracy: the value of ``metric`` on the held-out examples, by tier and path; empty if the
+            round was not evaluated.
+        bytes: bytes since the start by kind of message and direction, ``up`` or ``down``.
         costs: operations and seconds of a simulation since the start.
-        metric: what ``accuracy`` holds: accuracy, or for a model of tokens perplexity.
-        cuts: cut layers in this round of the devices that delivered, by device.
-        moves: devices that go on with another tier's bundle after this round: ``device``, its
-            ``cut``, the one that it goes ``to``, and the ``reason``.
-        mixed: accuracy of the best N base networks, mixed, by N; empty without base networks.
+        metric: metric in ``accuracy``: ``accuracy``, or ``perplexity`` for a model of tokens.
+        cuts: cut layer in this round of each device that delivered, by device name.
+        moves: moves after this round, each with the keys ``device``, ``cut`` (present cut), ``to``
+            (new cut) and ``reason``.
+        mixed: accuracy of the mixture of the best N base networks, by N; empty without base
+            networks.
         order: numbers of the base networks, best first.
     """
 
@@ -76,7 +78,7 @@ class RoundRecord:
 
 
 def read_records(folder: Path) -> list[RoundRecord]:
-    """The rounds of a run, from its ``metrics.jsonl``; an incomplete last line is left out."""
+    """Read the rounds of a run from its ``metrics.jsonl``, without an incomplete last line."""
     lines = (folder / METRICS).read_text("utf-8").split("\n")[:-1]
     return [RoundRecord(**json.loads(line)) for line in lines]
 
@@ -85,12 +87,13 @@ class RunFolder:
     """Writes the files of one run.
 
     Args:
-        folder: where to write.
-        keep: rounds of an earlier run there that this one goes on from; None for a new run.
-        metric: what the run measures on held-out examples.
+        folder: folder to write to; it need not exist.
+        keep: number of rounds of an earlier run in the folder that this run continues; None for a
+            new run.
+        metric: metric on held-out examples.
 
     Raises:
-        ConfigError: the folder holds another run already, or cannot be written.
+        ConfigError: the folder holds another run, or cannot be written.
     """
 
     def __init__(self, folder: Path, keep: int | None = None, metric: Metric = "accuracy") -> None:
@@ -108,7 +111,7 @@ class RunFolder:
             raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
 
     def append(self, record: RoundRecord) -> RoundRecord:
-        """Add a round to ``metrics.jsonl``; returns it with the run's metric."""
+        """Append a round to ``metrics.jsonl``; return its record with the run's metric."""
         record = replace(record, metric=self.metric)
         self.records.append(record)
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
@@ -116,9 +119,17 @@ class RunFolder:
         return record
 
     def save_model(self, state: Mapping[str, Array], tier: str | None) -> Path:
-        """Write the whole model as safetensors; ``SplitModel.load`` reads it."""
+        """Write a whole model as safetensors, which ``SplitModel.load`` reads.
+
+        Args:
+            state: tensors of the whole model by name.
+            tier: name that tells files apart: a tier or a base network; None for a single model.
+
+        Returns:
+            Path of the file.
+        """
         path = self.folder / ("model.safetensors" if tier is None else f"model.{tier}.safetensors")
-        # safetensors writes arrays as they lie in memory, whatever their order
+        # safetensors writes the memory of an array, and ignores its order
         whole = {name: np.require(tensor, requirements="C") for name, tensor in state.items()}
         write_atomically(path, save(whole))
         return path

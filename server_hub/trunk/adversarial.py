@@ -1,4 +1,4 @@
-"""Examples made hard for mixtures of base networks, to measure how robust these are."""
+"""Adversarial examples for mixtures of base networks, which measure the robustness of a mixture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from server_hub.trunk.evaluator import whole_answer
 
 
 def mixed_logits(bases: Sequence[SplitModel], x: Tensor, robust: float) -> Tensor:
-    """Mean of the logits of some bases (rows, classes), as robust as is asked for."""
+    """Return the mean of the logits of base networks (rows, classes).
+
+    Args:
+        bases: the base networks.
+        x: inputs (rows, ...).
+        robust: weight of the noise norms, from 0 to 1.
+    """
     with robustness(robust):
         return torch.stack([whole_answer(base, x) for base in bases]).mean(0)
 
@@ -23,18 +29,21 @@ def mixed_logits(bases: Sequence[SplitModel], x: Tensor, robust: float) -> Tenso
 def hard_examples(
     bases: Sequence[SplitModel], x: Tensor, y: Tensor, attack: Attack, robust: float, seed: int = 0
 ) -> Tensor:
-    """Inputs near ``x`` that the very mixture gets wrong, if there are any to be found.
+    """Make adversarial examples for the mixture of ``bases``.
 
-    Projected gradient ascent (https://arxiv.org/abs/1706.06083) by one who knows the bases and how
-    they are mixed.
+    The attack is projected gradient ascent (https://arxiv.org/abs/1706.06083) on the loss of the
+    mixture itself (white box).
 
     Args:
-        bases: the networks, in evaluation mode.
+        bases: the base networks, in evaluation mode.
         x: inputs (rows, ...).
         y: labels (rows,).
-        attack: how far, and in how many steps.
-        robust: weight of the noise norms in the mixture, 0 to 1.
-        seed: of the starting points.
+        attack: the attack, in units of the inputs.
+        robust: weight of the noise norms in the mixture, from 0 to 1.
+        seed: seed of the random starting points.
+
+    Returns:
+        Adversarial examples, with the shape of ``x``.
     """
     generator = torch.Generator().manual_seed(seed)
     low, high = (
@@ -42,10 +51,10 @@ def hard_examples(
         (x + attack.epsilon).clamp(max=attack.high),
     )
     noise = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
-    hard = (x + attack.epsilon * noise).clamp(low, high)
+    x_adv = (x + attack.epsilon * noise).clamp(low, high)
     for _ in range(attack.steps):
-        hard.requires_grad_()
-        loss = cross_entropy(mixed_logits(bases, hard, robust), y, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, [hard])
-        hard = (hard.detach() + attack.step_size * gradient.sign()).clamp(low, high)
-    return hard
+        x_adv.requires_grad_()
+        loss = cross_entropy(mixed_logits(bases, x_adv, robust), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, [x_adv])
+        x_adv = (x_adv.detach() + attack.step_size * gradient.sign()).clamp(low, high)
+    return x_adv

@@ -1,15 +1,15 @@
-"""One pass over the trunk for devices that enter at different depths.
+"""The depth-merged step: one pass over the trunk for activations that enter at different depths.
 
-It walks the blocks upward and, at each block, concatenates the activations that enter there with
-what comes from below::
+The pass goes through the blocks upward. At each block it concatenates the activations that enter
+there with the output of the block below::
 
     h = None
     for d in range(shallowest cut, N):
         h = concat(h, unpack(arrivals[d]));  h = blocks[d](h);  losses of the heads at d + 1
     loss(head(h)); one backward; one optimizer step
 
-The batch grows with depth, and a row's weight is its device's own: the gradient is the sum of what
-each arrival gives alone.
+The batch grows with depth. Each row has the weight of its device, so the gradient is the sum of the
+gradients of the single arrivals.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ class Entering(NamedTuple):
     Attributes:
         h: activations (rows, ...).
         labels: (rows,) or, for tokens, (rows, positions).
-        weights: of each row (rows,).
-        present: (rows, classes), 1 for classes that the loss of a row is over; all if None.
-        noise: (rows,), 1 for rows that go through the noise norms; none if None.
+        weights: weight of each row (rows,).
+        present: class mask of each row (rows, classes): 1 for the classes in the loss, 0 for the
+            others; None for all classes.
+        noise: (rows,), 1 for rows that go through the noise norms, 0 for the others; None for no
+            such rows.
     """
 
     h: Tensor
@@ -51,20 +53,21 @@ def depth_merged_loss(
     *,
     auxiliary: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """One pass over arrivals that enter at different depths.
+    """Compute the loss of arrivals that enter at different depths, in one pass.
 
-    Texts are padded at the right, with zeros and labels that do not count, to the longest that is
-    there; in a causal model no position sees what is behind it.
+    Texts are padded on the right to the longest text at the same depth, with zeros and with labels
+    that do not count. In a causal model no position depends on later positions.
 
     Args:
         model: blocks, auxiliary heads and head.
-        entering: the arrivals by cut; all have ``present`` or none, and likewise ``noise``.
-        auxiliary: whether the auxiliary heads have a part in the loss.
+        entering: the arrivals by cut layer. Either all arrivals have ``present`` or none, and
+            either all have ``noise`` or none.
+        auxiliary: whether the loss includes the auxiliary heads.
 
     Returns:
-        The loss: sum over rows of weight times summed cross-entropy of the heads above the cut;
-        and the unweighted loss of each row, in the order of cut, then arrival. That of a text is
-        the sum over its labels that count.
+        The loss, a scalar: the sum over rows of the row's weight times the summed cross-entropy of
+        all heads above its cut. And the unweighted loss of each row (rows,), in the order of cut,
+        then arrival; the loss of a text is the sum over its labels that count.
     """
     rows: Entering | None = None
     row_losses = torch.empty(0)
@@ -89,14 +92,15 @@ def depth_merged_loss(
 
 
 def merged_features(model: SplitModel, entering: Mapping[int, Sequence[Tensor]]) -> Tensor:
-    """What leaves the last block, for arrivals that enter at different depths.
+    """Compute the features of arrivals that enter at different depths, in one pass.
 
     Args:
-        model: its blocks.
-        entering: by cut, the activations (rows, ...) of each arrival.
+        model: the model, whose blocks are used.
+        entering: activations (rows, ...) of each arrival, by cut layer.
 
     Returns:
-        (rows, ...) in the order of cut, then arrival; texts padded as in the loss.
+        Features (rows, ...), the output of the last block, in the order of cut, then arrival. Texts
+        are padded as in :func:`depth_merged_loss`.
     """
     h: Tensor | None = None
     for depth in range(min(entering), model.depth):
@@ -109,12 +113,12 @@ def merged_features(model: SplitModel, entering: Mapping[int, Sequence[Tensor]])
 
 
 def _noisy(rows: Entering) -> AbstractContextManager[None]:
-    """In which noise norms, those of heads too, are for the rows that are noise."""
+    """Return a context in which the noise norms apply to the rows with ``noise`` 1."""
     return nullcontext() if rows.noise is None else robustness(rows.noise)
 
 
 def _joined(arrivals: Sequence[Entering]) -> Entering:
-    """The rows of all."""
+    """Concatenate the rows of arrivals."""
     present = [a.present for a in arrivals if a.present is not None]
     noise = [a.noise for a in arrivals if a.noise is not None]
     return Entering(
@@ -127,7 +131,7 @@ def _joined(arrivals: Sequence[Entering]) -> Entering:
 
 
 def _merged(arrivals: Sequence[Tensor], filler: int) -> Tensor:
-    """The rows of all, texts (rows, positions, ...) filled up at the right to the longest."""
+    """Concatenate rows; texts (rows, positions, ...) are padded on the right with ``filler``."""
     if arrivals[0].dim() == 1:
         return torch.cat(list(arrivals))
     longest = max(a.shape[1] for a in arrivals)
@@ -141,7 +145,7 @@ def _merged(arrivals: Sequence[Tensor], filler: int) -> Tensor:
 
 
 def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row; of a text, the sum over its labels that count."""
+    """Return the cross-entropy of each row (rows,); for a text the sum over labels that count."""
     if labels.dim() == 1:
         return cross_entropy(logits, labels, reduction="none")
     losses_N = cross_entropy(

@@ -1,1 +1,1 @@
-"""Methods that only simulations offer, to compare with."""
+"""Baselines: methods for comparison, which only simulations offer."""

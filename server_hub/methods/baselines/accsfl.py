@@ -1,9 +1,9 @@
 """AccSFL (Han et al., 2021): split learning on locally generated losses.
 
-One cut for all, that of the poorest tier, and one auxiliary head, whose loss trains the devices'
-side without waiting for gradients. Activations go up as they come; each device's train a copy of
-the server's side of its own, and the copies are averaged after the round, as the devices' sides
-are.
+All tiers have the cut of the poorest tier and one auxiliary head. The loss of this head trains the
+client segment, so that devices do not wait for gradients. Devices send the activations of their
+training steps. Each device's activations train a separate copy of the trunk. The copies of the
+trunk and the client segments are averaged after the round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from server_hub.methods.method import CopyPerDevice, Method, always
 
 
 def accsfl(initial: State, outline: JobOutline) -> Method:
-    """One cut, one head, a copy of the trunk per device."""
+    """Compose AccSFL; the arguments are those of :attr:`Recipe.compose`."""
     return Method(
         name="AccSFL",
         stage=always(ActivationMode.TRAIN),

@@ -1,9 +1,9 @@
-"""Ampere (arXiv 2507.07130): the devices' side first, then one upload for the server's side.
+"""Ampere (arXiv 2507.07130): client segments first, then one upload of activations for the trunk.
 
-One cut for all, that of the poorest tier, with one auxiliary head. In all rounds but the last the
-devices train alone and are averaged. In the last, every device sends the activations of its
-examples once, without training, and the trunk trains on all of them pooled, for as many epochs as
-the rounds before have made over the data.
+All tiers have the cut of the poorest tier and one auxiliary head. In all rounds but the last the
+devices train their segments alone, and the segments are averaged. In the last round every device
+sends the activations of its examples once, without training. The trunk trains on all of them
+pooled, for as many epochs as the job's rounds make over the data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from server_hub.methods.method import Method, SharedCopy, Stage
 
 
 def ampere(initial: State, outline: JobOutline) -> Method:
-    """Local rounds, then one upload and many epochs on the trunk."""
+    """Compose Ampere; the arguments are those of :attr:`Recipe.compose`."""
     epochs = max(1, round(outline.rounds * outline.local_epochs * outline.share))
 
     def stage(number: int, count: int) -> Stage:

@@ -1,9 +1,9 @@
 """DepthFL (Kim et al., ICLR 2023): models of several depths, classifiers at every depth.
 
-A device trains the blocks that it can carry and a classifier at each tier's depth; its classifiers
-also learn from each other (self-distillation, in the step graph). Layers are averaged over the
-devices that hold them. There is no hub to train what is deeper than the deepest tier, so the
-largest model is that tier's.
+A device trains the blocks that it can carry, and a classifier at the depth of each tier up to its
+own. Its classifiers also learn from each other, by self-distillation in the step graph. Each layer
+is averaged over the devices that hold it. The hub trains no blocks, so the largest model is that of
+the deepest tier.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from server_hub.methods.fleet import Fleet, JobOutline, Recipe
 from server_hub.methods.method import Method
 
 DISTILLATION = 1.0
-"""Weight of the classifiers' divergence from each other."""
+"""Weight in the loss of the divergence between the classifiers."""
 
 
 def depthfl(initial: State, outline: JobOutline) -> Method:
-    """DepthFL on the hub's side is federated averaging over layers."""
+    """Compose DepthFL, which is federated averaging on the hub.
+
+    The arguments are those of :attr:`Recipe.compose`.
+    """
     return replace(fedavg(initial, outline), name="DepthFL")
 
 
 def distilling(fleet: Fleet) -> Fleet:
-    """Every tier at its own cut, its classifiers teaching each other."""
+    """Return the fleet with self-distillation in every tier, each at its own cut."""
     tiers = {name: replace(tier, distill=DISTILLATION) for name, tier in fleet.tiers.items()}
     return replace(fleet, tiers=tiers)
 

@@ -1,12 +1,13 @@
-"""Federated averaging (McMahan et al., AISTATS 2017) of models that lie on the devices alone.
+"""Federated averaging (McMahan et al., AISTATS 2017) of models on devices, without a trunk.
 
-Each round the devices train for some local epochs, and every layer becomes the mean of its copies,
-weighted by samples. Three methods that differ in what is on the devices:
+In each round the devices train for some local epochs. Every layer becomes the mean of its copies,
+weighted by samples. Three methods differ in the model that the devices hold:
 
-- *EXC*: one model that fits the poorest tier, which is what the poorest limits all to.
-- *FedAvg*: the whole model on every device: an upper bound, for devices that could carry it.
-- *Centralized*: the whole model where all data are; as many samples a round as the others' devices
-  have together.
+- *EXC*: every device holds the model that fits the poorest tier.
+- *FedAvg*: every device holds the whole model. It is an upper bound, for devices that could carry
+  it.
+- *Centralized*: one place holds the whole model and all data. A round takes as many samples there
+  as the devices of the other methods have together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from server_hub.methods.method import Method, always
 
 
 def fedavg(initial: State, outline: JobOutline) -> Method:
-    """Federated averaging: no activations, no trunk."""
+    """Compose federated averaging; the arguments are those of :attr:`Recipe.compose`."""
     return Method(
         name="FedAvg",
         stage=always(ActivationMode.NONE),

@@ -1,9 +1,9 @@
 """FjORD (Horvath et al., NeurIPS 2021): nested models of several widths, whole on the devices.
 
-A device of width ``p`` holds the leading part of every layer's channels, as wide as its tier can
-carry: the widest whose training step takes no more operations than the tier's segment does with
-FedSplitX. In each step it draws a width up to its own and trains that part alone (ordered
-dropout). An element of a tensor is averaged over the devices that hold it.
+A device of width ``p`` holds the leading fraction ``p`` of the channels of every layer. Its width
+is the largest whose training step takes no more operations than the tier's client segment with
+FedSplitX. In each step the device draws a width up to its own and trains that part alone (ordered
+dropout). Each element of a tensor is averaged over the devices that hold it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from server_hub.methods.fleet import Fleet, JobOutline, Recipe
 from server_hub.methods.method import Method, always
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
+"""Widths of the nested models, as fractions of the channels."""
 
 
 def fjord(initial: State, outline: JobOutline) -> Method:
-    """Nested averaging: no activations, no trunk."""
+    """Compose FjORD; the arguments are those of :attr:`Recipe.compose`."""
     return Method(
         name="FjORD",
         stage=always(ActivationMode.NONE),
@@ -38,12 +39,18 @@ def fjord(initial: State, outline: JobOutline) -> Method:
 
 
 def by_width(fleet: Fleet) -> Fleet:
-    """Every tier holds the whole depth, as wide as it can carry."""
+    """Return the fleet with the whole depth on every tier, as wide as the tier can carry."""
     return nested(fleet, widths_within(fleet.model, _budgets(fleet), WIDTHS, fleet.example), WIDTHS)
 
 
 def nested(fleet: Fleet, own: Mapping[str, float], widths: Collection[float]) -> Fleet:
-    """Every tier holds the whole depth in its ``own`` width, and trains all ``widths`` up to it."""
+    """Return the fleet with the whole depth on every tier, in nested widths.
+
+    Args:
+        fleet: the fleet of FedSplitX.
+        own: width of the model of each tier, a fraction of the channels, by tier.
+        widths: the widths that devices draw from; a device draws none above its own.
+    """
     models = {}
     for name, width in own.items():
         model = narrow(fleet.model, width, fleet.example)
@@ -58,7 +65,7 @@ def nested(fleet: Fleet, own: Mapping[str, float], widths: Collection[float]) ->
 
 
 def _budgets(fleet: Fleet) -> dict[str, float]:
-    """FLOPs per sample of the training step of each tier's segment."""
+    """Return the FLOPs per sample of a training step of each tier's client segment, by tier."""
     fleet.model.add_heads([t.cut for t in fleet.tiers.values()], fleet.example, fleet.classes)
     budgets = {}
     for name, tier in fleet.tiers.items():

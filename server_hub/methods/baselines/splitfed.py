@@ -1,9 +1,9 @@
-"""SplitFed (Thapa et al., AAAI 2022): gradients come back for every batch.
+"""SplitFed (Thapa et al., AAAI 2022): the hub returns a gradient for every batch.
 
-One cut for all, that of the poorest tier. A device sends a batch's activations, waits for their
-gradient, and steps its side with that alone. In version 1 each device has a copy of the server's
-side, and the copies are averaged after the round; in version 2 there is one server's side, which
-takes the batches one after the other. The devices' sides are averaged in both.
+All tiers have the cut of the poorest tier. A device sends a batch's activations, waits for their
+gradient, and trains its segment with this gradient alone. In version 1 each device has a copy of
+the trunk, and the copies are averaged after the round. In version 2 there is one trunk, which takes
+one batch after the other. Both versions average the client segments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from server_hub.methods.method import CopyPerDevice, Method, SharedCopy, always
 
 
 def splitfed_v1(initial: State, outline: JobOutline) -> Method:
-    """A copy of the trunk per device."""
+    """Compose version 1, with a copy of the trunk per device.
+
+    The arguments are those of :attr:`Recipe.compose`.
+    """
     return Method(
         name="SplitFed v1",
         stage=always(ActivationMode.RETURNED),
@@ -30,12 +33,12 @@ def splitfed_v1(initial: State, outline: JobOutline) -> Method:
 
 
 def splitfed_v2(initial: State, outline: JobOutline) -> Method:
-    """One trunk, batch after batch."""
+    """Compose version 2, with one trunk; the arguments are those of :func:`splitfed_v1`."""
     return replace(splitfed_v1(initial, outline), name="SplitFed v2", copies=SharedCopy())
 
 
 def returning(fleet: Fleet) -> Fleet:
-    """One cut, and step graphs that take a gradient."""
+    """Return the fleet with all tiers at one cut, and with the graphs for returned gradients."""
     fleet = at_poorest_cut(fleet)
     return replace(fleet, tiers={n: replace(t, returned=True) for n, t in fleet.tiers.items()})
 
