@@ -227,7 +227,7 @@ def pinned(block: memoryview, device: str) -> Iterator[None]:
         yield
         return
     address = np.frombuffer(block, np.uint8).ctypes.data
-    runtime = torch.cuda.cudart()
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.check_error(runtime.cudaHostRegister(address, block.nbytes, 0))
     try:
         yield
