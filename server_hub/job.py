@@ -98,12 +98,12 @@ class Job:
         peers = self.gateway.peers
         members = [d for d, p in plan.devices.items() if d in peers and peers[d].tier == p.tier]
         self.rounds.start(asyncio.get_running_loop().time(), members)
-        self.batcher.begin(self.rounds.number, shuffles=not plan.trunk.returned)
+        self.batcher.begin(self.rounds.number, plan.trunk.shuffles)
         self.collector.begin(plan)
         log.debug("round %d with %d devices", self.rounds.number, len(self.rounds.members))
         for device in sorted(self.rounds.members):
             offer = self.gateway.blobs.offer(peers[device].tier)
-            message = plan.devices[device].message(self.rounds.number, **vars(offer))
+            message = plan.devices[device].message(self.rounds.number, offer)
             self.gateway.post(peers[device], message)
         await self.trunk.begin(plan.state, plan.trunk)
 

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Blob, BlobGet, Error
-
-
-@dataclass(frozen=True)
-class ModelOffer:
-    """Where a tier's present model is, as ``welcome``, ``round`` and ``stop`` say it.
-
-    Attributes:
-        state: hash of the state of a single model.
-        bases: hashes of the states of base networks by number, best first.
-    """
-
-    state: str | None = None
-    bases: dict[str, str] | None = None
+from server_hub.methods.plan import ModelOffer
 
 
 class BlobServer:

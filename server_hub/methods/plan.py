@@ -17,6 +17,19 @@ from server_hub.trunk.settings import TrunkTraining
 
 
 @dataclass(frozen=True)
+class ModelOffer:
+    """Where a tier's present model is, as ``welcome``, ``round`` and ``stop`` say it.
+
+    Attributes:
+        state: hash of the state of a single model.
+        bases: hashes of the states of base networks by number, best first.
+    """
+
+    state: str | None = None
+    bases: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Participant:
     """A ready device: the name of its tier, and the manifest of the tier's bundle."""
 
@@ -94,27 +107,26 @@ class DevicePlan:
             return 1.0
         return self.adversarial if batch.noise else 1 - self.adversarial
 
-    def message(self, number: int, state: str | None, bases: Mapping[str, str] | None) -> Round:
-        """Return the ``round`` message for the device.
+    def message(self, number: int, offer: ModelOffer) -> Round:
+        """The ``round`` message.
 
         Args:
             number: number of the round.
-            state: hash of the tier's state, for a single model.
-            bases: hash of the state of each base network of the tier, by number.
+            offer: where the present model of the device's tier is.
         """
-        wanted = None
-        if self.bases is not None and bases is not None:
-            wanted = {str(base): bases[str(base)] for base in self.bases}
+        bases = None
+        if self.bases is not None and offer.bases is not None:
+            bases = {str(base): offer.bases[str(base)] for base in self.bases}
         return Round(
             round=number,
-            state=state,
+            state=offer.state,
             epochs=self.epochs,
             batch_size=self.batch_size,
             hyper=dict(self.hyper),
             activations=self.activations,
             seed=self.seed,
             staleness=self.staleness,
-            bases=wanted,
+            bases=bases,
         )
 
 

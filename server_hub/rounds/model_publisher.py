@@ -12,8 +12,9 @@ from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import State
 from export.names import is_slot
 from export.split import SplitModel
-from server_hub.gateway.blobs import BlobServer, ModelOffer
+from server_hub.gateway.blobs import BlobServer
 from server_hub.methods.method import Method
+from server_hub.methods.plan import ModelOffer
 from server_hub.trunk.interface import Trunk
 
 

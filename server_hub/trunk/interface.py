@@ -149,6 +149,11 @@ class TrunkPlan:
     keeps_slots: bool = False
     bases: int = 0
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether batches may wait in a shuffle buffer: no device waits for their gradients."""
+        return not self.returned
+
 
 @dataclass(frozen=True)
 class EvaluationReport:

@@ -24,9 +24,9 @@ from edge_sdk.protocol.messages import BlobGet, Error
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.transport.link import open_websocket
 from export.packing import get_codec
-from server_hub.gateway.blobs import ModelOffer
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
+from server_hub.methods.plan import ModelOffer
 from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules
 from tests.lib.harness import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import server_hub
 from edge_sdk import Device
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import ConfigError
@@ -144,3 +146,18 @@ def test_an_entry_point_that_is_no_recipe_is_one_sentence(
     monkeypatch.setattr(metadata, "entry_points", lambda group: [broken])
     with pytest.raises(ConfigError, match=r"the method 'broken' of .* is no Recipe"):
         hub_methods()
+
+
+def test_the_loop_the_hub_and_the_gateway_know_no_method() -> None:
+    """Neither a method's name nor a word that belongs to one of them."""
+    words = re.compile(
+        r"\b(fused?|harden\w*|bases?|u_shaped|returned|mixtures?|adversarial|fedsplitx|splitft|"
+        r"splitmix|supersfl)\b",
+        re.IGNORECASE,
+    )
+    folder = Path(server_hub.__file__).parent
+    for path in (folder / "job.py", folder / "hub.py", *(folder / "gateway").glob("*.py")):
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            found = words.search(line)
+            assert found is None, f"{path.name}:{number} says {found and found[0]}"
+    assert (folder / "job.py").read_text("utf-8").count("\n") < 150
