@@ -1,4 +1,4 @@
-"""``tiers.toml``: what the devices of each tier can carry, and what the model's inputs are."""
+"""The configuration file ``tiers.toml``: tiers, their limits, and the inputs of the model."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _LENGTH = 64
 
 @dataclass(frozen=True)
 class TierTable:
-    """A class of devices.
+    """Table ``[tiers.NAME]``: a class of devices.
 
     Attributes:
-        cut: cut layer; the deepest that the tier can carry if not given.
-        codec: how activations are packed.
-        runtime: what runs the step graphs.
-        batch: rows of a training step; ExecuTorch takes no more than these.
-        precision: of a graph for inference: ``int8`` weights beside ``float32``, or not.
-        memory_mb: what a training step may take, in MB.
-        gflops: what the devices compute while training, in 10^9 operations per second.
-        uplink_mbit: what they upload, in 10^6 bits per second.
-        max_epoch_s: how long an epoch over the local examples may take, in seconds.
-        examples: local examples of a device.
-        adversarial: with dual norms, whether the devices train on examples that they make hard.
+        cut: cut layer; if not given, the deepest cut that the tier can carry.
+        codec: codec of the activations.
+        runtime: runtime of the step graphs.
+        batch: rows of a training step, which is the largest batch on ExecuTorch.
+        precision: ``int8`` adds a graph for inference with int8 weights.
+        memory_mb: largest memory of a training step, in 10^6 bytes.
+        gflops: speed of the devices while training, in 10^9 operations per second.
+        uplink_mbit: upload speed of the devices, in 10^6 bits per second.
+        max_epoch_s: longest time of an epoch over the local examples, in seconds.
+        examples: number of local examples of a device.
+        adversarial: whether the devices also train on adversarial examples.
     """
 
     cut: int | None = None
@@ -64,7 +64,7 @@ class TierTable:
             raise ValueError("max_epoch_s says nothing without gflops or uplink_mbit")
 
     def at(self, cut: int) -> Tier:
-        """What is exported for the tier at a cut."""
+        """Settings of the tier's export at a cut."""
         from export.writer import Tier
 
         return Tier(
@@ -74,10 +74,10 @@ class TierTable:
 
 @dataclass(frozen=True)
 class LoraTable:
-    """Low-rank adapters on a frozen base; see :class:`export.lora.Lora`.
+    """Table ``[lora]``: low-rank adapters on a frozen base; see :class:`export.lora.Lora`.
 
     Attributes:
-        cut_rank: rank in the last block before a tier's cut; that of all if not given.
+        cut_rank: rank in the last block before a tier's cut; ``rank`` if not given.
     """
 
     rank: int = 8
@@ -89,23 +89,23 @@ class LoraTable:
 
 @dataclass(frozen=True)
 class TiersConfig:
-    """What ``tiers.toml`` may say.
+    """Content of ``tiers.toml``.
 
     Attributes:
         tiers: tiers by name.
-        classes: number of classes; a model of transformers says it itself.
-        input_shape: shape of one input, without the batch; the same.
+        classes: number of classes; known for a transformers model.
+        input_shape: shape of one input without the batch; known for a transformers model.
         input_dtype: ``float32``, or ``int64`` for token ids.
-        input_high: token ids are below this.
-        length: tokens of a text.
-        optimizer: what the training graphs update with.
-        returned: with graphs for gradients that the hub sends back.
-        u_shaped: with the model's head, for labels that stay on the device; goes with returned.
-        fused: with graphs that join these with the heads' own.
-        lora: train adapters on a frozen base.
-        bases: split the model by width into so many base networks, for Split-Mix; tiers without a
-            cut train them as a whole. 0 for one model.
-        dual_norms: with bases, norms of their own for examples made hard.
+        input_high: exclusive upper bound of token ids.
+        length: number of tokens in a text.
+        optimizer: optimizer of the training graphs.
+        returned: add graphs for gradients that the hub returns.
+        u_shaped: devices hold the model's head, so that labels stay on them; needs ``returned``.
+        fused: add the graph that fuses returned gradients with those of the heads.
+        lora: freeze the model and train adapters.
+        bases: number of base networks into which the model is split by width, for Split-Mix; tiers
+            without a cut train whole bases. 0 for an ordinary model.
+        dual_norms: give each norm a copy for adversarial examples; needs ``bases``.
     """
 
     tiers: dict[str, TierTable]
@@ -149,11 +149,15 @@ class TiersConfig:
 
     @classmethod
     def read(cls, path: Path) -> TiersConfig:
-        """Read the file; :class:`ConfigError` names what is wrong."""
+        """Read the file; raises :class:`ConfigError` if it is missing or not valid."""
         return config.load(cls, path)
 
     def make_lora(self) -> Lora | None:
-        """The adapters that are asked for."""
+        """Configuration of the adapters; None without ``[lora]``.
+
+        Raises:
+            ConfigError: a value of ``[lora]`` is out of range.
+        """
         from export.lora import Lora
 
         if self.lora is None:
@@ -165,7 +169,7 @@ class TiersConfig:
             raise ConfigError(f"[lora]: {error}") from error
 
     def mix(self, example: Tensor) -> dict[str, Any]:
-        """What an index says of base networks, for :func:`export.build.model_of`."""
+        """Entry ``mix`` of an index, from which :func:`export.build.model_of` splits the model."""
         high = None if example.is_floating_point() else int(example.max()) + 1
         shape = list(example.shape[1:])
         return {"bases": self.bases, "dual_norms": self.dual_norms, "shape": shape, "high": high}
@@ -173,7 +177,17 @@ class TiersConfig:
     def make_bases(
         self, model: SplitModel, tiers: Mapping[str, Tier], example: Tensor, classes: int
     ) -> WholeBases:
-        """The base networks that are asked for; raises :class:`ExportError` if they cannot be."""
+        """Split the model into base networks.
+
+        Args:
+            model: the wide model.
+            tiers: settings of the export by tier, whose cuts get auxiliary heads.
+            example: inputs (batch, ...).
+            classes: number of classes.
+
+        Raises:
+            ExportError: the model cannot be split.
+        """
         from export.bases import split_width
         from export.whole import whole_bases
 
@@ -184,10 +198,10 @@ class TiersConfig:
         return whole_bases(bases, cuts, example, classes)
 
     def example(self, model: SplitModel) -> tuple[Tensor, int]:
-        """Random inputs of the model's kind, and the number of classes.
+        """Random inputs (batch, ...) for the model, and the number of classes.
 
         Raises:
-            ConfigError: neither the file nor the model says what they are.
+            ConfigError: neither the file nor the model gives the shape, or the number of classes.
         """
         from export.build import draw_inputs
 
@@ -203,11 +217,21 @@ class TiersConfig:
     def exported(
         self, model: SplitModel, choose: Callable[[Mapping[str, TierTable]], dict[str, int]]
     ) -> dict[str, Tier]:
+<<<<<<< HEAD
         """What is exported for each tier: at its cut, or at the one that ``choose`` finds.
 
         Args:
             model: the model.
             choose: finds a cut for every tier; called if a tier has none.
+=======
+        """Settings of each tier's export, at its cut or at the deepest cut that it can carry.
+
+        Args:
+            model: model to export.
+            example: inputs (batch, ...) of :meth:`example`.
+            classes: number of classes.
+            report: receives the progress of measuring cuts.
+>>>>>>> w-export
 
         Raises:
             ExportError: as ``choose`` does.
@@ -232,7 +256,7 @@ class TiersConfig:
 
 
 def _known(model: SplitModel, length: int) -> dict[str, Any]:
-    """What a model of transformers says about its inputs and answers."""
+    """Shape, bound of token ids and number of classes, as far as the model gives them."""
     from torch import nn
 
     origin = getattr(model, "origin", None)

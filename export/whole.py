@@ -1,4 +1,4 @@
-"""Models that lie on the devices as a whole."""
+"""Models that are whole on the devices, and the file of base networks in an export."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from export.split import NoHead, SplitModel
 
 
 def without_trunk(model: SplitModel) -> SplitModel:
-    """A model that is cut behind its last block: its head stands where an auxiliary head would.
+    """A copy of a model that is cut behind its last block, with its head as auxiliary head.
 
-    Nothing is left above the cut but a block and a head that do nothing. Auxiliary heads that the
-    model has are left out.
+    Above the cut it has an identity as block and a :class:`NoHead`. Auxiliary heads of the model
+    are left out.
     """
     model = copy.deepcopy(model)
     whole = SplitModel(
@@ -42,9 +42,9 @@ class WholeBases:
     """Base networks that are cut behind their last block.
 
     Attributes:
-        hub: one of them as the hub has it, and tiers that train it up to a cut.
-        whole: one for tiers that train it as a whole, without other heads than its own.
-        states: the initial tensors that are trained, each (bases, ...).
+        hub: one base for the hub, and for tiers that train it up to a cut.
+        whole: one base for tiers that train it whole, without heads at cuts.
+        states: initial values of the trained tensors, each (bases, ...).
     """
 
     hub: SplitModel
@@ -53,13 +53,16 @@ class WholeBases:
 
 
 def whole_bases(bases: Bases, cuts: Collection[int], example: Tensor, classes: int) -> WholeBases:
-    """Base networks for a hub and for devices, cut behind their last block.
+    """Cut base networks behind their last block, for the hub and for devices.
 
     Args:
-        bases: of a model that was split by width.
-        cuts: of the tiers that train bases up to a cut; there are auxiliary heads at them.
-        example: some inputs (batch, ...).
-        classes: number of classes, or of tokens.
+        bases: base networks of a model that was split by width.
+        cuts: cuts of the tiers that train part of a base; each gets an auxiliary head.
+        example: inputs (batch, ...).
+        classes: number of classes; for tokens the size of the vocabulary.
+
+    Raises:
+        ExportError: as :meth:`SplitModel.add_heads`.
     """
     whole = without_trunk(bases.model)
     hub = copy.deepcopy(whole)
@@ -70,24 +73,28 @@ def whole_bases(bases: Bases, cuts: Collection[int], example: Tensor, classes: i
         for s in bases.states
     ]
     states = {}
-    for name, tensor in hub.trained().items():  # heads at cuts start the same in every base
+    for name, tensor in hub.trained().items():  # heads at cuts start equal in all bases
         each = [state.get(name, tensor).detach().cpu().numpy() for state in renamed]
         states[name] = np.stack(each)
     return WholeBases(hub, whole, states)
 
 
 BASES = "bases.safetensors"
-"""Beside an export's weights: the initial tensors that are trained, each (bases, ...)."""
+"""File in an export with the initial values of the trained tensors, each (bases, ...)."""
 
 
 def save_bases(states: Mapping[str, Array], folder: Path) -> None:
-    """Write what :func:`load_bases` reads."""
+    """Write tensors, each (bases, ...), to the file that :func:`load_bases` reads."""
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in states.items()}
     write_atomically(folder / BASES, save(whole))
 
 
 def load_bases(folder: Path) -> dict[str, Array]:
-    """The initial tensors of an export's bases; :class:`BundleError` if they are not there."""
+    """Read the initial tensors of an export's bases, each (bases, ...).
+
+    Raises:
+        BundleError: the file is missing or damaged.
+    """
     try:
         return load((folder / BASES).read_bytes())
     except (OSError, SafetensorError) as error:

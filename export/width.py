@@ -1,13 +1,13 @@
-"""Narrow versions of a model: the leading channels of every layer, and training them in one.
+"""Narrow models nested in a wide one: slicing the leading channels, and ordered dropout.
 
 HeteroFL (Diao et al., ICLR 2021, https://arxiv.org/abs/2010.01264) gives a device of width ``p``
-the leading part ``p`` of the channels of every layer, so that narrow models are nested in wide
-ones: :func:`narrow`. FjORD (Horvath et al., NeurIPS 2021, https://arxiv.org/abs/2102.13451) also
-trains the narrower models inside of the device's own: every step draws a width, and the channels
-beyond it are dropped in all layers ("ordered dropout"): :func:`ordered_dropout`.
+the leading fraction ``p`` of the channels of every layer, see :func:`narrow`. FjORD (Horvath et
+al., NeurIPS 2021, https://arxiv.org/abs/2102.13451) also trains the narrower models inside the
+device's own: each step draws a width and drops the channels beyond it in all layers, see
+:func:`ordered_dropout`.
 
-Which sizes stay is found by running the model, not by names: the channels of the input stay where
-no convolution or linear layer came before, those of the answers where none comes after.
+The sizes that stay are found by running the model. A layer keeps its input channels if no
+convolution or linear layer precedes it, and its output channels if none follows.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ _WEIGHTS = (*CONVOLUTIONS, nn.Linear)
 _NORMS = (nn.GroupNorm, nn.LayerNorm, _NormBase)
 
 _TOLERANCE = 1e-6
-"""How far a width times a number of channels may be from a whole number: widths are like 1/3."""
+"""Largest distance of width times channels from an integer, since widths such as 1/3 round."""
 
 
 def narrow(model: SplitModel, width: float, example: Tensor) -> SplitModel:
-    """A copy of a model whose inner layers have the leading part of their channels.
+    """A copy of a model whose inner layers have the leading fraction of their channels.
 
     Weights are the leading slices ``full[:n0, :n1, ...]`` and keep their names. The channels of
-    the input and the classes of the answers stay, those of auxiliary heads as well. Groups of a
-    GroupNorm or a convolution keep their size and become fewer. The copy has no ordered dropout.
+    the input and the classes of all heads stay. Groups of a GroupNorm or a convolution keep their
+    size, and their number shrinks. The copy has no ordered dropout.
 
     Args:
-        model: of convolutions, linear layers and norms, auxiliary heads included.
-        width: part of the channels, above 0 and at most 1.
-        example: some inputs (batch, ...) like those that devices will have.
+        model: a model of convolutions, linear layers and norms, auxiliary heads included.
+        width: fraction of the channels, above 0 and at most 1.
+        example: inputs (batch, ...) like those on the devices.
 
     Raises:
-        ExportError: a layer of another kind; a width that does not give whole channels or groups;
-            or the copy does not compute what the full model computes when the channels beyond
-            ``width`` are zero, because something mixes channels (a concatenation, a flatten with
-            the channels last). Names the layer.
+        ExportError: a layer is of another kind; the width does not give a whole number of channels
+            or groups; or the copy differs from the full model whose channels beyond ``width`` are
+            zero, because an operation mixes channels (a concatenation, a flatten with the
+            channels last). The message names the layer.
     """
     _check_width(width)
     layers = find_layers(model, example)
@@ -65,24 +65,24 @@ def narrow(model: SplitModel, width: float, example: Tensor) -> SplitModel:
 def ordered_dropout(model: SplitModel, widths: Sequence[float], example: Tensor) -> None:
     """Make training steps draw one of ``widths`` and train the narrow model of that width.
 
-    In training mode under a :class:`export.dropout.SeededDropout` every step draws a width from
-    its seed, the same for all layers, and what a convolution, linear layer or norm gives beyond the
-    leading part is zero. A LayerNorm is computed over the channels that are left. So loss and
-    gradients are those of :func:`narrow` at this width: the gradients of the leading slices are
-    equal, all others zero. Running statistics of batch norms move where channels are left. In
-    evaluation, and in training without a seed, nothing is dropped.
+    In training mode with a :class:`export.dropout.SeededDropout`, each step draws one width for
+    all layers, and the outputs of convolutions, linear layers and norms beyond it are zero. A
+    LayerNorm is computed over the remaining channels. So loss and gradients are those of
+    :func:`narrow` at this width, and the gradients beyond it are zero. Only the running statistics
+    of remaining channels are updated. In evaluation mode, and without a seed, nothing is dropped.
 
-    A gradient of zero does not mean that a weight stays: weight decay and momentum still move the
-    weights beyond the width, as in any implementation by masks. A step costs what it costs at full
-    width. The model gets forward hooks, no parameters; a second call replaces the widths.
+    Weight decay and momentum still change weights whose gradient is zero, as in every
+    implementation with masks. A step takes as long as at full width. The model gets forward hooks
+    but no parameters; a second call replaces the widths.
 
     Args:
-        model: what :func:`narrow` takes.
-        widths: what is drawn from, each as likely.
-        example: some inputs (batch, ...) like those that devices will have.
+        model: a model that :func:`narrow` takes.
+        widths: widths to draw from, with equal probability.
+        example: inputs (batch, ...) like those on the devices.
 
     Raises:
-        ExportError: :func:`narrow` refuses the model at one of the widths. Nothing was changed.
+        ExportError: there are no widths, or :func:`narrow` refuses the model at one of them.
+            Nothing was changed.
     """
     if not widths:
         raise ExportError("ordered dropout has no widths to draw from; give it some, [0.5, 1.0]")
@@ -101,14 +101,17 @@ def widths_within(
     """The largest of ``widths`` that each tier can train.
 
     Args:
-        model: what :func:`narrow` takes.
-        budgets: by tier, FLOPs of a training step per example, see :func:`step_flops`.
-        widths: what there is to choose from.
-        example: some inputs (batch, ...) like those that devices will have.
+        model: a model that :func:`narrow` takes.
+        budgets: FLOPs per example of a training step, by tier, see :func:`step_flops`.
+        widths: widths to choose from.
+        example: inputs (batch, ...) like those on the devices.
+
+    Returns:
+        Width of each tier by name.
 
     Raises:
-        ExportError: the smallest width takes more than a tier has; or :func:`narrow` refuses the
-            model at one of the widths.
+        ExportError: there are no widths, the smallest width exceeds the budget of a tier, or
+            :func:`narrow` refuses the model at one of the widths.
     """
     if not widths:
         raise ExportError("there are no widths to choose from; give some, [0.5, 1.0]")
@@ -128,8 +131,8 @@ def widths_within(
 def step_flops(model: SplitModel, example: Tensor) -> float:
     """FLOPs per example of a training step of the whole model, without its auxiliary heads.
 
-    Forward and backward: matrix products and convolutions, as ``torch.utils.flop_counter`` counts
-    them.
+    Counts matrix products and convolutions, forward and backward, like
+    ``torch.utils.flop_counter``.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -148,12 +151,13 @@ def step_flops(model: SplitModel, example: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with channels, and what of it has the same size at every width.
+    """A layer with channels, and the sizes of it that are the same at every width.
 
     Attributes:
-        name: of the module.
-        keeps_input: it reads the channels of the model's input.
-        keeps_output: what it gives are classes; of a norm, channels that are not narrowed.
+        name: name of the module.
+        keeps_input: whether the layer reads the channels of the model's input.
+        keeps_output: whether the outputs are classes; for a norm, whether its channels are not
+            narrowed.
     """
 
     name: str
@@ -167,11 +171,19 @@ def _check_width(width: float) -> None:
 
 
 def find_layers(model: SplitModel, example: Tensor) -> list[Layer]:
-    """The layers that have channels, in the order in which they are called.
+    """The layers that have channels, in the order of their calls.
 
-    Autograd tells the data flow. With gradients for the weights of convolutions and linear layers
-    only, a tensor that needs no gradient has the channels of the input; and the layers that give
-    the answers are the first ones on the way back from the logits.
+    The data flow is read from autograd. Only weights of convolutions and linear layers require
+    gradients, so a tensor that requires none has the channels of the input. The layers that
+    return logits are the first ones on the way back from the logits.
+
+    Args:
+        model: a model that :func:`narrow` takes.
+        example: inputs (batch, ...) like those on the devices.
+
+    Raises:
+        ExportError: a layer is of another kind, the example does not reach it, or the model fails
+            on the example.
     """
     _check_kinds(model)
     model = copy.deepcopy(model).cpu().double().eval()
@@ -215,7 +227,7 @@ def find_layers(model: SplitModel, example: Tensor) -> list[Layer]:
 
 
 def _check_kinds(model: SplitModel) -> None:
-    """Raise for the first module whose parameters nothing is known of."""
+    """Raise :class:`ExportError` for the first module for which there is no rule."""
     for name, module in model.named_modules():
         if isinstance(module, (*_WEIGHTS, *_NORMS)):
             if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
@@ -231,7 +243,17 @@ def _check_kinds(model: SplitModel) -> None:
 
 
 def answers_of(model: SplitModel, x: Tensor, where: str, advice: str) -> list[Tensor]:
-    """Logits of the auxiliary heads, shallowest first, and of the head. Puts hooks on the model."""
+    """Logits of the auxiliary heads, shallowest first, and of the model's head.
+
+    Args:
+        model: model to run, which gets hooks.
+        x: inputs (batch, ...).
+        where: condition of the run, for messages.
+        advice: remedy, for messages.
+
+    Raises:
+        ExportError: the model fails; the message names the innermost running module.
+    """
     running: list[str] = []
     for name, module in model.named_modules():
 
@@ -251,13 +273,13 @@ def answers_of(model: SplitModel, x: Tensor, where: str, advice: str) -> list[Te
             if str(depth) in model.aux:
                 logits.append(answer(model.aux[str(depth)], model.stem, h))
         return [*logits, model.head(h)]
-    except Exception as error:  # a model's code runs: anything can come out
+    except Exception as error:  # the code of a model raises errors of any class
         failed = called(running[-1], model.get_submodule(running[-1]))
         raise ExportError(f"{failed} and fails {where}: {reason(error)}; {advice}") from error
 
 
 def _slice(model: SplitModel, layers: Sequence[Layer], width: float) -> SplitModel:
-    """A copy with the leading part of the channels."""
+    """A copy of a model with the leading fraction of the channels."""
     result = copy.deepcopy(model)
     remove_ordered_dropout(result)
     slices: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
@@ -286,9 +308,11 @@ def _leading(tensor: Tensor, after: int, before: int | None) -> Tensor:
 
 
 def _resize(layer: Layer, module: nn.Module, width: float) -> tuple[int | None, int]:
-    """Give a layer the sizes that it has at a width: input channels of its weight, and output.
+    """Set the size attributes of a layer for a width.
 
-    The first is None where a weight has all of them: a group's.
+    Returns:
+        Remaining input channels of the weight, None if all remain (in a group); and remaining
+        output channels.
     """
 
     def part(count: int, what: str, kept: bool = False) -> int:
@@ -337,9 +361,9 @@ def _resize(layer: Layer, module: nn.Module, width: float) -> tuple[int | None, 
 
 
 def _check(model: SplitModel, layers: Sequence[Layer], width: float, example: Tensor) -> None:
-    """Compare the narrow model with the masked one, for random weights, in float64.
+    """Compare the narrow model with the masked full model, at random weights, in float64.
 
-    Random ones, because a layer that starts at zero hides what comes before it.
+    The weights are random, because a layer that starts at zero hides the layers before it.
     """
     full = copy.deepcopy(model).cpu().double().eval()
     remove_ordered_dropout(full)
@@ -367,7 +391,7 @@ def _check(model: SplitModel, layers: Sequence[Layer], width: float, example: Te
 def _run(
     model: SplitModel, layers: Sequence[Layer], x: Tensor
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """What every layer gives in its last call, and the answers."""
+    """Output of every layer in its last call by name, and the logits of all heads."""
     given: dict[str, Tensor] = {}
     for layer in layers:
 

@@ -1,4 +1,4 @@
-"""Writes bundles: one per tier, content-addressed, all or nothing."""
+"""Writes bundles: one per tier, content-addressed, completely or not at all."""
 
 from __future__ import annotations
 
@@ -48,31 +48,32 @@ WEIGHTS = "model.safetensors"
 Progress = Callable[[str], None]
 
 Compared = Callable[[str, Comparison], None]
-"""Told the tier, and what its int8 graph is worth."""
+"""Receives the name of a tier and the comparison of its int8 graph with float32."""
 
 
 @dataclass(frozen=True)
 class Tier:
-    """What is exported for a class of devices.
+    """Settings of the export for a class of devices.
 
     Attributes:
-        cut: cut layer: how many blocks the devices hold.
-        codec: how activations are packed, ``int8`` or ``fp16``.
-        runtime: what runs the step graphs, ``onnx`` or ``executorch``; ``torch`` in a simulation,
-            where nothing is lowered (:class:`export.functional.TorchRuntime`).
-        batch: largest batch; ExecuTorch plans its memory for it, ONNX Runtime takes any.
+        cut: cut layer: number of blocks on the devices.
+        codec: codec of the activations, ``int8`` or ``fp16``.
+        runtime: runtime of the step graphs, ``onnx`` or ``executorch``; or ``torch`` in a
+            simulation, where nothing is lowered (:class:`export.functional.TorchRuntime`).
+        batch: largest batch, for which ExecuTorch plans its memory; ONNX Runtime takes any batch.
         precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.quantize`.
-        returned: gradients come back: adds the graphs ``activate`` and ``backward``.
-        u_shaped: the devices have the model's head, so that labels stay with them: adds the graph
-            ``finish``; goes with ``returned``.
-        fused: they are joined with the heads' own: adds the graphs ``activate`` and ``fuse``.
-        distill: weight of what the heads learn from each other, in ``train`` and ``fuse``.
-        cut_rank: rank of the adapters in the last block before the cut, as SplitFT
-            (https://arxiv.org/abs/2604.26388) has it; None for that of all.
-        bases: the model is one of so many base networks, as in Split-Mix
-            (https://arxiv.org/abs/2203.09747): adds graphs that mix their answers.
-        adversarial: the devices make examples that are hard, and train dual norms on them: adds
-            ``attack`` and ``harden``.
+        returned: the hub returns gradients: adds the graphs ``activate`` and ``backward``.
+        u_shaped: the devices hold the model's head, so that labels stay on them: adds the graph
+            ``finish``; needs ``returned``.
+        fused: returned gradients are fused with those of the heads: adds the graphs ``activate``
+            and ``fuse``.
+        distill: weight of the distillation between heads, in ``train`` and ``fuse``.
+        cut_rank: rank of the adapters in the last block before the cut, as in SplitFT
+            (https://arxiv.org/abs/2604.26388); None for the rank of all blocks.
+        bases: number of base networks, of which the model is one, as in Split-Mix
+            (https://arxiv.org/abs/2203.09747): adds the graphs ``mix_N``; 0 for an ordinary model.
+        adversarial: the devices also train on adversarial examples: adds the graphs ``attack``
+            and ``harden``.
     """
 
     cut: int
@@ -109,31 +110,35 @@ def export_bundles(
 ) -> BundleIndex:
     """Export one bundle per tier, with an auxiliary head at every tier's cut.
 
-    Every step graph is run in its runtime and compared with eager PyTorch first. The folder
-    appears when all of it is written, or not at all. The same model gives the same bytes.
+    Every step graph is first run in its runtime and compared with eager PyTorch. The folder
+    appears only when everything is written. The same model gives the same bytes.
 
     Args:
-        model: the model; auxiliary heads are added to it where they are missing.
-        tiers: tiers by name.
+        model: model to export; missing auxiliary heads are added to it.
+        tiers: settings by name of the tier.
         out: folder to write.
-        example: some inputs (batch, ...) like those that devices will have.
+        example: inputs (batch, ...) like those on the devices, at least 2 rows.
         classes: number of classes; for a model of tokens the size of its vocabulary.
-        optimizer: ``sgd`` or ``adamw``, in the training graph.
-        model_path: what builds the model, noted for the hub.
-        extra: more for the index, see :func:`export.build.build_model`.
-        key: private key to sign the bundles with.
-        overwrite: replace an earlier export in ``out``.
-        int8: what the graphs of tiers with the precision int8 may lose, and on which examples.
-        compared: told what they are worth.
-        verified: compare the graphs with eager PyTorch; only a simulation may do without.
-        bases: base networks instead of ``model``, which is then the one of the hub: tiers that are
-            cut behind its last block get whole ones.
-        progress: told what is being done.
+        optimizer: ``sgd`` or ``adamw``, in the training graphs.
+        model_path: source of the model for the hub, see :func:`export.build.build_model`.
+        extra: further entries of the index, see :func:`export.build.model_of`.
+        key: private key that signs the bundles.
+        overwrite: whether an earlier export in ``out`` is replaced.
+        int8: limit for the loss of int8 graphs, and the examples on which it is measured; needed
+            if a tier has the precision ``int8``.
+        compared: receives the comparison of each int8 graph with float32.
+        verified: whether graphs are compared with eager PyTorch; only simulations skip this.
+        bases: base networks to export. ``model`` is then ``bases.hub``, and tiers that are cut
+            behind its last block get ``bases.whole``.
+        progress: receives a line per stage of the export.
+
+    Returns:
+        Index of the written bundles.
 
     Raises:
-        ExportError: a cut outside the model, a module without an exact translation, a graph that
-            differs from eager PyTorch, an int8 graph that loses too much, or ``out`` exists.
-            Nothing is written.
+        ExportError: a cut is outside the model, a module has no exact translation, a graph differs
+            from eager PyTorch, an int8 graph loses too much, or ``out`` exists. Nothing is
+            written.
         DataError: the examples do not fit the model. Nothing is written.
     """
     out = Path(out)
@@ -160,7 +165,7 @@ def export_bundles(
     with folder_for(out) as folder, modes_kept(model):
         blobs = BlobStore(folder / "blobs")
         entries = {}
-        written: dict[Tier, Manifest] = {}  # tiers that are alike have the same graphs
+        written: dict[Tier, Manifest] = {}  # tiers with equal settings share their graphs
         for name, tier in tiers.items():
             if tier not in written:
                 whole = bases is not None and tier.cut == model.depth - 1
@@ -212,7 +217,7 @@ def _check_precisions(tiers: Mapping[str, Tier], int8: LossCheck | None) -> None
 
 @contextmanager
 def folder_for(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out``; it goes if what is done with it fails."""
+    """Yield a temporary folder beside ``out``, which is removed if the block raises."""
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
         yield folder
@@ -223,7 +228,7 @@ def folder_for(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module back the mode that it had, training or evaluation."""
+    """Restore the mode of every module, training or evaluation, at the end of the block."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -239,14 +244,14 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def _replaceable(out: Path, overwrite: bool) -> bool:
-    """Whether ``out`` may be replaced: an empty folder, or an earlier export when asked to."""
+    """Whether ``out`` is an empty folder, or with ``overwrite`` an earlier export."""
     if not out.is_dir():
         return False
     return not any(out.iterdir()) or (overwrite and (out / INDEX).is_file())
 
 
 def put(folder: Path, out: Path) -> None:
-    """Rename ``folder`` to ``out``; an earlier export there goes when the new one is in place."""
+    """Rename ``folder`` to ``out``, and then remove an earlier export at ``out``."""
     if not out.exists():
         folder.rename(out)
         return
@@ -261,7 +266,9 @@ def put(folder: Path, out: Path) -> None:
 
 
 def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:
-    """What a tier's devices hold; with a rank for the cut, of a copy that shares what is frozen.
+    """The client segment of a tier.
+
+    With ``cut_rank`` it is a segment of a copy of the model, which shares the frozen parameters.
 
     Raises:
         ExportError: the cut is outside the model, or the rank does not fit it.
@@ -276,7 +283,7 @@ def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:
 def make_steps(
     segment: ClientSegment, tier: Tier, example: Tensor, classes: int, optimizer: str
 ) -> ClientSteps:
-    """The steps of a tier, with the limits that its runtime has."""
+    """The steps of a tier, with the limits of its runtime."""
     limits = {}
     if tier.runtime == "executorch":
         limits["batch"] = tier.batch
@@ -309,7 +316,18 @@ def write_tier(
 ) -> Manifest:
     """Lower the steps of a tier, verify every graph and write the blobs.
 
-    A bundle that is only measured and thrown away need not be ``verified``.
+    Args:
+        steps: steps of the tier.
+        name: name of the tier.
+        tier: settings of the export.
+        blobs: store to write to.
+        example: inputs (batch, ...) like those on the devices.
+        progress: receives a line per stage.
+        verified: whether graphs are compared with eager PyTorch; bundles that are only measured
+            skip this.
+
+    Returns:
+        Manifest of the bundle, not signed.
 
     Raises:
         ExportError: a graph cannot be lowered, or differs from eager PyTorch.
@@ -323,7 +341,7 @@ def write_tier(
 
     constants: list[Constants] = []
     places: dict[str, Place] = {}
-    if tier.runtime == "onnx":  # a .pte holds its constants, once for all its graphs
+    if tier.runtime == "onnx":  # a .pte file contains its constants
         constants, places = _store_constants(steps, store)
     found = all_steps(steps)
     progress(f"{name}: cut {tier.cut}, {tier.runtime}")
@@ -368,7 +386,7 @@ def write_tier(
 def _int8_graph(
     steps: ClientSteps, tier: Tier, store: Callable[[bytes], str], example: Tensor
 ) -> Graph:
-    """Lower and verify ``predict_int8``: a file of its own, which needs no other."""
+    """Lower and verify ``predict_int8``, whose file refers to no constants."""
     matrices = quantize_matrices(steps, tier.runtime)
     step = predict_int8(steps, matrices)
     lowered = lower(tier.runtime, [step], {})
@@ -377,7 +395,7 @@ def _int8_graph(
 
 
 _SMALLEST = 1024
-"""Bytes from which on a constant is stored outside of the graphs."""
+"""Smallest size in bytes of a constant that is stored outside of the graphs."""
 
 _ALIGNMENT = 64
 
@@ -385,7 +403,7 @@ _ALIGNMENT = 64
 def _store_constants(
     steps: ClientSteps, store: Callable[[bytes], str]
 ) -> tuple[list[Constants], dict[str, Place]]:
-    """Store the frozen tensors, a blob for each layer, so that tiers share what they share."""
+    """Store the frozen tensors, one blob per layer, so that tiers share the blobs of layers."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in steps.constants.items():
         if tensor.nbytes >= _SMALLEST and str(tensor.dtype).removeprefix("torch.") in DTYPES:
