@@ -217,21 +217,11 @@ class TiersConfig:
     def exported(
         self, model: SplitModel, choose: Callable[[Mapping[str, TierTable]], dict[str, int]]
     ) -> dict[str, Tier]:
-<<<<<<< HEAD
-        """What is exported for each tier: at its cut, or at the one that ``choose`` finds.
-
-        Args:
-            model: the model.
-            choose: finds a cut for every tier; called if a tier has none.
-=======
-        """Settings of each tier's export, at its cut or at the deepest cut that it can carry.
+        """Settings of each tier's export, at its cut or at the cut that ``choose`` finds.
 
         Args:
             model: model to export.
-            example: inputs (batch, ...) of :meth:`example`.
-            classes: number of classes.
-            report: receives the progress of measuring cuts.
->>>>>>> w-export
+            choose: finds a cut for every tier; called if a tier has none.
 
         Raises:
             ExportError: as ``choose`` does.
