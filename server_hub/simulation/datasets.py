@@ -65,7 +65,7 @@ class DataTable:
         length: tokens of one text; a longer paragraph becomes several texts.
         tokenizer: folder of a tokenizer of transformers, for texts; None for bytes as tokens.
         scale: what pixels become: ``standard``, with mean 0 and deviation 1 per channel, or
-            ``unit``, from 0 to 1, as examples made hard need them.
+            ``unit``, from 0 to 1, as adversarial examples need them.
         seed: of the split and of the rows that are drawn.
     """
 

@@ -68,7 +68,7 @@ class FleetTier(Network):
             raise ValueError("offline_s says nothing without online_s")
 
     def exported(self, runtime: DeviceRuntime, batch: int, hardens: bool = False) -> Tier:
-        """What is exported for the tier; ``hardens`` if the job has examples made hard."""
+        """What is exported for the tier; ``hardens`` if the job has adversarial examples."""
         adversarial = hardens and self.adversarial
         return Tier(self.cut, self.codec, runtime, batch, adversarial=adversarial)
 
@@ -119,7 +119,7 @@ class SplitMixTable(BaseLoss):
 
     Attributes:
         bases: how many.
-        dual_norms: whether there are norms of their own for examples made hard, where the loss has
+        dual_norms: whether there are norms of their own for adversarial examples, where the loss has
             any; then answers are as robust as whoever asks wants them to be. Else it is plain
             adversarial training.
     """
