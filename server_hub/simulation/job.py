@@ -119,9 +119,9 @@ class SplitMixTable(BaseLoss):
 
     Attributes:
         bases: how many.
-        dual_norms: whether there are norms of their own for adversarial examples, where the loss has
-            any; then answers are as robust as whoever asks wants them to be. Else it is plain
-            adversarial training.
+        dual_norms: whether adversarial examples have norms of their own, if the loss has such
+            examples. Then the robustness of an answer is chosen when it is asked for. Otherwise
+            this is plain adversarial training.
     """
 
     bases: int = 8
