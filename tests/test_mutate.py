@@ -56,6 +56,7 @@ def test_changes_of_a_sample() -> None:
     }
 
 
+@pytest.mark.slow
 def test_every_mutant_is_a_program_that_differs_in_one_place() -> None:
     """For all of our files, texts beyond ASCII among them."""
     for path in sorted((ROOT / "edge_sdk").rglob("*.py")):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from edge_sdk.inference.mixture import Mixture
 from server_hub.cli.mix import bundle_bases
 from server_hub.demo.demo_mixtures import ROBUSTNESS, MixtureDemo
 from server_hub.demo.runner import run_demo
+
+pytestmark = pytest.mark.slow
 
 
 def test_bases_are_trained_by_processes_and_mixed_on_a_device(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from server_hub.demo.runner import run_demo
 from server_hub.demo.texts import Pretraining, Shape
 from server_hub.storage.run_folder import RoundRecord, read_records
 
+pytestmark = pytest.mark.slow
+
 SMALL = TextDemo(
     Shape(blocks=3, width=16, heads=2, context=32),
     Pretraining(steps=60, batch_size=8, lr=2e-2, warmup=5),

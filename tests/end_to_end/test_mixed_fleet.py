@@ -16,6 +16,8 @@ from tests.lib.harness import cutlayer, examples, finish, next_event, save_npz
 from tests.lib.hub_files import write_hub_toml
 from tests.lib.models import CLASSES, IMAGE, build_batchnorm, example
 
+pytestmark = pytest.mark.slow
+
 
 def test_one_job_on_both_runtimes(tmp_path: Path) -> None:
     """Statistics move and are averaged, frozen layers stay, all learn; on one hub."""
