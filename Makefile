@@ -1,5 +1,5 @@
 # make setup: .venv with everything; make demo: the main job; make test: the tests but for slow ones;
-# make test-all: all tests; make cover: coverage of make test; make mutate ROOM=edge_sdk/protocol:
+# make test-all: all tests; make cover: coverage of all tests; make mutate ROOM=edge_sdk/protocol:
 # whether the tests of a room notice small changes of its code.
 PYTHON ?= python3
 VENV := .venv
@@ -39,7 +39,7 @@ cover: export COVERAGE_FILE = $(COVERAGE)/data
 cover: setup
 	rm -rf $(COVERAGE)
 	mkdir -p $(COVERAGE)
-	$(BIN)/coverage run $(PYTEST)
+	$(BIN)/coverage run $(PYTEST) -m "slow or not slow"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage json --quiet -o $(COVERAGE)/coverage.json
 	$(BIN)/python -m tests.lib.coverage_table $(COVERAGE)/coverage.json

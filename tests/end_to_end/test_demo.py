@@ -14,6 +14,7 @@ from server_hub.demo.runner import run_demo
 from tests.lib.harness import cutlayer, finish
 
 
+@pytest.mark.slow
 def test_all_parts_of_the_demo_fit_together(tmp_path: Path) -> None:
     """Two rounds teach little; what a user gets is all there."""
     shown = io.StringIO()

@@ -149,8 +149,11 @@ def compare(
     ("kind", "runtime"),
     [
         *((kind, "torch") for kind in MODELS),
-        *((kind, "onnx") for kind in ("groupnorm", "lora")),
-        *(pytest.param(kind, "onnx", marks=pytest.mark.slow) for kind in ("batchnorm", "dropout")),
+        ("groupnorm", "onnx"),
+        *(
+            pytest.param(kind, "onnx", marks=pytest.mark.slow)
+            for kind in ("batchnorm", "dropout", "lora")
+        ),
         *(
             pytest.param(kind, "executorch", marks=pytest.mark.slow)
             for kind in ("batchnorm", "lora")

@@ -331,7 +331,8 @@ def draw(steps: ClientSteps, rows: int, seed: int) -> dict[str, Array]:
     return {"x": x.numpy(), "y": y.numpy(), **hyper}
 
 
-@pytest.mark.parametrize("kind", ["conv", pytest.param("text", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["conv", "text"])
 def test_steps(kind: str, request: pytest.FixtureRequest) -> None:
     """Several steps of several sizes give the state, loss, logits and codes that eager gives."""
     from edge_sdk.runtime.executorch import ExecutorchRuntime
