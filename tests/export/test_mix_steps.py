@@ -752,11 +752,11 @@ def test_a_graph_that_differs_is_refused(
         verify(steps, step, wrong, draw(8, 0))
 
 
-def test_words_cannot_be_made_hard(tmp_path: Path) -> None:
-    """They have no gradient: refused, and nothing is written."""
+def test_tokens_have_no_adversarial_examples(tmp_path: Path) -> None:
+    """Tokens have no gradient: the export is refused, and nothing is written."""
     model = without_trunk(with_dual_norms(text_model()))
     tier = Tier(model.depth - 1, adversarial=True)
-    with pytest.raises(ExportError, match="along a gradient, and these are int64; leave out"):
+    with pytest.raises(ExportError, match="gradient of inputs, and these are int64; leave out"):
         export_bundles(
             model, {"t": tier}, tmp_path / "out", example=words(8), classes=CLASSES
         )  # fmt: skip
