@@ -14,7 +14,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from edge_sdk.bundle.index import BundleIndex
-from edge_sdk.protocol.messages import Error, Ready, Round, Welcome
+from edge_sdk.protocol.messages import Bye, Error, Ready, Round, Welcome
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits
 from server_hub.gateway.tokens import TokenFile
@@ -145,3 +145,24 @@ def test_an_error_that_a_device_reports_is_logged(
 
     with_hub(tmp_path, bundles, scenario)
     assert "phone reports: the disk is full" in [r.getMessage() for r in caplog.records]
+
+
+def test_what_a_device_says_after_bye_has_no_effect(tmp_path: Path, bundles: BundleIndex) -> None:
+    """Its session has ended, its link has not yet: the hub goes on, and does not count it."""
+
+    async def scenario(url: str, config: HubConfig) -> None:
+        tokens = TokenFile(config.tokens)
+        secrets = [tokens.issue(name) for name in ("gone", "one", "two")]
+        async with raw(url) as first, raw(url) as second, raw(url) as third:
+            left = RawClient(first)
+            await left.say(replace(GOOD, token=secrets[0]))
+            await left.hear(Welcome)
+            await left.say(Bye(reason="done"))
+            await left.say(Ready(samples=8))
+            clients = [RawClient(second), RawClient(third)]
+            rounds = await asyncio.gather(
+                *(c.join(token) for c, token in zip(clients, secrets[1:], strict=True))
+            )
+            assert [task.round for task in rounds] == [1, 1]
+
+    with_hub(tmp_path, bundles, scenario)
