@@ -81,7 +81,7 @@ def with_dual_norms(model: SplitModel) -> SplitModel:
             does not track statistics.
     """
     if has_dual_norms(model):
-        raise ExportError("the model has dual norms already; give it to the function once")
+        raise ExportError("the model has dual norms already; pass the model without them")
     result = copy.deepcopy(model)
     parts = [(n, m) for n, m in result.named_modules() if n.partition(".")[0] != "aux"]
     for name, module in parts:

@@ -84,8 +84,9 @@ def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
     for name in changed:
         if name not in trained and not name.endswith("num_batches_tracked"):
             raise ExportError(
-                f"{name} changes when the model is called: a device's state are parameters and "
-                "the statistics of batch norms; make it a parameter, or leave it alone"
+                f"{name} changes when the model is called: the state of a device consists of "
+                "parameters and the statistics of batch norms; make it a parameter, or do not "
+                "change it"
             )
 
 
@@ -130,7 +131,7 @@ def check_parameters(segment: ClientSegment, example: Tensor) -> None:
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             raise ExportError(
-                f"{name} has no part in what the segment answers; remove it, or freeze it "
+                f"{name} does not affect the segment's logits; remove it, or freeze it "
                 "(requires_grad_(False))"
             )
 

@@ -73,8 +73,8 @@ def attack(steps: ClientSteps) -> Step:
     """
     if steps.x.dtype != "float32":
         raise ExportError(
-            f"adversarial steps move inputs along a gradient, and these are {steps.x.dtype}; leave "
-            "out adversarial"
+            f"adversarial examples need the gradient of inputs, and these are {steps.x.dtype}; "
+            "leave out adversarial"
         )
 
     def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -108,8 +108,8 @@ class ClientSteps:
         self.slots = optimizer.slots(self.parameters)
         if (returned or fused) and not any(is_below_heads(name) for name in self.parameters):
             raise ExportError(
-                f"gradients that come back have nothing to train: before cut {segment.cut} every "
-                "parameter is frozen; cut deeper, or leave out what comes back"
+                "returned gradients have nothing to train: every parameter before cut "
+                f"{segment.cut} is frozen; cut deeper, or leave out returned and fused"
             )
         everything = {**dict(segment.named_parameters()), **dict(segment.named_buffers())}
         self.constants = {

@@ -61,7 +61,7 @@ class TierTable:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.max_epoch_s is not None and self.gflops is None and self.uplink_mbit is None:
-            raise ValueError("max_epoch_s says nothing without gflops or uplink_mbit")
+            raise ValueError("max_epoch_s has no effect without gflops or uplink_mbit; set one")
 
     def at(self, cut: int) -> Tier:
         """Settings of the tier's export at a cut."""
@@ -132,7 +132,7 @@ class TiersConfig:
         adversarial = [name for name, tier in self.tiers.items() if tier.adversarial]
         if not self.bases and (self.dual_norms or adversarial):
             what = "dual_norms" if self.dual_norms else f"adversarial of tier {adversarial[0]!r}"
-            raise ValueError(f"{what} says nothing without bases; say bases = 1 or more")
+            raise ValueError(f"{what} has no effect without bases; set bases to 1 or more")
         if self.bases and (self.lora is not None or self.returned or self.fused or self.u_shaped):
             raise ValueError(
                 "bases are trained from the start, by the devices' own losses; leave out lora, "

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from server_hub.demo.digits import load, partition
+from server_hub.demo.digits import partition
+from server_hub.simulation.digits import load
 
 folder = Path("work")
 folder.mkdir(exist_ok=True)

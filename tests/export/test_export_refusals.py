@@ -483,7 +483,7 @@ class Double(nn.Module):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (Unused(), "block.0.spare has no part in what the segment answers; remove it, or freeze"),
+        (Unused(), "block.0.spare does not affect the segment's logits; remove it, or freeze"),
         (Double(), "block.0.scale is torch.float64; parameters must be float32"),
     ],
 )

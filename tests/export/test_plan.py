@@ -488,7 +488,7 @@ GOOD = "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.a]\n"
     [
         (GOOD + "memory = 3", [], "unknown key 'memory'"),
         (GOOD + "memory_mb = 0", [], "memory_mb is 0.0; it must be above 0"),
-        (GOOD + "max_epoch_s = 9", [], "max_epoch_s says nothing without gflops or uplink_mbit"),
+        (GOOD + "max_epoch_s = 9", [], "max_epoch_s has no effect without gflops or uplink_mbit"),
         (GOOD + "cut = 9", [], "tier 'a': cut 9 is outside the model: it has 4 blocks"),
         ("classes = 10\n[tiers.a]", [], "tiers.toml must say input_shape"),
         ("classes = 10\n[tiers]", [], "there are no tiers"),

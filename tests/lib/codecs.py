@@ -1,4 +1,4 @@
-"""Codecs that tests alone use: activations cross the cut as they are."""
+"""Codecs for tests, which do not compress activations."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from export.packing import Shape
 
 
 class Exact:
-    """A codec that packs float32 as it is."""
+    """A codec that packs float32 activations without loss."""
 
     name = "float32"
 
     def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
-        """The activations."""
+        """Pack the detached activations."""
         return {"h": h.detach() + 0.0}
 
     def unpack(self, parts: dict[str, Tensor]) -> Tensor:
-        """The same."""
+        """Return the packed activations."""
         return parts["h"]
 
     def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
@@ -27,12 +27,12 @@ class Exact:
         return (TensorSpec("h", "float32", shape),)
 
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
-        """None at all."""
+        """Return zero."""
         return torch.zeros(())
 
 
 class Double(Exact):
-    """Activations in float64, as they are."""
+    """A codec that packs float64 activations without loss."""
 
     name = "float64"
 

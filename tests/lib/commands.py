@@ -1,4 +1,4 @@
-"""Commands in this process or in one of their own: what they print, and how they refuse."""
+"""Runs commands in this process or as a process, and checks output and error messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.lib.harness import cutlayer, finish
 
 
 def expect_one_sentence(arguments: list[str], *expected: str, code: int = 2) -> None:
-    """A command as a process ends with an exit code and one line that contains all of these."""
+    """Check that a command, as a process, ends with an exit code and one line with all texts."""
     status, _, err = finish(cutlayer(*arguments), timeout=60)
     assert status == code, err
     assert "Traceback" not in err
@@ -19,7 +19,7 @@ def expect_one_sentence(arguments: list[str], *expected: str, code: int = 2) -> 
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
-    """The one line of error that a command in this process ends with, and its exit code."""
+    """Run a command that must fail in this process; return its one line of error."""
     with pytest.raises(SystemExit) as caught:
         main(list(arguments))
     err = capsys.readouterr().err
@@ -32,14 +32,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
 def expect_refusal(
     capsys: pytest.CaptureFixture[str], arguments: list[str], *expected: str, code: int = 2
 ) -> None:
-    """A command in this process ends with one line of error that contains all of these."""
+    """Check that a command in this process ends with one line of error with all texts."""
     line = refusal(capsys, *arguments, code=code)
     for text in expected:
         assert text in line
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command in this process prints; it ends with exit code 0."""
+    """Run a command in this process, which must succeed; return its output."""
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Coverage by package and by room, from the JSON that ``coverage json`` writes.
+"""Prints the coverage by package and by room, from the JSON that ``coverage json`` writes.
 
 ``python -m tests.lib.coverage_table build/coverage/coverage.json`` prints the table.
 """
@@ -16,13 +16,13 @@ COUNTS = ("covered_lines", "num_statements", "covered_branches", "num_branches")
 
 
 def rooms_of(path: str) -> list[str]:
-    """The package of a file, and its room, or its name if it is in none."""
+    """The package of a file, and its room, or the name of the file if it is in no room."""
     package, *inside = PurePath(path).parts
     return [package, f"{package}/{inside[0]}"]
 
 
 def share(covered: int, total: int) -> float:
-    """Per cent; everything of nothing."""
+    """Percentage of ``total`` that is covered; 100 if ``total`` is 0."""
     return 100 * covered / total if total else 100.0
 
 

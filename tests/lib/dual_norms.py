@@ -1,4 +1,4 @@
-"""What tests of base networks with dual norms share."""
+"""Helpers for tests of base networks with dual norms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from export.writer import Tier, export_bundles, make_steps
 
 
 def shaken(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Other values than all copies start from; variances stay above zero."""
+    """Perturbed tensors, so that copies of norms differ; variances stay above zero."""
     generator = torch.Generator().manual_seed(seed)
     return {
         n: t * (0.8 + 0.4 * torch.rand(t.shape, generator=generator))
@@ -29,7 +29,7 @@ def shaken(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 @contextmanager
 def only(module: nn.Module, copied: str) -> Iterator[None]:
-    """Put one copy of every dual norm in its place."""
+    """Replace every dual norm by one of its copies inside the context."""
     swapped = [
         (parent, key, child)
         for parent in list(module.modules())
@@ -48,7 +48,7 @@ def only(module: nn.Module, copied: str) -> Iterator[None]:
 def torch_runtime(
     model: SplitModel, tier: Tier, x: Tensor, classes: int, folder: Path
 ) -> tuple[TorchRuntime, ClientSteps]:
-    """The steps of a tier, as they are."""
+    """The steps of a tier in eager PyTorch."""
     tier = replace(tier, runtime="torch")
     index = export_bundles(
         model, {"t": tier}, folder, example=x, classes=classes, verified=False

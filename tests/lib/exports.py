@@ -1,4 +1,4 @@
-"""Exports that many tests use, made once for all the processes of a run."""
+"""Exports that many tests share, made once for all processes of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIERS = {"small": Tier(1, "int8"), "medium": Tier(2, "fp16"), "large": Tier(3, "
 def shared_export(
     factory: pytest.TempPathFactory, name: str, export: Callable[[Path], object]
 ) -> Path:
-    """A folder that is exported by whichever process of this run comes first.
+    """A folder that the first process of a run exports for all of them.
 
     Args:
         factory: pytest's.

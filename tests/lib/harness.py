@@ -1,4 +1,4 @@
-"""What end-to-end tests share: a hub in this process or in one of its own, and devices."""
+"""Helpers for end-to-end tests: a hub in this process or as a process, and devices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.lib.models import build
 
 
 def examples(count: int, seed: int = 0, classes: int = 10) -> Examples:
-    """Noisy images whose class can be learned: each class lights up pixels of its own."""
+    """Noisy images in which each class has its own bright pixels."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, classes, count)
     patterns = np.random.default_rng(99).random((classes, 1, 8, 8)) > 0.6
@@ -65,7 +65,7 @@ def hub_config(folder: Path, bundles: BundleIndex, **changes: Any) -> HubConfig:
 
 @asynccontextmanager
 async def running_hub(config: HubConfig) -> AsyncIterator[tuple[Hub, str]]:
-    """A hub in this process, its trunk too; yields it with its address."""
+    """Run a hub and its trunk in this process; yields the hub and its address."""
     held_out = examples(64, seed=7)
     model = build()
     model.load(config.bundles / WEIGHTS)

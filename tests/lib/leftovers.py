@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 PREFIXES = ("cutlayer", ".cutlayer", "pymp-", "torchinductor_", "torch_")
-"""How temporary files of ours, of multiprocessing and of torch are called."""
+"""Prefixes of temporary files of Cutlayer, multiprocessing and torch."""
 
 
 class Leftovers:
-    """What is new in a folder since this object was made.
+    """Finds files that are new in a folder since this object was created.
 
-    Other programs use the folder as well, so only names that ours give are looked at.
+    Other programs use the folder as well, so only names with known prefixes count.
 
     Args:
         folder: the system's temporary folder.
@@ -25,5 +25,5 @@ class Leftovers:
         return {path for path in self.folder.iterdir() if path.name.startswith(PREFIXES)}
 
     def found(self) -> list[Path]:
-        """Files and folders that were not there before."""
+        """New files and folders."""
         return sorted(self._present() - self.before)

@@ -1,4 +1,4 @@
-"""Files that ask for an export of the base networks of ``tests.lib.mixture_models``."""
+"""Writes ``tiers.toml`` for exports of the base networks of ``tests.lib.mixture_models``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ input_shape = [6]
 
 
 def tiers_toml(folder: Path, more: str, tier: str = "") -> Path:
-    """A file that asks for an export of :data:`MODEL`."""
+    """Write a ``tiers.toml`` for :data:`MODEL` into a folder; returns its path."""
     path = folder / "tiers.toml"
     path.write_text(TIERS.format(more=more, tier=tier))
     return path

@@ -1,4 +1,4 @@
-"""Small base networks that the tests of mixtures share, and their steps as they are."""
+"""Small base networks for tests of mixtures, and their steps in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from export.whole import WholeBases, whole_bases
 from export.writer import Tier, export_bundles, make_steps, segment_of
 
 FEATURES, CLASSES, DEPTH, WIDTH = 6, 3, 2, 4
-"""Inputs are vectors; a base has so many units in a layer."""
+"""Size of inputs, number of classes, number of blocks, and units of a base in a layer."""
 
 
 class Block(nn.Module):
-    """Residual: linear, a norm with a group for each base, ReLU."""
+    """Residual block: linear layer, GroupNorm with a group for each base, ReLU."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 def wide(bases: int) -> SplitModel:
-    """A model that splits into so many."""
+    """A model that can be split into ``bases`` base networks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         width = WIDTH * bases
@@ -50,12 +50,12 @@ def wide(bases: int) -> SplitModel:
 
 
 def build_wide() -> SplitModel:
-    """Four times as wide as a base; by the import path ``tests.lib.mixture_models:build_wide``."""
+    """A model of four bases, with the import path ``tests.lib.mixture_models:build_wide``."""
     return wide(4)
 
 
 def vectors(rows: int, seed: int = 0) -> Examples:
-    """Noisy vectors from 0 to 1, each class about a point of its own."""
+    """Noisy vectors from 0 to 1, around one point per class."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, CLASSES, rows)
     points = np.random.default_rng(99).random((CLASSES, FEATURES))
@@ -65,12 +65,12 @@ def vectors(rows: int, seed: int = 0) -> Examples:
 
 @dataclass(frozen=True)
 class Made:
-    """An export whose graphs are PyTorch, as a simulation has it.
+    """An export for the runtime ``torch``, as in a simulation.
 
     Attributes:
-        index: of the bundles.
-        bases: the base networks.
-        steps: by tier.
+        index: index of the bundles.
+        bases: base networks.
+        steps: steps by tier.
     """
 
     index: BundleIndex
@@ -78,15 +78,15 @@ class Made:
     steps: Mapping[str, ClientSteps]
 
     def load(self, bundle: Bundle, threads: int = 1) -> TorchRuntime:
-        """Runs the steps of a bundle."""
+        """A runtime for a bundle."""
         return TorchRuntime(bundle.manifest, self.steps[bundle.manifest.tier])
 
     def runtime(self, tier: str) -> TorchRuntime:
-        """Runs the steps of a tier."""
+        """A runtime for a tier."""
         return TorchRuntime(self.index.manifest(tier), self.steps[tier])
 
     def states(self, tier: str, seed: int = 0) -> list[dict[str, Array]]:
-        """Of each base, with other values than their norms start from."""
+        """State of each base, with perturbed values."""
         rng = np.random.default_rng(seed)
         specs = self.index.manifest(tier).exchanged()
         stacked = self.bases.states
@@ -102,7 +102,7 @@ class Made:
 
 @cache
 def made(bases: int, dual: bool = True) -> Made:
-    """Bundles of ``whole``, which hardens its examples, and of ``cut``, which does not."""
+    """Bundles of the tiers ``whole``, with adversarial examples, and ``cut``, without."""
     x = torch.from_numpy(vectors(8).x)
     split = split_width(wide(bases), bases, x)
     found = whole_bases(split.with_dual_norms() if dual else split, [1], x, CLASSES)

@@ -29,7 +29,7 @@ from tests.lib.mutants import Mutant, mutants
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ("torch", "onnxruntime", "hypothesis", "msgpack", "websockets", "cryptography")
-"""Loaded once; every run of tests starts from a fork of this process."""
+"""Modules that are imported once; every run of tests is a fork of this process."""
 
 OVERDUE = 124
 """Exit status of a run that did not end in time."""
@@ -144,7 +144,7 @@ ROOMS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a mutant.
+    """Result of a mutant.
 
     Attributes:
         file: path of the changed file.

@@ -1,4 +1,4 @@
-"""The operator matrix: small models, each of which shows that some operators are exact.
+"""The operator matrix: small models whose export shows which operators are exact.
 
 ``python -m tests.lib.operators`` exports all of them and prints the matrix as a Markdown table.
 """
@@ -28,20 +28,20 @@ WORDS = 11
 WIDTH = 8
 
 Build = Callable[[], tuple[SplitModel, Tensor]]
-"""Makes a model to cut after its first block, and inputs for it."""
+"""Builds a model that is cut after its first block, and inputs for it."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Operators that one model stands for.
+    """A row of the matrix: operators with a model that has them.
 
     Attributes:
         group: kind of operators.
-        name: the operators.
-        build: makes the model.
-        onnx: why ONNX Runtime does not do it, from the refusal; empty if it does.
+        name: names of the operators.
+        build: builds the model.
+        onnx: part of the message with which the export to ONNX is refused; empty if it is exact.
         executorch: the same for ExecuTorch.
-        note: what is worth knowing.
+        note: remark for the table.
     """
 
     group: str
@@ -52,7 +52,7 @@ class Case:
     note: str = ""
 
     def refusal(self, runtime: RuntimeName) -> str:
-        """Why a runtime does not do it; empty if it does."""
+        """Part of the message with which a runtime's export is refused; empty if it is exact."""
         return self.onnx if runtime == "onnx" else self.executorch
 
 
@@ -96,7 +96,7 @@ def check(case: Case, runtime: RuntimeName) -> None:
 
 
 def _fast(module: nn.Module) -> bool:
-    """Whether a module has a path of its own for inference."""
+    """Whether a module computes inference differently from training."""
     return isinstance(module, nn.MultiheadAttention)
 
 
@@ -104,7 +104,7 @@ def _fast(module: nn.Module) -> bool:
 
 
 class Chain(nn.Module):
-    """Modules and functions one after the other; the first of several results goes on."""
+    """Modules and functions in order; of several results the first is passed on."""
 
     def __init__(self, *parts: Callable[..., Any]) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Chain(nn.Module):
         self.modules_ = nn.ModuleList(p for p in parts if isinstance(p, nn.Module))
 
     def forward(self, h: Tensor) -> Tensor:
-        """What the last part gives."""
+        """Output of the last part."""
         modules = iter(self.modules_)
         for part in self.parts:
             h = part(h) if part is not None else next(modules)(h)
@@ -121,7 +121,7 @@ class Chain(nn.Module):
 
 
 class Residual(Chain):
-    """A chain whose result is added to what comes in, which passes ``skip``."""
+    """A chain whose result is added to its input, or to ``skip`` of the input."""
 
     def __init__(self, *parts: Callable[..., Any], skip: nn.Module | None = None) -> None:
         super().__init__(*parts)
@@ -134,7 +134,7 @@ class Residual(Chain):
 
 
 def noise(*shape: int) -> Tensor:
-    """Inputs that are always the same."""
+    """Random inputs from a fixed seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -314,7 +314,7 @@ class FrozenNorm(nn.BatchNorm2d):
     """A batch norm that stays in evaluation mode, as in fine-tuned detectors."""
 
     def train(self, mode: bool = True) -> FrozenNorm:
-        """Evaluation mode, whatever is asked for."""
+        """Set evaluation mode, ignoring ``mode``."""
         super().train(False)
         return self
 
@@ -707,7 +707,7 @@ CASES: tuple[Case, ...] = (
 
 
 def table() -> str:
-    """The matrix as a Markdown table. What it says of each case the tests check."""
+    """The matrix as a Markdown table; the tests check every case."""
     head = ["| group | operators | ONNX | ExecuTorch | note |", "|---|---|---|---|---|"]
     rows = [
         f"| {c.group} | {c.name} | {_cell(c.onnx)} | {_cell(c.executorch)} | {c.note} |"

@@ -1,4 +1,4 @@
-"""A client that speaks frames and nothing else, and messages that a hub accepts."""
+"""A client that sends single frames, and messages that a hub accepts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GOOD = Hello(version=1, token="", tier="small")
 
 
 class RawClient:
-    """A client that speaks frames and nothing else, to say what a Device never would."""
+    """A client that sends single frames, also those that a Device never sends."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self.connection = connection

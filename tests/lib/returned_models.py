@@ -1,4 +1,4 @@
-"""Models to cut after the second block, whose devices train on gradients that come back."""
+"""Models for tests of returned gradients, cut after the second block."""
 
 from __future__ import annotations
 

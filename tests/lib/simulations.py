@@ -1,4 +1,4 @@
-"""Simulated jobs: run them, interrupt them, compare them."""
+"""Helpers that run, interrupt and compare simulated jobs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def simulate(
     runtime: DeviceRuntime = "torch",
     on_round: Callable[[RoundRecord], None] = lambda record: None,
 ) -> list[RoundRecord]:
-    """Run a job, or what is left of it."""
+    """Run a job, or resume it."""
     with in_time(), Simulation(job, folder, runtime) as simulation:
         return simulation.run(on_round)
 
 
 @contextmanager
 def in_time(virtual_s: float = 20_000.0) -> Iterator[None]:
-    """A run that has not ended after so many virtual seconds fails its test."""
+    """Fail the test if a run has not ended after ``virtual_s`` virtual seconds."""
     time, over = VirtualLoop.time, False
 
     def limited(self: VirtualLoop) -> float:
@@ -44,7 +44,7 @@ def in_time(virtual_s: float = 20_000.0) -> Iterator[None]:
 
 
 class Interrupted(Exception):
-    """What stops a run in a test."""
+    """Raised to interrupt a run in a test."""
 
 
 def stop_after(round_number: int) -> Callable[[RoundRecord], None]:
@@ -58,9 +58,9 @@ def stop_after(round_number: int) -> Callable[[RoundRecord], None]:
 
 
 def assert_alike(found: list[RoundRecord], wanted: list[RoundRecord]) -> None:
-    """The rounds are the same, but for times and handshakes.
+    """Check that two runs have equal rounds, except for times and handshakes.
 
-    Of devices that are equally fast another one may come first, and sums round otherwise.
+    Equally fast devices may finish in another order, which changes the rounding of sums.
     """
     for a, b in zip(found, wanted, strict=True):
         assert (a.round, a.devices, a.dropped) == (b.round, b.devices, b.dropped)

@@ -61,7 +61,7 @@ class PooledHead(nn.Module):
 
 
 class SleepingBlock(DenseBlock):
-    """A block that takes its time without using the processor."""
+    """A block that sleeps."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def plain_row_losses(model: SplitModel, h: Tensor, labels: Tensor, cut: int) -> 
 def plain_step(
     model: SplitModel, optimizer: torch.optim.Optimizer, arrivals: Sequence[StepInput]
 ) -> float:
-    """One step on the arrivals, a backward pass for each; returns the mean loss of a row."""
+    """One step on the arrivals with one backward pass each; returns the mean loss per row."""
     rows = sum(a.rows for a in arrivals)
     optimizer.zero_grad()
     total = 0.0

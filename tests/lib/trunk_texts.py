@@ -40,7 +40,7 @@ def language_model(seed: int = 0, width: int = 8) -> SplitModel:
 
 
 def some_texts(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random tokens, and labels of which some do not count, but never all."""
+    """Random tokens (rows, length), and labels of which some, but not all, are -1."""
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, VOCABULARY, (2, rows, length))
     y[rng.random(y.shape) < 0.4] = -1

@@ -7,7 +7,7 @@ from export.lowering.lowered import Run
 from export.steps import Step
 
 REST = ("aux.", "momentum/aux.")
-"""Prefixes of the tensors that a gradient from the hub leaves as they are."""
+"""Prefixes of the tensors that a returned gradient does not change."""
 
 
 def wrong(name: str, run: Run) -> Run:
