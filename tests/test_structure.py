@@ -89,6 +89,7 @@ def test_every_test_is_in_the_folder_of_a_package() -> None:
     beside = {path.name for path in TESTS.glob("test_*.py")}
     assert beside == {
         "test_bare_imports.py",
+        "test_examples.py",
         "test_layering.py",
         "test_mutate.py",
         "test_public_names.py",
