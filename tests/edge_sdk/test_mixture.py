@@ -42,7 +42,7 @@ from server_hub.methods.settings import LocalTraining, MethodConfig, SplitMixCon
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.interface import EvaluationReport
 from server_hub.trunk.local import LocalTrunk
-from tests.lib.harness import hub_config, save_npz
+from tests.lib.harness import hub_config, save_npz, served
 from tests.lib.mixture_models import DEPTH, Made, made, vectors
 from tests.lib.raw_client import RawClient, raw
 
@@ -416,19 +416,8 @@ async def serving(
 
     waiting = None if first is None else lambda: asyncio.ensure_future(later())
     hub = Hub(config, model, trunk, evaluate=waiting)
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(hub.serve(ready.set_result))
-    both: list[asyncio.Future[Any]] = [ready, task]
-    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    if task.done():
-        task.result()
-    try:
-        yield hub, await ready
-    finally:
-        if task.done():
-            task.result()  # the hub failed: that is the error to see
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    async with served(hub) as url:
+        yield hub, url
 
 
 async def join(

@@ -57,6 +57,7 @@ from server_hub.trunk.evaluator import Evaluator
 from server_hub.trunk.interface import Query
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.settings import TrunkTraining
+from tests.lib.harness import start_hub
 from tests.lib.models import AttentionBlock, TokenBlock
 from tests.lib.records import record
 
@@ -326,9 +327,7 @@ async def served_job(
     hub = Hub(config, model, trunk, on_round=records.append)
     if paths is not None:
         hub.method = replace(hub.method, paths=paths)
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(hub.serve(ready.set_result))
-    url = await ready
+    serving, url = await start_hub(hub)
     device = Device(
         lambda: open_websocket(url),
         lambda bundle, threads: TorchRuntime(bundle.manifest, steps_of(with_heads(), "b")),

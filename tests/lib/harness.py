@@ -63,6 +63,29 @@ def hub_config(folder: Path, bundles: BundleIndex, **changes: Any) -> HubConfig:
     return replace(config, **changes)
 
 
+async def start_hub(hub: Hub) -> tuple[asyncio.Task[None], str]:
+    """Start a hub in a task; returns the task and the hub's address, or raises why it fails."""
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(hub.serve(ready.set_result))
+    await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        serving.result()
+    return serving, await ready
+
+
+@asynccontextmanager
+async def served(hub: Hub) -> AsyncIterator[str]:
+    """Run a hub in this process until the block ends; yields its address."""
+    serving, url = await start_hub(hub)
+    try:
+        yield url
+    finally:
+        if serving.done():
+            serving.result()  # the hub failed: that is the error to see
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
 @asynccontextmanager
 async def running_hub(config: HubConfig) -> AsyncIterator[tuple[Hub, str]]:
     """Run a hub and its trunk in this process; yields the hub and its address."""
@@ -73,18 +96,8 @@ async def running_hub(config: HubConfig) -> AsyncIterator[tuple[Hub, str]]:
     tiers = BundleIndex.read(config.bundles).tiers
     cuts = {name: (entry.cut, entry.codec) for name, entry in tiers.items()}
     hub = Hub(config, model, trunk, evaluate=lambda: trunk.evaluate(cuts, ALL_PATHS))
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(hub.serve(ready.set_result))
-    await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)
-    if serving.done():
-        serving.result()
-    try:
-        yield hub, await ready
-    finally:
-        if serving.done():
-            serving.result()  # the hub failed: that is the error to see
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
+    async with served(hub) as url:
+        yield hub, url
 
 
 def cutlayer(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:

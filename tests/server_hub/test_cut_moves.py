@@ -60,7 +60,7 @@ from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.settings import TrunkTraining
 from tests.lib.codecs import Exact
-from tests.lib.harness import cutlayer, finish, next_event, save_npz
+from tests.lib.harness import cutlayer, finish, next_event, save_npz, served
 from tests.lib.harness import examples as images
 from tests.lib.models import CLASSES, FEATURES, MeanHead, TokenBlock
 from tests.lib.proxy import proxy
@@ -176,18 +176,8 @@ async def running(config: HubConfig, script: Script) -> AsyncIterator[tuple[Hub,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cut_moves, "policy_of", lambda name: script)
         hub = Hub(config, model, LocalTrunk(model, "cpu"))
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(hub.serve(ready.set_result))
-    await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)
-    if serving.done():
-        serving.result()
-    try:
-        yield hub, await ready
-    finally:
-        if serving.done():
-            serving.result()  # the hub failed: that is the error to see
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
+    async with served(hub) as url:
+        yield hub, url
 
 
 @dataclass

@@ -31,7 +31,7 @@ from server_hub.methods.settings import MethodConfig
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.interface import TrunkCopy
 from server_hub.trunk.local import LocalTrunk
-from tests.lib.harness import examples, hub_config
+from tests.lib.harness import examples, hub_config, start_hub
 
 
 class HalfWay(Merged):
@@ -75,12 +75,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 async def train(hub: Hub, folder: Path) -> None:
     """One device takes part in the hub's job, over a websocket."""
     token = TokenFile(folder / "tokens.toml").issue("phone", "small")
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(hub.serve(ready.set_result))
-    await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)
-    device = await Device.connect(
-        ready.result(), token=token, data=examples(24), cache=folder / "cache"
-    )
+    serving, url = await start_hub(hub)
+    device = await Device.connect(url, token=token, data=examples(24), cache=folder / "cache")
     async with device:
         await device.train()
     await asyncio.wait_for(serving, 30)
