@@ -54,7 +54,9 @@ def sent(message: Any, size: int = SIZE, copy: bool = True) -> Any:
         thread.start()
         found = second.receive(copy)
         thread.join()
-        return found if copy else _copied(found)
+        if not copy:
+            found = _copied(found)  # views of the block would keep it mapped
+        return found
 
 
 def _copied(message: Message) -> Message:
