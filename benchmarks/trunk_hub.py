@@ -70,7 +70,8 @@ class Turn:
             written, so that everything a round costs is in it.
         rows: rows of the batches that the trunk was given.
         steps: what each merged step had, in order.
-        calls: seconds in each of the trunk's calls, as the hub sees them.
+        calls: seconds in each of the trunk's calls, as the hub sees them; of steps, the seconds in
+            which one was under way.
         hub_cpu_s: processor time of the hub's process.
         trunk_cpu_s: processor time of the trunk's process; 0 if there is none.
     """
@@ -89,6 +90,8 @@ class NullTrunk:
 
     Batches are acknowledged at once.
     """
+
+    steps_at_once = 1
 
     async def start(self) -> None:
         pass
@@ -119,6 +122,7 @@ class MeasuredTrunk:
 
     def __init__(self, inner: Any, numbers: Mapping[tuple[str, bytes], int]) -> None:
         self._inner, self._numbers = inner, numbers
+        self._under_way, self._busy_since = 0, 0.0
         self.turn = Turn(0)
 
     def __getattr__(self, name: str) -> Any:
@@ -128,7 +132,15 @@ class MeasuredTrunk:
         await self._timed("begin", self._inner.begin(state, plan))
 
     async def step(self, inputs: Sequence[StepInput]) -> StepReport:
-        report = await self._timed("step", self._inner.step(inputs))
+        if not self._under_way:
+            self._busy_since = time.perf_counter()
+        self._under_way += 1
+        try:
+            report: StepReport = await self._inner.step(inputs)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._spent("step", self._busy_since)
         self.turn.steps.append([self._known(i) for i in inputs])
         self.turn.rows += sum(i.rows for i in inputs)
         return report
@@ -144,8 +156,11 @@ class MeasuredTrunk:
         try:
             return await call
         finally:
-            spent = time.perf_counter() - began
-            self.turn.calls[name] = self.turn.calls.get(name, 0.0) + spent
+            self._spent(name, began)
+
+    def _spent(self, name: str, began: float) -> None:
+        spent = time.perf_counter() - began
+        self.turn.calls[name] = self.turn.calls.get(name, 0.0) + spent
 
     def _known(self, step_input: StepInput) -> tuple[str, int]:
         labels = step_input.batch.labels

@@ -28,7 +28,12 @@ class Changes:
             deadline: seconds on the loop's clock.
         """
         loop = asyncio.get_running_loop()
-        while not condition():
+        while True:
+            late = deadline is not None and loop.time() >= deadline
+            if condition():
+                return
+            if late:
+                deadline = None
             changed: asyncio.Future[None] = loop.create_future()
             self._waiters[changed] = None
             left = None if deadline is None else max(deadline - loop.time(), 0.0)

@@ -47,7 +47,7 @@ class RoundTotals:
 
     Attributes:
         steps: number of steps.
-        seconds: seconds spent in steps.
+        seconds: seconds in which a step was under way.
         loss: sum of the loss over rows whose labels are on the hub.
         rows: number of these rows.
         device_losses: by device, the sum of the loss over its labels, and their number.
@@ -83,7 +83,9 @@ class StepBatcher:
         self._buffer = ShuffleBuffer[PendingBatch](lambda batch: batch.effect.complete())
         self._changes = Changes()
         self._last = True
-        self._stepping = False
+        self._turn = asyncio.Lock()
+        self._under_way = 0
+        self._busy_since = 0.0
         self.totals = RoundTotals()
         """What the steps of the present round have come to."""
 
@@ -112,33 +114,56 @@ class StepBatcher:
         """The round is over: wait until every batch is used."""
         self._last = True
         self._changes.wake()
-        await self._changes.until(lambda: not len(self._buffer) and not self._stepping)
+        await self._changes.until(lambda: not len(self._buffer) and not self._under_way)
 
     async def run(self) -> None:
-        """Make steps, for ever."""
-        now = asyncio.get_running_loop().time
+        """Make steps, for ever: as many at once as the trunk can take."""
+        makers = [asyncio.create_task(self._make_steps()) for _ in range(self._trunk.steps_at_once)]
+        try:
+            await asyncio.gather(*makers)
+        finally:
+            for maker in makers:
+                maker.cancel()
+            await asyncio.gather(*makers, return_exceptions=True)
+
+    async def _make_steps(self) -> None:
         while True:
-            await self._changes.until(lambda: self._buffer.ready(self._last))
-            self._stepping = True
-            await self._wait_for_rows(now() + self._settings.wait_s)
-            await self._step(self._buffer.take(self._max_rows))
-            self._stepping = False
+            async with self._turn:
+                group = await self._next_group()
+                self._begin_step()
+            report = await self._trunk.step([batch.step_input for batch in group])
+            self._end_step()
+            self._settle(group, report)
             self._changes.wake()
 
-    async def _wait_for_rows(self, deadline: float) -> None:
-        """Wait until there are rows for a full step, or no more will come in time."""
+    async def _next_group(self) -> list[PendingBatch]:
+        """Wait until there are rows for a full step, or no more will come in time; take them.
+
+        While a step is under way, there is time for rows to come.
+        """
         now = asyncio.get_running_loop().time
+        await self._changes.until(lambda: self._buffer.ready(self._last))
+        deadline = now() + self._settings.wait_s
 
         def enough() -> bool:
-            return self._last or self._buffer.rows >= self._max_rows or now() >= deadline
+            overdue = not self._under_way and now() >= deadline
+            return self._last or self._buffer.rows >= self._max_rows or overdue
 
         await self._changes.until(enough, deadline)
+        return self._buffer.take(self._max_rows)
 
-    async def _step(self, group: list[PendingBatch]) -> None:
-        now = asyncio.get_running_loop().time
-        began = now()
-        report = await self._trunk.step([batch.step_input for batch in group])
-        self.totals.seconds += now() - began
+    def _begin_step(self) -> None:
+        if not self._under_way:
+            self._busy_since = asyncio.get_running_loop().time()
+        self._under_way += 1
+
+    def _end_step(self) -> None:
+        self._under_way -= 1
+        if not self._under_way:
+            self.totals.seconds += asyncio.get_running_loop().time() - self._busy_since
+
+    def _settle(self, group: list[PendingBatch], report: StepReport) -> None:
+        """Give devices what the step has come to; their messages are settled now."""
         self._count(group, report)
         for batch, parts, loss in zip_longest(group, report.gradients, report.losses):
             if parts is not None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from export.dual_norm import robustness
 from export.losses import NO_LABEL, masked
@@ -69,26 +69,30 @@ def depth_merged_loss(
         all heads above its cut. And the unweighted loss of each row (rows,), in the order of cut,
         then arrival; the loss of a text is the sum over its labels that count.
     """
-    rows: Entering | None = None
-    row_losses = torch.empty(0)
+    arrivals = [arrival for cut in sorted(entering) for arrival in entering[cut]]
+    labels = _merged([a.labels for a in arrivals], NO_LABEL)
+    weights = torch.cat([a.weights for a in arrivals])
+    present = _joined([a.present for a in arrivals])
+    noise = _joined([a.noise for a in arrivals])
+    h: Tensor | None = None
+    row_losses = torch.zeros_like(weights[:0])
     for depth in range(min(entering), model.depth):
         if new := entering.get(depth):
-            fresh = _joined(new)
-            zeros = torch.zeros_like(fresh.weights)
-            row_losses = zeros if rows is None else torch.cat([row_losses, zeros])
-            rows = fresh if rows is None else _joined([rows, fresh])
-        assert rows is not None
-        with _noisy(rows):
-            h = model.block[depth](rows.h)
-            rows = rows._replace(h=h)
+            h = _merged([*([] if h is None else [h]), *(a.h for a in new)], 0)
+        assert h is not None
+        # rows come in the order of their cuts: those that are here are the first ones
+        rows = slice(len(h))
+        with _noisy(noise, rows):
+            h = model.block[depth](h)
             if auxiliary and str(depth + 1) in model.aux:
-                logits = masked(model.answer(depth + 1, h), rows.present)
-                row_losses = row_losses + _row_losses(logits, rows.labels)
-    assert rows is not None
+                logits = masked(model.answer(depth + 1, h), _some(present, rows))
+                row_losses = _padded(row_losses, h) + _row_losses(logits, labels[rows])
+    assert h is not None
+    row_losses = _padded(row_losses, h)
     if not isinstance(model.head, NoHead):
-        with _noisy(rows):
-            row_losses = row_losses + _row_losses(model.head(rows.h), rows.labels)
-    return (row_losses * rows.weights).sum(), row_losses.detach()
+        with _noisy(noise, slice(None)):
+            row_losses = row_losses + _row_losses(model.head(h), labels)
+    return (row_losses * weights).sum(), row_losses.detach()
 
 
 def merged_features(model: SplitModel, entering: Mapping[int, Sequence[Tensor]]) -> Tensor:
@@ -112,22 +116,26 @@ def merged_features(model: SplitModel, entering: Mapping[int, Sequence[Tensor]])
     return h
 
 
-def _noisy(rows: Entering) -> AbstractContextManager[None]:
-    """Return a context in which the noise norms apply to the rows with ``noise`` 1."""
-    return nullcontext() if rows.noise is None else robustness(rows.noise)
+def _noisy(noise: Tensor | None, rows: slice) -> AbstractContextManager[None]:
+    """Return a context in which the noise norms apply to those of ``rows`` with ``noise`` 1."""
+    return nullcontext() if noise is None else robustness(noise[rows])
 
 
-def _joined(arrivals: Sequence[Entering]) -> Entering:
-    """Concatenate the rows of arrivals."""
-    present = [a.present for a in arrivals if a.present is not None]
-    noise = [a.noise for a in arrivals if a.noise is not None]
-    return Entering(
-        _merged([a.h for a in arrivals], 0),
-        _merged([a.labels for a in arrivals], NO_LABEL),
-        torch.cat([a.weights for a in arrivals]),
-        torch.cat(present) if present else None,
-        torch.cat(noise) if noise else None,
-    )
+def _some(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """Return some rows of a tensor that may be missing."""
+    return None if tensor is None else tensor[rows]
+
+
+def _joined(fields: Sequence[Tensor | None]) -> Tensor | None:
+    """Concatenate the rows of a field that either all arrivals have or none."""
+    given = [field for field in fields if field is not None]
+    return torch.cat(given) if given else None
+
+
+def _padded(row_losses: Tensor, h: Tensor) -> Tensor:
+    """Append zeros for the rows of ``h`` that have no loss yet."""
+    fresh = len(h) - len(row_losses)
+    return pad(row_losses, (0, fresh)) if fresh else row_losses
 
 
 def _merged(arrivals: Sequence[Tensor], filler: int) -> Tensor:
@@ -145,9 +153,13 @@ def _merged(arrivals: Sequence[Tensor], filler: int) -> Tensor:
 
 
 def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each row (rows,); for a text the sum over labels that count."""
+    """Return the cross-entropy of each row (rows,); for a text the sum over labels that count.
+
+    Texts that enter deeper may be longer: their labels may have more positions than the logits.
+    """
     if labels.dim() == 1:
         return cross_entropy(logits, labels, reduction="none")
+    labels = labels[:, : logits.shape[1]]
     losses_N = cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="none"
     )

@@ -185,6 +185,9 @@ class Trunk(Protocol):
     :class:`server_hub.trunk.process.WorkerTrunk` in a process of its own.
     """
 
+    steps_at_once: int
+    """How many calls of :meth:`step` may be under way at once; they are made in their order."""
+
     async def start(self) -> None:
         """Make the trunk ready. May take seconds."""
 

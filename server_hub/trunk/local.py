@@ -30,6 +30,8 @@ class LocalTrunk:
         held_out: examples to evaluate on, ``(x, y)``.
     """
 
+    steps_at_once = 1
+
     def __init__(
         self,
         model: SplitModel,

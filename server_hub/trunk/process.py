@@ -1,7 +1,8 @@
 """The trunk in a process of its own, so that a long step never blocks the hub's event loop.
 
-Arrays go through shared memory; of the model's state only tensors that have changed. An evaluation
-runs in slices while the process has nothing else to do.
+Arrays go through shared memory; of the model's state only tensors that have changed. Commands take
+two lanes in turn, so that the next one lies ready in shared memory while the process works on the
+one before. An evaluation runs in slices while the process has nothing else to do.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import itertools
 import multiprocessing as mp
 import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -41,23 +46,36 @@ from server_hub.trunk.step import TrunkTrainer
 _Answer = tuple[str | None, Any]
 """Why a command has failed, or None; and its result."""
 
+_LANES = 2
+"""Number of commands that may be on their way at once."""
+
 
 class TrunkFailed(CutlayerError):
     """The trunk's process has ended or raised; the job cannot go on."""
 
 
+@dataclass
+class _Lane:
+    """A way for commands: a pipe, and the answer that is awaited on it, if any."""
+
+    pipe: SharedMemoryPipe
+    answer: asyncio.Future[_Answer] | None = None
+
+
 class WorkerTrunk:
     """Implements :class:`server_hub.trunk.interface.Trunk` with a worker process.
 
-    Calls take turns: the trunk does one thing at a time, and evaluates in between.
+    The trunk does one thing at a time, in the order of the calls, and evaluates in between.
 
     Args:
         model: the model; sent to the worker once.
         device: torch device of the worker.
         held_out: examples to evaluate on, ``(x, y)``.
-        arena_bytes: size of the shared memory, in bytes.
+        arena_bytes: size of the shared memory of all lanes together, in bytes.
         threads: torch threads of the worker; 0 for torch's default.
     """
+
+    steps_at_once = 2
 
     def __init__(
         self,
@@ -70,25 +88,29 @@ class WorkerTrunk:
         self._arguments = (model, device, held_out, threads)
         self._arena_bytes = arena_bytes
         self._turn = asyncio.Lock()
-        self._calls = ThreadPoolExecutor(1, "trunk")
+        self._calls = ThreadPoolExecutor(_LANES, "trunk")
         self._evaluations = ThreadPoolExecutor(1, "trunk-evaluation")
         self._states = StateSender()
-        self._pipe: SharedMemoryPipe | None = None
+        self._lanes: deque[_Lane] = deque()
+        self._ending = threading.Lock()
         self._reports: Connection | None = None
         self._process: Any = None
 
     async def start(self) -> None:
         context = mp.get_context("spawn")
-        ours, theirs = context.Pipe()
         self._reports, reports = context.Pipe(duplex=False)
-        self._pipe = SharedMemoryPipe(ours, self._arena_bytes)
+        theirs = []
+        for _ in range(_LANES):
+            ours, other = context.Pipe()
+            self._lanes.append(_Lane(SharedMemoryPipe(ours, self._arena_bytes // _LANES)))
+            theirs.append((other, self._lanes[-1].pipe.name))
         self._process = context.Process(
-            target=_work, args=(theirs, reports, self._pipe.name, *self._arguments), name="trunk"
+            target=_work, args=(theirs, reports, *self._arguments), name="trunk", daemon=True
         )
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._calls, self._process.start)
-        theirs.close()
-        reports.close()
+        for connection in (reports, *(connection for connection, _ in theirs)):
+            connection.close()
         await self._call("hello")
 
     async def begin(self, state: State, plan: TrunkPlan) -> None:
@@ -130,7 +152,7 @@ class WorkerTrunk:
         return report
 
     async def close(self) -> None:
-        if self._pipe is not None:
+        if self._lanes:
             with contextlib.suppress(TrunkFailed, TimeoutError):
                 async with asyncio.timeout(5):
                     await self._call("stop")
@@ -141,38 +163,42 @@ class WorkerTrunk:
                 await asyncio.to_thread(self._process.join)
         self._calls.shutdown(wait=False)
         self._evaluations.shutdown(wait=False)
-        if self._pipe is not None:
-            self._pipe.close()
+        for lane in self._lanes:
+            lane.pipe.close()
 
     async def _call(self, command: str, arguments: Callable[[], tuple[Any, ...]] = tuple) -> Any:
         """Send a command; wait for its result in a thread.
 
         ``arguments`` are made when it is the command's turn: what changes in a state is said in the
-        order in which commands go out. A caller that is cancelled leaves the pipe in step: the
-        result is awaited first.
+        order in which commands go out.
         """
         async with self._turn:
-            future = asyncio.get_running_loop().run_in_executor(
-                self._calls, self._exchange, command, arguments()
+            lane = self._lanes[0]
+            if lane.answer is not None:
+                await asyncio.wait([lane.answer])
+            self._lanes.rotate(-1)
+            lane.answer = asyncio.get_running_loop().run_in_executor(
+                self._calls, self._exchange, lane.pipe, command, arguments()
             )
-            try:
-                failure, result = await asyncio.shield(future)
-            except asyncio.CancelledError:
-                with contextlib.suppress(TrunkFailed):
-                    await future
-                raise
+            # a caller that has been cancelled does not look at its failure
+            lane.answer.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
+        failure, result = await asyncio.shield(lane.answer)
         if failure is not None:
             raise TrunkFailed(f"the trunk failed in {command}: {failure}")
         return result
 
-    def _exchange(self, command: str, arguments: tuple[Any, ...]) -> _Answer:
-        assert self._pipe is not None
+    def _exchange(
+        self, pipe: SharedMemoryPipe, command: str, arguments: tuple[Any, ...]
+    ) -> _Answer:
         try:
-            self._pipe.send((command, arguments))
-            answer: _Answer = self._pipe.receive(copy=True)
+            pipe.send((command, arguments))
+            answer: _Answer = pipe.receive(copy=True)
             return answer
         except (EOFError, OSError) as error:
             raise self._ended(f"in {command}") from error
+        except BaseException:
+            self._process.kill()  # the worker would wait for this command for ever
+            raise
 
     def _next_report(self) -> _Answer:
         """The result of the evaluation that was started last."""
@@ -184,15 +210,15 @@ class WorkerTrunk:
             raise self._ended("in evaluate") from error
 
     def _ended(self, where: str) -> TrunkFailed:
-        self._process.join(5)
-        code = self._process.exitcode
+        with self._ending:  # a process can be joined by one thread at a time
+            self._process.join(5)
+            code = self._process.exitcode
         return TrunkFailed(f"the trunk's process ended with exit code {code} {where}")
 
 
 def _work(
-    connection: Connection,
+    lanes: Sequence[tuple[Connection, str]],
     reports: Connection,
-    arena_name: str,
     model: SplitModel,
     device: str,
     held_out: tuple[Array, Array] | None,
@@ -204,10 +230,14 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the hub, which then stops us
     if threads:
         torch.set_num_threads(threads)
-    pipe = SharedMemoryPipe(connection, name=arena_name)
-    with contextlib.suppress(EOFError, OSError), pinned(pipe.block, device):  # the hub has gone
-        _Worker(model, device, held_out, reports).run(pipe)
-    pipe.close()
+    pipes = [SharedMemoryPipe(connection, name=name) for connection, name in lanes]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(EOFError, OSError))  # the hub has gone
+        for pipe in pipes:
+            stack.enter_context(pinned(pipe.block, device))
+        _Worker(model, device, held_out, reports).run(pipes)
+    for pipe in pipes:
+        pipe.close()
 
 
 @contextlib.contextmanager
@@ -252,9 +282,12 @@ class _Worker:
         self._reports = reports
         self._evaluation: Evaluation | None = None
 
-    def run(self, pipe: SharedMemoryPipe) -> None:
-        """Answer commands until ``stop``; make slices of an evaluation while none is there."""
-        while True:
+    def run(self, pipes: Sequence[SharedMemoryPipe]) -> None:
+        """Answer commands, which take the pipes in turn, until ``stop``.
+
+        Make slices of an evaluation while no command is there.
+        """
+        for pipe in itertools.cycle(pipes):
             while self._evaluation is not None and not pipe.poll():
                 self._evaluate_slice()
             command, arguments = pipe.receive(copy=False)

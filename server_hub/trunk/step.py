@@ -29,10 +29,20 @@ from server_hub.trunk.vmapped import VmappedTrainer
 
 @dataclass
 class _Replica:
-    """A copy of the trunk and its optimizer; ``samples`` counts rows through each layer."""
+    """A copy of the trunk and its optimizer.
+
+    Attributes:
+        model: the copy.
+        optimizer: its optimizer.
+        trained: the parameters that are trained.
+        statistics: running statistics of batch norms by name, which a forward pass changes.
+        samples: number of rows that have passed each layer.
+    """
 
     model: SplitModel
     optimizer: torch.optim.Optimizer
+    trained: list[nn.Parameter]
+    statistics: dict[str, Tensor]
     samples: dict[str, int] = field(default_factory=dict)
 
 
@@ -74,12 +84,10 @@ class _Outcome:
 
     Attributes:
         finite: whether loss and gradients are finite.
-        fine: for each batch, whether its activations are finite.
         losses: for each batch, the sum of the loss over its labels; NaN where they are elsewhere.
     """
 
     finite: bool
-    fine: list[bool]
     losses: list[float]
 
 
@@ -230,7 +238,7 @@ class TrunkTrainer:
             losses: takes loss and number of labels of each batch, by the batch's ``id``.
         """
         batches = [self._unpack(r) for r in received]
-        before = {n: t.clone() for n, t in statistics(replica.model).items()}
+        before = {n: t.clone() for n, t in replica.statistics.items()}
         while batches:
             outcome = self._backward(replica, batches)
             if outcome.finite:
@@ -244,13 +252,13 @@ class TrunkTrainer:
                         gradients[id(b.received)] = self._packed_gradient(b, _counted(batches))
                 return sum(outcome.losses), _counted(batches)
             self._restore(replica, before)
-            if all(outcome.fine):
+            fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
+            reason = "the activations are not finite"
+            if all(fine):
                 fine = [self._finite_alone(replica, b, before) for b in batches]
                 if all(fine):  # finite alone, not together: too large for all of them
                     fine = [False] * len(batches)
                 reason = "the activations make the loss overflow"
-            else:
-                fine, reason = outcome.fine, "the activations are not finite"
             refused |= {
                 b.source.device: reason for b, ok in zip(batches, fine, strict=True) if not ok
             }
@@ -272,7 +280,7 @@ class TrunkTrainer:
     @torch.no_grad()
     def _restore(replica: _Replica, before: Mapping[str, Tensor]) -> None:
         """Undo what a pass has done to the running statistics of batch norms."""
-        for name, tensor in statistics(replica.model).items():
+        for name, tensor in replica.statistics.items():
             tensor.copy_(before[name])
 
     def _backward(self, replica: _Replica, batches: Sequence[_Unpacked]) -> _Outcome:
@@ -280,38 +288,34 @@ class TrunkTrainer:
         replica.optimizer.zero_grad()
         for b in batches:
             b.h.grad = None
-        fine = torch.stack([torch.isfinite(b.h).all() for b in batches])
         if batches[0].received.head_gradient is None:
-            loss, losses = self._loss(replica, batches)
+            loss, row_losses = self._loss(replica, batches)
             loss.backward()  # type: ignore[no-untyped-call]
         else:
-            loss, losses = torch.zeros((), device=self._device), None
+            loss, row_losses = torch.zeros((), device=self._device), None
             self._backward_from_features(replica, batches)
-        norm = self._clip(replica)
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        read = [finite[None].double(), fine.double(), *([] if losses is None else [losses])]
-        values = torch.cat(read).tolist()
-        count = len(batches)
-        sums = [math.nan] * count if losses is None else values[count + 1 :]
-        return _Outcome(bool(values[0]), [bool(v) for v in values[1 : count + 1]], sums)
+        finite = torch.isfinite(loss + self._clip(replica))
+        if row_losses is None:
+            return _Outcome(bool(finite), [math.nan] * len(batches))
+        values = torch.cat([finite[None], row_losses]).cpu().numpy().astype(np.float64)
+        return _Outcome(bool(values[0]), _sums(values[1:], batches))
 
     def _loss(self, replica: _Replica, batches: Sequence[_Unpacked]) -> tuple[Tensor, Tensor]:
-        """The merged loss, and the sum of the unweighted loss of each batch (batches,)."""
-        entering: dict[int, list[Entering]] = {}
+        """The merged loss, and the unweighted loss of each row in the merged order (rows,)."""
         labels = _counted(batches)
-        for b in batches:
-            weights = torch.full(
-                (b.source.rows,), b.source.weight / labels, dtype=b.h.dtype, device=self._device
+        weights = torch.from_numpy(
+            np.repeat(
+                np.array([b.source.weight / labels for b in batches], np.float32),
+                [b.source.rows for b in batches],
             )
-            entering.setdefault(b.source.cut, []).append(Entering(b.h, b.received.labels, weights))
+        ).to(self._device, batches[0].h.dtype, non_blocking=True)
+        entering: dict[int, list[Entering]] = {}
+        for b, own in zip(
+            batches, torch.split(weights, [b.source.rows for b in batches]), strict=True
+        ):
+            entering.setdefault(b.source.cut, []).append(Entering(b.h, b.received.labels, own))
         with self._autocast():
-            loss, row_losses = depth_merged_loss(
-                replica.model, entering, auxiliary=not self._plan.returned
-            )
-        order = _merged_order(batches)
-        parts = torch.split(row_losses, [batches[i].source.rows for i in order])
-        sums = [part.sum() for part in parts]
-        return loss, torch.stack([sums[order.index(i)] for i in range(len(order))]).double()
+            return depth_merged_loss(replica.model, entering, auxiliary=not self._plan.returned)
 
     def _backward_from_features(self, replica: _Replica, batches: Sequence[_Unpacked]) -> None:
         """Backward pass from the gradients of the features, which the devices have sent."""
@@ -338,7 +342,7 @@ class TrunkTrainer:
 
     def _clip(self, replica: _Replica) -> Tensor:
         """Scale the gradients down to the largest norm allowed; return the norm before."""
-        trained = [p for p in replica.model.parameters() if p.grad is not None]
+        trained = [p for p in replica.trained if p.grad is not None]
         norm: Tensor = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         nn.utils.clip_grads_with_norm_(trained, self._plan.max_norm, norm)
         return norm.to(self._device)
@@ -358,14 +362,17 @@ class TrunkTrainer:
     def _count(self, replica: _Replica, batches: Sequence[_Unpacked]) -> None:
         """Count rows by the layers that have passed them."""
         model = replica.model
+        entered: dict[int, int] = {}
         for b in batches:
-            above = [f"block.{i}" for i in range(b.source.cut, model.depth)]
+            entered[b.source.cut] = entered.get(b.source.cut, 0) + b.source.rows
+        for cut, rows in entered.items():
+            above = [f"block.{i}" for i in range(cut, model.depth)]
             if not self._plan.returned:
-                above += [f"aux.{d}" for d in model.head_depths if d > b.source.cut]
-            if b.received.head_gradient is None:
+                above += [f"aux.{d}" for d in model.head_depths if d > cut]
+            if batches[0].received.head_gradient is None:
                 above.append("head")
             for layer in above:
-                replica.samples[layer] = replica.samples.get(layer, 0) + b.source.rows
+                replica.samples[layer] = replica.samples.get(layer, 0) + rows
 
     # --- replicas -------------------------------------------------------------------------------
 
@@ -382,8 +389,9 @@ class TrunkTrainer:
             if isinstance(module, _DropoutNd):
                 module.eval()
         rule = get_optimizer(self._plan.optimizer)
-        trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        replica = _Replica(model, rule.reference(trained, dict(self._plan.hyper)))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = rule.reference(list(trained), dict(self._plan.hyper))
+        replica = _Replica(model, optimizer, trained, statistics(model))
         if self._plan.keeps_slots:
             for slots, slot, name in self._slot_names(replica):
                 slots[slot] = torch.from_numpy(np.array(self._state[name]))
@@ -430,6 +438,14 @@ class TrunkTrainer:
 def _merged_order(batches: Sequence[_Unpacked]) -> list[int]:
     """The order in which the rows of batches stand behind each other when they are merged."""
     return sorted(range(len(batches)), key=lambda i: batches[i].source.cut)
+
+
+def _sums(row_losses: Array, batches: Sequence[_Unpacked]) -> list[float]:
+    """Sum of the losses of each batch's rows, given those of all rows in the merged order."""
+    order = _merged_order(batches)
+    ends = np.cumsum([batches[i].source.rows for i in order])
+    parts = dict(zip(order, np.split(row_losses, ends[:-1]), strict=True))
+    return [float(parts[i].sum()) for i in range(len(batches))]
 
 
 def _counted(batches: Sequence[_Unpacked]) -> int:

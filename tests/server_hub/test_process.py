@@ -88,11 +88,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def shared_memory() -> Path:
-    """The file behind the one arena that this process has."""
+def shared_memory() -> list[Path]:
+    """The files behind the shared memory of this process; at least one."""
     maps = Path("/proc/self/maps").read_text().splitlines()
-    (path,) = {line.split()[-1] for line in maps if line.split()[-1].startswith("/dev/shm/psm_")}
-    return Path(path)
+    paths = {line.split()[-1] for line in maps if line.split()[-1].startswith("/dev/shm/psm_")}
+    assert paths
+    return [Path(path) for path in paths]
 
 
 def bad(arrival: StepInput) -> StepInput:
@@ -256,7 +257,7 @@ def test_a_worker_that_is_killed_fails_at_once_and_leaves_nothing() -> None:
         await trunk.close()
         assert time.monotonic() - killed < 3.0
         assert not is_running(pid)
-        assert not memory.exists()
+        assert not any(path.exists() for path in memory)
 
     run(test())
 
@@ -306,7 +307,7 @@ def test_a_device_that_torch_does_not_have_is_a_failure_to_start(
             await trunk.start()
         memory = shared_memory()
         await trunk.close()
-        assert not memory.exists()
+        assert not any(path.exists() for path in memory)
 
     run(test())
     assert "nonsense" in capfd.readouterr().err, "the worker said what was wrong"
@@ -323,13 +324,13 @@ def test_close_leaves_no_process_and_no_shared_memory() -> None:
         await trunk.start()
         pid, memory = worker_pid(), shared_memory()
         assert is_running(pid)
-        assert memory.exists()
+        assert all(path.exists() for path in memory)
         await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER, epochs=2))
         await trunk.step([arrival_of(model, 1, 3, 1)])
         await trunk.close()
         assert not is_running(pid)
         assert pid not in [child.pid for child in multiprocessing.active_children()]
-        assert not memory.exists()
+        assert not any(path.exists() for path in memory)
         assert not [name for name in os.listdir("/dev/shm")
                     if name not in before and str(os.getpid()) in name]  # fmt: skip
         await until(lambda: not [t for t in threading.enumerate() if t.name.startswith("trunk")])
@@ -361,7 +362,7 @@ def test_close_of_a_start_that_was_given_up(when: str) -> None:
             await start
         memory = shared_memory()
         await trunk.close()
-        assert not memory.exists()
+        assert not any(path.exists() for path in memory)
         assert not multiprocessing.active_children()
         assert when == "at once" or not is_running(pid)
 
@@ -381,8 +382,8 @@ async def main():
     await trunk.start()
     (child,) = multiprocessing.active_children()
     maps = Path("/proc/self/maps").read_text().split()
-    (arena,) = {word for word in maps if word.startswith("/dev/shm/psm_")}
-    print(Path(arena).name, flush=True)
+    arenas = {word for word in maps if word.startswith("/dev/shm/psm_")}
+    print(*(Path(arena).name for arena in arenas), flush=True)
     await trunk.begin(state_of(model), TrunkPlan("sgd", {}))
     if sys.argv[1] == "kill worker":
         os.kill(child.pid, signal.SIGKILL)
@@ -407,9 +408,11 @@ def test_nothing_is_left_when_the_hub_has_ended(tmp_path: Path, how: str) -> Non
         timeout=TIMEOUT_S,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    arena, *pids = done.stdout.split()
+    first, *rest = done.stdout.splitlines()
+    arenas, pids = [Path("/dev/shm", name) for name in first.split()], "".join(rest).split()
+    assert arenas
     gone = time.monotonic() + 10.0
-    while (Path("/dev/shm") / arena).exists() or any(is_running(int(pid)) for pid in pids):
+    while any(a.exists() for a in arenas) or any(is_running(int(pid)) for pid in pids):
         assert time.monotonic() < gone, "the worker or its memory outlived the hub"
         time.sleep(0.05)
     if how == "kill hub":
