@@ -35,7 +35,7 @@ class Message:
         """The map that travels. Fields that have their default are left out."""
         return {
             f.name: value
-            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            for f in _FIELDS[type(self)].values()
             if (value := getattr(self, f.name)) is not f.default
         }
 
@@ -407,6 +407,12 @@ MESSAGES: dict[str, type[Message]] = {
 }  # fmt: skip
 
 
+_FIELDS = {
+    cls: {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for cls in MESSAGES.values()
+}
+
+
 def from_body(kind: object, body: object) -> Message:
     """Build the message of type ``kind`` from its decoded body.
 
@@ -419,7 +425,7 @@ def from_body(kind: object, body: object) -> Message:
         raise ProtocolError(ErrorCode.UNKNOWN_TYPE, f"unknown message type {shown}")
     if not isinstance(body, dict):
         raise ProtocolError(ErrorCode.BAD_MESSAGE, f"the body of {kind} must be a map")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = _FIELDS[cls]
     for name in body:
         if name not in fields:
             shown = str(name)[:64]

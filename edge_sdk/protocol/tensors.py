@@ -34,16 +34,20 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The dtypes that may travel, by the name they have on the wire and in manifests."""
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 _BIN_HEADERS = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """Wire name of a numpy dtype. Raises :class:`ProtocolError` for one that may not travel."""
-    if dtype.name not in DTYPES:
+    # numpy makes the name anew each time; big-endian arrays are found by theirs
+    name = _NAMES.get(dtype) or dtype.name
+    if name not in DTYPES:
         raise ProtocolError(
             ErrorCode.BAD_TENSOR, f"dtype {dtype} cannot travel; use {', '.join(DTYPES)}"
         )
-    return dtype.name
+    return name
 
 
 def pack_tensor(array: Array) -> msgpack.ExtType:
@@ -116,7 +120,7 @@ class TensorSpec:
             array: the tensor to check.
             symbols: values of the symbols met so far in this message; new ones are added.
         """
-        if array.dtype.name != self.dtype:
+        if (_NAMES.get(array.dtype) or array.dtype.name) != self.dtype:
             raise ProtocolError(
                 ErrorCode.BAD_TENSOR,
                 f"{self.name} is {array.dtype.name}, must be {self.dtype}",
