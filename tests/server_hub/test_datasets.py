@@ -232,11 +232,11 @@ X, Y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
         ({"x": X + np.nan, "y": Y}, "not finite"),
         ({"x": X, "y": Y, "domain": Y[:3]}, r"domains have shape \[3\] .* each of 4 rows"),
         ({"x": X, "y": Y, "domain": Y / 2}, "domains have shape .* dtype float64"),
-        ({"x": X[:1], "y": Y[:1]}, "1 of them are too few"),
+        ({"x": X[:1], "y": Y[:1]}, "1 is too few"),
         ({"x": np.array([{}, {}, {}, {}]), "y": Y}, "cannot be read as .npz: Object arrays"),
         (
             {"x_train": X, "y_train": Y, "x_test": X[:, :1], "y_test": Y},
-            r"a test row is float32 \[1\], a training row float32 \[2\]",
+            r"a test row is float32 \[1\], a training row is float32 \[2\]",
         ),
     ],
 )
@@ -582,8 +582,8 @@ def test_what_is_utf8_is_a_text(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"one paragraph", r"a.txt \(paragraphs\): 1 of them are too few"),
-        ("a.txt", b"", r"a.txt \(paragraphs\): 0 of them are too few"),
+        ("a.txt", b"one paragraph", r"a.txt \(paragraphs\): 1 is too few"),
+        ("a.txt", b"", r"a.txt \(paragraphs\): 0 is too few"),
         ("a.txt", b"a\n\nb\n\nc", "too few paragraphs of more than one byte"),
         ("a.txt", b"ab\0c\n\nd", "holds zero bytes"),
         ("a.bin", b"\xff\xfe\xfd", "the format of .*a.bin is not known; known are digits; .npz"),
