@@ -101,7 +101,7 @@ def read_job(path: Path, runtime: str, **changes: Any) -> Job:
 
     if runtime not in get_args(DeviceRuntime):
         known = ", ".join(get_args(DeviceRuntime))
-        raise ConfigError(f"--runtime is {runtime!r}, must be one of {known}")
+        raise ConfigError(f"--runtime is {runtime!r}; it must be one of {known}")
     job = Job.read(path)
     if changes.get("rounds") is not None:
         changes["rounds"] = replace(job.rounds, count=changes["rounds"])

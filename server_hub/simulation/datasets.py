@@ -82,16 +82,16 @@ class DataTable:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise ValueError("source is empty, must be 'digits' or a path")
+            raise ValueError("source is empty; it must be 'digits' or a path")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}, must be between 0 and 1")
+            raise ValueError(f"held_out is {self.held_out}; it must be between 0 and 1")
         for name, size in (("train", self.train), ("test", self.test)):
             if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}, must be at least 1")
+                raise ValueError(f"{name} is {size}; it must be at least 1")
         if self.length < 2:
-            raise ValueError(f"length is {self.length}, must be at least 2")
+            raise ValueError(f"length is {self.length}; it must be at least 2")
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, must not be negative")
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
 def load_dataset(table: DataTable, base: Path = Path()) -> Dataset:
@@ -268,13 +268,13 @@ def _checked(source: Source, name: str) -> Source:
 
 def _checked_part(data: Examples, name: str) -> Examples:
     if data.x.ndim < 2 or len(data.x) == 0:
-        raise DataError(f"{name}: x has shape {list(data.x.shape)}, must be (rows, ...)")
+        raise DataError(f"{name}: x has shape {list(data.x.shape)}; it must be (rows, ...)")
     if data.y.shape != data.x.shape[:1]:
         raise DataError(
-            f"{name}: y has shape {list(data.y.shape)}, must be [{len(data.x)}], a label per row"
+            f"{name}: y has shape {list(data.y.shape)}; it must be [{len(data.x)}], a label per row"
         )
     if data.y.dtype.kind not in "iu":
-        raise DataError(f"{name}: labels are {data.y.dtype}, must be integers from 0 on")
+        raise DataError(f"{name}: labels are {data.y.dtype}; they must be integers from 0 on")
     if data.y.min() < 0:
         raise DataError(f"{name}: the smallest label is {data.y.min()}, labels start at 0")
     if data.x.dtype.kind != "f" and (data.x.dtype != np.uint8 or data.x.ndim not in (3, 4)):

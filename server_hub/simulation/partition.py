@@ -41,11 +41,13 @@ class PartitionTable:
     def __post_init__(self) -> None:
         # Outside these bounds the distribution's gamma variates underflow or overflow.
         if not (math.isfinite(self.alpha) and 1e-3 <= self.alpha <= 1e6):
-            raise ValueError(f"alpha is {self.alpha}, must be from 0.001 to 1000000")
+            raise ValueError(f"alpha is {self.alpha}; it must be from 0.001 to 1000000")
         if self.classes_per_client < 1:
-            raise ValueError(f"classes_per_client is {self.classes_per_client}, must be at least 1")
+            raise ValueError(
+                f"classes_per_client is {self.classes_per_client}; it must be at least 1"
+            )
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, must not be negative")
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
 def partition(data: Dataset, clients: int, table: PartitionTable) -> list[Array]:

@@ -391,7 +391,7 @@ def test_an_empty_client_is_named() -> None:
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"alpha": float("inf")}, "alpha is inf"),
-        ({"classes_per_client": 0}, "classes_per_client is 0, must be at least 1"),
+        ({"classes_per_client": 0}, "classes_per_client is 0; it must be at least 1"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
