@@ -19,14 +19,14 @@ from export.split import SplitModel
 from server_hub.simulation.datasets import BYTES, DataTable, load_dataset
 
 BASE = "CUTLAYER_BENCHMARK_BASE"
-"""Environment variable with the folder of the trained base; a job can only name a function."""
+"""Environment variable with the folder of the trained base model; a job can only name a function."""
 
 LENGTH, WIDTH, DEPTH, RANK = 64, 96, 8, 16
 STEPS, BATCH, RATE = 1000, 16, 3e-3
 
 
 def pretrain(source: Path, folder: Path) -> None:
-    """Train the base centrally on one text, and write it in the format of transformers.
+    """Train the base model centrally on one text, and write it in the format of transformers.
 
     Args:
         source: file of the text.
@@ -62,12 +62,12 @@ def pretrain(source: Path, folder: Path) -> None:
 
 
 def build() -> SplitModel:
-    """Return the trained base, frozen, with adapters of rank 16.
+    """Return the trained base model, frozen, with adapters of rank 16.
 
     Raises:
         ConfigError: the environment variable :data:`BASE` is not set.
     """
     folder = os.environ.get(BASE)
     if folder is None:
-        raise ConfigError(f"{BASE} is not set; set it to the folder of the trained base")
+        raise ConfigError(f"{BASE} is not set; set it to the folder of the trained base model")
     return build_model(folder, Lora(rank=RANK))

@@ -84,7 +84,7 @@ def test_a_verdict_says_how_often_the_seeds_agree() -> None:
     """+2 and +4 are clearly ahead, -1 and +2 ahead by chance, one seed alone says nothing of it."""
     cases = {"a": {"1/8": [2.0, 4.0], "1/4": [-1.0, 2.0]}, "b": {"1": [-3.0], "1/2": []}}
     assert report.answer(cases) == (
-        "**in 2 of 3 cases**; by more than the standard deviation over the seeds ahead in 1, "
+        "**in 2 of 3 cases**; ahead by more than the standard deviation over the seeds in 1, "
         "behind in 0 (points: a: 1/8: +3.0 ± 1.4, 1/4: +0.5 ± 2.1; b: 1: -3.0)."
     )
 
