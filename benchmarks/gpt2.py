@@ -19,7 +19,7 @@ from export.split import SplitModel
 from server_hub.simulation.datasets import BYTES, DataTable, load_dataset
 
 BASE = "CUTLAYER_BENCHMARK_BASE"
-"""Environment variable with the folder of the trained base model; a job can only name a function."""
+"""Environment variable with the folder of the trained base model; a job can only name functions."""
 
 LENGTH, WIDTH, DEPTH, RANK = 64, 96, 8, 16
 STEPS, BATCH, RATE = 1000, 16, 3e-3
