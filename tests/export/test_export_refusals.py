@@ -128,7 +128,7 @@ def run() -> Run:
 
 
 def bend(name: str, change: Callable[[Array, Array], Array]) -> Callable[[Run], Run]:
-    """Change one output, as a function of its value and, for state, of its value before the step."""
+    """Change one output, given its value and, for state, its value before the step."""
 
     def bent(run: Run) -> Run:
         def wrong(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
