@@ -259,7 +259,7 @@ def panels(runs: Runs) -> list[Panel]:
     return [Panel(runs, data, partition) for data, partition in named]
 
 
-# --- what a model takes ---------------------------------------------------------------------------
+# --- costs of a model -----------------------------------------------------------------------------
 
 
 @cache

@@ -624,7 +624,7 @@ def test_bases_of_a_model_without_bases() -> None:
         mix.missing(2)
 
 
-# -- what the hub does not take
+# -- messages that the hub refuses
 
 
 def activations(export: Made, base: int, **changes: Any) -> Activations:

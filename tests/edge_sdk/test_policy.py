@@ -128,7 +128,7 @@ def test_without_a_budget_the_rules_of_the_table_hold(
 
 
 def test_a_phone_answers_best_when_full_cheaply_when_low_and_robustly_in_the_rain() -> None:
-    """Three devices with eight bases choose as the table of rules says."""
+    """A full, a low and an attacked device choose by the rules, out of eight bases."""
     policy = MixturePolicy(EIGHT)
     full = policy.choose(Condition(battery=0.8))
     assert full == Choice(8, 0.0, "Nothing limits the mix of all 8 bases.")

@@ -454,7 +454,7 @@ def test_a_new_link_takes_over_from_one_that_is_stuck() -> None:
     run(test())
 
 
-# --- what ends a link or a session --------------------------------------------------------------
+# --- ends of links and sessions -----------------------------------------------------------------
 
 
 def test_losing_a_session_wakes_the_senders_and_ends_the_link() -> None:
@@ -550,7 +550,7 @@ def test_every_frame_is_counted() -> None:
     run(test())
 
 
-# --- websockets ---------------------------------------------------------------------------------
+# --- WebSockets ---------------------------------------------------------------------------------
 
 
 def test_opening_a_websocket() -> None:

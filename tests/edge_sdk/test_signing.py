@@ -427,7 +427,7 @@ def test_a_device_loads_only_what_it_trusts(
 
 
 def test_a_hub_that_changed_a_bundle(tmp_path: Path, folder: Path) -> None:
-    """Hashes are valid, because the hub chooses the manifest; the signature is not."""
+    """The hashes of the changed manifest are valid, but its signature is not."""
     index = sign_folder(folder, KEY)
     blobs = index.blobs()
     entry = index.tiers["small"]

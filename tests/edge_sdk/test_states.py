@@ -111,7 +111,7 @@ def test_every_message_has_a_place_and_every_state_can_be_left() -> None:
         assert (SessionState.ENDED in messages.values()) == (not ended)
 
 
-# --- following a conversation -------------------------------------------------------------------
+# --- sequences of messages ----------------------------------------------------------------------
 
 
 def test_a_job_from_beginning_to_end() -> None:

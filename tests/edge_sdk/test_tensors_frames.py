@@ -313,7 +313,7 @@ def test_any_bytes_as_a_tensor(data: bytes) -> None:
         assert result.nbytes <= len(data)
 
 
-# --- what a tensor must be ----------------------------------------------------------------------
+# --- checks of tensors --------------------------------------------------------------------------
 
 SPECS = (TensorSpec("q", "int8", ("batch", 4)), TensorSpec("scale", "float32", ("batch",)))
 
@@ -582,7 +582,7 @@ def test_a_frame_at_the_limit_and_one_over_it() -> None:
     assert refusal(data, max_frame=len(data) - 1).code == ErrorCode.FRAME_TOO_BIG
 
 
-# --- bytes from anywhere ------------------------------------------------------------------------
+# --- arbitrary bytes ----------------------------------------------------------------------------
 
 MSGPACK_CHUNKS = st.sampled_from(
     [

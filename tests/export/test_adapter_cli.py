@@ -168,7 +168,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
     return found if isinstance(found, Tensor) else found.logits
 
 
-# --- out of a run, and back -----------------------------------------------------------------------
+# --- to PEFT and back -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [{}, {CUT - 1: CUT_RANK, CUT: CUT_RANK}])

@@ -139,7 +139,7 @@ def compare(
         np.testing.assert_array_equal(got[name], initial[name].float().numpy(), err_msg=name)
     changes = {name: want[name] - initial[name] for name in trained}
     for name, change in changes.items():
-        assert change.abs().max() > 1e-5, f"the comparison says nothing about {name}"
+        assert change.abs().max() > 1e-5, f"the comparison is empty for {name}"
     found = [(torch.from_numpy(got[name]) - initial[name]).flatten() for name in trained]
     moved = torch.cat([change.flatten() for change in changes.values()])
     assert distance(torch.cat(found), moved) < tolerance

@@ -135,7 +135,7 @@ def test_eight_bases_hold_an_eighth_of_the_parameters() -> None:
 
 
 def test_bases_start_independently_and_by_the_seed() -> None:
-    """Every weight differs by base, except that base 0 is the model's; torch's RNG is unchanged."""
+    """Weights differ by base and by seed; torch's random number generator is unchanged."""
     model = resnet()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     torch.manual_seed(3)

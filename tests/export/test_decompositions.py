@@ -212,7 +212,7 @@ def test_group_norm_and_its_backward(norm: Norm) -> None:
 
 
 def test_table_keeps_torchs_core_decompositions() -> None:
-    """The replaced entries are replaced, and only those that runtimes have are removed."""
+    """The table lacks only ``squeeze.dim`` of torch's table, and replaces some entries."""
     from torch._decomp import core_aten_decompositions
 
     table = decompositions.decompositions()

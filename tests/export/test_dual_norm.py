@@ -183,7 +183,7 @@ def test_contexts_nest_and_end() -> None:
 
 
 def test_statistics_of_the_copy_in_use_move() -> None:
-    """In training with 0 or 1 one copy's statistics change; other values need evaluation mode."""
+    """In training, 0 or 1 changes the statistics of one copy, and other values are refused."""
     norm = DualNorm(nn.BatchNorm1d(4))
     h = 3 + torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     norm(h)

@@ -403,7 +403,7 @@ def test_a_weight_of_all_leaves_the_other_copy(name: str, weight: float, resting
         assert got[f"next/momentum/{n}"].any() != rests, n
 
 
-# -- examples that are made hard
+# -- adversarial examples
 
 
 def attacked(

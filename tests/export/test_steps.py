@@ -168,7 +168,7 @@ def assert_trains(
         (p.detach() - reference.initial[n]).abs().max().item()
         for n, p in reference.parameters.items()
     ]
-    assert min(moved) > 1e-4, "the comparison says nothing about a parameter that stays"
+    assert min(moved) > 1e-4, "the comparison is empty for a parameter that does not change"
 
 
 def assert_answers(runtime: OnnxRuntime, reference: Reference, inputs: list[Tensor]) -> None:

@@ -383,7 +383,7 @@ def test_a_network_that_cannot_be_is_refused(table: dict[str, float], wrong: str
         Network(**table)
 
 
-# --- presence -------------------------------------------------------------------------------------
+# --- times online and offline ---------------------------------------------------------------------
 
 
 def visits(tier: FleetTier, seed: str, count: int) -> list[tuple[float, float]]:

@@ -341,7 +341,7 @@ def test_devices_move_while_others_stay(tmp_path: Path, export: Export) -> None:
     run(job())
 
 
-# --- what a device can carry ----------------------------------------------------------------------
+# --- limits of a device ---------------------------------------------------------------------------
 
 
 def test_a_tier_that_takes_more_memory_than_there_is_is_no_option(
@@ -413,7 +413,7 @@ def test_a_device_that_cannot_load_a_bundle_stays_where_it_is(
     assert "the script says so" in own
 
 
-# --- a device that takes long, or leaves ----------------------------------------------------------
+# --- slow and leaving devices ---------------------------------------------------------------------
 
 
 def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, export: Export) -> None:
@@ -449,7 +449,7 @@ def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, expor
             assert [done.round for done in report.rounds][-4:] == [2, 3, 4, 5]
             assert cuts_of(hub, "a") == [2, None, None, None, None]
             assert [seconds > 0.2 for seconds in waits] == [True, False, False, False]
-            go.set()  # the hub's stop must now arrive for the new tier
+            go.set()  # now the hub's stop must reach the device in its new tier
             assert (await training).reason == "the job is finished"
             assert made.tier_of("a") == slow.manifest.tier == "three"
             final = load_file(tmp_path / "run" / "model.safetensors")

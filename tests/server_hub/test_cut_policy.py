@@ -195,7 +195,7 @@ def test_a_policy_goes_on_from_its_state_as_if_nothing_had_been(
         assert resumed.state() == whole.state()
 
 
-# --- what devices do not say ----------------------------------------------------------------------
+# --- missing measurements -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fixed", "latency", "adaptive"])

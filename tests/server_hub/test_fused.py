@@ -114,7 +114,7 @@ def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
         change = tensor.detach() - steps.parameters[name]
         found = torch.from_numpy(state[name]) - steps.parameters[name]
         scale = change.abs().max().item()
-        assert scale > 1e-6, f"the comparison says nothing about {name}"
+        assert scale > 1e-6, f"the comparison is empty for {name}"
         np.testing.assert_allclose(found, change, rtol=2e-3, atol=2e-3 * scale, err_msg=name)
 
 

@@ -110,7 +110,7 @@ def query_of(model: SplitModel, cut: int, rows: int, seed: int) -> Query:
     return Query(cut, arrival.codec, arrival.batch.parts)
 
 
-# --- the same results -----------------------------------------------------------------------------
+# --- equal results --------------------------------------------------------------------------------
 
 
 async def a_job(trunk: Trunk, model: SplitModel) -> list[Any]:
@@ -197,7 +197,7 @@ def test_calls_that_come_at_once_take_turns() -> None:
     run(test())
 
 
-# --- things that go wrong -------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_a_worker_goes_on_after_what_it_could_not_do() -> None:
@@ -423,7 +423,7 @@ def test_nothing_is_left_when_the_hub_has_ended(tmp_path: Path, how: str) -> Non
         assert done.stderr == "", "no complaints about leaks"
 
 
-# --- while it is busy -----------------------------------------------------------------------------
+# --- a busy trunk ---------------------------------------------------------------------------------
 
 
 async def largest_lag(work: Awaitable[Any]) -> float:

@@ -158,7 +158,7 @@ def test_functional_steps_and_exported_graphs_train_the_same_model(tmp_path: Pat
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-# --- going on -------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 LONG = job(rounds=RoundsTable(count=4, per_round=3))
@@ -497,7 +497,7 @@ def test_two_hundred_devices_join_and_some_train(tmp_path: Path) -> None:
         assert record.bytes[kind][way] >= 200 * (one[0].bytes[kind][way] - 8), "everybody came"
 
 
-# --- what cannot be -------------------------------------------------------------------------------
+# --- invalid jobs ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def build_words() -> SplitModel:
         )  # fmt: skip
 
 
-# --- who trains what ------------------------------------------------------------------------------
+# --- assignment of bases --------------------------------------------------------------------------
 
 BUDGETS = st.sampled_from([0.125, 0.2, 0.25, 0.5, 0.7, 1.0])
 
@@ -180,7 +180,7 @@ def test_a_budget_below_one_base_is_told_with_what_one_takes() -> None:
         mixing.count("poor")
 
 
-# --- what becomes of it ---------------------------------------------------------------------------
+# --- averages -------------------------------------------------------------------------------------
 
 SHAPES = {
     "stem.weight": (2, 3), "block.0.norm.clean.weight": (3,), "block.0.norm.noise.weight": (3,),
@@ -610,7 +610,7 @@ def test_a_job_that_cannot_be_is_told_before_anything_runs(
     assert "\n" not in str(error.value)
 
 
-# --- how good mixtures are ------------------------------------------------------------------------
+# --- accuracy of mixtures -------------------------------------------------------------------------
 
 
 def hub_bases(bases: int = 4, seed: int = 0) -> tuple[SplitModel, dict[str, Array]]:
@@ -671,7 +671,7 @@ def test_mixtures_of_texts_are_measured_by_perplexity() -> None:
     assert report.mixed == pytest.approx(mixed, rel=1e-4)
 
 
-# --- examples made hard ---------------------------------------------------------------------------
+# --- adversarial examples -------------------------------------------------------------------------
 
 
 def double_bases(seed: int = 0) -> list[SplitModel]:

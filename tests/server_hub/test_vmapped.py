@@ -264,7 +264,7 @@ def check(
         np.testing.assert_array_equal(state[name], tensor)
 
 
-# --- a step is each base's own --------------------------------------------------------------------
+# --- independent steps of bases -------------------------------------------------------------------
 
 
 def sents(kind: str, depth: int, **changes: st.SearchStrategy[object]) -> st.SearchStrategy[Sent]:
@@ -399,7 +399,7 @@ def test_a_device_that_weighs_nothing_does_not_stop_the_step() -> None:
     assert all(np.isfinite(t).all() for c in trunk.finish() for t in c.tensors.values())
 
 
-# --- what rests -----------------------------------------------------------------------------------
+# --- layers without training ----------------------------------------------------------------------
 
 
 def test_a_base_without_arrivals_stays_bit_for_bit() -> None:

@@ -156,7 +156,7 @@ VALID: list[tuple[str, Message, int, int]] = [
         2,
     ),
     (
-        "round with base networks and examples made hard",
+        "round with base networks and adversarial examples",
         Round(
             8,
             None,
@@ -189,7 +189,7 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("activations without labels", Activations(6, 0, PARTS), 2, 1),
     ("activations of a base network", Activations(8, 0, PARTS, LABELS, 3, False, PRESENT), 2, 1),
     (
-        "activations of examples made hard",
+        "activations of adversarial examples",
         Activations(8, 0, PARTS, LABELS, 3, True, PRESENT),
         3,
         1,
