@@ -195,11 +195,13 @@ class Simulation:
     def report(self) -> None:
         """Write ``report.md``, ``curves.png`` and ``partition.png``."""
         run = RunFolder(self.folder, len(read_records(self.folder)), self.metric)
-        draw_partition(self.holdings(), self.folder / "partition.png", "who holds what")
+        draw_partition(
+            self.holdings(), self.folder / "partition.png", "examples of each class by client"
+        )
         write_report(
             run,
             f"{self.recipe.title}: {len(run.records)} simulated rounds",
-            ["![who holds what](partition.png)"],
+            ["![examples of each class by client](partition.png)"],
         )
 
     def run(
