@@ -1,1 +1,1 @@
-"""Benchmarks: each is a command, ``python -m benchmarks.NAME``; results are in ``results/``."""
+"""Benchmarks: each is a command, ``python -m benchmarks.NAME``. Results are in ``results/``."""

@@ -1,10 +1,10 @@
 """The bare PyTorch loop that the trunk is measured against.
 
-It takes the same packed bytes in the same merged steps as the trunk has, unpacks them, walks the
-blocks upward with one concatenation at each cut, and makes the same loss, backward pass, clipped
-gradient norm and optimizer step, in the same precision and with as many threads. It checks nothing,
-reads no loss, and keeps its model from round to round. Its batches lie ready in memory, for a GPU
-in pinned memory, as a data loader would have them.
+It takes the same packed bytes in the same merged steps as the trunk and unpacks them. It runs the
+blocks upward with one concatenation at each cut. Loss, backward pass, gradient clipping, optimizer
+step, precision and number of threads are those of the trunk. It checks nothing, reads no loss, and
+keeps its model from round to round. Its batches are ready in memory (pinned memory for a GPU), as
+those of a data loader.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class BareBatch:
     """A packed batch in memory.
 
     Attributes:
-        cut: block that the activations enter.
-        codec: how they are packed.
+        cut: number of the block that the activations enter.
+        codec: codec of the activations.
         parts: the packed tensors by name.
-        labels: (rows,), or (rows, positions) for texts.
+        labels: labels (rows,), or (rows, positions) for texts.
     """
 
     cut: int
@@ -44,14 +44,14 @@ class BareBatch:
 
     @classmethod
     def of(cls, cut: int, codec: str, batch: Batch, device: str) -> BareBatch:
-        """A batch as it comes from a device, made ready for a torch device."""
+        """Prepare a batch, as a device has sent it, for a torch device."""
         assert batch.labels is not None
         parts = {name: _ready(part, device) for name, part in batch.parts.items()}
         return cls(cut, codec, parts, _ready(batch.labels, device))
 
 
 class BareLoop:
-    """Trains the deep part of a model.
+    """Trains the blocks above the cuts of a model.
 
     Args:
         model: the model with its auxiliary heads; trained in place.
@@ -59,7 +59,7 @@ class BareLoop:
         mode: ``fp32``, or ``bf16`` for autocast with weights in float32.
         optimizer: ``sgd`` or ``adamw``.
         rate: learning rate.
-        max_norm: gradients of a step are scaled down to this norm.
+        max_norm: maximum norm of the gradients of a step; larger ones are scaled down to it.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class BareLoop:
         self._optimizer = get_optimizer(optimizer).reference(self._trained, hyper)
 
     def step(self, batches: Sequence[BareBatch]) -> Tensor:
-        """One merged step; returns the mean loss of a label, still on the device."""
+        """Run one merged step; return the mean loss of a label, as a tensor on the device."""
         entering: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for b in batches:
             parts = {name: self._move(part) for name, part in b.parts.items()}
@@ -94,7 +94,7 @@ class BareLoop:
         return loss.detach()
 
     def seconds(self, steps: Sequence[Sequence[BareBatch]]) -> float:
-        """Time that some steps take, with the device's work done."""
+        """Run steps; return the seconds until the torch device has finished them."""
         self._wait()
         began = time.perf_counter()
         for batches in steps:
@@ -136,5 +136,5 @@ def _ready(array: Array, device: str) -> Tensor:
 
 
 def _sum(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy summed over all labels."""
+    """Return the cross-entropy, summed over all labels."""
     return cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")

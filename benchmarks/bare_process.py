@@ -1,4 +1,4 @@
-"""The process of the bare PyTorch loop."""
+"""A process that runs the bare PyTorch loop."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from benchmarks.replay import read_batches, read_devices
 from benchmarks.trunk_workloads import CODEC, cut_of, get_workload
 
 Composition = list[tuple[str, int]]
-"""A merged step: device and number of each of its batches."""
+"""A merged step: the device and the number of each of its batches."""
 
 RATE = 1e-3
 """Learning rate of the trunk and of the bare loop."""
 
 MAX_NORM = 25.0
-"""Gradients of a step are scaled down to this norm, in the trunk and in the bare loop."""
+"""Maximum norm of the gradients of a step, in the trunk and in the bare loop."""
 
 
 def run_steps(
     pipe: Connection, folder: Path, name: str, device: str, mode: str, threads: int
 ) -> None:
-    """A process with the bare loop: takes the steps of a turn.
+    """Run the process of the bare loop.
 
-    It answers with the seconds and the processor time that they have taken.
+    It receives the steps of a turn over the pipe, runs them, and answers with their seconds and
+    their processor time.
     """
     torch.set_num_threads(threads)
     workload = get_workload(name, device)

@@ -1,4 +1,4 @@
-"""Runs of a benchmark, several at a time."""
+"""Runs the cells of a benchmark, several at a time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from server_hub.simulation.workers import Cell
 def run_cells(
     console: Console, cells: Sequence[Cell], runs: Sequence[Callable[[], None]], jobs: int
 ) -> None:
-    """Run cells in processes of one thread each, and show how many rounds are done.
+    """Run cells in processes of one thread each, and show the number of finished rounds.
 
     Args:
-        console: where to show it.
-        cells: the cells whose rounds are counted.
-        runs: functions that run what is left of them, each in a process; they must pickle.
-        jobs: processes at a time.
+        console: console that shows the progress.
+        cells: cells whose rounds are counted.
+        runs: functions that each run the rest of one cell, in a process; they must be picklable.
+        jobs: number of processes at a time.
     """
     context = mp.get_context("spawn")
     with (

@@ -2,12 +2,12 @@
 
     python -m benchmarks.device_step [--family NAME]... [--runtime NAME]... [--json FILE]
 
-Times are medians of steps that take turns in one process, on the same threads: the exported step
-through ``edge_sdk``'s runtime, and forward, backward, optimizer step and packing in eager PyTorch.
-The memory is the peak of a process of its own that does nothing else: one with ``edge_sdk`` and the
-bundle, one with PyTorch and the model. ExecuTorch's Python binding needs torch, so its process has
-it too, which a phone has not; ``step_mb`` is the peak above what the process took before it opened
-the bundle or built the model.
+Times are medians of two kinds of steps that alternate in one process, on the same threads: the
+exported step in the runtime of ``edge_sdk``, and forward, backward, optimizer step and packing in
+eager PyTorch. The memory is the peak of a separate process that only runs the step: one process
+with ``edge_sdk`` and the bundle, one with PyTorch and the model. ExecuTorch's Python binding needs
+torch, so its process has torch too; a phone needs no torch. ``step_mb`` is the peak above the
+memory of the process before it opened the bundle or built the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from server_hub.reports.files import write_rows
 from server_hub.reports.table import Table
 
 STEPS = 24
-"""Steps that are timed, after :data:`WARM_UP`; a median of at least 20."""
+"""Number of timed steps after :data:`WARM_UP`; at least 20 for the median."""
 
 WARM_UP = 3
 
@@ -51,8 +51,8 @@ class Row:
     """A measurement.
 
     Attributes:
-        overhead: what the Python runtime adds to the bare call into ONNX Runtime, as a share; None
-            for ExecuTorch.
+        overhead: time that the Python runtime adds to the bare call into ONNX Runtime, as a
+            fraction of the latter; None for ExecuTorch.
         step_mb: peak memory above that of the imports.
     """
 
@@ -71,11 +71,17 @@ class Row:
 
 
 def main(
-    family: Annotated[list[str] | None, typer.Option(help="Family to measure; all.")] = None,
-    runtime: Annotated[list[str] | None, typer.Option(help="Runtime to measure; both.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
-    steps: Annotated[int, typer.Option(help="Steps to time.", min=20)] = STEPS,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Family to measure  [default: all]")
+    ] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help="Runtime to measure  [default: both]")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Number of threads of each side.")] = 1,
+    steps: Annotated[int, typer.Option(help="Number of steps to time.", min=20)] = STEPS,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write the rows to.")
+    ] = None,
 ) -> None:
     """Measure one training step of exported segments against eager PyTorch."""
     console = Console(stderr=True)
@@ -102,7 +108,7 @@ def main(
                     eager_step_mb=eager["step_mb"],
                 )
                 rows.append(row)
-                if out is not None:  # after every row: a run that is cut off leaves what it has
+                if out is not None:  # after every row, so an interrupted run keeps its rows
                     write_rows(out, [asdict(row) for row in rows])
                 console.print(
                     f"{name}, {one}: {row.median_ms:.1f} ms, {row.ratio:.2f} x eager, "
@@ -112,7 +118,7 @@ def main(
 
 
 def table(rows: list[Row]) -> Table:
-    """A row per family and runtime."""
+    """Return a table with a row per family and runtime."""
     header = ["family", "runtime", "rows", "ms", "eager ms", "ratio", "MB", "eager MB", "step MB",
               "eager step MB", "overhead"]  # fmt: skip
     cells = [
@@ -135,7 +141,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def _child(*arguments: str) -> dict[str, Any]:
-    """Run a part of the measurement in a process of its own; what it prints last is its result."""
+    """Run a part of the measurement in a separate process; return the last line it prints."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.device_step", "--child", *arguments],
         capture_output=True,
@@ -214,7 +220,7 @@ def _eager_peak(name: str, threads: str) -> dict[str, Any]:
 
     torch.set_num_threads(int(threads))
     eager, model_mb = _eager(name)
-    before = _status_mb("VmRSS") - model_mb  # building the model is what imports the rest
+    before = _status_mb("VmRSS") - model_mb  # building the model imports the rest
     for _ in range(WARM_UP):
         eager()
     peak = _status_mb("VmHWM")
@@ -222,7 +228,7 @@ def _eager_peak(name: str, threads: str) -> dict[str, Any]:
 
 
 def _exported(folder: str, threads: int, bare: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """A step through the runtime of ``edge_sdk``, and the bare call that is inside of it."""
+    """Return a step in the runtime of ``edge_sdk``, and the bare call inside that step."""
     from edge_sdk.bundle.index import BundleIndex
     from edge_sdk.bundle.manifest import Bundle
     from edge_sdk.runtime import load_runtime
@@ -246,7 +252,7 @@ def _exported(folder: str, threads: int, bare: bool) -> tuple[Callable[[], Any],
 
 
 def _bare(runtime: Any, batch: dict[str, Any]) -> Callable[[], Any]:
-    """The call into ONNX Runtime alone, everything bound beforehand."""
+    """Return the bare call into ONNX Runtime, with all tensors bound beforehand."""
     spec, side = runtime.manifest.graphs["train"], runtime._current
     binding, session = runtime._bindings["train"][side], runtime._sessions.get("train")
     for port in spec.inputs:
@@ -259,10 +265,7 @@ def _bare(runtime: Any, batch: dict[str, Any]) -> Callable[[], Any]:
 
 
 def _eager(name: str) -> tuple[Callable[[], Any], float]:
-    """One step of local training in eager PyTorch, which does what the exported step does.
-
-    Also the size of the model's tensors in MB.
-    """
+    """Return the exported step in eager PyTorch, and the size of the model's tensors in MB."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -289,11 +292,11 @@ def _eager(name: str) -> tuple[Callable[[], Any], float]:
 
 
 def _status_mb(key: str) -> float:
-    """``VmRSS``: resident memory of this process; ``VmHWM``: the most that there was so far."""
+    """Return memory of this process in MB: resident now (``VmRSS``) or at its peak (``VmHWM``)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024 / 1e6
-    raise SystemExit(f"/proc/self/status has no {key}: this measurement needs Linux")
+    raise SystemExit(f"/proc/self/status has no {key}; this measurement needs Linux")
 
 
 _CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""Segments that are measured: one for each family of models that devices train."""
+"""The measured segments, one for each family of models that devices train."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Family:
     """A model with a cut, and a batch for it.
 
     Attributes:
-        build: builds the model; always the same one.
+        build: builds the model, with the same weights every time.
         cut: cut layer.
         x: input batch (rows, ...).
-        classes: number of classes, or of tokens.
-        optimizer: of the step.
+        classes: number of classes; for texts, the size of the vocabulary.
+        optimizer: optimizer of the step.
         group: ``transformer`` or ``convolution``.
     """
 
@@ -34,7 +34,7 @@ class Family:
     group: str
 
     def model(self) -> SplitModel:
-        """The model with an auxiliary head at the cut."""
+        """Build the model with an auxiliary head at the cut."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.build()
@@ -42,7 +42,7 @@ class Family:
         return model
 
     def labels(self) -> Tensor:
-        """Random labels for ``x``."""
+        """Return random labels for ``x``."""
         text = not self.x.is_floating_point()
         shape = self.x.shape if text else self.x.shape[:1]
         return torch.randint(self.classes, shape, generator=torch.Generator().manual_seed(1))

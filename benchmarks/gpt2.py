@@ -1,4 +1,4 @@
-"""A small GPT-2 for bytes: eight blocks, trained on a text once, then adapted with LoRA."""
+"""A small GPT-2 of eight blocks for bytes: trained once on a text, then adapted with LoRA."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from export.split import SplitModel
 from server_hub.simulation.datasets import BYTES, DataTable, load_dataset
 
 BASE = "CUTLAYER_BENCHMARK_BASE"
-"""Environment variable that names the folder of the trained base: jobs name a function."""
+"""Environment variable with the folder of the trained base model; a job can only name functions."""
 
 LENGTH, WIDTH, DEPTH, RANK = 64, 96, 8, 16
 STEPS, BATCH, RATE = 1000, 16, 3e-3
 
 
 def pretrain(source: Path, folder: Path) -> None:
-    """Train the base on one text, centrally, and write it as transformers does.
+    """Train the base model centrally on one text, and write it in the format of transformers.
 
     Args:
-        source: the text.
-        folder: to write; appears when the base is trained.
+        source: file of the text.
+        folder: folder to write; it is created after the training.
 
     Raises:
         DataError: the text cannot be read.
@@ -62,8 +62,12 @@ def pretrain(source: Path, folder: Path) -> None:
 
 
 def build() -> SplitModel:
-    """The trained base, frozen, with adapters of rank 16."""
+    """Return the trained base model, frozen, with adapters of rank 16.
+
+    Raises:
+        ConfigError: the environment variable :data:`BASE` is not set.
+    """
     folder = os.environ.get(BASE)
     if folder is None:
-        raise ConfigError(f"set {BASE} to the folder of the trained base")
+        raise ConfigError(f"{BASE} is not set; set it to the folder of the trained base model")
     return build_model(folder, Lora(rank=RANK))

@@ -1,21 +1,22 @@
-"""The trunk on a GPU: exact, as fast as a bare PyTorch loop, and without waiting for the host.
+"""Checks of the trunk on a GPU: exactness, speed, loss in bf16, and waits of the host.
 
     python -m benchmarks.gpu_check [--json FILE] [--markdown FILE]
 
-It needs a checkout, Python, torch, numpy and msgpack; nothing has to be installed. It takes less
-than five minutes on an H100. On a machine without a GPU it runs with tiny sizes on the CPU, to see
-that it works; it says that this is no result.
+It needs a checkout, Python, torch, numpy and msgpack; Cutlayer need not be installed. It takes less
+than five minutes on an H100. On a machine without a GPU it runs tiny sizes on the CPU, as a test of
+the script; its report says that this is no result.
 
-What is checked, each with figures and a verdict:
-    exactness: two merged steps of random devices change the model as plain PyTorch does that takes
-        each device alone; the same for three base networks at once; gradients of the merged pass
-        are those of the uncut model; gradients that go back to devices are right up to what their
-        packing loses. In float64, and with a wider bound in float32 without TF32.
-    speed: samples (tokens of a text) per second of the trunk's step, by that of the bare loop on
-        the same merged batches, in turns; the median of the ratios. The trunk starts with packed
-        batches in the host's memory, the bare loop with the same bytes in pinned memory.
-    loss in bf16: after some steps on the same data, beside float32.
-    host waits: how often in a step the host waits for the GPU, counted with torch's profiler.
+Each check has figures and a verdict:
+    exactness: two merged steps of random devices change the model as plain PyTorch does, which
+        computes each device alone; so do steps of three base networks at once. Gradients of the
+        merged pass equal those of the uncut model. Returned gradients are exact up to the loss of
+        their packing. All are checked in float64, and with a wider bound in float32 without TF32.
+    speed: samples (tokens of a text) per second of the trunk's step, divided by those of the bare
+        loop on the same merged batches, in turns; the figure is the median of the ratios. The
+        trunk starts with packed batches in the host's memory, the bare loop with the same bytes in
+        pinned memory.
+    loss in bf16: the loss after some steps, compared with that in float32 on the same data.
+    host waits: how often the host waits for the GPU in a step, counted with torch's profiler.
 """
 
 from __future__ import annotations
@@ -43,25 +44,26 @@ from benchmarks.gpu_models import Shape, exact_products
 from benchmarks.gpu_speed import losses, speed, waits
 
 PINNED = "2.13"
-"""The torch that Cutlayer is pinned to."""
+"""The version of torch that Cutlayer is pinned to."""
 
 MOST_WAITS = 2.0
-"""Waits of the host in a step: one for what it reads of the step, one to spare."""
+"""Maximum number of host waits in a step: one to read the report of the step, and one to spare."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the checks are.
+    """Sizes of the checks.
 
     Attributes:
         exact: models of the exactness checks.
-        seeds: cases of each.
-        fast: models of the other checks, with optimizer, rows of a device and devices.
-        turns: turns of trunk and bare loop.
-        steps: steps in a turn.
-        loss: models of the loss in bf16, with optimizer and rows of a device.
-        loss_steps: steps there.
-        devices: numbers of devices to count host waits with.
+        seeds: number of cases of each model.
+        fast: models of the checks of speed and host waits, with optimizer, rows of a device and
+            number of devices.
+        turns: number of turns of trunk and bare loop.
+        steps: number of steps in a turn.
+        loss: models of the check of the loss in bf16, with optimizer and rows of a device.
+        loss_steps: number of steps of the check of the loss in bf16.
+        devices: numbers of devices that host waits are counted with.
     """
 
     exact: tuple[Shape, ...]
@@ -107,13 +109,13 @@ TINY = Sizes(
 
 @dataclass(frozen=True)
 class Check:
-    """What was found.
+    """The result of a check.
 
     Attributes:
-        name: what was checked.
-        figure: the figure that the verdict is on.
-        bound: what it must be.
-        passed: whether it is; None where the machine cannot say.
+        name: name of the check.
+        figure: the figure that decides the verdict.
+        bound: the required value of the figure, as text.
+        passed: whether the figure is within the bound; None if the machine cannot decide it.
         details: more figures.
     """
 
@@ -130,7 +132,7 @@ class Check:
 
 
 def exactness(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Merged steps, base networks, uncut gradients and returned gradients."""
+    """Check merged steps, base networks, gradients of the uncut model and returned gradients."""
     for shape in sizes.exact:
         for name, bound, error in _errors(shape, device):
             with exact_products():
@@ -142,7 +144,7 @@ def exactness(sizes: Sizes, device: str) -> Iterator[Check]:
 
 
 def _errors(shape: Shape, device: str) -> list[tuple[str, float, Callable[[int], float]]]:
-    """Name, bound, and the error of a seed."""
+    """Return name, bound, and error as a function of the seed, for each check of a model."""
     double, single = torch.float64, torch.float32
     return [
         ("merged steps, float64", 1e-10, lambda s: merged_error(shape, s, device, double)),
@@ -157,7 +159,7 @@ def _errors(shape: Shape, device: str) -> list[tuple[str, float, Callable[[int],
 
 
 def speeds(sizes: Sizes, device: str, on_gpu: bool) -> Iterator[Check]:
-    """The trunk's step beside the bare loop's."""
+    """Compare the speed of the trunk's step with that of the bare loop."""
     for shape, optimizer, rows, devices in sizes.fast:
         for mode in ("fp32", "bf16"):
             found = speed(
@@ -179,7 +181,7 @@ def speeds(sizes: Sizes, device: str, on_gpu: bool) -> Iterator[Check]:
 
 
 def bf16_losses(sizes: Sizes, device: str, on_gpu: bool) -> Iterator[Check]:
-    """The loss in bf16 beside float32."""
+    """Compare the loss in bf16 with that in float32."""
     for shape, optimizer, rows in sizes.loss:
         found = losses(shape, device, optimizer, sizes.loss_steps, 6, rows)
         fall = found.first["fp32"] - found.last["fp32"]
@@ -191,10 +193,10 @@ def bf16_losses(sizes: Sizes, device: str, on_gpu: bool) -> Iterator[Check]:
 
 
 def host_waits(sizes: Sizes, device: str, on_gpu: bool) -> Iterator[Check]:
-    """Host waits per step, which must not grow with the number of devices."""
+    """Count the host waits of a step; they must not grow with the number of devices."""
     for shape, optimizer, _, _ in sizes.fast:
         found = {n: waits(shape, device, optimizer, n, 1, sizes.steps) for n in sizes.devices}
-        # aten::item is a detail: AdamW reads its step counters, which are in the host's memory
+        # aten::item is only a detail: AdamW reads its step counters, which are in the host's memory
         waited = {
             n: max(sum(counts[w] for w in counts if w.startswith("cuda")), counts["Memcpy DtoH"])
             for n, counts in found.items()
@@ -207,7 +209,7 @@ def host_waits(sizes: Sizes, device: str, on_gpu: bool) -> Iterator[Check]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Versions, and where this ran."""
+    """Return the device, the versions of torch and CUDA, and notes on the machine."""
     on_gpu = device == "cuda"
     found = {
         "python": platform.python_version(),
@@ -218,14 +220,14 @@ def environment(device: str) -> dict[str, str]:
     }
     notes = []
     if not on_gpu:
-        notes.append("There is no GPU here: tiny sizes on the CPU, which are no GPU result.")
+        notes.append("This machine has no GPU; tiny sizes on the CPU are no GPU result.")
     if not torch.__version__.startswith(f"{PINNED}."):
-        notes.append(f"It ran with torch {torch.__version__}; Cutlayer is pinned to {PINNED}.")
+        notes.append(f"The check ran with torch {torch.__version__}, not with {PINNED}.")
     return found | {"notes": " ".join(notes)}
 
 
 def markdown(where: dict[str, str], checks: list[Check]) -> str:
-    """What was found, as a table."""
+    """Return the results as a table in Markdown."""
     lines = [
         f"{where['device']}, torch {where['torch']}, CUDA {where['cuda']}. {where['notes']}",
         "",
@@ -237,10 +239,14 @@ def markdown(where: dict[str, str], checks: list[Check]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all checks; returns 1 if one has failed."""
+    """Run all checks; return 1 if one has failed."""
     parser = argparse.ArgumentParser(description="Check the trunk on a GPU.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a table here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="JSON file to write all results to"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="Markdown file to write a table to"
+    )
     options = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
     device, sizes = ("cuda", FULL) if on_gpu else ("cpu", TINY)
@@ -268,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.markdown is not None:
         options.markdown.write_text(markdown(where, checks), "utf-8")
     failed = [check.name for check in checks if check.passed is False]
-    print(f"FAILED: {'; '.join(failed)}" if failed else "nothing failed")
+    print(f"FAILED: {'; '.join(failed)}" if failed else "no check failed")
     return 1 if failed else 0
 
 

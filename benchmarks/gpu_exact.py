@@ -1,8 +1,8 @@
-"""Exactness of the trunk on a torch device: merged steps beside computations of each device alone.
+"""Exactness of the trunk on a torch device: merged steps compared with steps of each device alone.
 
 Every case draws a model, cuts, numbers of devices and rows, lengths of texts, weights, and a state
-away from the initial one. The references are plain PyTorch: one pass per device, gradients summed,
-nothing merged.
+that differs from the initial one. The references are plain PyTorch: one pass per device, then the
+sum of the gradients, without merging.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.interface import StepInput, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 
-# exact in float32, which the vmapped trunk holds hyper-parameters in
+# Exact in float32, because the vmapped trunk keeps hyper-parameters in float32.
 HYPER = {"lr": 2.0**-5, "momentum": 0.875, "weight_decay": 2.0**-11}
 
 
@@ -33,10 +33,10 @@ class Case:
     """A drawn case.
 
     Attributes:
-        shape: the model.
-        model: it, in float64 on the CPU, with the drawn state.
+        shape: the shape of the model.
+        model: the model in float64 on the CPU, with the drawn state.
         steps: the inputs of each step; their packed scales are in float32.
-        max_norm: of the gradients.
+        max_norm: maximum norm of the gradients.
     """
 
     shape: Shape
@@ -46,7 +46,7 @@ class Case:
 
 
 def draw(shape: Shape, seed: int, steps: int = 2, bases: int = 0) -> Case:
-    """The case of a seed; with ``bases`` every batch is of one of so many base networks."""
+    """Draw the case of a seed; each batch is of one of ``bases`` base networks, or of none if 0."""
     rng = np.random.default_rng([seed, len(shape.name)])
     heads = sorted({*rng.choice(shape.cuts, 2), shape.cuts[0]})
     model = perturbed(shape.model([int(cut) for cut in heads]), seed).double()
@@ -71,7 +71,7 @@ def draw(shape: Shape, seed: int, steps: int = 2, bases: int = 0) -> Case:
 
 
 def perturbed(model: SplitModel, seed: int) -> SplitModel:
-    """A copy whose parameters are away from where they start."""
+    """Return a copy of a model whose parameters differ from the initial ones."""
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def perturbed(model: SplitModel, seed: int) -> SplitModel:
 
 
 def in_dtype(step_input: StepInput, dtype: torch.dtype) -> StepInput:
-    """An input whose scales are in a dtype, so that activations are unpacked in it."""
+    """Return an input with scales of ``dtype``, so that activations are unpacked in ``dtype``."""
     wanted = np.float64 if dtype == torch.float64 else np.float32
     parts = {n: p.astype(wanted) if p.dtype == np.float32 else p
              for n, p in step_input.batch.parts.items()}  # fmt: skip
@@ -90,7 +90,7 @@ def in_dtype(step_input: StepInput, dtype: torch.dtype) -> StepInput:
 
 
 def state_of(model: SplitModel) -> dict[str, Array]:
-    """A copy of what is trained."""
+    """Return a copy of the trained tensors."""
     return {n: t.detach().cpu().numpy().copy() for n, t in model.trained().items()}
 
 
@@ -98,7 +98,7 @@ def state_of(model: SplitModel) -> dict[str, Array]:
 
 
 def alone_losses(model: SplitModel, h: Tensor, labels: Tensor, cut: int, auxiliary: bool) -> Tensor:
-    """Sum of the cross-entropy over labels and heads above ``cut``, for one device."""
+    """Return the cross-entropy of one device, summed over labels and heads above ``cut``."""
     total = torch.zeros((), dtype=h.dtype, device=h.device)
     for depth in range(cut, model.depth):
         h = model.block[depth](h)
@@ -112,7 +112,7 @@ def _sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def counted(step_input: StepInput) -> int:
-    """Labels of an input that count."""
+    """Return the number of labels of an input that count."""
     assert step_input.batch.labels is not None
     return int((step_input.batch.labels >= 0).sum())
 
@@ -125,10 +125,10 @@ def reference_steps(
     weighted_mean: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> SplitModel:
-    """The model after the steps: each device alone, gradients summed, in plain PyTorch.
+    """Return the model after the steps in plain PyTorch: each device alone, gradients summed.
 
-    A step's loss is the sum of weighted losses by the number of labels; with ``weighted_mean``, as
-    base networks have it, by the sum of their weights.
+    The loss of a step is the sum of weighted losses divided by the number of labels; with
+    ``weighted_mean``, as for base networks, it is divided by the sum of the labels' weights.
     """
     model = copy.deepcopy(case.model).to(device, dtype).train()
     model.stem.requires_grad_(False)
@@ -149,7 +149,7 @@ def reference_steps(
 def change_error(
     got: Mapping[str, Array], want: Mapping[str, Tensor], start: Mapping[str, Array]
 ) -> float:
-    """Norm of the difference of two changes, by the norm of the change that was wanted."""
+    """Return the norm of the difference of two changes, relative to the norm of the wanted one."""
     difference = change = 0.0
     for name, tensor in got.items():
         wanted = want[name].detach().cpu().double().numpy()
@@ -159,7 +159,7 @@ def change_error(
 
 
 def tensors_of(copies: Iterable[TrunkCopy], base: int = 0) -> dict[str, Array]:
-    """All tensors that were trained of a base."""
+    """Return all trained tensors of a base network."""
     return {n: t for c in copies if c.base == base for n, t in c.tensors.items()}
 
 
@@ -167,7 +167,7 @@ def tensors_of(copies: Iterable[TrunkCopy], base: int = 0) -> dict[str, Array]:
 
 
 def merged_error(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> float:
-    """Error of the change that two merged steps make, in a dtype."""
+    """Return the relative error of the change by two merged steps in ``dtype``."""
     case = draw(shape, seed)
     start = state_of(case.model)
     model = copy.deepcopy(case.model).to(dtype)
@@ -183,9 +183,9 @@ def merged_error(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> fl
 
 
 def rounding_error(shape: Shape, seed: int, device: str) -> float:
-    """:func:`merged_error` in float32, by the error that plain PyTorch makes in float32.
+    """Return :func:`merged_error` in float32, divided by the error of plain PyTorch in float32.
 
-    Where a change is small beside the weights, float32 cannot hold it any better.
+    Both errors are large if a change is small relative to the weights, because of float32.
     """
     case = draw(shape, seed)
     start = state_of(case.model)
@@ -196,9 +196,9 @@ def rounding_error(shape: Shape, seed: int, device: str) -> float:
 
 
 def uncut_error(shape: Shape, seed: int, device: str) -> float:
-    """Error of all gradients, the devices' too, beside the uncut model's, in float64.
+    """Return the error of all gradients, also those of devices, against the uncut model in float64.
 
-    Here nothing is packed: activations enter the merged pass with the graph that made them.
+    Activations are not packed here; they enter the merged pass with their autograd graph.
     """
     rng = np.random.default_rng(seed)
     merged, uncut = (perturbed(shape.model(), seed).double().to(device) for _ in range(2))
@@ -230,9 +230,9 @@ def uncut_error(shape: Shape, seed: int, device: str) -> float:
 
 
 def returned_error(shape: Shape, seed: int, device: str) -> float:
-    """Largest error of a returned gradient, in units of what its packing may lose.
+    """Return the largest error of a returned gradient, in units of the largest loss by packing.
 
-    It is 1.0 at most where all is right but for the packing.
+    It is at most 1.0 if the packing is the only error.
     """
     case = draw(shape, seed, steps=1)
     trainer = TrunkTrainer(copy.deepcopy(case.model), device)
@@ -244,11 +244,11 @@ def returned_error(shape: Shape, seed: int, device: str) -> float:
     worst = 0.0
     for i, parts in zip(inputs, report.gradients, strict=True):
         if parts is None:
-            raise AssertionError(f"seed {seed}: no gradient came back for {i.device}")
+            raise AssertionError(f"seed {seed}: no gradient was returned for {i.device}")
         h, labels = unpacked(i.batch, device)
         h.requires_grad_()
         loss = alone_losses(model, h, labels, i.cut, auxiliary=False) / counted(i)
-        # the trunk weighs a device's loss, and so the gradient that it sends back
+        # The trunk weights the loss of a device, and therefore the returned gradient.
         (wanted,) = torch.autograd.grad(loss * i.weight, [h])
         back = {n: torch.from_numpy(np.array(p)).to(device) for n, p in parts.items()}
         codec = get_codec(CODEC)
@@ -258,7 +258,7 @@ def returned_error(shape: Shape, seed: int, device: str) -> float:
 
 
 def vmapped_error(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> float:
-    """Largest error of the changes that two steps of three base networks make."""
+    """Return the largest error of the changes by two steps of three base networks."""
     bases = 3
     case = draw(shape, seed, bases=bases)
     networks = [perturbed(case.model, 100 * seed + base) for base in range(bases)]

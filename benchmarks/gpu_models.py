@@ -1,4 +1,4 @@
-"""Models and batches of the GPU check. Needs torch and numpy, and nothing else of PyPI."""
+"""Models and batches of the GPU check; they need only torch and numpy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from export.split import SplitModel, channel_axis
 from server_hub.trunk.interface import StepInput
 
 CODEC = "int8"
-"""How activations are packed."""
+"""Codec of the activations."""
 
 
 class Gpt2Stem(nn.Module):
@@ -36,7 +36,7 @@ class Gpt2Stem(nn.Module):
 
 
 class Gpt2Block(nn.Module):
-    """GPT-2's block: LayerNorm before attention and before the multilayer perceptron."""
+    """A block of GPT-2: LayerNorm before the attention and before the multilayer perceptron."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -59,13 +59,13 @@ class Gpt2Block(nn.Module):
 
 @dataclass(frozen=True)
 class Shape:
-    """A model to check, and its inputs.
+    """The shape of a model and of its inputs.
 
     Attributes:
-        name: ``conv``, a ResNet-18 with GroupNorm; or ``gpt2``, of GPT-2's shape.
-        width: channels of the first stage; width of the activations.
+        name: ``conv`` for a ResNet-18 with GroupNorm, ``gpt2`` for a model like GPT-2.
+        width: channels of the first stage of ``conv``; width of the activations of ``gpt2``.
         blocks: number of blocks of ``gpt2``; a ResNet-18 has 8.
-        classes: number of classes; size of the vocabulary.
+        classes: number of classes of ``conv``; size of the vocabulary of ``gpt2``.
         size: rows and columns of an image; positions of a text.
         cuts: cut layers.
     """
@@ -84,11 +84,11 @@ class Shape:
 
     @property
     def samples_per_row(self) -> int:
-        """Samples that a row counts as: 1, or the tokens of a text."""
+        """Number of samples of a row: 1 for an image, the number of tokens for a text."""
         return self.size if self.texts else 1
 
     def model(self, heads: Sequence[int] | None = None) -> SplitModel:
-        """The model with auxiliary heads at its cuts, or at ``heads``; always the same."""
+        """Build the model, always the same, with auxiliary heads at its cuts, or at ``heads``."""
         torch.manual_seed(0)
         if self.texts:
             blocks = [Gpt2Block(self.width, max(self.width // 64, 2)) for _ in range(self.blocks)]
@@ -106,9 +106,9 @@ class Shape:
     def inputs(
         self, rows: int, rng: np.random.Generator, size: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Random inputs (rows, ...), and labels (rows,), or (rows, positions) for texts.
+        """Return random inputs (rows, ...), and labels (rows,), or (rows, positions) for texts.
 
-        A text may have another ``size``.
+        A text has ``size`` positions, or those of the shape if ``size`` is not given.
         """
         if self.texts:
             tokens = rng.integers(self.classes, size=(rows, (size or self.size) + 1))
@@ -119,7 +119,7 @@ class Shape:
 
 @torch.no_grad()
 def packed_batch(model: SplitModel, cut: int, x: np.ndarray, y: np.ndarray) -> Batch:
-    """A batch as a device sends it, computed where the model is, in its precision."""
+    """Return a batch as a device sends it, computed on the model's device in its precision."""
     parameter = next(model.parameters())
     inputs = torch.from_numpy(x).to(parameter.device)
     if inputs.is_floating_point():
@@ -130,7 +130,7 @@ def packed_batch(model: SplitModel, cut: int, x: np.ndarray, y: np.ndarray) -> B
 
 
 def unpacked(batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-    """The activations of a batch as the trunk sees them, and the labels."""
+    """Return the activations of a batch as the trunk unpacks them, and the labels."""
     parts = {n: torch.from_numpy(np.array(part)).to(device) for n, part in batch.parts.items()}
     return get_codec(CODEC).unpack(parts), torch.from_numpy(np.array(batch.labels)).to(device)
 
@@ -138,13 +138,13 @@ def unpacked(batch: Batch, device: str) -> tuple[Tensor, Tensor]:
 def step_input(
     device: str, cut: int, batch: Batch, weight: float = 1.0, replica: str = "shared"
 ) -> StepInput:
-    """A batch of a device as an input of the trunk's step."""
+    """Return a batch of a device as an input of the trunk's step."""
     return StepInput(device, replica, cut, CODEC, batch, weight)
 
 
 @dataclass(frozen=True)
 class MergedStep:
-    """The same batches as inputs of the trunk's step and of the bare loop's."""
+    """The same batches as inputs of the trunk's step and of the bare loop's step."""
 
     inputs: list[StepInput]
     bare: list[BareBatch]
@@ -153,14 +153,14 @@ class MergedStep:
 def merged_step(
     shape: Shape, model: SplitModel, devices: int, rows: int, seed: int, device: str
 ) -> MergedStep:
-    """Batches of so many devices, of ``rows`` rows each, spread evenly over the cuts."""
+    """Return batches of ``devices`` devices, ``rows`` rows each, spread evenly over the cuts."""
     rng = np.random.default_rng(seed)
     inputs, bare = [], []
     for number in range(devices):
         cut = shape.cuts[number % len(shape.cuts)]
         batch = packed_batch(model, cut, *shape.inputs(rows, rng))
         bare.append(BareBatch.of(cut, CODEC, batch, device))
-        # in the same memory, which is pinned for a GPU, as the hub's shared memory is
+        # Both share their memory, which is pinned for a GPU, as the hub's shared memory is.
         parts = {name: part.numpy() for name, part in bare[-1].parts.items()}
         batch = replace(batch, parts=parts, labels=bare[-1].labels.numpy())
         inputs.append(step_input(f"device-{number}", cut, batch))
@@ -169,7 +169,7 @@ def merged_step(
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Products and convolutions of float32 without TF32, for a while."""
+    """Compute products and convolutions of float32 without TF32 in this context."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = False

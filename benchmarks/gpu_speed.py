@@ -1,4 +1,4 @@
-"""Speed of the trunk's step on a torch device, its loss in bfloat16, and where the host waits."""
+"""Speed of the trunk's step on a torch device, its loss in bfloat16, and its host waits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server_hub.trunk.step import TrunkTrainer
 RATE = 1e-3
 MAX_NORM = 25.0
 LOSS_RATES = {"sgd": 0.02, "adamw": 3e-4}
-"""Learning rates with which the loss falls."""
+"""Learning rates at which the loss falls, by optimizer."""
 
 WAITS = (
     "cudaStreamSynchronize",
@@ -32,11 +32,11 @@ WAITS = (
     "aten::nonzero",
     "Memcpy DtoH",
 )
-"""Events of the profiler in which the host waits for the device, or that make it wait."""
+"""Events of the profiler in which the host waits for the device, or that cause such a wait."""
 
 
 def synchronize(device: str) -> None:
-    """Wait until a torch device has done its work."""
+    """Wait until a torch device has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
@@ -44,7 +44,7 @@ def synchronize(device: str) -> None:
 def trainer_of(
     model: SplitModel, device: str, mode: str, optimizer: str, rate: float = RATE
 ) -> TrunkTrainer:
-    """A trunk that is in a round."""
+    """Return a trunk in a round, ready for steps."""
     trainer = TrunkTrainer(model, device)
     hyper = check_hyper(optimizer, {"lr": rate})
     plan = TrunkPlan(optimizer, hyper, max_norm=MAX_NORM, precision=mode)  # type: ignore[arg-type]
@@ -54,12 +54,12 @@ def trainer_of(
 
 @dataclass(frozen=True)
 class Speed:
-    """The trunk's step beside the bare loop's.
+    """Speed of the trunk's step and of the bare loop.
 
     Attributes:
-        samples_per_s: of the trunk; median of its turns.
-        bare_samples_per_s: of the bare loop.
-        ratios: of each pair of turns.
+        samples_per_s: samples per second of the trunk; the median of its turns.
+        bare_samples_per_s: samples per second of the bare loop; the median of its turns.
+        ratios: ratio of the two in each pair of turns.
     """
 
     samples_per_s: float
@@ -78,10 +78,10 @@ def speed(
         device: torch device.
         mode: ``fp32`` or ``bf16``.
         optimizer: ``sgd`` or ``adamw``.
-        devices: whose batches are merged.
-        rows: of each.
-        steps: in a turn.
-        turns: of each.
+        devices: number of devices whose batches are merged.
+        rows: rows of each batch.
+        steps: number of steps in a turn.
+        turns: number of turns of each side.
     """
     model = shape.model().to(device)
     step = merged_step(shape, model, devices, rows, 0, device)
@@ -121,9 +121,9 @@ class Losses:
 def losses(
     shape: Shape, device: str, optimizer: str, steps: int, devices: int, rows: int
 ) -> Losses:
-    """Train with both precisions on the same batches, in the same order.
+    """Train in both precisions on the same batches, in the same order.
 
-    Four merged steps of fixed batches come again and again, so that the loss falls.
+    Four merged steps of fixed batches are repeated, so that the loss falls.
     """
     model = shape.model().to(device)
     data = [merged_step(shape, model, devices, rows, seed, device) for seed in range(4)]
@@ -139,7 +139,7 @@ def losses(
 def waits(
     shape: Shape, device: str, optimizer: str, devices: int, rows: int, steps: int
 ) -> dict[str, float]:
-    """Events of :data:`WAITS` in one step of the trunk, from a profile of ``steps`` of them."""
+    """Count the events of :data:`WAITS` per step of the trunk, in a profile of ``steps`` steps."""
     model = shape.model().to(device)
     step = merged_step(shape, model, devices, rows, 0, device)
     trainer = trainer_of(model, device, "fp32", optimizer)

@@ -1,11 +1,11 @@
-"""Steps per second of a device whose gradients come back over a slow link.
+"""Steps per second of a device that receives its gradients over a slow link.
 
     python -m benchmarks.latency [--round-trip-ms 50] [--repeats 3] [--json FILE]
 
-A hub in a process of its own, a device in this one, and between them, over real websockets, a relay
-that passes bytes on after half a round trip. The device trains the first two blocks of a small
-GPT-2 with SplitFT. Measured are its steps per second, with and without the relay's delay, for
-several bounds of staleness; settings take turns, and ratios are those of their medians.
+The hub runs in a separate process, the device in this one. They use real WebSockets through a relay
+that delays bytes by half a round trip. The device trains the first two blocks of a small GPT-2 with
+SplitFT. The benchmark measures the device's steps per second, with and without the delay, for
+several values of staleness. Settings take turns; a ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from server_hub.reports.table import Table
 WIDTH, DEPTH, WORDS, LENGTH, CUT = 256, 6, 256, 64, 2
 BATCH, TEXTS, EPOCHS, ROUNDS = 8, 64, 4, 3
 STEPS = EPOCHS * TEXTS // BATCH
-"""In a round; the first round, which loads the graphs, does not count."""
+"""Number of steps in a round. The first round, which loads the graphs, is not counted."""
 
 STALENESS = (0, 2)
 
@@ -54,7 +54,7 @@ HUB = {
 
 @dataclass(frozen=True)
 class Row:
-    """Steps per second in a setting: the median of its repetitions, and all of them."""
+    """Steps per second in a setting: the median of the repetitions, and each of them."""
 
     round_trip_ms: float
     staleness: int
@@ -63,7 +63,7 @@ class Row:
 
 
 def build() -> SplitModel:
-    """A small GPT-2 of random weights with adapters."""
+    """Return a small GPT-2 with random weights and adapters."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_embd=WIDTH, n_layer=DEPTH, n_head=4, vocab_size=WORDS, n_positions=LENGTH,
@@ -74,7 +74,11 @@ def build() -> SplitModel:
 
 @asynccontextmanager
 async def relay(port: int, delay_s: float) -> AsyncIterator[int]:
-    """A port from which bytes reach another, and come back, so much later; at any rate."""
+    """Open a relay to ``port``; it delays bytes by ``delay_s`` seconds and has no bandwidth limit.
+
+    Yields:
+        The port of the relay.
+    """
 
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         now = asyncio.get_running_loop().time
@@ -107,7 +111,7 @@ async def relay(port: int, delay_s: float) -> AsyncIterator[int]:
 
 
 async def steps_per_second(folder: Path, round_trip_ms: float, staleness: int) -> float:
-    """Of a job over a link with this round trip."""
+    """Run a job over a link with this round trip; return the device's steps per second."""
     run = Path(tempfile.mkdtemp(dir=folder))
     tokens = TokenFile(folder / "tokens.toml")
     token = tokens.issue(run.name, "device")
@@ -135,11 +139,13 @@ async def steps_per_second(folder: Path, round_trip_ms: float, staleness: int) -
 
 
 def main(
-    round_trip_ms: Annotated[float, typer.Option(help="Of the slow link.")] = 50.0,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each setting, in turn.")] = 3,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    round_trip_ms: Annotated[float, typer.Option(help="Round trip of the slow link.")] = 50.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of runs of each setting.")] = 3,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write the rows to.")
+    ] = None,
 ) -> None:
-    """Measure, and show how much of the speed without delay is left."""
+    """Measure steps per second without and with the delay, and show their ratio."""
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.methods --data CIFAR10 [--work runs/methods] [--json FILE] [--docs FOLDER]
 
-``CIFAR10`` is a folder with CIFAR-10 in a usual format, or an ``.npz``. The job is
-``methods.toml`` beside this file, once with an IID partition and once with Dirichlet 0.3, with
-every method and three seeds. What is finished in the work folder is not run again; a run that was
-interrupted goes on. ``--docs docs`` also writes tables and pictures into ``docs/results.md``.
+``CIFAR10`` is a folder with CIFAR-10 in its Python or binary format, or an ``.npz`` file. The job
+is ``methods.toml`` beside this file. It runs with an IID and a Dirichlet 0.3 partition, with every
+method and three seeds. Finished runs in the work folder are not repeated; an interrupted run
+resumes. ``--docs docs`` also writes tables and pictures into ``docs/results.md``.
 """
 
 from __future__ import annotations
@@ -44,18 +44,20 @@ PARTITIONS: tuple[Kind, ...] = ("dirichlet", "iid")
 def main(
     data: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an .npz file.")],
     work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/methods"),
-    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = METHODS,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = METHODS,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
     finished: Annotated[
-        bool, typer.Option("--finished", help="Run nothing; show what is finished so far.")
+        bool, typer.Option("--finished", help="Run nothing; show the finished runs.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write the rows to.")
+    ] = None,
     docs: Annotated[
-        Path | None, typer.Option(help="Write into results.md here, and pictures.")
+        Path | None, typer.Option(help="Folder of results.md; tables and pictures go there.")
     ] = None,
 ) -> None:
-    """Run the benchmark, or what is left of it."""
+    """Run the benchmark, or the rest of an interrupted one."""
     console = Console(highlight=False)
     job = Job.read(JOB)
     job = replace(job, data=replace(job.data, source=str(data.absolute())))
@@ -70,7 +72,7 @@ def main(
                 console, here, methods_of(methods), range(seeds), work / kind, "torch", Path(), jobs
             )
         if not runs:
-            console.print("nothing is finished")
+            console.print("no run is finished")
             continue
         for (method, _), run in runs.items():
             rows += rows_of(method, *run)
@@ -89,7 +91,7 @@ def main(
 def finished_runs(
     job: Job, methods: Sequence[str], seeds: Sequence[int], folder: Path
 ) -> dict[tuple[str, int], tuple[Job, list[RoundRecord]]]:
-    """The finished runs in a folder."""
+    """Return the finished runs in a folder."""
     return {
         (cell.job.method, cell.job.seed): (cell.job, read_records(cell.folder))
         for cell in cells_of(job, methods, seeds, folder)
@@ -98,7 +100,7 @@ def finished_runs(
 
 
 def seeds_of(runs: Runs) -> str:
-    """How many seeds there are, and which methods have fewer."""
+    """Return a sentence with the number of seeds, and the methods that have fewer."""
     counts = Counter(method for method, _ in runs)
     most = max(counts.values())
     fewer = [f"{method} {n}" for method, n in counts.items() if n < most]
@@ -106,7 +108,7 @@ def seeds_of(runs: Runs) -> str:
 
 
 def section(job: Job, runs: Runs, found: Summary, kind: str) -> str:
-    """A partition's tables and picture, in Markdown."""
+    """Return the tables and the picture of a partition, in Markdown."""
     return "\n\n".join(
         [
             f"### {partition_name(job)}",
@@ -119,7 +121,7 @@ def section(job: Job, runs: Runs, found: Summary, kind: str) -> str:
 
 
 def setting(job: Job) -> str:
-    """What all runs have in common, in Markdown."""
+    """Return the settings that all runs share, in Markdown."""
     tiers = "; ".join(
         f"{t.clients} {name} (cut {t.cut}, {t.gflops:g} GFLOPS, {t.uplink_mbit:g} Mbit/s up)"
         for name, t in job.tiers.items()

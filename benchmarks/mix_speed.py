@@ -1,11 +1,12 @@
-"""Base networks in one pass, against one after the other: on a device, and in the trunk.
+"""Speed of several base networks in one pass against one at a time, on a device and in the trunk.
 
     python -m benchmarks.mix_speed [--json FILE]
 
-The wide model is that of ``cutlayer demo --mix``, split into eight. On the device ONNX Runtime
-mixes N bases in one call of ``mix_N``, or in N calls of ``mix_1``. In the trunk, cut behind the
-stem and the first block, a step trains eight bases on a batch each, stacked, or eight trunks train
-one each. One thread; medians, both sides by turns in one process.
+The wide model is that of ``cutlayer demo --mix``, split into eight base networks. On the device,
+ONNX Runtime mixes N bases in one call of ``mix_N``, or in N calls of ``mix_1``. In the trunk, with
+the cut after the stem and the first block, one step trains eight stacked bases on a batch each, or
+eight trunks train one base each. Both sides run in turns in one process with one thread; times are
+medians.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ PLAN = TrunkPlan("sgd", {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0}, max_
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Runs of each side.")] = 30,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write the rows to.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Number of runs of each side.")] = 30,
 ) -> None:
     """Measure both."""
     torch.set_num_threads(1)
@@ -73,7 +76,7 @@ def main(
 def on_device(
     bases: WholeBases, example: torch.Tensor, folder: Path, repeats: int
 ) -> list[dict[str, float | str]]:
-    """Answers of a device with whole bases."""
+    """Measure answers of a device that has whole base networks."""
     tier = Tier(bases.hub.depth - 1, bases=BASES)
     index = export_bundles(
         bases.hub, {"phone": tier}, folder, example=example, classes=CLASSES, bases=bases
@@ -102,7 +105,7 @@ def on_device(
 def in_trunk(
     bases: WholeBases, example: torch.Tensor, repeats: int
 ) -> list[dict[str, float | str]]:
-    """Steps of the trunk."""
+    """Measure steps of the trunk."""
     rng = np.random.default_rng(0)
     present = np.ones(CLASSES, np.float32)
     stacked = TrunkTrainer(bases.hub, "cpu")
@@ -147,7 +150,7 @@ def row_of(
     one_by_one: Callable[[], object],
     repeats: int,
 ) -> dict[str, float | str]:
-    """Medians of both sides, by turns."""
+    """Run both sides in turns and return their medians."""
     seconds: dict[Callable[[], object], list[float]] = {one_pass: [], one_by_one: []}
     for repeat in range(repeats + 2):  # the first two warm up
         for side, times in seconds.items():

@@ -1,4 +1,4 @@
-"""The pages that benchmarks write their results into."""
+"""Writes results of benchmarks into pages."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from edge_sdk.errors import ConfigError
 
 
 def put_between(path: Path, name: str, text: str) -> None:
-    """Put text into a page, in place of what stands between the marks of a benchmark.
+    """Replace the text between the marks of a benchmark in a page.
 
     Args:
         path: a Markdown file with ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``.
-        name: of the benchmark.
-        text: Markdown.
+        name: name of the benchmark.
+        text: the new text, in Markdown.
 
     Raises:
-        ConfigError: the file has no marks.
+        ConfigError: the file does not have the marks.
     """
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, found, rest = path.read_text("utf-8").partition(begin)

@@ -1,8 +1,8 @@
-"""Devices without a computer: they speak the protocol and replay batches that were packed before.
+"""Devices that compute nothing: they speak the protocol and replay batches packed beforehand.
 
 In each round a device downloads its state, sends its batches as fast as acknowledgements allow, and
-then sends the state that it has downloaded as its update. Everything on the hub's side is real:
-websockets, gateway, sessions, rounds. Nothing is computed on the device's side but the frames.
+then sends the downloaded state as its update. The side of the hub is real: WebSockets, gateway,
+sessions, rounds. The devices only encode and decode frames.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from edge_sdk.transport.link import open_websocket
 from edge_sdk.transport.session import Session
 
 DEVICES = "devices.json"
-"""File of a prepared folder that lists the devices."""
+"""Name of the file in a prepared folder that lists the devices."""
 
 
 @dataclass(frozen=True)
 class ReplayDevice:
-    """A device that replays: its name, tier and token."""
+    """Name, tier and token of a device that replays."""
 
     name: str
     tier: str
@@ -54,7 +54,7 @@ class ReplayDevice:
 
 
 def read_batches(folder: Path, device: str) -> list[Batch]:
-    """The batches that a device replays, in order."""
+    """Read the batches that a device replays, in order."""
     found: list[dict[str, Array]] = []
     for key, tensor in unpack_tensors((folder / f"{device}.batches").read_bytes()).items():
         number, _, name = key.partition("/")
@@ -65,13 +65,13 @@ def read_batches(folder: Path, device: str) -> list[Batch]:
 
 
 def read_devices(folder: Path) -> list[ReplayDevice]:
-    """The devices of a prepared folder."""
+    """Read the list of devices of a prepared folder."""
     return [ReplayDevice(**d) for d in json.loads((folder / DEVICES).read_text("utf-8"))]
 
 
 @dataclass
 class TimedChannel(Channel):
-    """A channel that notes how long every batch waits for its acknowledgement, in seconds."""
+    """A channel that records how long every batch waits for its acknowledgement, in seconds."""
 
     waits: list[float] = field(default_factory=list)
     _sent_at: deque[float | None] = field(default_factory=deque)
@@ -97,10 +97,10 @@ class Replayer:
     """One device at one hub.
 
     Args:
-        url: of the hub.
-        device: name, tier and token.
-        batches: what it sends in every round.
-        waits: receives the seconds from each batch's send to its acknowledgement.
+        url: address of the hub.
+        device: name, tier and token of the device.
+        batches: batches that the device sends in every round.
+        waits: list that receives the seconds from the send of each batch to its acknowledgement.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Replayer:
         self._pieces: asyncio.Queue[Blob] = asyncio.Queue()
 
     async def run(self) -> None:
-        """Take part in all rounds, until the link closes.
+        """Take part in all rounds until the link closes.
 
         Raises:
             HubError: the hub refused the device.
@@ -172,10 +172,10 @@ class Replayer:
 
 
 def generate(pipe: Connection, folder: Path, urls: list[str], devices: list[ReplayDevice]) -> None:
-    """A process of devices that take part at several hubs, each as a device of its own there.
+    """Run the process of the devices; every device takes part at each of several hubs.
 
-    Every ``"mark"`` that comes over the pipe is answered with the processor time of this process
-    since the last one, in seconds, and the waits of each hub's batches since then.
+    The answer to every ``"mark"`` from the pipe is the processor time of this process since the
+    last mark, in seconds, and the waits of the batches of each hub since then.
     """
     asyncio.run(_generate(pipe, folder, urls, devices))
 

@@ -1,4 +1,4 @@
-"""ResNet-18 for 32x32 images, by default at a quarter of its width: 8 residual blocks."""
+"""ResNet-18 for 32x32 images: 8 residual blocks, by default at a quarter of the width."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from export.split import SplitModel
 from server_hub.demo.digits import PooledHead
 
 GROUP = 4
-"""Channels of a group: the same in every layer, so that narrower versions have the same groups."""
+"""Channels of a group, the same in every layer, so that narrower versions have the same groups."""
 
 
 class BasicBlock(nn.Module):
@@ -34,12 +34,12 @@ class BasicBlock(nn.Module):
 
 
 def build(width: int = 16, classes: int = 10, stride: int = 2) -> SplitModel:
-    """A stem and 8 blocks, two in each of four stages; every stage doubles the channels.
+    """Build a stem and 8 blocks, two in each of four stages; every stage doubles the channels.
 
     Args:
         width: channels of the first stage; ResNet-18 has 64.
-        classes: of the head.
-        stride: of the stem; with 2 a step takes a quarter of the time.
+        classes: number of classes.
+        stride: stride of the stem; with 2 a step takes a quarter of the time.
     """
     torch.manual_seed(0)
     stem = nn.Sequential(

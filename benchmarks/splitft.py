@@ -1,12 +1,12 @@
-"""SplitFT: cuts that adapt against cuts that stay, on five simulated devices that are not alike.
+"""SplitFT: adaptive cuts against fixed cuts, on five unequal simulated devices.
 
     python -m benchmarks.splitft --pretrain FILE --train FILE --test FILE
         [--work runs/splitft] [--jobs 2] [--json FILE] [--docs FOLDER]
 
-A small GPT-2 for bytes is trained on one text (``--pretrain``, once, kept in the work folder) and
-adapted to another (``--train``) with LoRA; its perplexity is measured on a third (``--test``).
-The job is ``splitft.toml`` beside this file. What is finished in the work folder, which is for
-one set of texts, is not run again; a run that was interrupted goes on. ``--docs docs`` also writes
+A small GPT-2 for bytes is trained once on a text (``--pretrain``) and kept in the work folder. It
+is adapted to another text (``--train``) with LoRA; its perplexity is measured on a third text
+(``--test``). The job is ``splitft.toml`` beside this file. The work folder is for one set of texts.
+Finished runs in it are not repeated; an interrupted run resumes. ``--docs docs`` also writes
 tables, verdicts and a picture into ``docs/results.md``.
 """
 
@@ -53,21 +53,23 @@ PICTURE = "splitft.png"
 
 
 def main(
-    pretrain: Annotated[Path, typer.Option(help="Text that the base is trained on.")],
+    pretrain: Annotated[Path, typer.Option(help="Text that the base model is trained on.")],
     train: Annotated[Path, typer.Option(help="Text that the fleet adapts it to.")],
     test: Annotated[Path, typer.Option(help="Text that perplexity is measured on.")],
-    work: Annotated[Path, typer.Option(help="Folder of base and runs.")] = Path("runs/splitft"),
+    work: Annotated[Path, typer.Option(help="Folder of model and runs.")] = Path("runs/splitft"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of a thread each.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, with one thread each.")] = 2,
     finished: Annotated[
-        bool, typer.Option("--finished", help="Run nothing; show what is finished so far.")
+        bool, typer.Option("--finished", help="Run nothing; show the finished runs.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write the rows to.")
+    ] = None,
     docs: Annotated[
-        Path | None, typer.Option(help="Write into results.md here, and a picture.")
+        Path | None, typer.Option(help="Folder of results.md; tables and a picture go there.")
     ] = None,
 ) -> None:
-    """Run the benchmark, or what is left of it."""
+    """Run the benchmark, or the rest of an interrupted one."""
     console = Console(highlight=False)
     torch.set_num_threads(1)
     job = Job.read(JOB)
@@ -75,10 +77,10 @@ def main(
     base = work.absolute() / "base"
     if not base.exists():
         if finished:
-            raise ConfigError(f"{work} holds no base: nothing has run there")
-        with console.status("training the base"):
+            raise ConfigError(f"{work} has no base model; run without --finished first")
+        with console.status("training the base model"):
             gpt2.pretrain(pretrain, base)
-    os.environ[gpt2.BASE] = str(base)  # for the processes that are started from here, too
+    os.environ[gpt2.BASE] = str(base)  # child processes read it too
     texts = DataTable(str(test), held_out=job.data.held_out, train=HELD_OUT, length=gpt2.LENGTH)
     held_out = load_dataset(texts).train
     cells = {(s, seed): s.cell(job, seed, work) for seed in range(seeds) for s in SETTINGS}
@@ -92,7 +94,7 @@ def main(
         if cell.finished("torch")
     }
     if not runs:
-        raise ConfigError("nothing is finished")
+        raise ConfigError("no run is finished; run without --finished")
     before = perplexity_before(held_out)
     tables = [perplexity_table(runs), costs_table(runs)]
     for table in tables:
@@ -118,7 +120,7 @@ def main(
 
 
 def run_cell(cell: Cell, held_out: Examples) -> None:
-    """Run a cell, or what is left of it, measured on other texts than those of its source."""
+    """Run a cell, or the rest of it; perplexity is measured on ``held_out``."""
     with Simulation(cell.job, cell.folder) as simulation:
         simulation.data = replace(simulation.data, held_out=held_out)
         simulation.run()
@@ -126,7 +128,7 @@ def run_cell(cell: Cell, held_out: Examples) -> None:
 
 @torch.no_grad()
 def perplexity_before(held_out: Examples) -> float:
-    """Perplexity of the base, uncut, before any adapter is trained."""
+    """Return the perplexity of the base model, uncut, before any training of adapters."""
     model, tally = gpt2.build().eval(), Tally("tokens")
     for batch in batches_to_evaluate(held_out, model):
         logits = model(torch.from_numpy(batch.x)).double()
@@ -138,7 +140,7 @@ def perplexity_before(held_out: Examples) -> float:
 
 
 def setting_text(job: Job, before: float, seeds: int) -> str:
-    """What all runs have in common, in Markdown."""
+    """Return the settings that all runs share, in Markdown."""
     tiers = "; ".join(
         f"{t.clients} {name} ({t.gflops:g} GFLOPS, {t.uplink_mbit:g} Mbit/s up, "
         f"{t.latency_ms:g} ms)"
@@ -148,15 +150,13 @@ def setting_text(job: Job, before: float, seeds: int) -> str:
         f"{job.clients} devices: {tiers}; a hub of {job.hub_gflops:g} GFLOPS. {job.data.train} "
         f"texts of up to {job.data.length} bytes, each once in a round, {job.rounds.count} "
         f"rounds, batches of {job.local.batch_size}, merged in the trunk up to "
-        f"{job.trunk.max_rows} texts a step, staleness {job.local.staleness}. AdamW with a "
+        f"{job.trunk.max_rows} texts per step, staleness {job.local.staleness}. AdamW with a "
         f"constant rate: {job.local.hyper['lr']:g} on devices, {job.trunk.hyper['lr']:g} in the "
-        f"trunk, {CENTRALIZED_RATE:g} for centralized training, chosen among a few on "
-        f"another seed. GPT-2 with "
+        f"trunk, {CENTRALIZED_RATE:g} for centralized training, tuned on another seed. GPT-2 with "
         f"{gpt2.DEPTH} blocks, {gpt2.WIDTH} wide, LoRA rank {gpt2.RANK}. Perplexity of a byte on "
-        f"{HELD_OUT} held-out "
-        f"texts, {before:.2f} before; {seeds} seeds. Adaptive runs go on for {MORE_ROUNDS:g} "
-        "times as many rounds, which only the time to the fixed cut's perplexity and the picture "
-        "look at. Times are virtual."
+        f"{HELD_OUT} held-out texts, {before:.2f} before training; {seeds} seeds. Adaptive runs "
+        f"last {MORE_ROUNDS:g} times as many rounds; the additional rounds count only in the time "
+        "to the fixed cut's perplexity and in the picture. Times are virtual."
     )
 
 

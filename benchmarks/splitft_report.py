@@ -1,4 +1,4 @@
-"""The runs of :mod:`benchmarks.splitft` as tables, verdicts and a picture."""
+"""Tables, verdicts and a picture of the runs of :mod:`benchmarks.splitft`."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from server_hub.storage.run_folder import RoundRecord
 ADAPTIVE, CENTRALIZED = "adaptive", "centralized"
 FIXED = {"cut 2": 2, "cut 4": 4, "cut 6": 6}
 START = "cut 2"
-"""Where all devices are cut to begin with: what adapting is measured against."""
+"""The initial cut of all devices; adaptive cuts are compared with this fixed cut."""
 OPTIONS = [1, 2, 4, 6]
 PARTITIONS = {"iid": PartitionTable("iid"), "length 0.1": PartitionTable("length", 0.1)}
 
 CENTRALIZED_RATE = 0.003
 MORE_ROUNDS = 1.5
-"""Adaptive cuts go on for longer, for the perplexity that a fixed cut has reached: what is
-compared there is time. The learning rate is constant, so what comes before is the same. All other
-figures are those after the job's own number of rounds: of equal samples."""
+"""Rounds of adaptive runs, as a multiple of the job's rounds. The additional rounds are for the
+time to the perplexity of the fixed cut. The learning rate is constant, so they do not change the
+rounds before. All other figures are those after the job's own number of rounds, at equal samples.
+"""
 
 HELD_OUT = 300
-"""Texts of the test file that perplexity is measured on, always the same."""
+"""Number of texts of the test file that perplexity is measured on; they are always the same."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the cells of a line in the tables have in common.
+    """The values that the cells of a table line share.
 
     Attributes:
         policy: ``adaptive``, a key of :data:`FIXED`, or ``centralized``.
         partition: a key of :data:`PARTITIONS`.
-        rank: of the adapters at a cut.
-        clients: devices.
+        rank: rank of the adapters at a cut.
+        clients: number of devices.
     """
 
     policy: str
@@ -52,11 +53,11 @@ class Setting:
 
     @property
     def group(self) -> tuple[str, int, int]:
-        """What a policy is compared with others in."""
+        """The values that must be equal to compare policies."""
         return self.partition, self.rank, self.clients
 
     def cell(self, job: Job, seed: int, work: Path) -> Cell:
-        """The job with this setting and seed, and its folder."""
+        """Return the cell of this setting with a seed."""
         name = f"{self.policy}-{self.partition}-rank-{self.rank}-{self.clients}".replace(" ", "-")
         folder = work / name / f"seed-{seed}"
         if self.policy == CENTRALIZED:
@@ -87,13 +88,13 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Run:
-    """A cell that is at its end.
+    """A finished cell.
 
     Attributes:
-        setting: its setting.
-        job: its job.
-        equal: rounds that figures of equal samples are taken after.
-        records: its rounds.
+        setting: setting of the cell.
+        job: job of the cell.
+        equal: number of rounds after which figures at equal samples are taken.
+        records: rounds of the cell.
     """
 
     setting: Setting
@@ -103,43 +104,43 @@ class Run:
 
     @property
     def curve(self) -> list[tuple[float, float]]:
-        """Virtual seconds and perplexity, after each round."""
+        """Virtual seconds and perplexity after each round."""
         return [(r.clock, fleet_accuracy(self.job, r.accuracy, "perplexity")) for r in self.records]
 
     @property
     def best(self) -> tuple[float, float]:
-        """Seconds and perplexity where that is lowest, at equal samples at most."""
+        """Virtual seconds and perplexity of the best round, within equal samples."""
         return min(self.curve[: self.equal], key=lambda point: point[1])
 
     @property
     def end(self) -> RoundRecord:
-        """The last round of equal samples."""
+        """The last round within equal samples."""
         return self.records[self.equal - 1]
 
     @property
     def moves(self) -> int:
-        """Devices that went on with another cut."""
+        """Number of moves to another cut."""
         return sum(len(r.moves) for r in self.records[: self.equal])
 
     @property
     def hub_busy(self) -> float:
-        """Share of the time that the hub computes."""
+        """Fraction of the time in which the hub computes."""
         assert self.job.hub_gflops is not None
         return self.end.costs["trunk_flop"] / (1e9 * self.job.hub_gflops) / self.end.clock
 
     def seconds_to(self, perplexity: float) -> float | None:
-        """When it is as low; None if it never is."""
+        """Return the virtual seconds until the perplexity is this low; None if it never is."""
         return next((s for s, value in self.curve if value <= perplexity), None)
 
     def megabytes(self, *kinds: str) -> float:
-        """Traffic of these kinds of messages up and down; of all without any."""
+        """Return the traffic up and down of these kinds of messages, or of all kinds if none."""
         return sum(
             sum(ways.values()) for kind, ways in self.end.bytes.items()
             if kind in kinds or not kinds
         ) / 1e6  # fmt: skip
 
     def row(self, before: float) -> dict[str, object]:
-        """For the file."""
+        """Return the run as a row of the JSON file."""
         return {
             "policy": self.setting.policy,
             "partition": partition_name(self.job),
@@ -159,20 +160,20 @@ class Run:
 
 
 Runs = dict[tuple[Setting, int], Run]
-"""By setting and seed."""
+"""Runs by setting and seed."""
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
 def lines(runs: Runs) -> dict[Setting, list[Run]]:
-    """The runs of each setting, seed by seed, in the order of :data:`SETTINGS`."""
+    """Return the runs of each setting, seed by seed, in the order of :data:`SETTINGS`."""
     found = {s: [run for (setting, _), run in runs.items() if setting == s] for s in SETTINGS}
     return {setting: cells for setting, cells in found.items() if cells}
 
 
 def name_of(setting: Setting) -> list[str]:
-    """The first columns of a table."""
+    """Return the first columns of a table line."""
     if setting.policy == CENTRALIZED:
         return [setting.policy, "", str(setting.rank), ""]
     return [setting.policy, setting.partition, str(setting.rank), str(setting.clients)]
@@ -182,7 +183,7 @@ NAMES = ["policy", "partition", "cut rank", "clients"]
 
 
 def times_to_fixed(runs: Runs, setting: Setting) -> list[tuple[float | None, float]]:
-    """Seconds to the fixed cut's best perplexity, and the fixed cut's own, by pairs of a seed."""
+    """Return the seconds to the fixed cut's best perplexity, by seed: the setting's and its own."""
     fixed = replace(setting, policy=START)
     pairs = [
         (run, runs[fixed, seed]) for (s, seed), run in runs.items()
@@ -192,7 +193,7 @@ def times_to_fixed(runs: Runs, setting: Setting) -> list[tuple[float | None, flo
 
 
 def perplexity_table(runs: Runs) -> Table:
-    """A line per setting: perplexity, time, and time until what the fixed cut has reached."""
+    """Return a line per setting: perplexity, time, and time to the fixed cut's perplexity."""
     rows = []
     for setting, cells in lines(runs).items():
         best = spread([run.best[1] for run in cells], "{:.3f}".format)
@@ -213,14 +214,14 @@ def perplexity_table(runs: Runs) -> Table:
         )
     header = [*NAMES, "seeds", "perplexity", "job, s", f"to {START}'s, s", "ratio", "reached"]
     title = (
-        f"Lowest perplexity at equal samples, virtual seconds of the job and until the lowest "
-        f"perplexity of {START}; mean ± standard deviation"
+        f"Lowest perplexity at equal samples, virtual seconds of the job, and virtual seconds to "
+        f"the lowest perplexity of {START}; mean ± standard deviation"
     )
     return Table(title, header, rows, 2)
 
 
 def costs_table(runs: Runs) -> Table:
-    """A line per setting: traffic by kind, moves, and how busy the hub is."""
+    """Return a line per setting: traffic by kind, moves, and the load of the hub."""
     rows = []
     for setting, cells in lines(runs).items():
         if setting.policy == CENTRALIZED:
@@ -237,7 +238,7 @@ def costs_table(runs: Runs) -> Table:
     header = [*NAMES, "adapters", "activations", "gradients", "all", "moves", "hub busy"]
     title = (
         "Traffic of all devices up and down in MB (adapters with their optimizer slots), moves to "
-        "another cut, share of the time that the hub computes; means"
+        "another cut, fraction of the time in which the hub computes; means"
     )
     return Table(title, header, rows, 2)
 
@@ -246,7 +247,7 @@ TIME_TARGET, CENTRALIZED_TARGET = 0.70, 1.02
 
 
 def time_verdict(runs: Runs) -> str:
-    """Whether adapting reaches the fixed cut's best perplexity in as little time as is wanted."""
+    """Say whether adaptive cuts reach the fixed cut's best perplexity within the time target."""
     found, met = [], 0
     for setting in lines(runs):
         times = times_to_fixed(runs, setting) if setting.policy == ADAPTIVE else []
@@ -265,7 +266,7 @@ def time_verdict(runs: Runs) -> str:
 
 
 def centralized_verdict(runs: Runs) -> str:
-    """Whether adapting comes as near to centralized training as is wanted."""
+    """Say whether adaptive cuts are within the target of centralized training."""
     groups = lines(runs)
     reference = [run.best[1] for s, cells in groups.items() for run in cells
                  if s.policy == CENTRALIZED]  # fmt: skip
@@ -282,12 +283,12 @@ def centralized_verdict(runs: Runs) -> str:
 
 
 def where(setting: Setting) -> str:
-    """A setting without its policy, for sentences."""
+    """Return a setting without its policy, for sentences."""
     return f"{setting.partition}, rank {setting.rank}, {setting.clients} clients"
 
 
 def answer(met: int, found: Sequence[str]) -> str:
-    """Met or not, and what was found."""
+    """Return whether a target is met, with the figures."""
     if not found:
         return "not measured yet."
     verdict = "met" if met == len(found) else f"met in {met} of {len(found)} settings"
@@ -300,10 +301,10 @@ COLOURS = {ADAPTIVE: "#d62728", "cut 2": "#1f77b4", "cut 4": "#17becf", "cut 6":
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Perplexity over virtual time: a panel per partition and fleet, a line per policy.
+    """Draw perplexity over virtual time: a panel per partition and fleet, a line per policy.
 
-    A line is the mean over the seeds, in a band from the lowest to the highest. All are at the
-    rank that most settings have.
+    A line is the mean over the seeds; its band is from the lowest to the highest. All lines have
+    the rank of most settings.
     """
     from matplotlib.figure import Figure
 
@@ -317,7 +318,8 @@ def draw(runs: Runs, path: Path) -> None:
         for setting, cells in groups.items():
             if setting.group != group or setting.policy == CENTRALIZED:
                 continue
-            points = list(zip(*(run.curve for run in cells), strict=True))  # by round, of all seeds
+            # By round: the points of all seeds.
+            points = list(zip(*(run.curve for run in cells), strict=True))
             seconds = [fmean(s for s, _ in point) for point in points]
             values = [[value for _, value in point] for point in points]
             colour = COLOURS[setting.policy]

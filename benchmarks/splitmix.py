@@ -3,12 +3,12 @@
     python -m benchmarks.splitmix --cifar PATH [--work runs/splitmix] [--jobs 2] [--finished]
         [--json FILE] [--docs FOLDER]
 
-Twenty simulated devices have budgets of 1/8, 1/4, 1/2 and all of a model. Split-Mix trains eight
-base networks over all of them; HeteroFL nested widths; FedAvg a model for each width, with the
-devices that can carry it. On digits all are trained again for robustness against adversarial
-examples. The plan is ``splitmix.toml`` beside this file. What is finished in the work folder is not
-run again; a run that was interrupted goes on. ``--docs docs`` also writes tables, verdicts and
-pictures into ``docs/results.md``.
+Twenty simulated devices have budgets of 1/8, 1/4, 1/2 and 1 of a model. Split-Mix trains eight base
+networks on all devices. HeteroFL trains nested widths. FedAvg trains a model for each width, on the
+devices whose budget allows it. On digits, Split-Mix and FedAvg are also trained for robustness
+against adversarial examples. The plan is ``splitmix.toml`` beside this file. Finished runs in the
+work folder are not repeated; an interrupted run resumes. ``--docs docs`` also writes tables,
+verdicts and pictures into ``docs/results.md``.
 """
 
 from __future__ import annotations
@@ -68,29 +68,30 @@ PARTITIONS = {
     NON_IID: PartitionTable("shards", classes_per_client=3),
 }
 METHODS = {SPLITMIX: "splitmix", UNMASKED: "splitmix", FEDAVG: "fedavg", HETEROFL: "heterofl"}
-"""By name, as jobs call them. The runs for robustness are all Split-Mix; of one base and without
-dual norms it is FedAvg."""
+"""Methods of jobs, by name in the tables. The runs for robustness all use Split-Mix; with one base
+and without dual norms, Split-Mix is FedAvg."""
 
 ROBUST = "robust.json"
-"""File in the folder of a run: its accuracy on clean and adversarial examples."""
+"""Name of the file in a run folder with the accuracy on clean and adversarial examples."""
 ROBUSTNESS = (0.0, 0.2, 0.5, 0.8, 1.0)
 MIXED = (1, 4, 8)
 ATTACK_STEPS = 20
-"""Of the attack that is measured; the one that is trained on takes fewer."""
+"""Number of steps of the attack at measurement; the attack during training takes fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What the runs on some data have in common.
+    """The settings that the runs on some data share.
 
     Attributes:
-        rounds: of all methods.
-        rates: learning rate by method; of a FedAvg model by ``fedavg WIDTH``, where it has its own.
-        every: rounds from one measurement to the next.
-        train: examples at most.
-        test: held-out examples at most.
+        rounds: number of rounds, for all methods.
+        rates: learning rate by method. A FedAvg model with a rate of its own has the key
+            ``fedavg WIDTH``.
+        every: number of rounds from one measurement to the next.
+        train: maximum number of training examples.
+        test: maximum number of held-out examples.
         batch_size: rows of a local step.
-        mix: base networks.
+        mix: the base networks.
     """
 
     rounds: int
@@ -104,12 +105,12 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """``splitmix.toml``.
+    """The contents of ``splitmix.toml``.
 
     Attributes:
-        job: what all runs have in common.
-        fleets: by data.
-        robust: the runs for robustness.
+        job: the job that all runs share.
+        fleets: settings of the runs by data.
+        robust: settings of the runs for robustness.
     """
 
     job: Job
@@ -117,7 +118,7 @@ class Plan:
     robust: Part
 
     def cell(self, setting: Setting, seed: int, work: Path, cifar: Path) -> Cell:
-        """The job of a setting with this seed, and its folder."""
+        """Return the cell of a setting with a seed."""
         robust = setting.method in ROBUST_NAMES
         part = self.robust if robust else self.fleets[setting.data]
         method = "splitmix" if robust else METHODS[setting.method]
@@ -134,7 +135,7 @@ class Plan:
         depth = build_model(setting.model).depth
         tiers = {name: replace(tier, cut=depth) for name, tier in self.job.tiers.items()}
         mix = replace(part.mix, masked=setting.method != UNMASKED)
-        if setting.method in (ADVERSARIAL, PLAIN):  # one base of all channels: federated averaging
+        if setting.method in (ADVERSARIAL, PLAIN):  # one base is federated averaging
             tiers = {name: replace(tier, budget=1.0) for name, tier in tiers.items()}
             mix = replace(mix, bases=1, dual_norms=False)
         if setting.method == PLAIN:
@@ -159,7 +160,7 @@ class Plan:
 
 
 def settings_of(data: str) -> list[Setting]:
-    """The settings on one data set, the longest runs first."""
+    """Return the settings on one data set, the longest runs first."""
     widths = {SPLITMIX: ["1"], UNMASKED: ["1"], HETEROFL: ["1"], FEDAVG: list(WIDTHS)}
     return [
         Setting(data, partition, method, width)
@@ -178,23 +179,25 @@ SETTINGS = [
 
 
 def main(
-    cifar: Annotated[Path, typer.Option(help="CIFAR-10: its folder, or an .npz of images.")],
+    cifar: Annotated[Path, typer.Option(help="CIFAR-10: a folder, or an .npz file of images.")],
     work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/splitmix"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of a thread each.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, with one thread each.")] = 2,
     finished: Annotated[
-        bool, typer.Option("--finished", help="Run nothing; show what is finished so far.")
+        bool, typer.Option("--finished", help="Run nothing; show the finished runs.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write the rows to.")
+    ] = None,
     docs: Annotated[
-        Path | None, typer.Option(help="Write into results.md here, and pictures.")
+        Path | None, typer.Option(help="Folder of results.md; tables and pictures go there.")
     ] = None,
 ) -> None:
-    """Run the benchmark, or what is left of it."""
+    """Run the benchmark, or the rest of an interrupted one."""
     console = Console(highlight=False)
     torch.set_num_threads(1)
     if not finished and not cifar.exists():
-        raise ConfigError(f"there is no {cifar}; give CIFAR-10's folder, or an .npz of images")
+        raise ConfigError(f"{cifar} does not exist; give the folder of CIFAR-10, or an .npz file")
     plan = config.load(Plan, PLAN)
     cells = {(s, n): plan.cell(s, n, work, cifar) for n in range(seeds) for s in SETTINGS}
     if not finished:
@@ -207,7 +210,7 @@ def main(
         if done(setting, seed, cell)
     }
     if not runs:
-        raise ConfigError("nothing is finished")
+        raise ConfigError("no run is finished; run without --finished")
     attack = plan.robust.mix.attack
     how = f"an attack of {ATTACK_STEPS} steps within {attack.epsilon:g} ({seeds_of(runs)} seeds)"
     tables = [report.panel_table(panel) for panel in panels(runs)]
@@ -235,20 +238,20 @@ def main(
 
 
 def done(setting: Setting, seed: int, cell: Cell) -> bool:
-    """Whether a cell is at its end, and its robustness measured if that is wanted."""
+    """Return whether a cell is finished; a run for robustness needs its measurement too."""
     measured = setting.method not in ROBUST_NAMES or (cell.folder / ROBUST).exists()
     return cell.finished("torch") and measured
 
 
 def read_run(setting: Setting, cell: Cell) -> Run:
-    """Read a cell that is done."""
+    """Read a finished cell."""
     robust = cell.folder / ROBUST
     found = json.loads(robust.read_text("utf-8")) if robust.exists() else ()
     return Run(setting, cell.job, read_records(cell.folder), found)
 
 
 def run_cell(setting: Setting, cell: Cell) -> None:
-    """Run a cell, or what is left of it. FedAvg's devices are those that can carry the model."""
+    """Run a cell, or the rest of it; with FedAvg, on the devices whose budget allows the model."""
     with Simulation(cell.job, cell.folder) as simulation:
         if setting.method == FEDAVG:
             simulation.clients = [
@@ -259,7 +262,7 @@ def run_cell(setting: Setting, cell: Cell) -> None:
         if setting.method not in ROBUST_NAMES:
             return
         held_out = simulation.data.held_out
-        rows = [row for row in range(len(held_out)) if row % 5]  # the others gave bases their order
+        rows = [row for row in range(len(held_out)) if row % 5]  # the others rank the bases
         x = torch.from_numpy(held_out.x[rows])
         y = torch.from_numpy(held_out.y[rows])
         models = trained_bases(simulation.fleet.model, cell)
@@ -279,7 +282,7 @@ def run_cell(setting: Setting, cell: Cell) -> None:
 
 
 def trained_bases(structure: SplitModel, cell: Cell) -> list[SplitModel]:
-    """The bases that a run has ended with, best first."""
+    """Return the bases of a finished run, best first."""
     models = []
     for base in read_records(cell.folder)[-1].order:
         model = copy.deepcopy(structure).eval().requires_grad_(False)
@@ -296,13 +299,14 @@ def measure_robustness(
     mixed: Sequence[int],
     wanted: Sequence[float],
 ) -> list[dict[str, float]]:
-    """Accuracy clean and attacked of mixtures of the first so many models.
+    """Measure clean and robust accuracy of mixtures of the first models.
 
-    The attack knows everything: its gradients are those of the very mixture, with the robustness
-    that it answers with.
+    The attack knows the mixture: its gradients are those of the mixture with the robustness of the
+    answer.
 
     Returns:
-        Rows with ``bases``, ``robustness``, ``clean`` and ``robust``.
+        Rows with ``bases`` (number of models), ``robustness``, and the accuracies ``clean`` and
+        ``robust``.
     """
     found = []
     attack = replace(attack, steps=ATTACK_STEPS)
@@ -323,12 +327,12 @@ def measure_robustness(
 
 
 def seeds_of(runs: Runs) -> int:
-    """How many seeds the runs for robustness have."""
+    """Return the number of seeds of the runs for robustness."""
     return len({seed for setting, seed in runs if setting.method in ROBUST_NAMES})
 
 
 def setting_text(plan: Plan) -> str:
-    """The settings of all runs, in Markdown."""
+    """Return the settings of all runs, in Markdown."""
     tiers = ", ".join(f"{tier.budget:g}" for tier in plan.job.tiers.values())
     fleets = "; ".join(
         f"{name}: {part.rounds} rounds, "
@@ -342,25 +346,26 @@ def setting_text(plan: Plan) -> str:
     return (
         f"{plan.job.clients} devices, as many with each budget of {tiers}; all take part in every "
         f"round of one local epoch; SGD with momentum and a cosine schedule. {fleets}. Rates were "
-        "chosen on another seed. Whole bases are on the devices. A seed changes who holds what, "
+        "chosen on another seed. Whole bases are on the devices. A seed changes the partition, "
         "the order of batches, and the initial weights of bases.\n\n"
-        "*Width* is a part of the channels; for Split-Mix n of 8 bases, mixed, with that part "
-        "of the channels and about n/64 of the weights. FedAvg trains a model for each width, with "
-        "the devices whose budget carries it. *Accuracy* is that after the last round, on held-out "
-        "examples; Split-Mix's bases are put in order on a fifth of them, and measured on the "
-        "rest. *Equal FLOPs* is accuracy when all devices together have spent what Split-Mix "
-        "spends in the whole job, between two measured rounds on a straight line, of a learning "
-        "rate that has not come down; a star marks runs that end before, whose accuracy is that "
-        "at their end. HeteroFL's devices are charged the widths that they draw, in the mean. "
-        "Training costs are those of all devices (FLOPs) and per device of the fleet (traffic); "
-        "Split-Mix and HeteroFL have all widths for the cost in their first line. Of Split-Mix's "
-        "loss, logits of classes that a device has no examples of are left out, as in its paper, "
-        "unless it is *unmasked*; those of FedAvg and HeteroFL are over all classes.\n\n"
+        "*Width* is a fraction of the channels. For Split-Mix it is n/8: a mixture of n of 8 "
+        "bases, which has about n/64 of the weights. FedAvg trains a model for each width, on the "
+        "devices whose budget allows it. *Accuracy* is measured on held-out examples after the "
+        "last round; a fifth of the examples ranks the bases of Split-Mix, which are measured on "
+        "the rest. *Equal FLOPs* is the accuracy when all devices together have spent as many "
+        "operations as in the whole job of Split-Mix. It is interpolated between two measured "
+        "rounds, in which the learning rate has not decayed to its end. A star marks runs that end "
+        "before; the figure is their final accuracy. HeteroFL's devices are charged the mean of "
+        "the widths that they draw. Training costs are those of all devices (FLOPs) and per device "
+        "of the fleet (traffic). Split-Mix and HeteroFL train all widths for the cost in their "
+        "first line. The loss of Split-Mix leaves out the logits of classes that a device has no "
+        "examples of, as in its paper, unless it is *unmasked*; the losses of FedAvg and HeteroFL "
+        "are over all classes.\n\n"
         f"For robustness: digits, IID, {robust.rounds} rounds, adversarial examples of "
         f"{mix.attack.steps} steps of {mix.attack.step_size:g} within {mix.attack.epsilon:g} and "
-        f"weight {mix.robustness:g}, rates {rates}. FedAvg is one base of all channels "
-        "on devices that can all carry it. The attack that is measured knows the mixture and the "
-        f"robustness that it answers with, and takes {ATTACK_STEPS} steps."
+        f"weight {mix.robustness:g}, rates {rates}. FedAvg is one base with all channels, on "
+        "devices whose budgets all allow it. The attack at measurement knows the mixture and the "
+        f"robustness of the answer, and takes {ATTACK_STEPS} steps."
     )
 
 

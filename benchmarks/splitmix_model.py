@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from export.split import SplitModel
 
 GROUP = 4
-"""Channels of a group: the same at every width, so that narrower versions have the same groups."""
+"""Channels of a group, the same at every width, so that narrower versions have the same groups."""
 
 
 class ConvBlock(nn.Module):
@@ -26,9 +26,10 @@ class ConvBlock(nn.Module):
 
 
 class GridHead(nn.Module):
-    """A linear layer over all positions, which are 4 x 4.
+    """A linear layer over all 4 x 4 positions.
 
-    Their mean alone would leave a base of an eighth of the channels with eight numbers.
+    With their mean instead, the head of a base with an eighth of the channels would have only
+    eight inputs.
     """
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -41,12 +42,12 @@ class GridHead(nn.Module):
 
 
 def build(inputs: int, stages: tuple[tuple[int, int], ...], width: float) -> SplitModel:
-    """A stem and some blocks, a convolution each, and a head.
+    """Build a stem and blocks of one convolution each, and a head.
 
     Args:
-        inputs: channels of the images.
-        stages: of each convolution, its channels at full width and its stride; the stem first.
-        width: part of the channels that there are.
+        inputs: number of channels of the images.
+        stages: channels at full width and stride of each convolution; the stem is the first.
+        width: fraction of the channels to build.
     """
     torch.manual_seed(0)
     layers, before = [], inputs

@@ -1,4 +1,4 @@
-"""The runs of :mod:`benchmarks.splitmix` as tables, verdicts and pictures."""
+"""Tables, verdicts and pictures of the runs of :mod:`benchmarks.splitmix`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from server_hub.reports.values import spread, three_digits
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean, and standard deviation where there are several, in %."""
+    """Format the mean in %, with the standard deviation if there are several values."""
     return spread(values, share) if values else "-"
 
 
 def panel_table(panel: Panel) -> Table:
-    """A line per method and width: accuracy, and what it takes."""
+    """Return a line per method and width: accuracy and costs."""
     rows = []
     for method in (*MIXES, FEDAVG, HETEROFL):
         spent = [0.0, 0.0, 0.0]
@@ -71,7 +71,7 @@ def panel_table(panel: Panel) -> Table:
 
 
 def training_costs(runs: Sequence[Run]) -> list[float]:
-    """GFLOP of all devices, MB down and MB up per device of the fleet; means."""
+    """Return means: GFLOP of all devices, MB down and MB up per device of the fleet."""
     return [
         fmean(run.flop / 1e9 for run in runs),
         fmean(run.records[-1].down / 1e6 / run.job.clients for run in runs),
@@ -80,7 +80,7 @@ def training_costs(runs: Sequence[Run]) -> list[float]:
 
 
 def robust_points(runs: Runs) -> dict[tuple[str, int, float], list[tuple[float, float]]]:
-    """By method, bases and robustness: clean and robust accuracy of each seed."""
+    """Return clean and robust accuracy of each seed, by method, bases and robustness."""
     found: dict[tuple[str, int, float], list[tuple[float, float]]] = {}
     for (setting, _), run in runs.items():
         for row in run.robust:
@@ -94,14 +94,14 @@ def _robust_order(key: tuple[str, int, float]) -> tuple[int, int, float]:
 
 
 def robust_table(runs: Runs, attack: str) -> Table:
-    """A line per method, number of bases and robustness."""
+    """Return a line per method, number of bases and robustness."""
     rows = []
     for (method, bases, wanted), points in robust_points(runs).items():
         clean, robust = zip(*points, strict=True)
         where = [str(bases), f"{wanted:g}"] if method == DUAL else ["", ""]
         rows.append([ROBUST_NAMES[method], *where, percent(clean), percent(robust)])
     return Table(
-        f"digits, from 0 to 1: accuracy in % on examples as they are and under {attack}",
+        f"digits, pixels from 0 to 1: accuracy in % on clean examples and under {attack}",
         ["method", "bases", "robustness", "clean", "attacked"],
         rows,
         1,
@@ -112,17 +112,17 @@ def robust_table(runs: Runs, attack: str) -> Table:
 
 
 def verdict(runs: Runs, method: str, equal: bool, ours: str = SPLITMIX) -> str:
-    """Whether Split-Mix beats another method width by width."""
+    """Say whether Split-Mix beats another method at each width."""
     cases = {
         panel.name: {w: panel.gains(method, w, equal, ours=ours) for w in WIDTHS}
         for panel in panels(runs)
     }
-    at = "as many training FLOPs as Split-Mix has spent" if equal else "equal rounds"
+    at = "equal training FLOPs" if equal else "equal rounds"
     return f"{ours}, n of 8 bases, beats {method} of n/8 of the width at {at}: {answer(cases)}"
 
 
 def inference_verdict(runs: Runs) -> str:
-    """Whether 4 bases beat the models that take about as many operations, a quarter as wide."""
+    """Say whether 4 bases beat models of a quarter of the width, which take as many operations."""
     cases = {
         panel.name: {
             method: panel.gains(method, "1/4", equal=False, bases="1/2")
@@ -131,13 +131,13 @@ def inference_verdict(runs: Runs) -> str:
         for panel in panels(runs)
     }
     return (
-        "Split-Mix with 4 bases beats a model of a quarter of the width, about as many operations "
-        f"an answer, at equal rounds: {answer(cases)}"
+        "Split-Mix with 4 bases beats a model of a quarter of the width, which takes about as many "
+        f"operations per answer, at equal rounds: {answer(cases)}"
     )
 
 
 def robust_verdict(runs: Runs) -> str:
-    """Whether some robustness of 8 bases is as good as adversarial training in both ways."""
+    """Say whether 8 bases match adversarial training, clean and attacked, with some robustness."""
     found = {key: [fmean(v) for v in zip(*points, strict=True)]
              for key, points in robust_points(runs).items()}  # fmt: skip
     line = {key[2]: value for key, value in found.items() if key[:2] == (DUAL, BASES)}
@@ -149,22 +149,23 @@ def robust_verdict(runs: Runs) -> str:
     shown = ", ".join(f"{w:g}: {100 * c:.1f} and {100 * r:.1f}" for w, (c, r) in line.items())
     answered = f"**yes**, at {', '.join(both)}" if both else "**no**"
     return (
-        "Some robustness of Split-Mix with 8 bases and dual norms is at least as accurate clean "
-        f"and attacked as FedAvg with adversarial training ({100 * clean:.1f} and "
-        f"{100 * robust:.1f} %): {answered} ({shown} %)."
+        "With some robustness, Split-Mix with 8 bases and dual norms is at least as accurate as "
+        "FedAvg with adversarial training, on clean and on attacked examples "
+        f"({100 * clean:.1f} and {100 * robust:.1f} %): {answered} ({shown} %)."
     )
 
 
 def points(values: Sequence[float]) -> str:
-    """Percentage points, with a sign: mean, and standard deviation where there are several."""
+    """Format percentage points with a sign: the mean, with the standard deviation if several."""
     return f"{fmean(values):+.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def answer(cases: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """How often Split-Mix is ahead in the mean over the seeds, how clearly, by how many points.
+    """Say how often Split-Mix is ahead in the mean over the seeds, and by how many points.
 
     Args:
-        cases: by panel and case, points that it is ahead, seed by seed; empty where not measured.
+        cases: points that Split-Mix is ahead by, seed by seed, by panel and case; empty if not
+            measured.
     """
     every = [values for found in cases.values() for values in found.values() if values]
     if not every:
@@ -179,7 +180,7 @@ def answer(cases: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         if any(found.values())
     )
     return (
-        f"**{said}**; by more than the standard deviation over the seeds ahead in {won}, behind in "
+        f"**{said}**; ahead by more than the standard deviation over the seeds in {won}, behind in "
         f"{len(clear) - won} (points: {shown})."
     )
 
@@ -203,9 +204,10 @@ ROBUST_COLOURS = {1: "#ff9896", 4: "#e377c2", 8: "#d62728"}
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Accuracy over the operations of an answer: a panel per data and partition, a line a method.
+    """Draw accuracy over the operations of an answer.
 
-    A point is the mean over the seeds, its bar the standard deviation.
+    There is a panel per data and partition, and a line per method. A point is the mean over the
+    seeds, its bar the standard deviation.
     """
     found = panels(runs)
     figure, axes = _axes(len(found))
@@ -227,7 +229,7 @@ def draw(runs: Runs, path: Path) -> None:
 
 
 def draw_robust(runs: Runs, path: Path) -> None:
-    """Robust over clean accuracy: a line over the robustness per number of bases."""
+    """Draw robust over clean accuracy: per number of bases, a line over the robustness."""
     found = robust_points(runs)
     figure, (axis,) = _axes(1)
     means = {k: [100 * fmean(v) for v in zip(*p, strict=True)] for k, p in found.items()}

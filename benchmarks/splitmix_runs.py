@@ -1,4 +1,4 @@
-"""The runs of :mod:`benchmarks.splitmix`: their curves, scores and needs of compute."""
+"""The runs of :mod:`benchmarks.splitmix`: curves, scores and operations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from server_hub.simulation.job import Job
 from server_hub.storage.run_folder import RoundRecord
 
 WIDTHS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0}
-"""Parts of the channels that FedAvg and HeteroFL train; and of the bases that Split-Mix mixes."""
+"""Widths: the fraction of the channels of FedAvg and HeteroFL, of the bases of Split-Mix."""
 BASES = 8
 SPLITMIX, FEDAVG, HETEROFL = "Split-Mix", "FedAvg", "HeteroFL"
 UNMASKED = "Split-Mix, unmasked"
-"""With a loss over all classes, where a device does not have examples of each."""
+"""Split-Mix with a loss over all classes, also those that a device has no examples of."""
 MIXES = (SPLITMIX, UNMASKED)
 DUAL, ADVERSARIAL, PLAIN = "dual", "adversarial", "plain"
 ROBUST_NAMES = {
@@ -30,18 +30,18 @@ ROBUST_NAMES = {
     PLAIN: "FedAvg",
 }
 SHAPES = {"cifar10": (3, 32, 32), "digits": (1, 8, 8)}
-"""Of an example."""
+"""Shape of an example, by data."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the cells of a line in the tables have in common.
+    """The values that the cells of a table line share.
 
     Attributes:
         data: ``cifar10`` or ``digits``.
         partition: name of the partition.
-        method: one of the four, or a key of :data:`ROBUST_NAMES`.
-        width: of FedAvg's model, a key of :data:`WIDTHS`; the others have all.
+        method: one of the four methods, or a key of :data:`ROBUST_NAMES`.
+        width: width of FedAvg's model, a key of :data:`WIDTHS`; other methods train all widths.
     """
 
     data: str
@@ -51,12 +51,12 @@ class Setting:
 
     @property
     def model(self) -> str:
-        """For ``model`` of a job."""
+        """The value of ``model`` in the job."""
         return model_name(self.data, self.width)
 
 
 def model_name(data: str, width: str) -> str:
-    """The benchmark's model for some data in a width."""
+    """Return the name of the benchmark's model for some data in a width."""
     short = {"cifar10": "cifar"}.get(data, data)
     return f"benchmarks.splitmix_model:{short}_{width.replace('/', '_')}"
 
@@ -66,9 +66,9 @@ class Point:
     """A measured round.
 
     Attributes:
-        round: its number.
-        flop: operations of all devices' steps until then.
-        accuracy: on the held-out examples.
+        round: number of the round.
+        flop: operations of all devices' steps until the end of the round.
+        accuracy: accuracy on the held-out examples.
     """
 
     round: int
@@ -78,14 +78,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A cell that is at its end.
+    """A finished cell.
 
     Attributes:
-        setting: its setting.
-        job: its job.
-        records: its rounds.
-        robust: accuracy on adversarial examples, where it was measured; see
-            :func:`benchmarks.splitmix.measure_robustness`.
+        setting: setting of the cell.
+        job: job of the cell.
+        records: rounds of the cell.
+        robust: rows of :func:`benchmarks.splitmix.measure_robustness`; empty if not measured.
     """
 
     setting: Setting
@@ -95,7 +94,7 @@ class Run:
 
     @property
     def clients(self) -> int:
-        """Devices that have taken part."""
+        """Number of devices that have taken part."""
         return self.records[-1].devices
 
     @property
@@ -105,14 +104,14 @@ class Run:
 
     @property
     def _share(self) -> float:
-        """Part of the operations that are charged which are needed.
+        """Fraction of the charged operations that the steps need.
 
-        HeteroFL's devices draw a width in every step and are charged the whole of their own.
+        HeteroFL's devices draw a width in every step and are charged for their full width.
         """
         return drawn_share(self.setting.data) if self.setting.method == HETEROFL else 1.0
 
     def curve(self, width: str) -> list[Point]:
-        """The measured rounds of a width; for Split-Mix, of so many bases."""
+        """Return the measured rounds of a width; for Split-Mix, of as many bases."""
         found = []
         for record in self.records:
             if self.setting.method in MIXES:
@@ -130,7 +129,7 @@ class Run:
         return found
 
     def row(self) -> dict[str, object]:
-        """For the file."""
+        """Return the run as a row of the JSON file."""
         widths = [self.setting.width] if self.setting.method == FEDAVG else list(WIDTHS)
         robust = self.setting.method in ROBUST_NAMES
         return {
@@ -151,18 +150,18 @@ class Run:
 
 
 Runs = dict[tuple[Setting, int], Run]
-"""By setting and seed."""
+"""Runs by setting and seed."""
 
 
 def bases_of(width: str) -> int:
-    """How many bases are as many channels as a model of this width has."""
+    """Return the number of bases that have as many channels as a model of this width."""
     return round(WIDTHS[width] * BASES)
 
 
 def at_flop(curve: Sequence[Point], flop: float) -> float:
-    """Accuracy when so many operations were spent: between two rounds a straight line.
+    """Return the accuracy after ``flop`` operations, interpolated between two measured rounds.
 
-    Before the first measured round it is that one's, after the last the last's.
+    Before the first measured round it is that of the first, after the last that of the last.
     """
     after = bisect_left([p.flop for p in curve], flop)
     if after == len(curve) or after == 0:
@@ -176,11 +175,11 @@ class Scores:
     """Accuracy of a method at a width, seed by seed.
 
     Attributes:
-        final: after the last round.
-        best: in the best round.
-        equal: after as many operations as Split-Mix has spent with the same seed; of a run that
-            ended before, at its end. Empty where Split-Mix has not run.
-        ended: whether it ended before.
+        final: accuracy after the last round.
+        best: accuracy in the best round.
+        equal: accuracy after as many operations as Split-Mix has spent with the same seed, or at
+            the end of a run that ended before. Empty if Split-Mix has not run.
+        ended: whether a run ended before.
     """
 
     final: list[float]
@@ -193,9 +192,9 @@ class Panel:
     """The runs on one data set and partition.
 
     Args:
-        runs: all.
-        data: key of :data:`SHAPES`.
-        partition: its name.
+        runs: all runs.
+        data: name of the data, a key of :data:`SHAPES`.
+        partition: name of the partition.
     """
 
     def __init__(self, runs: Runs, data: str, partition: str) -> None:
@@ -212,12 +211,12 @@ class Panel:
         return f"{self.data}, {self.partition}"
 
     def runs_of(self, method: str, width: str) -> dict[int, Run]:
-        """By seed: the runs that give a method's model of a width."""
+        """Return, by seed, the runs that train a method's model of a width."""
         trained = width if method == FEDAVG else "1"
         return {seed: r for (m, w, seed), r in self.runs.items() if (m, w) == (method, trained)}
 
     def scores(self, method: str, width: str) -> Scores:
-        """Accuracy of a method at a width; empty where it has not run."""
+        """Return the accuracy of a method at a width; empty if it has not run."""
         found = Scores([], [], [], False)
         for seed, run in self.runs_of(method, width).items():
             curve = run.curve(width)
@@ -233,14 +232,14 @@ class Panel:
     def gains(
         self, method: str, width: str, equal: bool, bases: str = "", ours: str = SPLITMIX
     ) -> list[float]:
-        """Points that Split-Mix is ahead of a method at a width, seed by seed.
+        """Return the percentage points that Split-Mix is ahead of a method, seed by seed.
 
         Args:
-            method: the other.
-            width: of the other.
-            equal: at as many operations as Split-Mix, else after as many rounds.
-            bases: width of Split-Mix; that of the other if it is not given.
-            ours: one of :data:`MIXES`.
+            method: the other method.
+            width: width of the other method.
+            equal: whether to compare at equal operations; otherwise at equal rounds.
+            bases: width of Split-Mix; by default that of the other method.
+            ours: the form of Split-Mix, one of :data:`MIXES`.
         """
         bases = bases or width
         mine, its = self.runs_of(ours, bases), self.runs_of(method, width)
@@ -253,19 +252,19 @@ class Panel:
 
 
 def panels(runs: Runs) -> list[Panel]:
-    """Those that have runs, in the order of the settings."""
+    """Return the panels that have runs, in the order of the settings."""
     named = dict.fromkeys(
         (s.data, s.partition) for s, _ in runs if s.method not in ROBUST_NAMES
     )  # fmt: skip
     return [Panel(runs, data, partition) for data, partition in named]
 
 
-# --- what a model takes ---------------------------------------------------------------------------
+# --- costs of a model -----------------------------------------------------------------------------
 
 
 @cache
 def inference_flop(data: str, width: str) -> float:
-    """Operations of an answer to one example."""
+    """Return the operations of an answer to one example."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         build_model(model_name(data, width)).eval()(torch.zeros(1, *SHAPES[data]))
@@ -274,15 +273,15 @@ def inference_flop(data: str, width: str) -> float:
 
 @cache
 def parameters(data: str, width: str) -> int:
-    """Of a model in a width."""
+    """Return the number of parameters of a model in a width."""
     return sum(p.numel() for p in build_model(model_name(data, width)).parameters())
 
 
 @cache
 def drawn_share(data: str) -> float:
-    """Operations of HeteroFL's steps at the widths that devices draw, of those at their own.
+    """Return the operations of HeteroFL's steps at the drawn widths, relative to the full widths.
 
-    There are as many devices of each width, and a device draws from those up to its own.
+    There are as many devices of each full width, and a device draws from the widths up to its own.
     """
     example = torch.zeros(2, *SHAPES[data])
     needs = [step_flops(build_model(model_name(data, w)), example) for w in WIDTHS]
@@ -291,7 +290,7 @@ def drawn_share(data: str) -> float:
 
 
 def use_of(data: str, method: str, width: str) -> tuple[float, int]:
-    """Operations of an answer, and parameters."""
+    """Return the operations of an answer, and the number of parameters."""
     if method not in MIXES:
         return inference_flop(data, width), parameters(data, width)
     bases = bases_of(width)

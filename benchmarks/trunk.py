@@ -1,35 +1,36 @@
-"""Samples per second of the trunk of a real hub, beside a bare PyTorch loop.
+"""Samples per second of the trunk of a real hub, compared with a bare PyTorch loop.
 
     python -m benchmarks.trunk [--model small] [--devices 12] [--mode fp32] [--device cpu]
                                [--pairs 5] [--json FILE]
 
-What is compared: a hub in a process of its own, with its trunk in another, that serves rounds over
-real websockets to devices which replay activations packed before (:mod:`benchmarks.replay`), and a
-plain PyTorch loop (:mod:`benchmarks.bare_loop`) that takes the very same merged steps of the same
-bytes, in a process of its own, with the same model, optimizer, precision and number of threads.
-They take turns: some rounds of the hub, then the steps of these rounds in the loop, and so on.
+The hub runs in one process and its trunk in another. The hub serves rounds over real WebSockets to
+devices that replay activations packed beforehand (:mod:`benchmarks.replay`). The bare PyTorch loop
+(:mod:`benchmarks.bare_loop`) runs in a third process. It takes the same merged steps of the same
+bytes, with the same model, optimizer, precision and number of threads. The two take turns: some
+rounds of the hub, then the steps of these rounds in the loop, and so on.
 
-The time of the hub is that of whole rounds: states out to the devices, trunk steps, updates in,
-averages, the next state; and at the end of a turn the wait until the last model is on disk. No
-evaluation is in it. The bare loop does steps only.
+The time of the hub is that of whole rounds: sending states to the devices, trunk steps, receiving
+updates, averaging, and the next state. At the end of a turn it includes the wait until the last
+model is on disk. It includes no evaluation. The bare loop only runs steps.
 
-A second hub with a trunk that does nothing takes its turn, too: the same devices feed it as fast as
-they and the gateway can. Unless that is far above the trunk's speed, the devices are the limit.
+A second hub, whose trunk does nothing, also takes turns: the same devices feed it as fast as they
+and the gateway can. Unless its speed is far above the trunk's speed, the devices are the limit.
 
 Columns:
     trunk, devices, mode: model, number of devices, precision.
-    samples_per_s: rows, or tokens of a text, that the hub's trunk was trained on, by the time of
+    samples_per_s: rows, or tokens of texts, that the hub's trunk was trained on, per second of
         whole rounds; the median of the turns.
-    ratio_to_bare_loop: that, by the bare loop's; the median over pairs of neighbouring turns, with
-        the smallest and the largest.
-    step_ratio: the same for the time in trunk steps alone, as the hub sees them.
-    cpu_ratio: processor time of the bare loop by that of the trunk's process, which takes states in
-        and gives copies out besides its steps. Other work on the machine hardly disturbs it.
-    round_overhead_s: time of a round minus that in its trunk steps; the median of the turns.
-    p99_ms: of the times from a batch's send to its acknowledgement, over all turns.
-    feed_samples_per_s: samples per second at the hub whose trunk does nothing.
-    replay_cpu: processor time of the devices' process during the hub's turns, by their time;
-        1.0 would be a busy core.
+    ratio_to_bare_loop: samples_per_s divided by that of the bare loop; the median over pairs of
+        neighbouring turns, with the smallest and the largest ratio.
+    step_ratio: the same ratio for the time in trunk steps alone, as the hub measures it.
+    cpu_ratio: processor time of the bare loop divided by that of the trunk's process, which also
+        receives states and returns copies. Other work on the machine hardly affects it.
+    round_overhead_s: time of a round minus the time in its trunk steps; the median of the turns.
+    p99_ms: 99th percentile of the time from the send of a batch to its acknowledgement, over all
+        turns.
+    feed_samples_per_s: samples per second of the hub whose trunk does nothing.
+    replay_cpu: processor time of the devices' process during the hub's turns, divided by the time
+        of the turns; 1.0 is one busy core.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from edge_sdk.errors import CutlayerError
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; see the module."""
+    """A line of the table; the docstring of the module describes the columns."""
 
     trunk: str
     device: str
@@ -96,11 +97,15 @@ class Child:
         return self._process.pid
 
     def send(self, command: Any) -> None:
-        """Give a command."""
+        """Send a command to the process."""
         self._pipe.send(command)
 
     def answer(self, others: tuple[Child, ...] = ()) -> Any:
-        """Its answer; raises :class:`CutlayerError` if it, or one of the others, has ended."""
+        """Return the answer of the process.
+
+        Raises:
+            CutlayerError: this process, or one of ``others``, has ended.
+        """
         while not self._pipe.poll(0.5):
             for child in (self, *others):
                 if not child._process.is_alive():
@@ -111,7 +116,7 @@ class Child:
             raise CutlayerError(f"the process {self._process.name} has ended; see above") from None
 
     def close(self) -> None:
-        """Tell it to stop, and end it if it does not."""
+        """Stop the process; terminate it if it does not stop."""
         if self._process.is_alive():
             self.send("stop")
             self._process.join(10)
@@ -122,7 +127,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Pair:
-    """A turn of the hub, of the bare loop on the same steps, and of the hub without a trunk."""
+    """A turn of the hub, of the bare loop on the same steps, and of the hub with a null trunk."""
 
     turn: Turn
     bare_s: float
@@ -133,7 +138,7 @@ class Pair:
 
 
 class Bench:
-    """All processes of one workload, ready to take turns."""
+    """The processes of one workload, ready to take turns."""
 
     def __init__(
         self,
@@ -151,7 +156,7 @@ class Bench:
         self._devices = len(read_devices(folder))
 
     def pair(self, rounds: int) -> Pair:
-        """One turn of each."""
+        """Run one turn of each."""
         self._mark()
         turn = self._rounds(self.hub, rounds)
         cpu, waits = self._mark()
@@ -166,8 +171,8 @@ class Bench:
         expected = self._devices * self.workload.rows * rounds
         if turn.rows != expected:
             raise CutlayerError(
-                f"{turn.rows} rows came in {rounds} rounds, {expected} were sent; a device was "
-                "dropped, so that the turn cannot be compared"
+                f"the hub received {turn.rows} rows in {rounds} rounds, but {expected} were sent; "
+                "a device was dropped, so the turn cannot be compared"
             )
         return turn
 
@@ -215,13 +220,13 @@ def measure(
 
     Args:
         workload: the model and its traffic.
-        devices: how many devices feed the hub.
+        devices: number of devices that feed the hub.
         device: torch device of trunk and bare loop.
-        mode: ``fp32`` or ``bf16``.
-        pairs: turns of hub and bare loop.
-        threads: torch threads of each.
-        rounds: rounds in one turn.
-        progress: told what is being done.
+        mode: precision, ``fp32`` or ``bf16``.
+        pairs: number of turns of hub and bare loop.
+        threads: number of torch threads of trunk and bare loop.
+        rounds: number of rounds in one turn.
+        progress: called with a line of text for each step of the measurement.
 
     Raises:
         CutlayerError: a process has ended, or a device was dropped.
@@ -258,8 +263,8 @@ def measure(
 
 
 def table_of(rows: list[Row]) -> Table:
-    """The rows for people."""
-    table = Table(title="the trunk beside a bare PyTorch loop")
+    """Return the rows as a table for the console."""
+    table = Table(title="the trunk compared with a bare PyTorch loop")
     for column in (
         "trunk", "devices", "mode", "samples/s", "bare loop", "ratio", "range", "in steps", "CPU",
         "round overhead, s", "p99, ms", "feed, samples/s", "replay CPU",
@@ -277,18 +282,22 @@ def table_of(rows: list[Row]) -> Table:
 
 
 def main(
-    model: Annotated[list[str], typer.Option(help=f"One of {', '.join(NAMES)}; repeat it.")] = [  # noqa: B006
+    model: Annotated[list[str], typer.Option(help=f"One of {', '.join(NAMES)}; repeatable.")] = [  # noqa: B006
         "small"
     ],
-    devices: Annotated[list[int], typer.Option(help="Number of devices; repeat it.")] = [12],  # noqa: B006
+    devices: Annotated[list[int], typer.Option(help="Number of devices; repeatable.")] = [12],  # noqa: B006
     device: Annotated[str, typer.Option(help="Torch device: cpu or cuda.")] = "cpu",
-    mode: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    pairs: Annotated[int, typer.Option(min=1, help="Turns of hub and bare loop.")] = 5,
-    rounds: Annotated[int, typer.Option(help="Rounds of a turn; 0 for the model's own.")] = 0,
+    mode: Annotated[str, typer.Option(help="Precision: fp32 or bf16.")] = "fp32",
+    pairs: Annotated[int, typer.Option(min=1, help="Number of turns of hub and bare loop.")] = 5,
+    rounds: Annotated[
+        int, typer.Option(help="Number of rounds of a turn; 0 for that of the model.")
+    ] = 0,
     threads: Annotated[int, typer.Option(help="Torch threads of trunk and bare loop.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write the rows to.")
+    ] = None,
 ) -> None:
-    """Measure, print the table, and write it."""
+    """Measure the workloads, print the table, and write the rows."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140  # the table has many columns

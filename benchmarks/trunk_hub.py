@@ -1,8 +1,8 @@
-"""The hub under measurement: a real hub in a process of its own that runs rounds when told to.
+"""The measured hub: a real hub in a separate process that runs rounds on command.
 
-A :class:`RoundGate` holds its rounds back and lets a number of them pass. Its trunk is the real one
-behind a :class:`MeasuredTrunk`, which notes how long each call takes and which batches each step
-merged. A hub with a :class:`NullTrunk` shows how fast the same devices can feed it.
+A :class:`RoundGate` holds the rounds back and lets a number of them pass. The trunk is the real
+trunk inside a :class:`MeasuredTrunk`, which records the time of each call and the batches of each
+merged step. A hub with a :class:`NullTrunk` shows how fast the same devices can feed it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HubJob:
-    """What a measured hub serves.
+    """The job of a measured hub.
 
     Attributes:
         folder: a prepared workload.
@@ -65,13 +65,13 @@ class Turn:
     """Some rounds of a hub.
 
     Attributes:
-        rounds: how many.
-        seconds: from the start of the first round until the last is over and its files are
-            written, so that everything a round costs is in it.
-        rows: rows of the batches that the trunk was given.
-        steps: what each merged step had, in order.
-        calls: seconds in each of the trunk's calls, as the hub sees them; of steps, the seconds in
-            which one was under way.
+        rounds: number of rounds.
+        seconds: seconds from the start of the first round until the last round has ended and its
+            files are written; they include all costs of a round.
+        rows: rows of the batches that the trunk received.
+        steps: the batches of each merged step, in order.
+        calls: seconds in the trunk's calls as the hub measures them, by name of the call. For
+            steps, the seconds in which at least one step was under way.
         hub_cpu_s: processor time of the hub's process.
         trunk_cpu_s: processor time of the trunk's process; 0 if there is none.
     """
@@ -86,9 +86,9 @@ class Turn:
 
 
 class NullTrunk:
-    """Implements the training part of :class:`Trunk` and trains nothing.
+    """Implements the training part of :class:`Trunk` without training.
 
-    Batches are acknowledged at once.
+    It acknowledges batches at once.
     """
 
     steps_at_once = 1
@@ -113,10 +113,10 @@ class NullTrunk:
 
 
 class MeasuredTrunk:
-    """Implements :class:`Trunk` around another, and notes what the present turn is like.
+    """Implements :class:`Trunk` around another trunk, and measures the current turn.
 
     Args:
-        inner: does the work.
+        inner: the trunk that does the work.
         numbers: number of each batch, by device and bytes of the labels.
     """
 
@@ -169,11 +169,11 @@ class MeasuredTrunk:
 
 
 class RoundGate:
-    """Holds the rounds of a hub back.
+    """Holds the rounds of a hub back, and lets a number of them pass.
 
     Args:
         hub: the hub; its rounds wait from now on.
-        trunk: its trunk.
+        trunk: the trunk of the hub.
     """
 
     def __init__(self, hub: Hub, trunk: MeasuredTrunk) -> None:
@@ -184,7 +184,7 @@ class RoundGate:
         job.run_round = self._gated(job.run_round)  # type: ignore[method-assign]
 
     async def rounds(self, count: int) -> Turn:
-        """Let so many rounds pass; returns what they were like."""
+        """Let ``count`` rounds pass; return their measurements."""
         turn = self._trunk.turn = Turn(count)
         before = _cpu_seconds()
         self._left = count
@@ -212,7 +212,7 @@ class RoundGate:
 
 
 def _cpu_seconds() -> tuple[float, float]:
-    """Processor time of this process, and of its children."""
+    """Return the processor time of this process and of its children, in seconds."""
     ticks = os.sysconf("SC_CLK_TCK")
     children = 0.0
     for child in mp.active_children():
@@ -222,7 +222,7 @@ def _cpu_seconds() -> tuple[float, float]:
 
 
 def make_hub(job: HubJob) -> tuple[Hub, RoundGate]:
-    """A hub for a prepared workload, and the gate of its rounds."""
+    """Return a hub for a prepared workload, and the gate of its rounds."""
     workload, devices = get_workload(job.model, job.device), read_devices(job.folder)
     settings = TrunkTraining(
         device=job.device,
@@ -263,10 +263,10 @@ def _worker(model: SplitModel, job: HubJob, settings: TrunkTraining) -> Trunk:
 
 
 def serve(pipe: Connection, job: HubJob) -> None:
-    """A process with a hub.
+    """Run the process of a hub.
 
-    It sends its address; then each number that comes over the pipe lets so many rounds pass and is
-    answered with a :class:`Turn`. ``"stop"`` ends it.
+    It first sends its address over the pipe. For each number from the pipe it lets as many rounds
+    pass and answers with a :class:`Turn`. ``"stop"`` ends it.
     """
     logging.getLogger("websockets").setLevel(logging.CRITICAL)
     asyncio.run(_serve(pipe, job))
@@ -275,7 +275,7 @@ def serve(pipe: Connection, job: HubJob) -> None:
 async def _serve(pipe: Connection, job: HubJob) -> None:
     hub, gate = make_hub(job)
     gc.collect()
-    gc.freeze()  # as the command does
+    gc.freeze()  # as ``cutlayer hub`` does
     serving = asyncio.create_task(hub.serve(pipe.send))
     commands = asyncio.create_task(_obey(pipe, gate))
     done, _ = await asyncio.wait([serving, commands], return_when=asyncio.FIRST_COMPLETED)

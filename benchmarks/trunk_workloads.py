@@ -1,8 +1,8 @@
 """Workloads of the trunk's benchmark: a model, three cuts, and packed batches for every device.
 
-A workload is prepared once into a folder: bundles for a hub, a token per device, and for each
-device a file with the batches that it replays in every round. Hub, devices and the bare loop all
-read this folder, so they work on the same bytes.
+A workload is prepared once in a folder: bundles for a hub, a token per device, and a file per
+device with the batches that the device replays in every round. Hub, devices and bare loop read this
+folder, so they work on the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from export.packing import get_codec
 from export.split import SplitModel, channel_axis
 
 CODEC = "int8"
-"""How the replayed activations are packed."""
+"""Codec of the replayed activations."""
 
 TOKENS = "tokens.toml"
 
@@ -36,16 +36,16 @@ class Workload:
     """A model with the traffic of a round.
 
     Attributes:
-        name: what the command line calls it.
-        build: makes the model; the same weights every time.
+        name: name on the command line.
+        build: builds the model, with the same weights every time.
         cuts: cut layers; the devices are spread evenly over them.
-        shape: of one input: image, or (positions,) of a text.
-        classes: number of classes; for a text the size of the vocabulary.
+        shape: shape of one input: an image, or (positions,) of a text.
+        classes: number of classes; for texts, the size of the vocabulary.
         batch: rows of a batch.
-        batches: batches that a device sends in a round.
-        max_rows: rows of a merged step at most.
-        optimizer: of the trunk and of the bundles.
-        rounds: timed rounds in one turn of the hub.
+        batches: number of batches that a device sends in a round.
+        max_rows: maximum number of rows of a merged step.
+        optimizer: optimizer of the trunk and of the bundles.
+        rounds: number of timed rounds in one turn of the hub.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """Rows that a device sends in a round."""
+        """Number of rows that a device sends in a round."""
         return self.batch * self.batches
 
     @property
@@ -71,11 +71,11 @@ class Workload:
 
     @property
     def samples_per_row(self) -> int:
-        """Samples that a row counts as: 1, or the tokens of a text."""
+        """Number of samples of a row: 1 for an image, the number of tokens for a text."""
         return self.shape[0] if self.texts else 1
 
     def inputs(self, rows: int, seed: int) -> tuple[Array, Array]:
-        """Random inputs (rows, ...) and labels (rows,), or (rows, positions) for texts."""
+        """Return random inputs (rows, ...) and labels (rows,), or (rows, positions) for texts."""
         rng = np.random.default_rng(seed)
         if self.texts:
             tokens = rng.integers(self.classes, size=(rows, self.shape[0] + 1))
@@ -84,7 +84,7 @@ class Workload:
         return x, rng.integers(self.classes, size=rows)
 
     def model(self) -> SplitModel:
-        """The model with its auxiliary heads, on the CPU."""
+        """Build the model with its auxiliary heads, on the CPU."""
         model = self.build()
         model.add_heads(self.cuts, torch.from_numpy(self.inputs(2, 0)[0]), self.classes)
         return model
@@ -169,25 +169,29 @@ NAMES = tuple(w.name for w in (*_EVERYWHERE, *_BY_DEVICE["cpu"]))
 
 
 def get_workload(name: str, device: str) -> Workload:
-    """The workload of a name; GPT-2 is narrower on the CPU. Raises :class:`ConfigError`."""
+    """Return the workload ``name``; GPT-2 is narrower on the CPU.
+
+    Raises:
+        ConfigError: there is no workload of this name.
+    """
     for workload in (*_EVERYWHERE, *_BY_DEVICE[device]):
         if workload.name == name:
             return workload
-    raise ConfigError(f"there is no model {name!r} to measure; there are {', '.join(NAMES)}")
+    raise ConfigError(f"there is no model {name!r} to measure; choose from {', '.join(NAMES)}")
 
 
 def prepare(workload: Workload, folder: Path, devices: int) -> list[ReplayDevice]:
-    """Write bundles, tokens and the batches of so many devices.
+    """Write bundles, tokens and the batches of all devices.
 
-    The bundles have manifests and states, as a hub needs them, and no graphs that a device could
-    run: nothing is lowered.
+    The bundles have the manifests and states that a hub needs, but no exported graphs, so devices
+    cannot run them.
 
     Args:
         workload: the model and its traffic.
         folder: an empty folder.
-        devices: how many.
+        devices: number of devices.
     """
-    # here, so that a process that only reads the folder starts faster
+    # Imported here, so that a process that only reads the folder starts faster.
     from export.writer import WEIGHTS, Tier, make_steps, segment_of, write_tier
     from server_hub.gateway.tokens import TokenFile
 
@@ -218,7 +222,7 @@ def prepare(workload: Workload, folder: Path, devices: int) -> list[ReplayDevice
 
 
 def _packed_batches(workload: Workload, model: SplitModel, cut: int, seed: int) -> bytes:
-    """A device's batches, as :func:`benchmarks.replay.read_batches` reads them."""
+    """Return a device's batches in the format of :func:`benchmarks.replay.read_batches`."""
     x, y = workload.inputs(workload.rows, seed)
     codec, tensors = get_codec(CODEC), {}
     model.train()
@@ -233,5 +237,5 @@ def _packed_batches(workload: Workload, model: SplitModel, cut: int, seed: int) 
 
 
 def cut_of(tier: str) -> int:
-    """The cut of a prepared tier."""
+    """Return the cut of a prepared tier."""
     return int(tier.removeprefix("cut-"))

@@ -24,14 +24,14 @@ LEFTOVERS = pytest.StashKey[Leftovers]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Look at the system's temporary folder before anything runs."""
-    if not hasattr(config, "workerinput"):  # the one process that sees the whole run
+    """List the files of the system's temporary folder before any test runs."""
+    if not hasattr(config, "workerinput"):  # only in the process that sees the whole run
         config.stash[LEFTOVERS] = Leftovers(Path(tempfile.gettempdir()))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Temporary files of tests and of their processes lie in pytest's own folder."""
+    """Temporary files of tests and of their processes are in pytest's own folder."""
     folder = str(tmp_path_factory.mktemp("temporary"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", folder)
@@ -40,9 +40,9 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A run that left files in the system's temporary folder has failed.
+    """Fail a run that left files in the system's temporary folder.
 
-    Coverage is saved here, because a process of xdist that takes long to exit is killed.
+    Coverage is saved here, because xdist kills a process that takes long to exit.
     """
     if (coverage := sys.modules.get("coverage")) and (running := coverage.Coverage.current()):
         running.save()
@@ -54,7 +54,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Name the files that were left."""
+    """Name the files that the run left."""
     leftovers = config.stash.get(LEFTOVERS, None)
     if leftovers is not None and (found := leftovers.found()):
         terminalreporter.section("files left in the temporary folder", red=True)
@@ -64,7 +64,7 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> BundleIndex:
-    """Bundles of ``tests.lib.models:build`` for three tiers; not to be changed."""
+    """Bundles of ``tests.lib.models:build`` for three tiers; tests must not change them."""
     return BundleIndex.read(shared_export(tmp_path_factory, "small", small_bundles))
 
 

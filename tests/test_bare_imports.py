@@ -1,4 +1,4 @@
-"""The trunk needs torch, numpy and msgpack; the GPU check runs on a machine with little more."""
+"""The trunk imports with torch, numpy and msgpack alone; the GPU check runs with little more."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def run_bare(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process that cannot import what a bare machine does not have."""
+    """Run code in a process that cannot import packages which a bare machine lacks."""
     return subprocess.run(
         [sys.executable, "-c", BLOCK + code],
         capture_output=True,
@@ -42,14 +42,14 @@ def run_bare(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_block_works() -> None:
-    """A package that is blocked cannot be imported."""
+    """A blocked package cannot be imported."""
     done = run_bare("import websockets")
     assert done.returncode != 0
     assert "websockets is not installed on a bare machine" in done.stderr
 
 
 def test_the_trunk_can_be_imported() -> None:
-    """Every module of the trunk, the protocol and the packing."""
+    """All modules of the trunk, the protocol and the packing import."""
     modules = sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for folder in ("server_hub/trunk", "edge_sdk/protocol")
@@ -63,7 +63,7 @@ def test_the_trunk_can_be_imported() -> None:
 
 @pytest.mark.slow
 def test_the_gpu_check_runs(tmp_path: Path) -> None:
-    """In tiny sizes on the CPU, with verdicts on exactness and none on a GPU's speed."""
+    """The check runs in tiny sizes on the CPU; it judges exactness, but no speed of a GPU."""
     found, table = tmp_path / "found.json", tmp_path / "found.md"
     done = run_bare(
         "import torch\ntorch.cuda.is_available = lambda: False\n"

@@ -1,4 +1,4 @@
-"""Imports run one way: server_hub -> export -> edge_sdk; and a device needs no torch."""
+"""Imports go one way, server_hub -> export -> edge_sdk, and a device needs no torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FORBIDDEN = {
     "export": {"server_hub"},
 }
 ALLOWED = {"edge_sdk/runtime/executorch.py": {"torch"}}
-"""ExecuTorch's Python binding deals in torch tensors; imported when such a bundle is opened."""
+"""ExecuTorch's Python binding uses torch tensors; it is imported when such a bundle is opened."""
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level packages that a file imports, anywhere in it."""
+    """Return the top-level packages that a file imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -31,7 +31,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_imports_run_one_way(package: str) -> None:
-    """No file of a package imports what lies above it."""
+    """No file of a package imports a package above its own."""
     files = sorted((ROOT / package).rglob("*.py"))
     assert len(files) > 5
     for path in files:
@@ -55,7 +55,7 @@ def test_the_protocol_does_no_io() -> None:
     ],
 )
 def test_a_device_never_imports_torch(code: str) -> None:
-    """Neither the SDK nor the command's help pull in torch."""
+    """Neither the SDK nor the help of its command imports torch."""
     check = f"{code}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The changes that ``tests.lib.mutate`` makes, and the tests that it knows for every room."""
+"""The changes that ``tests.lib.mutate`` makes, and the tests that it has for every room."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def function(a: int = 3, *, flag: bool = True) -> "list[int] | None":
 
 
 def changes(source: str) -> set[tuple[int, str, str]]:
-    """Line, before and after of every mutant."""
+    """Return line, before and after of every mutant."""
     return {(m.line, m.before, m.after) for m in mutants(source)}
 
 
 def test_changes_of_a_sample() -> None:
-    """Every kind, and nothing in texts, annotations, assertions and log messages."""
+    """Mutants have every kind of change; texts, annotations, assertions and logging stay."""
     assert changes(SAMPLE) == {
         (7, "3", "4"),
         (7, "True", "False"),
@@ -58,7 +58,7 @@ def test_changes_of_a_sample() -> None:
 
 @pytest.mark.slow
 def test_every_mutant_is_a_program_that_differs_in_one_place() -> None:
-    """For all of our files, texts beyond ASCII among them."""
+    """This holds for all files of the repository, also those with text beyond ASCII."""
     for path in sorted((ROOT / "edge_sdk").rglob("*.py")):
         source = path.read_text("utf-8")
         original = ast.dump(ast.parse(source))
@@ -68,7 +68,7 @@ def test_every_mutant_is_a_program_that_differs_in_one_place() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_lines_are_drawn_by_the_seed(seed: int) -> None:
-    """The same again, and no line twice."""
+    """The same seed draws the same lines, and no line twice."""
     drawn = pick(ROOT, "edge_sdk/protocol", 20, seed)
     assert drawn == pick(ROOT, "edge_sdk/protocol", 20, seed)
     assert drawn != pick(ROOT, "edge_sdk/protocol", 20, seed + 1)
@@ -78,7 +78,7 @@ def test_lines_are_drawn_by_the_seed(seed: int) -> None:
 
 
 def test_every_room_has_tests() -> None:
-    """Every folder of the device's and the hub's code is a room, and its tests are there."""
+    """Every folder of the device's and the hub's code is a room, and its tests exist."""
     folders = {
         f"{package}/{path.parent.name}"
         for package in ("edge_sdk", "server_hub")

@@ -1,4 +1,4 @@
-"""The names that users import from the tops of the packages."""
+"""The names that users import from the top level of the packages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PUBLIC = {
     ],
     "server_hub": ["Hub", "HubConfig"],
 }
-"""What a change must not take away."""
+"""Names that a change must not remove."""
 
 NAMES = [(package, name) for package, names in PUBLIC.items() for name in names]
 

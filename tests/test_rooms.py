@@ -1,4 +1,4 @@
-"""The rooms of the packages: imports run from the top to the bottom, and never in a circle."""
+"""The rooms of the packages: imports go from top to bottom, without cycles."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ APART = {
     ("server_hub.reports", "server_hub.methods"),
     ("server_hub.reports", "server_hub.trunk"),
 }
-"""Rooms that know nothing of each other: the first does not import the second."""
+"""Pairs of rooms that are independent: the first does not import the second."""
 
 CIRCLES = ["edge_sdk", "export", "server_hub"]
 
 
 @cache
 def modules(package: str) -> dict[str, Path]:
-    """Files of a package by dotted name; not the package itself, which hands names on lazily."""
+    """Return the files of a package by dotted name, without its lazy ``__init__``."""
     found = {}
     for path in (ROOT / package).rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -68,7 +68,7 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def imported(package: str, module: str) -> Iterator[str]:
-    """Modules of the package that a module imports, also inside functions and for types."""
+    """Yield the modules of the package that a module imports, also in functions and for types."""
     known = modules(package)
     for node in ast.walk(ast.parse(known[module].read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -87,17 +87,17 @@ def imported(package: str, module: str) -> Iterator[str]:
 
 @cache
 def imports(package: str) -> dict[str, set[str]]:
-    """What every module of a package imports of it."""
+    """Return the imports of every module within a package."""
     return {module: set(imported(package, module)) for module in modules(package)}
 
 
 def room_of(module: str) -> str:
-    """``server_hub.rounds`` for ``server_hub.rounds.cut_moves``."""
+    """Return the room of a module: ``server_hub.rounds`` for ``server_hub.rounds.cut_moves``."""
     return ".".join(module.split(".")[:2])
 
 
 def level_of(module: str) -> int:
-    """The level of a module's room."""
+    """Return the level of a module's room."""
     package, room = module.split(".")[:2]
     (level,) = [i for i, rooms in enumerate(LEVELS[package]) if room in rooms]
     return level
@@ -112,7 +112,7 @@ def test_every_module_is_in_a_room(package: str) -> None:
 
 @pytest.mark.parametrize("package", LEVELS)
 def test_imports_run_down(package: str) -> None:
-    """From a room to those below it."""
+    """A room imports only rooms of its own level or below."""
     for module, others in imports(package).items():
         for other in others:
             assert level_of(other) <= level_of(module), f"{module} imports {other} above it"
@@ -121,7 +121,7 @@ def test_imports_run_down(package: str) -> None:
 
 @pytest.mark.parametrize("package", CIRCLES)
 def test_there_is_no_circle(package: str) -> None:
-    """No module imports itself by way of others."""
+    """No module imports itself through other modules."""
     done: set[str] = set()
 
     def visit(module: str, way: tuple[str, ...]) -> None:
@@ -137,7 +137,7 @@ def test_there_is_no_circle(package: str) -> None:
 
 @pytest.mark.parametrize("package", CIRCLES)
 def test_files_can_be_read_in_one_sitting(package: str) -> None:
-    """Longer files are listed here, with the hope that the list gets shorter."""
+    """Files that are longer are listed here; the list should get shorter."""
     longer = {
         path.relative_to(ROOT).as_posix()
         for path in modules(package).values()

@@ -1,4 +1,4 @@
-"""How the tests are built: helpers live in ``tests/lib``, and tests look at behaviour."""
+"""The structure of the tests: helpers are in ``tests/lib``, and tests check behaviour."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ PRIVATE_BY_NECESSITY = {
     ("tests/end_to_end/test_text_cli.py", "_ROOM"): "a message holds 16 MiB; the test needs less",
     ("tests/edge_sdk/test_metrics.py", "_CHUNK"): "parts have a MB; the test needs smaller ones",
 }
-"""Private names that a test uses because nothing public shows the behaviour, and why."""
+"""Private names that a test uses because no public name shows the behaviour, with the reason."""
 
 OPEN = {
     ("tests/edge_sdk/test_channel.py", "_received"),
     ("tests/edge_sdk/test_mixture.py", "_downloader"),
     ("tests/edge_sdk/test_mixture.py", "_connection"),
 }
-"""Private names whose uses are still to be replaced; the list only gets shorter."""
+"""Private names whose uses are to be replaced; the list may only get shorter."""
 
 NAMED_TUPLES = {"_replace", "_asdict", "_fields"}
-"""Public in spite of their underscore: methods of every named tuple."""
+"""Names that are public despite their underscore: methods of every named tuple."""
 
 
 def name_of(path: Path) -> str:
-    """Path of a file below the root of the repository."""
+    """Return the path of a file below the root of the repository."""
     return str(path.relative_to(ROOT))
 
 
 def parsed(path: Path) -> ast.Module:
-    """The syntax tree of a file."""
+    """Return the syntax tree of a file."""
     return ast.parse(path.read_text("utf-8"))
 
 
 def is_private(name: str) -> bool:
-    """Whether a name starts with one underscore."""
+    """Return whether a name starts with exactly one underscore."""
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
 def private_names() -> set[str]:
-    """Private functions, classes, attributes and constants of our packages."""
+    """Return the private functions, classes, attributes and constants of the packages."""
     found = set()
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
@@ -61,9 +61,9 @@ def private_names() -> set[str]:
 
 
 def private_uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and name wherever a file reads, writes, imports or patches something private.
+    """Yield line and name wherever a file reads, writes, imports or patches a private name.
 
-    What an object does with itself (``self._x``) is its own affair.
+    Uses through ``self`` (``self._x``) are not counted.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -83,7 +83,7 @@ def private_uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def test_every_test_is_in_the_folder_of_a_package() -> None:
-    """Modules beside the folders are about the repository as a whole."""
+    """Modules outside these folders test the repository as a whole."""
     folders = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name[0] not in "._"}
     assert folders == {*PACKAGES, "end_to_end", "benchmarks", "lib", "vectors"}
     beside = {path.name for path in TESTS.glob("test_*.py")}
@@ -100,7 +100,7 @@ def test_every_test_is_in_the_folder_of_a_package() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_no_module_imports_from_a_test_module(path: Path) -> None:
-    """What tests share is in ``tests/lib``."""
+    """Code that tests share is in ``tests/lib``."""
     for node in ast.walk(parsed(path)):
         names = []
         if isinstance(node, ast.Import):
@@ -116,7 +116,7 @@ def test_no_module_imports_from_a_test_module(path: Path) -> None:
 
 
 def test_the_library_holds_no_tests() -> None:
-    """Each of its files says in a docstring what it is for."""
+    """Every file of the library has a docstring that states its purpose."""
     files = [path for path in (TESTS / "lib").rglob("*.py") if path.name != "__init__.py"]
     assert files
     for path in files:
@@ -129,7 +129,7 @@ def test_the_library_holds_no_tests() -> None:
 
 
 def test_tests_look_at_behaviour() -> None:
-    """No test uses a private name of our packages, but for those that are listed with a reason."""
+    """No test uses a private name of the packages, except those that are listed with a reason."""
     ours = private_names()
     assert len(ours) > 100
     for path in MODULES:

@@ -36,7 +36,10 @@ class MethodConfig:
         if self.cut_rank is not None and self.cut_rank < 1:
             raise ValueError(f"cut_rank is {self.cut_rank}; it must be 1 or more")
         if not self.name.startswith("splitft") and self.cut_rank is not None:
-            raise ValueError('cut_rank says nothing without name = "splitft"')
+            raise ValueError(
+                'cut_rank has no effect unless name is "splitft" or "splitft-u"; remove cut_rank '
+                "or set name"
+            )
         if self.name != "fedsplitx" and self.form != "merged":
             raise ValueError(f"{self.name} has no form {self.form!r}; leave form out")
 

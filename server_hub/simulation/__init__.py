@@ -1,1 +1,1 @@
-"""A fleet on one machine: the hub and devices of a job over links in memory, on a virtual clock."""
+"""Simulates a fleet on one machine: hub, devices and links in memory run on a virtual clock."""

@@ -1,4 +1,4 @@
-"""A simulated run on disk after each round, so that one that was interrupted goes on."""
+"""The checkpoint of a simulated run: written after each round, read when the run resumes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ FILE = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run is after a round.
+    """The state of a run after a round.
 
     Attributes:
-        number: of the round.
-        completed: rounds that count.
-        clock: virtual seconds.
+        number: number of the round, from 1 on.
+        completed: number of completed rounds; a round that no device delivered for is not one.
+        clock: virtual seconds since the start of the run.
         wall: real seconds that the run has taken.
-        up: bytes by kind of message from the devices.
-        down: bytes by kind of message to the devices.
-        meter: what was computed.
-        stores: the global model.
-        moves: where devices have moved to, and what the policy of cuts keeps; empty in a file that
-            was written before that was kept.
-        offers: the order of base networks; empty likewise.
+        up: bytes received from the devices, by kind of message.
+        down: bytes sent to the devices, by kind of message.
+        meter: operations and seconds of the steps.
+        stores: tensors of the global model by name, by store.
+        moves: the devices' tiers after their moves, and the state of the cut policy. A file of an
+            older version has no moves; they are empty then.
+        offers: the order of base networks; empty in a file of an older version.
     """
 
     number: int
@@ -51,7 +51,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, hub: Hub, clock: float, wall: float, meter: Meter) -> Checkpoint:
-        """What a hub is at the end of a round."""
+        """Return the state of a hub at the end of a round."""
         traffic = hub.gateway.traffic
         return cls(
             hub.rounds.number,
@@ -67,7 +67,7 @@ class Checkpoint:
         )
 
     def apply(self, hub: Hub) -> None:
-        """Make a hub what it was."""
+        """Put a new hub into this state."""
         hub.rounds.number, hub.rounds.completed = self.number, self.completed
         hub.gateway.traffic.up.update(self.up)
         hub.gateway.traffic.down.update(self.down)
@@ -78,9 +78,10 @@ class Checkpoint:
             hub.publisher.restore(self.offers)
 
     def write(self, folder: Path) -> None:
-        """Write it in place of the last one."""
+        """Write the checkpoint to the folder of the run; it replaces the previous one."""
         tensors = {
-            f"{store}/{name}": np.require(tensor, requirements="C")  # they are saved as they lie
+            # safetensors writes the memory of an array as it is, so it must be contiguous.
+            f"{store}/{name}": np.require(tensor, requirements="C")
             for store, state in self.stores.items()
             for name, tensor in state.items()
         }
@@ -99,7 +100,11 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint | None:
-        """The last one of a run; None if there is none."""
+        """Read the checkpoint of a run from its folder; None if there is none.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
         path = folder / FILE
         if not path.exists():
             return None
@@ -112,7 +117,7 @@ class Checkpoint:
                 stores.setdefault(store, {})[name] = tensor
             numbers["meter"] = Meter(**numbers["meter"])
             return cls(stores=stores, **numbers)
-        except Exception as error:  # safetensors raises its own
+        except Exception as error:  # safetensors raises errors of its own
             raise ConfigError(
                 f"{path} cannot be read ({error}); remove the run's folder"
             ) from error

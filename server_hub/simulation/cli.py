@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from server_hub.simulation.job import Job
     from server_hub.storage.run_folder import RoundRecord
 
-JobArgument = Annotated[Path, typer.Argument(help="TOML file, see docs/simulate.md for its keys.")]
+JobArgument = Annotated[
+    Path, typer.Argument(help="TOML file of the job; docs/simulate.md lists its keys.")
+]
 RuntimeOption = Annotated[
     str,
     typer.Option(
-        help="What runs the devices' steps: torch (fast), or the exported graph on onnx or "
-        "executorch."
+        help="Runtime of the devices' steps: torch (fast), or onnx or executorch, which run the "
+        "exported graphs."
     ),
 ]
 
@@ -31,20 +33,22 @@ RuntimeOption = Annotated[
 def simulate(
     job_file: JobArgument,
     run: Annotated[
-        Path | None, typer.Option(help="Run folder; an interrupted run there goes on.")
+        Path | None, typer.Option(help="Run folder; an interrupted run in it resumes.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Training method, not the job's.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Training method, instead of the job's.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed, not the job's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the job's.")] = None,
     runtime: RuntimeOption = "torch",
     tensorboard: Annotated[
         Path | None, typer.Option(help="Also write TensorBoard logs to this folder.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON, one row a line.")
+        bool, typer.Option("--json", help="Print the results as JSON, one row per line.")
     ] = False,
 ) -> None:
-    """Run a job's hub and devices in one process, on a virtual clock."""
+    """Simulate a job: run its hub and devices in one process, on a virtual clock."""
     job = read_job(job_file, runtime, method=method, rounds=rounds, seed=seed)
     folder = run or Path("runs") / f"{job_file.stem}-{job.method}-seed-{job.seed}"
     from server_hub.reports.comparison import accuracy_table, cost_table
@@ -61,7 +65,7 @@ def simulate(
         console.print(fleet_table(job).rich())
         records = list(simulation.records)
         if records:
-            console.print(f"going on after round {len(records)} of {job.rounds.count}")
+            console.print(f"resuming after round {len(records)} of {job.rounds.count}")
         with rounds_view(console, simulation.recipe.title, job.rounds.count, records) as show:
 
             def on_round(record: RoundRecord) -> None:
@@ -83,16 +87,21 @@ def simulate(
 
 
 def read_job(path: Path, runtime: str, **changes: Any) -> Job:
-    """The job in a file, with the changes of the command's options.
+    """Read the job from a file and apply the options of the command.
+
+    Args:
+        path: TOML file of the job.
+        runtime: runtime of the devices' steps, as the user has written it.
+        changes: values that replace those of the job, by name; None leaves a value as it is.
 
     Raises:
-        ConfigError: the file or an option is wrong, or they do not fit together.
+        ConfigError: the file or an option is invalid, or they do not fit together.
     """
     from server_hub.simulation.job import DeviceRuntime, Job
 
     if runtime not in get_args(DeviceRuntime):
         known = ", ".join(get_args(DeviceRuntime))
-        raise ConfigError(f"--runtime is {runtime!r}, must be one of {known}")
+        raise ConfigError(f"--runtime is {runtime!r}; it must be one of {known}")
     job = Job.read(path)
     if changes.get("rounds") is not None:
         changes["rounds"] = replace(job.rounds, count=changes["rounds"])
@@ -105,29 +114,31 @@ def read_job(path: Path, runtime: str, **changes: Any) -> Job:
 def compare(
     job_file: JobArgument,
     methods: Annotated[
-        str, typer.Option(help="Methods, with commas between them; all for all of them.")
+        str, typer.Option(help="Methods, separated by commas; 'all' for every method.")
     ] = "fedsplitx,exc,fedavg",
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
     run: Annotated[
-        Path | None, typer.Option(help="Folder; what is finished there is not run again.")
+        Path | None, typer.Option(help="Folder of the runs; finished runs are not repeated.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
     target: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Accuracy, as a fraction, or perplexity to reach  [default: what all reach]",
+            help="Accuracy (a fraction) or perplexity to reach  [default: the best that every "
+            "method reaches]",
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time  [default: processors]")
+        int | None,
+        typer.Option(min=1, help="Runs at a time  [default: number of processors]"),
     ] = None,
     runtime: RuntimeOption = "torch",
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON, one row a line.")
+        bool, typer.Option("--json", help="Print the results as JSON, one row per line.")
     ] = False,
 ) -> None:
-    """Run a job with several methods and seeds, and show them side by side."""
+    """Run a job with several methods and seeds, and compare the results."""
     from server_hub.reports.comparison import accuracy_table, cost_table
     from server_hub.simulation.job import methods_of
     from server_hub.simulation.prepare import read_data
@@ -191,4 +202,4 @@ def _numbers(text: str) -> list[int]:
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise ConfigError(f"--seeds is {text!r}; give numbers with commas between them") from None
+        raise ConfigError(f"--seeds is {text!r}; give numbers, separated by commas") from None

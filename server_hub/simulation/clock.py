@@ -1,8 +1,8 @@
 """A virtual clock: an asyncio event loop in which waiting takes no time.
 
-Hub and devices run as they are; only what they wait for is different. When nobody can go on, time
-jumps to the next moment at which somebody can. Everything happens in one thread and in an order
-that depends on nothing but the job, so a run can be repeated exactly.
+The code of hub and devices runs unchanged; only the clock is different. When all tasks wait, the
+clock jumps to the next event. All tasks run in one thread, in an order that depends on the job
+alone, so a run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class Stuck(CutlayerError):
-    """Everybody waits, and nothing will happen any more."""
+    """All tasks wait, and no event is left that could wake one of them."""
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Instead of waiting for events, puts the clock forward by as long as the wait would be."""
+    """A selector that never waits: it advances the clock by the length of the wait instead."""
 
     now = 0.0
 
@@ -38,11 +38,11 @@ class _JumpingSelector(selectors.DefaultSelector):
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop on a virtual clock.
 
-    Work that is given to a thread elsewhere (``asyncio.to_thread``) runs at once, in this thread.
-    It takes as much virtual time as it says through :meth:`charge` while it runs.
+    Work for other threads (``asyncio.to_thread``) runs at once, in this thread. It takes the
+    virtual time that it passes to :meth:`charge` while it runs.
 
     Args:
-        start: the clock's first reading, in seconds.
+        start: time of the clock at the beginning, in seconds.
     """
 
     def __init__(self, start: float = 0.0) -> None:
@@ -52,17 +52,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__(self._clock)
 
     def time(self) -> float:
-        """Virtual seconds."""
+        """Return the time of the virtual clock, in seconds."""
         return self._clock.now
 
     def charge(self, seconds: float) -> None:
-        """Say that the work which runs now takes so long on the device that it stands for."""
+        """Add ``seconds`` of virtual time to the work that runs now in :meth:`run_in_executor`."""
         self._charged += seconds
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any
     ) -> asyncio.Future[T]:
-        """Run ``func`` now; its result is there after the time that it has charged."""
+        """Run ``func`` now; the future has its result after the virtual time that it charges."""
         future: asyncio.Future[T] = self.create_future()
         self._charged = 0.0
         try:
@@ -72,7 +72,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             return future
 
         def settle() -> None:
-            if not future.done():  # whoever waited for it may have been cancelled
+            if not future.done():  # the task that waited for it may have been cancelled
                 future.set_result(result)
 
         if self._charged > 0:
@@ -83,7 +83,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run(main: Callable[[VirtualLoop], Coroutine[Any, Any, T]], start: float = 0.0) -> T:
-    """Run a coroutine to its end on a virtual clock that starts at ``start`` seconds."""
+    """Run a coroutine to its end on a virtual clock that starts at ``start`` seconds.
+
+    Raises:
+        Stuck: all tasks wait, and no event is left.
+    """
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(start)) as runner:
         loop = runner.get_loop()
         assert isinstance(loop, VirtualLoop)

@@ -1,4 +1,4 @@
-"""Several methods and seeds of one job: cells, checked together and run side by side."""
+"""A comparison of methods and seeds on one job: cells are checked first, then run in parallel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from server_hub.simulation.workers import Cell, run_cells
 from server_hub.storage.run_folder import RoundRecord, read_records
 
 OnProgress = Callable[[int, int, list[str]], None]
-"""Called with the rounds done, the rounds in all, and the names of the cells that run."""
+"""Called with the number of finished rounds, of all rounds, and the names of the running cells."""
 
 
 def compare(
@@ -39,28 +39,28 @@ def compare(
 ) -> dict[tuple[str, int], list[RoundRecord]]:
     """Run a job with every method and every seed.
 
-    Each has its run in ``folder/METHOD/seed-N``. One that is finished is only read, one that was
-    interrupted goes on.
+    The folder of a run is ``folder/METHOD/seed-N``. A finished run is only read; an interrupted
+    run resumes. All errors but :class:`CellFailed` are raised before any run starts.
 
     Args:
-        job: what to simulate; its own method and seed do not count.
+        job: the job to simulate; its own method and seed are ignored.
         methods: names of methods.
         seeds: numbers, 0 or more.
-        folder: for all runs.
-        runtime: what runs the devices' steps.
+        folder: folder for all runs.
+        runtime: runtime of the devices' steps.
         base: folder that relative paths in the job start from.
-        jobs: runs at a time.
+        jobs: number of runs at a time.
         on_progress: called a few times a second.
 
     Returns:
         The rounds by method and seed.
 
     Raises:
-        ConfigError: the job cannot be with one of the methods or seeds, or a folder holds another
-            run; told before anything runs.
+        ConfigError: the job does not fit one of the methods or seeds, or a folder holds another
+            run.
         DataError: the data cannot be read, or do not fit the model.
-        ExportError: the model cannot be cut so.
-        CellFailed: a run has failed; what is finished, and the rounds of the others, stay.
+        ExportError: the model cannot be cut at a tier's cut layer.
+        CellFailed: a run has failed. Finished runs and finished rounds of the others are kept.
     """
     if jobs < 1:
         raise ConfigError(f"{jobs} runs at a time; it must be 1 or more")
@@ -83,9 +83,13 @@ def compare(
 
 
 def cells_of(job: Job, methods: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Cell]:
-    """The cells of a comparison, method by method; :class:`ConfigError` if there is none."""
+    """Return the cells of a comparison, method by method.
+
+    Raises:
+        ConfigError: there are no methods or no seeds, a seed is negative, or a method is unknown.
+    """
     if not methods or not seeds:
-        raise ConfigError("there is nothing to compare: name one method and one seed or more")
+        raise ConfigError("there is nothing to compare; give at least one method and one seed")
     negative = [seed for seed in seeds if seed < 0]
     if negative:
         raise ConfigError(f"seed {negative[0]} is negative; seeds are 0 or more")
@@ -100,13 +104,13 @@ def cells_of(job: Job, methods: Sequence[str], seeds: Sequence[int], folder: Pat
 
 
 def check(jobs: Sequence[Job], runtime: DeviceRuntime, base: Path) -> None:
-    """What can be known of jobs of one comparison without running them.
+    """Check the jobs of one comparison without running them.
 
     Raises:
         ConfigError: a partition leaves a client without examples, model and data do not fit, or
             a method does not fit the job.
         DataError: the data cannot be read.
-        ExportError: the model cannot be built, or cut so.
+        ExportError: the model cannot be built, or cannot be cut at a tier's cut layer.
     """
     data = read_data(jobs[0], base)
     example = torch.from_numpy(data.train.x[:8])

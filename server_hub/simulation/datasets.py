@@ -1,4 +1,4 @@
-"""Data for a fleet: read in the formats they come in, split, drawn and scaled."""
+"""Data for a fleet: reads a source, splits off held-out rows, draws rows, and scales pixels."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ FORMATS = (
     "(python or binary version); a folder of images CLASS/*.png (.jpg), train/CLASS/*.png with "
     "test/CLASS/*.png, or DOMAIN/CLASS/*.png; UTF-8 text"
 )
-"""The formats that :func:`load_dataset` knows, as errors list them."""
+"""The formats that :func:`load_dataset` reads, for error messages."""
 TEXTS = {".txt", ".text", ".md"}
 BYTES = 256
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples to train a fleet on, and examples to measure it on.
+    """Examples that a fleet trains on, and examples that it is measured on.
 
     Attributes:
-        train: what the clients share.
-        held_out: what accuracy is measured on; no row of it is in ``train``.
+        train: training examples, which the clients share.
+        held_out: examples that accuracy or perplexity is measured on; none of them is in
+            ``train``.
         classes: number of classes; for ``tokens`` the size of the vocabulary.
         task: ``classes`` (one label per row) or ``tokens`` (one label per position).
-        domains: domain of each row of ``train`` (rows,), int64; None if the data have none.
+        domains: domain of each row of ``train``, (rows,) int64; None if the data have no domains.
     """
 
     train: Examples
@@ -54,19 +55,20 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DataTable:
-    """What ``[data]`` of a job may say.
+    """The data of a job: the table ``[data]``.
 
     Attributes:
-        source: ``digits`` for scikit-learn's bundled digits, else a path.
-        held_out: fraction of the rows (of the paragraphs, for text) to hold out; a source with a
-            test split of its own, as digits and CIFAR-10 have, keeps that.
-        train: training rows at most, drawn with every class in proportion; None for all.
-        test: held-out rows at most, drawn in the same way.
-        length: tokens of one text; a longer paragraph becomes several texts.
+        source: ``digits`` for scikit-learn's bundled digits, or a path.
+        held_out: fraction of the rows (of the paragraphs, for text) to hold out. A source with a
+            test split of its own, such as digits or CIFAR-10, keeps its split.
+        train: maximum number of training rows, drawn with every class in proportion; None for
+            all.
+        test: maximum number of held-out rows, drawn in the same way; None for all.
+        length: maximum number of tokens of a text; a longer paragraph becomes several texts.
         tokenizer: folder of a tokenizer of transformers, for texts; None for bytes as tokens.
-        scale: what pixels become: ``standard``, with mean 0 and deviation 1 per channel, or
-            ``unit``, from 0 to 1, as adversarial examples need them.
-        seed: of the split and of the rows that are drawn.
+        scale: how pixels are scaled: ``standard`` to mean 0 and deviation 1 per channel, ``unit``
+            to the range from 0 to 1, which adversarial examples need.
+        seed: seed of the split and of the draw of rows.
     """
 
     source: str
@@ -80,35 +82,36 @@ class DataTable:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise ValueError("source is empty, must be 'digits' or a path")
+            raise ValueError("source is empty; it must be 'digits' or a path")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}, must be between 0 and 1")
+            raise ValueError(f"held_out is {self.held_out}; it must be between 0 and 1")
         for name, size in (("train", self.train), ("test", self.test)):
             if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}, must be at least 1")
+                raise ValueError(f"{name} is {size}; it must be at least 1")
         if self.length < 2:
-            raise ValueError(f"length is {self.length}, must be at least 2")
+            raise ValueError(f"length is {self.length}; it must be at least 2")
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, must not be negative")
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
 def load_dataset(table: DataTable, base: Path = Path()) -> Dataset:
     """Read the data of a job.
 
     Images (n, h, w) and (n, h, w, c) become (n, 1, h, w) and (n, c, h, w) float32. Pixels in
-    uint8 are scaled to [0, 1], then, if so asked, standardised per channel with mean and deviation
-    of the training rows; floats keep their values. The tokens of a text are its bytes, or what a
-    tokenizer makes of its paragraphs: x (n, length) int64, padded with 0; y is the token that
-    follows, -1 where none does.
+    uint8 are scaled to [0, 1] and, with the scale ``standard``, standardised per channel with mean
+    and deviation of the training rows; floats keep their values. The tokens of a text are its
+    bytes, or the tokens that a tokenizer gives for its paragraphs: x (n, length) int64, padded
+    with 0; y of the same shape, the next token, -1 where there is none.
 
     Args:
-        table: what to read.
+        table: the table ``[data]`` of the job.
         base: folder that a relative path starts from.
 
     Raises:
-        DataError: nothing there, an unknown format, or contents that do not fit their format.
+        DataError: the source does not exist, has an unknown format, or is invalid in its format.
     """
-    # A generator for each choice: another number of training rows keeps split and test rows.
+    # Each choice has its own generator, so the split and the test rows do not depend on the
+    # number of training rows.
     generators = of_split, of_train, of_test = np.random.default_rng(table.seed).spawn(3)
     path = base / table.source
     if table.source != "digits":
@@ -143,13 +146,13 @@ def load_dataset(table: DataTable, base: Path = Path()) -> Dataset:
 
 
 def apportion(shares: Array, total: int) -> Array:
-    """Integers that sum to ``total``, as near to proportional to ``shares`` as can be.
+    """Return integers (parts,) that sum to ``total``, as close to proportional as possible.
 
-    Everyone gets the whole part of its quota; what remains goes to the largest fractions.
+    Each part gets the integer part of its quota; the rest goes to the largest fractions.
 
     Args:
-        shares: (parts,), not negative, not all zero.
-        total: what to share out.
+        shares: proportions (parts,), not negative, not all zero.
+        total: the sum to share out.
     """
     quotas = total * shares / shares.sum()
     counts: Array = np.floor(quotas).astype(np.int64)
@@ -159,12 +162,12 @@ def apportion(shares: Array, total: int) -> Array:
 
 
 def stratified(strata: Array, size: int | None, rng: np.random.Generator) -> Array:
-    """Random rows, sorted, ``size`` of them at most, with every stratum in proportion.
+    """Draw at most ``size`` row numbers, sorted, with every stratum in proportion.
 
     Args:
-        strata: integer per row (rows,).
-        size: rows to draw; None for all.
-        rng: draws them.
+        strata: stratum of each row, (rows,) integers.
+        size: number of rows to draw; None for all.
+        rng: generator for the draw.
     """
     if size is None or size >= len(strata):
         return np.arange(len(strata))
@@ -181,9 +184,9 @@ def _take(data: Examples, rows: Array) -> Examples:
 
 
 def _held_out(rows: int, name: str, fraction: float) -> int:
-    """How many to hold out; at least one, and at least one remains."""
+    """Return how many of ``rows`` to hold out: at least one, and at least one row remains."""
     if rows < 2:
-        raise DataError(f"{name}: {rows} of them are too few to hold any out")
+        raise DataError(f"{name}: {rows} is too few to hold any out; at least 2 are needed")
     return min(max(round(rows * fraction), 1), rows - 1)
 
 
@@ -215,7 +218,7 @@ def _is_text(path: Path) -> bool:
 def _load_text(
     path: Path, table: DataTable, base: Path, generators: Sequence[np.random.Generator]
 ) -> Dataset:
-    """Whole paragraphs are held out, so that no text of one is on both sides."""
+    """Read a text; whole paragraphs are held out, so no paragraph is on both sides of the split."""
     of_split, of_train, of_test = generators
     written = read_text(path)
     paragraphs: Sequence[Sequence[int]] = written
@@ -242,15 +245,15 @@ def _load_text(
 
 
 def _checked(source: Source, name: str) -> Source:
-    """The same rows, labels and domains as int64, if they are what they must be."""
+    """Check a source; return its rows unchanged, its labels and domains as int64."""
     train = _checked_part(source.train, name)
     test = None if source.test is None else _checked_part(source.test, name)
     if test is not None and (
         test.x.shape[1:] != train.x.shape[1:] or test.x.dtype != train.x.dtype
     ):
         raise DataError(
-            f"{name}: a test row is {test.x.dtype} {list(test.x.shape[1:])}, "
-            f"a training row {train.x.dtype} {list(train.x.shape[1:])}; they must be alike"
+            f"{name}: a test row is {test.x.dtype} {list(test.x.shape[1:])}, a training row is "
+            f"{train.x.dtype} {list(train.x.shape[1:])}; dtype and shape must be the same"
         )
     domains = source.domains
     if domains is None:
@@ -265,13 +268,13 @@ def _checked(source: Source, name: str) -> Source:
 
 def _checked_part(data: Examples, name: str) -> Examples:
     if data.x.ndim < 2 or len(data.x) == 0:
-        raise DataError(f"{name}: x has shape {list(data.x.shape)}, must be (rows, ...)")
+        raise DataError(f"{name}: x has shape {list(data.x.shape)}; it must be (rows, ...)")
     if data.y.shape != data.x.shape[:1]:
         raise DataError(
-            f"{name}: y has shape {list(data.y.shape)}, must be [{len(data.x)}], a label per row"
+            f"{name}: y has shape {list(data.y.shape)}; it must be [{len(data.x)}], a label per row"
         )
     if data.y.dtype.kind not in "iu":
-        raise DataError(f"{name}: labels are {data.y.dtype}, must be integers from 0 on")
+        raise DataError(f"{name}: labels are {data.y.dtype}; they must be integers from 0 on")
     if data.y.min() < 0:
         raise DataError(f"{name}: the smallest label is {data.y.min()}, labels start at 0")
     if data.x.dtype.kind != "f" and (data.x.dtype != np.uint8 or data.x.ndim not in (3, 4)):
@@ -285,18 +288,21 @@ def _checked_part(data: Examples, name: str) -> Examples:
 
 
 def _scaled(train: Array, test: Array, unit: bool) -> tuple[Array, Array]:
-    """Both with channels first, as float32; pixels in uint8 standardised, or from 0 to 1."""
+    """Return both as float32 with channels first.
+
+    Pixels in uint8 are standardised, or scaled to the range from 0 to 1 if ``unit`` is true.
+    """
     train, test = _channels_first(train), _channels_first(test)
     if train.dtype != np.uint8:
         return train.astype(np.float32), test.astype(np.float32)
     scaled = np.empty(train.shape, np.float32), np.empty(test.shape, np.float32)
     levels = np.arange(256) / 255
     for channel in range(train.shape[1]):
-        # There are 256 values only: counting them is exact and needs no copy in float64.
+        # Pixels have only 256 values; counting them is exact and needs no copy in float64.
         counts = np.bincount(train[:, channel].ravel(), minlength=256)
         mean = 0.0 if unit else np.average(levels, weights=counts)
         deviation = 1.0 if unit else np.sqrt(np.average((levels - mean) ** 2, weights=counts))
-        # A channel that is the same everywhere has nothing to scale.
+        # The deviation of a constant channel is 0; such a channel is not scaled.
         values = ((levels - mean) / (deviation or 1.0)).astype(np.float32)
         for target, pixels in zip(scaled, (train, test), strict=True):
             target[:, channel] = values[pixels[:, channel]]

@@ -1,4 +1,4 @@
-"""Devices of a simulated fleet: the SDK's own, with a runtime that keeps virtual time."""
+"""Devices of a simulated fleet: devices of the SDK with a runtime that charges virtual time."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from server_hub.simulation.job import FleetTier
 from server_hub.simulation.network import SimulatedLink
 
 _HANDSHAKES = 3
-"""Round trips until a link is open: of TCP, TLS and the websocket."""
+"""Round trips until a link is open: one each for TCP, TLS and the WebSocket."""
 
 
 @dataclass
 class Meter:
-    """What the run has computed.
+    """Counts the compute of a run.
 
     Attributes:
-        seconds: real seconds within steps of devices and trunk.
-        device_flop: operations of the devices' steps.
-        trunk_flop: operations of the trunk's steps.
+        seconds: real seconds spent in steps of devices and trunk.
+        device_flop: floating-point operations of the devices' steps.
+        trunk_flop: floating-point operations of the trunk's steps.
     """
 
     seconds: float = 0.0
@@ -47,17 +47,17 @@ class TimedRuntime:
     Implements :class:`edge_sdk.runtime.Runtime`.
 
     Args:
-        runtime: runs the steps.
-        flop: operations per sample, by graph.
-        gflops: what the device computes, in 10^9 operations per second; None for no limit.
-        meter: counts.
-        loop: the clock.
-        length: of the texts that the operations were counted on; None for other inputs. Shorter
-            ones take less in proportion.
+        runtime: runtime that runs the steps.
+        flop: operations per row, by graph.
+        gflops: speed of the device, in 10^9 operations per second; None for no limit.
+        meter: counts operations and real seconds.
+        loop: event loop with the virtual clock.
+        length: length in tokens of the texts that ``flop`` was counted on; None for other inputs.
+            The operations of a text are proportional to its length.
     """
 
     loading_s = 0.0
-    """Steps take what they compute, and loading nothing."""
+    """Seconds that loading takes; only steps take virtual time."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class TimedRuntime:
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         started = time.perf_counter()
         outputs = self._runtime.run(graph, batch)
-        like = batch["y" if graph == "finish" else "x"]  # shaped alike, where they are texts
+        like = batch["y" if graph == "finish" else "x"]  # for texts, x and y have the same shape
         flop = self._flop[graph] * len(like)
         if self._length is not None:
             flop *= like.shape[1] / self._length
@@ -92,20 +92,20 @@ class TimedRuntime:
 
 
 class SimulatedDevice:
-    """A device that comes and goes, and trains while it is there.
+    """A device that is online and offline in turn, and trains while it is online.
 
-    It goes without a word: its link breaks, its local round is lost. When it comes back it starts
-    over, with the bundles that it has kept, at the cut that it had.
+    When it goes offline, its link breaks without a message and its local round is lost. When it is
+    online again, it joins with the bundles in its cache, at its last cut.
 
     Args:
-        name: its name.
-        token: its token at the hub.
-        tier: what it can do.
-        data: its examples.
-        cache: folder for its bundle.
-        load: makes its runtime.
+        name: name of the device.
+        token: token of the device at the hub.
+        tier: tier of the device: compute, network, and times online and offline.
+        data: examples of the device.
+        cache: folder for its bundles.
+        load: loads the runtime of a bundle for a number of threads.
         serve: serves the hub's end of a link, given the device's name.
-        seed: of its absences.
+        seed: seed of the times online and offline.
     """
 
     def __init__(
@@ -125,18 +125,22 @@ class SimulatedDevice:
         self._link: SimulatedLink | None = None
         self._present = False
         self.left = False
-        """Whether it has gone at least once."""
+        """Whether the device has gone offline at least once."""
         self._served: set[asyncio.Task[None]] = set()
 
     def there_at(self, now: float) -> bool:
-        """Whether the device is there at this time."""
+        """Whether the device is online at time ``now``, in seconds."""
         return next(start for start, end in self._presences() if end > now) <= now
 
     def _presences(self) -> Iterator[tuple[float, float]]:
         return presences(self._tier, f"{self._seed}/{self.name}")
 
     async def live(self) -> None:
-        """Come and go until the hub says stop."""
+        """Be online and offline in turn until the hub ends the job.
+
+        Raises:
+            CutlayerError: the device failed while it was online.
+        """
         loop = asyncio.get_running_loop()
         for start, end in self._presences():
             if end <= loop.time():
@@ -178,16 +182,20 @@ class SimulatedDevice:
         self._link = mine
         await asyncio.sleep(_HANDSHAKES * 2 * self._tier.latency_ms / 1000)
         task = asyncio.ensure_future(self._serve(theirs, self.name))
-        self._served.add(task)  # the loop itself keeps no more than a weak reference
+        self._served.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._served.discard)
         return mine
 
 
 def presences(tier: FleetTier, seed: str) -> Iterator[tuple[float, float]]:
-    """When a device is there: ``(from, until)`` in seconds, one after the other.
+    """Yield the times when a device is online: ``(from, until)`` in seconds, in order.
 
-    Times of presence and absence are exponential, so a device has no memory of how long it was
-    there; at the start it is there with the probability that it has at any time.
+    Times online and offline are exponentially distributed, so they have no memory. The
+    probability of being online at the start is that of any later time.
+
+    Args:
+        tier: gives the mean times, ``online_s`` and ``offline_s``.
+        seed: seed of the times.
     """
     if tier.online_s is None:
         yield 0.0, math.inf

@@ -1,4 +1,4 @@
-"""scikit-learn's bundled handwritten digits: 1,797 images of 8 x 8 pixels."""
+"""The handwritten digits that scikit-learn bundles: 1,797 images of 8 x 8 pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ CLASSES = 10
 
 
 def load() -> tuple[Examples, Examples]:
-    """Training and held-out digits, 80 % and 20 %, pixels in [0, 1], the same split every time."""
+    """Return training and held-out digits, 80 % and 20 %; the split is always the same.
+
+    Returns:
+        Two sets of examples: x (n, 1, 8, 8) float32 in [0, 1], y (n,) from 0 to 9.
+    """
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)

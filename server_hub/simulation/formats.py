@@ -1,4 +1,4 @@
-"""Formats of data: what files hold, as they hold it, before any row is drawn or pixel scaled."""
+"""Readers of data formats: they return the contents of files, without any draw or scaling."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PICTURES = {".png", ".jpg", ".jpeg"}
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 CIFAR_FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin")
-"""Where the files lie: in the folder itself, or in the one that the archive unpacks to."""
+"""Where the files of CIFAR-10 are: in the folder itself, or in the folder of the archive."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a source holds.
+    """The contents of a data source.
 
     Attributes:
-        train: its rows, or its training rows.
-        test: its held-out rows, if it has a split of its own.
-        domains: domain of each row of ``train`` (rows,), if it knows.
+        train: the training rows, or all rows if the source has no test split.
+        test: the rows of the source's test split; None if it has none.
+        domains: domain of each row of ``train``, (rows,); None if the source has no domains.
     """
 
     train: Examples
@@ -43,7 +43,7 @@ def read_npz(path: Path) -> Source:
     """Read ``x`` and ``y``, or ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
 
     Raises:
-        DataError: the file is no ``.npz``, is damaged, or lacks an array.
+        DataError: the file is not an ``.npz`` file, is damaged, or lacks an array.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -59,7 +59,7 @@ def read_npz(path: Path) -> Source:
         domain = "domain_train" if split else "domain"
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*needed, domain) if name in names}
-    # RuntimeError: encrypted, or compressed in a way that Python does not know.
+    # RuntimeError: the file is encrypted, or compressed with a method that Python does not support.
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read as .npz: {error}") from error
     parts = [Examples(arrays[needed[i]], arrays[needed[i + 1]]) for i in range(0, len(needed), 2)]
@@ -67,10 +67,13 @@ def read_npz(path: Path) -> Source:
 
 
 def find_cifar(folder: Path) -> tuple[list[Path], bool] | None:
-    """The six files of CIFAR-10 and whether they are the binary version; None if it is not there.
+    """Find CIFAR-10 in a folder; None if none of its files is there.
+
+    Returns:
+        The six files, and whether they are the binary version.
 
     Raises:
-        DataError: some of the six files are there, others are not.
+        DataError: only some of the six files exist.
     """
     for inner in CIFAR_FOLDERS:
         for suffix in ("", ".bin"):
@@ -87,7 +90,11 @@ def find_cifar(folder: Path) -> tuple[list[Path], bool] | None:
 
 
 def read_cifar(files: Sequence[Path], binary: bool) -> Source:
-    """Read CIFAR-10: images (n, 3, 32, 32) uint8; the last file holds the test images.
+    """Read CIFAR-10: images (n, 3, 32, 32) uint8.
+
+    Args:
+        files: the six files; the last one holds the test images.
+        binary: whether the files are the binary version; otherwise they are pickles.
 
     Raises:
         DataError: a file is damaged, or a pickle holds more than arrays and labels.
@@ -102,7 +109,7 @@ def read_cifar(files: Sequence[Path], binary: bool) -> Source:
 
 
 def _cifar_binary(file: Path) -> Examples:
-    """A record is one byte for the label, then the pixels, one channel after the other."""
+    """Read records of one byte for the label, then the pixels, one channel after the other."""
     raw = np.fromfile(file, np.uint8)
     size = 1 + int(np.prod(CIFAR_SHAPE))
     if len(raw) == 0 or len(raw) % size:
@@ -112,12 +119,12 @@ def _cifar_binary(file: Path) -> Examples:
 
 
 class _PickledDtype:
-    """Stands for ``numpy.dtype`` in a pickle: integers, and nothing else."""
+    """Replaces ``numpy.dtype`` while unpickling; accepts integer dtypes only."""
 
     def __init__(self, name: str | bytes, *_: object) -> None:
         self.name = name.decode() if isinstance(name, bytes) else name
         if not re.fullmatch("[iu][1248]", self.name):
-            raise pickle.UnpicklingError(f"an array of {self.name!r}, not of integers")
+            raise pickle.UnpicklingError(f"an array of {self.name!r} instead of integers")
         self.order = "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -125,13 +132,13 @@ class _PickledDtype:
         self.order = {"<": "<", ">": ">"}.get(order, "=")
 
     def array(self, raw: Any, shape: Any, fortran: bool) -> Array:
-        """The numbers; ValueError if ``raw`` has not the bytes for ``shape``."""
+        """Return the array; raise ValueError if the size of ``raw`` does not fit ``shape``."""
         numbers: Array = np.frombuffer(raw, self.order + self.name)
         return numbers.reshape(shape, order="F" if fortran else "C")
 
 
 class _PickledArray:
-    """Stands for ``numpy.ndarray`` in a pickle: a shape, integers, and their bytes."""
+    """Replaces ``numpy.ndarray`` while unpickling; rebuilds an array of integers from its bytes."""
 
     value: Array
 
@@ -153,9 +160,9 @@ def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> _PickledArray:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Rebuilds containers, numbers and arrays; whatever else a pickle names is refused.
+    """Rebuilds containers, numbers and arrays; refuses everything else that a pickle names.
 
-    Not even numpy's own functions run: the state of a dtype can be made up so that they crash.
+    It does not call numpy's own functions either: a forged state of a dtype makes them crash.
     """
 
     KNOWN = {
@@ -169,15 +176,15 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.KNOWN:
-            raise pickle.UnpicklingError(f"{module}.{name}, which is neither array nor label")
+            raise pickle.UnpicklingError(f"{module}.{name}, which is neither an array nor a label")
         return self.KNOWN[module, name]
 
 
 def _cifar_pickle(file: Path) -> Examples:
-    """A dictionary: ``data`` (n, 3072) uint8 and ``labels``, keys as bytes or text."""
+    """Read a pickled dictionary of ``data`` (n, 3072) uint8 and ``labels``; keys: bytes or str."""
     try:
         with open(file, "rb") as stream:
-            # Python 2 wrote the original files: its strings are bytes.
+            # Python 2 wrote the original files, and its strings are bytes.
             content = _Unpickler(stream, encoding="bytes").load()
     except pickle.UnpicklingError as error:
         raise DataError(f"{file} is refused: it holds {error}") from error
@@ -187,7 +194,7 @@ def _cifar_pickle(file: Path) -> Examples:
     data, labels = (content.get(key.encode(), content.get(key)) for key in ("data", "labels"))
     x = getattr(data, "value", None) if isinstance(data, _PickledArray) else None
     if x is None or x.dtype != np.uint8 or x.shape[1:] != (3072,):
-        raise DataError(f"{file} is no batch of CIFAR-10: it has no data (n, 3072) in uint8")
+        raise DataError(f"{file} is no batch of CIFAR-10: it has no data (n, 3072) of uint8")
     if not isinstance(labels, list) or any(type(label) is not int for label in labels):
         raise DataError(f"{file} is no batch of CIFAR-10: it has no list of integer labels")
     if len(labels) != len(x):
@@ -198,10 +205,10 @@ def _cifar_pickle(file: Path) -> Examples:
 def read_pictures(folder: Path) -> Source:
     """Read images from ``CLASS/*``, ``train/CLASS/*`` and ``test/CLASS/*``, or ``DOMAIN/CLASS/*``.
 
-    Classes, and domains, are numbered in the order of their names.
+    Classes and domains are numbered in the order of their names.
 
     Raises:
-        DataError: no images, an empty class, a size that differs, or a file that is no image.
+        DataError: there are no images, a class is empty, sizes differ, or a file is not an image.
     """
     names = {inner.name for inner in _folders(folder)}
     if {"train", "test"} & names:
@@ -210,7 +217,7 @@ def read_pictures(folder: Path) -> Source:
         groups = [_classes(folder / "train"), _classes(folder / "test")]
         unknown = sorted(groups[1].keys() - groups[0].keys())
         if unknown:
-            raise DataError(f"{folder}: test has the class {unknown[0]!r}, train has not")
+            raise DataError(f"{folder}: test has the class {unknown[0]!r}, train does not have it")
         train, test = _decode(folder, groups)
         return Source(train, test)
     domains = [inner for inner in _folders(folder) if _folders(inner)]
@@ -229,11 +236,11 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """The images of each class."""
+    """Return the image files of each class folder, by the name of the class."""
     classes = {}
     stray = [p for p in folder.iterdir() if p.suffix.lower() in PICTURES]
     if stray and _folders(folder):
-        raise DataError(f"{min(stray)} lies beside class folders; move it into one")
+        raise DataError(f"{min(stray)} lies beside class folders; move it into one of them")
     for inner in _folders(folder):
         files = sorted(p for p in inner.iterdir() if p.suffix.lower() in PICTURES)
         if not files:
@@ -245,9 +252,9 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def _decode(folder: Path, groups: Sequence[dict[str, list[Path]]]) -> list[Examples]:
-    """Images (n, h, w, 3) or, if all are grey, (n, h, w), uint8, with labels; one for each group.
+    """Decode the images of each group: (n, h, w, 3) uint8, or (n, h, w) if all images are grey.
 
-    Every header is read before any pixel, so that an odd size is found before the long work.
+    All headers are read before any pixels, so that a wrong size is found before the long work.
     """
     from PIL import Image
 
@@ -283,29 +290,33 @@ def _decode(folder: Path, groups: Sequence[dict[str, list[Path]]]) -> list[Examp
 
 
 def read_text(path: Path) -> list[bytes]:
-    """The paragraphs of a text: what blank lines separate, without the space around them.
+    """Read the paragraphs of a text, which blank lines separate, without surrounding whitespace.
 
     Raises:
-        DataError: no text, but zeros or nothing.
+        DataError: the file has zero bytes, so it is not a text.
     """
     content = path.read_bytes()
     if b"\0" in content:
-        raise DataError(f"{path} holds zero bytes: that is no UTF-8 text")
+        raise DataError(f"{path} is no UTF-8 text: it holds bytes of value 0")
     lines = content.replace(b"\r\n", b"\n")
     paragraphs = [part.strip() for part in re.split(rb"\n\s*\n", lines)]
     return [part for part in paragraphs if part]
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """A tokenizer of transformers; :class:`DataError` if there is none in the folder."""
+    """Load a tokenizer of transformers from a folder.
+
+    Raises:
+        DataError: the folder has no valid tokenizer, or transformers is not installed.
+    """
     if not folder.is_dir():
         raise DataError(f"no tokenizer at {folder}; give a folder that transformers has saved")
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise DataError(
-            "tokenizers need transformers; install 'cutlayer[transformers]', or take bytes as "
-            "tokens: leave out tokenizer"
+            "tokenizers need transformers; install 'cutlayer[transformers]', or leave out "
+            "tokenizer to use bytes as tokens"
         ) from error
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -314,17 +325,18 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def cut_text(paragraphs: Sequence[Sequence[int]], length: int) -> Examples:
-    """Texts of up to ``length`` tokens, with the token that follows each as label.
+    """Cut paragraphs into texts of at most ``length`` tokens; the label of a token is the next one.
 
-    A longer paragraph becomes several texts; a last token that nothing follows and that is a text
-    of its own teaches nothing and is left out.
+    A longer paragraph becomes several texts. A last text of a single token is left out, because it
+    has no label.
 
     Args:
-        paragraphs: tokens of each; the tokens of bytes are their values.
-        length: tokens of a text at most.
+        paragraphs: tokens of each paragraph; bytes are tokens too.
+        length: maximum number of tokens of a text.
 
     Returns:
-        x (texts, length) int64, padded with 0; y of the same shape, -1 where nothing follows.
+        x (texts, length) int64, padded with 0; y of the same shape, -1 where there is no next
+        token.
     """
     pieces = [
         part[start : start + length + 1]

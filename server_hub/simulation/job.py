@@ -1,4 +1,4 @@
-"""What ``job.toml`` may say: a model, data, a fleet, a method and how it trains."""
+"""The job of a simulation, read from ``job.toml``: model, data, fleet, method and training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from server_hub.simulation.partition import PartitionTable
 from server_hub.trunk.settings import TrunkTraining
 
 DeviceRuntime = Literal["torch", "onnx", "executorch"]
-"""What runs the devices' steps: the functional step in torch, or its exported graph."""
+"""Runtime of the devices' steps: the functional step in torch, or the exported graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,15 @@ class FleetTier(Network):
     """A class of devices, with the network between them and the hub.
 
     Attributes:
-        clients: how many there are.
-        cut: cut layer, with methods that cut at every tier's own.
-        codec: how activations are packed.
-        gflops: what a device computes, in 10^9 operations per second; None for no limit.
-        online_s: how long a device is there at a time, on average; None for always.
-        offline_s: how long it is away in between, on average.
+        clients: number of devices of the tier.
+        cut: cut layer, for methods that cut each tier at its own cut layer.
+        codec: codec of activations.
+        gflops: compute of a device, in 10^9 operations per second; None for no limit.
+        online_s: mean seconds that a device is online at a time; None for always.
+        offline_s: mean seconds that a device is offline at a time.
         budget: with Split-Mix, the part of the wide model that a device trains in a round.
-        adversarial: with Split-Mix, whether devices train on examples that they make hard, where
-            the job has any.
+        adversarial: with Split-Mix, whether devices train on adversarial examples, if the
+            robustness of the job is above 0.
     """
 
     clients: int
@@ -55,9 +55,9 @@ class FleetTier(Network):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.clients < 1:
-            raise ValueError(f"clients is {self.clients}; a tier that no client has is no tier")
+            raise ValueError(f"clients is {self.clients}; a tier has at least one client")
         if self.cut < 1:
-            raise ValueError(f"cut is {self.cut}; a device holds one block or more")
+            raise ValueError(f"cut is {self.cut}; a device holds at least one block")
         for name in ("gflops", "online_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -65,10 +65,18 @@ class FleetTier(Network):
         if not 0 <= self.offline_s < math.inf:
             raise ValueError(f"offline_s is {self.offline_s}; it must be 0 or more")
         if self.offline_s and self.online_s is None:
-            raise ValueError("offline_s says nothing without online_s")
+            raise ValueError(
+                "offline_s has no effect without online_s; remove offline_s or set online_s"
+            )
 
     def exported(self, runtime: DeviceRuntime, batch: int, hardens: bool = False) -> Tier:
-        """What is exported for the tier; ``hardens`` if the job has adversarial examples."""
+        """Return the tier as the export takes it.
+
+        Args:
+            runtime: runtime of the devices' steps.
+            batch: rows of a batch.
+            hardens: whether the job trains on adversarial examples.
+        """
         adversarial = hardens and self.adversarial
         return Tier(self.cut, self.codec, runtime, batch, adversarial=adversarial)
 
@@ -78,9 +86,9 @@ class RoundsTable:
     """The rounds of the job.
 
     Attributes:
-        count: rounds.
-        per_round: devices that take part in a round, drawn at random; None for all.
-        deadline_s: after so long a round ends without the updates that are missing.
+        count: number of rounds.
+        per_round: number of devices that take part in a round, drawn at random; None for all.
+        deadline_s: virtual seconds after which a round ends without the missing updates.
     """
 
     count: int = 20
@@ -93,11 +101,11 @@ class RoundsTable:
 
 @dataclass(frozen=True)
 class CutsTable(Cuts):
-    """Cuts that move, with the methods that let them.
+    """Cuts that move, with methods that support moves: the table ``[cuts]``.
 
     Attributes:
-        options: cuts that devices may move to, beside that of their tier.
-        rank: rank of adapters at a cut, on both sides; None for that of all.
+        options: cut layers that devices may move to, beside that of their tier.
+        rank: rank of the adapters on both sides of a cut; None for the rank of all adapters.
     """
 
     options: list[int] = field(default_factory=list)
@@ -106,22 +114,22 @@ class CutsTable(Cuts):
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(cut < 1 for cut in self.options):
-            raise ValueError(f"options are {self.options}; a device holds one block or more")
+            raise ValueError(f"options are {self.options}; a device holds at least one block")
         if self.policy != "fixed" and not self.options:
-            raise ValueError(f"the policy is {self.policy}, and there are no options to move to")
+            raise ValueError(f"policy is {self.policy!r}, which needs options; add cuts to options")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank is {self.rank}; it must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitMixTable(BaseLoss):
-    """How a model is split into base networks, and trained, with Split-Mix.
+    """Split-Mix: how a model is split into base networks and trained; the table ``[mix]``.
 
     Attributes:
-        bases: how many.
-        dual_norms: whether adversarial examples have norms of their own, if the loss has such
-            examples. Then the robustness of an answer is chosen when it is asked for. Otherwise
-            this is plain adversarial training.
+        bases: number of base networks.
+        dual_norms: whether adversarial examples have norms of their own, if the loss has
+            adversarial examples. If true, every query chooses the robustness of its answer; if
+            false, the training is plain adversarial training.
     """
 
     bases: int = 8
@@ -139,20 +147,22 @@ class Job:
 
     Attributes:
         model: ``module:function`` that builds the model, or a model of transformers.
-        data: where examples come from.
-        tiers: classes of devices.
-        partition: who holds what.
+        data: source of the examples.
+        tiers: tiers of the fleet by name.
+        partition: partition of the examples over the devices.
         method: name of the training method.
-        optimizer: of the devices.
-        rounds: how many, with how many devices.
+        optimizer: optimizer of the devices.
+        rounds: number of rounds, and of devices per round.
         local: training on the devices.
         trunk: training of the trunk.
-        cuts: whether cuts move.
+        cuts: whether and how cuts move.
         mix: the base networks of Split-Mix.
-        hub_gflops: what the hub computes, in 10^9 operations per second; None for no limit.
-        schedule: how learning rates go over the rounds.
-        evaluate_every: accuracy is measured after every so many rounds, and after the last.
-        seed: of partition, draws of devices, order of batches and absences.
+        hub_gflops: compute of the hub, in 10^9 operations per second; None for no limit.
+        schedule: schedule of the learning rates over the rounds.
+        evaluate_every: number of rounds from one evaluation to the next; the last round is always
+            evaluated.
+        seed: seed of the partition, the draw of devices, the order of batches and the times
+            offline.
     """
 
     model: str
@@ -188,16 +198,20 @@ class Job:
             raise ValueError(f"evaluate_every is {self.evaluate_every}; it must be 1 or more")
         wanted = self.rounds.per_round
         if wanted is not None and wanted > self.clients:
-            raise ValueError(f"rounds.per_round is {wanted}; there are {self.clients} clients")
+            raise ValueError(f"rounds.per_round is {wanted}; there are only {self.clients} clients")
 
     @property
     def clients(self) -> int:
-        """Devices in all."""
+        """Number of devices of all tiers."""
         return sum(tier.clients for tier in self.tiers.values())
 
     @property
     def mixing(self) -> BaseAssignment:
-        """Who trains which bases; raises :class:`ConfigError` for a budget below one of them."""
+        """The assignment of base networks to devices.
+
+        Raises:
+            ConfigError: a budget is smaller than one base network.
+        """
         budgets = {name: tier.budget for name, tier in self.tiers.items()}
         mix = self.mix
         return BaseAssignment(
@@ -212,23 +226,27 @@ class Job:
 
     @property
     def share(self) -> float:
-        """Part of the devices that takes part in a round."""
+        """Fraction of the devices that takes part in a round."""
         return (self.rounds.per_round or self.clients) / self.clients
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        """Read the file; :class:`ConfigError` names what is wrong."""
+        """Read the job from a TOML file.
+
+        Raises:
+            ConfigError: the file cannot be read, or a key or value is invalid.
+        """
         job = config.load(cls, path)
         if job.cuts != CutsTable() and not job.method.startswith("splitft"):
             raise ConfigError(
-                f"{path}: [cuts] says how cuts move; with the method {job.method!r} they do not, "
-                "they do with 'splitft'"
+                f"{path}: [cuts] has no effect with the method {job.method!r}; remove [cuts] or "
+                "set method to 'splitft'"
             )
         return job
 
 
 def check_method(name: str) -> None:
-    """Raise ValueError unless there is a method called ``name``."""
+    """Raise ValueError unless ``name`` is the name of a method."""
     try:
         find(name, simulated_methods())
     except ConfigError as error:
@@ -236,7 +254,11 @@ def check_method(name: str) -> None:
 
 
 def methods_of(text: str) -> list[str]:
-    """The methods in a list with commas; ``all`` for all. Raises :class:`ConfigError`."""
+    """Return the methods of the option ``--methods``: names separated by commas, or ``all``.
+
+    Raises:
+        ConfigError: a method is unknown.
+    """
     names = (
         list(simulated_methods()) if text.strip() == "all" else [n.strip() for n in text.split(",")]
     )

@@ -1,4 +1,4 @@
-"""Links in memory that take the time that a network would take."""
+"""Links in memory that take the virtual time of a network."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from edge_sdk.errors import LinkClosed
 
 _SEGMENT = 1460
-"""Bytes of a TCP segment, as Ethernet has it."""
+"""Bytes of a TCP segment over Ethernet."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What lies between a device and the hub.
+    """The network between a device and the hub.
 
     Attributes:
-        uplink_mbit: from device to hub, in 10^6 bits per second; None for no limit.
-        downlink_mbit: from hub to device; the same.
-        latency_ms: one way.
-        loss: share of the packets that are lost and sent again.
+        uplink_mbit: bandwidth from device to hub, in 10^6 bits per second; None for no limit.
+        downlink_mbit: bandwidth from hub to device, in 10^6 bits per second; None for no limit.
+        latency_ms: latency of one direction, in milliseconds.
+        loss: fraction of the packets that are lost and sent again.
     """
 
     uplink_mbit: float | None = None
@@ -39,13 +39,16 @@ class Network:
         if not 0 <= self.loss < 1:
             raise ValueError(f"loss is {self.loss}; it must be from 0 to below 1")
         if self.loss and not self.latency_ms:
-            raise ValueError("loss says nothing without latency_ms: it is felt once a round trip")
+            raise ValueError("loss has no effect without latency_ms; remove loss or set latency_ms")
 
     def bytes_per_second(self, mbit: float | None) -> float:
-        """What goes through one way, at best.
+        """Return the rate of one direction with a bandwidth of ``mbit``, in bytes per second.
 
-        A stream of TCP does not send faster than ``1.22 segments / (round trip * sqrt(loss))``
-        (Mathis et al., 1997): that is how a websocket feels lost packets.
+        The rate of a TCP stream is at most ``1.22 segments / (round trip * sqrt(loss))`` (Mathis
+        et al., 1997); this is the effect of lost packets on a WebSocket.
+
+        Args:
+            mbit: bandwidth, in 10^6 bits per second; None for no limit.
         """
         rate = math.inf if mbit is None else mbit * 1e6 / 8
         if self.loss:
@@ -55,10 +58,14 @@ class Network:
 
 
 class SimulatedLink:
-    """One end of a link over a :class:`Network`; :meth:`pair` makes both.
+    """One end of a link over a :class:`Network`; :meth:`pair` makes both ends.
 
-    A frame is sent once its last byte is on the wire, and arrives the latency later. Frames of one
-    direction go one after the other.
+    A frame is sent once its last byte is on the wire, and arrives after the latency. Frames of one
+    direction are sent one after the other.
+
+    Args:
+        bytes_per_second: rate of this end's frames.
+        latency: latency of one direction, in seconds.
     """
 
     def __init__(self, bytes_per_second: float, latency: float) -> None:
@@ -71,7 +78,7 @@ class SimulatedLink:
 
     @classmethod
     def pair(cls, network: Network) -> tuple[SimulatedLink, SimulatedLink]:
-        """The device's end and the hub's."""
+        """Return the device's end and the hub's end of a link."""
         latency = network.latency_ms / 1000
         device = cls(network.bytes_per_second(network.uplink_mbit), latency)
         hub = cls(network.bytes_per_second(network.downlink_mbit), latency)
@@ -79,7 +86,11 @@ class SimulatedLink:
         return device, hub
 
     async def send(self, frame: bytes) -> None:
-        """Send one frame; returns once it is on the wire."""
+        """Send one frame; return once its last byte is on the wire.
+
+        Raises:
+            LinkClosed: the link is closed.
+        """
         self._check()
         loop = asyncio.get_running_loop()
         sent_at = self._free_at = max(self._free_at, loop.time()) + len(frame) / self._rate
@@ -88,7 +99,11 @@ class SimulatedLink:
         self._deliver(frame, sent_at)
 
     async def receive(self) -> bytes | str:
-        """The next frame that arrives."""
+        """Return the next frame; wait until it arrives.
+
+        Raises:
+            LinkClosed: the link is closed.
+        """
         frame = None if self._closed else await self._arrived.get()
         if frame is None:
             self._closed = True
@@ -96,14 +111,14 @@ class SimulatedLink:
         return frame
 
     async def close(self) -> None:
-        """Close the link: the other end first gets what was sent."""
+        """Close the link; the other end still receives every frame sent before."""
         if not self._closed:
             self._closed = True
             self._deliver(None, max(self._free_at, asyncio.get_running_loop().time()))
-            self._arrived.put_nowait(None)  # wakes a receive() of our own
+            self._arrived.put_nowait(None)  # wakes receive() of this end
 
     def cut(self) -> None:
-        """Break the link: what is under way is lost, and both ends see it at once."""
+        """Break the link: frames under way are lost, and both ends are closed at once."""
         for end in (self, self._other):
             assert end is not None
             if not end._closed:
@@ -111,14 +126,17 @@ class SimulatedLink:
                 end._arrived.put_nowait(None)
 
     def _deliver(self, frame: bytes | None, sent_at: float) -> None:
-        """Let a frame, or the end of the link, arrive the latency after it was sent."""
+        """Schedule the arrival of a frame, or of the end of the link (None), after the latency."""
         other = self._other
         assert other is not None
         other._under_way.append(frame)
         asyncio.get_running_loop().call_at(sent_at + self._latency, other._arrive)
 
     def _arrive(self) -> None:
-        """The frame that is due is the first: timers of the same moment come in any order."""
+        """Let the first frame under way arrive.
+
+        Timers of the same moment run in any order, so a timer does not name its frame.
+        """
         frame = self._under_way.popleft()
         if not self._closed:
             self._arrived.put_nowait(frame)

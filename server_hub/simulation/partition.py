@@ -1,4 +1,4 @@
-"""Who holds which rows: partitions of a data set over the clients of a fleet."""
+"""Partitions of a data set over the clients of a fleet."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from server_hub.simulation.datasets import Dataset, apportion
 
 Kind = Literal["iid", "dirichlet", "shards", "domain", "length"]
 NAMED = 5
-"""Clients that an error names before it counts the others."""
+"""Maximum number of clients that an error names; it counts the others."""
 
 
 @dataclass(frozen=True)
 class PartitionTable:
-    """What ``[partition]`` of a job may say.
+    """The partition of a job: the table ``[partition]``.
 
     Attributes:
         kind: ``iid``: shuffled, equal shares. ``dirichlet``: for every class, shares of the
             clients from a Dirichlet distribution. ``shards``: rows sorted by label, cut into
             shards, ``classes_per_client`` of them for each client. ``domain``: every client has
             rows of one domain. ``length``: as ``dirichlet``, over classes of token length.
-        alpha: of the Dirichlet distribution; small is skewed, large is near to equal.
-        classes_per_client: shards of each client.
-        seed: of the partition.
+        alpha: parameter of the Dirichlet distribution; a small one gives skewed shares, a large
+            one nearly equal shares.
+        classes_per_client: number of shards of each client.
+        seed: seed of the partition.
     """
 
     kind: Kind = "iid"
@@ -38,28 +39,30 @@ class PartitionTable:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Outside of these bounds the distribution's gamma variates underflow or overflow.
+        # Outside these bounds the distribution's gamma variates underflow or overflow.
         if not (math.isfinite(self.alpha) and 1e-3 <= self.alpha <= 1e6):
-            raise ValueError(f"alpha is {self.alpha}, must be from 0.001 to 1000000")
+            raise ValueError(f"alpha is {self.alpha}; it must be from 0.001 to 1000000")
         if self.classes_per_client < 1:
-            raise ValueError(f"classes_per_client is {self.classes_per_client}, must be at least 1")
+            raise ValueError(
+                f"classes_per_client is {self.classes_per_client}; it must be at least 1"
+            )
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, must not be negative")
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
 def partition(data: Dataset, clients: int, table: PartitionTable) -> list[Array]:
     """Share the training rows out; every row goes to exactly one client.
 
     Args:
-        data: whose ``train`` to share out.
-        clients: how many.
-        table: in what way.
+        data: data set whose ``train`` is shared out.
+        clients: number of clients.
+        table: kind and parameters of the partition.
 
     Returns:
         Row numbers of each client, sorted.
 
     Raises:
-        ConfigError: more clients than rows, a kind that does not fit the data, or a client that
+        ConfigError: there are more clients than rows, the kind does not fit the data, or a client
             would have no rows.
     """
     rows = len(data.train)
@@ -77,7 +80,7 @@ def partition(data: Dataset, clients: int, table: PartitionTable) -> list[Array]
     else:
         if data.task != "classes":
             raise ConfigError(
-                f"partition {table.kind!r} needs one label per row, texts have none; "
+                f"partition {table.kind!r} needs one label per row, and texts have none; "
                 "take 'length' or 'iid'"
             )
         if table.kind == "shards":
@@ -97,16 +100,16 @@ def partition(data: Dataset, clients: int, table: PartitionTable) -> list[Array]
 def dirichlet(
     labels: Array, classes: int, clients: int, alpha: float, rng: np.random.Generator
 ) -> Array:
-    """Owner of each row: for every class, shares of the clients ~ Dirichlet(alpha).
+    """Return the owner of each row: for every class, the shares of the clients ~ Dirichlet(alpha).
 
-    A client may end up with nothing.
+    Some clients may have no rows.
 
     Args:
-        labels: (rows,), ``0..classes-1``.
+        labels: label of each row, (rows,), ``0..classes-1``.
         classes: number of classes.
         clients: number of clients.
-        alpha: small is skewed, large is even.
-        rng: draws shares and rows.
+        alpha: parameter of the distribution; a small one gives skewed shares.
+        rng: generator for shares and rows.
     """
     owner = np.zeros(len(labels), np.int64)
     for label in range(classes):
@@ -118,9 +121,14 @@ def dirichlet(
 
 
 def table_of(shares: list[Array], labels: Array, classes: int) -> Array:
-    """How many labels of each class each client has: (clients, classes), int64.
+    """Count the labels of each class that each client has: (clients, classes) int64.
 
-    Labels of -1, positions of a text that do not count, are left out.
+    Labels of -1, which mark positions of a text that do not count, are left out.
+
+    Args:
+        shares: row numbers of each client.
+        labels: labels of all rows, (rows,) or (rows, positions).
+        classes: number of classes.
     """
     counts = np.zeros((len(shares), classes), np.int64)
     for client, rows in enumerate(shares):
@@ -130,7 +138,7 @@ def table_of(shares: list[Array], labels: Array, classes: int) -> Array:
 
 
 def _deal(rows: Array, parts: int) -> Array:
-    """Owner of each row when consecutive pieces of ``rows`` go to one part after the other."""
+    """Return the owner of each row; part i owns the i-th of equal pieces of ``rows``."""
     owner = np.empty(len(rows), np.int64)
     for part, piece in enumerate(np.array_split(rows, parts)):
         owner[piece] = part
@@ -159,14 +167,16 @@ def _domains(data: Dataset, clients: int, rng: np.random.Generator) -> Array:
     domains, sizes = np.unique(data.domains, return_counts=True)
     if clients < len(domains):
         raise ConfigError(
-            f"{clients} clients for {len(domains)} domains; partition 'domain' needs a client "
-            "for each at least"
+            f"{clients} clients for {len(domains)} domains; partition 'domain' needs at least one "
+            "client per domain"
         )
-    # Each domain has a client; every further one goes to where a client would hold the most rows.
+    # Each domain has one client; every further client goes to the domain whose clients hold the
+    # most rows each.
     held = np.ones(len(domains), np.int64)
     for _ in range(clients - len(domains)):
         held[np.argmax(sizes / held)] += 1
-    # Tiers follow the numbers of the clients: in order, a tier would see few of the domains.
+    # Tiers are assigned by the numbers of clients. Without a shuffle of the numbers, a tier would
+    # have clients of few domains.
     numbers = np.split(rng.permutation(clients), np.cumsum(held)[:-1])
     owner = np.empty(len(data.train), np.int64)
     for domain, mine in zip(domains, numbers, strict=True):
@@ -177,13 +187,17 @@ def _domains(data: Dataset, clients: int, rng: np.random.Generator) -> Array:
 
 
 def _lengths(data: Dataset, clients: int, alpha: float, rng: np.random.Generator) -> Array:
-    """SplitFT's: as many quantile classes of token length as clients, a Dirichlet for each."""
+    """Partition texts as SplitFT does.
+
+    Texts are sorted into quantile classes of token length, as many as clients. For each class, the
+    shares of the clients come from a Dirichlet distribution.
+    """
     if data.task != "tokens":
         raise ConfigError(
-            "partition 'length' needs texts, these data are no texts; take 'dirichlet' or 'iid'"
+            "partition 'length' needs texts, and these data are no texts; take 'dirichlet' or 'iid'"
         )
     lengths = (data.train.y >= 0).sum(1)
-    shuffled = rng.permutation(len(lengths))  # rows of the same length in no order
+    shuffled = rng.permutation(len(lengths))  # rows of the same length are in random order
     by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
     owner = np.empty(len(lengths), np.int64)
     for rows in np.array_split(by_length, clients):

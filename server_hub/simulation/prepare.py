@@ -1,4 +1,4 @@
-"""Before a simulation runs: who holds what, whether model and data fit, what a folder holds."""
+"""Preparation of a simulation: shares of the data, checks of the job, and the run folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ JOB = "job.json"
 
 @dataclass(frozen=True)
 class Client:
-    """A device to be: its name, tier and the rows of the training data that it holds."""
+    """A device before it runs: its name, its tier, and the row numbers of its training data."""
 
     name: str
     tier: str
@@ -39,12 +39,13 @@ class Client:
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Examples that are shared out already, in place of a job's data source and partition.
+    """Examples by device, which replace the data source and the partition of a job.
 
     Attributes:
-        shares: the examples of each device, by its name: ``TIER-1`` to ``TIER-N`` for a tier of N.
-        held_out: what accuracy or perplexity is measured on.
-        classes: number of classes; for a model of tokens the size of the vocabulary.
+        shares: the examples of each device, by the device's name. The devices of a tier of N are
+            ``TIER-1`` to ``TIER-N``.
+        held_out: examples that accuracy or perplexity is measured on.
+        classes: number of classes; for a model of tokens, the size of the vocabulary.
         task: ``classes`` (one label per row) or ``tokens`` (one label per position).
     """
 
@@ -54,7 +55,7 @@ class FederatedData:
     task: str = "classes"
 
     def dataset(self) -> Dataset:
-        """All examples, one share after the other."""
+        """Return all examples as one data set, one share after the other."""
         shares = self.shares.values()
         train = Examples(
             np.concatenate([share.x for share in shares]),
@@ -63,10 +64,13 @@ class FederatedData:
         return Dataset(train, self.held_out, self.classes, self.task)
 
     def clients(self, tiers: Mapping[str, FleetTier]) -> list[Client]:
-        """The owners of the rows of :meth:`dataset`.
+        """Return the devices with their rows of :meth:`dataset`.
+
+        Args:
+            tiers: tiers of the job by name.
 
         Raises:
-            ConfigError: the shares are not those of the devices of these tiers.
+            ConfigError: the names in ``shares`` are not those of the devices of the tiers.
         """
         tier_of = {
             f"{tier}-{i + 1}": tier for tier, table in tiers.items() for i in range(table.clients)
@@ -84,17 +88,30 @@ class FederatedData:
 
 
 def read_data(job: Job, base: Path) -> Dataset:
-    """The job's data; raises :class:`DataError`."""
+    """Read the data of a job.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
     return load_dataset(job.data, base)
 
 
 def share_out(
     job: Job, tiers: Mapping[str, FleetTier], data: Dataset, pooled: bool = False
 ) -> list[Client]:
-    """Who holds what. Tiers are dealt at random, so that they have nothing to do with the data.
+    """Share the training data out to the clients.
+
+    Shares are dealt to the tiers at random, so the tier of a client does not depend on its data.
+
+    Args:
+        job: gives the partition and the seed.
+        tiers: tiers by name; their clients get shares.
+        data: data set whose ``train`` is shared out.
+        pooled: whether to use equal random shares instead of the job's partition.
 
     Raises:
-        ConfigError: more clients than examples, or a client without any.
+        ConfigError: there are more clients than rows, the partition does not fit the data, or a
+            client would have no rows.
     """
     names = [f"{tier}-{i + 1}" for tier, table in tiers.items() for i in range(table.clients)]
     owners = [tier for tier, table in tiers.items() for _ in range(table.clients)]
@@ -112,7 +129,15 @@ def share_out(
 def fleet_of(
     job: Job, model: SplitModel, tiers: Mapping[str, Tier], example: torch.Tensor, classes: int
 ) -> Fleet:
-    """The fleet that a method arranges; ``classes`` are those of the data."""
+    """Return the fleet for a method to arrange.
+
+    Args:
+        job: gives the cuts, and the assignment of base networks.
+        model: the model.
+        tiers: what is exported for each tier, by name.
+        example: some inputs, (rows, …).
+        classes: number of classes of the data.
+    """
     return Fleet(
         model,
         tiers,
@@ -125,9 +150,9 @@ def fleet_of(
 
 
 def check_cuts(job: Job, model: SplitModel) -> None:
-    """Raise :class:`ExportError` unless the model can be cut where the job says.
+    """Raise :class:`ExportError` unless the model can be cut at every cut layer of the job.
 
-    Methods that can do with whole models also take a cut behind the last block.
+    Methods that support whole models also accept a cut behind the last block.
     """
     whole = model.depth if find(job.method, simulated_methods()).takes_whole else None
     for cut in (*(tier.cut for tier in job.tiers.values()), *job.cuts.options):
@@ -136,54 +161,59 @@ def check_cuts(job: Job, model: SplitModel) -> None:
 
 
 def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:
-    """Raise :class:`ConfigError` unless the model takes the data, and knows their classes.
+    """Raise :class:`ConfigError` unless the model accepts the data and has all of their classes.
 
     Args:
         model: the model.
-        example: some inputs; a text is tokens, int64 (rows, positions).
-        classes: number of classes, or of tokens.
+        example: some inputs, (rows, …) float32; for texts, tokens (rows, positions) int64.
+        classes: number of classes of the data; for texts, the size of the vocabulary.
     """
     shape = list(example.shape[1:])
     texts = not example.is_floating_point()
     if texts and model.task == "classes":
         raise ConfigError(
-            "the examples are texts without labels, the model classifies; take a model of tokens, "
-            "which learns what comes next"
+            "the examples are texts without labels, and the model is a classifier; take a model "
+            "of tokens, which learns to predict the next token"
         )
     if model.task == "tokens":
         if not texts:
             raise ConfigError(
-                f"the model is one of tokens, the examples have shape {shape}; take a text"
+                f"the model is a model of tokens, and the examples have shape {shape}; take a text"
             )
         if vocabulary(model) < classes:
             raise ConfigError(
                 f"the data have {classes} tokens, the model knows {vocabulary(model)}; take the "
-                "tokenizer that belongs to the model, or a model with more"
+                "tokenizer of the model, or a model with a larger vocabulary"
             )
     try:
         with torch.no_grad():
             answers = model.eval()(example)
     except (RuntimeError, ValueError, IndexError) as error:
-        raise ConfigError(f"the model does not take examples of shape {shape}: {error}") from error
+        raise ConfigError(f"the model rejects examples of shape {shape}: {error}") from error
     finally:
         model.train()
     if answers.dim() != (3 if texts else 2) or answers.shape[-1] < classes:
         raise ConfigError(
-            f"the model's answers have shape {list(answers.shape[1:])}; the data have {classes} "
-            "classes"
+            f"the model's answers have shape {list(answers.shape[1:])}, and the data have "
+            f"{classes} classes; take a model with at least as many classes"
         )
 
 
 def describe(job: Job, runtime: DeviceRuntime) -> str:
-    """The job as JSON, to know it again."""
+    """Return job and runtime as JSON, which identifies the job of a run folder."""
     return json.dumps({"job": asdict(job), "runtime": runtime}, indent=1, default=str) + "\n"
 
 
 def resume(folder: Path, described: str) -> Checkpoint | None:
-    """Where a run of the same job in a folder has stopped; None if nothing is there.
+    """Return the checkpoint of an interrupted or finished run in a folder; None if there is none.
+
+    Args:
+        folder: the run folder.
+        described: description of the job, from :func:`describe`.
 
     Raises:
-        ConfigError: the folder holds something else, or is none.
+        ConfigError: the folder has a run of another job, other files or a damaged checkpoint, or
+            is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose a folder for the run")
@@ -196,17 +226,21 @@ def resume(folder: Path, described: str) -> Checkpoint | None:
         written = len(read_records(folder)) if (folder / METRICS).exists() else 0
         if last is not None and written < last.completed:
             raise ConfigError(
-                f"{folder / METRICS} has {written} rounds, the checkpoint {last.completed}; "
-                "remove the folder to start anew"
+                f"{folder / METRICS} has {written} rounds, the checkpoint has {last.completed}; "
+                "remove the folder to start again"
             )
         return last
     if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no simulation; choose another folder")
+        raise ConfigError(f"{folder} is not empty and has no simulation; choose another folder")
     return None
 
 
 def put_down(folder: Path, described: str) -> None:
-    """Note which job a folder is for; :class:`ConfigError` if it cannot be written."""
+    """Write the description of the job to the run folder; create the folder if it is missing.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / JOB, described.encode())

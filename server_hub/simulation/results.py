@@ -1,4 +1,4 @@
-"""Results of simulated runs: rows for files, and means over seeds with their costs."""
+"""Results of simulated runs: rows for files, and accuracy and costs as means over the seeds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROW_KEYS = (
     "method", "seed", "data", "partition", "tier", "path", "accuracy", "up_bytes", "down_bytes",
     "sim_seconds", "rounds",
 )  # fmt: skip
-"""Keys of a row, see :func:`rows_of`; a model of tokens has ``perplexity`` for ``accuracy``."""
+"""Keys of a row of :func:`rows_of`; for a model of tokens, ``perplexity`` replaces ``accuracy``."""
 
 Runs = Mapping[tuple[str, int], tuple[Job, Sequence[RoundRecord]]]
 """The job and its rounds, by method and seed."""
@@ -40,10 +40,15 @@ Runs = Mapping[tuple[str, int], tuple[Job, Sequence[RoundRecord]]]
 
 
 def rows_of(method: str, job: Job, records: Sequence[RoundRecord]) -> list[dict[str, object]]:
-    """A row per tier and path, with the accuracy or perplexity of the last measured round.
+    """Return a row per tier and path, with the accuracy or perplexity of the last measured round.
 
-    ``up_bytes`` and ``down_bytes`` are the traffic of all devices, ``sim_seconds`` virtual seconds;
-    all three count from the start to the end of the run.
+    ``up_bytes`` and ``down_bytes`` are the traffic of all devices, ``sim_seconds`` is in virtual
+    seconds; all three count from the start to the end of the run.
+
+    Args:
+        method: name of the method.
+        job: the job of the run.
+        records: rounds of the run.
 
     Raises:
         ConfigError: no round was measured.
@@ -69,12 +74,12 @@ def rows_of(method: str, job: Job, records: Sequence[RoundRecord]) -> list[dict[
 
 
 def data_name(job: Job) -> str:
-    """The source of the data, without folder and suffix."""
+    """Return the name of the data source, without folder and suffix."""
     return Path(job.data.source).stem or job.data.source
 
 
 def partition_name(job: Job) -> str:
-    """The partition with its parameter, like ``dirichlet 0.3`` or ``shards 2``."""
+    """Return the partition with its parameter, such as ``dirichlet 0.3`` or ``shards 2``."""
     table = job.partition
     if table.kind in ("dirichlet", "length"):
         return f"{table.kind} {table.alpha:g}"
@@ -84,13 +89,13 @@ def partition_name(job: Job) -> str:
 def fleet_accuracy(
     job: Job, accuracy: Mapping[str, Mapping[str, float]], metric: Metric = "accuracy"
 ) -> float:
-    """Mean over the clients, each answering in its tier's best way.
+    """Return the mean over the clients, each with the best path of its tier.
 
     Args:
-        job: gives the number of clients of a tier; a tier that is not in the job, the server that
-            holds all data, counts as one client.
+        job: gives the number of clients of a tier. A tier that is not in the job is the server
+            that holds all data; it counts as one client.
         accuracy: accuracy or perplexity by tier and path.
-        metric: which of the two it is.
+        metric: whether ``accuracy`` has accuracy or perplexity.
     """
     clients = {tier: job.tiers[tier].clients if tier in job.tiers else 1 for tier in accuracy}
     total = sum(count * best(accuracy[tier].values(), metric) for tier, count in clients.items())
@@ -103,7 +108,7 @@ def _last_measured(
     found = next((r.accuracy for r in reversed(records) if r.accuracy), None)
     if found is None:
         raise ConfigError(
-            f"method {method!r} with seed {job.seed}: no round was measured; run it to its end"
+            f"method {method!r} with seed {job.seed}: no round was measured; finish the run"
         )
     return found
 
@@ -112,14 +117,14 @@ def _last_measured(
 
 
 def summary(runs: Runs, target: float | None = None) -> Summary:
-    """Means over the seeds.
+    """Summarise runs as means over the seeds.
 
     Args:
-        runs: at least one.
-        target: accuracy or perplexity; None for the best that every method reaches.
+        runs: at least one run.
+        target: accuracy or perplexity to reach; None for the best that every method reaches.
 
     Raises:
-        ConfigError: a run without a measured round.
+        ConfigError: a run has no measured round.
     """
     methods = list(dict.fromkeys(method for method, _ in runs))
     if target is None:
@@ -135,20 +140,20 @@ def summary(runs: Runs, target: float | None = None) -> Summary:
 
 
 def metric_of(runs: Runs) -> Metric:
-    """What was measured in the runs, which are of one model."""
+    """Return the metric of the runs, which all have the same model."""
     _, records = next(iter(runs.values()))
     return records[-1].metric
 
 
 def common_target(runs: Runs) -> float:
-    """The best accuracy, or perplexity, that every method's mean over the seeds reaches."""
+    """Return the best accuracy, or perplexity, that every method's mean over the seeds reaches."""
     metric = metric_of(runs)
     ends = [best((p.accuracy for p in curve), metric) for curve in curves(runs).values()]
     return min(ends) if metric == "accuracy" else max(ends)
 
 
 def curves(runs: Runs) -> dict[str, list[Point]]:
-    """By method: the rounds that were measured with every seed."""
+    """Return, by method, the points of the rounds that were measured with every seed."""
     found = {}
     for method in dict.fromkeys(method for method, _ in runs):
         cells = [
@@ -228,17 +233,20 @@ def _cost(method: str, runs: Runs, target: float) -> Cost:
 
 
 def fleet_table(job: Job) -> Table:
-    """A row per tier: clients, cut, compute, link and presence; empty columns are left out."""
+    """Return a table of the tiers: clients, cut, compute, link, and times online and offline.
+
+    Empty columns are left out.
+    """
     columns: dict[str, list[float | None]] = {
         "clients": [t.clients for t in job.tiers.values()],
         "cut": [t.cut for t in job.tiers.values()],
         "GFLOPS": [t.gflops for t in job.tiers.values()],
         "Mbit/s up": [t.uplink_mbit for t in job.tiers.values()],
-        "down": [t.downlink_mbit for t in job.tiers.values()],
+        "Mbit/s down": [t.downlink_mbit for t in job.tiers.values()],
         "latency, ms": [t.latency_ms or None for t in job.tiers.values()],
         "loss, %": [100 * t.loss or None for t in job.tiers.values()],
-        "there, s": [t.online_s for t in job.tiers.values()],
-        "away, s": [t.offline_s if t.online_s else None for t in job.tiers.values()],
+        "online, s": [t.online_s for t in job.tiers.values()],
+        "offline, s": [t.offline_s if t.online_s else None for t in job.tiers.values()],
     }
     kept = {name: values for name, values in columns.items() if values.count(None) < len(values)}
     rows = [
@@ -252,12 +260,12 @@ def write_comparison(folder: Path, runs: Runs, target: float | None = None) -> N
     """Write ``results.json``, ``report.md`` and ``comparison.png``.
 
     Args:
-        folder: where to write; it need not exist.
-        runs: by method and seed.
+        folder: folder for the files; it is created if it is missing.
+        runs: job and rounds by method and seed.
         target: accuracy or perplexity to reach; None for the best that every method reaches.
 
     Raises:
-        ConfigError: a run without a measured round, or the folder cannot be written.
+        ConfigError: a run has no measured round, or the folder cannot be written.
     """
     found = summary(runs, target)
     job = next(iter(runs.values()))[0]

@@ -1,4 +1,4 @@
-"""One job, simulated: the hub and the devices as they are, links in memory, a virtual clock."""
+"""The simulation of one job: real hub and devices, links in memory, and a virtual clock."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ from server_hub.trunk.evaluator import batches_to_evaluate, logits_of
 from server_hub.trunk.interface import EvaluationReport, Query
 
 _PATIENCE = 10
-"""Rounds in a row that nobody delivers for, until a run is given up."""
+"""Rounds in a row without any update, after which a run ends with an error."""
 
 Say = Callable[[str], None]
 
@@ -71,19 +71,19 @@ class Simulation:
     """A job, ready to run.
 
     Args:
-        job: what to simulate.
-        folder: for metrics, checkpoint and the trained model. A run there that is not at its end,
-            of the same job, goes on.
-        runtime: what runs the devices' steps.
+        job: the job to simulate.
+        folder: run folder for metrics, checkpoint and trained model. An interrupted run of the
+            same job in this folder resumes.
+        runtime: runtime of the devices' steps.
         base: folder that relative paths in the job start from.
-        say: told what is being prepared.
-        data: examples that are shared out already; None for those of the job's data source and
-            partition. A run that goes on needs the same again.
+        say: called with a line of text for each step of the preparation.
+        data: examples by device; None for the job's data source and partition. A run that resumes
+            needs the same data as before.
 
     Raises:
-        ConfigError: the job cannot be, or the folder holds another.
+        ConfigError: the job is invalid, or the folder has a run of another job.
         DataError: the data cannot be read, or do not fit the model.
-        ExportError: the model cannot be cut so, or a graph is not exact.
+        ExportError: the model cannot be cut at a tier's cut layer, or a graph is not exact.
     """
 
     def __init__(
@@ -129,9 +129,10 @@ class Simulation:
     # --- before anything runs -------------------------------------------------------------------
 
     def _pooled_tiers(self) -> dict[str, FleetTier]:
-        """One place with all data, where the hub is.
+        """Return one tier that holds all data, with the compute of the hub.
 
-        The data lie there in as many parts as make one part a round's share of them.
+        Its clients split the data into parts; one part has as many examples as the devices of a
+        round have together.
         """
         parts = round(1 / self.job.share)
         cut = max(tier.cut for tier in self.job.tiers.values())
@@ -151,12 +152,12 @@ class Simulation:
         return self.recipe.arrange(fleet_of(job, model, tiers, example, self.data.classes))
 
     def _export(self, say: Say) -> BundleIndex:
-        """Write the bundles that devices will fetch."""
+        """Write the bundles that devices download."""
         fleet, folder = self.fleet, self._scratch_folder / "bundles"
         blobs = BlobStore(folder / "blobs")
         entries = {}
         cuts = [tier.cut for tier in fleet.tiers.values()]
-        if not fleet.bases:  # these have their heads, with the weights of each base
+        if not fleet.bases:  # base networks have their heads already, each with its own weights
             for model in {id(m): m for m in (fleet.model, *fleet.models.values())}.values():
                 model.add_heads(cuts, fleet.example, fleet.classes)
         for name, tier in fleet.tiers.items():
@@ -175,7 +176,7 @@ class Simulation:
         return index
 
     def holdings(self) -> Array:
-        """Examples of each class that each client holds, (clients, classes)."""
+        """Count the examples of each class that each client holds: (clients, classes) int64."""
         rows = [client.rows for client in self.clients]
         return table_of(rows, self.data.train.y, self.data.classes)
 
@@ -183,28 +184,40 @@ class Simulation:
 
     @property
     def metric(self) -> Metric:
-        """What is measured on held-out examples."""
+        """The metric on held-out examples: accuracy or perplexity."""
         return "perplexity" if self.data.task == "tokens" else "accuracy"
 
     @property
     def records(self) -> list[RoundRecord]:
-        """The rounds that an earlier run in this folder has made."""
+        """The completed rounds of an interrupted run in this folder."""
         return [] if self._resumed is None else read_records(self.folder)[: self._resumed.completed]
 
     def report(self) -> None:
         """Write ``report.md``, ``curves.png`` and ``partition.png``."""
         run = RunFolder(self.folder, len(read_records(self.folder)), self.metric)
-        draw_partition(self.holdings(), self.folder / "partition.png", "who holds what")
+        draw_partition(
+            self.holdings(), self.folder / "partition.png", "examples of each class by client"
+        )
         write_report(
             run,
             f"{self.recipe.title}: {len(run.records)} simulated rounds",
-            ["![who holds what](partition.png)"],
+            ["![examples of each class by client](partition.png)"],
         )
 
     def run(
         self, on_round: Callable[[RoundRecord], None] = lambda record: None
     ) -> list[RoundRecord]:
-        """Run the job to its end, or what is left of it; returns all rounds."""
+        """Run the job, or the rest of an interrupted run, to its end.
+
+        Args:
+            on_round: called after each round.
+
+        Returns:
+            All rounds, including those before an interruption.
+
+        Raises:
+            CutlayerError: a device or the hub failed, or no device delivers updates.
+        """
         last = self._resumed
         if last is not None and last.completed >= self.job.rounds.count:
             return self.records
@@ -249,7 +262,7 @@ class Simulation:
             while not running.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    task.result()  # raises what a device, or the hub, has failed with
+                    task.result()  # raises the error of a failed device or hub
         finally:
             for task in (running, *lives):
                 task.cancel()
@@ -328,7 +341,7 @@ class Simulation:
         self, client: Client, tokens: _Tokens, hub: Hub, loop: VirtualLoop
     ) -> SimulatedDevice:
         cache = self._scratch_folder / "devices" / client.name
-        if self._resumed is not None:  # it had fetched its bundles before
+        if self._resumed is not None:  # the device downloaded its bundles before the interruption
             shutil.copytree(self.index.folder / "blobs", cache, copy_function=os.link)
         tier, data = self.tiers[client.tier], self.data.train
 
@@ -349,7 +362,7 @@ class Simulation:
         )
 
     def _runtime(self, bundle: Bundle, threads: int) -> Runtime:
-        """A runtime for one device; those of a tier share what can be shared."""
+        """Return a runtime for one device; the runtimes of a tier share their step graphs."""
         tier = bundle.manifest.tier
         if self.runtime == "torch":
             return TorchRuntime(bundle.manifest, self._steps[tier])
@@ -362,7 +375,7 @@ class Simulation:
     # --- accuracy -------------------------------------------------------------------------------
 
     def _evaluate(self, hub: Hub, trunk: TimedTrunk) -> asyncio.Future[EvaluationReport]:
-        """Evaluate on the graphs that the devices predict with; base networks on the trunk."""
+        """Evaluate with the devices' own predict graphs; the trunk evaluates base networks."""
         tiers = {tier: (hub.manifests[tier].cut, hub.manifests[tier].codec) for tier in self.tiers}
         if self.fleet.bases:
             return trunk.evaluate(tiers, hub.method.paths)
@@ -371,7 +384,7 @@ class Simulation:
         for tier in self.tiers:
             manifest = hub.manifests[tier]
             key = (id(self.fleet.model_of(tier)), manifest.cut, manifest.codec)
-            if key not in measured:  # tiers that hold the same give the same answers
+            if key not in measured:  # tiers with the same model, cut and codec answer the same
                 measured[key] = self._measure(hub, trunk, manifest)
             figures[tier] = measured[key]
         report: asyncio.Future[EvaluationReport] = asyncio.get_running_loop().create_future()
@@ -379,7 +392,7 @@ class Simulation:
         return report
 
     def _measure(self, hub: Hub, trunk: TimedTrunk, manifest: Manifest) -> dict[str, float]:
-        """Accuracy, or perplexity, by path, of a tier's devices and the hub."""
+        """Measure accuracy, or perplexity, of a tier's devices and the hub; return it by path."""
         bundle = Bundle.open(manifest, self.index.blobs().read)
         learner = Learner(manifest, self._runtime(bundle, 1))
         learner.runtime.set_state(hub.method.aggregation.device_state(manifest.exchanged()))
@@ -396,9 +409,10 @@ class Simulation:
 
 
 class _Tokens:
-    """Implements :class:`server_hub.gateway.tokens.Tokens` for devices that nobody else can be.
+    """Implements :class:`server_hub.gateway.tokens.Tokens` with tokens that are no secrets.
 
-    Their tokens are always the same: a device waits by its token before it tries again.
+    The tokens are the same in every run, because the token of a device decides how long the device
+    waits before it connects again.
     """
 
     def __init__(self, clients: Iterable[Client]) -> None:

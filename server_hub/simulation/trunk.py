@@ -1,4 +1,4 @@
-"""The trunk of a simulated hub: in this process, and as fast as the hub is said to be."""
+"""The trunk of a simulated hub: runs in this process and takes the virtual time of the hub."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPl
 from server_hub.trunk.local import LocalTrunk
 
 _TRAINING = 3
-"""Operations of a training step against those of the forward pass: the backward pass has two
-products for each of the forward pass."""
+"""Operations of a training step as a multiple of those of the forward pass: the backward pass has
+two matrix products for each one of the forward pass."""
 
 
 class TimedTrunk(LocalTrunk):
@@ -27,10 +27,10 @@ class TimedTrunk(LocalTrunk):
 
     Args:
         model: the model; its own trained tensors are not used.
-        held_out: examples to evaluate base networks on, ``(x, y)``.
-        flop: operations of the forward pass above each cut, per row; of texts per position.
-        gflops: speed of the hub, in 10^9 operations per second; None for no limit.
-        meter: counts operations and seconds.
+        held_out: examples that base networks are evaluated on, ``(x, y)``.
+        flop: operations of the forward pass above each cut, per row; for texts, per position.
+        gflops: compute of the hub, in 10^9 operations per second; None for no limit.
+        meter: counts operations and real seconds.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TimedTrunk(LocalTrunk):
         return copies
 
     async def _spend(self, flop: float) -> None:
-        """Let the time pass that so many operations take."""
+        """Wait for the virtual time of ``flop`` operations, and count them."""
         self._meter.trunk_flop += flop
         await asyncio.sleep(flop / self._rate)
 
@@ -83,13 +83,20 @@ class TimedTrunk(LocalTrunk):
 def flop_above(
     model: SplitModel, cuts: Iterable[int], example: torch.Tensor, *, auxiliary: bool = True
 ) -> dict[int, float]:
-    """Operations of the forward pass above each cut; ``auxiliary`` heads have a part in it, or not.
+    """Count the operations of the forward pass above each cut, per row; for texts, per position.
 
-    Per row of ``example``; of texts per position, so that a shorter one takes less in proportion.
+    Args:
+        model: the model; it is not changed.
+        cuts: cut layers.
+        example: some inputs, (rows, …).
+        auxiliary: whether to count the auxiliary heads above the cut.
+
+    Returns:
+        Operations by cut layer.
     """
     units = example.numel() if model.task == "tokens" else len(example)
     counts = {}
-    model = copy.deepcopy(model).eval()  # the trunk goes on to train the one that was given
+    model = copy.deepcopy(model).eval()  # the trunk trains the original
     for cut in set(cuts):
         h = model.segment(example, cut)
         with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""The cells of a comparison, run side by side in processes of their own."""
+"""Worker processes that run the cells of a comparison in parallel."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import METRICS
 
 _POLL_S = 0.25
-"""Seconds between two looks at how far the cells are."""
+"""Seconds between two reports of progress."""
 
 
 class CellFailed(CutlayerError):
-    """A method failed with a seed; the others keep what they have."""
+    """The run of a method with a seed failed; finished rounds of all runs are kept."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Cell:
 
     Attributes:
         job: the job with this method and seed.
-        folder: of its run.
+        folder: folder of its run.
     """
 
     job: Job
@@ -48,16 +48,20 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Method and seed, for messages."""
         return f"{self.job.method}, seed {self.job.seed}"
 
     def finished(self, runtime: DeviceRuntime) -> bool:
-        """Whether its run is at its end; :class:`ConfigError` if the folder holds another."""
+        """Return whether the run of the cell is finished.
+
+        Raises:
+            ConfigError: the folder has a run of another job.
+        """
         last = resume(self.folder, describe(self.job, runtime))
         return last is not None and last.completed >= self.job.rounds.count
 
     def rounds_done(self) -> int:
-        """Rounds in its metrics, as far as they count."""
+        """Return the number of rounds in the metrics of the run, at most that of the job."""
         with suppress(FileNotFoundError):
             lines = (self.folder / METRICS).read_bytes().count(b"\n")
             return min(lines, self.job.rounds.count)
@@ -68,8 +72,8 @@ class _Worker:
     """A process that runs one cell after the other.
 
     Args:
-        threads: of its torch.
-        scratch: folder for temporary files, which outlive a process that is stopped.
+        threads: number of threads of torch in the process.
+        scratch: folder for temporary files; they remain when the process is killed.
     """
 
     def __init__(self, threads: int, scratch: str) -> None:
@@ -79,7 +83,8 @@ class _Worker:
             target=_work, args=(theirs, threads, scratch), daemon=True
         )
         self.cell: Cell | None = None
-        # Read when torch is imported. A thread that waits must not take time from other runs.
+        # OpenMP reads these variables when torch is imported. With the policy PASSIVE, a waiting
+        # thread takes no processor time from other runs.
         with (
             _environment(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE"),
             _ignoring_interrupts(),
@@ -88,13 +93,17 @@ class _Worker:
         theirs.close()
 
     def begin(self, cell: Cell, runtime: DeviceRuntime, base: Path) -> None:
-        """Let it run a cell; its pipe has an answer when it is done."""
+        """Start a cell in the process; the pipe has an answer when the cell ends."""
         self.cell = cell
-        with suppress(OSError):  # a process that has died is noticed by the missing answer
+        with suppress(OSError):  # end() finds out that the process died, as there is no answer
             self.pipe.send((cell, runtime, base))
 
     def end(self) -> None:
-        """Take the answer; :class:`CellFailed` if there is a failure, or no answer."""
+        """Receive the answer of the process.
+
+        Raises:
+            CellFailed: the cell failed, or the process died without an answer.
+        """
         assert self.cell is not None
         try:
             failure = self.pipe.recv()
@@ -108,7 +117,7 @@ class _Worker:
         self.cell = None
 
     def stop(self) -> None:
-        """End the process, in the middle of whatever it does."""
+        """Kill the process, even in the middle of a cell."""
         self._process.kill()
         self._process.join()
         self.pipe.close()
@@ -121,7 +130,18 @@ def run_cells(
     jobs: int,
     tell: Callable[[Sequence[Cell]], None],
 ) -> None:
-    """Run cells, so many at a time."""
+    """Run cells in parallel.
+
+    Args:
+        cells: the cells, at least ``jobs`` of them.
+        runtime: runtime of the devices' steps.
+        base: folder that relative paths in the jobs start from.
+        jobs: number of cells at a time.
+        tell: called a few times a second with the cells that run.
+
+    Raises:
+        CellFailed: a cell failed; the others are stopped.
+    """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = list(reversed(cells))
     workers: list[_Worker] = []
@@ -146,7 +166,7 @@ def run_cells(
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Environment variables for processes that are started meanwhile."""
+    """Set environment variables for processes that are started in this context."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -161,9 +181,9 @@ def _environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
-    """Ctrl-C is for the parent, which then stops the processes that are started meanwhile."""
+    """Ignore Ctrl-C in processes that are started in this context; their parent stops them."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets no other thread say what signals do
+        yield  # Python sets signal handlers in the main thread only
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -173,12 +193,12 @@ def _ignoring_interrupts() -> Iterator[None]:
 
 
 def _work(pipe: Connection, threads: int, scratch: str) -> None:
-    """The loop of a worker's process: one cell, one answer, a failure or None."""
+    """Run the loop of a worker process: for each cell, send its failure, or None if it succeeds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True).start()
     tempfile.tempdir = scratch
     torch.set_num_threads(threads)
-    with suppress(EOFError):  # the parent has gone
+    with suppress(EOFError):  # the parent has ended
         while True:
             cell, runtime, base = pipe.recv()
             failure = None

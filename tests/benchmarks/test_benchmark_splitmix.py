@@ -1,4 +1,4 @@
-"""What the benchmark of Split-Mix makes of its runs: figures by hand, an attack, the plan."""
+"""The reports of the Split-Mix benchmark: figures by hand, an attack, and the plan."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAN = config.load(splitmix.Plan, splitmix.PLAN)
 def run_of(
     setting: Setting, seed: int, flop: Sequence[float], accuracy: Sequence[Mapping[str, float]]
 ) -> Run:
-    """A run that has spent so much after each round, and whose widths are so accurate."""
+    """Return a run with these operations after each round and these accuracies by width."""
     job = PLAN.cell(setting, seed, Path("work"), Path("cifar")).job
     tiers = dict(zip(job.tiers, splitmix_runs.WIDTHS, strict=True))
     alike = setting.method == FEDAVG
@@ -47,7 +47,7 @@ def run_of(
 
 
 def test_accuracy_at_equal_flops_lies_on_the_line_between_two_rounds() -> None:
-    """And is that of the first or the last round outside of them."""
+    """Outside the measured rounds it is the accuracy of the first or the last round."""
     curve = [Point(1, 10.0, 0.2), Point(2, 20.0, 0.4), Point(3, 30.0, 0.5)]
     wanted = {5.0: 0.2, 10.0: 0.2, 15.0: 0.3, 20.0: 0.4, 28.0: 0.48, 30.0: 0.5, 99.0: 0.5}
     for flop, accuracy in wanted.items():
@@ -55,7 +55,7 @@ def test_accuracy_at_equal_flops_lies_on_the_line_between_two_rounds() -> None:
 
 
 def test_split_mix_is_compared_seed_by_seed_at_equal_rounds_and_at_equal_flops() -> None:
-    """With 0.6 after 15 FLOPs it is 10 points behind FedAvg's last round, 10 ahead at 15."""
+    """With 0.6 after 15 FLOPs, Split-Mix is 10 points behind at equal rounds, 10 ahead at 15."""
     mix = Setting("digits", "iid", SPLITMIX)
     average = Setting("digits", "iid", FEDAVG, "1/4")
     runs = {
@@ -81,16 +81,16 @@ def test_split_mix_is_compared_seed_by_seed_at_equal_rounds_and_at_equal_flops()
 
 
 def test_a_verdict_says_how_often_the_seeds_agree() -> None:
-    """+2 and +4 are clearly ahead, -1 and +2 ahead by chance, one seed alone says nothing of it."""
+    """+2 and +4 are clearly ahead, -1 and +2 are ahead by chance, one seed decides nothing."""
     cases = {"a": {"1/8": [2.0, 4.0], "1/4": [-1.0, 2.0]}, "b": {"1": [-3.0], "1/2": []}}
     assert report.answer(cases) == (
-        "**in 2 of 3 cases**; by more than the standard deviation over the seeds ahead in 1, "
+        "**in 2 of 3 cases**; ahead by more than the standard deviation over the seeds in 1, "
         "behind in 0 (points: a: 1/8: +3.0 ± 1.4, 1/4: +0.5 ± 2.1; b: 1: -3.0)."
     )
 
 
 def test_heterofl_is_charged_the_widths_that_are_drawn() -> None:
-    """Two widths would be (f + (f + F) / 2) / (f + F); with four the narrow ones hardly count."""
+    """With two widths the share would be (f + (f + F) / 2) / (f + F); with four it is lower."""
     share = splitmix_runs.drawn_share("digits")
     assert 1 / 4 < share < 1 / 2
     setting = Setting("digits", "iid", HETEROFL)
@@ -101,7 +101,7 @@ def test_heterofl_is_charged_the_widths_that_are_drawn() -> None:
 
 
 def test_a_mix_takes_as_many_times_what_a_base_takes() -> None:
-    """And a base is as large as FedAvg's narrowest model."""
+    """A base is as large as the narrowest model of FedAvg."""
     flop, size = splitmix_runs.use_of("digits", SPLITMIX, "1/8")
     assert (flop, size) == splitmix_runs.use_of("digits", FEDAVG, "1/8")
     assert splitmix_runs.use_of("digits", SPLITMIX, "1") == (8 * flop, 8 * size)
@@ -109,7 +109,7 @@ def test_a_mix_takes_as_many_times_what_a_base_takes() -> None:
 
 @pytest.mark.parametrize("data", list(splitmix_runs.SHAPES))
 def test_models_of_all_widths_are_the_narrow_versions_of_the_widest(data: str) -> None:
-    """Which all methods then train."""
+    """All methods train these models."""
     example = torch.rand(2, *splitmix_runs.SHAPES[data])
     wide = build_model(splitmix_runs.model_name(data, "1"))
     for width, part in splitmix_runs.WIDTHS.items():
@@ -125,7 +125,7 @@ def test_models_of_all_widths_are_the_narrow_versions_of_the_widest(data: str) -
 
 
 def test_robustness_is_measured_for_every_mixture_and_number() -> None:
-    """In rows that the table takes."""
+    """The rows have the keys that the table reads."""
     example = torch.rand(4, *splitmix_runs.SHAPES["digits"])
     wide = build_model(splitmix_runs.model_name("digits", "1"))
     bases = split_width(wide, splitmix_runs.BASES, example).with_dual_norms()
@@ -142,7 +142,7 @@ def test_robustness_is_measured_for_every_mixture_and_number() -> None:
 
 
 def test_every_setting_is_a_job_of_its_own_in_a_folder_of_its_own() -> None:
-    """Those of one data set and partition share all but model, method and learning rate."""
+    """Jobs on one data set and partition differ only in model, method and learning rate."""
     cells = {s: PLAN.cell(s, 3, Path("work"), Path("cifar")) for s in splitmix.SETTINGS}
     assert len({cell.folder for cell in cells.values()}) == len(cells)
     mix = cells[Setting("cifar10", "iid", SPLITMIX)].job

@@ -1,4 +1,4 @@
-"""What benchmarks make of their runs: figures by hand, verdicts, pages."""
+"""The reports of benchmarks: figures by hand, verdicts, and pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIVE = splitft_report.Setting(splitft_report.ADAPTIVE, "iid", 8, 5)
 def run_of(
     setting: splitft_report.Setting, seed: int, curve: Sequence[tuple[float, float]], equal: int
 ) -> splitft_report.Run:
-    """A run whose perplexity is this at these times."""
+    """Return a run with this perplexity at these times."""
     job = replace(Job.read(splitft.JOB), seed=seed)
     records = [
         RoundRecord(
@@ -38,7 +38,7 @@ def run_of(
 
 
 def test_times_are_to_the_fixed_cuts_best_at_equal_samples_seed_by_seed() -> None:
-    """Rounds beyond equal samples count for the time, not for what is to be reached."""
+    """Rounds beyond equal samples count for the time, but not for the perplexity to reach."""
     fixed = replace(FIVE, policy=splitft_report.START)
     runs = {
         (fixed, 0): run_of(fixed, 0, [(10, 9.0), (20, 8.0), (30, 7.0)], equal=2),
@@ -61,7 +61,7 @@ def test_times_are_to_the_fixed_cuts_best_at_equal_samples_seed_by_seed() -> Non
 
 
 def test_the_distance_from_centralized_training_is_of_means() -> None:
-    """(8.1 + 8.3) / 2 against 8: 2.5 % more."""
+    """(8.1 + 8.3) / 2 is 2.5 % more than 8."""
     central = splitft_report.Setting(splitft_report.CENTRALIZED, "iid", 16, 5)
     runs = {
         (central, 0): run_of(central, 0, [(1, 8.0)], equal=1),
@@ -89,7 +89,7 @@ def test_cells_differ_in_what_their_setting_says(tmp_path: Path) -> None:
 
 
 def test_the_comparison_names_methods_that_there_are() -> None:
-    """The eleven; language models' methods are for another benchmark."""
+    """It has all eleven methods; another benchmark has the methods of language models."""
     names = methods_of(methods.METHODS)
     assert len(names) == 11
     assert set(names) < set(simulated_methods())
@@ -97,7 +97,7 @@ def test_the_comparison_names_methods_that_there_are() -> None:
 
 
 def test_a_page_keeps_what_is_around_the_marks(tmp_path: Path) -> None:
-    """And is left as it is where marks are missing."""
+    """A page without the marks is not changed."""
     page = tmp_path / "results.md"
     page.write_text("a\n<!-- x: begin -->old<!-- x: end -->\nb <!-- y: begin -->")
     put_between(page, "x", "new")

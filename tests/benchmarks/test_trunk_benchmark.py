@@ -1,4 +1,4 @@
-"""The benchmark of the trunk in tiny size: it compares like with like, and runs to its end."""
+"""The benchmark of the trunk in tiny size: both sides do the same work, and a run completes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_prepared_batches_are_what_the_bundles_promise(folder: Path) -> None:
-    """Every device has its tier, and as many rows as the workload says, each batch another."""
+    """Every device has its tier, the rows of the workload, and different batches."""
     index = BundleIndex.read(folder / "bundles")
     devices = read_devices(folder)
     assert [cut_of(device.tier) for device in devices] == list(SMALL.cuts)
@@ -58,7 +58,7 @@ def test_prepared_batches_are_what_the_bundles_promise(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["small", "gpt2"])
 def test_the_bare_loop_makes_the_trunks_steps(name: str, tmp_path: Path) -> None:
-    """After the same merged steps both have the same weights."""
+    """After the same merged steps, trunk and bare loop have the same weights."""
     workload: Workload = get_workload(name, "cpu")
     prepare(workload, tmp_path, 3)
     model = workload.model()
@@ -84,7 +84,7 @@ def test_the_bare_loop_makes_the_trunks_steps(name: str, tmp_path: Path) -> None
 
 
 def test_workloads_have_names() -> None:
-    """A name that there is none of is refused with those that there are."""
+    """An unknown name is refused with a list of the known names."""
     assert {get_workload(name, "cpu").name for name in NAMES} == set(NAMES)
     with pytest.raises(ConfigError, match="resnet18"):
         get_workload("resnet19", "cpu")
@@ -92,12 +92,12 @@ def test_workloads_have_names() -> None:
 
 @pytest.mark.slow
 def test_a_measurement_from_start_to_end() -> None:
-    """Two devices, two rounds, one pair: every figure is there and makes sense."""
+    """With two devices, two rounds and one pair, every figure is present and plausible."""
     torch.set_num_threads(1)
     row = measure(SMALL, devices=2, device="cpu", mode="fp32", pairs=1, threads=1, rounds=2)
     assert (row.trunk, row.devices, row.mode, row.pairs) == ("small", 2, "fp32", 1)
     assert row.ratio_range == (row.ratio_to_bare_loop, row.ratio_to_bare_loop)
-    # whole rounds are slower than their steps
+    # Whole rounds are slower than their steps.
     assert row.ratio_to_bare_loop < row.step_ratio
     assert row.round_overhead_s > 0
     assert row.feed_samples_per_s > row.samples_per_s > 0

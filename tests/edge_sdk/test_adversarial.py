@@ -1,4 +1,4 @@
-"""Adversarial examples: start and steps of the ascent, and what devices are told of it."""
+"""Adversarial examples: the start and the steps of the attack, and its numbers on the wire."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.adversarial import Attack
 
 INPUTS = {"epsilon": "epsilon", "rate": "step_size", "low": "low", "high": "high"}
-"""The graph's inputs, and the fields of an attack that they are fed with."""
+"""The graph's inputs, with the fields of an attack that supply them."""
 
 
 class Climbing:
-    """Stands for a runtime: a step moves by the step size along a sign, as ``attack`` does."""
+    """Replaces a runtime: like ``attack``, a step moves by the step size along a sign."""
 
     def __init__(self, sign: float = 1.0) -> None:
         self.sign = sign
@@ -39,7 +39,7 @@ class Climbing:
 
 
 def attacks() -> st.SearchStrategy[Attack]:
-    """Any that are right."""
+    """Valid attacks."""
     positive = st.floats(2**-10, 10, width=32)
     return st.builds(
         Attack,
@@ -54,7 +54,7 @@ def attacks() -> st.SearchStrategy[Attack]:
 @settings(max_examples=100, deadline=None)
 @given(attack=attacks(), rows=st.integers(1, 4), seed=st.integers(0, 999))
 def test_it_starts_near_and_goes_on_from_where_it_was(attack: Attack, rows: int, seed: int) -> None:
-    """From within epsilon and the bounds; then as many steps as it says, each from the last."""
+    """The attack starts within epsilon and the bounds; each step starts from the last result."""
     rng = np.random.default_rng(seed)
     x = rng.uniform(attack.low, attack.high, (rows, 2, 3)).astype(np.float32)
     x = x.clip(np.float32(attack.low), np.float32(attack.high))
@@ -82,7 +82,7 @@ def test_it_starts_near_and_goes_on_from_where_it_was(attack: Attack, rows: int,
 
 
 def test_the_start_is_random_over_the_whole_ball() -> None:
-    """Uniform: the mean is x, the spread that of epsilon; another generator gives another."""
+    """The start is uniform over the ball around x, and another generator gives another start."""
     x = np.full((50, 40), 0.5, np.float32)
     starts = []
     for seed in (0, 0, 1):
@@ -100,7 +100,7 @@ def test_the_start_is_random_over_the_whole_ball() -> None:
 
 
 def test_inputs_beyond_the_bounds_are_brought_back() -> None:
-    """The start is inside, wherever the example is."""
+    """The start is within the bounds even if the example is not."""
     runtime: Any = Climbing()
     x = np.array([[-4.0, 9.0]], np.float32)
     Attack(epsilon=0.1).on(runtime, {"x": x, "y": np.zeros(1)}, np.random.default_rng(0))
@@ -109,7 +109,7 @@ def test_inputs_beyond_the_bounds_are_brought_back() -> None:
 
 @given(attack=attacks(), lr=st.floats(1e-3, 1))
 def test_devices_are_told_all_of_it(attack: Attack, lr: float) -> None:
-    """As finite numbers with names of their own, among others; they come back as they were."""
+    """The numbers of an attack survive the way to a device, beside other hyper-parameters."""
     hyper = attack.to_hyper()
     assert all(name.startswith("attack_") and type(v) is float for name, v in hyper.items())
     assert {n.removeprefix("attack_") for n in hyper} == {*INPUTS, "steps"}
@@ -119,7 +119,7 @@ def test_devices_are_told_all_of_it(attack: Attack, lr: float) -> None:
 
 
 def test_the_paper_s_settings_are_the_defaults() -> None:
-    """Split-Mix: 8/255 in seven steps, pixels from 0 to 1."""
+    """The defaults are those of the Split-Mix paper: 8/255 in seven steps, pixels from 0 to 1."""
     assert asdict(Attack()) == {
         "epsilon": 8 / 255, "step_size": 1.43 / 255, "steps": 7, "low": 0.0, "high": 1.0,
     }  # fmt: skip
@@ -139,7 +139,7 @@ def test_the_paper_s_settings_are_the_defaults() -> None:
     ],
 )
 def test_what_makes_no_sense(wrong: dict[str, Any], message: str) -> None:
-    """Refused where it is written; where it is told, as what a hub has said."""
+    """Invalid values are refused, both in a configuration and in a message from a hub."""
     with pytest.raises(ValueError, match=message):
         Attack(**wrong)
     wire = {"step_size": "rate"}
@@ -151,7 +151,7 @@ def test_what_makes_no_sense(wrong: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(Attack().to_hyper()))
 def test_what_is_not_told(name: str) -> None:
-    """A number that is missing is named."""
+    """An error names the number that is missing."""
     told = Attack().to_hyper()
     del told[name]
     with pytest.raises(ProtocolError, match=f"hyper lacks {name}"):

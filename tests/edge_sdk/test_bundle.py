@@ -1,4 +1,4 @@
-"""Bundles: manifests, content-addressed blobs, and what is refused before it is used."""
+"""Bundles: manifests, content-addressed blobs, and checks before anything is used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.lib.models import BUILD, CLASSES, IMAGE, build, example, open_bundle
 
 
 def manifest() -> Manifest:
-    """A small manifest with every kind of port, made by hand."""
+    """A small manifest with every kind of port, written by hand."""
     weight = TensorSpec("stem.weight", "float32", (2, 3))
     mean = TensorSpec("stem.running_mean", "float32", (3,))
     x = Port(TensorSpec("x", "int64", ("batch", "seq")), "batch")
@@ -90,12 +90,12 @@ def manifest() -> Manifest:
 
 
 def changed(**fields: Any) -> bytes:
-    """The manifest's JSON with some fields replaced."""
+    """Return the manifest's JSON with some fields replaced."""
     return json.dumps({**json.loads(manifest().to_bytes()), **fields}).encode()
 
 
 def test_manifest_round_trip() -> None:
-    """What is read equals what was written, down to the bytes."""
+    """A manifest that is read equals the written one, byte for byte."""
     read = Manifest.from_bytes(manifest().to_bytes())
     assert read == manifest()
     assert read.to_bytes() == manifest().to_bytes()
@@ -118,13 +118,13 @@ def test_manifest_round_trip() -> None:
     ],
 )
 def test_manifest_names_only_its_own_blobs(fields: dict[str, Any], message: str) -> None:
-    """A blob's name becomes a file name on the device: nothing but a hash will do."""
+    """A blob's name becomes a file name on the device, so only a hash is accepted."""
     with pytest.raises(BundleError, match=message):
         Manifest.from_bytes(changed(**fields))
 
 
 def test_manifest_bytes_are_canonical() -> None:
-    """Neither spaces nor the order of keys matter: its sha256 is the bundle's identity."""
+    """Spaces and the order of keys do not change the bytes; their SHA-256 identifies the bundle."""
     written = manifest().to_bytes()
     other = json.dumps(dict(reversed(json.loads(written).items())), indent=2).encode()
     assert other != written
@@ -134,7 +134,7 @@ def test_manifest_bytes_are_canonical() -> None:
 
 
 def test_exported_manifests_round_trip(bundles: BundleIndex) -> None:
-    """Of every tier; the blobs are the ones that the manifest names, with the sizes it gives."""
+    """For every tier, the blobs are those that the manifest names, with the sizes that it gives."""
     for tier, entry in bundles.tiers.items():
         data = bundles.blobs().read(entry.manifest)
         read = bundles.manifest(tier)
@@ -148,7 +148,7 @@ def test_exported_manifests_round_trip(bundles: BundleIndex) -> None:
 
 
 def test_exported_ports_fit_each_other(bundles: BundleIndex) -> None:
-    """State first, in the order of the manifest; what train puts out is what it takes."""
+    """State ports come first, in the manifest's order; train's state outputs match its inputs."""
     for tier in bundles.tiers:
         read = bundles.manifest(tier)
         train = read.graphs["train"]
@@ -169,7 +169,7 @@ def test_exported_ports_fit_each_other(bundles: BundleIndex) -> None:
 
 
 def test_states_of_zeros() -> None:
-    """What optimizer slots start from."""
+    """Optimizer slots start from zeros."""
     zeros = StateSpec(TensorSpec("momentum/w", "float32", (2, 3)), "slot").zeros()
     assert zeros.dtype == np.float32
     assert zeros.shape == (2, 3)
@@ -178,28 +178,28 @@ def test_states_of_zeros() -> None:
 
 @pytest.mark.parametrize("number", [FORMAT + 1, 0, "1", None])
 def test_other_formats_are_refused(number: Any) -> None:
-    """The message says which format this is, and what to do."""
+    """The error names the format and says what to do."""
     with pytest.raises(BundleError, match=rf"has format {number}, this version reads {FORMAT}"):
         Manifest.from_bytes(changed(format=number))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"not JSON", manifest().to_bytes()[:-1]])
 def test_what_is_not_json(data: bytes) -> None:
-    """Cut short or never a manifest."""
+    """Truncated JSON and other bytes are refused."""
     with pytest.raises(BundleError, match="the manifest is not JSON; export the bundle again"):
         Manifest.from_bytes(data)
 
 
 @pytest.mark.parametrize("data", [b"[]", b"1", b"null", b'"x"', b"{}", b'{"tier": "small"}'])
 def test_json_that_is_no_manifest(data: bytes) -> None:
-    """Without a format number nothing can be said about it."""
+    """JSON without a format number is refused."""
     with pytest.raises(BundleError, match="no format number"):
         Manifest.from_bytes(data)
 
 
 @pytest.mark.parametrize("field", sorted(set(json.loads(manifest().to_bytes())) - {"format"}))
 def test_missing_fields(field: str) -> None:
-    """The message names the field."""
+    """The error names the missing field."""
     raw = json.loads(manifest().to_bytes())
     del raw[field]
     with pytest.raises(BundleError, match=rf"the manifest is damaged \('{field}'\)"):
@@ -240,7 +240,7 @@ def test_missing_fields(field: str) -> None:
     ],
 )
 def test_wrong_fields(fields: dict[str, Any]) -> None:
-    """Wrong types and unknown dtypes or roles are a BundleError, not a crash later on."""
+    """Wrong types and unknown dtypes or roles raise BundleError."""
     with pytest.raises(BundleError, match="the manifest is damaged"):
         Manifest.from_bytes(changed(**fields))
 
@@ -249,12 +249,12 @@ def test_wrong_fields(fields: dict[str, Any]) -> None:
 
 
 def constants_of(*tensors: tuple[str, str, tuple[int, ...]], offsets: tuple[int, ...]) -> Constants:
-    """Constants in the blob ``ef...``."""
+    """Return constants in the blob ``ef...``."""
     return Constants("ef" * 32, tuple(TensorSpec(*t) for t in tensors), offsets)
 
 
 def test_constants_lie_at_their_offsets() -> None:
-    """Of several dtypes, with gaps; a scalar and a tensor of nothing among them."""
+    """Constants have several dtypes and gaps between them, also a scalar and an empty tensor."""
     data = bytes([1, 2, 255]) + bytes(61) + np.arange(4, dtype="<f4").tobytes()
     found = constants_of(
         ("a", "int8", (3,)),
@@ -271,7 +271,7 @@ def test_constants_lie_at_their_offsets() -> None:
 
 @pytest.mark.parametrize(("shape", "offset"), [((4,), 64), ((3,), 60), ((3,), 1000), ((3,), -8)])
 def test_constants_beyond_their_blob(shape: tuple[int, ...], offset: int) -> None:
-    """A blob that is too short is a damaged bundle, not a crash or another tensor's bytes."""
+    """A blob that is too short raises an error; no other tensor's bytes are read."""
     made = manifest()
     constants = (constants_of(("a", "float32", shape), offsets=(offset,)),)
     blobs = {"ab" * 32: b"graph", "cd" * 32: pack_tensors({}), "ef" * 32: bytes(68)}
@@ -280,7 +280,7 @@ def test_constants_beyond_their_blob(shape: tuple[int, ...], offset: int) -> Non
 
 
 def test_a_bundle_is_put_together_from_its_blobs() -> None:
-    """Every blob is read once; the graphs of one file share it."""
+    """Every blob is read once, and the graphs of one file share it."""
     state = {"stem.weight": np.ones((2, 3), np.float32)}
     blobs = {"ab" * 32: b"graph", "cd" * 32: pack_tensors(state), "ef" * 32: bytes(64) + b"\0\0 A"}
     read: list[str] = []
@@ -300,7 +300,7 @@ def test_a_bundle_is_put_together_from_its_blobs() -> None:
 
 
 class FrozenStem(nn.Module):
-    """A Linear that is frozen, and large enough to be stored outside of the graphs."""
+    """A frozen Linear layer, large enough to be stored outside the graphs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,14 +316,14 @@ class FrozenStem(nn.Module):
 
 
 def frozen_model() -> SplitModel:
-    """A frozen stem, a frozen first block and a trained one."""
+    """Return a model with a frozen stem, a frozen first block and a trained one."""
     torch.manual_seed(0)
     blocks = [nn.Linear(24, 24).requires_grad_(False), nn.Linear(24, 24), nn.Linear(24, 24)]
     return SplitModel(FrozenStem(), blocks, nn.Linear(24, 3))
 
 
 def test_frozen_tensors_are_stored_once(tmp_path: Path) -> None:
-    """A blob for each layer, which all graphs and tiers share; small ones are in the graphs."""
+    """Each layer has one blob that all graphs and tiers share; small tensors are in the graphs."""
     model, x = frozen_model(), example((16,))
     tiers = {"a": Tier(1), "b": Tier(2), "c": Tier(2, "fp16")}
     index = export_bundles(model, tiers, tmp_path / "out", example=x, classes=3)
@@ -371,7 +371,7 @@ DATA = bytes(range(256)) * 40
 
 
 def test_blobs_are_named_by_content(store: BlobStore) -> None:
-    """Writing twice is writing once."""
+    """Writing the same content twice stores one blob."""
     name = store.write(DATA)
     assert name == sha256(DATA)
     assert store.write(DATA) == name
@@ -383,7 +383,7 @@ def test_blobs_are_named_by_content(store: BlobStore) -> None:
 
 
 def test_missing_blob(store: BlobStore) -> None:
-    """The message says which and where."""
+    """The error names the blob and the folder."""
     name = sha256(b"never written")
     assert name not in store
     with pytest.raises(BundleError, match=rf"blob {name[:12]}… is missing from .*blobs"):
@@ -392,7 +392,7 @@ def test_missing_blob(store: BlobStore) -> None:
 
 @pytest.mark.parametrize("damage", [DATA[:-1], DATA + b"\0", b"", DATA[:100] + b"\1" + DATA[101:]])
 def test_damaged_blobs(store: BlobStore, damage: bytes) -> None:
-    """Truncated, extended, emptied or changed by one byte: never used."""
+    """A truncated, extended, emptied or changed blob is never used."""
     name = store.write(DATA)
     (store.folder / name).write_bytes(damage)
     with pytest.raises(BundleError, match=rf"blob {name[:12]}… has sha256 .* changed or damaged"):
@@ -403,7 +403,7 @@ def test_damaged_blobs(store: BlobStore, damage: bytes) -> None:
 
 
 def test_a_tampered_manifest_is_refused(bundles: BundleIndex, tmp_path: Path) -> None:
-    """A manifest is a blob as well: whoever changes it changes its name."""
+    """A manifest is a blob too, so a changed manifest has another name."""
     store = BlobStore(tmp_path / "blobs")
     entry = bundles.tiers["small"]
     data = bundles.blobs().read(entry.manifest)
@@ -414,7 +414,7 @@ def test_a_tampered_manifest_is_refused(bundles: BundleIndex, tmp_path: Path) ->
 
 
 def test_download_in_pieces(store: BlobStore) -> None:
-    """It goes on where it stopped, also in another process, and is there only when complete."""
+    """A download resumes, also in another process; the blob exists only when it is complete."""
     name = sha256(DATA)
     assert store.partial(name) == 0
     for start in range(0, 6000, 1000):
@@ -432,7 +432,7 @@ def test_download_in_pieces(store: BlobStore) -> None:
 
 @pytest.mark.parametrize("pieces", [[], [DATA[:-1]], [DATA[1:]], [DATA, b"more"]])
 def test_a_wrong_download_starts_anew(store: BlobStore, pieces: list[bytes]) -> None:
-    """What does not match is dropped, or a download would be stuck with it for ever."""
+    """Bytes that do not match the hash are dropped, so the download can start again."""
     name = sha256(DATA)
     for piece in pieces:
         store.append(name, piece)
@@ -445,7 +445,7 @@ def test_a_wrong_download_starts_anew(store: BlobStore, pieces: list[bytes]) -> 
 
 
 def test_writes_replace_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that fails midway leaves the old content and no other file behind."""
+    """A write that fails midway keeps the old content and leaves no other file."""
     path = tmp_path / "file"
     write_atomically(path, b"old")
     write_atomically(path, b"new")
@@ -466,7 +466,7 @@ def test_writes_replace_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_blob_appears_only_when_it_is_complete(
     store: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until the rename nobody sees it."""
+    """The blob is not visible before the rename."""
     name, seen = sha256(DATA), []
     replace = os.replace
 
@@ -484,7 +484,7 @@ def test_a_blob_appears_only_when_it_is_complete(
 
 
 def test_index_is_read_back(bundles: BundleIndex) -> None:
-    """It equals what the export returned."""
+    """The index that is read equals the one that the export returned."""
     read = BundleIndex.read(bundles.folder)
     assert read == bundles
     assert read.model == BUILD
@@ -496,7 +496,7 @@ def test_index_is_read_back(bundles: BundleIndex) -> None:
 
 
 def test_no_index(tmp_path: Path) -> None:
-    """The message says what to do."""
+    """The error says what to do."""
     with pytest.raises(BundleError, match=r"no bundles in .*run cutlayer export first"):
         BundleIndex.read(tmp_path)
     with pytest.raises(BundleError, match="no bundles in"):
@@ -507,14 +507,14 @@ def test_no_index(tmp_path: Path) -> None:
     "text", ["", "{", "[]", "{}", '{"format": 3}', "\udcff", '{"format": 3, "tiers": 3}']
 )
 def test_damaged_index(tmp_path: Path, text: str) -> None:
-    """Neither JSON nor an index."""
+    """A file that is no JSON, or JSON that is no index, is refused."""
     (tmp_path / INDEX).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(BundleError, match=r"index\.json is damaged"):
         BundleIndex.read(tmp_path)
 
 
 def test_index_of_another_format(bundles: BundleIndex, tmp_path: Path) -> None:
-    """A later version's export is not misread."""
+    """The index of a later version is refused."""
     raw = json.loads((bundles.folder / INDEX).read_text())
     (tmp_path / INDEX).write_text(json.dumps(raw | {"format": FORMAT + 1}))
     with pytest.raises(BundleError, match=f"has format {FORMAT + 1}, this reads {FORMAT}"):
@@ -522,7 +522,7 @@ def test_index_of_another_format(bundles: BundleIndex, tmp_path: Path) -> None:
 
 
 def test_exporting_twice_gives_the_same_bytes(bundles: BundleIndex, tmp_path: Path) -> None:
-    """The same model gives the same manifest, hence the same graphs and initial state."""
+    """The same model gives the same manifest, and so the same graphs and initial state."""
     again = export_bundles(
         build(),
         {"small": Tier(1, "int8")},
@@ -537,7 +537,7 @@ def test_exporting_twice_gives_the_same_bytes(bundles: BundleIndex, tmp_path: Pa
 
 
 def test_the_fixture_exports_what_it_says(bundles: BundleIndex, model: SplitModel) -> None:
-    """The tiers share one model: a deeper tier starts from the shallower one's tensors."""
+    """The tiers share one model: a deeper tier starts from the same tensors as a shallower one."""
     states = {}
     for tier in bundles.tiers:
         read = bundles.manifest(tier)

@@ -1,4 +1,4 @@
-"""Exactly-once delivery: a model of everything that can happen to two sides and the network."""
+"""Exactly-once delivery: a model of all events on two sides and the network between them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from edge_sdk.protocol.tensors import TENSOR_EXT, pack_tensor, unpack_tensor
 
 
 def to_disk(saved: dict[str, Any]) -> bytes:
-    """A snapshot as bytes."""
+    """Return a snapshot as bytes."""
     packed: bytes = msgpack.packb(saved, default=pack_tensor)
     return packed
 
@@ -45,13 +45,13 @@ def from_disk(data: bytes) -> dict[str, Any]:
 
 
 def message(number: int) -> Activations:
-    """A message that can be told from every other, with tensors in it."""
+    """Return a message with tensors that differs from every other."""
     parts = {"h": np.full((2, 2), number, np.int32)}
     return Activations(round=number, batch=0, parts=parts, labels=np.array([number]))
 
 
 def number_of(delivery: Delivery) -> int:
-    """The number of a message made by :func:`message`, whose tensors must be intact."""
+    """Return the number of a message made by :func:`message`; its tensors must be intact."""
     assert isinstance(delivery.message, Activations)
     number = delivery.message.round
     assert (delivery.message.parts["h"] == number).all()
@@ -60,10 +60,10 @@ def number_of(delivery: Delivery) -> int:
 
 
 class Side:
-    """One side of a session, and what it has on disk.
+    """One side of a session, and its state on disk.
 
-    Effects and channel are written to disk together. Frames leave only after that, so that nobody
-    knows more of this side than it remembers after a restart.
+    Effects and channel are written to disk together, and frames leave only after that. So the peer
+    never knows more of this side than this side remembers after a restart.
     """
 
     def __init__(self, window: int) -> None:
@@ -83,7 +83,7 @@ class Side:
         self.sent.append(number)
 
     def take(self, delivery: Delivery | None) -> None:
-        """Act on a delivery, up to its effect."""
+        """Receive a delivery; its effect may come later."""
         if delivery is None or delivery.seq == 0:
             return
         number = number_of(delivery)
@@ -95,13 +95,13 @@ class Side:
             self.first_deliveries.append(number)
 
     def settle(self, seq: int) -> None:
-        """Have the effect of a pending message."""
+        """Apply the effect of a pending message."""
         self.effects.append(self.pending.pop(seq))
         before = self.channel.settled
         assert self.channel.settle(seq) == (self.channel.settled > before)
 
     def commit(self) -> list[bytes]:
-        """Write everything to disk; the frames that may leave now."""
+        """Write everything to disk; return the frames that may leave now."""
         saved = {
             "channel": self.channel.snapshot(), "sent": self.sent, "effects": self.effects,
         }  # fmt: skip
@@ -171,7 +171,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(dice=st.integers(0, 5))
     def restart_from_nothing(self, dice: int) -> None:
-        """A side comes back without its session, which is rare: both begin a new one."""
+        """Restart a side without its session, which is rare; both sides begin a new session."""
         if dice:
             return
         self.archive += self.side[0].effects + self.side[1].effects
@@ -214,7 +214,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(late=st.booleans())
     def reconnect(self, late: bool) -> None:
-        """Both say what they settled, and send the rest again.
+        """Exchange what both sides have settled, and send the rest again.
 
         With ``late``, frames of the old connection may still arrive.
         """
@@ -248,7 +248,7 @@ class Sessions(RuleBasedStateMachine):
             assert set(one.effects) <= set(first)
 
     def teardown(self) -> None:
-        """Over one good connection everything arrives."""
+        """Everything arrives over one good connection."""
         if not hasattr(self, "side"):
             return
         self.reconnect(late=False)
@@ -283,7 +283,7 @@ test_exactly_once = Sessions.TestCase
 
 
 def walk(seed: int, steps: int) -> Sessions:
-    """A long walk through the rules, most of them such that traffic goes on."""
+    """Make a long random walk through the rules, most of which keep the traffic going."""
     rng = random.Random(seed)
     walker = Sessions()
     walker.start(window=rng.randint(1, 5))
@@ -333,12 +333,12 @@ def test_exactly_once_on_long_walks(group: int) -> None:
 
 
 def connected(window: int = 4) -> tuple[Channel, Channel]:
-    """Two sides of a new session."""
+    """Return the two sides of a new session."""
     return Channel(window), Channel(window)
 
 
 def pump(frames: Iterable[bytes], to: Channel) -> list[int]:
-    """Deliver frames; the numbers that came out."""
+    """Deliver frames; return the numbers of the messages that came out."""
     deliveries = [to.receive(frame) for frame in frames]
     return [number_of(d) for d in deliveries if d is not None]
 
@@ -469,7 +469,7 @@ def test_a_restart_delivers_what_was_not_settled_and_nothing_else() -> None:
 
 
 def test_what_was_settled_before_a_restart_need_not_come_again() -> None:
-    """3 is settled before 2; after a restart 2 comes, and the link breaks before 3 does."""
+    """Message 3 is settled before 2; after a restart 2 arrives, then the link breaks."""
     a, b = connected()
     pump([a.send(message(n)) for n in (1, 2, 3)], b)
     b.settle(1)

@@ -1,4 +1,4 @@
-"""What of edge_sdk imports without the libraries that only other parts need."""
+"""Modules of edge_sdk import without libraries that only other modules need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIGHT = [
 
 @pytest.mark.parametrize("missing", ["websockets", "cryptography", "onnxruntime"])
 def test_what_needs_neither_network_nor_keys_nor_runtime(missing: str) -> None:
-    """These modules import where a library for something else is missing; others say which."""
+    """These modules import without a library that others need; the others name the missing one."""
     code = f"""
 import importlib, sys
 

@@ -1,4 +1,4 @@
-"""Accuracy and perplexity: against formulas in float64, in batches, at the edges."""
+"""Accuracy and perplexity: against formulas in float64, in batches, and in edge cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edge_sdk.protocol.tensors import Array
 
 
 def reference(logits: Array, y: Array) -> float:
-    """Perplexity of the mean of the heads' softmax, in float64 and in one piece."""
+    """Return the perplexity of the mean of the heads' softmax, in float64 and without batches."""
     z = logits.astype(np.float64)
     p = np.exp(z - z.max(-1, keepdims=True))
     p = (p / p.sum(-1, keepdims=True)).mean(0)
@@ -39,7 +39,7 @@ def test_perplexity_is_that_of_the_mean_of_the_heads(
     heads: int, rows: int, positions: int, vocabulary: int, scale: float,
     dtype: type, chunk: int, seed: int,
 ) -> None:  # fmt: skip
-    """However many positions are worked on at a time; the inputs are left alone."""
+    """The result does not depend on the number of positions per step, and inputs do not change."""
     rng = np.random.default_rng(seed)
     logits = (scale * rng.standard_normal((heads, rows, positions, vocabulary))).astype(dtype)
     y = rng.integers(-1, vocabulary, (rows, positions))
@@ -69,7 +69,7 @@ def test_accuracy_is_that_of_the_mean_of_the_heads(
 
 @pytest.mark.parametrize("task", ["classes", "tokens"])
 def test_batches_add_up(task: str) -> None:
-    """A tally of parts is the tally of the whole, weighted by labels."""
+    """The tally of batches equals the tally of all rows, weighted by labels."""
     rng = np.random.default_rng(0)
     shape = (7,) if task == "classes" else (7, 3)
     logits = rng.standard_normal((2, *shape, 5)).astype(np.float32)
@@ -83,7 +83,7 @@ def test_batches_add_up(task: str) -> None:
 
 
 def test_large_logits_overflow_nothing() -> None:
-    """A wrong answer that is sure costs as much as it is sure; what is told has a largest value."""
+    """A confident wrong answer costs its large logit; the reported perplexity has a maximum."""
     logits = np.array([[[[0.0, 900.0]]]], np.float32)
     tally = Tally("tokens")
     tally.add(logits, np.array([[0]]))
@@ -94,7 +94,7 @@ def test_large_logits_overflow_nothing() -> None:
 
 
 def test_memory_does_not_grow_with_what_is_measured() -> None:
-    """Beside the logits, a few MB: the positions that count are never copied all at once."""
+    """The memory beside the logits is a few MB; the positions that count are not copied at once."""
     logits = np.zeros((1, 4, 64, 50_257), np.float32)
     y = np.zeros((4, 64), np.int64)
     tally = Tally("tokens")

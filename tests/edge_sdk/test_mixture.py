@@ -1,4 +1,4 @@
-"""Mixtures of base networks on a device, and over the wire, against the mean of single answers."""
+"""Mixtures of base networks on a device and over the wire, against the mean of single answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tests.lib.raw_client import RawClient, raw
 
 
 class Counting:
-    """A runtime that notes what it is asked for."""
+    """A runtime that records the graphs that it runs."""
 
     def __init__(self, runtime: Any) -> None:
         self.runtime = runtime
@@ -65,19 +65,19 @@ class Counting:
 
     @property
     def graphs(self) -> list[str]:
-        """What was run, in order."""
+        """The graphs that were run, in order."""
         return [graph for graph, _ in self.calls]
 
 
 def version(base: int, number: int = 0) -> str:
-    """A hash that stands for a state."""
+    """Return a hash that represents a state."""
     return f"{number:032x}{base:032x}"
 
 
 def mix_of(
     export: Made, tier: str, order: list[int], runtime: Any = None, seed: int = 0
 ) -> tuple[Mixture, Counting]:
-    """All bases offered in an order, and here."""
+    """Return a mixture with all bases, offered in an order and present on the device."""
     counting = Counting(export.runtime(tier) if runtime is None else runtime)
     mix = Mixture(export.index.manifest(tier), counting)
     mix.offer({str(base): version(base) for base in order})
@@ -90,7 +90,7 @@ def mix_of(
 def singles(
     export: Made, tier: str, x: Array, robust: float, seed: int = 0
 ) -> tuple[list[Array], list[dict[str, Array]]]:
-    """``predict`` of each base alone: logits in float64, and packed activations."""
+    """Run ``predict`` of each base alone; return logits in float64, and packed activations."""
     runtime = export.runtime(tier)
     logits, parts = [], []
     for state in export.states(tier, seed):
@@ -105,7 +105,7 @@ def assert_mixture(
     export: Made, tier: str, mix: Mixture, order: list[int], n: int, x: Array, robust: float,
     seed: int = 0,
 ) -> None:  # fmt: skip
-    """The best ``n`` answer their mean, and pack what each would alone."""
+    """Check that ``n`` bases answer with their mean, and pack the activations of each base."""
     logits, parts = singles(export, tier, x, robust, seed)
     found = mix.answer(x, n, robust)
     want = np.mean([logits[base] for base in order[:n]], axis=0)
@@ -136,7 +136,7 @@ def assert_mixture(
 def test_an_answer_is_the_mean_of_the_bases(
     bases: int, tier: str, rows: int, robust: float, data: st.DataObject
 ) -> None:
-    """In whatever order they are offered, the first so many, however many; each packs its own."""
+    """The first bases in the offered order answer, for every number; each packs its activations."""
     export = made(bases)
     order = data.draw(st.permutations(range(bases)))
     n = data.draw(st.integers(1, bases))
@@ -160,14 +160,14 @@ def test_an_answer_is_the_mean_of_the_bases(
     ],
 )
 def test_few_calls_answer(bases: int, graphs: list[str]) -> None:
-    """All eight take one, seven are four, two and one."""
+    """Eight bases take one call; seven take one call each for four, two and one base."""
     mix, counting = mix_of(made(8), "cut", list(range(8)))
     mix.answer(vectors(2).x, bases)
     assert counting.graphs == graphs
 
 
 def test_onnx_runtime_mixes(tmp_path: Path) -> None:
-    """Every number of eight, on the graphs as a device runs them."""
+    """ONNX Runtime mixes every number of eight bases on the exported graphs."""
     export, order = made(8), [3, 0, 7, 5, 1, 6, 2, 4]
     steps = [step for step in all_steps(export.steps["cut"]) if step.name.startswith("mix_")]
     manifest = export.index.manifest("cut")
@@ -183,7 +183,7 @@ def test_onnx_runtime_mixes(tmp_path: Path) -> None:
 
 
 def test_only_what_is_not_here_is_missing() -> None:
-    """One base more takes one; a new version of one takes that one again."""
+    """An additional base needs one download; a new version of a base needs that base again."""
     export = made(4)
     mix = Mixture(export.index.manifest("cut"), export.runtime("cut"))
     states = export.states("cut")
@@ -205,7 +205,7 @@ def test_only_what_is_not_here_is_missing() -> None:
 
 
 def test_versions_do_not_mix() -> None:
-    """A base of another version, or one that nobody offered, or of another model: refused."""
+    """A base of another version, of another model or without an offer is refused."""
     export = made(4)
     mix, _ = mix_of(export, "cut", [0, 1, 2, 3])
     states = export.states("cut")
@@ -240,7 +240,7 @@ def test_robustness_is_a_weight(robust: float) -> None:
 
 
 def test_robustness_takes_dual_norms() -> None:
-    """Without them only 0 can be had."""
+    """Without dual norms, only robustness 0 is possible."""
     export = made(4, dual=False)
     mix, _ = mix_of(export, "cut", [0, 1, 2, 3])
     assert_mixture(export, "cut", mix, [0, 1, 2, 3], 3, vectors(2).x, 0.0)
@@ -251,7 +251,7 @@ def test_robustness_takes_dual_norms() -> None:
 
 
 def test_answers_may_overlap() -> None:
-    """Bases that come while others are being mixed do not disturb these."""
+    """Bases that arrive while others are mixed do not change the running answer."""
     export, order = made(4), [1, 3, 0, 2]
     states, x = export.states("cut"), vectors(3).x
     logits, _ = singles(export, "cut", x, 0.0)
@@ -273,13 +273,13 @@ def test_answers_may_overlap() -> None:
 
 
 def plan(hyper: Mapping[str, float] | None = None, epochs: int = 2) -> LocalPlan:
-    """SGD with momentum."""
+    """Return a plan with SGD with momentum."""
     sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     return LocalPlan(epochs, 8, sgd | dict(hyper or {}), "train", 5)
 
 
 def trained(training: Any) -> tuple[LocalResult, list[tuple[int, Batch]]]:
-    """The result of local training, and what it sends."""
+    """Return the result of local training, and the batches that it sends."""
     sent = []
     while not isinstance(step := advance(training), LocalResult):
         if isinstance(step, Outgoing):
@@ -289,7 +289,7 @@ def trained(training: Any) -> tuple[LocalResult, list[tuple[int, Batch]]]:
 
 
 def same_parts(a: Batch, b: Batch) -> bool:
-    """Whether two batches hold the same numbers."""
+    """Return whether two batches have equal tensors."""
     return a.parts.keys() == b.parts.keys() and all(
         np.array_equal(a.parts[n], b.parts[n]) for n in a.parts
     )
@@ -301,7 +301,7 @@ ATTACK = Attack(epsilon=0.2, step_size=0.1, steps=3, low=0.0, high=1.0)
 @pytest.mark.parametrize("tier", ["whole", "cut"])
 @pytest.mark.parametrize("robust", [0.0, 0.5])
 def test_bases_are_trained_as_each_alone(tier: str, robust: float) -> None:
-    """Bit for bit: states, activations under their base's number, and the mean of the metrics."""
+    """States, activations by base number and mean metrics equal those of single bases."""
     export, data = made(4), vectors(20, seed=1)
     data = Examples(data.x, np.where(data.y == 1, 0, data.y))  # no example of class 1
     hyper = {"robustness": robust, **ATTACK.to_hyper()} if robust else {}
@@ -331,7 +331,7 @@ def test_bases_are_trained_as_each_alone(tier: str, robust: float) -> None:
 
 
 def test_the_plan_says_how_examples_are_made_hard() -> None:
-    """Every batch: attack steps, each from the last one's result; then it is trained on."""
+    """For every batch the attack runs all its steps, each from the last result, before training."""
     export, data = made(4), vectors(20, seed=1)
     counting = Counting(export.runtime("whole"))
     learner = Learner(export.index.manifest("whole"), counting)
@@ -356,7 +356,7 @@ def test_the_plan_says_how_examples_are_made_hard() -> None:
 
 
 def test_tiers_that_do_not_harden_take_no_notice() -> None:
-    """An attack in the plan changes nothing there; nor does robustness 0 elsewhere."""
+    """An attack in the plan has no effect on such tiers, nor on other tiers with robustness 0."""
     export, data = made(4), vectors(20, seed=1)
     told = {"robustness": 0.5, **ATTACK.to_hyper()}
     for tier, hyper in (("cut", told), ("whole", {**told, "robustness": 0.0})):
@@ -372,7 +372,7 @@ def test_tiers_that_do_not_harden_take_no_notice() -> None:
 
 
 def test_a_round_that_does_not_say_how_is_refused() -> None:
-    """One sentence names what is missing."""
+    """The error names the missing number in one sentence."""
     export = made(4)
     learner = Learner(export.index.manifest("whole"), export.runtime("whole"))
     hyper = {"robustness": 0.5, **ATTACK.to_hyper()}
@@ -385,7 +385,7 @@ def test_a_round_that_does_not_say_how_is_refused() -> None:
 
 
 def config_of(folder: Path, export: Made, count: int = 2, **changes: Any) -> HubConfig:
-    """Split-Mix on two devices; those of ``whole`` harden their examples."""
+    """Return a configuration of Split-Mix on two devices; tier ``whole`` trains adversarially."""
     return hub_config(
         folder,
         export.index,
@@ -402,7 +402,7 @@ def config_of(folder: Path, export: Made, count: int = 2, **changes: Any) -> Hub
 async def serving(
     config: HubConfig, export: Made, first: Callable[[], Awaitable[None]] | None = None
 ) -> AsyncIterator[tuple[Hub, str]]:
-    """A hub in this process; yields it with its address. ``first`` comes before evaluations."""
+    """Run a hub in this process; yield it with its address. ``first`` runs before evaluations."""
     held_out = vectors(60, seed=7)
     model = copy.deepcopy(export.bases.hub)
     model.load(config.bundles / WEIGHTS)
@@ -423,7 +423,7 @@ async def serving(
 async def join(
     config: HubConfig, export: Made, url: str, name: str, tier: str, data: Examples | None = None
 ) -> Device:
-    """A device that runs the steps as they are."""
+    """Return a device that runs the functional steps."""
     device = Device(
         lambda: open_websocket(url),
         export.load,
@@ -438,7 +438,7 @@ async def join(
 
 
 def fetches(device: Device) -> list[str]:
-    """States that the device goes for from now on, those that the hub has not among them."""
+    """Return the list of states that the device will request, also those that the hub lacks."""
     seen: list[str] = []
     fetch = device._downloader.state
 
@@ -451,7 +451,7 @@ def fetches(device: Device) -> list[str]:
 
 
 def final_bases(hub: Hub, export: Made) -> list[SplitModel]:
-    """What the run has left behind, best first."""
+    """Return the trained bases of the run, best first."""
     models = []
     for base in hub.run.records[-1].order:
         model = copy.deepcopy(export.bases.hub)
@@ -462,7 +462,7 @@ def final_bases(hub: Hub, export: Made) -> list[SplitModel]:
 
 @torch.no_grad()
 def logits_of(models: list[SplitModel], x: Array, robust: float) -> tuple[Array, Array]:
-    """Means over the bases: of the head at cut 1, and of the whole models."""
+    """Return means over the bases: of the head at cut 1, and of the whole models."""
     early, late = [], []
     with noise_norms(robust):
         for model in models:
@@ -473,7 +473,7 @@ def logits_of(models: list[SplitModel], x: Array, robust: float) -> tuple[Array,
 
 
 def test_a_job_with_a_whole_and_a_cut_tier(tmp_path: Path) -> None:
-    """Trained to the end; then answers of one, three and all bases, here and through the hub."""
+    """After the job, one, three and all bases answer correctly, on the device and over the hub."""
     export = made(4)
 
     async def job() -> None:
@@ -494,14 +494,14 @@ def test_a_job_with_a_whole_and_a_cut_tier(tmp_path: Path) -> None:
             for base, model in zip(records[-1].order, models, strict=True):
                 for name, tensor in model.trained().items():
                     same = np.array_equal(tensor.detach(), export.bases.states[name][base])
-                    # the head at the cut has seen no adversarial examples
+                    # the head at the cut was not trained on adversarial examples
                     assert same == (name.startswith("aux.1.") and ".noise." in name), name
 
             guest = await join(config, export, url, "guest", "whole")
             seen = fetches(guest)
             for bases, fetched in ((1, 1), (3, 3), (2, 3), (4, 4)):
                 answer = await guest.predict(x, confidence=2.0, bases=bases)
-                assert not answer.by_hub.any()  # all of it is here
+                assert not answer.by_hub.any()  # all bases are on the device
                 _, whole = logits_of(models[:bases], x, 0.0)
                 assert answer.probabilities == pytest.approx(softmax(whole), abs=1e-5)
                 assert len(seen) == len(set(seen)) == fetched
@@ -516,7 +516,7 @@ def test_a_job_with_a_whole_and_a_cut_tier(tmp_path: Path) -> None:
                 assert own.probabilities == pytest.approx(softmax(early), abs=1e-4)
                 through = await device.predict(x, confidence=2.0, robustness=robust)
                 assert through.by_hub.all()
-                by_hub = 2 * through.probabilities - own.probabilities  # of both heads, the mean
+                by_hub = 2 * through.probabilities - own.probabilities  # mean of both heads
                 assert by_hub == pytest.approx(softmax(whole), abs=5e-3)
                 assert np.abs(softmax(whole) - softmax(early)).max() > 0.02
             evaluation = await guest.evaluate(vectors(60, seed=7))
@@ -528,7 +528,7 @@ def test_a_job_with_a_whole_and_a_cut_tier(tmp_path: Path) -> None:
 
 
 def test_what_is_as_it_was_is_not_fetched_again(tmp_path: Path) -> None:
-    """A device that has answered during the job keeps, at its end, the bases that nobody trained"""
+    """After the job, a device that answered during it still has the bases that did not change."""
     export = made(4)
 
     async def job() -> None:
@@ -545,7 +545,7 @@ def test_what_is_as_it_was_is_not_fetched_again(tmp_path: Path) -> None:
             await asyncio.gather(*(device.train() for device in devices))
             trained_ = len(seen)
             after = await devices[0].predict(x, bases=4)
-            assert len(seen) - trained_ == 2  # a base for each device was trained
+            assert len(seen) - trained_ == 2  # one base for each device was trained
             assert not np.array_equal(before.probabilities, after.probabilities)
             _, whole = logits_of(final_bases(hub, export), x, 0.0)
             assert after.probabilities == pytest.approx(softmax(whole), abs=1e-5)
@@ -556,7 +556,7 @@ def test_what_is_as_it_was_is_not_fetched_again(tmp_path: Path) -> None:
 
 
 def test_a_device_that_asks_when_rounds_went_by(tmp_path: Path) -> None:
-    """What it was told of is no longer there: it is told anew, and mixes what is there now."""
+    """The hub no longer has the offered states; it offers new ones, which the device mixes."""
     export = made(4)
 
     async def job() -> None:
@@ -582,7 +582,7 @@ def test_a_device_that_asks_when_rounds_went_by(tmp_path: Path) -> None:
             seen = fetches(late)
             answer = await late.predict(x, bases=2)
             assert seen[0] == next(iter(told.values()))
-            assert len(seen) == 3  # one that is gone, and two
+            assert len(seen) == 3  # one that is gone, and two new ones
             _, whole = logits_of(final_bases(hub, export)[:2], x, 0.0)
             assert answer.probabilities == pytest.approx(softmax(whole), abs=1e-5)
             for device in (*devices, late):
@@ -592,7 +592,7 @@ def test_a_device_that_asks_when_rounds_went_by(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
-    """One sentence each, before anything is fetched."""
+    """Each impossible request gets one sentence before anything is downloaded."""
     export = made(4, dual=False)
 
     async def job() -> None:
@@ -617,18 +617,18 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
 
 
 def test_bases_of_a_model_without_bases() -> None:
-    """Nothing was offered: said so."""
+    """The error says that no bases were offered."""
     mix = Mixture(made(4).index.manifest("cut"), made(4).runtime("cut"))
     mix.offer({})
     with pytest.raises(DataError, match="2 bases are to be mixed, and the hub has named none"):
         mix.missing(2)
 
 
-# -- what the hub does not take
+# -- messages that the hub refuses
 
 
 def activations(export: Made, base: int, **changes: Any) -> Activations:
-    """A batch of the cut tier as it should be, but for some fields."""
+    """Return a valid batch of the cut tier, with some fields changed."""
     rows = 8
     parts: dict[str, Array] = {}
     for spec in export.index.manifest("cut").packed:
@@ -641,14 +641,14 @@ def activations(export: Made, base: int, **changes: Any) -> Activations:
 
 
 def update(export: Made, bases: list[int]) -> Update:
-    """All tensors of some bases."""
+    """Return an update with all tensors of some bases."""
     states = export.states("cut")
     tensors = {tensor_of(b, n): t for b in bases for n, t in states[b].items()}
     return Update(1, tensors, True, 32, {"loss": 1.0, "accuracy": 0.5})
 
 
 def without(message: Update, name: str) -> Update:
-    """The update but for one tensor."""
+    """Return the update without one tensor."""
     return replace(message, tensors={n: t for n, t in message.tensors.items() if n != name})
 
 
@@ -706,7 +706,7 @@ BAD: dict[str, tuple[Callable[[Made, list[int], int], Message], str, str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_message_is_refused_and_the_job_goes_on(tmp_path: Path, case: str) -> None:
-    """The field is named; the other device's round completes without the one that sent it."""
+    """The error names the field, and the round completes with the other device."""
     export = made(4)
     spoiled, code, field = BAD[case]
 
@@ -743,7 +743,7 @@ def test_a_bad_message_is_refused_and_the_job_goes_on(tmp_path: Path, case: str)
 
 
 async def _join_raw(client: RawClient, token: str) -> Any:
-    """A round for a client whose token says its tier."""
+    """Return a round for a client whose token gives its tier."""
     from edge_sdk.protocol.messages import Hello, Ready, Round
 
     await client.say(Hello(version=1, token=token))
@@ -755,7 +755,7 @@ async def _join_raw(client: RawClient, token: str) -> Any:
 
 
 def test_whole_models_send_no_activations(tmp_path: Path) -> None:
-    """The hub has no layer for them: refused, and its trunk stays."""
+    """The hub has no layers for these activations; it refuses them and its trunk stays the same."""
     export = made(4)
 
     async def job() -> None:

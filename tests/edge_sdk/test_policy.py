@@ -1,4 +1,4 @@
-"""The policy that picks bases and robustness, against its rules."""
+"""The policy that chooses the number of bases and the robustness, against its rules."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ conditions = st.builds(
 measured = st.dictionaries(st.integers(2, 16), seconds, max_size=4).flatmap(
     lambda more: seconds.map(lambda one: {1: one, **more})
 )
-"""Times that need not grow with the number of bases, as measured ones do not always."""
+"""Random times, which need not grow with the number of bases, like measured times."""
 
 
 def takes(latencies: dict[int, float], bases: int) -> Fraction:
-    """Seconds for so many bases: exact linear interpolation."""
+    """Return the seconds for a number of bases by exact linear interpolation."""
     below = max(n for n in latencies if n <= bases)
     above = min(n for n in latencies if n >= bases)
     low, high = Fraction(latencies[below]), Fraction(latencies[above])
@@ -43,7 +43,7 @@ def takes(latencies: dict[int, float], bases: int) -> Fraction:
 
 
 def fits(latencies: dict[int, float], bases: int, budget: float) -> bool:
-    """Whether so many bases are in time, rounding aside."""
+    """Return whether a number of bases fits the budget, up to rounding."""
     return takes(latencies, bases) <= Fraction(budget) * (1 + Fraction(1, 10**9))
 
 
@@ -51,7 +51,7 @@ def fits(latencies: dict[int, float], bases: int, budget: float) -> bool:
 def test_at_least_one_base_and_never_more_than_there_are(
     latencies: dict[int, float], low: float, now: Condition
 ) -> None:
-    """Under any condition; the robustness is what was asked for."""
+    """Under any condition the number is from 1 to all, and the robustness is the requested one."""
     choice = MixturePolicy(latencies, low_battery=low).choose(now)
     assert 1 <= choice.bases <= max(latencies)
     assert choice.robustness == now.hostile
@@ -62,7 +62,7 @@ def test_at_least_one_base_and_never_more_than_there_are(
 def test_more_charge_never_means_fewer_bases(
     latencies: dict[int, float], low: float, now: Condition, one: float, other: float
 ) -> None:
-    """Mains and charging allow as many as a full battery."""
+    """Mains power and charging allow as many bases as a full battery."""
     policy = MixturePolicy(latencies, low_battery=low)
     now = replace(now, charging=False)
     less, more = (policy.choose(replace(now, battery=b)).bases for b in sorted((one, other)))
@@ -73,7 +73,7 @@ def test_more_charge_never_means_fewer_bases(
 
 @given(measured, conditions)
 def test_more_heat_never_means_more_bases(latencies: dict[int, float], now: Condition) -> None:
-    """From nominal to critical."""
+    """From nominal to critical heat, the number of bases never grows."""
     policy = MixturePolicy(latencies)
     bases = [policy.choose(replace(now, thermal=t)).bases for t in HEAT]
     assert bases == sorted(bases, reverse=True)
@@ -84,7 +84,7 @@ def test_more_heat_never_means_more_bases(latencies: dict[int, float], now: Cond
 def test_more_time_never_means_fewer_bases(
     latencies: dict[int, float], now: Condition, one: float, other: float
 ) -> None:
-    """No budget allows as many as the longest one."""
+    """No budget allows as many bases as the longest budget."""
     policy = MixturePolicy(latencies)
     less, more = (policy.choose(replace(now, latency_s=s)).bases for s in sorted((one, other)))
     assert less <= more <= policy.choose(replace(now, latency_s=None)).bases
@@ -94,7 +94,7 @@ def test_more_time_never_means_fewer_bases(
 def test_what_is_chosen_is_in_time_if_one_base_is(
     latencies: dict[int, float], now: Condition, budget: float
 ) -> None:
-    """Also where more bases were measured to be faster than fewer."""
+    """This also holds if more bases were measured to be faster than fewer."""
     choice = MixturePolicy(latencies).choose(replace(now, latency_s=budget))
     if latencies[1] <= budget:
         assert fits(latencies, choice.bases, budget)
@@ -104,7 +104,7 @@ def test_what_is_chosen_is_in_time_if_one_base_is(
 def test_a_budget_alone_allows_the_most_bases_that_are_in_time(
     latencies: dict[int, float], budget: float
 ) -> None:
-    """No larger number is in time."""
+    """No larger number of bases fits the budget."""
     choice = MixturePolicy(latencies).choose(Condition(latency_s=budget))
     for n in range(choice.bases + 1, max(latencies) + 1):
         assert takes(latencies, n) > Fraction(budget) * (1 - Fraction(1, 10**9))
@@ -114,7 +114,7 @@ def test_a_budget_alone_allows_the_most_bases_that_are_in_time(
 def test_without_a_budget_the_rules_of_the_table_hold(
     total: int, now: Condition, low: float
 ) -> None:
-    """Each rule on its own, and the smallest of them."""
+    """Each rule holds alone, and together the smallest number counts."""
     heat = {"nominal": total, "fair": total // 2, "serious": total // 4, "critical": 1}
     allowed = [heat[now.thermal]]
     if now.battery is not None and not now.charging:
@@ -128,7 +128,7 @@ def test_without_a_budget_the_rules_of_the_table_hold(
 
 
 def test_a_phone_answers_best_when_full_cheaply_when_low_and_robustly_in_the_rain() -> None:
-    """Three devices with eight bases."""
+    """A full, a low and an attacked device choose by the rules, out of eight bases."""
     policy = MixturePolicy(EIGHT)
     full = policy.choose(Condition(battery=0.8))
     assert full == Choice(8, 0.0, "Nothing limits the mix of all 8 bases.")
@@ -160,7 +160,7 @@ def test_a_phone_answers_best_when_full_cheaply_when_low_and_robustly_in_the_rai
     ],
 )
 def test_the_reason_names_what_decided(now: Condition, bases: int, reason: str) -> None:
-    """One sentence with the number that decided."""
+    """The reason is one sentence with the number that decided."""
     assert MixturePolicy(EIGHT).choose(now) == Choice(bases, 0.0, reason)
 
 
@@ -175,14 +175,14 @@ def test_the_reason_names_what_decided(now: Condition, bases: int, reason: str) 
     ],
 )
 def test_the_smallest_number_wins(now: Condition, bases: int, reason: str) -> None:
-    """Of heat, battery and latency; the first of them where they agree."""
+    """The smallest of heat, battery and latency decides; if equal, the first of them is named."""
     choice = MixturePolicy(EIGHT).choose(now)
     assert choice.bases == bases
     assert choice.reason.startswith(reason)
 
 
 def test_a_larger_number_that_is_faster_does_not_excuse_a_smaller_one() -> None:
-    """Heat allows 2 of 4 bases, and only 1 and 4 are in time."""
+    """Heat allows 2 of 4 bases, and only 1 and 4 fit the budget."""
     choice = MixturePolicy({1: 0.001, 2: 0.004, 4: 0.002}).choose(
         Condition(thermal="fair", latency_s=0.002)
     )
@@ -190,13 +190,13 @@ def test_a_larger_number_that_is_faster_does_not_excuse_a_smaller_one() -> None:
 
 
 def test_a_budget_of_seconds_is_written_in_seconds() -> None:
-    """From one second on."""
+    """Budgets of one second or more are written in seconds."""
     choice = MixturePolicy({1: 0.9, 2: 1.4}).choose(Condition(latency_s=1.25))
     assert choice.reason == "1 of 2 bases fits into 1.25 s."
 
 
 def test_a_single_base_is_limited_by_nothing_but_time() -> None:
-    """There is nothing to save by mixing less."""
+    """With a single base, battery and heat have nothing to reduce."""
     policy = MixturePolicy({1: 0.5})
     assert "Nothing limits" in policy.choose(Condition(0.1, thermal="critical")).reason
     assert "Not even 1" in policy.choose(Condition(latency_s=0.1)).reason
@@ -221,7 +221,7 @@ def test_a_single_base_is_limited_by_nothing_but_time() -> None:
     ],
 )
 def test_a_condition_out_of_range_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
-    """Rather than clipped."""
+    """Values out of range are not clipped."""
     with pytest.raises(ConfigError, match=f"^{message}"):
         Condition(**fields)
 
@@ -240,20 +240,20 @@ def test_a_condition_out_of_range_is_refused_by_name(fields: dict[str, Any], mes
     ],
 )
 def test_latencies_that_cannot_be_are_refused(latencies: dict[int, float], message: str) -> None:
-    """Before anything is chosen by them."""
+    """Such latencies are refused when the policy is created."""
     with pytest.raises(ConfigError, match=f"^{message}"):
         MixturePolicy(latencies)
 
 
 @pytest.mark.parametrize("low", [-0.1, 20, math.nan])
 def test_a_low_battery_out_of_range_is_refused(low: float) -> None:
-    """Such as per cent."""
+    """A value in per cent, for example, is refused."""
     with pytest.raises(ConfigError, match=r"^low_battery must be from 0 to 1"):
         MixturePolicy(EIGHT, low_battery=low)
 
 
 class Clock:
-    """A clock that runs while bases are mixed: the given seconds, one after the other."""
+    """A clock that advances by the next given number of seconds whenever bases are mixed."""
 
     def __init__(self, seconds: dict[int, list[float]]) -> None:
         self.now = 100.0
@@ -261,11 +261,11 @@ class Clock:
         self.calls: list[int] = []
 
     def perf_counter(self) -> float:
-        """Seconds."""
+        """Return the seconds of the clock."""
         return self.now
 
     def mix(self, bases: int) -> None:
-        """Take the next of the given times."""
+        """Advance the clock by the next given time."""
         self.calls.append(bases)
         self.now += next(self.seconds[bases])
 
@@ -273,7 +273,7 @@ class Clock:
 def test_the_median_of_the_repeats_counts_and_the_first_run_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One slow run, and a slow start, leave no trace."""
+    """One slow run and a slow start do not change the median."""
     clock = Clock({1: [64.0, 1.0, 32.0, 2.0], 4: [64.0, 4.0, 3.0, 5.0]})
     monkeypatch.setattr("edge_sdk.inference.policy.time", clock)
     assert measure_latencies(clock.mix, [1, 4], repeats=3) == {1: 2.0, 4: 4.0}
@@ -281,7 +281,7 @@ def test_the_median_of_the_repeats_counts_and_the_first_run_does_not(
 
 
 def test_what_was_measured_makes_a_policy() -> None:
-    """With the real clock."""
+    """Latencies measured with the real clock are valid for a policy."""
     sizes: list[int] = []
     run: Callable[[int], None] = sizes.append
     latencies = measure_latencies(run, [1, 2, 4])
@@ -294,6 +294,6 @@ def test_what_was_measured_makes_a_policy() -> None:
     [([1], 0, "repeats must be at least 1, not 0"), ([1, 0], 5, "a number of bases must be")],
 )
 def test_measuring_nothing_is_refused(bases: list[int], repeats: int, message: str) -> None:
-    """Before anything runs."""
+    """The arguments are refused before any run."""
     with pytest.raises(ConfigError, match=f"^{message}"):
         measure_latencies(lambda n: pytest.fail("must not run"), bases, repeats)

@@ -1,4 +1,4 @@
-"""Sessions over links that break: back-pressure, resuming, and what ends a session."""
+"""Sessions over links that break: back-pressure, resuming, and the ends of a session."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIMEOUT_S = 20.0
 
 
 def run(test: Awaitable[None]) -> None:
-    """Run a test that must end in time."""
+    """Run a test; fail if it exceeds its time limit."""
 
     async def limited() -> None:
         async with asyncio.timeout(TIMEOUT_S):
@@ -43,24 +43,24 @@ def run(test: Awaitable[None]) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that must come about."""
+    """Wait until a condition holds."""
     while not condition():
         await asyncio.sleep(0.001)
 
 
 async def settled_down() -> None:
-    """Let everything happen that can happen without waiting for time to pass."""
+    """Run all tasks that can run without waiting for time to pass."""
     for _ in range(50):
         await asyncio.sleep(0)
 
 
 def numbered(number: int) -> Decline:
-    """A reliable message that can be told from others."""
+    """Return a reliable message with a number."""
     return Decline(number, "")
 
 
 class Inbox:
-    """A handler that keeps the numbers that came, and settles them if told to."""
+    """A handler that records the numbers it receives, and settles them if told to."""
 
     def __init__(self, session: Session, settle: bool = True) -> None:
         self.session, self.settle = session, settle
@@ -79,7 +79,7 @@ class Inbox:
 
 @contextlib.asynccontextmanager
 async def websocket_pair() -> AsyncIterator[list[Link]]:
-    """Both ends of a real websocket."""
+    """Open both ends of a real WebSocket."""
     there: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
 
     async def keep(connection: ServerConnection) -> None:
@@ -107,7 +107,7 @@ class Sides:
         self.links: list[Link] = []
 
     async def link(self, links: list[Link] | None = None) -> None:
-        """Connect both, over memory unless there are links."""
+        """Connect both sides, with links in memory unless others are given."""
         self.links = links or list(MemoryLink.pair())
         settled = self.a.channel.settled, self.b.channel.settled
         self.tasks = [
@@ -119,7 +119,7 @@ class Sides:
         assert self.b.linked
 
     async def cut(self) -> None:
-        """Break the link; both runs must say so."""
+        """Break the link; both sides must report it."""
         for link in self.links:
             await link.close()
         ends = await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -148,7 +148,7 @@ def test_a_sender_waits_while_the_window_is_full_and_wakes_upon_an_ack() -> None
         with pytest.raises(ProtocolError) as caught:
             sides.a.post(numbered(9))
         assert caught.value.code == ErrorCode.WINDOW_EXCEEDED
-        sides.a.post(BlobGet(HASH, 0))  # what is not reliable needs no room
+        sides.a.post(BlobGet(HASH, 0))  # unreliable messages do not need room in the window
         sides.b.settle(2)
         await settled_down()
         assert sent == [1, 2, 3], "2 is settled, 1 is not: there is no room yet"
@@ -180,7 +180,7 @@ def test_many_senders_share_one_window() -> None:
 
 
 def test_an_ack_is_not_lost_behind_a_frame_that_was_made_before_it() -> None:
-    """The reply is encoded first, the message settled after it, both before anything is sent."""
+    """The reply is encoded before the message is settled; both happen before anything is sent."""
 
     async def test() -> None:
         sides = Sides(window=1)
@@ -209,7 +209,7 @@ def test_what_was_settled_without_a_link_is_told_over_the_next_one() -> None:
         await until(lambda: sides.at_b.got == [1])
         await sides.cut()
         told = sides.b.channel.settled
-        sides.b.settle(1)  # after its hello, so to speak
+        sides.b.settle(1)  # this is after its hello
         here, there = MemoryLink.pair()
         tasks = [
             asyncio.create_task(sides.a.run(here, told, sides.at_a)),
@@ -242,7 +242,7 @@ def test_without_a_link_reliable_messages_wait_and_others_are_dropped() -> None:
 
 
 class LossyLink:
-    """A link that swallows everything once it has sent ``life`` frames, as a dead network does."""
+    """A link that drops everything after ``life`` frames, like a dead network."""
 
     def __init__(self, inner: Link, life: int, dead: asyncio.Event) -> None:
         self._inner, self._life, self._dead = inner, life, dead
@@ -263,7 +263,7 @@ class LossyLink:
 
 
 class SlowInbox(Inbox):
-    """Settles at once, or a little later and then out of order."""
+    """A handler that settles at once, or a little later and out of order."""
 
     def __init__(self, session: Session, rng: random.Random) -> None:
         super().__init__(session, settle=False)
@@ -279,7 +279,7 @@ class SlowInbox(Inbox):
 
 
 class Exchange:
-    """Both sides send ``count`` numbered messages; all must arrive once and in order."""
+    """Both sides send ``count`` numbered messages; each must arrive once and in order."""
 
     def __init__(self, seed: int, count: int) -> None:
         self.rng, self.count = random.Random(seed), count
@@ -289,7 +289,7 @@ class Exchange:
         self.cuts = 0
 
     async def send_all(self, session: Session) -> None:
-        """One side's messages, with some that need not arrive in between."""
+        """Send the messages of one side, with some unreliable ones in between."""
         for number in range(1, self.count + 1):
             await session.send(numbered(number))
             if self.rng.random() < 0.2:
@@ -299,7 +299,7 @@ class Exchange:
 
     @property
     def done(self) -> bool:
-        """Whether everything arrived and both sides know."""
+        """Return whether everything arrived and both sides know it."""
         return (
             len(self.at_a.got) == len(self.at_b.got) == self.count
             and self.a.channel.unacked == self.b.channel.unacked == 0
@@ -307,7 +307,7 @@ class Exchange:
 
     @contextlib.contextmanager
     def senders(self) -> Iterator[None]:
-        """Send from both sides; in the end, everything must be there."""
+        """Send from both sides; check at the end that everything arrived."""
         tasks = [asyncio.create_task(self.send_all(s)) for s in (self.a, self.b)]
         yield
         assert all(task.done() for task in tasks)
@@ -348,7 +348,7 @@ def test_everything_arrives_once_and_in_order_over_links_in_memory_that_die(seed
 
 
 class AbandonedLink(WebSocketLink):
-    """A link that its owner leaves open when done with it, so that the peer does not notice."""
+    """A link that its owner does not close after use, so that the peer does not notice."""
 
     async def close(self) -> None:
         return
@@ -417,7 +417,7 @@ def test_everything_arrives_once_and_in_order_over_websockets_that_break(seed: i
 
 
 class StuckLink(LossyLink):
-    """A link to a peer that is gone: what is sent waits for ever, and nobody closes it."""
+    """A link to a peer that is gone: sends wait for ever, and nobody closes the link."""
 
     async def send(self, frame: bytes) -> None:
         await asyncio.Event().wait()
@@ -454,7 +454,7 @@ def test_a_new_link_takes_over_from_one_that_is_stuck() -> None:
     run(test())
 
 
-# --- what ends a link or a session --------------------------------------------------------------
+# --- ends of links and sessions -----------------------------------------------------------------
 
 
 def test_losing_a_session_wakes_the_senders_and_ends_the_link() -> None:
@@ -483,7 +483,7 @@ def test_losing_a_session_wakes_the_senders_and_ends_the_link() -> None:
 
 
 async def refusal(session: Session, frame: bytes | str, last_seq: int = 0) -> tuple[object, Error]:
-    """What a session raises for a frame from its peer, and what it tells the peer."""
+    """Return the error that a session raises for a frame, and the error that it sends the peer."""
     here, there = MemoryLink.pair()
     serving = asyncio.create_task(session.run(here, last_seq, Inbox(session)))
     await there.send(frame)  # type: ignore[arg-type]
@@ -550,7 +550,7 @@ def test_every_frame_is_counted() -> None:
     run(test())
 
 
-# --- websockets ---------------------------------------------------------------------------------
+# --- WebSockets ---------------------------------------------------------------------------------
 
 
 def test_opening_a_websocket() -> None:

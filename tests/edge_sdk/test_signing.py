@@ -1,4 +1,4 @@
-"""Signed bundles: keys, manifests, folders, the device that demands them, and the commands."""
+"""Signed bundles: keys, manifests, folders, devices that require a signature, and commands."""
 
 from __future__ import annotations
 
@@ -47,25 +47,25 @@ CHANGED = "changed after it was signed"
 
 @pytest.fixture(scope="session")
 def unsigned(bundles: Any) -> bytes:
-    """A manifest as the export wrote it."""
+    """Return a manifest as the export writes it."""
     index = BundleIndex.read(bundles.folder)
     return index.blobs().read(index.tiers["small"].manifest)
 
 
 @pytest.fixture(scope="session")
 def signed(unsigned: bytes) -> bytes:
-    """The same, signed by ``KEY``."""
+    """Return the manifest signed with ``KEY``."""
     return sign(unsigned, KEY)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, bundles: Any) -> Path:
-    """A copy of the bundles, not signed, to be changed."""
+    """Copy the unsigned bundles to a folder that a test may change."""
     return Path(shutil.copytree(bundles.folder, tmp_path / "bundles"))
 
 
 def pair(path: Path, key: PrivateKey) -> Path:
-    """Write a known key as ``new_key`` would."""
+    """Write a known key in the files of ``new_key``."""
     pem = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -80,7 +80,7 @@ def pair(path: Path, key: PrivateKey) -> Path:
 
 
 def test_a_signature_holds(unsigned: bytes, signed: bytes) -> None:
-    """It says who signed, is the same every time, and is replaced when signed again."""
+    """A signature names its key and is always the same; signing again replaces it."""
     assert check(signed, {PUBLIC}) == PUBLIC
     assert check(signed) == PUBLIC
     assert check(unsigned) is None
@@ -90,7 +90,7 @@ def test_a_signature_holds(unsigned: bytes, signed: bytes) -> None:
 
 
 def test_as_the_documentation_says(unsigned: bytes, signed: bytes) -> None:
-    """A client without a JSON writer cuts the signature out of the bytes and checks the rest."""
+    """A client can cut the signature out of the bytes and check the rest, without a JSON writer."""
     found = re.findall(
         rb'"signature":\{"key":"([0-9a-f]{64})","value":"([0-9a-f]{128})"\},', signed
     )
@@ -102,7 +102,7 @@ def test_as_the_documentation_says(unsigned: bytes, signed: bytes) -> None:
 
 
 def test_three_refusals(unsigned: bytes, signed: bytes) -> None:
-    """Not signed, signed by another key, changed: three messages, with the keys they are about."""
+    """Unsigned, signed with another key, changed: three messages that name the keys."""
     with pytest.raises(BundleError, match=rf"not signed.*{PUBLIC[:16]}…"):
         check(unsigned, {PUBLIC})
     other = public_key(OTHER)
@@ -116,7 +116,7 @@ def test_three_refusals(unsigned: bytes, signed: bytes) -> None:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), change=st.integers(1, 255))
 def test_any_changed_byte_is_refused(signed: bytes, data: st.DataObject, change: int) -> None:
-    """Of the manifest or of the signature in it, wherever it is."""
+    """A changed byte anywhere in the manifest or its signature is refused."""
     at = data.draw(st.integers(0, len(signed) - 1))
     wrong = signed[:at] + bytes([signed[at] ^ change]) + signed[at + 1 :]
     with pytest.raises(BundleError):
@@ -128,7 +128,7 @@ def test_any_changed_byte_is_refused(signed: bytes, data: st.DataObject, change:
 def test_any_changed_byte_of_a_signature_is_refused(
     signed: bytes, data: st.DataObject, change: int
 ) -> None:
-    """Also by a device that trusts no key in particular."""
+    """A device that accepts every key refuses it too."""
     start = signed.index(b'"signature":{"') + len(b'"signature":')
     at = data.draw(st.integers(start, start + 218))
     wrong = signed[:at] + bytes([signed[at] ^ change]) + signed[at + 1 :]
@@ -139,7 +139,7 @@ def test_any_changed_byte_of_a_signature_is_refused(
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_other_bytes_are_refused(signed: bytes, data: st.DataObject) -> None:
-    """Cut off, left out, put in: the same JSON in other bytes is not what was signed either."""
+    """The same JSON in other bytes does not have a valid signature."""
     at = data.draw(st.integers(0, len(signed) - 1))
     more = data.draw(st.sampled_from([b" ", b"\n", b"0", b'"', b'"cut":9,', b"{", b'"tier":"x",']))
     for wrong in (signed[:at], signed[:at] + signed[at + 1 :], signed[:at] + more + signed[at:]):
@@ -148,7 +148,7 @@ def test_other_bytes_are_refused(signed: bytes, data: st.DataObject) -> None:
 
 
 def test_another_spelling_is_refused(signed: bytes) -> None:
-    """The digits of a signature have one spelling, so that a bundle has one identity."""
+    """The digits of a signature have only one spelling, so that a bundle has one identity."""
     value = json.loads(signed)["signature"]["value"]
     for digits in (PUBLIC, value):
         with pytest.raises(BundleError, match="malformed"):
@@ -156,7 +156,7 @@ def test_another_spelling_is_refused(signed: bytes) -> None:
 
 
 def test_one_field_twice_is_refused(signed: bytes) -> None:
-    """Parsers differ in which of two they take."""
+    """A manifest with a duplicate field is refused, because parsers choose different values."""
     assert json.loads(b'{"cut":9,' + signed[1:]) == json.loads(signed)
     with pytest.raises(BundleError, match=CHANGED):
         check(b'{"cut":9,' + signed[1:], {PUBLIC})
@@ -177,7 +177,7 @@ def test_one_field_twice_is_refused(signed: bytes) -> None:
     ],
 )
 def test_malformed_signatures(unsigned: bytes, signature: Any) -> None:
-    """Whatever is in the field, it is a signature that holds or an error."""
+    """A signature field is either valid or an error."""
     manifest = canonical_json({**json.loads(unsigned), "signature": signature})
     for trust in (None, {PUBLIC}):
         with pytest.raises(BundleError, match="changed"):
@@ -185,7 +185,7 @@ def test_malformed_signatures(unsigned: bytes, signature: Any) -> None:
 
 
 def test_a_key_of_small_order(unsigned: bytes) -> None:
-    """Zeros are its signature of one manifest in four; nobody can be asked to trust it."""
+    """Zeros are a valid signature of this key for one manifest in four; the key is refused."""
     signature = {"key": "00" * 32, "value": "00" * 64}
     manifest = canonical_json({**json.loads(unsigned), "signature": signature})
     with pytest.raises(BundleError, match=r"changed|trusted is only"):
@@ -194,21 +194,21 @@ def test_a_key_of_small_order(unsigned: bytes) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_what_is_no_manifest(data: bytes) -> None:
-    """Neither signed nor checked."""
+    """Other data are neither signed nor verified."""
     for call in (lambda: check(data), lambda: check(data, {PUBLIC}), lambda: sign(data, KEY)):
         with pytest.raises(BundleError, match="the manifest"):
             call()
 
 
 def test_a_newer_format_is_not_signed(unsigned: bytes) -> None:
-    """This version does not know what it would sign."""
+    """This version does not sign a format that it does not know."""
     newer = canonical_json({**json.loads(unsigned), "format": FORMAT + 1})
     with pytest.raises(BundleError, match="upgrade cutlayer"):
         sign(newer, KEY)
 
 
 def test_a_signature_is_for_a_bundle_only(unsigned: bytes) -> None:
-    """A signature of the same JSON in another context is worth nothing."""
+    """A signature of the same JSON in another context is not valid."""
     value = KEY.sign(unsigned).hex()
     fields = {**json.loads(unsigned), "signature": {"key": PUBLIC, "value": value}}
     with pytest.raises(BundleError, match=CHANGED):
@@ -219,7 +219,7 @@ def test_a_signature_is_for_a_bundle_only(unsigned: bytes) -> None:
 
 
 def test_key_files(tmp_path: Path) -> None:
-    """The private key is for its owner's eyes, the public one is a line, neither is overwritten."""
+    """Only the owner can read the private key, the public key is one line, no file is replaced."""
     public = new_key(tmp_path / "key")
     assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "key.pub").read_text() == f"{public}\n"
@@ -240,7 +240,7 @@ def test_key_files(tmp_path: Path) -> None:
 
 
 def test_what_is_no_private_key(tmp_path: Path) -> None:
-    """Missing, public, a folder, another algorithm, with a password, anything else."""
+    """Missing files, folders, public keys, other algorithms and passwords are refused."""
     pair(tmp_path / "key", KEY)
     (tmp_path / "text").write_text("hello")
     (tmp_path / "ec").write_bytes(
@@ -270,7 +270,7 @@ def test_what_is_no_private_key(tmp_path: Path) -> None:
 
 
 def test_what_is_no_public_key(tmp_path: Path) -> None:
-    """Missing, private, or something else."""
+    """Missing files, private keys and other contents are refused."""
     pair(tmp_path / "key", KEY)
     (tmp_path / "text").write_text(PUBLIC[:-1])
     for key, message in {
@@ -285,7 +285,7 @@ def test_what_is_no_public_key(tmp_path: Path) -> None:
 
 
 def test_trust_in_nobody_is_a_mistake(tmp_path: Path) -> None:
-    """An empty list does not mean that everything is taken."""
+    """An empty list of keys is an error; it does not accept every bundle."""
     assert read_trust(None) is None
     assert read_trust([PUBLIC, pair(tmp_path / "k", KEY).with_name("k.pub")]) == {PUBLIC}
     with pytest.raises(ConfigError, match="empty list"):
@@ -296,7 +296,7 @@ def test_trust_in_nobody_is_a_mistake(tmp_path: Path) -> None:
 
 
 def test_signing_a_folder(folder: Path) -> None:
-    """Every tier is signed, unsigned manifests are gone, twice gives the same bytes."""
+    """Every tier is signed, unsigned manifests are deleted, and a second time gives equal bytes."""
     before = BundleIndex.read(folder)
     weights = (folder / "model.safetensors").read_bytes()
     index = sign_folder(folder, KEY)
@@ -317,7 +317,7 @@ def test_signing_a_folder(folder: Path) -> None:
 
 
 def test_fields_of_others_are_kept(folder: Path) -> None:
-    """What this version does not know in the index is there after signing."""
+    """Unknown fields of the index are kept by signing."""
     raw = json.loads((folder / INDEX).read_text())
     raw["about"] = {"author": "somebody"}
     raw["tiers"]["small"]["rank"] = 4
@@ -331,7 +331,7 @@ def test_fields_of_others_are_kept(folder: Path) -> None:
 
 
 def test_any_changed_byte_of_a_blob_is_found(folder: Path) -> None:
-    """First byte, last byte and one in the middle, of every file that a device would fetch."""
+    """A change of the first, a middle or the last byte of any file is found."""
     index = sign_folder(folder, KEY)
     for blob in sorted((folder / "blobs").iterdir()):
         data = blob.read_bytes()
@@ -345,7 +345,7 @@ def test_any_changed_byte_of_a_blob_is_found(folder: Path) -> None:
 
 
 def test_faults_of_a_folder(folder: Path) -> None:
-    """A missing blob, a wrong size, an index that disagrees; a faulty folder is not signed."""
+    """A missing blob, a wrong size or a wrong index is found, and the folder is not signed."""
     index = BundleIndex.read(folder)
     blobs = index.blobs()
     raw = json.loads(blobs.read(index.tiers["small"].manifest))
@@ -360,7 +360,7 @@ def test_faults_of_a_folder(folder: Path) -> None:
     reports = verify_folder(BundleIndex.read(folder))
     ((small,), (medium,), (large,)) = (
         reports[t].faults for t in ("small", "medium", "large")
-    )  # one fault each
+    )  # each with one fault
     assert raw["initial_state"][:12] in small
     assert "bytes, the manifest says" in small
     assert medium == "the index says cut 3, the manifest 2; export again"
@@ -375,7 +375,7 @@ def test_faults_of_a_folder(folder: Path) -> None:
 
 
 def test_a_signature_does_not_make_a_change_good(folder: Path) -> None:
-    """Who changes a signed manifest and the index with it is found, and not signed over."""
+    """A change to a signed manifest and the index is found, and the folder is not signed again."""
     index = sign_folder(folder, KEY)
     entry = index.tiers["small"]
     blobs = index.blobs()
@@ -393,7 +393,7 @@ def test_a_signature_does_not_make_a_change_good(folder: Path) -> None:
 def test_a_device_loads_only_what_it_trusts(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over a real hub: the right key gets in; otherwise no graph is fetched, let alone loaded."""
+    """With the right key a device joins a real hub; otherwise it downloads no graph."""
     load = edge_sdk.device.load_runtime
 
     def never(*_: Any) -> Any:
@@ -422,12 +422,12 @@ def test_a_device_loads_only_what_it_trusts(
     asyncio.run(job([public_key(OTHER)], "signed by .* trusted is only", "second"))
     asyncio.run(job([public_key(OTHER), mine], None, "second"))
     asyncio.run(job(None, None, "second"))
-    # all of it is in the cache now: that does not make it trusted
+    # Everything is in the cache now, but is not trusted for that reason.
     asyncio.run(job([public_key(OTHER)], "signed by .* trusted is only", "second"))
 
 
 def test_a_hub_that_changed_a_bundle(tmp_path: Path, folder: Path) -> None:
-    """Hashes alone would hold: the hub says which manifest it is. The signature does not."""
+    """The hashes of the changed manifest are valid, but its signature is not."""
     index = sign_folder(folder, KEY)
     blobs = index.blobs()
     entry = index.tiers["small"]
@@ -459,7 +459,7 @@ class Commands:
         self.capsys = capsys
 
     def __call__(self, *arguments: object, code: int = 0) -> str:
-        """What was printed; for a user's mistake (code 2), the sentence on stderr."""
+        """Return the output; for a user's mistake (code 2), the sentence on stderr."""
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
         out, err = self.capsys.readouterr()
@@ -479,7 +479,7 @@ def cutlayer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 def test_commands(tmp_path: Path, folder: Path, cutlayer: Commands) -> None:
-    """A key is made, the bundles are signed, verified, shown, damaged, and found out."""
+    """A key is created; bundles are signed, verified, shown, damaged, and the damage is found."""
     key = tmp_path / "key"
     public = cutlayer("bundle", "key", key).strip()
     assert public == (tmp_path / "key.pub").read_text().strip()
@@ -508,7 +508,7 @@ def test_commands(tmp_path: Path, folder: Path, cutlayer: Commands) -> None:
 
 
 def test_show(folder: Path, cutlayer: Commands) -> None:
-    """For people, and all of it as JSON."""
+    """The output is text for people, or complete JSON."""
     sign_folder(folder, KEY)
     out = cutlayer("bundle", "show", folder)
     for text in ("small", "medium", "large", f"signed by {PUBLIC[:16]}…", "cut 2", "fp16"):
@@ -532,7 +532,7 @@ def test_show(folder: Path, cutlayer: Commands) -> None:
 
 
 def test_a_blob_of_two_tiers_is_shown_as_such(folder: Path, cutlayer: Commands) -> None:
-    """Bundles that share a file say so, each of the other."""
+    """Bundles that share a file name each other."""
     raw = json.loads((folder / INDEX).read_text())
     blobs = BlobStore(folder / "blobs")
     twin = json.loads(blobs.read(raw["tiers"]["small"]["manifest"]))
@@ -547,7 +547,7 @@ def test_a_blob_of_two_tiers_is_shown_as_such(folder: Path, cutlayer: Commands) 
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, folder: Path, cutlayer: Commands) -> None:
-    """With exit code 2, and before anything is done."""
+    """The exit code is 2, and nothing was done."""
     key = pair(tmp_path / "key", KEY)
     nowhere = tmp_path / "nowhere"
     cases: list[tuple[list[object], str]] = [

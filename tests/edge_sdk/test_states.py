@@ -1,4 +1,4 @@
-"""States of connections and sessions: the tables of the specification are the code's."""
+"""States of connections and sessions: the tables in the specification match the code."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ HASH = "0" * 64
 
 
 def a_round(number: int) -> Round:
-    """A round for devices that train alone."""
+    """Return a round for devices that train alone."""
     return Round(number, HASH, 1, 8, {}, "none", 0)  # type: ignore[arg-type]
 
 
 def update(number: int, *, done: bool = True) -> Update:
-    """An update without tensors."""
+    """Return an update without tensors."""
     return Update(round=number, tensors={}, done=done, samples=1, metrics={})
 
 
@@ -66,7 +66,7 @@ def test_the_connection_s_table_is_the_specified_one() -> None:
 
 
 def transitions(cell: str, state: SessionState) -> dict[str, SessionState]:
-    """The messages in a cell, each with the state that it leads to."""
+    """Return the messages in a table cell, each with the state that it leads to."""
     if cell == "–":
         return {}
     found = {}
@@ -79,7 +79,7 @@ def transitions(cell: str, state: SessionState) -> dict[str, SessionState]:
 
 
 def test_the_session_s_table_is_the_specified_one() -> None:
-    """Which messages have a place in a state, in each direction, and where they lead."""
+    """The messages allowed in a state, in each direction, and their next states match the table."""
     seen = []
     for name, meaning, from_device, from_hub in rows(section("States of a session")):
         state = SessionState(name.strip("`"))
@@ -111,11 +111,11 @@ def test_every_message_has_a_place_and_every_state_can_be_left() -> None:
         assert (SessionState.ENDED in messages.values()) == (not ended)
 
 
-# --- following a conversation -------------------------------------------------------------------
+# --- sequences of messages ----------------------------------------------------------------------
 
 
 def test_a_job_from_beginning_to_end() -> None:
-    """Two rounds, a move, a stop; replies and answers in between change nothing."""
+    """In two rounds, a move and a stop, replies and answers in between do not change the state."""
     tracker = SessionTracker()
     answer = Answer(request=1, heads=["head"], logits=np.zeros((1, 1, 2), np.float32))
     story: list[tuple[Message, SessionState]] = [
@@ -142,7 +142,7 @@ def test_a_job_from_beginning_to_end() -> None:
 
 
 def test_a_late_update_does_not_end_the_next_round() -> None:
-    """The hub did not wait: what still comes of the round before changes nothing."""
+    """A late message of the previous round does not change the state of the next one."""
     tracker = SessionTracker()
     for message in (Ready(samples=1), a_round(1), a_round(2), update(1), Decline(1, "late")):
         assert tracker.follow(message)
@@ -167,7 +167,7 @@ MET: list[Any] = [
 
 @given(st.lists(st.sampled_from(MET)))
 def test_a_message_without_a_place_changes_nothing(messages: list[Message]) -> None:
-    """Whatever comes, nothing is raised, and an ended session stays ended."""
+    """No message raises an error, and an ended session stays ended."""
     tracker = SessionTracker()
     for message in messages:
         before = tracker.state

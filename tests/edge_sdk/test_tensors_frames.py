@@ -1,4 +1,4 @@
-"""Tensors and frames: round trips, and what a peer can do with bytes that are wrong."""
+"""Tensors and frames: round trips, and bytes from a peer that are wrong."""
 
 from __future__ import annotations
 
@@ -179,16 +179,16 @@ GOOD: list[Message] = [
     Error(ErrorCode.BAD_FRAME, "no", True, "seq"),
     Ack(),
 ]
-"""One valid message of each type, with no field left at its default."""
+"""One valid message of each type, in which no field has its default value."""
 
 
 def raw(message: Message) -> dict[str, Any]:
-    """The body of a message, to be spoiled."""
+    """Return the body of a message, for a test to change."""
     return dict(message.body())
 
 
 def frame_bytes(kind: object, body: object, seq: object = 1, ack: object = 0) -> bytes:
-    """A frame of anything at all."""
+    """Return a frame with any contents."""
     packed: bytes = msgpack.packb(
         [kind, seq, ack, body],
         default=lambda v: pack_tensor(v) if isinstance(v, np.ndarray) else None,
@@ -197,7 +197,7 @@ def frame_bytes(kind: object, body: object, seq: object = 1, ack: object = 0) ->
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality that looks into arrays, bit by bit, so that NaN equals itself."""
+    """Compare values, and arrays bit by bit, so that NaN equals itself."""
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
         return (
             isinstance(a, np.ndarray)
@@ -212,7 +212,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def same_message(a: Message, b: Message) -> bool:
-    """Equality of two messages, arrays included."""
+    """Compare two messages, arrays included."""
     return type(a) is type(b) and all(
         same(getattr(a, f.name), getattr(b, f.name))
         for f in dataclasses.fields(a)  # type: ignore[arg-type]
@@ -220,14 +220,14 @@ def same_message(a: Message, b: Message) -> bool:
 
 
 def refusal(data: bytes | str, **options: int) -> ProtocolError:
-    """The error that a frame gives."""
+    """Return the error that decoding a frame raises."""
     with pytest.raises(ProtocolError) as caught:
         decode(data, **options)
     return caught.value
 
 
 def attempt(parse: Callable[..., T], *args: Any) -> T | ProtocolError:
-    """What a function returns, or the only error that it may raise."""
+    """Return the result of a function, or the only error that it may raise."""
     try:
         return parse(*args)
     except ProtocolError as error:
@@ -313,13 +313,13 @@ def test_any_bytes_as_a_tensor(data: bytes) -> None:
         assert result.nbytes <= len(data)
 
 
-# --- what a tensor must be ----------------------------------------------------------------------
+# --- checks of tensors --------------------------------------------------------------------------
 
 SPECS = (TensorSpec("q", "int8", ("batch", 4)), TensorSpec("scale", "float32", ("batch",)))
 
 
 def checked(tensors: dict[str, np.ndarray], **symbols: int) -> str | None:
-    """The name of the tensor that is wrong, or None."""
+    """Return the name of the wrong tensor, or None."""
     error = attempt(check_tensors, tensors, SPECS, symbols)
     if error is None:
         return None
@@ -582,7 +582,7 @@ def test_a_frame_at_the_limit_and_one_over_it() -> None:
     assert refusal(data, max_frame=len(data) - 1).code == ErrorCode.FRAME_TOO_BIG
 
 
-# --- bytes from anywhere ------------------------------------------------------------------------
+# --- arbitrary bytes ----------------------------------------------------------------------------
 
 MSGPACK_CHUNKS = st.sampled_from(
     [
@@ -610,7 +610,7 @@ junk = st.binary(max_size=200) | st.lists(MSGPACK_CHUNKS | st.binary(max_size=8)
 
 
 def survives(data: bytes) -> None:
-    """Decoding gives a frame that can be encoded again, or a ProtocolError; nothing else."""
+    """Check that decoding gives a ProtocolError, or a frame that can be encoded again."""
     result = attempt(decode, data)
     if isinstance(result, ProtocolError):
         assert result.code in {"bad_frame", "unknown_type", "bad_message", "bad_tensor"}
@@ -715,7 +715,7 @@ def test_a_claimed_length_takes_no_memory(claim: bytes) -> None:
 
 @pytest.mark.parametrize("parse", [decode, unpack_tensors])
 def test_nested_arrays_take_memory_in_proportion(parse: Any) -> None:
-    """Arrays may claim as many elements as there are bytes; hundreds of them must not add up."""
+    """An array may claim one element per byte; hundreds of nested arrays must not multiply this."""
     length = 2**20
     data = (b"\xdd" + (length // 2).to_bytes(4, "big")) * 400
     data += bytes(length - len(data))

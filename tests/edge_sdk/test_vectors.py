@@ -1,4 +1,4 @@
-"""What other clients go by: the vectors in ``tests/vectors`` and ``docs/protocol.md``."""
+"""The references for other clients: the vectors in ``tests/vectors`` and ``docs/protocol.md``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ make = runpy.run_path(str(FOLDER / "make.py"))
 
 
 def named(kind: str) -> list[Any]:
-    """The vectors of a kind, as parameters."""
+    """Return the vectors of a kind, as test parameters."""
     return [pytest.param(vector, id=vector["name"]) for vector in VECTORS[kind]]
 
 
@@ -91,7 +91,7 @@ def test_every_message_is_specified_as_reliable_or_not() -> None:
 
 
 def test_every_error_code_is_specified() -> None:
-    """The table lists the codes in the enum's order, with the fatal ones marked; all are used."""
+    """The table has all codes in the enum's order, the fatal ones marked; all codes are used."""
     table = {code.strip("`"): fatal for code, _, fatal, _ in rows(section("Errors"))}
     assert list(table.items()) == [(c.value, "yes" if c.is_fatal else "no") for c in ErrorCode]
     text = "".join(
@@ -104,7 +104,7 @@ def test_every_error_code_is_specified() -> None:
 
 
 def test_a_code_that_is_not_known_stays_text() -> None:
-    """A newer peer may send one."""
+    """A newer peer may send an unknown code."""
     frame = encode(Error(code="too_new", message="m", fatal=True), 0, 0)
     message = decode(frame).message
     assert isinstance(message, Error)

@@ -1,4 +1,4 @@
-"""What a device says of a hub that breaks the protocol."""
+"""Errors of a device when a hub breaks the protocol."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WELCOME = Welcome(VERSION, "phone", "small", "s", False, 0, HASH, 16, 2**20)
 async def bad_hub(
     first: Message, answer: Callable[[BlobGet], Message] | None = None
 ) -> AsyncIterator[str]:
-    """A server that answers the hello, and then each request for a blob; yields its address."""
+    """Serve the answer to a hello, and an answer to each request for a blob; yield the address."""
 
     async def talk(connection: ServerConnection) -> None:
         channel = Channel(16)
@@ -60,7 +60,7 @@ async def bad_hub(
 def connect(
     folder: Path, first: Message, answer: Callable[[BlobGet], Message] | None = None
 ) -> None:
-    """Connect a device to a bad hub; raises what :meth:`Device.connect` raises."""
+    """Connect a device to a bad hub; raise the error of :meth:`Device.connect`."""
 
     async def job() -> None:
         async with bad_hub(first, answer) as url:
@@ -70,14 +70,14 @@ def connect(
 
 
 def test_a_hub_that_does_not_answer_the_hello_with_a_welcome(tmp_path: Path) -> None:
-    """The device gives up at once: trying again would change nothing."""
+    """The device gives up at once, because a new attempt would not help."""
     with pytest.raises(HubError, match="the hub answered hello with ack") as caught:
         connect(tmp_path, Ack())
     assert caught.value.code == "bad_message"
 
 
 def test_a_refusal_is_raised_as_the_hub_has_said_it(tmp_path: Path) -> None:
-    """With its code, its text and the field that is wrong."""
+    """The error has the hub's code, text and field."""
     refusal = Error(code="bad_token", message="the token is no device's", fatal=True, field="token")
     with pytest.raises(HubError, match="the token is no device's") as caught:
         connect(tmp_path, refusal)
@@ -85,7 +85,7 @@ def test_a_refusal_is_raised_as_the_hub_has_said_it(tmp_path: Path) -> None:
 
 
 def test_a_piece_without_bytes_does_not_go_on_for_ever(tmp_path: Path) -> None:
-    """The blob is said to be longer, and nothing comes."""
+    """The hub announces a longer blob and sends no bytes; the device gives up."""
 
     def nothing(wanted: BlobGet) -> Message:
         return Blob(hash=wanted.hash, offset=wanted.offset, size=100, data=b"")
@@ -95,7 +95,7 @@ def test_a_piece_without_bytes_does_not_go_on_for_ever(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_not_those_of_the_hash_are_refused(tmp_path: Path) -> None:
-    """Nothing of them stays in the cache."""
+    """The cache keeps none of these bytes."""
 
     def other(wanted: BlobGet) -> Message:
         return Blob(hash=wanted.hash, offset=wanted.offset, size=5, data=b"other")

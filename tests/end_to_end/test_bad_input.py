@@ -1,4 +1,4 @@
-"""Whatever a device sends, the hub answers clearly, drops it, logs it, and goes on."""
+"""The hub answers bad input with a clear error, drops the device, logs it, and continues."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ UPDATES: dict[str, tuple[UpdateCase, str, str]] = {
 def test_bad_contribution_is_dropped_and_the_round_goes_on(
     tmp_path: Path, bundles: BundleIndex, caplog: pytest.LogCaptureFixture, case: str
 ) -> None:
-    """The sender is told the field and is out; the other device's round completes; the log says."""
+    """The sender gets an error with the field; the other device's round completes, with a log."""
     caplog.set_level(logging.WARNING, "cutlayer.hub")
     kind, name = case.split(": ")
 
@@ -189,7 +189,7 @@ def test_bad_contribution_is_dropped_and_the_round_goes_on(
 def test_an_update_does_not_count_when_its_activations_are_refused(
     tmp_path: Path, bundles: BundleIndex
 ) -> None:
-    """Also when the update was complete before the trunk came to look at the activations."""
+    """This holds even if the update is complete before the trunk checks the activations."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1, min_devices=2))
@@ -236,7 +236,7 @@ def test_bad_hello(
     code: str,
     field: str | None,
 ) -> None:
-    """A hello that is refused gets an error that names the field, and the connection closes."""
+    """The error names the field, and the connection closes."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles)
@@ -254,7 +254,7 @@ def test_bad_hello(
 
 
 def test_a_client_without_the_subprotocol(tmp_path: Path, bundles: BundleIndex) -> None:
-    """A websocket client that does not ask for the protocol is refused in the handshake."""
+    """A WebSocket client that does not request the protocol is refused in the handshake."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles)
@@ -285,7 +285,7 @@ def test_a_client_without_the_subprotocol(tmp_path: Path, bundles: BundleIndex) 
     ],
 )
 def test_bad_frame(tmp_path: Path, bundles: BundleIndex, frame: bytes | str, code: str) -> None:
-    """Garbage after a good hello: an error and a close; the hub serves the next client."""
+    """Garbage after a valid hello gets an error and a close; the hub serves the next client."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles)
@@ -297,7 +297,7 @@ def test_bad_frame(tmp_path: Path, bundles: BundleIndex, frame: bytes | str, cod
                 await client.hear(Welcome)
                 await connection.send(frame)
                 error = await client.hear(Error)
-                # after a gap the connection is useless, the session is not
+                # after a gap the connection is unusable, but the session is not
                 assert (error.code, error.fatal) == (code, code != "sequence_gap")
                 assert await client.closed()
             async with raw(url) as connection:
@@ -309,7 +309,7 @@ def test_bad_frame(tmp_path: Path, bundles: BundleIndex, frame: bytes | str, cod
 
 
 def test_oversized_frame_is_refused_unread(tmp_path: Path, bundles: BundleIndex) -> None:
-    """A frame over the limit closes the connection with 1009 and the limit in the reason."""
+    """A frame over the limit closes the connection with 1009, and the reason has the limit."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles, limits=Limits(max_frame=600_000, session_s=1))
@@ -325,7 +325,7 @@ def test_oversized_frame_is_refused_unread(tmp_path: Path, bundles: BundleIndex)
 
 
 def test_silent_client_is_let_go(tmp_path: Path, bundles: BundleIndex) -> None:
-    """A connection without a hello does not stay open."""
+    """The hub closes a connection without a hello."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles, limits=Limits(hello_s=0.3, session_s=1))
@@ -337,7 +337,7 @@ def test_silent_client_is_let_go(tmp_path: Path, bundles: BundleIndex) -> None:
 
 
 def test_flooding_beyond_the_window_is_an_error(tmp_path: Path, bundles: BundleIndex) -> None:
-    """A device that ignores the window is dropped; the hub's queue stays bounded."""
+    """A device that ignores the window is dropped, so the hub's queue stays bounded."""
 
     async def job() -> None:
         config = hub_config(
@@ -361,7 +361,7 @@ def test_flooding_beyond_the_window_is_an_error(tmp_path: Path, bundles: BundleI
             error = await client.hear(Error)
             assert error.code == "window_exceeded"
             go.set()
-            await asyncio.sleep(0.3)  # the trunk takes what the hub has kept
+            await asyncio.sleep(0.3)  # the trunk processes the batches that the hub has kept
             assert 1 <= len(given) <= 4
 
     asyncio.run(job())
@@ -370,7 +370,7 @@ def test_flooding_beyond_the_window_is_an_error(tmp_path: Path, bundles: BundleI
 def test_large_finite_activations_do_not_ruin_the_trunk(
     tmp_path: Path, bundles: BundleIndex
 ) -> None:
-    """The norm of a step is bounded, so the trunk stays near where it was, and goes on learning."""
+    """The gradient norm of a step is bounded, so the trunk changes little and still learns."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1))
@@ -396,7 +396,7 @@ def test_large_finite_activations_do_not_ruin_the_trunk(
 
 
 def test_more_activations_than_examples(tmp_path: Path, bundles: BundleIndex) -> None:
-    """A device cannot weigh more than the examples it declared."""
+    """A device cannot get a weight above the number of its declared examples."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1))
@@ -414,7 +414,7 @@ def test_more_activations_than_examples(tmp_path: Path, bundles: BundleIndex) ->
 
 
 def test_tampered_blob_never_reaches_the_runtime(tmp_path: Path, bundles: BundleIndex) -> None:
-    """A blob changed on the way is refused by its hash, and not kept in the cache."""
+    """The hash reveals a blob that was changed on the way, and the cache does not keep it."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles)
@@ -432,10 +432,10 @@ def test_tampered_blob_never_reaches_the_runtime(tmp_path: Path, bundles: Bundle
                     await Device.connect(between, token=token, tier="small", cache=cache)
             assert blob not in BlobStore(cache)
             assert BlobStore(cache).partial(blob) == 0
-            # over a link that changes nothing the same device gets in
+            # over an intact link, the same device joins
             device = await Device.connect(url, token=token, tier="small", cache=cache)
             await device.close()
-            # a cache that was damaged on disk is noticed and fetched again
+            # a damaged file in the cache is found and downloaded again
             (cache / blob).write_bytes(changed)
             device = await Device.connect(url, token=token, tier="small", cache=cache)
             await device.close()
@@ -445,7 +445,7 @@ def test_tampered_blob_never_reaches_the_runtime(tmp_path: Path, bundles: Bundle
 
 
 def test_graph_that_is_no_onnx_file(bundles: BundleIndex) -> None:
-    """A file that the runtime cannot load is a BundleError, every time that it is run."""
+    """Every run of a graph in such a file raises BundleError."""
     manifest = bundles.manifest("small")
     state = unpack_tensors(bundles.blobs().read(manifest.initial_state))
     runtime = load_runtime(Bundle(manifest, dict.fromkeys(manifest.graphs, b"junk"), state))
@@ -457,7 +457,7 @@ def test_graph_that_is_no_onnx_file(bundles: BundleIndex) -> None:
 def test_operator_mistakes_are_one_sentence(
     tmp_path: Path, bundles: BundleIndex, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A port in use, missing bundles, broken TOML, unknown keys: one sentence and exit code 2."""
+    """A used port, missing bundles, broken TOML, unknown keys: one sentence and exit code 2."""
     TokenFile(tmp_path / "tokens.toml").issue("phone")
     tokens = ["--tokens", str(tmp_path / "tokens.toml")]
     folder = str(bundles.folder)
@@ -537,7 +537,7 @@ def test_operator_mistakes_are_one_sentence(
 def test_damaged_bundle_is_told_at_the_start(
     tmp_path: Path, bundles: BundleIndex, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A hub does not start on bundles that were changed by one byte."""
+    """A hub does not start with bundles that differ by one byte."""
     import shutil
 
     folder = tmp_path / "bundles"

@@ -1,4 +1,4 @@
-"""The demo with digits: real processes over real websockets."""
+"""The demo with digits: real processes over real WebSockets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.lib.harness import cutlayer, finish
 
 @pytest.mark.slow
 def test_all_parts_of_the_demo_fit_together(tmp_path: Path) -> None:
-    """Two rounds teach little; what a user gets is all there."""
+    """Two rounds teach little, but all parts of the result exist."""
     shown = io.StringIO()
     result = run_demo(DigitsDemo(rounds=2), tmp_path / "run", Console(file=shown, width=120))
     assert {name: tier["cut"] for name, tier in result["tiers"].items()} == {
@@ -38,7 +38,7 @@ def test_all_parts_of_the_demo_fit_together(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
-    """The demo as a user runs it: every tier's ensemble is good, and better than without a hub."""
+    """The demo as users run it: each tier's ensemble is accurate, and better than devices alone."""
     code, out, err = finish(
         cutlayer("demo", "--run", str(tmp_path / "run"), "--json", str(tmp_path / "demo.json")), 280
     )

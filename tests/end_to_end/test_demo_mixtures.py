@@ -1,4 +1,4 @@
-"""``cutlayer demo --mix``: base networks over real device processes, then mixed on one of them."""
+"""``cutlayer demo --mix``: device processes train base networks, then a device mixes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_bases_are_trained_by_processes_and_mixed_on_a_device(tmp_path: Path) -> None:
-    """Two rounds teach little; what is tested is that all of it fits together."""
+    """Two rounds teach little; the test checks that all parts work together."""
     shown = io.StringIO()
     console = Console(file=shown, width=120)
     folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The demo with texts, as small as it can be: real processes over real websockets."""
+"""The demo with texts in its smallest form: real processes over real WebSockets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 SMALL = TextDemo(
     Shape(blocks=3, width=16, heads=2, context=32),
     Pretraining(steps=60, batch_size=8, lr=2e-2, warmup=5),
-    rounds=14,  # when cuts move is a matter of real time, and so is how fast few of them learn
+    rounds=14,  # real time decides when cuts move, and how fast so few rounds of them learn
     texts=32,
     held_out=8,
     lr=2e-2,
@@ -37,7 +37,7 @@ SMALL = TextDemo(
 def demo(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Any], Path, list[RoundRecord]]:
-    """What the demo returns, its folder, and the rounds that it told of."""
+    """Return the demo's result, its folder, and the rounds that it reported."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     told: list[RoundRecord] = []
     result = run_demo(SMALL, folder, Console(quiet=True), told.append)
@@ -45,7 +45,7 @@ def demo(
 
 
 def test_fine_tuning_lowers_perplexity(demo: Any) -> None:
-    """On texts that no device has, through the hub and in the saved model."""
+    """Perplexity is that of texts that no device has, through the hub and in the saved model."""
     result, _, _ = demo
     assert result["ppl_after"] < 0.99 * result["ppl_before"]
     assert result["ppl_centralized"] < 0.99 * result["ppl_before"]
@@ -55,7 +55,7 @@ def test_fine_tuning_lowers_perplexity(demo: Any) -> None:
 
 
 def test_cuts_are_those_that_the_moves_say(demo: Any) -> None:
-    """From the cut of its tier on, a device's cut changes with its moves and no other way."""
+    """A device's cut starts at that of its tier and changes only with its moves."""
     result, _, told = demo
     cuts = {name: SMALL.cuts[tier] for name, (tier, _) in SMALL.fleet.items()}
     assert len(result["cuts"]) == SMALL.rounds
@@ -72,7 +72,7 @@ def test_cuts_are_those_that_the_moves_say(demo: Any) -> None:
 
 
 def test_the_run_folder_and_the_json_say_what_happened(demo: Any) -> None:
-    """Traffic of adapters, activations and gradients; a text that goes on; a report."""
+    """They have traffic of adapters, activations and gradients, a continued text, and a report."""
     result, folder, told = demo
     keys = {"ppl_before", "ppl_after", "ppl_centralized", "cuts", "moves", "bytes", "seconds"}
     assert keys <= result.keys()
@@ -91,7 +91,7 @@ def test_the_run_folder_and_the_json_say_what_happened(demo: Any) -> None:
 
 @pytest.mark.parametrize("context", [48, 64])
 def test_no_text_is_on_two_sides(context: int) -> None:
-    """Pretraining, devices and held-out texts share no paragraph; every load is the same."""
+    """Pretraining, devices and held-out texts share no paragraph, and every load is the same."""
     data, again = (texts.load(texts.TOPICS, context, 50, 10) for _ in range(2))
     written = bytes(data.pretraining.numpy().astype(np.uint8))
     seen: set[bytes] = set()
@@ -100,7 +100,7 @@ def test_no_text_is_on_two_sides(context: int) -> None:
             length = int((y >= 0).sum())
             assert (x[1:length] == y[: length - 1]).all()
             text = bytes(x[:length].astype(np.uint8)) + bytes([int(y[length - 1])])
-            if length == context and len(set(text)) > 12:  # not headings, nor lines of dashes
+            if length == context and len(set(text)) > 12:  # headings and lines of dashes may repeat
                 assert text not in written
                 seen.add(text)
     assert len(seen) > 100
@@ -109,7 +109,7 @@ def test_no_text_is_on_two_sides(context: int) -> None:
 
 
 def test_a_slow_device_computes_the_same_and_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It sleeps for what its factor leaves of the time that a step has taken."""
+    """It sleeps for the rest of the step's time multiplied by its factor."""
 
     class Fake:
         clock, slept, loading_s = 0.0, 0.0, 0.0

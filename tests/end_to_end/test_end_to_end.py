@@ -1,4 +1,4 @@
-"""Hub and devices as real processes over a real websocket, and what the SDK promises."""
+"""Hub and devices as real processes over a real WebSocket, and the promises of the SDK."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.lib.proxy import proxy
 
 
 def test_processes_train_one_model_over_websockets(tmp_path: Path, bundles: BundleIndex) -> None:
-    """Three tiers, six devices, a hub: the job ends, everybody learned, nobody imported torch."""
+    """In a job of three tiers and six devices, all devices learn, and none imports torch."""
     tokens = TokenFile(tmp_path / "tokens.toml")
     names = [f"{tier}-{i}" for tier in bundles.tiers for i in (1, 2)]
     secrets = {name: tokens.issue(name, name.split("-")[0]) for name in names}
@@ -77,7 +77,7 @@ def test_processes_train_one_model_over_websockets(tmp_path: Path, bundles: Bund
     for result in results:
         assert result["torch_imported"] is False
         assert len(result["rounds"]) == 4
-        # what the devices measure over the wire is what the hub measured for their tier
+        # accuracy that devices measure over the wire equals the hub's for their tier
         measured = rounds[-1]["accuracy"][result["tier"]]
         for path in ("device_alone", "through_hub", "ensemble"):
             assert result["evaluation"][path] == pytest.approx(measured[path], abs=0.031)
@@ -92,7 +92,7 @@ def test_processes_train_one_model_over_websockets(tmp_path: Path, bundles: Bund
 
 
 def test_a_killed_device_does_not_stall_the_others(tmp_path: Path, bundles: BundleIndex) -> None:
-    """kill -9 in the middle of a job: its session runs out, the rounds go on without it."""
+    """After kill -9 in the middle of a job, the session expires and the rounds go on."""
     tokens = TokenFile(tmp_path / "tokens.toml")
     secrets = {name: tokens.issue(name) for name in ("victim", "survivor")}
     config = write_hub_toml(tmp_path, bundles, rounds=6, devices=2, session_s=1.0)
@@ -118,7 +118,7 @@ def test_a_killed_device_does_not_stall_the_others(tmp_path: Path, bundles: Bund
 
 
 def test_sdk_trains_and_predicts(tmp_path: Path, bundles: BundleIndex) -> None:
-    """Device.connect, train, predict: own heads when confident, the hub's for the rest."""
+    """Device.connect, train, predict: its own heads if they are confident, otherwise the hub."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles, rounds=RoundRules(count=3))
@@ -144,7 +144,7 @@ def test_sdk_trains_and_predicts(tmp_path: Path, bundles: BundleIndex) -> None:
                 confident = ~some.by_hub
                 assert np.array_equal(some.probabilities[confident], own.probabilities[confident])
                 evaluation = await device.evaluate(examples(50, seed=4))
-            # the same from PyTorch, with the model that the run left behind
+            # PyTorch gives the same answers with the saved model
             model = build()
             model.load(tmp_path / "run" / "model.safetensors")
             entry = hub.index.tiers["medium"]
@@ -166,7 +166,7 @@ def test_sdk_trains_and_predicts(tmp_path: Path, bundles: BundleIndex) -> None:
 
 
 def test_prediction_survives_a_hub_that_is_gone(tmp_path: Path, bundles: BundleIndex) -> None:
-    """Without the hub the device's own answer stands."""
+    """Without the hub, the device gives its own answer."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles)
@@ -183,7 +183,7 @@ def test_prediction_survives_a_hub_that_is_gone(tmp_path: Path, bundles: BundleI
 
 
 def test_paper_form_runs(tmp_path: Path, bundles: BundleIndex) -> None:
-    """Two stores, a replica per device, activations from a pass before training."""
+    """It has two stores, a trunk replica per device, and activations from before training."""
 
     async def job() -> None:
         config = hub_config(
@@ -215,7 +215,7 @@ def test_paper_form_runs(tmp_path: Path, bundles: BundleIndex) -> None:
 
 
 def test_device_declines(tmp_path: Path, bundles: BundleIndex) -> None:
-    """A device that may not train now costs the others nothing."""
+    """A device that may not train now does not delay the others."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles, rounds=RoundRules(count=2, min_devices=2))
@@ -237,7 +237,7 @@ def test_device_declines(tmp_path: Path, bundles: BundleIndex) -> None:
 
 
 class FlakyProxy:
-    """Forwards TCP connections and cuts each after some bytes from the device."""
+    """Forwards TCP connections, and cuts each one after a number of bytes from the device."""
 
     def __init__(self, port: int, seed: int, budget: int) -> None:
         self._port, self._rng, self._budget = port, np.random.default_rng(seed), budget
@@ -269,7 +269,7 @@ class FlakyProxy:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_job_survives_a_link_that_breaks(tmp_path: Path, bundles: BundleIndex, seed: int) -> None:
-    """Connections are cut all the time, in downloads, activations and updates: nothing is lost."""
+    """Connections break in downloads, activations and updates, and no data are lost."""
 
     async def job() -> None:
         limits = Limits(session_s=20, blob_piece=8192, window=8)
@@ -290,14 +290,14 @@ def test_job_survives_a_link_that_breaks(tmp_path: Path, bundles: BundleIndex, s
             for record in hub.run.records:
                 assert record.devices == 1
                 assert record.trunk_loss is not None
-            # exactly once: each example passed through the trunk's head once per round
+            # exactly once: each example passes the trunk's head once per round
             assert hub.method.aggregation.store.entries["head"].version == 3  # type: ignore[attr-defined]
 
     asyncio.run(asyncio.wait_for(job(), 100))
 
 
 def test_devices_rejoin_a_hub_that_was_restarted(tmp_path: Path, bundles: BundleIndex) -> None:
-    """A new hub at the same address does not know the session: the device joins it anew."""
+    """A new hub at the same address does not know the session, so the device starts a new one."""
 
     async def job() -> None:
         first = hub_config(tmp_path, bundles, rounds=RoundRules(count=1000))
@@ -326,7 +326,7 @@ def test_devices_rejoin_a_hub_that_was_restarted(tmp_path: Path, bundles: Bundle
 
 
 def test_a_slow_hub_slows_the_device_down(tmp_path: Path, bundles: BundleIndex) -> None:
-    """While the trunk is stuck, training stops at the window; then it goes on, nothing lost."""
+    """While the trunk is blocked, training stops at the window; afterwards nothing is lost."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1), limits=Limits(window=4))
@@ -362,7 +362,7 @@ def test_a_slow_hub_slows_the_device_down(tmp_path: Path, bundles: BundleIndex) 
             await device.join()
             training = asyncio.create_task(device.train())
             await asyncio.sleep(1.5)
-            # ready was settled; four batches are unsettled, the fifth waits for room
+            # ready is settled; four batches are unsettled, the fifth waits for room
             assert steps == 5
             go.set()
             await training
@@ -376,7 +376,7 @@ def test_a_slow_hub_slows_the_device_down(tmp_path: Path, bundles: BundleIndex) 
 def test_a_device_that_only_predicts_has_the_present_state(
     tmp_path: Path, bundles: BundleIndex
 ) -> None:
-    """It gets what was trained until now, not what was exported; also when rounds fly by."""
+    """It gets the trained state, not the exported one, even if rounds end quickly."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles, keep_serving=True)
@@ -401,7 +401,7 @@ def test_a_device_that_only_predicts_has_the_present_state(
                 message = decode(frame).message
                 if isinstance(message, BlobGet):
                     asked.append(message.hash)
-                    if len(asked) == 1:  # two rounds end before the hub hears it
+                    if len(asked) == 1:  # two rounds end before the hub receives the request
                         for number in range(2):
                             state = bytes([number])
                             offer = ModelOffer(state=sha256(state))
@@ -430,7 +430,7 @@ def test_a_device_that_only_predicts_has_the_present_state(
 
 
 def test_wrong_data_is_refused_before_training(tmp_path: Path, bundles: BundleIndex) -> None:
-    """Labels, shapes and values that do not fit are the caller's error, told at connect."""
+    """Invalid labels, shapes and values raise an error of the caller at connect."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles)
@@ -456,7 +456,7 @@ def test_wrong_data_is_refused_before_training(tmp_path: Path, bundles: BundleIn
 
 
 def test_connect_errors(tmp_path: Path, bundles: BundleIndex) -> None:
-    """Wrong token, unknown tier, nobody there: each its own error."""
+    """A wrong token, an unknown tier and a missing hub each have their own error."""
 
     async def job() -> None:
         config = hub_config(tmp_path, bundles)

@@ -1,4 +1,4 @@
-"""Mistakes around base networks over the command line: one sentence, exit code 2, nothing left."""
+"""Mistakes with base networks on the command line: one sentence, exit code 2, no files left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.lib.raw_client import RawClient, good_activations, raw
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> BundleIndex:
-    """Bundles of one model, whose graphs nobody runs."""
+    """Bundles of one model, whose graphs no test runs."""
     return export_bundles(
         build(), {"small": Tier(1, runtime="torch")}, tmp_path_factory.mktemp("plain") / "bundles",
         example=example(IMAGE), classes=CLASSES, model_path=BUILD, verified=False,
@@ -74,7 +74,7 @@ hyper = {{ lr = 0.05 }}
 
 
 def hub_toml(folder: Path, bundles: Path, more: str) -> Path:
-    """A hub's configuration beside its tokens."""
+    """Write a hub's configuration beside its tokens."""
     TokenFile(folder / "tokens.toml").issue("phone")
     path = folder / "hub.toml"
     path.write_text(
@@ -108,7 +108,7 @@ SPLITMIX = '[method]\nname = "splitmix"\n'
 def test_hubs_that_cannot_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
 ) -> None:
-    """There is no run's folder."""
+    """No run folder is created."""
     path = hub_toml(tmp_path, made(4).index.folder, more)
     assert message in refusal(capsys, "hub", "--config", str(path))
     assert {p.name for p in tmp_path.iterdir()} == {"hub.toml", "tokens.toml"}
@@ -117,14 +117,14 @@ def test_hubs_that_cannot_be(
 def test_bundles_of_one_model_are_not_mixed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: BundleIndex
 ) -> None:
-    """Said with what to do about it."""
+    """The error says what to do."""
     line = refusal(capsys, "hub", "--config", str(hub_toml(tmp_path, plain.folder, SPLITMIX)))
     assert "export with bases = 8 in tiers.toml" in line
     assert not (tmp_path / "run").exists()
 
 
 def test_the_command_itself(tmp_path: Path) -> None:
-    """The same as a process."""
+    """The command fails in the same way as a process."""
     path = tiers_toml(tmp_path, "bases = 3")
     expect_one_sentence(
         ["export", MODEL, "--tiers", str(path), "--out", str(tmp_path / "bundles")],
@@ -144,7 +144,7 @@ def test_the_command_itself(tmp_path: Path) -> None:
 def test_activations_of_bases_where_there_are_none(
     tmp_path: Path, plain: BundleIndex, changes: dict[str, Any], field: str
 ) -> None:
-    """A job with one model refuses what only bases have."""
+    """A job with one model refuses messages of base networks."""
 
     async def job() -> None:
         config = hub_config(tmp_path, plain, rounds=RoundRules(count=1))

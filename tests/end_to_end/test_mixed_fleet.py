@@ -1,4 +1,4 @@
-"""A job over devices with different runtimes, on a model with statistics and frozen layers."""
+"""A job with devices of different runtimes, and a model with statistics and frozen layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_one_job_on_both_runtimes(tmp_path: Path) -> None:
-    """Statistics move and are averaged, frozen layers stay, all learn; on one hub."""
+    """Statistics change and are averaged, frozen layers stay, and all devices learn."""
     bundles: BundleIndex = export_bundles(
         build_batchnorm(),
         {"onnx": Tier(1, batch=16), "pte": Tier(1, runtime="executorch", batch=16)},
@@ -56,7 +56,7 @@ def test_one_job_on_both_runtimes(tmp_path: Path) -> None:
     assert all(event["devices"] == 2 and not event["dropped"] for event in rounds)
     assert rounds[-1]["local_loss"] < 0.8 * rounds[0]["local_loss"]
     measured = rounds[-1]["accuracy"]
-    for tier, result in results.items():  # the same weights answer alike in either runtime
+    for tier, result in results.items():  # the same weights answer alike in both runtimes
         assert result["evaluation"]["device_alone"] == pytest.approx(
             measured[tier]["device_alone"], abs=0.021
         )

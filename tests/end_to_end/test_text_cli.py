@@ -1,4 +1,4 @@
-"""Texts where a user looks: answers of the SDK, commands, reports, pictures, plans."""
+"""Texts in everything that users see: the SDK's answers, commands, reports, pictures, plans."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ TIERS = {name: Tier(cut, codec="fp16", runtime="torch") for name, cut in (("a", 
 
 
 class Stem(nn.Module):
-    """Tokens and their positions."""
+    """Embeddings of tokens and positions."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class Stem(nn.Module):
         self.place = nn.Embedding(LENGTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D)."""
+        """Return (B, T, D)."""
         h: Tensor = self.embedding(x) + self.place(torch.arange(x.shape[1]))
         return h
 
 
 def build(words: int = WORDS) -> SplitModel:
-    """Three causal blocks of width 8; answers that differ by more than fp16 rounds."""
+    """Return three causal blocks of width 8; answers differ by more than fp16 rounding."""
     torch.manual_seed(0)
     head = nn.Linear(WIDTH, words)
     nn.init.normal_(head.weight)
@@ -89,20 +89,20 @@ def build(words: int = WORDS) -> SplitModel:
 
 
 class OnePlace(nn.Module):
-    """Tokens alone, so that every position costs the same."""
+    """Embeddings of tokens only, so that every position costs the same."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D)."""
+        """Return (B, T, D)."""
         h: Tensor = self.embedding(x)
         return h
 
 
 def build_without_attention() -> SplitModel:
-    """Three blocks that look at one position each."""
+    """Return three blocks that process each position alone."""
     torch.manual_seed(0)
     blocks = [TokenBlock(WIDTH) for _ in range(3)]
     return SplitModel(OnePlace(), blocks, nn.Linear(WIDTH, 256), "tokens")
@@ -115,7 +115,7 @@ def with_heads() -> SplitModel:
 
 
 def texts(rows: int, seed: int = 0) -> Examples:
-    """Random texts of random lengths, and what comes next."""
+    """Return random texts of random lengths, with the next tokens as labels."""
     rng = np.random.default_rng(seed)
     x = rng.integers(0, WORDS, (rows, LENGTH + 1))
     y = np.where(np.arange(LENGTH) < rng.integers(1, LENGTH + 1, (rows, 1)), x[:, 1:], -1)
@@ -124,7 +124,7 @@ def texts(rows: int, seed: int = 0) -> Examples:
 
 @torch.no_grad()
 def eager(model: SplitModel, x: Array, cut: int) -> tuple[Tensor, Tensor]:
-    """Logits of the device's heads and of the hub's, (heads, B, T, V), in float64."""
+    """Return logits of the device's heads and of the hub's, (heads, B, T, V), in float64."""
     h = model.double().stem(torch.from_numpy(x))
     own: list[Tensor] = []
     above: list[Tensor] = []
@@ -155,7 +155,7 @@ Asked = list[dict[str, Array]]
 
 @pytest.fixture(params=["a", "b"])
 def pair(request: pytest.FixtureRequest, bundles: Any) -> tuple[Predictor, Asked, int]:
-    """A predictor with a hub that is a function, what that was asked, and the cut."""
+    """A predictor whose hub is a function, the questions to that function, and the cut."""
     tier = request.param
     model, cut = with_heads(), TIERS[tier].cut
     learner = Learner(
@@ -261,13 +261,13 @@ def test_generated_text_is_what_the_uncut_model_says_next(
         return asyncio.run(predictor.generate(begin, tokens, *settings))
 
     want = begin
-    for _ in range(12):  # past the model's own length: it looks back at the last 9 tokens
+    for _ in range(12):  # longer than the model's context: it reads the last 9 tokens
         logits = eager(model, want[:, -LENGTH:], cut)[1][-1, :, -1]
         want = np.concatenate([want, logits.argmax(1)[:, None].numpy()], axis=1)
     np.testing.assert_array_equal(generate(12, 0.0, 0, LENGTH), want)
     np.testing.assert_array_equal(
         generate(4, 1e-6, 5, None), want[:, :6]
-    )  # all but the largest is 0
+    )  # only the largest is not 0
     drawn = generate(5, 2.0, 1, None)
     np.testing.assert_array_equal(generate(5, 2.0, 1, None), drawn)
     assert any((generate(5, 2.0, seed, None) != drawn).any() for seed in (2, 3))
@@ -306,9 +306,9 @@ async def served_job(
     use: Callable[[Device], Awaitable[None]],
     paths: tuple[str, ...] | None = None,
 ) -> tuple[Hub, list[RoundRecord]]:
-    """One round of a hub with a device of tier b, over a websocket; ``use`` gets the device.
+    """Run one round of a hub with a device of tier b, over a WebSocket; ``use`` gets the device.
 
-    With ``paths`` the hub's method trains these ways to answer and no others.
+    With ``paths``, the hub's method trains only these ways to answer.
     """
     folder.mkdir(exist_ok=True)
     tokens = TokenFile(folder / "tokens.toml")
@@ -347,7 +347,7 @@ def test_a_record_has_the_ways_to_answer_that_the_method_trains(
     tmp_path: Path, bundles: Any
 ) -> None:
     async def nothing(device: Device) -> None:
-        """The round is all that counts."""
+        """Do nothing after the round."""
 
     _, (record,) = asyncio.run(
         served_job(tmp_path, bundles, nothing, paths=("through_hub",))  # as SplitFT
@@ -372,7 +372,7 @@ def test_device_and_hub_measure_the_same_perplexity_and_generate(
     assert evaluation.metric == "perplexity"
     for path, value in record.accuracy["b"].items():
         assert getattr(evaluation, path) == pytest.approx(value, rel=1e-3)
-    # the same from PyTorch, with the model that the run has left behind
+    # PyTorch gives the same answers with the saved model
     model = with_heads()
     model.load(tmp_path / "run" / "model.safetensors")
     codec, want = get_codec("fp16"), texts(2).x[:, :3]
@@ -399,7 +399,7 @@ def test_a_text_cannot_be_generated_without_the_hub(tmp_path: Path, bundles: Any
 
 
 def run(arguments: list[str]) -> None:
-    """Run ``cutlayer``, which ends without an error."""
+    """Run ``cutlayer``, which must succeed."""
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert not end.value.code
@@ -481,7 +481,7 @@ def test_compare_takes_a_perplexity_as_target_for_texts_only(
 
 
 def test_the_trunk_is_charged_for_the_positions_of_a_text_and_no_more(tmp_path: Path) -> None:
-    """The same texts in longer rows take the same, and what a count by hand gives."""
+    """The same texts in longer rows take the same operations, which equal a count by hand."""
     spent = {}
     for length in (30, 50):
         job = replace(
@@ -492,7 +492,7 @@ def test_the_trunk_is_charged_for_the_positions_of_a_text_and_no_more(tmp_path: 
         with Simulation(job, tmp_path / f"run-{length}", base=tmp_path) as simulation:
             (done,) = simulation.run()
         spent[length] = done.costs["trunk_flop"]
-    positions = 8 * (3 * LENGTH - 1)  # the last token of a text has none behind it
+    positions = 8 * (3 * LENGTH - 1)  # the last token of a text has no next token
     forward = 2 * (2 * 2 * WIDTH * WIDTH + 256 * WIDTH)  # a block of two products, and the head
     assert spent[30] == spent[50] == 3 * positions * forward
 
@@ -503,12 +503,12 @@ def test_operations_above_a_cut_are_per_position_of_a_text() -> None:
     above = flop_above(model, [1, 2], EXAMPLE)
     block, head = 2 * 2 * 2 * WIDTH * WIDTH, 2 * WIDTH * 256
     assert above[2] == block + head
-    aux = 2 * 2 * WIDTH * 8 + 2 * WIDTH * 256  # down to 8 and up again, and the tokens' table
+    aux = 2 * 2 * WIDTH * 8 + 2 * WIDTH * 256  # down to 8 and up again, and the table of tokens
     assert above[1] == above[2] + block + aux
 
 
 def test_operations_of_a_step_on_a_trained_table_are_those_of_eager_training() -> None:
-    """The table is an argument of the head, and what the loss is derived by."""
+    """The table is an argument of the head, and the loss has a gradient for it."""
     model = with_heads().train()
     counted = flops_per_row(steps_of(model, "b").train(), LENGTH)
     x = torch.from_numpy(texts(2).x)
@@ -525,7 +525,7 @@ def test_operations_of_a_step_on_a_trained_table_are_those_of_eager_training() -
 def write_without_lowering(
     steps: ClientSteps, name: str, tier: Tier, *args: Any, **settings: Any
 ) -> Any:
-    """As ``write_tier``, in a moment: what a step costs does not depend on the file."""
+    """Do the work of ``write_tier`` without lowering; the operations of a step stay the same."""
     return write_tier(steps, name, replace(tier, runtime="torch"), *args, **settings)
 
 
@@ -548,5 +548,5 @@ def test_plan_of_a_model_of_tokens(
     (cost,) = json.loads(capsys.readouterr().out)["cuts"]
     assert (cost["cut"], cost["tokens"]) == (1, LENGTH)
     block, down = 2 * 2 * 2 * WIDTH * WIDTH, 2 * 2 * WIDTH * 8
-    # a training step has three products for one of the forward pass
+    # a training step has three products per product of the forward pass
     assert cost["flops"] == 3 * LENGTH * (block + down + 2 * WIDTH * 256)

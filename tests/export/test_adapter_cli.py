@@ -52,7 +52,7 @@ batch = 3
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder of transformers, ``tiers.toml``, weights with an adapter of PEFT, their bundles."""
+    """A folder of transformers with ``tiers.toml``, weights with a PEFT adapter, and bundles."""
 
     model: Path
     tiers: Path
@@ -61,25 +61,25 @@ class Exported:
 
     @property
     def index(self) -> BundleIndex:
-        """Of the bundles."""
+        """The index of the bundles."""
         return BundleIndex.read(self.bundles)
 
     def build(self) -> SplitModel:
-        """The model with its adapters, as the bundles have them."""
+        """Build the model with the adapters of the bundles."""
         model = model_of(self.index.model, self.index.extra, None)
         model.load(self.bundles / WEIGHTS)
         return model
 
 
 def cutlayer(*arguments: object) -> None:
-    """Run the command, which must succeed."""
+    """Run a command that must succeed."""
     with pytest.raises(SystemExit) as end:
         main.main([str(a) for a in arguments])
     assert end.value.code in (0, None)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the command says when it refuses: one sentence, without a trace."""
+    """Run a command that must fail; return its error, which is one sentence without a trace."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main.main([str(a) for a in arguments])
@@ -91,7 +91,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def save_gpt2(folder: Path, seed: int = 3) -> Path:
-    """The folder of a random GPT-2, as transformers writes it."""
+    """Write the folder of a random GPT-2 as transformers does."""
     config = transformers.GPT2Config(
         n_embd=WIDTH, n_layer=DEPTH, n_head=2, vocab_size=WORDS, n_positions=LENGTH,
         bos_token_id=1, eos_token_id=1, initializer_range=0.2, attn_pdrop=0.0, embd_pdrop=0.0,
@@ -105,7 +105,7 @@ def save_gpt2(folder: Path, seed: int = 3) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Bundles of ``cutlayer export``, from an adapter of PEFT; not to be changed."""
+    """Bundles of ``cutlayer export``, made from an adapter of PEFT; tests must not change them."""
     folder = tmp_path_factory.mktemp("adapters")
     found = Exported(
         save_gpt2(folder / "gpt2"), folder / "tiers.toml", folder / "weights.safetensors",
@@ -125,7 +125,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def peft_model(model: Path, **settings: Any) -> Any:
-    """The model of a folder with random adapters of PEFT's own."""
+    """Return the model of a folder with random adapters, which PEFT has added."""
     config = peft.LoraConfig(
         target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True,
         init_lora_weights=False, **settings,
@@ -137,7 +137,7 @@ def peft_model(model: Path, **settings: Any) -> Any:
 
 
 def randomize(model: SplitModel, seed: int = 0) -> SplitModel:
-    """Random values in all that is trained."""
+    """Set all trained tensors to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.trained().values():
@@ -148,7 +148,7 @@ def randomize(model: SplitModel, seed: int = 0) -> SplitModel:
 def write_run(
     exported: Exported, folder: Path, ranks: Mapping[int, int] | None = None
 ) -> SplitModel:
-    """The folder of a run that has ended with random adapters, and its model."""
+    """Write the folder of a finished run with random adapters; return the folder and the model."""
     model = exported.build()
     if ranks:
         set_ranks(model, ranks)
@@ -162,13 +162,13 @@ def words(rows: int = 3, seed: int = 0) -> Tensor:
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
-    """In evaluation mode and float64."""
+    """Return logits in evaluation mode and float64."""
     with torch.no_grad():
         found = copy.deepcopy(model).double().eval()(x)
     return found if isinstance(found, Tensor) else found.logits
 
 
-# --- out of a run, and back -----------------------------------------------------------------------
+# --- to PEFT and back -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [{}, {CUT - 1: CUT_RANK, CUT: CUT_RANK}])
@@ -200,7 +200,7 @@ def test_peft_answers_as_the_run_does(
 
 
 def test_what_comes_back_is_what_went_out(exported: Exported, tmp_path: Path) -> None:
-    """The same tensors, bit for bit, under their own names."""
+    """The same tensors come back, bit for bit, under the same names."""
     model = write_run(exported, tmp_path / "run")
     run, weights = tmp_path / "run" / WEIGHTS, tmp_path / "weights.safetensors"
     out = tmp_path / "adapter"
@@ -231,7 +231,7 @@ def test_an_export_starts_from_an_imported_adapter(exported: Exported) -> None:
 def test_an_adapter_with_ranks_and_scales_of_its_own_computes_the_same(
     exported: Exported, tmp_path: Path
 ) -> None:
-    """Made by PEFT: lower ranks than ``[lora]`` says, other scales, by patterns."""
+    """PEFT made the adapter: with lower ranks than ``[lora]`` and other scales, by patterns."""
     theirs = peft_model(
         exported.model, r=3, lora_alpha=5, rank_pattern={r"h\.1\..*": 2},
         alpha_pattern={r"h\.2\..*": 9},
@@ -262,7 +262,7 @@ def test_an_adapter_with_ranks_and_scales_of_its_own_computes_the_same(
 def test_one_rank_and_scale_for_all_changes_no_answer(
     ranks: list[int], more: int, alpha: float, seed: int
 ) -> None:
-    """Each adapter's product, in float64; and what is added can learn at once."""
+    """Each adapter's product is equal in float64, and the added part can learn at once."""
     model = _small(Lora(rank=3, alpha=5))
     set_ranks(model, dict(enumerate(ranks)))
     randomize(model, seed).double()
@@ -313,7 +313,7 @@ def _small(lora: Lora) -> TransformersModel:
 
 
 def _product(module: Any) -> Tensor:
-    """What an adapter adds to its module's matrix."""
+    """Return the product that an adapter adds to the matrix of its module."""
     B, A = module.lora_B["default"].weight, module.lora_A["default"].weight
     return (module.scaling["default"] * B @ A).detach()
 
@@ -328,12 +328,12 @@ def test_the_last_block_before_the_cut_has_its_own_rank(exported: Exported) -> N
         shapes = {e.spec.name.split(".")[-3]: e.spec.shape for e in manifest.state
                   if e.spec.name.startswith(f"block.{block}.")}  # fmt: skip
         assert shapes == {"lora_A": (rank, WIDTH), "lora_B": (3 * WIDTH, rank)}
-    whole = load_file(exported.bundles / WEIGHTS)  # the hub's own are of one rank
+    whole = load_file(exported.bundles / WEIGHTS)  # the hub's adapters all have one rank
     assert {len(t) for n, t in whole.items() if ".lora_A." in n} == {RANK}
 
 
 def test_the_exported_graphs_step_as_eager_torch_does(exported: Exported) -> None:
-    """``activate`` and ``backward`` on ONNX Runtime, against autograd in float64."""
+    """``activate`` and ``backward`` on ONNX Runtime equal autograd in float64."""
     index = exported.index
     manifest = index.manifest("phone")
     assert {"activate", "backward"} <= manifest.graphs.keys()

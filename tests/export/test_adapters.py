@@ -1,4 +1,4 @@
-"""SplitModels from transformers and from modules: same logits, same files back, clear errors."""
+"""SplitModels from transformers and from modules: equal logits, equal files, and clear errors."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _class(config: Any) -> Any:
 
 
 def _original(name: str) -> Any:
-    """A model of transformers with its own attention, and every tensor away from its default."""
+    """Return a model of transformers with its own attention; no tensor has its default value."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         config = CONFIGS[name]()
@@ -374,7 +374,7 @@ def test_a_model_without_a_head_gets_one(settings: dict[str, str], tmp_path: Pat
 
 
 class _Lora(nn.Module):
-    """What peft puts in the place of a module."""
+    """Replaces a module, as peft does."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -513,7 +513,7 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Net(nn.Module):
-    """A network of the usual form, or with something that the parts do not have."""
+    """A network of the usual form, optionally with a tensor that none of the parts has."""
 
     def __init__(self, how: str = "usual") -> None:
         super().__init__()

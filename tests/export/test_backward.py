@@ -1,4 +1,4 @@
-"""Gradients that come back: ``activate`` and ``backward`` against the model that was never cut."""
+"""Returned gradients: ``activate`` and ``backward`` against the same model without a cut."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.lib.wrong_steps import wrong
 
 
 class Uncut:
-    """The whole model in float64: its loss, and the update of what a device would train."""
+    """The whole model in float64: its loss, and the update of the part that a device trains."""
 
     def __init__(self, model: SplitModel, optimizer: str, seeded: bool) -> None:
         self.model = copy.deepcopy(model).double().train()
@@ -50,19 +50,19 @@ class Uncut:
         self.optimizer = get_optimizer(optimizer).reference(held, HYPER[optimizer])
 
     def trunk(self, h: Tensor, y: Tensor) -> Tensor:
-        """Loss of the deep part: what a hub computes."""
+        """Return the loss of the deep part, which a hub computes."""
         for block in self.model.block[CUT:]:
             h = block(h)
         logits = self.model.head(h)
         return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
 
     def activations(self, x: Tensor, seed: int) -> Tensor:
-        """Of the shallow part, in training mode."""
+        """Return the activations of the shallow part in training mode."""
         with SeededDropout(torch.tensor(seed)):
             return self.model.segment(x.double() if x.is_floating_point() else x, CUT)
 
     def step(self, x: Tensor, y: Tensor, seed: int) -> Tensor:
-        """Update the shallow part by the loss of the whole model; returns the activations."""
+        """Update the shallow part by the loss of the whole model; return the activations."""
         self.optimizer.zero_grad()
         h = self.activations(x, seed)
         self.trunk(h, y).backward()  # type: ignore[no-untyped-call]
@@ -70,7 +70,7 @@ class Uncut:
         return h.detach()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All parameters and buffers."""
+        """Return all parameters and buffers."""
         return dict(self.model.state_dict())
 
 
@@ -83,7 +83,7 @@ def split_step(
     seed: int,
     rule: str,
 ) -> Tensor:
-    """Device, hub, device; returns the activations that the hub saw."""
+    """Run one step of device, hub and device; return the activations that the hub received."""
     key = {"seed": np.asarray(seed)} if steps.seeded else {}
     packed = runtime.run("activate", {"x": x.numpy(), **key})
     parts = {name: torch.from_numpy(array) for name, array in packed.items()}
@@ -100,7 +100,7 @@ def split_step(
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_split_step_is_the_uncut_step(kind: str, optimizer: str, codec: str) -> None:
-    """Three steps of device and hub update what the whole model would; the heads rest."""
+    """Three steps of device and hub equal those of the whole model; auxiliary heads stay."""
     how: Codec = Exact() if codec == "float32" else get_codec(codec)
     model, steps = steps_of(kind, how, optimizer)
     _, draw, classes = MODELS[kind]
@@ -125,21 +125,21 @@ def test_split_step_is_the_uncut_step(kind: str, optimizer: str, codec: str) -> 
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """Of two tensors, relative to the second."""
+    """Return the distance of two tensors, relative to the second."""
     return float((got - want).norm() / want.norm())
 
 
 def compare(
     got: dict[str, Array], want: dict[str, Tensor], initial: dict[str, Tensor], tolerance: float
 ) -> None:
-    """What the device trained went the way of the uncut model, its heads nowhere."""
+    """Check that the device's tensors equal those of the uncut model; its heads did not change."""
     trained = [name for name in got if not name.startswith("aux.")]
     assert len(trained) > 3
     for name in got.keys() - trained:
         np.testing.assert_array_equal(got[name], initial[name].float().numpy(), err_msg=name)
     changes = {name: want[name] - initial[name] for name in trained}
     for name, change in changes.items():
-        assert change.abs().max() > 1e-5, f"the comparison says nothing about {name}"
+        assert change.abs().max() > 1e-5, f"the comparison is empty for {name}"
     found = [(torch.from_numpy(got[name]) - initial[name]).flatten() for name in trained]
     moved = torch.cat([change.flatten() for change in changes.values()])
     assert distance(torch.cat(found), moved) < tolerance
@@ -161,7 +161,7 @@ def compare(
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
-    """Every model, verified; the graphs say what they take and return."""
+    """Every model exports and is verified; the graphs have the right inputs and outputs."""
     build, draw, classes = MODELS[kind]
     model = build()
     index = export_bundles(
@@ -183,7 +183,7 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_executorch() -> None:
-    """The methods of a .pte make the steps that the functions make, dropout included."""
+    """The methods of a .pte file make the steps of the functions, also with dropout."""
     model, steps = steps_of("dropout", get_codec("int8"), "sgd")
     runtimes = [runtime_of(steps, "executorch"), runtime_of(steps, "torch")]
     for number in range(3):
@@ -201,7 +201,7 @@ def test_executorch() -> None:
 
 
 def test_frozen_layers_before_the_cut() -> None:
-    """Some may be frozen; with all of them frozen a gradient has nothing to train."""
+    """Some layers may be frozen; if all are frozen, a gradient has nothing to train."""
     model = conv_model()
     model.add_heads([CUT], images(8), CLASSES)
     model.stem.requires_grad_(False)
@@ -216,7 +216,7 @@ def test_frozen_layers_before_the_cut() -> None:
 
 
 def test_without_returned_nothing_changes(tmp_path: Path) -> None:
-    """Bundles without gradients have the three graphs; the files of these are the same in both."""
+    """Bundles without gradients have the three usual graphs, and their files are the same."""
     indices: list[BundleIndex] = [
         export_bundles(
             conv_model(), {"t": Tier(1, returned=returned)}, tmp_path / str(returned),
@@ -237,7 +237,7 @@ def test_without_returned_nothing_changes(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_backward_is_refused(name: str) -> None:
-    """What does not move, or moves and must not, is named."""
+    """The error names a tensor that should change but does not, or the reverse."""
     _, steps = steps_of("batchnorm", get_codec("int8"), "sgd")
     step = backward(steps)
     run = lower("torch", [step], {}).run
@@ -247,7 +247,7 @@ def test_a_wrong_backward_is_refused(name: str) -> None:
 
 
 def test_a_wrong_activate_is_refused() -> None:
-    """In evaluation mode the activations are others."""
+    """In evaluation mode the activations differ, so the graph is refused."""
     _, steps = steps_of("batchnorm", get_codec("fp16"), "sgd")
     with pytest.raises(ExportError, match="'activate' differs from eager PyTorch in packed"):
         verify(
@@ -258,7 +258,7 @@ def test_a_wrong_activate_is_refused() -> None:
 
 
 def test_constants_that_a_step_does_not_need_are_not_in_its_file(tmp_path: Path) -> None:
-    """A bias behind all that is trained, large enough to be stored outside of the graph."""
+    """A bias after all trained layers is large enough to be stored outside the graph."""
     config = transformers.GPT2Config(
         n_embd=256, n_layer=2, n_head=2, vocab_size=WORDS, n_positions=16, bos_token_id=1,
         eos_token_id=1, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,

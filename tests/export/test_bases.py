@@ -1,4 +1,4 @@
-"""Base networks: sizes, start, rescaling, and transformers with some of their heads and units."""
+"""Base networks: sizes, initial weights, rescaling, and transformers with part of their heads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXT = torch.arange(15).reshape(3, 5) % WORDS
 
 
 class Residual(nn.Module):
-    """Pre-activation: the first convolution is read by a norm alone, the second by a sum."""
+    """A pre-activation block: only a norm reads the first convolution, a sum reads the second."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Residual(nn.Module):
         self.shortcut = nn.Conv2d(before, after, 1)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         grown = self.conv1(torch.relu(self.norm1(h)))
         out: Tensor = self.conv2(torch.relu(self.norm2(grown)))
         out += self.shortcut(h)
@@ -50,7 +50,7 @@ class Residual(nn.Module):
 
 
 def resnet(channels: int = 16) -> SplitModel:
-    """Pre-activation blocks, a norm and a linear layer at the end."""
+    """Return a ResNet with pre-activation blocks, and a norm and a linear layer at the end."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         blocks = [Residual(channels, channels), Residual(channels, 2 * channels)]
@@ -61,7 +61,7 @@ def resnet(channels: int = 16) -> SplitModel:
 
 
 def bare() -> SplitModel:
-    """No norms: a convolution, a grouped one, a flatten, and linear layers."""
+    """Return a model without norms: a convolution, a grouped one, a flatten, and linear layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         blocks = [nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)]
@@ -70,7 +70,7 @@ def bare() -> SplitModel:
 
 
 def gpt_neo() -> SplitModel:
-    """A window in the second block; attention that does not scale."""
+    """Return a GPT-Neo with a window in the second block and attention without a scale."""
     return from_transformers(
         transformers.GPTNeoConfig(
             hidden_size=16, num_layers=2, num_heads=4, intermediate_size=24, vocab_size=WORDS,
@@ -98,7 +98,7 @@ NETS: dict[str, tuple[Callable[[], SplitModel], Tensor]] = {
 
 
 def rescaled(model: nn.Module) -> set[str]:
-    """Names of the layers that are rescaled."""
+    """Return the names of the rescaled layers."""
     return {
         name
         for name, module in model.named_modules()
@@ -107,12 +107,12 @@ def rescaled(model: nn.Module) -> set[str]:
 
 
 def count(model: SplitModel) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def shake(model: nn.Module, seed: int = 0) -> None:
-    """Other values for all parameters: those of norms and biases hide mistakes."""
+    """Change all parameters: the initial ones of norms and biases hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -120,7 +120,7 @@ def shake(model: nn.Module, seed: int = 0) -> None:
 
 
 def test_eight_bases_hold_an_eighth_of_the_parameters() -> None:
-    """Together; a little more as input and classes stay. Every base has all classes."""
+    """Together they hold a little more, because input and classes keep their sizes."""
     model = resnet(64)
     bases = split_width(model, 8, PICTURES)
     assert len(bases.states) == 8
@@ -135,7 +135,7 @@ def test_eight_bases_hold_an_eighth_of_the_parameters() -> None:
 
 
 def test_bases_start_independently_and_by_the_seed() -> None:
-    """Of every weight; the first one is the model's. Torch's own numbers are not touched."""
+    """Weights differ by base and by seed; torch's random number generator is unchanged."""
     model = resnet()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     torch.manual_seed(3)
@@ -156,7 +156,7 @@ def test_bases_start_independently_and_by_the_seed() -> None:
 @settings(max_examples=6, deadline=None)
 @given(bases=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
 def test_weights_start_within_the_bound_of_the_wide_layer(bases: int, seed: int) -> None:
-    """``1 / sqrt(fan_in / r)`` where inputs were lost, with the base's own fan-in."""
+    """The bound is ``1 / sqrt(fan_in / r)`` with the base's own fan-in, if inputs were removed."""
     split = split_width(resnet(32), bases, PICTURES, seed=seed)
     for state in split.states:
         for name, tensor in state.items():
@@ -173,7 +173,7 @@ def test_weights_start_within_the_bound_of_the_wide_layer(bases: int, seed: int)
 
 
 def test_a_layer_whose_fan_in_stays_is_as_in_the_wide_model() -> None:
-    """Of a depthwise convolution nothing is lost, so neither its start nor its output changes."""
+    """A depthwise convolution loses no inputs, so its initial weights and output do not change."""
     split = split_width(bare(), 4, NETS["bare"][1])
     assert rescaled(split.model) == {"block.0", "head.2"}
     bound = 9**-0.5
@@ -181,7 +181,7 @@ def test_a_layer_whose_fan_in_stays_is_as_in_the_wide_model() -> None:
 
 
 def test_rescaling_multiplies_where_there_is_no_norm() -> None:
-    """Bias included, in training and evaluation, against the functions of torch; not at K = 1."""
+    """The output with its bias is multiplied, in training and evaluation, but not at K = 1."""
     x = NETS["bare"][1].double()
     for bases in (1, 2, 4):
         model = split_width(bare(), bases, x.float()).model
@@ -198,7 +198,7 @@ def test_rescaling_multiplies_where_there_is_no_norm() -> None:
 
 
 def test_rescaling_is_left_out_where_a_norm_cancels_it() -> None:
-    """A norm is the only reader there; a sum in place, a skip and a head are readers as well."""
+    """There the norm is the only reader; an in-place sum, a skip and a head are readers too."""
     model = split_width(resnet(), 2, PICTURES).model
     skips = {f"block.{i}.{layer}" for i in (0, 1) for layer in ("conv2", "shortcut")}
     assert rescaled(model) == skips
@@ -216,7 +216,7 @@ def test_rescaling_is_left_out_where_a_norm_cancels_it() -> None:
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
 def test_what_leaves_a_block_is_rescaled(norm: Callable[[int], nn.Module]) -> None:
-    """A head may read it, though the next block begins with a norm; inside of a block it is not."""
+    """A head may read a block's output, though the next block begins with a norm."""
     inner = nn.Sequential(nn.Conv2d(8, 8, 1), norm(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1))
     last = nn.Sequential(norm(8), nn.ReLU())
     model = SplitModel(nn.Conv2d(1, 8, 1), [inner, last], MeanHead(8, CLASSES))
@@ -229,7 +229,7 @@ def test_what_leaves_a_block_is_rescaled(norm: Callable[[int], nn.Module]) -> No
 
 
 def test_auxiliary_heads_become_narrower_too() -> None:
-    """Their hidden layer is under a norm, and their last one a classifier."""
+    """The hidden layer of an auxiliary head is before a norm; its last layer is a classifier."""
     model = resnet()
     model.add_heads([1], PICTURES, CLASSES)
     split = split_width(model, 2, PICTURES)
@@ -241,7 +241,7 @@ def test_auxiliary_heads_become_narrower_too() -> None:
 
 
 def test_frozen_tensors_are_kept() -> None:
-    """The leading slices, in the model; they are in no state."""
+    """The model has the leading slices of frozen tensors, and no state has them."""
     model = resnet()
     model.stem.requires_grad_(False)
     split = split_width(model, 2, PICTURES)
@@ -256,12 +256,12 @@ def test_frozen_tensors_are_kept() -> None:
 
 
 def heads_of(wide: Tensor, bases: int, parts: int, axis: int) -> Tensor:
-    """The leading part along an axis of ``parts`` joined tensors."""
+    """Return the leading part along an axis of ``parts`` joined tensors."""
     pieces = wide.chunk(parts, axis)
     return torch.cat([p.narrow(axis, 0, p.shape[axis] // bases) for p in pieces], axis)
 
 
-# by the layer's last name: the axis of a weight that is divided, parts, whether it is an output
+# By the last name of the layer: the divided axis of a weight, parts, whether it is an output.
 GPT2 = {
     "attn.c_attn": (1, 3, True),
     "attn.c_proj": (0, 1, False),
@@ -279,7 +279,7 @@ LINEAR = {
 @pytest.mark.parametrize("bases", [1, 2])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_base_of_a_transformer_is_the_wide_one_without_the_others(name: str, bases: int) -> None:
-    """The wide model reads nothing of the other heads and hidden units, and is rescaled by hand."""
+    """The base equals the wide model without the other heads and units, rescaled by hand."""
     build, x = TRANSFORMERS[name]
     model = build()
     split = split_width(model, bases, x)
@@ -307,13 +307,13 @@ def test_a_base_of_a_transformer_is_the_wide_one_without_the_others(name: str, b
     base.load_state_dict(state)
     wanted, found = model(x), base(x)
     assert found.shape == wanted.shape
-    # some of these layers compute in float32, whatever they are given
+    # Some of these layers compute in float32 for every input dtype.
     error = 1e-9 if name in ("gpt2", "vit", "bert", "opt") else 1e-4
     torch.testing.assert_close(found, wanted, rtol=error, atol=error)
 
 
 def test_sizes_of_a_transformer() -> None:
-    """Of heads, keys and values, hidden units; the residual stream and the tables stay."""
+    """Heads, keys, values and hidden units are divided; the residual stream and tables are not."""
     base = split_width(llama(), 2, TEXT).model
     layer = base.block[0].layer
     assert layer.self_attn.q_proj.weight.shape == (8, 16)
@@ -329,7 +329,7 @@ def test_sizes_of_a_transformer() -> None:
 
 
 def test_how_a_transformer_starts() -> None:
-    """Tables are the given ones, tied as they were; weights within the wide layer's bound."""
+    """Tables are those of the model, tied as before; weights are within the wide layer's bound."""
     model = gpt2()
     model.add_heads([1], TEXT, WORDS)
     split = split_width(model, 2, TEXT)
@@ -351,7 +351,7 @@ def test_how_a_transformer_starts() -> None:
 
 @pytest.mark.parametrize("name", [*NETS, "gpt2", "vit", "llama", "bert"])
 def test_stacked_states_give_the_same(name: str) -> None:
-    """``functional_call`` under ``vmap``, against a loop, in float64."""
+    """``functional_call`` under ``vmap`` equals a loop, in float64."""
     build, x = {**NETS, **TRANSFORMERS}[name]
     split = split_width(build(), 2, x)
     model = split.model.double().eval()
@@ -366,7 +366,7 @@ def test_stacked_states_give_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet", "gpt2"])
 def test_a_step_of_a_base_can_be_traced(name: str) -> None:
-    """Rescaling is in the graph: it gives what the step gives."""
+    """The graph includes the rescaling and gives the same results as the step."""
     build, x = {**NETS, **TRANSFORMERS}[name]
     base = split_width(build(), 2, x).model
     classes = CLASSES if name == "resnet" else WORDS
@@ -385,7 +385,7 @@ def test_a_step_of_a_base_can_be_traced(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet", "llama"])
 def test_dual_norms_of_bases(name: str) -> None:
-    """Both copies start as the norm does, in the model and in every state."""
+    """Both copies have the initial values of the norm, in the model and in every state."""
     build, x = {**NETS, **TRANSFORMERS}[name]
     split = split_width(build(), 2, x)
     dual: Bases = split.with_dual_norms()
@@ -408,13 +408,13 @@ def test_dual_norms_of_bases(name: str) -> None:
 
 
 def test_a_base_is_not_written_as_a_model_of_transformers(tmp_path: Any) -> None:
-    """None has its sizes."""
+    """No model of transformers has the sizes of a base."""
     with pytest.raises(ExportError, match="does not come from transformers"):
         save_original(split_width(gpt2(), 2, TEXT).model, tmp_path / "out")
 
 
 class Fixed(nn.Module):
-    """Attention whose code holds the model's width."""
+    """Attention whose code contains the model's width."""
 
     def __init__(self, *, known: bool = True) -> None:
         super().__init__()
@@ -423,7 +423,7 @@ class Fixed(nn.Module):
             self.num_heads = 2
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         q, k, v = (
             part(h).reshape(*h.shape[:2], 2, -1).transpose(1, 2)
             for part in (self.q_proj, self.k_proj, self.v_proj)
@@ -434,20 +434,20 @@ class Fixed(nn.Module):
 
 
 class Multihead(nn.Module):
-    """Torch's own attention."""
+    """Attention of torch itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         result: Tensor = h + self.attention(h, h, h)[0]
         return result
 
 
 def positions(*blocks: nn.Module) -> SplitModel:
-    """For (B, T, 3)."""
+    """Return a model for inputs (B, T, 3)."""
     return SplitModel(nn.Linear(3, 8), [*blocks, nn.LayerNorm(8)], MeanHead(8, CLASSES))
 
 
@@ -500,7 +500,7 @@ REFUSED: dict[str, tuple[Callable[[], SplitModel], int | float, Tensor, str]] = 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_split_is_refused(case: str) -> None:
-    """By name, with what to do."""
+    """The error names the module and says what to do."""
     build, bases, x, message = REFUSED[case]
     with pytest.raises(ExportError, match=message):
         split_width(build(), bases, x)  # type: ignore[arg-type]

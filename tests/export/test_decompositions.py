@@ -1,4 +1,4 @@
-"""Backward operations written with forward operations equal eager autograd, over random shapes."""
+"""Backward operations written as forward operations equal eager autograd, over random shapes."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Conv:
 
     @property
     def fits(self) -> bool:
-        """Whether the output has at least one position."""
+        """Return whether the output has at least one position."""
         dimensions = zip(self.size, self.kernel, self.padding, self.dilation, strict=True)
         return all(n + 2 * p >= d * (k - 1) + 1 for n, k, p, d in dimensions)
 
 
 @st.composite
 def convs(draw: st.DrawFn) -> Conv:
-    """1-D and 2-D; every dimension has a stride, padding and dilation of its own."""
+    """1-D and 2-D convolutions; every dimension has its own stride, padding and dilation."""
     dims = draw(st.integers(1, 2))
 
     def each(low: int, high: int) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def convs(draw: st.DrawFn) -> Conv:
         size=each(1, 7),
         kernel=each(1, 3),
         stride=each(1, 3),
-        padding=each(0, 5),  # beyond dilation * (kernel - 1) as well
+        padding=each(0, 5),  # also beyond dilation * (kernel - 1)
         dilation=each(1, 2),
         bias=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
@@ -78,14 +78,14 @@ def convs(draw: st.DrawFn) -> Conv:
 
 
 def one(batch: int, groups: int, channels: int, dims: int, bias: bool = True, **each: int) -> Conv:
-    """A convolution with the same numbers in every dimension."""
+    """Return a convolution with the same numbers in every dimension."""
     values = {"size": 6, "kernel": 3, "stride": 1, "padding": 1, "dilation": 1} | each
     spatial = {name: (n,) * dims for name, n in values.items()}
     return Conv(batch, groups, channels, channels, bias=bias, seed=0, **spatial)  # type: ignore[arg-type]
 
 
 def assert_close(got: Tensor | None, want: Tensor, what: str) -> None:
-    """Equal up to float64 rounding, and of the same shape."""
+    """Check that tensors have one shape and are equal up to float64 rounding."""
     assert got is not None, f"{what} is missing"
     assert got.shape == want.shape, what
     error = (got - want).abs().max().item() if want.numel() else 0.0
@@ -102,7 +102,7 @@ def assert_close(got: Tensor | None, want: Tensor, what: str) -> None:
 @example(one(1, 2, 2, dims=1, kernel=2, padding=4, dilation=2))
 @example(one(2, 1, 2, dims=2, size=7, kernel=2, stride=3))  # the last columns are never read
 def test_convolution_backward(conv: Conv) -> None:
-    """All three gradients equal those that autograd finds through the eager convolution."""
+    """All three gradients equal those of autograd through the eager convolution."""
     generator = torch.Generator().manual_seed(conv.seed)
 
     def random(*shape: int) -> Tensor:
@@ -136,7 +136,7 @@ def test_convolution_backward(conv: Conv) -> None:
 
 
 def test_only_what_is_asked_for() -> None:
-    """The output mask decides which gradients are computed: the first layer needs none of x."""
+    """The output mask selects the gradients to compute: the first layer needs none of x."""
     x, weight = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
     grad_y = torch.randn(2, 4, 5, 5)
     for mask in ([False, True, True], [True, False, False], [False, False, True]):
@@ -174,7 +174,7 @@ group_norms = st.builds(
 @example(Norm(1, 1, 3, (4, 4), True, 0))
 @example(Norm(2, 3, 1, (5,), False, 0))
 def test_group_norm_and_its_backward(norm: Norm) -> None:
-    """Output and all gradients equal eager GroupNorm's, with and without affine parameters."""
+    """Output and gradients equal those of eager GroupNorm, with and without affine parameters."""
     generator = torch.Generator().manual_seed(norm.seed)
 
     def random(*shape: int) -> Tensor:
@@ -201,7 +201,7 @@ def test_group_norm_and_its_backward(norm: Norm) -> None:
     got = decompositions.native_group_norm_backward(
         grad_y, plain_x, mean, rstd, plain_weight, *sizes, [True, norm.affine, norm.affine]
     )
-    # a group of values that are all alike has a gradient that is a difference of large numbers
+    # In a group of nearly equal values the gradient is a difference of large numbers.
     scale = 1e-10 * (1 + rstd.max().item() * grad_y.abs().max().item())
     for name, mine, want in zip(("x", "weight", "bias"), got, wanted, strict=False):
         assert mine is not None
@@ -212,7 +212,7 @@ def test_group_norm_and_its_backward(norm: Norm) -> None:
 
 
 def test_table_keeps_torchs_core_decompositions() -> None:
-    """What is replaced is replaced, and nothing of torch's table is lost but what runtimes have."""
+    """The table lacks only ``squeeze.dim`` of torch's table, and replaces some entries."""
     from torch._decomp import core_aten_decompositions
 
     table = decompositions.decompositions()
@@ -223,13 +223,13 @@ def test_table_keeps_torchs_core_decompositions() -> None:
 
 
 def random_tensor(seed: int, *shape: int, ties: bool = False) -> Tensor:
-    """Float64 values; with ties, few different ones."""
+    """Return random float64 values; with ``ties``, only a few different ones."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.round() if ties else values
 
 
 def gradient(y: Tensor, inputs: list[Tensor], seed: int) -> tuple[Tensor, list[Tensor]]:
-    """A random gradient of ``y``, and what autograd makes of it."""
+    """Return a random gradient of ``y``, and the gradients of the inputs by autograd."""
     grad_y = random_tensor(seed + 1, *y.shape)
     return grad_y, list(torch.autograd.grad(y, inputs, grad_y))
 
@@ -249,7 +249,7 @@ class Pool:
 
 @st.composite
 def pools(draw: st.DrawFn, dilated: bool) -> Pool:
-    """Windows that overlap, that leave gaps, and that overhang; padding of up to half a kernel."""
+    """Windows that overlap, leave gaps or overhang, with padding of up to half a kernel."""
 
     def each(low: int, high: int) -> tuple[int, int]:
         return draw(st.integers(low, high)), draw(st.integers(low, high))
@@ -275,11 +275,11 @@ def pools(draw: st.DrawFn, dilated: bool) -> Pool:
 @example(Pool((7, 7), (3, 3), (2, 2), (1, 1), (1, 1), False, 0))
 @example(Pool((8, 7), (3, 3), (2, 2), (1, 1), (1, 1), True, 0))
 def test_max_pool_backward(pool: Pool) -> None:
-    """Every window's gradient goes to its first maximum, of which there are many equal ones."""
+    """The gradient of every window goes to its first maximum, also if several are equal."""
     x = random_tensor(pool.seed, 2, 2, *pool.size, ties=True).requires_grad_()
     settings = [list(v) for v in (pool.kernel, pool.stride, pool.padding, pool.dilation)]
     y, indices = torch.ops.aten.max_pool2d_with_indices(x, *settings, pool.ceil_mode)
-    assume(y.isfinite().all())  # with a dilation, a window can see padding only: torch crashes
+    assume(y.isfinite().all())  # if a window has only padding, torch crashes
     grad_y, (want,) = gradient(y, [x], pool.seed)
     got = pooling.max_pool2d_with_indices_backward(
         grad_y, x.detach(), *settings, pool.ceil_mode, indices
@@ -292,7 +292,7 @@ def test_max_pool_backward(pool: Pool) -> None:
 @example(Pool((6, 6), (2, 2), (2, 2), (0, 0), (1, 1), False, 0), True, None)
 @example(Pool((8, 7), (3, 3), (2, 2), (1, 1), (1, 1), True, 0), False, None)
 def test_avg_pool_and_its_backward(pool: Pool, include_pad: bool, divisor: int | None) -> None:
-    """What windows at the edge are divided by is torch's."""
+    """The divisor of windows at the edge is torch's."""
     x = random_tensor(pool.seed, 2, 2, *pool.size).requires_grad_()
     settings = [list(v) for v in (pool.kernel, pool.stride, pool.padding)]
     y = torch.ops.aten.avg_pool2d(x, *settings, pool.ceil_mode, include_pad, divisor)
@@ -308,7 +308,7 @@ def test_avg_pool_and_its_backward(pool: Pool, include_pad: bool, divisor: int |
 @given(*[st.integers(1, 8)] * 4, st.integers(0, 2**31))
 @example(8, 8, 2, 4, 0)
 def test_adaptive_pools(height: int, width: int, rows: int, columns: int, seed: int) -> None:
-    """Output sizes that divide the input's and that do not, larger ones included."""
+    """The output size divides the input size or not, and may be larger."""
     x = random_tensor(seed, 2, 2, height, width, ties=True).requires_grad_()
     y = torch.ops.aten._adaptive_avg_pool2d(x, [rows, columns])
     grad_y, (want,) = gradient(y, [x], seed)
@@ -339,7 +339,7 @@ def test_adaptive_pools(height: int, width: int, rows: int, columns: int, seed: 
 def test_batch_norm_and_its_backward(
     size: list[int], affine: bool, training: bool, seed: int
 ) -> None:
-    """Output, running statistics and all gradients, in training and in evaluation."""
+    """Output, running statistics and all gradients are equal, in training and in evaluation."""
     x = (3 + 2 * random_tensor(seed, 3, 4, *size)).requires_grad_()
     weight, bias, mean = (random_tensor(seed + i, 4).requires_grad_(i < 3) for i in (1, 2, 3))
     var = random_tensor(seed + 4, 4).exp()
@@ -380,7 +380,7 @@ def test_batch_norm_and_its_backward(
     st.integers(0, 2**31),
 )
 def test_layer_norm_backward(outer: list[int], inner: list[int], affine: bool, seed: int) -> None:
-    """All gradients equal eager LayerNorm's, over one dimension and over two."""
+    """All gradients equal those of eager LayerNorm, over one dimension and over two."""
     x = random_tensor(seed, *outer, *inner).requires_grad_()
     weight, bias = (random_tensor(seed + i, *inner).requires_grad_() for i in (1, 2))
     affines = (weight, bias) if affine else (None, None)
@@ -398,7 +398,7 @@ def test_layer_norm_backward(outer: list[int], inner: list[int], affine: bool, s
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=4, max_size=4), st.booleans(), st.integers(0, 2**31))
 def test_pads(widths: list[int], flat: bool, seed: int) -> None:
-    """Reflection and replication over one dimension and over two."""
+    """Reflection and replication are exact over one dimension and over two."""
     dims = 1 if flat else 2
     given_widths = widths[: 2 * dims]
     x = random_tensor(seed, 2, 3, *[4, 5][:dims]).requires_grad_()
@@ -418,7 +418,7 @@ def test_pads(widths: list[int], flat: bool, seed: int) -> None:
     st.integers(0, 2), st.integers(-6, 6), st.integers(-6, 7), st.integers(1, 4), st.integers(0, 9)
 )
 def test_views(dim: int, start: int, end: int, step: int, seed: int) -> None:
-    """The gradients of slices, of single entries and of sliding windows."""
+    """The gradients of slices, single entries and sliding windows are exact."""
     x = random_tensor(seed, 7, 8, 9).requires_grad_()
     shape = list(x.shape)
     y = torch.ops.aten.slice(x, dim, start, end, step)
@@ -437,7 +437,7 @@ def test_views(dim: int, start: int, end: int, step: int, seed: int) -> None:
 
 @pytest.mark.parametrize("padding_idx", [-1, 2])
 def test_embedding_backward(padding_idx: int) -> None:
-    """Rows that are looked up several times get the sum; the padding row gets nothing."""
+    """A row that is looked up several times gets the sum; the padding row gets no gradient."""
     indices = torch.tensor([[1, 2, 1], [4, 2, 0]])
     grad_y = random_tensor(0, 2, 3, 5)
     want = torch.ops.aten.embedding_dense_backward(grad_y, indices, 6, padding_idx, False)
@@ -448,20 +448,20 @@ def test_embedding_backward(padding_idx: int) -> None:
 
 
 class Part(nn.Module):
-    """A function, or the first output of a module, as a module of one tensor."""
+    """A function, or the first output of a module, as a module with one tensor."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        """The one tensor."""
+        """Return the tensor."""
         y = self.inner(x)
         return y[0] if isinstance(y, tuple) else y
 
 
 def training(module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
-    """``(x, parameters, buffers) -> output, gradients, new buffers``."""
+    """Return the function ``(x, parameters, buffers) -> output, gradients, new buffers``."""
     parameters, buffers = list(dict(module.named_parameters())), list(dict(module.named_buffers()))
 
     def function(x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
@@ -479,7 +479,7 @@ def training(module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def traced(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> GraphModule:
-    """A training function as the exporter traces it: symbolic batch, and nothing in place."""
+    """Trace a training function as the exporter does: symbolic batch, no in-place operations."""
     shapes = ShapeEnv()
     symbol = shapes.create_symbol(7, ConstantSource("batch"), DimDynamic.DYNAMIC, None)
     batch = shapes.create_symintnode(symbol, hint=7)
@@ -499,7 +499,7 @@ def traced(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Gra
 
 
 FORBIDDEN = re.compile(r"_backward|batch_norm|_(scatter|strided)|scatter_|\w_\.")
-"""Operators that runtimes lack; and none may work in place."""
+"""Operators that runtimes lack. In-place operators are not allowed either."""
 
 IMAGES, SEQUENCE, ROW = (4, 8, 7), (3, 4), (6,)
 
@@ -545,7 +545,7 @@ MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 
 def seeded(tensors: list[Tensor]) -> list[Tensor]:
-    """Positive values of the same shapes and dtypes: there are variances among them."""
+    """Return positive values of the same shapes and dtypes, because variances must be positive."""
     return [
         (random_tensor(i, *t.shape).abs() + 0.1).to(t.dtype) if t.is_floating_point() else t
         for i, t in enumerate(tensors)
@@ -554,7 +554,7 @@ def seeded(tensors: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_training_step_of(name: str) -> None:
-    """Traced with a symbolic batch, a module trains as in eager and leaves forward operators."""
+    """Traced with a symbolic batch, a module trains as in eager mode, by forward operators."""
     module, shape = MODULES[name]
     module = copy.deepcopy(module).double()
     dtype = torch.int64 if isinstance(module, nn.Embedding) else torch.float64
@@ -579,7 +579,7 @@ def test_training_step_of(name: str) -> None:
     ],
 )
 def test_onnx_of(name: str) -> None:
-    """The same in ONNX Runtime, in float32."""
+    """ONNX Runtime gives the same results in float32."""
     module, shape = MODULES[name]
     module = copy.deepcopy(module)
     dtype = torch.int64 if isinstance(module, nn.Embedding) else torch.float32

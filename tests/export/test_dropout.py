@@ -1,4 +1,4 @@
-"""Dropout by a seed: masks have dropout's distribution, and every step another one."""
+"""Dropout by a seed: masks have the distribution of dropout and differ from step to step."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from export.dropout import PRIME, SeededDropout
 
 COUNT = 100_000
 Z = 5.0
-"""Bound of a normal deviate: seeds are fixed, so a test that passes once passes always."""
+"""Bound of a normal deviate. Seeds are fixed, so a test always gives the same result."""
 
 
 def kept(seed: int, p: float, shape: tuple[int, ...] = (COUNT,), calls: int = 1) -> Tensor:
-    """Masks (calls, *shape): 1 where an element is kept."""
+    """Return masks (calls, *shape) with 1 for kept elements."""
     ones = torch.ones(shape, dtype=torch.float64)
     with SeededDropout(torch.tensor(seed)):
         masks = [F.dropout(ones, p) for _ in range(calls)]
@@ -35,13 +35,13 @@ def kept(seed: int, p: float, shape: tuple[int, ...] = (COUNT,), calls: int = 1)
 
 
 def z_of_rate(mask: Tensor, p: float) -> float:
-    """How far the number of kept elements is from what is expected, in deviations."""
+    """Return the deviation of the number of kept elements, in standard deviations."""
     n = mask.numel()
     return (mask.sum().item() - n * (1 - p)) / math.sqrt(n * p * (1 - p))
 
 
 def z_of_correlation(a: Tensor, b: Tensor, p: float) -> float:
-    """The correlation of two masks, in deviations from none."""
+    """Return the deviation of the correlation of two masks from zero, in standard deviations."""
     product = ((a - (1 - p)) * (b - (1 - p))).sum().item()
     return product / (p * (1 - p) * math.sqrt(a.numel()))
 
@@ -49,7 +49,7 @@ def z_of_correlation(a: Tensor, b: Tensor, p: float) -> float:
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("seed", [0, 1, 12345, PRIME - 1])
 def test_as_many_are_kept_as_asked(p: float, seed: int) -> None:
-    """Of all elements, and of every stretch of them: chi-square over 100 stretches."""
+    """The rate holds for all elements and for every stretch: chi-square over 100 stretches."""
     mask = kept(seed, p)[0]
     assert abs(z_of_rate(mask, p)) < Z
     square = sum(z_of_rate(stretch, p) ** 2 for stretch in mask.reshape(100, -1))
@@ -59,13 +59,13 @@ def test_as_many_are_kept_as_asked(p: float, seed: int) -> None:
 @pytest.mark.parametrize("distance", [1, 2, 7, 8, 64, 1000])
 @pytest.mark.parametrize("seed", [0, 1, PRIME - 1])
 def test_neighbours_are_independent(distance: int, seed: int) -> None:
-    """Elements next to each other, and those above each other in a larger tensor."""
+    """This holds for adjacent elements, and for adjacent rows of a larger tensor."""
     mask = kept(seed, 0.4)[0]
     assert abs(z_of_correlation(mask[distance:], mask[:-distance], 0.4)) < Z
 
 
 def test_patterns_of_eight_are_all_as_likely() -> None:
-    """Chi-square over the 256 patterns of eight neighbours: more than pairs are independent."""
+    """Chi-square over the 256 patterns of eight neighbours also tests more than pairs."""
     bits = kept(3, 0.5, (20_000, 8))[0]
     codes = (bits * 2.0 ** torch.arange(8)).sum(1).long()
     counts = torch.bincount(codes, minlength=256).double()
@@ -79,7 +79,7 @@ def test_patterns_of_eight_are_all_as_likely() -> None:
     [(0, 1), (1, 2), (7, 8), (0, PRIME - 1), (5, PRIME // 2), (1_103_515_245, 0)],
 )
 def test_seeds_are_independent(one: int, other: int) -> None:
-    """Seeds next to each other, at both ends, and one that equals a round key; shifted as well."""
+    """Adjacent seeds, seeds at both ends, and a seed that equals a round key; also shifted."""
     a, b = kept(one, 0.5)[0], kept(other, 0.5)[0]
     for shift in (0, 1, 2):
         assert abs(z_of_correlation(a[shift:], b[: len(b) - shift], 0.5)) < Z
@@ -87,7 +87,7 @@ def test_seeds_are_independent(one: int, other: int) -> None:
 
 
 def test_an_element_is_kept_as_often_over_many_seeds() -> None:
-    """Over the steps of a training, which have one seed each: no element is always dropped."""
+    """Over the steps of a training, with one seed each, no element is always dropped."""
     masks = torch.stack([kept(seed, 0.3, (64,))[0] for seed in range(2000)])
     rates = [z_of_rate(masks[:, i], 0.3) for i in range(64)]
     assert max(map(abs, rates)) < Z
@@ -95,14 +95,14 @@ def test_an_element_is_kept_as_often_over_many_seeds() -> None:
 
 
 def test_calls_are_independent() -> None:
-    """Several dropouts of one step, every one with every other."""
+    """The masks of several dropouts of one step are pairwise independent."""
     for a, b in itertools.combinations(kept(11, 0.5, calls=6), 2):
         assert abs(z_of_correlation(a, b, 0.5)) < Z
         assert abs(z_of_correlation(a[1:], b[:-1], 0.5)) < Z
 
 
 def test_the_same_seed_gives_the_same_masks() -> None:
-    """And the caller's random numbers are not touched."""
+    """The caller's random number generator is not changed."""
     torch.manual_seed(1)
     want = torch.rand(1)
     torch.manual_seed(1)
@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_masks() -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
 def test_what_is_kept_is_scaled(p: float) -> None:
-    """By 1 / (1 - p), like its gradient; the mean stays."""
+    """Values and their gradients are scaled by 1 / (1 - p), so the mean does not change."""
     x = torch.rand(COUNT, dtype=torch.float64).add(1).requires_grad_()
     with SeededDropout(torch.tensor(4)):
         y = F.dropout(x, p)
@@ -125,7 +125,7 @@ def test_what_is_kept_is_scaled(p: float) -> None:
 
 
 def test_nothing_is_drawn_without_need() -> None:
-    """For p = 0 and in evaluation the input comes back, and no mask is counted."""
+    """With p = 0 and in evaluation the output is the input, and no mask is counted."""
     x = torch.randn(3, 4)
     with SeededDropout(torch.tensor(0)) as seeded:
         assert F.dropout(x, 0.0) is x
@@ -138,7 +138,7 @@ def test_nothing_is_drawn_without_need() -> None:
 
 
 def test_all_is_dropped_for_one() -> None:
-    """p = 1 gives zeros, not infinity times zero."""
+    """With p = 1 the output is zero, not infinity times zero."""
     x = torch.randn(100, requires_grad=True)
     with SeededDropout(torch.tensor(3)):
         y = F.dropout(x, 1.0)
@@ -153,7 +153,7 @@ def test_all_is_dropped_for_one() -> None:
     [(F.dropout1d, (200, 50, 6)), (F.dropout2d, (200, 50, 3, 4)), (F.dropout2d, (200, 50, 2, 1))],
 )
 def test_channels_are_dropped_as_a_whole(function: Any, shape: tuple[int, ...]) -> None:
-    """Each (example, channel) with probability p."""
+    """Each (example, channel) is dropped with probability p."""
     with SeededDropout(torch.tensor(9)):
         y = function(torch.ones(shape), 0.3)
     flat = y.flatten(2)
@@ -167,7 +167,7 @@ def test_channels_are_dropped_as_a_whole(function: Any, shape: tuple[int, ...]) 
     [(F.dropout1d, (50, 60)), (F.dropout2d, (50, 60)), (F.dropout2d, (50, 60, 5))],
 )
 def test_channels_with_fewer_dimensions(function: Any, shape: tuple[int, ...]) -> None:
-    """What is a channel then is what torch makes it, of which it warns."""
+    """Then the channel is the dimension that torch chooses, with its warning."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -183,7 +183,7 @@ def test_channels_with_fewer_dimensions(function: Any, shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize("form", ["plain", "causal", "boolean", "added", "grouped", "scaled"])
 def test_attention_without_dropout_is_torchs(form: str) -> None:
-    """The way with dropout, at a probability that drops nothing, and p = 0."""
+    """This holds for the form with dropout at a rate that drops nothing, and for p = 0."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 5, 4, generator=generator, dtype=torch.float64)
                for heads in ((4, 2, 2) if form == "grouped" else (3, 3, 3)))  # fmt: skip
@@ -210,7 +210,7 @@ def test_attention_without_dropout_is_torchs(form: str) -> None:
 
 
 def test_attention_drops_weights() -> None:
-    """With values that are the identity the result is the dropped weights themselves."""
+    """If the values are the identity, the result is the matrix of dropped weights."""
     q = torch.zeros(50, 1, 40, 4)
     v = torch.eye(40).expand(50, 1, 40, 40)
     with SeededDropout(torch.tensor(2)):
@@ -221,7 +221,7 @@ def test_attention_drops_weights() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, PRIME - 1])
 def test_arithmetic_stays_within_int64(seed: int) -> None:
-    """The same masks as with Python's integers, also for the largest elements of a step."""
+    """The masks equal those of Python's integers, also for the largest elements of a step."""
     with SeededDropout(torch.tensor(seed)) as seeded:
         seeded.calls = 40
         got = F.dropout(torch.ones(300), 0.5) != 0
@@ -233,28 +233,28 @@ def test_arithmetic_stays_within_int64(seed: int) -> None:
 
 
 def test_seeds_of_devices_are_within_the_prime() -> None:
-    """``edge_sdk`` knows no torch and has the bound as a number of its own."""
+    """``edge_sdk`` does not import torch, so it has its own copy of the bound."""
     assert 0 < MAX_SEED <= PRIME
     assert PRIME < 2**31
     assert PRIME % 3 == 2
 
 
 class Recorder:
-    """A runtime that notes the seeds it gets."""
+    """A runtime that records the seeds it gets."""
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
         self.loading_s = 0.0
 
     def set_state(self, tensors: Mapping[str, Array]) -> None:
-        """Nothing."""
+        """Ignore the state."""
 
     def get_state(self, slots: bool = False) -> dict[str, Array]:
-        """Nothing."""
+        """Return no state."""
         return {}
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """A loss; the seed must be a scalar that a graph takes."""
+        """Return a loss; the seed must be a scalar that a graph accepts."""
         assert graph == "train"
         seed = batch["seed"]
         assert seed.shape == ()
@@ -264,7 +264,7 @@ class Recorder:
 
 
 def seeds_of_a_round(seed: int) -> list[int]:
-    """The seeds of the training steps of a round of three epochs of four batches."""
+    """Return the seeds of the training steps in a round of three epochs of four batches."""
     recorder = Recorder()
     port = SimpleNamespace(role="seed", spec=SimpleNamespace(name="seed"))
     manifest: Any = SimpleNamespace(
@@ -277,7 +277,7 @@ def seeds_of_a_round(seed: int) -> list[int]:
 
 
 def test_every_step_has_a_seed_of_its_own() -> None:
-    """Within a round and over rounds; a round that is repeated has the same."""
+    """Seeds differ within a round and between rounds; a repeated round has the same seeds."""
     rounds = [seeds_of_a_round(seed) for seed in range(20)]
     seeds = [seed for steps in rounds for seed in steps]
     assert len(set(seeds)) == len(seeds) == 20 * 12

@@ -1,4 +1,4 @@
-"""Dual norms: mixtures of two copies of a norm, against their closed form."""
+"""Dual norms: mixtures of the two copies of a norm, against their closed form."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.lib.models import (
 
 
 def batch_model(seed: int = 0) -> SplitModel:
-    """Two blocks with BatchNorm."""
+    """Return two blocks with BatchNorm."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         blocks = [NormBlock(4) for _ in range(2)]
@@ -46,7 +46,7 @@ def batch_model(seed: int = 0) -> SplitModel:
 
 
 def llama() -> SplitModel:
-    """With norms of transformers' own."""
+    """Return a Llama, whose norms are transformers' own."""
     return from_transformers(
         transformers.LlamaConfig(
             hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -56,7 +56,7 @@ def llama() -> SplitModel:
 
 
 def opt() -> SplitModel:
-    """Its layers join the batch and the positions before a norm."""
+    """Return an OPT, whose layers join batch and positions before a norm."""
     return from_transformers(
         transformers.OPTConfig(
             hidden_size=8, num_hidden_layers=2, num_attention_heads=2, ffn_dim=8, vocab_size=12,
@@ -76,7 +76,7 @@ MODELS: dict[str, tuple[Callable[[], SplitModel], Tensor]] = {
 
 
 def shake(module: nn.Module, seed: int) -> None:
-    """Make the copies of dual norms differ: other parameters, other statistics."""
+    """Give the copies of dual norms different parameters and statistics."""
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
         if isinstance(part, DualNorm):
@@ -87,7 +87,7 @@ def shake(module: nn.Module, seed: int) -> None:
 
 
 def dual_model(name: str, seed: int = 1) -> tuple[SplitModel, Tensor]:
-    """A model whose copies differ, in float64, and some inputs."""
+    """Return a model in float64 whose copies differ, and some inputs."""
     build, x = MODELS[name]
     model = with_dual_norms(build())
     shake(model, seed)
@@ -95,7 +95,7 @@ def dual_model(name: str, seed: int = 1) -> tuple[SplitModel, Tensor]:
 
 
 def only(model: SplitModel, copied: str) -> SplitModel:
-    """The model that has one of the copies only."""
+    """Return the model with only one of the copies."""
     result = copy.deepcopy(model)
     for parent in list(result.modules()):
         for key, child in list(parent.named_children()):
@@ -106,7 +106,7 @@ def only(model: SplitModel, copied: str) -> SplitModel:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_ends_are_models_with_one_copy(name: str) -> None:
-    """0 and outside: clean. 1: noise. Numbers and tensors alike, bit for bit where it is one."""
+    """0 and no context give clean, 1 gives noise; numbers and tensors give the same results."""
     model, x = dual_model(name)
     clean, noise = only(model, "clean")(x), only(model, "noise")(x)
     assert not torch.allclose(clean, noise)
@@ -133,7 +133,7 @@ def test_the_ends_are_models_with_one_copy(name: str) -> None:
 def test_a_mixture_is_the_closed_form(
     shape: tuple[int, ...], values: list[float], seed: int
 ) -> None:
-    """``(1 - l) (g h^ + b) + l (g' h^ + b')`` with one ``l``, and with one for each row."""
+    """The result is ``(1 - l) (g h^ + b) + l (g' h^ + b')``, for one ``l`` and one per row."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(shape, generator=generator, dtype=torch.float64)
     norm = DualNorm(nn.GroupNorm(2, 4)).double()
@@ -158,7 +158,7 @@ def test_a_mixture_is_the_closed_form(
 
 @pytest.mark.parametrize("name", ["group", "joined"])
 def test_rows_have_each_their_own(name: str) -> None:
-    """A batch with one robustness for each row gives what its rows give alone."""
+    """A batch with one robustness per row gives the same results as its rows alone."""
     model, x = dual_model(name)
     values = torch.tensor([0.25, 0.75, 1.0], dtype=torch.float64)
     with robustness(values):
@@ -169,7 +169,7 @@ def test_rows_have_each_their_own(name: str) -> None:
 
 
 def test_contexts_nest_and_end() -> None:
-    """The innermost counts; afterwards the one before, after an error as well."""
+    """The innermost context counts; the outer one is restored, also after an error."""
     norm = DualNorm(nn.LayerNorm(4))
     shake(norm, 0)
     h = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -183,7 +183,7 @@ def test_contexts_nest_and_end() -> None:
 
 
 def test_statistics_of_the_copy_in_use_move() -> None:
-    """In training with 0 or 1; both at once are refused, in evaluation they are not."""
+    """In training, 0 or 1 changes the statistics of one copy, and other values are refused."""
     norm = DualNorm(nn.BatchNorm1d(4))
     h = 3 + torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     norm(h)
@@ -203,7 +203,7 @@ def test_statistics_of_the_copy_in_use_move() -> None:
 
 @pytest.mark.parametrize("value", [0, 1])
 def test_the_copy_that_is_not_used_has_gradients_of_zero(value: int) -> None:
-    """And the other one those of a model that has no other."""
+    """The gradients of the other copy are those of a model with that copy only."""
     model, x = dual_model("group")
     copies = ("clean", "noise")
     single = only(model, copies[value])
@@ -219,7 +219,7 @@ def test_the_copy_that_is_not_used_has_gradients_of_zero(value: int) -> None:
 
 
 def test_every_norm_but_those_of_auxiliary_heads() -> None:
-    """Names, and equal copies; modes are kept; the given model stays as it was."""
+    """Names and modes are kept, both copies are equal, and the given model is unchanged."""
     model = conv_model()
     model.add_heads([2], example(IMAGE), CLASSES)
     model.block[1].eval()
@@ -239,7 +239,7 @@ def test_every_norm_but_those_of_auxiliary_heads() -> None:
 
 
 def test_a_norm_in_two_places_stays_one() -> None:
-    """One pair of copies for both; norms without parameters and statistics stay alone."""
+    """Both places share one pair of copies; norms without tensors are not copied."""
     model = token_model()
     model.block[1].norm = model.block[0].norm
     model.block[2].norm = nn.LayerNorm(8, elementwise_affine=False)
@@ -250,7 +250,7 @@ def test_a_norm_in_two_places_stays_one() -> None:
 
 @pytest.mark.parametrize("name", ["group", "batch"])
 def test_stacked_states_give_the_same(name: str) -> None:
-    """``functional_call`` under ``vmap``, against a loop; with a robustness and without."""
+    """``functional_call`` under ``vmap`` equals a loop, with a robustness and without."""
     model, x = dual_model(name)
     states = []
     for seed in range(3):
@@ -265,7 +265,7 @@ def test_stacked_states_give_the_same(name: str) -> None:
 
 
 def test_stacked_states_have_the_same_gradients() -> None:
-    """``grad`` under ``vmap``, against autograd in a loop; zero for the copy that is not used."""
+    """``grad`` under ``vmap`` equals autograd in a loop; the unused copy has zero gradients."""
     model, x = dual_model("group")
     states = []
     for seed in range(2):
@@ -288,7 +288,7 @@ def test_stacked_states_have_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("name", ["group", "joined"])
 def test_the_robustness_can_be_an_input_of_a_graph(name: str) -> None:
-    """One trace serves every value, and every batch."""
+    """One trace is valid for every value and every batch."""
     model, x = dual_model(name)
 
     def function(x: Tensor, value: Tensor) -> Tensor:
@@ -305,7 +305,7 @@ def test_the_robustness_can_be_an_input_of_a_graph(name: str) -> None:
 
 
 def test_a_training_step_leaves_the_noise_copy() -> None:
-    """Its parameters and statistics; all others as autograd has them; traced as well."""
+    """The noise copy does not change; all other gradients equal autograd's, also when traced."""
     model = with_dual_norms(batch_model())
     x, y = example(IMAGE), torch.arange(8)
     model.add_heads([1], x, CLASSES)
@@ -331,13 +331,13 @@ def test_a_training_step_leaves_the_noise_copy() -> None:
 
 
 def test_names_of_noise_tensors() -> None:
-    """Parameters and statistics of the noise copies, and nothing else."""
+    """They are the parameters and statistics of the noise copies, and no others."""
     model = with_dual_norms(batch_model())
     assert noise_tensors(model) == {n for n in model.state_dict() if ".noise." in n}
 
 
 def test_mistakes_are_refused() -> None:
-    """Each with what to do."""
+    """Every error says what to do."""
     for value in (-0.1, 1.5, float("nan")):
         with pytest.raises(ExportError, match=r"must be from 0 .* to 1"), robustness(value):
             pass

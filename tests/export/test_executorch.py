@@ -1,4 +1,4 @@
-"""Rewrites for ExecuTorch equal what they replace; lowered steps equal ONNX Runtime's and eager."""
+"""Rewrites for ExecuTorch are exact; lowered steps equal ONNX Runtime and eager PyTorch."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Call(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, *tensors: Tensor) -> Any:
-        """What the function returns."""
+        """Return the result of the function."""
         return self.function(*tensors, **dict(self.named_buffers()))
 
 
 def rewritten(
     function: Callable[..., Any], *tensors: Tensor, **constants: Tensor
 ) -> ExportedProgram:
-    """The program of a function, rewritten; the first dimension of the first tensor is symbolic."""
+    """Trace and rewrite a function; the first dimension of the first tensor is symbolic."""
     dynamic = ({0: Dim("batch", min=1, max=4096)}, *(None for _ in tensors[1:]))
     program = export(
         Call(function, **constants).eval(), tensors, dynamic_shapes={"tensors": dynamic}
@@ -58,19 +58,19 @@ def rewritten(
 
 
 def targets(program: ExportedProgram) -> set[Any]:
-    """The operators of a program."""
+    """Return the operators of a program."""
     return {node.target for node in program.graph.nodes if node.op == "call_function"}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Random numbers, the same for the same seed."""
+    """Return random numbers, the same for the same seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same(
     function: Callable[..., Any], program: ExportedProgram, *tensors: Tensor, **constants: Tensor
 ) -> None:
-    """The program gives what eager gives in float64, up to float32 rounding."""
+    """Check that a program equals eager PyTorch in float64, up to float32 rounding."""
     got = program.module()(*tensors)
     want = function(
         *(t.double() if t.is_floating_point() else t for t in tensors),
@@ -123,7 +123,7 @@ def test_convolution(
     dims: int,
     transposed: bool,
 ) -> None:
-    """A convolution whose weight is an input becomes products; strides, groups, transposed too."""
+    """A convolution whose weight is an input becomes products, also strided or transposed."""
     extra = [s - 1 for s in stride] if transposed else [0, 0]
     settings = [list(v[:dims]) for v in (stride, padding, dilation, extra)]
     shape = (c_in * groups, c_out) if transposed else (c_out * groups, c_in)
@@ -139,7 +139,7 @@ def test_convolution(
 
     try:
         assume(function(*tensors).numel() > 0)
-    except RuntimeError:  # no position left
+    except RuntimeError:  # the output has no position
         assume(False)
     program = rewritten(function, *tensors)
     assert aten.convolution.default not in targets(program)
@@ -148,7 +148,7 @@ def test_convolution(
 
 
 def test_a_convolution_with_a_constant_weight_stays() -> None:
-    """XNNPACK has kernels for it."""
+    """XNNPACK has kernels for such a convolution."""
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
         return nn.functional.conv2d(x, weight)
@@ -160,7 +160,7 @@ def test_a_convolution_with_a_constant_weight_stays() -> None:
 
 
 def test_products() -> None:
-    """No mm or addmm is left; a transposed factor is not transposed."""
+    """No mm or addmm is left, and a transposed factor is not transposed again."""
 
     def function(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         y = nn.functional.linear(x, w, b)
@@ -177,7 +177,7 @@ def test_products() -> None:
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("dims", [[0], [3], [0, 1], [2, 3], [0, 2, 3], [1], [0, 1, 2, 3]])
 def test_sums_and_means(dims: list[int], keepdim: bool) -> None:
-    """Sums over leading and trailing dimensions, the symbolic one included, are products."""
+    """Sums over leading, trailing and symbolic dimensions become products."""
 
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.sum(dims, keepdim), x.mean(dims, keepdim)
@@ -189,7 +189,7 @@ def test_sums_and_means(dims: list[int], keepdim: bool) -> None:
 
 
 def test_elementwise() -> None:
-    """The gradients of ReLU and GELU, without comparisons and erf."""
+    """The gradients of ReLU and GELU have no comparisons and no erf."""
 
     def function(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         relu = aten.threshold_backward(g, torch.relu(x), 0)
@@ -206,7 +206,7 @@ def test_elementwise() -> None:
 
 
 def test_rounding() -> None:
-    """Codes are rounded half to even, bit by bit as torch does."""
+    """Codes are rounded half to even, exactly as in torch."""
 
     def function(x: Tensor) -> Tensor:
         return torch.round(x).clamp(-127, 127)
@@ -218,7 +218,7 @@ def test_rounding() -> None:
 
 
 def test_strided_slices() -> None:
-    """A slice with a step is a view and a slice without."""
+    """A slice with a step becomes a view and a slice without a step."""
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return x[:, ::2], x[:, 1:6:3], x[:, -5::2] * 2, x[:, 2:3:2]
@@ -230,7 +230,7 @@ def test_strided_slices() -> None:
 
 
 def test_padding() -> None:
-    """Padding that crops becomes slices; one with an infinity, with the largest float."""
+    """Padding that crops becomes slices; padding with infinity uses the largest float."""
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         cropped = nn.functional.pad(x, (-1, 2, 1, -2), value=0.5)
@@ -244,7 +244,7 @@ def test_padding() -> None:
 
 
 def test_superfluous_views() -> None:
-    """A view to the same shape goes, but an output stays a tensor of its own."""
+    """A view to the same shape is removed, but an output remains a tensor of its own."""
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return x.view(-1, 4) + 1, x.view(-1, 4)
@@ -270,7 +270,7 @@ class Frozen(nn.Module):
 
 
 def client_steps(model: SplitModel, x: Tensor, optimizer: str = "sgd") -> ClientSteps:
-    """The steps at cut 2, with limits as a tier for ExecuTorch has them."""
+    """Return the steps at cut 2, with the limits of a tier for ExecuTorch."""
     model.add_heads([2], x, CLASSES)
     limits = {"batch": MAX_BATCH, "seq": x.shape[1]}
     return ClientSteps(
@@ -279,7 +279,7 @@ def client_steps(model: SplitModel, x: Tensor, optimizer: str = "sgd") -> Client
 
 
 def bundle_of(steps: ClientSteps, data: bytes) -> Bundle:
-    """A bundle around a lowered file."""
+    """Return a bundle for a lowered file."""
     graphs = {s.name: Graph("0" * 64, s.inputs, s.outputs) for s in all_steps(steps)}
     manifest = Manifest(
         tier="tier", cut=2, runtime="executorch", task="classes", classes=CLASSES,
@@ -292,7 +292,7 @@ def bundle_of(steps: ClientSteps, data: bytes) -> Bundle:
 
 
 def lowered(steps: ClientSteps) -> bytes:
-    """The file of all steps."""
+    """Return the file of all steps."""
     from export.lowering.executorch import lower
 
     return lower({step.name: trace(step) for step in all_steps(steps)})
@@ -300,7 +300,7 @@ def lowered(steps: ClientSteps) -> bytes:
 
 @pytest.fixture(scope="module")
 def conv() -> tuple[ClientSteps, bytes]:
-    """Convolutions, one of them frozen, with a stride and GroupNorm, as a file."""
+    """A file of a model with convolutions, one of them frozen, a stride and GroupNorm."""
     pytest.importorskip("executorch")
     model = conv_model()
     model.block[0] = Frozen(6)
@@ -311,7 +311,7 @@ def conv() -> tuple[ClientSteps, bytes]:
 
 @pytest.fixture(scope="module")
 def text() -> tuple[ClientSteps, bytes]:
-    """Embeddings, attention and GELU, as a file."""
+    """A file of a model with embeddings, attention and GELU."""
     pytest.importorskip("executorch")
     x = torch.randint(0, 12, (4, 5), generator=torch.Generator().manual_seed(0))
     steps = client_steps(text_model(), x, "adamw")
@@ -319,14 +319,14 @@ def text() -> tuple[ClientSteps, bytes]:
 
 
 def draw(steps: ClientSteps, rows: int, seed: int) -> dict[str, Array]:
-    """A batch with hyper-parameters."""
+    """Return a batch with hyper-parameters."""
     generator = torch.Generator().manual_seed(seed)
     x = random(rows, *IMAGE, seed=seed)
     if steps.x.dtype == "int64":
         x = torch.randint(0, 12, (rows, 5), generator=generator)
     y = torch.randint(0, CLASSES, (rows,), generator=generator)
     hyper = {n: np.asarray(v, np.float32) for n, v in steps.optimizer.hyper.items()}
-    if "eps" in hyper:  # with a small one AdamW's step is the sign of gradients that are rounding
+    if "eps" in hyper:  # with a small eps, an AdamW step is the sign of rounding errors
         hyper["eps"] = np.asarray(1e-2, np.float32)
     return {"x": x.numpy(), "y": y.numpy(), **hyper}
 
@@ -334,7 +334,7 @@ def draw(steps: ClientSteps, rows: int, seed: int) -> dict[str, Array]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["conv", "text"])
 def test_steps(kind: str, request: pytest.FixtureRequest) -> None:
-    """Several steps of several sizes give the state, loss, logits and codes that eager gives."""
+    """Steps of several sizes give the state, loss, logits and codes of eager PyTorch."""
     from edge_sdk.runtime.executorch import ExecutorchRuntime
 
     steps, data = request.getfixturevalue(kind)
@@ -366,7 +366,7 @@ def test_steps(kind: str, request: pytest.FixtureRequest) -> None:
 
 
 def compare(got: dict[str, Array], want: dict[str, Tensor]) -> None:
-    """Results equal up to rounding; codes may differ by one where a value is between two."""
+    """Check that results are equal up to rounding; codes may differ by one."""
     for name, value in got.items():
         wanted = want[name].detach().double().numpy()
         slack = 1.0 if value.dtype == np.int8 else 1e-4 * (1 + np.abs(wanted).max())
@@ -375,7 +375,7 @@ def compare(got: dict[str, Array], want: dict[str, Tensor]) -> None:
 
 
 def test_xnnpack_is_left_as_it_was(conv: tuple[ClientSteps, bytes]) -> None:
-    """Lowering shortens XNNPACK's list of passes for itself only."""
+    """Lowering shortens XNNPACK's list of passes only while it runs."""
     from executorch.backends.xnnpack import _passes, xnnpack_preprocess
 
     assert xnnpack_preprocess.XNNPACKPassManager is _passes.XNNPACKPassManager
@@ -402,7 +402,7 @@ def test_constants_are_stored_once(conv: tuple[ClientSteps, bytes]) -> None:
 
 
 def test_outputs_stay_valid(conv: tuple[ClientSteps, bytes]) -> None:
-    """What a step returned does not change with the next, and setting a state copies it."""
+    """The next step does not change earlier outputs, and setting a state copies it."""
     from edge_sdk.runtime.executorch import ExecutorchRuntime
 
     steps, data = conv
@@ -420,7 +420,7 @@ def test_outputs_stay_valid(conv: tuple[ClientSteps, bytes]) -> None:
 
 
 def test_wrong_inputs(conv: tuple[ClientSteps, bytes]) -> None:
-    """Inputs that do not fit are errors that name them; the binding would take some silently."""
+    """The error names a wrong input; the binding would accept some without an error."""
     from edge_sdk.runtime.executorch import ExecutorchRuntime
 
     steps, data = conv
@@ -440,7 +440,7 @@ def test_wrong_inputs(conv: tuple[ClientSteps, bytes]) -> None:
 
 @pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"x" * len(d)])
 def test_damaged_file(conv: tuple[ClientSteps, bytes], damage: Callable[[bytes], bytes]) -> None:
-    """A file that ExecuTorch cannot read, and one that lacks a method."""
+    """A file that ExecuTorch cannot read, or that lacks a method, is refused."""
     from edge_sdk.runtime.executorch import ExecutorchRuntime
 
     steps, data = conv

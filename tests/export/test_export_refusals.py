@@ -1,4 +1,4 @@
-"""What cannot be exported exactly is refused, by name, and nothing is written."""
+"""Modules that cannot be exported exactly are refused by name, and nothing is written."""
 
 from __future__ import annotations
 
@@ -42,35 +42,35 @@ WIDTH = 4
 
 
 class Apply(nn.Module):
-    """A Linear or convolution, then a function."""
+    """A Linear layer or a convolution, then a function."""
 
     def __init__(self, layer: nn.Module, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.layer, self.function = layer, function
 
     def forward(self, h: Tensor) -> Any:
-        """What the function makes of it."""
+        """Return the result of the function."""
         return self.function(self.layer(h))
 
 
 def vectors(*blocks: nn.Module) -> SplitModel:
-    """A model on (B, C) with these blocks and one more, to cut before."""
+    """Return a model on (B, C) with these blocks and one more after the cut."""
     return SplitModel(nn.Linear(*FEATURES, WIDTH), [*blocks, nn.Identity()], nn.Identity())
 
 
 def images(*blocks: nn.Module) -> SplitModel:
-    """A model on (B, C, H, W) with these blocks and one more, to cut before."""
+    """Return a model on (B, C, H, W) with these blocks and one more after the cut."""
     head = MeanHead(WIDTH, CLASSES)
     return SplitModel(nn.Conv2d(IMAGE[0], WIDTH, 1), [*blocks, nn.Identity()], head)
 
 
 def applied(function: Callable[[Tensor], Any]) -> SplitModel:
-    """A model on vectors whose first block ends with a function."""
+    """Return a model on vectors whose first block ends with a function."""
     return vectors(Apply(nn.Linear(WIDTH, WIDTH), function))
 
 
 def export(model: SplitModel, out: Path, **changes: Any) -> BundleIndex:
-    """Export one tier, cut before the last block."""
+    """Export one tier that is cut before the last block."""
     stem: Any = model.stem
     shape = IMAGE if isinstance(stem, nn.Conv2d) else FEATURES
     given = {"example": example(shape), "classes": CLASSES, **changes}
@@ -79,7 +79,7 @@ def export(model: SplitModel, out: Path, **changes: Any) -> BundleIndex:
 
 
 def refusal(model: SplitModel, folder: Path, **changes: Any) -> str:
-    """The message of an export that must be refused, and that must leave nothing behind."""
+    """Return the error of an export that must fail; it must leave no files behind."""
     folder.mkdir(exist_ok=True)
     with pytest.raises(ExportError) as caught:
         export(model, folder / "out", **changes)
@@ -89,7 +89,7 @@ def refusal(model: SplitModel, folder: Path, **changes: Any) -> str:
 
 @pytest.fixture
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Export without graphs, where they do not matter: it takes milliseconds."""
+    """Export without graphs, in milliseconds, for tests that do not need them."""
 
     def nothing(runtime: str, steps: list[Step], places: Any) -> Lowered:
         files = {step.name: step.name.encode() for step in steps}
@@ -109,26 +109,26 @@ def steps(model: SplitModel) -> ClientSteps:
 
 
 def steps_of(model: SplitModel) -> ClientSteps:
-    """The steps of a model cut after its first block."""
+    """Return the steps of a model cut after its first block."""
     segment = ClientSegment(model, 1)
     return ClientSteps(segment, get_optimizer("sgd"), get_codec("int8"), example(IMAGE), CLASSES)
 
 
 def step_called(name: str, steps: ClientSteps) -> Step:
-    """One of the steps."""
+    """Return a step by its name."""
     return next(step for step in all_steps(steps) if step.name == name)
 
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    """Runs the graphs of these steps."""
+    """A function that runs the graphs of these steps."""
     model = conv_model()
     model.add_heads([1], example(IMAGE), CLASSES)
     return lower("onnx", all_steps(steps_of(model)), {}).run
 
 
 def bend(name: str, change: Callable[[Array, Array], Array]) -> Callable[[Run], Run]:
-    """Change one output: given what it is, and what it was before the step if it is state."""
+    """Change one output, given its value and, for state, its value before the step."""
 
     def bent(run: Run) -> Run:
         def wrong(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -142,7 +142,7 @@ def bend(name: str, change: Callable[[Array, Array], Array]) -> Callable[[Run], 
 
 
 def one_code_more(q: Array, _: Array) -> Array:
-    """One of the codes is off by two."""
+    """Return the codes with one of them off by two."""
     q = q.copy()
     q.flat[-1] += 2 if q.flat[-1] < 100 else -2
     return q
@@ -150,7 +150,7 @@ def one_code_more(q: Array, _: Array) -> Array:
 
 @pytest.mark.parametrize("name", ["train", "predict", "forward"])
 def test_right_graphs_pass(steps: ClientSteps, run: Run, name: str) -> None:
-    """The comparison that the tests below break is one that holds."""
+    """The comparison, which the tests below break, passes for right graphs."""
     calls: list[int] = []
 
     def counted(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -200,7 +200,7 @@ def test_a_wrong_output_is_caught(
     change: Callable[[Array, Array], Array],
     message: str,
 ) -> None:
-    """A deviation of a percent in any one output, named with its layer."""
+    """An error of one percent in any one output is caught and named with its layer."""
     with pytest.raises(ExportError) as caught:
         verify(steps, step_called(graph, steps), bend(name, change)(run), example(IMAGE))
     assert f"the graph '{graph}' differs from eager PyTorch {message}" in str(caught.value)
@@ -209,7 +209,7 @@ def test_a_wrong_output_is_caught(
 
 @pytest.fixture(scope="module")
 def normed() -> tuple[ClientSteps, Run]:
-    """Steps with two batch norms in a row: the second one's means are zero but for rounding."""
+    """Steps with two consecutive batch norms: the second one's means are zero up to rounding."""
     torch.manual_seed(0)
     norms = nn.Sequential(nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH))
     model = images(norms)
@@ -223,8 +223,8 @@ def normed() -> tuple[ClientSteps, Run]:
     [
         (0, lambda a, old: old + 1.1 * (a - old)),  # a momentum of 0.11 instead of 0.1
         (0, lambda a, old: old + 1.01 * (a - old)),
-        (0, lambda a, old: np.roll(a, 1)),  # another channel's
-        (0, lambda a, old: np.full_like(a, a.mean())),  # the mean over the channels as well
+        (0, lambda a, old: np.roll(a, 1)),  # the mean of another channel
+        (0, lambda a, old: np.full_like(a, a.mean())),  # the mean over the channels too
         (0, lambda a, old: old),
         (0, lambda a, old: -a),
         (1, lambda a, old: a + np.float32(1e-4)),
@@ -233,7 +233,7 @@ def normed() -> tuple[ClientSteps, Run]:
 def test_a_wrong_running_mean_is_caught(
     normed: tuple[ClientSteps, Run], norm: int, change: Callable[[Array, Array], Array]
 ) -> None:
-    """Though a mean may be rounded as the activations are that it is the mean of."""
+    """It is caught although a mean may have the rounding errors of its activations."""
     steps, run = normed
     name = f"next/block.0.{norm}.running_mean"
     with pytest.raises(ExportError, match=rf"in {re.escape(name)} by"):
@@ -241,7 +241,7 @@ def test_a_wrong_running_mean_is_caught(
 
 
 def test_a_running_mean_of_zero_may_be_rounded(normed: tuple[ClientSteps, Run]) -> None:
-    """As activations with a deviation of one are, which cancel in the mean."""
+    """Activations with a deviation of one cancel in the mean, and their rounding errors remain."""
     steps, run = normed
     name = "next/block.0.1.running_mean"
     rounded = bend(name, lambda a, _: a + np.float32(4e-6))
@@ -249,7 +249,7 @@ def test_a_running_mean_of_zero_may_be_rounded(normed: tuple[ClientSteps, Run]) 
 
 
 def test_slots_that_are_ignored_are_caught(steps: ClientSteps, run: Run) -> None:
-    """The first step cannot show it: momentum is zero there."""
+    """Momentum is zero in the first step, so a second step is compared."""
 
     def forgetful(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
         slot = "momentum/block.0.norm.weight"
@@ -261,7 +261,7 @@ def test_slots_that_are_ignored_are_caught(steps: ClientSteps, run: Run) -> None
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_a_graph_that_is_wrong_for_one_batch_size(steps: ClientSteps, run: Run, rows: int) -> None:
-    """The message says for which."""
+    """The error names the batch size."""
 
     def wrong(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
         outputs = run(step, feeds)
@@ -272,7 +272,7 @@ def test_a_graph_that_is_wrong_for_one_batch_size(steps: ClientSteps, run: Run, 
 
 
 def test_one_draw_may_differ(steps: ClientSteps, run: Run) -> None:
-    """At the kink of a ReLU a rounding error is a different gradient; other data tell."""
+    """At the kink of a ReLU rounding changes a gradient; a comparison with other data decides."""
     calls: list[int] = []
 
     def once(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -285,7 +285,7 @@ def test_one_draw_may_differ(steps: ClientSteps, run: Run) -> None:
 
 
 def test_a_graph_that_does_not_run(steps: ClientSteps, run: Run) -> None:
-    """Whatever the runtime raises comes out as an ExportError."""
+    """Any exception of the runtime becomes an ExportError."""
 
     def broken(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
         if len(feeds["x"]) == 3:
@@ -297,7 +297,7 @@ def test_a_graph_that_does_not_run(steps: ClientSteps, run: Run) -> None:
 
 
 def test_a_wrong_gradient_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decomposition with a mistake: the export names a tensor and its layer."""
+    """With a wrong decomposition, the error names a tensor and its layer."""
     right = decompositions.convolution_backward
 
     def wrong(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -311,7 +311,7 @@ def test_a_wrong_gradient_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_random_numbers_are_caught(tmp_path: Path) -> None:
-    """A graph that answers differently every time equals nothing."""
+    """A graph whose answers differ from run to run is refused."""
     message = refusal(applied(lambda h: h + torch.rand_like(h)), tmp_path / "folder")
     assert "the graph 'predict' differs from eager PyTorch in logits" in message
 
@@ -339,7 +339,7 @@ def test_random_numbers_are_caught(tmp_path: Path) -> None:
 def test_modules_without_an_exact_translation(
     tmp_path: Path, module: nn.Module, message: str
 ) -> None:
-    """Named by path before anything is traced, with what to use instead."""
+    """Before anything is traced, the error names the module's path and a replacement."""
     block = nn.Sequential()
     block.add_module("inner", module)
     found = refusal(images(nn.Identity(), block), tmp_path / "folder")
@@ -348,13 +348,13 @@ def test_modules_without_an_exact_translation(
 
 
 def test_every_listed_module_has_a_replacement() -> None:
-    """The reason and the way out, for all that are listed."""
+    """Every listed module has a reason and a replacement."""
     for kind, why in exact.REPLACEMENTS.items():
         assert "; use " in why, kind
 
 
 class Last(nn.Module):
-    """A recurrent layer over the rows of an image, which gives its last output as an image."""
+    """A recurrent layer over the rows of an image; it returns its last output as an image."""
 
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
@@ -381,7 +381,7 @@ class Last(nn.Module):
     ids=lambda module: type(module).__name__,
 )
 def test_modules_with_an_exact_translation(tmp_path: Path, module: nn.Module) -> None:
-    """Statistics, pools, recurrent layers, dropout: exported, and equal to eager PyTorch."""
+    """Statistics, pools, recurrent layers and dropout are exported and equal eager PyTorch."""
     torch.manual_seed(0)
     index = export(
         images(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), module, nn.GELU())), tmp_path / "out"
@@ -395,7 +395,7 @@ def test_modules_with_an_exact_translation(tmp_path: Path, module: nn.Module) ->
 
 
 def test_exporting_leaves_statistics_and_modes_alone(tmp_path: Path) -> None:
-    """Running the model to look at it is not training; every tier starts from the same."""
+    """The export runs the model without training it; every tier starts from the same state."""
     torch.manual_seed(0)
     normed = nn.Sequential(nn.BatchNorm2d(WIDTH), nn.GELU())
     model = images(normed, nn.Dropout(0.5), nn.Identity())
@@ -412,7 +412,7 @@ def test_exporting_leaves_statistics_and_modes_alone(tmp_path: Path) -> None:
 
 
 def test_the_hubs_side_may_be_anything() -> None:
-    """What no tier holds is not looked at."""
+    """Modules that no tier holds are not checked."""
     model = images(nn.Identity(), nn.RReLU())
     exact.check_stages(model, 1, example(IMAGE))
     with pytest.raises(ExportError, match=r"block\.1 is a RReLU"):
@@ -420,20 +420,20 @@ def test_the_hubs_side_may_be_anything() -> None:
 
 
 class Counter(nn.Module):
-    """Keeps something between calls that is no statistic of a batch norm."""
+    """Keeps state between calls that is not a statistic of a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, h: Tensor) -> Tensor:
-        """The same, and a bit more with every call."""
+        """Return the activations plus a number that grows with every call."""
         self.calls += 1
         return h + self.calls
 
 
 def test_state_beside_the_parameters(tmp_path: Path) -> None:
-    """A device has a place for parameters and statistics, and nothing else."""
+    """A device has parameters and statistics, and no other state."""
     model = images(nn.Sequential(nn.BatchNorm2d(WIDTH), Counter()))
     message = refusal(model, tmp_path / "folder")
     assert message.startswith("block.0.1.calls changes when the model is called")
@@ -450,19 +450,19 @@ class Unused(nn.Module):
         self.spare = nn.Parameter(torch.zeros(2))
 
     def forward(self, h: Tensor) -> Tensor:
-        """The same."""
+        """Return the activations unchanged."""
         return h
 
 
 def frozen() -> nn.Module:
-    """A layer whose bias is not trained."""
+    """Return a layer whose bias is not trained."""
     layer = nn.Linear(WIDTH, WIDTH)
     layer.bias.requires_grad_(False)
     return layer
 
 
 def tied() -> nn.Module:
-    """Two layers with one weight."""
+    """Return two layers with one weight."""
     layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
     layers[1].weight = layers[0].weight
     return layers
@@ -476,7 +476,7 @@ class Double(nn.Module):
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Single precision."""
+        """Return single precision."""
         return (h * self.scale).float()
 
 
@@ -488,12 +488,12 @@ class Double(nn.Module):
     ],
 )
 def test_parameters_that_cannot_be_trained(tmp_path: Path, block: nn.Module, message: str) -> None:
-    """Named, before anything is traced."""
+    """The error names the parameter before anything is traced."""
     assert message in refusal(vectors(block), tmp_path / "folder")
 
 
 def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
-    """What is frozen is no state; what two layers share is state once, with both gradients."""
+    """Frozen parameters are not in the state; shared ones are in it once, with both gradients."""
     unused = Unused().requires_grad_(False)
     index = export(vectors(nn.Sequential(frozen(), tied(), unused)), tmp_path / "out")
     names = {s.name for s in index.manifest("small").exchanged() if s.name.startswith("block")}
@@ -524,31 +524,31 @@ def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
 def test_stages_that_do_not_fit(
     tmp_path: Path, function: Callable[[Tensor], Any], message: str
 ) -> None:
-    """A fixed batch size, and what else is no function from rows to rows."""
+    """A fixed batch size is refused, and so are other functions that do not map rows to rows."""
     assert message in refusal(applied(function), tmp_path / "folder")
 
 
 def test_a_fixed_batch_size_says_what_to_write(tmp_path: Path) -> None:
-    """The way out is in the message."""
+    """The error says how to correct the code."""
     message = refusal(applied(lambda h: h.view(8, WIDTH)), tmp_path / "folder")
     assert message.endswith("it must take any batch: use x.shape[0] in place of a number")
 
 
 def test_the_innermost_module_that_fails_is_named(tmp_path: Path) -> None:
-    """Not the block around it."""
+    """The error does not name the block around it."""
     block = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(WIDTH + 1, WIDTH), nn.ReLU()))
     message = refusal(vectors(block), tmp_path / "folder")
     assert message.startswith("block.0.1.0 is a Linear and fails on a batch of 8: mat1 and mat2")
 
 
 def test_a_batch_size_that_is_fixed_while_tracing(tmp_path: Path) -> None:
-    """``len`` gives a plain number that a graph would keep for ever."""
+    """A graph would keep the plain number that ``len`` returns."""
     message = refusal(applied(lambda h: h.reshape(len(h), -1)), tmp_path / "folder")
     assert message.startswith("block.0 is a Apply: it fixes the batch size; use x.shape[0]")
 
 
 def test_an_operator_without_translation(tmp_path: Path) -> None:
-    """The module is named by its path, with the operator, and what to do."""
+    """The error names the module's path and the operator, and says what to do."""
     block = nn.Sequential(nn.ReLU())
     block.add_module("pool", nn.FractionalMaxPool2d(2, 4))
     message = refusal(images(nn.Identity(), block), tmp_path / "folder")
@@ -559,12 +559,12 @@ def test_an_operator_without_translation(tmp_path: Path) -> None:
 
 
 def decide(h: Tensor) -> Tensor:
-    """Looks at the data."""
+    """Return a result that depends on a condition on the data."""
     return h if h.sum() > 0 else -h
 
 
 def test_code_that_cannot_be_traced(tmp_path: Path) -> None:
-    """Whatever tracing raises is an ExportError about the module whose own code it is."""
+    """An exception during tracing becomes an ExportError about the module with that code."""
     message = refusal(applied(decide), tmp_path / "folder")
     assert message.startswith("block.0 is a Apply: no ONNX translation for its training step (")
     assert "data-dependent" in message
@@ -583,7 +583,7 @@ def test_code_that_cannot_be_traced(tmp_path: Path) -> None:
 def test_any_error_while_lowering_is_an_export_error(
     steps: ClientSteps, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Of any type, in one line, with the original as its cause."""
+    """An error of any type becomes an ExportError of one line, with the original as its cause."""
 
     def fail(step: Step) -> None:
         raise error
@@ -595,25 +595,25 @@ def test_any_error_while_lowering_is_an_export_error(
 
 
 def segment_of(model: SplitModel) -> tuple[ClientSegment, Tensor]:
-    """The segment before the last block, and an example."""
+    """Return the segment before the last block, and an example."""
     x = example(IMAGE if isinstance(model.stem, nn.Conv2d) else FEATURES)
     model.add_heads([model.depth - 1], x, CLASSES)
     return ClientSegment(model, model.depth - 1), x
 
 
 def test_nobody_is_to_blame() -> None:
-    """Every module of a segment that can be exported can be lowered alone."""
+    """Every module of an exportable segment can be lowered alone."""
     segment, x = segment_of(vectors(nn.Sequential(nn.Identity(), nn.GELU())))
     assert exact.find_culprit(segment, x, lower_onnx.lower) is None
 
 
 def test_the_first_to_fail_is_to_blame() -> None:
-    """Leaves come before what they are part of; modules that are not called are left out."""
+    """Leaves are checked before their parents; modules that are not called are left out."""
     block = nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.GELU())
     segment, x = segment_of(vectors(nn.Tanh(), block))
 
     def culprit(number: int) -> str | None:
-        """Who is to blame when the lowering of one step fails."""
+        """Return the module that is named when the lowering of one step fails."""
         steps: list[Step] = []
 
         def lower(step: Step) -> bytes:
@@ -633,7 +633,7 @@ def test_the_first_to_fail_is_to_blame() -> None:
 def test_without_a_culprit_the_graph_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_graphs: None
 ) -> None:
-    """The reason is told all the same."""
+    """The error still gives the reason."""
 
     def fail(*_: Any) -> Lowered:
         raise ExportError("no ONNX translation for its training step (mystery)")
@@ -645,7 +645,7 @@ def test_without_a_culprit_the_graph_is_named(
 
 
 def test_hooks_are_removed() -> None:
-    """Looking for a culprit leaves the model as it was."""
+    """The search for a culprit does not change the model."""
     model = vectors(nn.Sequential(nn.ReLU()))
     exact.check_stages(model, 1, example(FEATURES))
     with pytest.raises(ExportError):
@@ -675,12 +675,12 @@ def test_hooks_are_removed() -> None:
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    """Told before any work is done."""
+    """The error is raised before any work."""
     assert message in refusal(conv_model(), tmp_path / "folder", **changes)
 
 
 def test_unknown_hyper_parameters() -> None:
-    """The message lists those that the optimizer has."""
+    """The error lists the hyper-parameters of the optimizer."""
     assert check_hyper("sgd", {"lr": 1.0})["lr"] == 1.0
     with pytest.raises(ExportError, match=r"sgd has no hyper-parameter 'eps'; it has lr, momentum"):
         check_hyper("sgd", {"eps": 1e-8})
@@ -690,7 +690,7 @@ def test_unknown_hyper_parameters() -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """All files below a folder."""
+    """Return all files below a folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -719,7 +719,7 @@ def test_nothing_is_left_of_an_export_that_fails(
     name: str,
     error: BaseException,
 ) -> None:
-    """At any point, with any exception: no folder, and nothing beside it."""
+    """A failure at any point, with any exception, leaves no folder and no other files."""
     with monkeypatch.context() as patch:
 
         def fail(*args: Any, **kwargs: Any) -> None:
@@ -736,7 +736,7 @@ def test_nothing_is_left_of_an_export_that_fails(
 def test_a_failure_in_the_second_tier(
     tmp_path: Path, no_graphs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bundles of the tiers before it are not left behind."""
+    """The bundles of the first tier are not left behind."""
 
     def fail_later(steps: ClientSteps, *_: Any) -> None:
         if steps.segment.cut == 2:
@@ -751,7 +751,7 @@ def test_a_failure_in_the_second_tier(
 def test_folders_that_are_no_export_are_kept(
     tmp_path: Path, no_graphs: None, overwrite: bool
 ) -> None:
-    """Whatever is in them, also when overwriting is asked for."""
+    """Such a folder is kept whatever its contents, also if overwriting is requested."""
     folder, file = tmp_path / "folder", tmp_path / "file"
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
@@ -764,7 +764,7 @@ def test_folders_that_are_no_export_are_kept(
 
 
 def test_overwriting_an_earlier_export(tmp_path: Path, no_graphs: None) -> None:
-    """Only when asked to; then all of the earlier one is gone."""
+    """An export is overwritten only on request; then no old file is left."""
     out = tmp_path / "out"
     export(vectors(nn.ReLU()), out, tiers={"old": Tier(1)})
     (out / "blobs" / "extra").write_bytes(b"x")
@@ -784,7 +784,7 @@ def test_overwriting_an_earlier_export(tmp_path: Path, no_graphs: None) -> None:
 def test_a_failure_keeps_the_earlier_export(
     tmp_path: Path, no_graphs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Overwriting replaces it at the end, not at the beginning."""
+    """The earlier export is replaced at the end, not at the beginning."""
     out = tmp_path / "out"
     export(vectors(nn.ReLU()), out)
     before = tree(tmp_path)
@@ -801,7 +801,7 @@ def test_a_failure_keeps_the_earlier_export(
 def test_a_failure_while_replacing(
     tmp_path: Path, no_graphs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the very last moment the earlier export is put back."""
+    """A failure at the last moment restores the earlier export."""
     out = tmp_path / "out"
     export(vectors(nn.ReLU()), out)
     before = tree(tmp_path)
@@ -822,7 +822,7 @@ def test_a_failure_while_replacing(
 
 
 def test_an_empty_folder_may_be_written_to(tmp_path: Path, no_graphs: None) -> None:
-    """Somebody made it for this; parents are made."""
+    """An empty folder may exist already, and missing parents are created."""
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new" / "deeper"):
         export(vectors(nn.ReLU()), out)

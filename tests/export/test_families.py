@@ -1,6 +1,6 @@
-"""The models that SplitFT's paper takes, at their real sizes with random weights: one step, cut.
+"""The models of SplitFT's paper, at their real sizes with random weights: one step with a cut.
 
-Against the same model uncut, in eager PyTorch.
+The reference is the same model without a cut, in eager PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.lib.trunk_models import step_input
 
 CUT, ROWS, LENGTH = 2, 2, 16
 
-# the config.json of each, dropout apart: a trunk draws other masks than an uncut model
+# The config.json of each without dropout, whose masks would differ in an uncut model.
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 768, "n_layer": 12,
@@ -58,7 +58,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 PARAMETERS = {"gpt2": 124_439_808, "opt-125m": 125_239_296, "gpt-neo-125m": 125_198_592}
-"""What the published models have."""
+"""The sizes of the published models."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,4 +1,4 @@
-"""The functional steps in PyTorch against the same steps in ONNX Runtime."""
+"""The functional steps in PyTorch equal the same steps in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ WORDS = 12
 
 
 def words(rows: int, seed: int = 0) -> Tensor:
-    """Integers for an embedding."""
+    """Return random integers for an embedding."""
     return torch.randint(WORDS, (rows, 5), generator=torch.Generator().manual_seed(seed))
 
 
 class RecurrentBlock(nn.Module):
-    """Residual: an LSTM, which oneDNN computes in eager mode."""
+    """A residual LSTM, which oneDNN computes in eager mode."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,14 +70,14 @@ class RecurrentBlock(nn.Module):
 
 
 def recurrent_model() -> SplitModel:
-    """Two LSTMs for :data:`TOKENS`."""
+    """Return a model of two LSTMs for :data:`TOKENS`."""
     torch.manual_seed(0)
     blocks = [RecurrentBlock(6), RecurrentBlock(6)]
     return SplitModel(nn.Linear(TOKENS[1], 6), blocks, MeanHead(6, CLASSES))
 
 
 def tied_model() -> SplitModel:
-    """A parameter with two names, in a module that is used twice."""
+    """Return a model with a parameter of two names, in a module that is used twice."""
     torch.manual_seed(0)
     block = TokenBlock(8)
     other = TokenBlock(8)
@@ -95,7 +95,7 @@ MODELS: dict[str, tuple[Callable[[], SplitModel], Callable[[int, int], Tensor]]]
 
 
 def batch_of(x: Tensor, seed: int, optimizer: str, seeded: bool) -> dict[str, Array]:
-    """What the graph ``train`` takes besides the state."""
+    """Return the inputs of the graph ``train`` besides the state."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(CLASSES, (len(x),), generator=generator).numpy()
     hyper = {name: np.asarray(value, np.float32) for name, value in HYPER[optimizer].items()}
@@ -106,7 +106,7 @@ def batch_of(x: Tensor, seed: int, optimizer: str, seeded: bool) -> dict[str, Ar
 def both(
     model: SplitModel, x: Tensor, folder: Path, optimizer: str = "sgd", codec: str = "fp16"
 ) -> tuple[OnnxRuntime, TorchRuntime, ClientSteps]:
-    """The same tier in both runtimes."""
+    """Return the same tier in both runtimes."""
     tiers = {name: Tier(len(model.block) - 1, codec, name) for name in ("onnx", "torch")}
     index = export_bundles(
         model, tiers, folder / "out", example=x, classes=CLASSES, optimizer=optimizer,
@@ -119,12 +119,12 @@ def both(
 
 
 def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float = 1e-5) -> None:
-    """The same tensors, up to float32 rounding; dtypes and shapes exactly."""
+    """Check that tensors are equal up to float32 rounding, and dtypes and shapes exactly."""
     assert got.keys() == want.keys()
     for name, array in want.items():
         assert got[name].dtype == array.dtype, name
         assert got[name].shape == array.shape, name
-        loose = 2e-3 if array.dtype == np.float16 else tolerance  # a unit in the last place
+        loose = 2e-3 if array.dtype == np.float16 else tolerance  # one unit in the last place
         np.testing.assert_allclose(got[name], array, rtol=loose, atol=loose, err_msg=name)
 
 
@@ -139,7 +139,7 @@ def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float
     ],
 )
 def test_same_as_onnx(kind: str, optimizer: str, tmp_path: Path) -> None:
-    """States, losses, answers and activations of six steps, for batches of several sizes."""
+    """States, losses, answers and activations of six steps are equal, for several batch sizes."""
     build, draw = MODELS[kind]
     onnx, runtime, steps = both(build(), draw(8, 0), tmp_path, optimizer)
     assert_close(runtime.get_state(), onnx.get_state(), 0)
@@ -168,12 +168,12 @@ def test_same_as_onnx(kind: str, optimizer: str, tmp_path: Path) -> None:
 def test_local_loss(
     heads: int, rows: int, positions: int, classes: int, distill: float, scale: float, seed: int
 ) -> None:
-    """Cross-entropy and distillation by their definitions, in float64 by autograd."""
+    """Cross-entropy and distillation equal their definitions, in float64 by autograd."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, positions) if positions else (rows,)
     logits = scale * torch.randn(heads, *shape, classes, generator=generator)
     y = torch.randint(-1 if positions else 0, classes, shape, generator=generator)
-    y.view(-1)[0] = 0  # one that counts
+    y.view(-1)[0] = 0  # one label counts
     own_logits, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     loss = local_loss(own_logits, y, distill)
     counted = y.reshape(-1) >= 0
@@ -201,7 +201,7 @@ def test_local_loss(
     ],
 )
 def test_distillation_is_exported(kind: str, runtime: RuntimeName) -> None:
-    """Verified with three heads, and with labels that do not count; another weight differs."""
+    """The export is verified with three heads, also with labels that do not count."""
     model, x, classes = distilled(kind)
     tier = Tier(3, "fp16", runtime, 8, distill=2.0)
     steps = make_steps(ClientSegment(model, 3), tier, x, classes, "sgd")
@@ -214,7 +214,7 @@ def test_distillation_is_exported(kind: str, runtime: RuntimeName) -> None:
 
 
 def distilled(kind: str) -> tuple[SplitModel, Tensor, int]:
-    """A model with three heads that do not agree, an input, and the number of its classes."""
+    """Return a model whose three heads disagree, an input, and the number of classes."""
     torch.manual_seed(0)
     model, x, classes = conv_model(), example(IMAGE), CLASSES
     if kind == "decoder":
@@ -229,21 +229,21 @@ def distilled(kind: str) -> tuple[SplitModel, Tensor, int]:
 
 
 class WordStem(nn.Module):
-    """An embedding under the name that a model of tokens needs."""
+    """An embedding with the name that a model of tokens needs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(WORDS, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Vectors of the words."""
+        """Return the vectors of the words."""
         result: Tensor = self.embedding(x)
         return result
 
 
 @pytest.mark.slow
 def test_no_distillation_no_operators() -> None:
-    """With a weight of zero, or a single head, the graph is the one without it."""
+    """With weight zero or a single head, the graph has no operators for distillation."""
     model, x, classes = distilled("conv")
     graphs = {}
     for name, cut, distill in (("none", 3, None), ("zero", 3, 0.0), ("some", 3, 0.5)):
@@ -265,7 +265,7 @@ def test_no_distillation_no_operators() -> None:
 
 
 def test_momentum_of_zero(tmp_path: Path) -> None:
-    """And no weight decay: plain gradient descent, as in ONNX."""
+    """Without momentum and weight decay the step is plain gradient descent, as in ONNX."""
     onnx, runtime, _ = both(conv_model(), example(IMAGE), tmp_path)
     hyper = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
     plain = {name: np.asarray(value, np.float32) for name, value in hyper.items()}
@@ -276,7 +276,7 @@ def test_momentum_of_zero(tmp_path: Path) -> None:
 
 
 def test_devices_share_a_module(tmp_path: Path) -> None:
-    """Interleaved, from threads: each ends where it ends alone, and the module is as it was."""
+    """Interleaved devices in threads give the results of single ones; the module stays."""
     _, first, steps = both(build_batchnorm(), example(IMAGE), tmp_path)
     segment = steps.segment
     segment.stem.eval()
@@ -330,7 +330,7 @@ def test_tied_tensors_and_modules() -> None:
 
 
 def test_state(tmp_path: Path) -> None:
-    """Copies go in and out, slots start at zero, a state that does not fit is refused."""
+    """States are copied in and out, slots start at zero, and a wrong state is refused."""
     onnx, runtime, _ = both(conv_model(), example(IMAGE), tmp_path)
     batch = batch_of(example(IMAGE), 0, "sgd", False)
     initial = runtime.get_state()
@@ -351,7 +351,7 @@ def test_state(tmp_path: Path) -> None:
 
 
 def make(folder: Path) -> ClientSteps:
-    """Steps of the same tier from the same model, made anew."""
+    """Build the steps of the same tier from the same model again."""
     model = conv_model()
     model.add_heads([3], example(IMAGE), CLASSES)
     return make_steps(
@@ -360,7 +360,7 @@ def make(folder: Path) -> ClientSteps:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    """Inputs that are missing or do not fit; graphs that are not there; states stay as they are."""
+    """Missing or wrong inputs and unknown graphs are refused, and the state does not change."""
     _, runtime, steps = both(text_model(), words(8), tmp_path)
     batch = batch_of(words(4), 0, "sgd", False)
     before = runtime.get_state()
@@ -381,7 +381,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_export(tmp_path: Path) -> None:
-    """Verified like any other; an SDK on a device refuses such a bundle; int8 is refused."""
+    """The export is verified; a device's SDK refuses such a bundle, and int8 is refused."""
     lines: list[str] = []
     index = export_bundles(
         conv_model(), {"t": Tier(1, runtime="torch")}, tmp_path / "out", example=example(IMAGE),
@@ -401,7 +401,7 @@ def test_export(tmp_path: Path) -> None:
 
 
 def test_learner(tmp_path: Path) -> None:
-    """A whole local round ends where it ends on ONNX Runtime."""
+    """A whole local round gives the result of ONNX Runtime."""
     onnx, runtime, _ = both(build_batchnorm(), example(IMAGE), tmp_path)
     y = torch.randint(CLASSES, (22,), generator=torch.Generator().manual_seed(1)).numpy()
     data = Examples(example(IMAGE, 22, 5).numpy(), y)

@@ -1,4 +1,4 @@
-"""Adapters with a rank for each block, and in the files of PEFT: same logits, same bits back."""
+"""Adapters with a rank per block, and in the files of PEFT: equal logits, equal bits."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def adapted(config: Any, lora: Lora | None = None) -> TransformersModel:
-    """A random model with fresh adapters."""
+    """Return a random model with fresh adapters."""
     model = from_transformers(config)
     add_lora(model, lora or Lora(rank=4, alpha=6), config.model_type)
     return model
 
 
 def trained(model: SplitModel, seed: int = 0) -> SplitModel:
-    """The model, with random values in all that is trained."""
+    """Return the model with random values in all trained tensors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.trained().values():
@@ -76,14 +76,14 @@ def words() -> Tensor:
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
-    """In evaluation mode."""
+    """Return logits in evaluation mode."""
     with torch.no_grad():
         found = model.eval()(x)
     return found if isinstance(found, Tensor) else found.logits
 
 
 def ranks(model: SplitModel) -> dict[str, int]:
-    """Rank of every adapter, by the shapes of its tensors."""
+    """Return the rank of every adapter, from the shapes of its tensors."""
     found = {}
     for name, module in adapted_modules(model).items():
         A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
@@ -110,12 +110,12 @@ def test_ranks_change_where_they_differ_and_only_there() -> None:
         elif "lora_B" in name:
             assert not parameter.any()
         else:
-            bound = 16**-0.5  # of PEFT: uniform within 1 / sqrt(in)
+            bound = 16**-0.5  # PEFT draws uniformly within 1 / sqrt(in)
             assert bound / 2 < parameter.abs().max() <= bound
 
 
 def test_the_scale_is_alpha_over_the_rank() -> None:
-    """Against the adapter written out: x W' + b + (alpha / rank) B A x."""
+    """The reference is the adapter written out: x W' + b + (alpha / rank) B A x."""
     model = adapted(CONFIGS["opt"](), Lora(rank=4, alpha=6))
     set_ranks(model, {1: 3})
     trained(model)
@@ -171,7 +171,7 @@ def test_ranks_that_do_not_fit_are_refused_and_nothing_changes() -> None:
 
 
 def test_averaged_adapters_fit_the_model_they_came_from() -> None:
-    """The names of a real state; one copy comes back as it was."""
+    """The names are those of a real state, and the average of one copy is that copy."""
     model = trained(adapted(_gpt2()))
     state = {n: t.detach().numpy() for n, t in model.trained().items()}
     pairs = adapter_pairs(state)
@@ -187,7 +187,7 @@ def test_averaged_adapters_fit_the_model_they_came_from() -> None:
 
 
 def original_of(config: Any, folder: Path) -> Path:
-    """The folder of a random model."""
+    """Write the folder of a random model; return it."""
     name = {
         "gpt2": "GPT2LMHeadModel", "gpt_neo": "GPTNeoForCausalLM", "opt": "OPTForCausalLM",
         "llama": "LlamaForCausalLM", "bert": "BertForSequenceClassification",
@@ -206,7 +206,7 @@ def reloaded(folder: Path, kind: str) -> Any:
 
 
 def adapted_from(source: Path, kind: str) -> TransformersModel:
-    """The model of a folder, with fresh adapters; BERT's on a name that its pooler has as well."""
+    """Return a folder's model with fresh adapters; BERT's module has a name in its pooler too."""
     model = from_transformers(source)
     dense = ["output.dense"] if kind == "bert" else []
     add_lora(model, Lora(rank=4, alpha=6, targets=dense), kind)
@@ -272,7 +272,7 @@ def test_the_files_say_what_peft_says(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_other_names_gives_those_of_the_class(tmp_path: Path) -> None:
-    """A folder of the model without a head has names without ``transformer.``."""
+    """In the folder of a model without a head, names lack ``transformer.``."""
     transformers.GPT2Model(_gpt2()).save_pretrained(tmp_path / "base")
     model = from_transformers(tmp_path / "base")
     add_lora(model, Lora(rank=2), "gpt2")
@@ -282,7 +282,7 @@ def test_a_checkpoint_with_other_names_gives_those_of_the_class(tmp_path: Path) 
 
 
 def test_what_peft_saves_is_read(tmp_path: Path) -> None:
-    """Other ranks and alphas for some modules, by patterns."""
+    """Some modules have other ranks and alphas, by patterns."""
     source = original_of(CONFIGS["llama"](), tmp_path / "base")
     config = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
@@ -307,7 +307,7 @@ def test_what_peft_saves_is_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """Adapters of a small GPT-2."""
+    """The adapters of a small GPT-2 on disk."""
     save_adapter(trained(adapted(_gpt2())), tmp_path / "adapter", "gpt2")
     return tmp_path / "adapter"
 

@@ -1,7 +1,7 @@
 """The steps of Split-Mix, against their definitions in float64.
 
-The reference swaps norms for the copies that count and calls the modules itself; autograd does the
-rest. Steps run in float64, too, so that little is explained by rounding.
+The reference replaces norms by the copies in use and calls the modules itself; autograd computes
+the gradients. Steps run in float64 too, so that rounding explains little.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ HYPER = {"sgd": SGD, "adamw": ADAMW}
 
 
 class BatchNormBlock(nn.Module):
-    """Residual: convolution, BatchNorm, tanh, which has no kinks."""
+    """A residual block of convolution, BatchNorm and tanh, which is smooth."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class BatchNormBlock(nn.Module):
 
 
 def batch_model() -> SplitModel:
-    """Blocks with BatchNorm, for :data:`IMAGE`."""
+    """Return blocks with BatchNorm for :data:`IMAGE`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         blocks = [BatchNormBlock(4) for _ in range(2)]
@@ -77,17 +77,17 @@ def batch_model() -> SplitModel:
 
 
 def words(rows: int, seed: int = 0, length: int = 5) -> Tensor:
-    """Integers for an embedding."""
+    """Return random integers for an embedding."""
     return torch.randint(WORDS, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def pictures(rows: int, seed: int = 0) -> Tensor:
-    """Random images."""
+    """Return random images."""
     return example(IMAGE, rows, seed)
 
 
 def vectors(rows: int, seed: int = 0) -> Tensor:
-    """Random vectors."""
+    """Return random vectors."""
     return example(FEATURES, rows, seed)
 
 
@@ -102,7 +102,7 @@ MODELS: dict[str, tuple[Callable[[], SplitModel], Draw]] = {
 def steps_of(
     name: str, optimizer: str = "sgd", *, whole: bool = True, seed: int = 1
 ) -> tuple[ClientSteps, Draw]:
-    """Steps of a model with dual norms whose copies differ; whole, or with three heads, or two."""
+    """Return steps of a model whose norm copies differ: whole, or cut with two or three heads."""
     build, draw = MODELS[name]
     model = with_dual_norms(build())
     if whole:
@@ -117,7 +117,7 @@ def steps_of(
 
 
 def run(step: Step, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A step in float64."""
+    """Run a step in float64."""
     outputs = step.function(
         {n: wide(t) for n, t in step.constants.items()},
         *(wide(feeds[port.spec.name]) for port in step.inputs),
@@ -126,22 +126,22 @@ def run(step: Step, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float64, what is not whole numbers."""
+    """Convert a tensor to float64, unless it has integers."""
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def scalars(values: Mapping[str, float]) -> dict[str, Tensor]:
-    """Hyper-parameters as a step takes them."""
+    """Return hyper-parameters as a step takes them."""
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 def by_name(steps: ClientSteps, name: str) -> Step:
-    """A step by the name of its graph."""
+    """Return a step by the name of its graph."""
     return next(step for step in all_steps(steps) if step.name == name)
 
 
 def some_classes(seed: int) -> tuple[Tensor, list[int]]:
-    """Which classes there are, as a mask and as a list."""
+    """Draw the classes that are present; return a mask and a list."""
     drawn = np.random.default_rng(seed)
     there = sorted(int(n) for n in drawn.choice(CLASSES, drawn.integers(1, CLASSES + 1), False))
     present = torch.zeros(CLASSES)
@@ -150,13 +150,13 @@ def some_classes(seed: int) -> tuple[Tensor, list[int]]:
 
 
 def labels_of(there: list[int], rows: int, seed: int) -> Tensor:
-    """Labels of classes that there are."""
+    """Return random labels of present classes."""
     drawn = np.random.default_rng(seed).choice(there, rows)
     return torch.from_numpy(drawn.astype(np.int64))
 
 
 def cross_entropy(logits: Tensor, y: Tensor, there: list[int]) -> Tensor:
-    """The sum of the heads' means of ``log sum exp z - z_y`` over the classes that there are."""
+    """Return the sum over heads of the mean ``log sum exp z - z_y`` over the present classes."""
     columns = torch.tensor([there.index(int(n)) for n in y])
     loss = torch.zeros((), dtype=torch.float64)
     for head in logits[..., there]:
@@ -165,7 +165,7 @@ def cross_entropy(logits: Tensor, y: Tensor, there: list[int]) -> Tensor:
 
 
 class Reference:
-    """A device's steps by their definition."""
+    """A device's steps by definition."""
 
     def __init__(self, steps: ClientSteps, hyper: dict[str, float], trained: set[str]) -> None:
         self.segment = copy.deepcopy(steps.segment).double().train()
@@ -182,19 +182,19 @@ class Reference:
             )  # fmt: skip
 
     def logits(self, x: Tensor, copied: str = "clean") -> Tensor:
-        """Answers behind one copy of the norms."""
+        """Return the logits with one copy of the norms."""
         with only(self.segment, copied):
             logits: Tensor = self.segment(wide(x))[1]
         return logits
 
     def step(self, loss: Tensor) -> None:
-        """One update."""
+        """Update the model once."""
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
     def assert_state(self, found: Mapping[str, Tensor]) -> None:
-        """Parameters and statistics are the same."""
+        """Check that parameters and statistics are equal."""
         for name, want in (self.parameters | self.statistics).items():
             torch.testing.assert_close(found[name], want.detach(), rtol=1e-8, atol=1e-9, msg=name)
 
@@ -209,7 +209,7 @@ class Reference:
 def test_classes_that_are_not_there_have_no_part_in_the_loss(
     rows: int, heads: int, scale: float, seed: int
 ) -> None:
-    """Value, and gradient: softmax over the others minus one-hot; in float32 exactly zero else."""
+    """Value and gradient are those of the present classes; other gradients are exactly zero."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(heads, rows, CLASSES, generator=generator)
     present, there = some_classes(seed)
@@ -233,7 +233,7 @@ def test_classes_that_are_not_there_have_no_part_in_the_loss(
 def test_training_goes_by_the_classes_that_are_there(
     name: str, whole: bool, optimizer: str
 ) -> None:
-    """Loss, answers and three updates, with other classes and rows in each; noise copies rest."""
+    """Loss, answers and three updates, each with other classes and rows; noise copies stay."""
     steps, draw = steps_of(name, optimizer, whole=whole)
     noise = noise_tensors(steps.segment)
     hyper = HYPER[optimizer]
@@ -257,7 +257,7 @@ def test_training_goes_by_the_classes_that_are_there(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_of_absent_classes_stay(name: str) -> None:
-    """Without decay they keep their values bit for bit, and their momenta are zero."""
+    """Without weight decay the rows are equal bit for bit, and their momenta are zero."""
     steps, draw = steps_of(name)
     (weight,) = [n for n in steps.parameters if n.startswith("aux") and n.endswith("out.weight")]
     bias = weight.replace("weight", "bias")
@@ -280,7 +280,7 @@ def test_rows_of_absent_classes_stay(name: str) -> None:
 @pytest.mark.parametrize("optimizer", HYPER)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_leaves_noise_copies_and_their_slots(name: str, optimizer: str) -> None:
-    """With momentum, decay and slots that are not zero: bit for bit what they were."""
+    """With momentum, decay and slots that are not zero, the noise copies stay bit for bit."""
     steps, draw = steps_of(name, optimizer)
     noise = noise_tensors(steps.segment) & (steps.initial.keys())
     assert noise
@@ -300,7 +300,7 @@ def test_training_leaves_noise_copies_and_their_slots(name: str, optimizer: str)
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_hardening_is_training_on_both_losses(name: str, whole: bool, optimizer: str) -> None:
-    """``(1 - l) loss(x) + l loss(x_adv)``, three updates; clean statistics by ``x`` alone."""
+    """Three updates by ``(1 - l) loss(x) + l loss(x_adv)``; clean statistics are of ``x``."""
     steps, draw = steps_of(name, optimizer, whole=whole)
     hyper = HYPER[optimizer]
     reference = Reference(steps, hyper, set(steps.parameters))
@@ -326,7 +326,7 @@ def test_hardening_is_training_on_both_losses(name: str, whole: bool, optimizer:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hardening_without_dual_norms_is_plain_adversarial_training(name: str) -> None:
-    """Both losses behind the same norms; statistics move by ``x`` first, by ``x_adv`` then."""
+    """Both losses use the same norms; statistics change first by ``x``, then by ``x_adv``."""
     build, draw = MODELS[name]
     model = without_trunk(build())
     tier = Tier(model.depth - 1, adversarial=True)
@@ -348,7 +348,7 @@ def test_hardening_without_dual_norms_is_plain_adversarial_training(name: str) -
 
 
 def test_hardening_packs_what_both_passes_give() -> None:
-    """Activations of ``x``, and under ``noise`` those of ``x_adv``."""
+    """Outputs have the activations of ``x``, and under ``noise`` those of ``x_adv``."""
     steps, draw = steps_of("batch norms", whole=False)
     reference = Reference(steps, SGD, set(steps.parameters))
     x, x_adv = draw(5, 1), draw(5, 2)
@@ -364,7 +364,7 @@ def test_hardening_packs_what_both_passes_give() -> None:
 
 
 def test_statistics_are_each_of_their_own_inputs() -> None:
-    """Whatever the weight: the mean of the first norm's input, of ``x`` or of ``x_adv``."""
+    """For every weight, a first norm's mean is that of its own input, ``x`` or ``x_adv``."""
     steps, draw = steps_of("batch norms")
     x, x_adv = draw(6, 1), 5 + draw(6, 2)
     for weight in (0.0, 0.4, 1.0):
@@ -389,7 +389,7 @@ def test_statistics_are_each_of_their_own_inputs() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("weight", "resting"), [(0.0, "noise"), (1.0, "clean")])
 def test_a_weight_of_all_leaves_the_other_copy(name: str, weight: float, resting: str) -> None:
-    """Its parameters have no gradient: without decay they stay, and their momenta are zero."""
+    """The other copy has no gradient: without decay it stays, and its momenta are zero."""
     steps, draw = steps_of(name)
     hyper = scalars({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "robustness": weight})
     feeds = {"x": draw(6, 1), "y": torch.arange(6), "x_adv": draw(6, 2)}
@@ -403,13 +403,13 @@ def test_a_weight_of_all_leaves_the_other_copy(name: str, weight: float, resting
         assert got[f"next/momentum/{n}"].any() != rests, n
 
 
-# -- examples that are made hard
+# -- adversarial examples
 
 
 def attacked(
     steps: ClientSteps, x: Tensor, start: Tensor, seed: int, **scalars_: float
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """What ``attack`` gives, the labels, and the classes that there are."""
+    """Return the result of ``attack``, the labels, and the present classes."""
     present, there = some_classes(seed)
     y = labels_of(there, len(x), seed)
     feeds = {"x": x, "y": y, "start": start, "present": present}
@@ -437,7 +437,7 @@ def test_hard_examples_stay_near_and_inside(
     name: str, rows: int, epsilon: float, rate: float, low: float, high: float, far: float,
     seed: int,
 ) -> None:  # fmt: skip
-    """Within ``epsilon`` of ``x`` and from ``low`` to ``high``, from wherever the step starts."""
+    """Examples stay within ``epsilon`` of ``x`` and from ``low`` to ``high``, for every start."""
     steps, draw = STEPS[name]
     x = draw(rows, seed).double().clamp(low, high)
     start = x + far * draw(rows, seed + 1).double()
@@ -453,7 +453,7 @@ def test_hard_examples_stay_near_and_inside(
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_hard_examples_go_along_the_sign_of_the_gradient(name: str, whole: bool) -> None:
-    """By ``rate`` in every coordinate, up the loss behind noise norms, in evaluation mode."""
+    """Every coordinate moves by ``rate`` up the loss with noise norms, in evaluation mode."""
     steps, draw = steps_of(name, whole=whole)
     reference = Reference(steps, SGD, set(steps.parameters))
     reference.segment.eval()
@@ -481,7 +481,7 @@ def test_hard_examples_go_along_the_sign_of_the_gradient(name: str, whole: bool)
 
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_of_ascent_make_examples_harder(name: str) -> None:
-    """Several, each from where the one before ended: the loss rises, within ``epsilon``."""
+    """Several steps, each from the last result, raise the loss within ``epsilon``."""
     steps, draw = steps_of(name)
     reference = Reference(steps, SGD, set(steps.parameters))
     reference.segment.eval()
@@ -509,13 +509,13 @@ def test_steps_of_ascent_make_examples_harder(name: str) -> None:
     [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8]), (0, [])],
 )
 def test_numbers_that_are_mixed_at_once(bases: int, numbers: list[int]) -> None:
-    """Powers of two, and all."""
+    """The numbers are powers of two, and the number of all bases."""
     assert mixed_at_once(bases) == numbers
 
 
 @given(bases=st.integers(1, 300), part=st.floats(0, 1))
 def test_every_number_is_a_sum_of_a_few(bases: int, part: float) -> None:
-    """Taking the largest that fits, no number needs more graphs than it has binary digits."""
+    """If the largest fitting number comes first, the binary digits bound the number of graphs."""
     left = wanted = round(1 + part * (bases - 1))
     calls = 0
     while left:
@@ -525,12 +525,12 @@ def test_every_number_is_a_sum_of_a_few(bases: int, part: float) -> None:
 
 
 def arrays(feeds: Mapping[str, Tensor]) -> dict[str, Array]:
-    """As a runtime takes them."""
+    """Return the inputs as a runtime takes them."""
     return {n: t.float().numpy() if t.is_floating_point() else t.numpy() for n, t in feeds.items()}
 
 
 class ShuffleBuffer(Protocol):
-    """What runs mixtures."""
+    """The interface of a runtime for mixtures."""
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs of a graph."""
@@ -540,7 +540,7 @@ def assert_mixes(
     runtime: TorchRuntime, mixer: ShuffleBuffer, steps: ClientSteps, bases: int, x: Tensor,
     weights: tuple[float, ...], tolerance: float = 1e-5,
 ) -> None:  # fmt: skip
-    """``mix_N`` of ``mixer`` is the mean of ``predict`` of ``runtime`` for each of the states."""
+    """Check that ``mix_N`` of ``mixer`` is the mean of ``predict`` over the states."""
     states = [arrays(shaken(steps.initial, 10 + base)) for base in range(bases)]
     for weight in weights:
         extra = {"robustness": np.asarray(weight, np.float32)} if steps.dual else {}
@@ -564,7 +564,7 @@ def assert_mixes(
                 each = np.stack([p[key.removeprefix("bases.")] for p in packed[:n]])
                 assert part.dtype == each.dtype
                 assert part.shape == each.shape
-                loose = 1 if part.dtype == np.int8 else 2e-3  # a unit in the last place
+                loose = 1 if part.dtype == np.int8 else 2e-3  # one unit in the last place
                 np.testing.assert_allclose(
                     part.astype(float), each.astype(float), rtol=2e-3, atol=loose
                 )
@@ -582,7 +582,7 @@ def assert_mixes(
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", [*MODELS, "words"])
 def test_a_mixture_is_the_mean_of_the_answers(name: str, whole: bool, tmp_path: Path) -> None:
-    """For every number at once, clean, robust and between; packed for each, where it goes on."""
+    """For each number of bases and robustness, the answer is the mean; cut bases pack theirs."""
     build, draw = {**MODELS, "words": (text_model, words)}[name]
     model = with_dual_norms(build())
     if whole:
@@ -594,7 +594,7 @@ def test_a_mixture_is_the_mean_of_the_answers(name: str, whole: bool, tmp_path: 
 
 
 def test_what_is_frozen_is_shared(tmp_path: Path) -> None:
-    """A frozen stem is a constant of the graph; bases hold what is trained."""
+    """A frozen stem is a constant of the graph; bases have trained tensors only."""
     model = conv_model()
     model.stem.requires_grad_(False)
     model = without_trunk(model)
@@ -611,7 +611,7 @@ def test_what_is_frozen_is_shared(tmp_path: Path) -> None:
 
 
 def conv_base() -> SplitModel:
-    """One of three bases of a wide model, with dual norms, to lie on the devices as a whole."""
+    """Return one of three bases of a wide model with dual norms, for devices with whole models."""
     torch.manual_seed(0)
     block = nn.Sequential(nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
     model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), [block, nn.Tanh()], MeanHead(6, CLASSES))
@@ -620,7 +620,7 @@ def conv_base() -> SplitModel:
 
 @pytest.mark.parametrize("runtime", ["onnx", pytest.param("executorch", marks=pytest.mark.slow)])
 def test_a_base_is_exported(runtime: RuntimeName, tmp_path: Path) -> None:
-    """Every graph on a device's runtime does what it does in PyTorch, for batches of any size."""
+    """Every graph equals PyTorch on a device's runtime, for every batch size."""
     model = conv_base()
     tier = Tier(model.depth - 1, "fp16", runtime, batch=8, bases=3, adversarial=True)
     index = export_bundles(
@@ -655,7 +655,7 @@ def test_a_base_is_exported(runtime: RuntimeName, tmp_path: Path) -> None:
             assert got.keys() == want.keys()
             for n, array in want.items():
                 assert got[n].shape == array.shape
-                if graph == "attack":  # a gradient of zero but for rounding has any sign
+                if graph == "attack":  # a gradient that is zero up to rounding has any sign
                     assert np.mean(np.abs(got[n] - array) > 1e-5) < 0.01
                     continue
                 loose = 4e-3 if array.dtype == np.float16 else 1e-4
@@ -669,7 +669,7 @@ def test_a_base_is_exported(runtime: RuntimeName, tmp_path: Path) -> None:
 
 
 class Lowered:
-    """Runs lowered mixtures, as a runtime does."""
+    """Runs lowered mixtures as a runtime does."""
 
     def __init__(self, steps: ClientSteps, x: Tensor) -> None:
         self.steps = {step.name: step for step in all_steps(steps) if step.name.startswith("mix_")}
@@ -678,12 +678,12 @@ class Lowered:
             verify(steps, step, self.lowered.run, x)
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs of a mixture."""
+        """Return the outputs of a mixture."""
         return self.lowered.run(self.steps[graph], dict(batch))
 
 
 def test_bases_of_a_language_model_are_mixed(tmp_path: Path) -> None:
-    """GPT-2 with dual norms on ONNX Runtime: texts of any length; no classes to leave out."""
+    """GPT-2 with dual norms runs on ONNX Runtime for texts of any length, without class masks."""
     model = without_trunk(split_width(gpt2(), 2, words(8)).with_dual_norms().model)
     tier = Tier(model.depth - 1, bases=2)
     eager, steps = torch_runtime(model, tier, words(8), WORDS, tmp_path / "eager")
@@ -696,7 +696,7 @@ def test_bases_of_a_language_model_are_mixed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_base_of_a_language_model_is_exported(tmp_path: Path) -> None:
-    """With all its graphs, as a bundle that opens."""
+    """All graphs are exported, in a bundle that opens."""
     model = without_trunk(split_width(gpt2(), 2, words(8)).with_dual_norms().model)
     tier = Tier(model.depth - 1, bases=2)
     index = export_bundles(
@@ -708,7 +708,7 @@ def test_a_base_of_a_language_model_is_exported(tmp_path: Path) -> None:
 
 
 def test_bases_of_a_text_model_pack_their_activations(tmp_path: Path) -> None:
-    """Attention and layer norms on ONNX Runtime, cut before the last block."""
+    """Attention and layer norms run on ONNX Runtime, with the cut before the last block."""
     model, tier = text_model(), Tier(2, "int8", bases=2)
     eager, steps = torch_runtime(model, tier, words(8), CLASSES, tmp_path / "eager")
     mixer = Lowered(steps, words(8))
@@ -736,7 +736,7 @@ def test_bases_of_a_text_model_pack_their_activations(tmp_path: Path) -> None:
 def test_a_graph_that_differs_is_refused(
     graph: str, output: str, change: Callable[[Array], Array]
 ) -> None:
-    """Whatever differs, its name is said."""
+    """The error names the tensor that differs."""
     steps, draw = steps_of("batch norms")
     step = by_name(steps, graph)
     lowered = lower("torch", [step], {})
@@ -753,7 +753,7 @@ def test_a_graph_that_differs_is_refused(
 
 
 def test_tokens_have_no_adversarial_examples(tmp_path: Path) -> None:
-    """Tokens have no gradient: the export is refused, and nothing is written."""
+    """Tokens have no gradient, so the export is refused and nothing is written."""
     model = without_trunk(with_dual_norms(text_model()))
     tier = Tier(model.depth - 1, adversarial=True)
     with pytest.raises(ExportError, match="gradient of inputs, and these are int64; leave out"):
@@ -764,7 +764,7 @@ def test_tokens_have_no_adversarial_examples(tmp_path: Path) -> None:
 
 
 def test_steps_of_split_mix_are_only_where_they_are_asked_for() -> None:
-    """Without bases no mixture and no mask; without adversarial nothing that trains noise norms."""
+    """Without bases there are no mixtures and masks; a tier that opts out trains no noise norms."""
     model = with_dual_norms(conv_model())
     model.add_heads([1], pictures(8), CLASSES)
     steps = make_steps(ClientSegment(model, 1), Tier(1), pictures(8), CLASSES, "sgd")

@@ -1,4 +1,4 @@
-"""Every operator of the matrix is exact in both runtimes, or refused: never silently wrong."""
+"""Every operator of the matrix is exact in both runtimes, or refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.lib.operators import CASES, Case, check, steps_of, table
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operators.md"
 
 EXECUTORCH = {"recurrent: LSTM"}
-"""Cases that ``make test`` lowers for ExecuTorch, beside the models of ``test_executorch.py``."""
+"""Cases that ``make test`` lowers for ExecuTorch, in addition to ``test_executorch.py``."""
 
 SLOW_ONNX = {
     "attention: rotary positions",
@@ -25,16 +25,16 @@ SLOW_ONNX = {
     "dropout: nn.TransformerEncoderLayer",
     "recurrent: LSTM: 2 layers, bidirectional",
 }
-"""Cases that ``make test`` leaves out for ONNX: others, and whole models, stand for them."""
+"""Cases that ``make test`` leaves out for ONNX, because other cases or models cover them."""
 
 
 def title(case: Case) -> str:
-    """What a case is called in the report of a run."""
+    """Return the title of a case in the report of a run."""
     return f"{case.group}: {case.name}"
 
 
 def check_claim(case: Case, runtime: RuntimeName) -> None:
-    """A case is what the matrix says of it."""
+    """Check that a case is exact or refused, as the matrix says."""
     refusal = case.refusal(runtime)
     if not refusal:
         check(case, runtime)
@@ -44,7 +44,7 @@ def check_claim(case: Case, runtime: RuntimeName) -> None:
 
 
 def cases(quick: Callable[[str], bool]) -> list[Any]:
-    """All cases; those whose title is not ``quick`` are slow."""
+    """Return all cases; those whose title is not ``quick`` are slow."""
     return [
         pytest.param(case, id=title(case), marks=() if quick(title(case)) else pytest.mark.slow)
         for case in CASES
@@ -53,18 +53,18 @@ def cases(quick: Callable[[str], bool]) -> list[Any]:
 
 @pytest.mark.parametrize("case", cases(lambda name: name not in SLOW_ONNX))
 def test_onnx(case: Case) -> None:
-    """Exact in ONNX Runtime, or refused for the reason given."""
+    """The case is exact in ONNX Runtime, or refused for the given reason."""
     check_claim(case, "onnx")
 
 
 @pytest.mark.parametrize("case", cases(lambda name: name in EXECUTORCH))
 def test_executorch(case: Case) -> None:
-    """The same with ExecuTorch and XNNPACK."""
+    """The case is exact with ExecuTorch and XNNPACK, or refused for the given reason."""
     check_claim(case, "executorch")
 
 
 def test_the_named_cases_exist() -> None:
-    """So that a case that is renamed does not drop out of a run."""
+    """A renamed case must not be left out by mistake."""
     assert EXECUTORCH | SLOW_ONNX <= {title(case) for case in CASES}
 
 
@@ -79,19 +79,19 @@ def test_the_named_cases_exist() -> None:
     ],
 )
 def test_texts_have_any_length(name: str, shape: tuple[int | str, ...]) -> None:
-    """So the comparison is over several lengths there, not only over several batches."""
+    """So the comparison covers several lengths of text, not only several batch sizes."""
     case = next(case for case in CASES if case.name == name)
     steps, _ = steps_of(case, "onnx")
     assert steps.x.shape == shape
 
 
 def test_names_are_unique() -> None:
-    """A row of the table is one case."""
+    """Every row of the table is one case."""
     names = [(case.group, case.name) for case in CASES]
     assert len(set(names)) == len(names)
 
 
 def test_the_document_has_the_matrix() -> None:
-    """``docs/operators.md`` ends with what ``python -m tests.lib.operators`` prints."""
+    """``docs/operators.md`` ends with the output of ``python -m tests.lib.operators``."""
     text = DOCUMENT.read_text("utf-8")
     assert text.endswith(f"\n\n{table()}\n"), "run python -m tests.lib.operators"

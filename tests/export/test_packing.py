@@ -1,4 +1,4 @@
-"""Codecs: what packing loses is bounded, and it never touches a gradient."""
+"""Codecs: the loss of packing is bounded, and packing does not affect gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = st.one_of(
 
 
 def activations(shape: tuple[int, ...], seed: int, spread: int) -> Tensor:
-    """Activations whose channels differ in size by up to ``10**spread``; some are zero."""
+    """Return activations whose channels differ in size by up to ``10**spread``; some are zero."""
     generator = torch.Generator().manual_seed(seed)
     axis = channel_axis(torch.empty(shape))
     powers = torch.rand(shape[axis], generator=generator) * spread
@@ -54,7 +54,7 @@ def test_int8_error_is_at_most_half_a_code_per_channel(
 @given(SHAPES, st.integers(0, 2**31), st.integers(0, 4))
 @example((1, 3), 0, 0)
 def test_fp16_error_is_that_of_rounding(shape: tuple[int, ...], seed: int, spread: int) -> None:
-    """Within half precision's range the error is half a unit in the last place."""
+    """Within the range of half precision, the error is half a unit in the last place."""
     h = activations(shape, seed, spread).clamp(-65504, 65504)
     codec = get_codec("fp16")
     parts = codec.pack(h, channel_axis(h))
@@ -77,7 +77,7 @@ def test_fp16_error_is_that_of_rounding(shape: tuple[int, ...], seed: int, sprea
 def test_specs_are_what_pack_produces(
     name: str, shape: tuple[int, ...], symbolic: tuple[int | str, ...], axis: int
 ) -> None:
-    """Names, dtypes and shapes, so that a hub can check what comes."""
+    """Names, dtypes and shapes match, so that a hub can check what it receives."""
     codec = get_codec(name)
     parts = {key: part.numpy() for key, part in codec.pack(torch.randn(shape), axis).items()}
     symbols: dict[str, int] = {}
@@ -88,7 +88,7 @@ def test_specs_are_what_pack_produces(
 
 
 def test_int8_is_four_times_smaller() -> None:
-    """The size on the wire, without the scales."""
+    """The size on the wire is a quarter, without the scales."""
     shape = ("batch", 8, 4, 4)
     int8, fp16 = (get_codec(name).specs(shape, 1) for name in ("int8", "fp16"))
     assert int8[0].nbytes(batch=10) == 10 * 8 * 4 * 4
@@ -97,7 +97,7 @@ def test_int8_is_four_times_smaller() -> None:
 
 
 def test_channels_are_where_each_form_has_them() -> None:
-    """One scale per channel: the last axis of (B, T, C), the second of the others."""
+    """There is one scale per channel: the last axis of (B, T, C), the second of other shapes."""
     for shape, axis, first in (
         ((4, 3), 1, False),
         ((4, 5, 3), 2, False),
@@ -116,7 +116,7 @@ def test_channels_are_where_each_form_has_them() -> None:
 
 
 def test_zero_channels_stay_zero() -> None:
-    """No division by zero: codes and values of a channel that is zero throughout are zero."""
+    """There is no division by zero: codes and values of a zero channel are zero."""
     codec = get_codec("int8")
     h = torch.zeros(2, 3, 2, 2)
     h[:, 1] = torch.randn(2, 2, 2)
@@ -138,7 +138,7 @@ def test_int8_codes_reach_the_ends_and_no_further() -> None:
 
 @pytest.mark.parametrize("value", [1e30, 3e38, 1e-30, 1e-38])
 def test_int8_takes_huge_and_tiny_values(value: float) -> None:
-    """No overflow anywhere in float32; what is below 1e-12 may become zero."""
+    """Nothing overflows in float32; values below 1e-12 may become zero."""
     codec = get_codec("int8")
     h = torch.tensor([[value, 1.0], [-value / 3, -1.0]])
     parts = codec.pack(h, 1)
@@ -150,7 +150,7 @@ def test_int8_takes_huge_and_tiny_values(value: float) -> None:
 
 
 def test_fp16_clamps_what_is_out_of_range() -> None:
-    """Infinity would poison the trunk; the largest half does not."""
+    """Values are clamped to the largest half, because infinity would spoil the trunk."""
     codec = get_codec("fp16")
     back = codec.unpack(codec.pack(torch.tensor([[1e9, -1e9, 65504.0, 65519.0, 1.0]]), 1))
     assert back.tolist() == [[65504.0, -65504.0, 65504.0, 65504.0, 1.0]]
@@ -158,7 +158,7 @@ def test_fp16_clamps_what_is_out_of_range() -> None:
 
 @pytest.mark.parametrize("name", list(CODECS))
 def test_no_gradient_flows_through_packing(name: str) -> None:
-    """Packed parts are cut off from the graph that autograd keeps."""
+    """Packed parts are detached from the autograd graph."""
     h = torch.randn(3, 4, requires_grad=True)
     activations = h * 2
     parts = get_codec(name).pack(activations, 1)
@@ -169,7 +169,7 @@ def test_no_gradient_flows_through_packing(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(CODECS))
 def test_packing_does_not_change_the_activations(name: str) -> None:
-    """The same tensor goes on into the heads."""
+    """The heads get the same tensor."""
     h = torch.randn(3, 4)
     before = h.clone()
     parts = get_codec(name).pack(h, 1)
@@ -178,6 +178,6 @@ def test_packing_does_not_change_the_activations(name: str) -> None:
 
 
 def test_unknown_codec() -> None:
-    """The message lists the ones that there are."""
+    """The error lists the known codecs."""
     with pytest.raises(ExportError, match=r"unknown codec 'zip'; there are int8, fp16"):
         get_codec("zip")

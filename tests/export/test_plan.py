@@ -1,4 +1,4 @@
-"""The plan: costs against independent references, choices at exact limits, commands."""
+"""The plan: costs against independent references, choices at exact limits, and commands."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ BATCH = 4
 
 
 def costs_of(plan: Plan) -> list[Cost]:
-    """The costs of a plan, in which nothing failed."""
+    """Return the costs of a plan without failures."""
     assert all(isinstance(cost, Cost) for cost in plan.costs)
     return [cost for cost in plan.costs if isinstance(cost, Cost)]
 
 
 @pytest.fixture(scope="module")
 def conv_plan() -> Plan:
-    """Two tiers without limits and one that is far over them, measured for real."""
+    """A measured plan with two tiers without limits and one whose limits are too low."""
     tiers = {
         "onnx": TierTable(batch=BATCH),
         "half": TierTable(batch=BATCH, codec="fp16"),
@@ -65,7 +65,7 @@ def conv_plan() -> Plan:
 
 
 def fake_measure(folder: Path, tier: str, *args: Any) -> Measurement:
-    """In place of what would be measured: 100 MB for a cut, and 10 for every further head."""
+    """Return made-up measurements: 100 MB for a cut, and 10 MB for every further head."""
     manifest = BundleIndex.read(folder).manifest(tier)
     memory = 100_000_000 * manifest.cut + 10_000_000 * (len(manifest.heads) - 1)
     return Measurement(0.5, memory, memory + 50_000_000)
@@ -73,7 +73,7 @@ def fake_measure(folder: Path, tier: str, *args: Any) -> Measurement:
 
 @pytest.fixture
 def fake_memory() -> Iterator[None]:
-    """Memory as :func:`fake_measure` has it."""
+    """Replace the measurement of memory by :func:`fake_measure`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "measure_apart", fake_measure)
         yield
@@ -81,14 +81,14 @@ def fake_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def planner() -> Iterator[Planner]:
-    """A planner of vectors of 6 through a model with cuts 1 and 2; knows what it has measured."""
+    """A planner for a model with cuts 1 and 2 on vectors of 6; it keeps its measurements."""
     with Planner(token_model(), example(FEATURES), CLASSES) as planner:
         yield planner
 
 
 @pytest.fixture
 def lowered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The cuts that were lowered."""
+    """The list of cuts that were lowered."""
     cuts: list[int] = []
 
     def write(steps: Any, name: str, tier: Tier, *args: Any, **kwargs: Any) -> Any:
@@ -189,8 +189,8 @@ def test_flops_of_linear_layers() -> None:
     view.add_heads([1], torch.randn(4, inputs), CLASSES)
     head = sum(m.weight.numel() for m in view.aux["1"].modules() if isinstance(m, nn.Linear))
     for cost in costs_of(plan):
-        # two per weight and product: forward, gradient of the weight, gradient of the input;
-        # nobody wants the last of the first layer
+        # Two operations per weight and product: forward, gradient of weight, gradient of input.
+        # The input gradient of the first layer is not needed.
         weights = cost.tier.cut * width**2 + head
         assert cost.counts.flops == 6 * weights + 4 * inputs * width
 
@@ -207,7 +207,7 @@ def test_frozen_layers_cost_no_weight_gradient() -> None:
     head = [m.weight.numel() for m in view.aux["1"].modules() if isinstance(m, nn.Linear)]
     assert first.counts.frozen == 70 + 110
     forward_only = 2 * (60 + 100)
-    unwanted = 2 * head[0]  # nothing below the head's first layer wants a gradient
+    unwanted = 2 * head[0]  # no layer below the head's first layer needs a gradient
     assert first.counts.flops == forward_only + 6 * sum(head) - unwanted
 
 
@@ -370,7 +370,7 @@ def test_executorch() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration of GPT-2 with three tiny blocks."""
+    """A folder with the configuration of a GPT-2 of three tiny blocks."""
     pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("gpt2") / "config.json"
     sizes = {"n_layer": 3, "n_embd": 16, "n_head": 2, "vocab_size": 40, "n_positions": 32}
@@ -463,14 +463,14 @@ def test_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Run ``cutlayer``, which ends without an error."""
+    """Run ``cutlayer``, which must succeed."""
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert not end.value.code
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What ``cutlayer`` says on ending with exit code 2: one sentence."""
+    """Run ``cutlayer``, which must fail with exit code 2; return its error of one sentence."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(arguments)

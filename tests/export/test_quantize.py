@@ -74,7 +74,7 @@ RUNTIMES: tuple[RuntimeName, ...] = ("onnx", "executorch")
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: wider by a point-wise convolution, depth-wise, narrower again."""
+    """A block of MobileNetV2: a point-wise, a depth-wise and another point-wise convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Stem(nn.Module):
 
 
 def mobile_model(width: int = 8) -> SplitModel:
-    """Three inverted residuals, with statistics that are not those of a new norm."""
+    """Return three inverted residuals whose statistics differ from those of new norms."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stem = nn.Conv2d(IMAGE[0], width, 3, padding=1)
@@ -124,7 +124,7 @@ def mobile_model(width: int = 8) -> SplitModel:
 
 
 def tokens_model(width: int = 8) -> SplitModel:
-    """A language model; its auxiliary head reads the table of the embeddings."""
+    """Return a language model whose auxiliary head reads the embedding table."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         blocks = [AttentionBlock(width), TokenBlock(width), TokenBlock(width)]
@@ -138,21 +138,21 @@ def texts(rows: int = 8, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A model with inputs of its own."""
+    """A model with its inputs."""
 
     build: Callable[[], SplitModel]
     inputs: Callable[[int], Tensor]
     classes: int = CLASSES
 
     def labels(self, rows: int) -> Array:
-        """Random labels; in a text some are missing."""
+        """Return random labels; for texts, some are missing."""
         rng = np.random.default_rng(5)
         if self.build is not tokens_model:
             return rng.integers(0, self.classes, rows)
         return rng.integers(-1, self.classes, (rows, 5))
 
     def examples(self, rows: int) -> Examples:
-        """Random examples."""
+        """Return random examples."""
         return Examples(self.inputs(rows).numpy(), self.labels(rows))
 
 
@@ -167,7 +167,7 @@ KINDS = {
 def exported(
     kind: str, folder: Path, runtime: RuntimeName = "onnx", **changes: object
 ) -> tuple[SplitModel, BundleIndex, Comparison]:
-    """Export a kind with int8, whatever it loses; the model, the bundles and the comparison."""
+    """Export a kind with int8 for any loss; return model, bundles and comparison."""
     chosen, found = KINDS[kind], {}
     model = chosen.build()
     arguments = {
@@ -182,7 +182,7 @@ def exported(
 
 
 def steps_of(model: SplitModel, x: Tensor, classes: int = CLASSES) -> ClientSteps:
-    """The steps at cut 2."""
+    """Return the steps at cut 2."""
     model.add_heads([2], x, classes)
     segment = ClientSegment(model, 2)
     limits = {"batch": ROWS, "seq": x.shape[1]}
@@ -190,7 +190,7 @@ def steps_of(model: SplitModel, x: Tensor, classes: int = CLASSES) -> ClientStep
 
 
 def rounded(segment: nn.Module, runtime: RuntimeName) -> nn.Module:
-    """The segment in float64 with rounded matrices, each by a formula in numpy."""
+    """Return the segment in float64 with rounded matrices, each by a formula in numpy."""
     axes = {nn.Linear: 0, nn.Conv2d: 0, nn.Embedding: 0}
     for module in segment.modules():
         if type(module) not in axes or (
@@ -218,7 +218,7 @@ MATRICES = hnp.arrays(
 @settings(max_examples=300, deadline=None)
 @given(MATRICES, st.sampled_from([0, 1]))
 def test_quantizer(weight: Array, axis: int) -> None:
-    """Codes in range, one scale for each channel, and an error of half a scale at most."""
+    """Codes are in range, each channel has one scale, and the error is at most half a scale."""
     quantized = quantize(torch.from_numpy(weight), axis)
     codes, scale = quantized.codes.numpy(), quantized.scale.numpy()
     assert codes.dtype == np.int8
@@ -239,7 +239,7 @@ def test_quantizer(weight: Array, axis: int) -> None:
 
 
 def test_closed_form() -> None:
-    """A matrix whose codes are known."""
+    """A matrix with known codes is quantized exactly."""
     quantized = quantize(torch.tensor([[127.0, -63.4, 0.0], [0.0, 0.0, 0.0], [0.5, -1.0, 0.25]]))
     assert quantized.codes.tolist() == [[127, -63, 0], [0, 0, 0], [64, -127, 32]]
     assert quantized.scale[0].item() == 1.0
@@ -248,7 +248,7 @@ def test_closed_form() -> None:
 
 
 def test_which_matrices() -> None:
-    """Matrices by kind of module, with the axis of the output channels; the rest is float32."""
+    """Matrices are chosen by kind of module, with the axis of outputs; the rest is float32."""
 
     class Conv1D(nn.Module):
         """GPT-2's linear layer."""
@@ -262,7 +262,7 @@ def test_which_matrices() -> None:
             return h @ self.weight
 
     class Block(nn.Module):
-        """One of each."""
+        """A block with one module of each kind."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -303,7 +303,7 @@ def test_which_matrices() -> None:
 
 
 def lowered(steps: ClientSteps, runtime: RuntimeName) -> tuple[Step, Lowered]:
-    """The graph of a segment."""
+    """Return the graph of a segment."""
     if runtime == "executorch":
         pytest.importorskip("executorch")
     matrices = quantize_matrices(steps, runtime)
@@ -314,7 +314,7 @@ def lowered(steps: ClientSteps, runtime: RuntimeName) -> tuple[Step, Lowered]:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_graph(kind: str, runtime: RuntimeName) -> None:
-    """It takes x only, and answers as eager PyTorch with rounded matrices does."""
+    """The graph takes only x and equals eager PyTorch with rounded matrices."""
     model, chosen = KINDS[kind].build(), KINDS[kind]
     steps = steps_of(model, chosen.inputs(8), chosen.classes)
     step, result = lowered(steps, runtime)
@@ -337,7 +337,7 @@ def test_graph(kind: str, runtime: RuntimeName) -> None:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_verified(runtime: RuntimeName) -> None:
-    """The graph passes; one with a code that is off by more than rounding does not."""
+    """The graph passes; a graph with one wrong code does not pass."""
     steps = steps_of(text_model(), texts())
     step, result = lowered(steps, runtime)
     matrices = quantize_matrices(steps, runtime)
@@ -350,12 +350,12 @@ def test_verified(runtime: RuntimeName) -> None:
 
 
 def test_onnx_file(tmp_path: Path) -> None:
-    """Standard operators; matrices are int8, and ONNX Runtime makes floats of them at load."""
+    """Operators are standard; matrices are int8, which ONNX Runtime converts to float at load."""
     _, index, _ = exported("text", tmp_path / "out")
     data = open_bundle(index, "tier").graphs[INT8]
     model = onnx.load_model_from_string(data)
     onnx.checker.check_model(model)
-    own = {(f.domain, f.name) for f in model.functions}  # made of other operators
+    own = {(f.domain, f.name) for f in model.functions}  # operators that are made of others
     nodes = [*model.graph.node, *(node for f in model.functions for node in f.node)]
     assert all(node.domain == "" or (node.domain, node.op_type) in own for node in nodes)
     codes = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8}
@@ -384,7 +384,7 @@ def test_onnx_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_sizes(runtime: RuntimeName) -> None:
-    """The file is about four times smaller than the weights, and the same every time."""
+    """The file is about four times smaller than the weights, and always the same."""
     width = 128
     torch.manual_seed(0)
     blocks = [TokenBlock(width) for _ in range(3)]
@@ -404,7 +404,7 @@ def test_same_bundle(tmp_path: Path) -> None:
 
 
 def test_executorch_bundle(tmp_path: Path) -> None:
-    """Two files: a device runs the methods of both."""
+    """There are two files, and a device runs the methods of both."""
     pytest.importorskip("executorch")
     torch.manual_seed(0)
     blocks = [nn.Linear(4, 4), nn.Identity(), nn.Identity()]
@@ -432,7 +432,7 @@ def test_executorch_bundle(tmp_path: Path) -> None:
 
 
 def test_does_not_follow_training(tmp_path: Path) -> None:
-    """Another state changes what float32 answers, and not what int8 does."""
+    """A new state changes the answers of float32, but not those of int8."""
     _, index, _ = exported("conv", tmp_path / "out", verified=False)
     bundle = open_bundle(index, "tier")
     runtime = load_runtime(bundle)
@@ -448,13 +448,13 @@ def test_does_not_follow_training(tmp_path: Path) -> None:
 
 
 def comparison(loss: float) -> Comparison:
-    """A comparison with this loss."""
+    """Return a comparison with this loss."""
     figures = Figures(0.5, 1.0, 1.0)
     return Comparison("accuracy", figures, replace(figures, score=0.5 - loss), loss)
 
 
 def test_bound() -> None:
-    """The bound itself is allowed, what is above it is not, and a gain is."""
+    """A loss equal to the bound or below passes, a larger one does not, and a gain passes."""
     data = examples(4)
     for loss in (0.01, 0.0, -0.3):
         LossCheck(data).judge("tier", comparison(loss))
@@ -469,7 +469,7 @@ def test_bound() -> None:
 
 
 def unlike(bundle: Bundle, rows: int = 3000) -> Examples:
-    """100 examples with the labels that float32 gives; int8 differs in exactly one."""
+    """Return 100 examples with float32's answers as labels; int8 differs in exactly one."""
     learner = Learner(bundle.manifest, load_runtime(bundle))
     x = texts(rows, seed=3).numpy()
     answers = {p: learner.predict(x, p)[0][0].argmax(1) for p in PRECISIONS}
@@ -481,7 +481,7 @@ def unlike(bundle: Bundle, rows: int = 3000) -> Examples:
 
 @pytest.mark.slow
 def test_accuracy_at_the_bound(tmp_path: Path) -> None:
-    """One example of a hundred is a loss of 0.01, which is allowed, and no bit more."""
+    """One of a hundred examples is a loss of 0.01, which is exactly at the bound."""
     _, index, _ = exported("text", tmp_path / "out")
     bundle = open_bundle(index, "tier")
     data = unlike(bundle)
@@ -497,7 +497,7 @@ def test_accuracy_at_the_bound(tmp_path: Path) -> None:
 
 
 def test_perplexity(tmp_path: Path) -> None:
-    """Of a text: e to the mean cross-entropy over the labels that count, as a ratio."""
+    """Perplexity is e to the mean cross-entropy of labels that count; its loss is a ratio."""
     _, index, found = exported("tokens", tmp_path / "out", verified=False)
     bundle = open_bundle(index, "tier")
     learner = Learner(bundle.manifest, load_runtime(bundle))
@@ -516,7 +516,7 @@ def test_perplexity(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    """Each is an error that says what to do, and nothing is written."""
+    """Every error says what to do, and nothing is written."""
     out = tmp_path / "out"
     with pytest.raises(ExportError, match=r"tier 'tier' has the precision int8.*--data FILE\.npz"):
         exported("conv", out, int8=None)
@@ -532,7 +532,7 @@ def test_mistakes(tmp_path: Path) -> None:
 
 
 def test_without_the_graph(bundles: BundleIndex) -> None:
-    """A bundle that was exported in float32 says so."""
+    """A bundle that was exported without int8 gives an error that says so."""
     bundle = open_bundle(bundles, "small")
     learner = Learner(bundle.manifest, load_runtime(bundle))
     with pytest.raises(BundleError, match=r"tier 'small' has no graph 'predict_int8'; export"):
@@ -573,7 +573,7 @@ def test_device(tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights, data and figures by the command; without data it says what to give."""
+    """The command takes weights and data and prints figures; without data it asks for them."""
     tiers = tmp_path / "tiers.toml"
     tiers.write_text(
         "classes = 10\ninput_shape = [6]\n[tiers.big]\ncut = 2\n"

@@ -1,4 +1,4 @@
-"""SplitModel: what each side of a cut holds, and weights on disk."""
+"""SplitModel: the layers on each side of a cut, and weights on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.lib.models import CLASSES, FEATURES, IMAGE, TOKENS, conv_model, examp
 
 
 def with_heads(cuts: list[int], seed: int = 0) -> SplitModel:
-    """The convolutional model with auxiliary heads."""
+    """Return the convolutional model with auxiliary heads."""
     model = conv_model(seed)
     model.add_heads(cuts, example(IMAGE), CLASSES)
     return model
@@ -25,7 +25,7 @@ def with_heads(cuts: list[int], seed: int = 0) -> SplitModel:
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_both_sides_of_a_cut_make_the_model(cut: int) -> None:
-    """What the device computes and what the hub goes on with is the whole model, bit for bit."""
+    """The segment of the device followed by that of the hub is the whole model, bit for bit."""
     model, x = with_heads([cut]), example(IMAGE)
     with torch.no_grad():
         h, logits = ClientSegment(model, cut)(x)
@@ -37,7 +37,7 @@ def test_both_sides_of_a_cut_make_the_model(cut: int) -> None:
 
 
 def test_layers_are_named_by_side() -> None:
-    """Heads above the cut stay on the hub; the head of the model always does."""
+    """Heads above the cut are on the hub, and so is the head of the model."""
     model = with_heads([3, 1])
     assert model.depth == 4
     assert model.head_depths == [1, 3]
@@ -51,7 +51,7 @@ def test_layers_are_named_by_side() -> None:
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_segment_has_the_parameters_of_its_layers(cut: int) -> None:
-    """The same names and the same tensors as in the model, and no others."""
+    """A segment has the model's names and tensors of its layers, and no others."""
     model = with_heads([1, 3])
     segment = ClientSegment(model, cut)
     layers = model.client_layers(cut)
@@ -63,7 +63,7 @@ def test_a_segment_has_the_parameters_of_its_layers(cut: int) -> None:
 
 
 def test_layer_of_a_name() -> None:
-    """Blocks and auxiliary heads are layers one by one; stem and head are one layer each."""
+    """Every block and auxiliary head is a layer; stem and head are one layer each."""
     assert layer_of("block.3.conv.weight") == "block.3"
     assert layer_of("block.12.0.1.bias") == "block.12"
     assert layer_of("aux.2.out.bias") == "aux.2"
@@ -72,7 +72,7 @@ def test_layer_of_a_name() -> None:
 
 
 def test_heads_come_shallowest_first() -> None:
-    """By depth as a number: aux.10 after aux.2."""
+    """Heads are sorted by depth as a number: aux.2 before aux.10."""
     blocks = [nn.Identity() for _ in range(12)]
     model = SplitModel(nn.Identity(), blocks, nn.Identity())
     model.add_heads([10, 2], torch.zeros(2, 4), 3)
@@ -85,7 +85,7 @@ def test_heads_come_shallowest_first() -> None:
 
 @pytest.mark.parametrize("shape", [TOKENS, FEATURES])
 def test_heads_take_tokens_and_vectors(shape: tuple[int, ...]) -> None:
-    """An auxiliary head finds the width where its kind of activations has it."""
+    """An auxiliary head finds the width on the right axis for its kind of activations."""
     model, x = token_model(), example(shape)
     model.add_heads([1], x, 4)
     h, logits = ClientSegment(model, 1)(x)
@@ -94,7 +94,7 @@ def test_heads_take_tokens_and_vectors(shape: tuple[int, ...]) -> None:
 
 
 def test_added_heads_are_always_the_same() -> None:
-    """Without touching the caller's random numbers: the same model gives the same bundles."""
+    """The caller's random numbers are not changed, so the same model gives the same bundles."""
     one, other = conv_model(), conv_model()
     torch.manual_seed(1)
     one.add_heads([1, 2], example(IMAGE), CLASSES)
@@ -107,7 +107,7 @@ def test_added_heads_are_always_the_same() -> None:
 
 
 def test_heads_that_are_there_are_kept() -> None:
-    """A second export does not throw away what a head has learned."""
+    """A second export keeps the trained weights of a head."""
     model = with_heads([1])
     before = model.aux["1"].out.weight.clone()
     model.add_heads([1, 2], example(IMAGE), CLASSES)
@@ -117,7 +117,7 @@ def test_heads_that_are_there_are_kept() -> None:
 
 @pytest.mark.parametrize("cut", [0, 4, 5, -1])
 def test_a_cut_leaves_a_block_on_each_side(cut: int) -> None:
-    """The message says what a cut may be."""
+    """The error says which cuts are possible."""
     model = with_heads([1])
     with pytest.raises(ExportError, match=rf"cut {cut} is outside the model.*from 1 to 3"):
         model.check_cut(cut)
@@ -126,7 +126,7 @@ def test_a_cut_leaves_a_block_on_each_side(cut: int) -> None:
 
 
 def test_models_and_segments_that_cannot_be() -> None:
-    """One block cannot be cut; a segment without a head has no loss; 5-D activations no width."""
+    """One block cannot be cut, a segment needs a head, and 5-D activations are refused."""
     with pytest.raises(ExportError, match="at least 2 blocks to be cut, this has 1"):
         SplitModel(nn.Identity(), [nn.Identity()], nn.Identity())
     with pytest.raises(ExportError, match="no auxiliary head at or before cut 1"):
@@ -137,7 +137,7 @@ def test_models_and_segments_that_cannot_be() -> None:
 
 
 def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
-    """All of them, auxiliary heads included; a model without heads gets those of the file."""
+    """All tensors come back, also of auxiliary heads; a model without heads gets the file's."""
     saved, loaded = with_heads([1, 3], seed=1), conv_model(seed=2)
     saved.save(tmp_path / "model.safetensors")
     loaded.load(tmp_path / "model.safetensors")
@@ -153,7 +153,7 @@ def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    """The message names the tensor and both shapes; the model stays as it was."""
+    """The error names the tensor and both shapes, and the model does not change."""
     path = tmp_path / "model.safetensors"
     conv_model(width=8).save(path)
     model = conv_model(width=6)
@@ -166,7 +166,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_and_unknown_tensors_are_refused(tmp_path: Path) -> None:
-    """Neither is passed over."""
+    """Missing and unknown tensors are both errors."""
     path = tmp_path / "model.safetensors"
     conv_model().save(path)
     tensors = load_file(path)
@@ -181,7 +181,7 @@ def test_missing_and_unknown_tensors_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weight", "aux", "aux.x.hidden.weight", "aux.1.hidden.weight"])
 def test_strange_tensors_are_refused(tmp_path: Path, name: str) -> None:
-    """Names without a layer, a head that is no depth, and a head that is not all there."""
+    """Names without a layer, a head without a valid depth, and an incomplete head are refused."""
     path = tmp_path / "model.safetensors"
     save_file({**conv_model().state_dict(), name: torch.zeros(3, 3)}, path)
     model = conv_model()
@@ -191,7 +191,7 @@ def test_strange_tensors_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_head_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
-    """Otherwise a head would keep random weights unnoticed."""
+    """Otherwise the head would keep random weights without notice."""
     path = tmp_path / "model.safetensors"
     with_heads([1]).save(path)
     with pytest.raises(BundleError, match=r"aux\.2\..*: missing in the file"):
@@ -200,7 +200,7 @@ def test_a_head_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", b"\xff" * 64])
 def test_files_that_are_no_weights(tmp_path: Path, content: bytes | None) -> None:
-    """A missing, empty or damaged file is a BundleError that names it."""
+    """A missing, empty or damaged file raises a BundleError that names it."""
     path = tmp_path / "model.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -209,7 +209,7 @@ def test_files_that_are_no_weights(tmp_path: Path, content: bytes | None) -> Non
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
-    """Half a file is not half a model."""
+    """A truncated file is never loaded in part."""
     path = tmp_path / "model.safetensors"
     conv_model().save(path)
     path.write_bytes(path.read_bytes()[:-100])

@@ -27,7 +27,7 @@ WORDS = 12
 
 
 def tensors_of(net: nn.Module, bases: int, seed: int) -> dict[str, Tensor]:
-    """Float64 tensors of some networks of one form, (bases, ...); variances are above zero."""
+    """Return float64 tensors (bases, ...) of networks of one form; variances are positive."""
     generator = torch.Generator().manual_seed(seed)
     everything = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     stacked = {}
@@ -44,14 +44,14 @@ def tensors_of(net: nn.Module, bases: int, seed: int) -> dict[str, Tensor]:
 def assert_as_a_loop(
     net: nn.Module, bases: int, x: Tensor, *, seed: int = 0, kept: float = 0.0
 ) -> None:
-    """The same answers for an input that all share, and for one of each.
+    """Check that one pass equals a loop, for one shared input and for an input per network.
 
     Args:
         net: a network.
-        bases: how many.
-        x: inputs of each, (bases, rows, ...).
-        seed: of their tensors, and of
-        kept: the part of them that all networks share, so that they are not among the stacked.
+        bases: number of networks.
+        x: inputs of each network, (bases, rows, ...).
+        seed: seed of the tensors, and of the choice of shared ones.
+        kept: fraction of the tensors that all networks share; they are not stacked.
     """
     net = copy.deepcopy(net).double().eval()
     stacked = tensors_of(net, bases, seed)
@@ -100,28 +100,28 @@ POOLINGS: dict[int, tuple[Callable[[], nn.Module], ...]] = {
 
 
 class Mean(nn.Module):
-    """Means over positions."""
+    """Mean over positions."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """(rows, channels)."""
+        """Return (rows, channels)."""
         return h.flatten(2).mean(2)
 
 
 class Where(nn.Module):
-    """Pooling where there is enough to pool."""
+    """Pooling of inputs that are large enough."""
 
     def __init__(self, pooling: nn.Module) -> None:
         super().__init__()
         self.pooling = pooling
 
     def forward(self, h: Tensor) -> Tensor:
-        """Pooled, unless a side is smaller than its windows."""
+        """Return the pooled input, or the input if a side is smaller than the windows."""
         result: Tensor = self.pooling(h) if min(h.shape[2:]) > 2 else h
         return result
 
 
 def conv_net(dims: int, drawn: random.Random) -> nn.Module:
-    """A few convolutions of any kind, with norms and pooling of any kind."""
+    """Return a network of random convolutions, norms and pooling."""
     channels = 4
     layers: list[nn.Module] = []
     for _ in range(drawn.randint(1, 3)):
@@ -169,7 +169,7 @@ def conv_net(dims: int, drawn: random.Random) -> nn.Module:
 def test_convolutions_norms_and_pooling_are_a_loop(
     dims: int, bases: int, rows: int, kept: float, seed: int
 ) -> None:
-    """Strides, dilation, groups, biases or none; whatever tensors the networks share."""
+    """Strides, dilation, groups and biases vary, and so do the tensors that networks share."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = conv_net(dims, random.Random(seed))
@@ -179,7 +179,7 @@ def test_convolutions_norms_and_pooling_are_a_loop(
 
 @pytest.mark.parametrize("dims", POOLINGS)
 def test_pooling_of_the_input_is_a_loop(dims: int) -> None:
-    """The input is pooled before any layer has tensors: it is the same for all."""
+    """The input is pooled before any layer with tensors, so it is shared by all networks."""
     for pooling in POOLINGS[dims]:
         torch.manual_seed(dims)
         net = nn.Sequential(pooling(), CONVOLUTIONS[dims](4, 3, 1), Mean())
@@ -188,7 +188,7 @@ def test_pooling_of_the_input_is_a_loop(dims: int) -> None:
 
 
 class Layers(nn.Module):
-    """Linear layers and layer norms with tensors or without; shapes stay (..., size)."""
+    """Linear layers and layer norms, with or without tensors; shapes are (..., size)."""
 
     def __init__(self, drawn: random.Random, axes: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Layers(nn.Module):
         self.layers.append(nn.Linear(4, 2))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Residual where the size stays."""
+        """Return the result, with a residual where the size is unchanged."""
         for layer in self.layers:
             z = layer(h)
             h = h + z if z.shape == h.shape else z
@@ -219,7 +219,7 @@ class Layers(nn.Module):
 def test_linear_layers_and_layer_norms_are_a_loop(
     axes: int, bases: int, rows: int, kept: float, seed: int
 ) -> None:
-    """On vectors, on sequences, and on grids; whatever tensors the networks share."""
+    """Vectors, sequences and grids work, whatever tensors the networks share."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Layers(random.Random(seed), axes)
@@ -228,7 +228,7 @@ def test_linear_layers_and_layer_norms_are_a_loop(
 
 
 class Encoder(nn.Module):
-    """PyTorch's own attention, between a table of words with positions and a linear layer."""
+    """PyTorch's own attention between word and position embeddings and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class Encoder(nn.Module):
         self.head = MeanHead(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Return logits."""
         h = self.words(x) + self.places(torch.arange(x.shape[1], device=x.device))
         h = h + self.attention(h, h, h, need_weights=False)[0]
         logits: Tensor = self.head(self.block(h))
@@ -247,7 +247,7 @@ class Encoder(nn.Module):
 
 
 class Seen(nn.Module):
-    """A class token, a patch convolution and attention: rows of images become sequences."""
+    """A class token, a patch convolution and attention, for images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class Seen(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Return logits."""
         h = self.patches(x).flatten(2).transpose(1, 2)
         h = torch.cat([self.token.expand(x.shape[0], -1, -1), h], 1)
         logits: Tensor = self.head(self.block(h)[:, 0])
@@ -265,34 +265,34 @@ class Seen(nn.Module):
 
 
 def words(*shape: int) -> Tensor:
-    """Integers for an embedding."""
+    """Return random integers for an embedding."""
     return torch.randint(WORDS, shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def pictures(*shape: int) -> Tensor:
-    """Random images, one channel."""
+    """Return random images with one channel."""
     drawn = torch.randn(*shape, 1, 8, 8, generator=torch.Generator().manual_seed(sum(shape)))
     return drawn
 
 
 def vectors(*shape: int) -> Tensor:
-    """Random vectors of four numbers, in sequences of three."""
+    """Return random sequences of three vectors with four numbers."""
     return torch.randn(*shape, 3, 4, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def texts(*shape: int) -> Tensor:
-    """Texts of five words."""
+    """Return random texts of five words."""
     return words(*shape, 5)
 
 
 def channels(*shape: int) -> Tensor:
-    """Random images, four channels."""
+    """Return random images with four channels."""
     drawn = torch.randn(*shape, 4, 7, 8, generator=torch.Generator().manual_seed(sum(shape)))
     return drawn
 
 
 def pooled(*layers: nn.Module) -> nn.Module:
-    """Convolutions with groups and norms, and pooling."""
+    """Return convolutions with groups and norms, and pooling."""
     return nn.Sequential(
         nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
         *layers, nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 2, stride=2), Mean(), nn.Linear(4, 3),
@@ -300,24 +300,24 @@ def pooled(*layers: nn.Module) -> nn.Module:
 
 
 def volumes(*layers: nn.Module) -> nn.Module:
-    """A convolution of volumes, and pooling."""
+    """Return a convolution of volumes, and pooling."""
     return nn.Sequential(nn.Conv3d(2, 4, 2), *layers, Mean(), nn.Linear(4, 3))
 
 
 def cubes(*shape: int) -> Tensor:
-    """Random volumes, two channels."""
+    """Return random volumes with two channels."""
     return torch.randn(*shape, 2, 6, 6, 7, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 class Joined(nn.Module):
-    """What a layer gives joined with what it read, with itself, and with what nobody computed."""
+    """Joins the output of a layer with its input, with itself, and with a constant."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.first, self.net = nn.Conv2d(4, 2, 1), net
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Return logits."""
         h = self.first(x)
         h = torch.concat([h, x[:, :1], h[:, 1:].relu()], dim=1)
         logits: Tensor = self.net(torch.cat((h.flip(3), torch.zeros_like(x)), -1))
@@ -357,7 +357,7 @@ NETS: dict[str, Net] = {
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("bases", [1, 3])
 def test_models_are_a_loop(name: str, bases: int) -> None:
-    """Embeddings, attention, class tokens, norms of transformers' own."""
+    """Embeddings, attention, class tokens and the norms of transformers are covered."""
     build, draw = NETS[name]
     x = draw(bases, 4)
     net = build()
@@ -365,7 +365,7 @@ def test_models_are_a_loop(name: str, bases: int) -> None:
 
 
 def step_of(net: nn.Module, stacked: dict[str, Tensor], x: Tensor) -> Step:
-    """A step that runs many networks on one batch; rows, and the length of texts, are symbolic."""
+    """Return a step of many networks on one batch; rows and text lengths are symbolic."""
     fixed = {n: b for n, b in net.named_buffers() if n not in stacked}
 
     def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -391,7 +391,7 @@ def step_of(net: nn.Module, stacked: dict[str, Tensor], x: Tensor) -> Step:
     ],
 )  # fmt: skip
 def test_a_graph_takes_any_number_of_rows(name: str) -> None:
-    """Lowered to ONNX; one row, and more than it was traced with."""
+    """The lowered ONNX graph takes one row, and more rows than were traced."""
     build, draw = NETS[name]
     net = build().eval()
     stacked = tensors_of(net, 3, seed=7)
@@ -415,12 +415,12 @@ def test_a_graph_takes_any_number_of_rows(name: str) -> None:
 
 
 def stacked_32(stacked: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In float32, as graphs take them."""
+    """Return the tensors in float32, as graphs take them."""
     return {n: t.float() for n, t in stacked.items()}
 
 
 def test_several_results_are_stacked_each() -> None:
-    """A function may give more than one tensor."""
+    """A function may return several tensors; each is stacked."""
     net = conv_model()
     assert isinstance(net, SplitModel)
     stacked = tensors_of(net.double(), 2, seed=0)
@@ -438,7 +438,7 @@ def test_several_results_are_stacked_each() -> None:
 
 
 def test_statistics_of_a_batch_are_refused() -> None:
-    """Batch norms in training would see the rows of all networks."""
+    """In training, batch norms would use the rows of all networks, so they are refused."""
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
     stacked = stacked_32(tensors_of(net, 2, seed=0))
     with pytest.raises(AssertionError, match="statistics of a batch"):

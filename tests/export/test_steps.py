@@ -1,7 +1,7 @@
 """Exported graphs in the device's runtime, against eager PyTorch in float64.
 
-The reference here calls the modules itself, writes the loss down as it is defined, and lets
-autograd and ``torch.optim`` do the rest; it shares no code with the exporter.
+The reference calls the modules itself and computes the loss by its definition; autograd and
+``torch.optim`` do the rest. It shares no code with the exporter.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from tests.lib.models import (
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
 STILL = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0}
-"""A step that changes nothing: every batch sees the same parameters."""
+"""Hyper-parameters of a step that changes nothing, so that every batch has the same parameters."""
 
 BATCHES = (8, 1, 3, 5)
 WORDS = 12
@@ -62,7 +62,7 @@ CUTS = {"small": 1, "medium": 2, "large": 3}
 
 
 class Reference:
-    """What a device's steps are by definition."""
+    """The steps of a device by definition."""
 
     def __init__(self, model: SplitModel, cut: int, hyper: dict[str, float]) -> None:
         self.model, self.cut = copy.deepcopy(model).double(), cut
@@ -83,7 +83,7 @@ class Reference:
             )
 
     def answers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations at the cut, and the logits (heads, batch, classes)."""
+        """Return the activations at the cut and the logits (heads, batch, classes)."""
         h = self.model.stem(x.double() if x.is_floating_point() else x)
         logits = []
         for depth in range(1, self.cut + 1):
@@ -93,7 +93,7 @@ class Reference:
         return h, torch.stack(logits)
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, how many answers are right, and the activations."""
+        """Return the loss, the number of right answers, and the activations."""
         h, logits = self.answers(x)
         rows = torch.arange(len(y))
         loss = torch.zeros((), dtype=torch.float64)
@@ -103,7 +103,7 @@ class Reference:
         return loss, (mean.argmax(1) == y).sum(), h.detach()
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, float, Tensor]:
-        """One update; what the step graph says about it."""
+        """Update once; return the outputs of the step graph."""
         loss, correct, h = self.loss(x, y)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -111,7 +111,7 @@ class Reference:
         return loss.item(), float(correct), h
 
     def assert_parameters(self, found: dict[str, Array]) -> None:
-        """Every parameter went the way that the reference went, up to float32 rounding."""
+        """Check that every parameter equals the reference's, up to float32 rounding."""
         assert found.keys() == self.parameters.keys()
         for name, want in self.parameters.items():
             change = (want.detach() - self.initial[name]).abs().max().item()
@@ -120,7 +120,7 @@ class Reference:
 
 
 def assert_packed(parts: dict[str, Array], h: Tensor) -> None:
-    """The packed parts are the activations, within what the codec may lose."""
+    """Check that the packed parts are the activations, within the loss of the codec."""
     want = h.numpy()
     slack = 1e-5 * np.abs(want).max() + 1e-6
     if "h" in parts:
@@ -135,24 +135,24 @@ def assert_packed(parts: dict[str, Array], h: Tensor) -> None:
 
 
 def labels(rows: int, seed: int) -> Tensor:
-    """Random labels."""
+    """Return random labels."""
     return torch.randint(CLASSES, (rows,), generator=torch.Generator().manual_seed(seed))
 
 
 def scalars(hyper: dict[str, float]) -> dict[str, Array]:
-    """Hyper-parameters as a graph takes them."""
+    """Return hyper-parameters as a graph takes them."""
     return {name: np.asarray(value, np.float32) for name, value in hyper.items()}
 
 
 def train_batch(x: Tensor, y: Tensor, hyper: dict[str, float]) -> dict[str, Array]:
-    """What the training graph takes besides the state."""
+    """Return the inputs of the training graph besides the state."""
     return {"x": x.numpy(), "y": y.numpy(), **scalars(hyper)}
 
 
 def assert_trains(
     runtime: OnnxRuntime, reference: Reference, inputs: list[Tensor], hyper: dict[str, float]
 ) -> None:
-    """Several steps with batches of several sizes: loss, answers, activations, parameters."""
+    """Check loss, answers, activations and parameters over steps with several batch sizes."""
     for number, x in enumerate(inputs):
         y = labels(len(x), number)
         loss, correct, h = reference.step(x, y)
@@ -168,11 +168,11 @@ def assert_trains(
         (p.detach() - reference.initial[n]).abs().max().item()
         for n, p in reference.parameters.items()
     ]
-    assert min(moved) > 1e-4, "the comparison says nothing about a parameter that stays"
+    assert min(moved) > 1e-4, "the comparison is empty for a parameter that does not change"
 
 
 def assert_answers(runtime: OnnxRuntime, reference: Reference, inputs: list[Tensor]) -> None:
-    """The graphs ``predict`` and ``forward``, for the parameters that the reference has now."""
+    """Check ``predict`` and ``forward`` with the reference's current parameters."""
     for x in inputs:
         with torch.no_grad():
             h, logits = reference.answers(x)
@@ -196,7 +196,7 @@ def test_sgd_on_images(bundles: BundleIndex, model: SplitModel, tier: str) -> No
 
 
 def test_answers_are_the_mean_of_probabilities(bundles: BundleIndex, model: SplitModel) -> None:
-    """Not of logits: the two differ as soon as heads are sure of different answers."""
+    """The mean is over probabilities, not logits: the two differ when heads disagree."""
     with torch.no_grad():
         for depth, scale in (("1", 30.0), ("2", 3.0), ("3", 10.0)):
             model.aux[depth].out.weight.mul_(scale)
@@ -213,12 +213,12 @@ def test_answers_are_the_mean_of_probabilities(bundles: BundleIndex, model: Spli
 
 
 class NoPacking:
-    """A codec that packs nothing at all, to see that packing changes nothing else."""
+    """A codec that packs nothing, to show that packing has no other effect."""
 
     name = "none"
 
     def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
-        """Nothing."""
+        """Return no parts."""
         return {}
 
     def unpack(self, parts: dict[str, Tensor]) -> Tensor:
@@ -226,7 +226,7 @@ class NoPacking:
         raise NotImplementedError
 
     def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
-        """Nothing travels."""
+        """Return no tensors."""
         return ()
 
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
@@ -242,7 +242,7 @@ def bundle_of(
     codec: Codec,
     graphs: tuple[str, ...] = ("train",),
 ) -> Bundle:
-    """A bundle in memory with some of the graphs; they are not verified while exporting."""
+    """Return a bundle in memory with some of the graphs, without verification."""
     model.add_heads([cut], x, CLASSES)
     segment = ClientSegment(model, cut)
     steps = ClientSteps(segment, get_optimizer(optimizer), codec, x, CLASSES)
@@ -269,20 +269,20 @@ def bundle_of(
 
 
 def words(rows: int, seed: int) -> Tensor:
-    """Integers for the embedding; short sentences of few words, so that words repeat."""
+    """Return random integers for the embedding: short sentences in which words repeat."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(WORDS, (rows, 5), generator=generator)
 
 
 @pytest.fixture(scope="module")
 def text_bundle() -> Bundle:
-    """The text model with AdamW and fp16, all graphs."""
+    """A bundle of the text model with AdamW and fp16, with all graphs."""
     graphs = ("train", "predict", "forward")
     return bundle_of(text_model(words=WORDS), 2, words(8, 0), "adamw", get_codec("fp16"), graphs)
 
 
 def test_adamw_on_tokens(text_bundle: Bundle) -> None:
-    """Embedding with words that repeat, attention, GELU; AdamW; (B, T, C) as fp16."""
+    """The model has an embedding with repeated words, attention and GELU; it packs (B, T, C)."""
     model = text_model(words=WORDS)
     model.add_heads([2], words(8, 0), CLASSES)
     runtime, reference = OnnxRuntime(text_bundle), Reference(model, 2, ADAMW)
@@ -294,14 +294,14 @@ def test_adamw_on_tokens(text_bundle: Bundle) -> None:
 
 @pytest.fixture(scope="module")
 def by_codec() -> dict[str, Bundle]:
-    """One model exported with int8, fp16 and without packing; activations (B, C)."""
+    """Bundles of one model with int8, fp16 and no packing; activations are (B, C)."""
     codecs: tuple[Codec, ...] = (get_codec("int8"), get_codec("fp16"), NoPacking())
     x = example(FEATURES)
     return {c.name: bundle_of(token_model(), 1, x, "sgd", c) for c in codecs}
 
 
 def test_packing_changes_neither_loss_nor_gradients(by_codec: dict[str, Bundle]) -> None:
-    """The local loss is computed on activations as they are: the codec makes no difference."""
+    """The local loss uses unpacked activations, so the codec has no effect on it."""
     losses: dict[str, list[Array]] = {}
     states: dict[str, dict[str, Array]] = {}
     for name, bundle in by_codec.items():
@@ -326,7 +326,7 @@ def test_packing_changes_neither_loss_nor_gradients(by_codec: dict[str, Bundle])
 
 @pytest.mark.parametrize("codec", ["int8", "fp16"])
 def test_sgd_on_vectors(by_codec: dict[str, Bundle], codec: str) -> None:
-    """LayerNorm and GELU on (B, C), against the reference."""
+    """LayerNorm and GELU on (B, C) equal the reference."""
     model = token_model()
     model.add_heads([1], example(FEATURES), CLASSES)
     inputs = [example(FEATURES, rows, seed=rows) for rows in BATCHES]
@@ -343,12 +343,12 @@ def runtime(bundles: BundleIndex) -> OnnxRuntime:
 
 
 def some_batch(rows: int = 4, seed: int = 0, hyper: dict[str, float] = SGD) -> dict[str, Array]:
-    """A batch of images for the training graph."""
+    """Return a batch of images for the training graph."""
     return train_batch(example(IMAGE, rows, seed), labels(rows, seed), hyper)
 
 
 def test_outputs_stay_as_they_were(runtime: OnnxRuntime) -> None:
-    """Activations wait in a queue while training goes on: no later step may write into them."""
+    """Activations wait in a queue during training, so no later step may write into them."""
     kept: list[tuple[dict[str, Array], dict[str, Array]]] = []
     for seed in range(4):
         for graph in ("train", "predict", "forward"):
@@ -363,7 +363,7 @@ def test_outputs_stay_as_they_were(runtime: OnnxRuntime) -> None:
 
 
 def test_outputs_survive_the_runtime(bundles: BundleIndex) -> None:
-    """They own their memory."""
+    """Outputs own their memory."""
     runtime = OnnxRuntime(open_bundle(bundles, "small"))
     outputs = runtime.run("train", some_batch())
     state = runtime.get_state()
@@ -374,7 +374,7 @@ def test_outputs_survive_the_runtime(bundles: BundleIndex) -> None:
 
 
 def test_inputs_are_left_alone(runtime: OnnxRuntime) -> None:
-    """A batch is read, not written; and it may be changed once the step is done."""
+    """A step does not change its batch, and the batch may be changed after the step."""
     batch = some_batch()
     before = {name: array.copy() for name, array in batch.items()}
     runtime.run("train", batch)
@@ -387,7 +387,7 @@ def test_inputs_are_left_alone(runtime: OnnxRuntime) -> None:
 
 
 def test_state_round_trip(runtime: OnnxRuntime) -> None:
-    """Bit for bit, on both sets of buffers; what goes in and out are copies."""
+    """The state is equal bit for bit in both sets of buffers, and it is copied in and out."""
     rng = np.random.default_rng(0)
     for _ in range(3):
         state = {
@@ -408,7 +408,7 @@ def test_state_round_trip(runtime: OnnxRuntime) -> None:
 
 
 def test_initial_state_is_that_of_the_bundle(bundles: BundleIndex, model: SplitModel) -> None:
-    """A device starts from the weights that were exported."""
+    """A device starts from the exported weights."""
     bundle = open_bundle(bundles, "large")
     weights = dict(model.named_parameters())
     state = OnnxRuntime(bundle).get_state()
@@ -418,7 +418,7 @@ def test_initial_state_is_that_of_the_bundle(bundles: BundleIndex, model: SplitM
 
 
 def test_set_state_resets_the_optimizer(runtime: OnnxRuntime) -> None:
-    """Momentum does not cross from one round into the next; without a reset it would show."""
+    """Momentum must not pass from one round to the next; the test would detect it."""
     initial = runtime.get_state()
 
     def round_of_two() -> dict[str, Array]:
@@ -436,7 +436,7 @@ def test_set_state_resets_the_optimizer(runtime: OnnxRuntime) -> None:
 
 
 def test_adamw_slots_are_reset(text_bundle: Bundle) -> None:
-    """The count of steps as well as both moments."""
+    """The step count and both moments are reset."""
     runtime = OnnxRuntime(text_bundle)
     batch = train_batch(words(4, 1), labels(4, 1), ADAMW)
     runtime.run("train", batch)
@@ -449,7 +449,7 @@ def test_adamw_slots_are_reset(text_bundle: Bundle) -> None:
 
 
 def test_answering_changes_nothing(runtime: OnnxRuntime) -> None:
-    """``predict`` and ``forward`` between two steps leave state and momentum alone."""
+    """``predict`` and ``forward`` between two steps do not change state and momentum."""
     initial = runtime.get_state()
     runtime.run("train", some_batch(seed=0))
     runtime.run("train", some_batch(seed=1))
@@ -464,7 +464,7 @@ def test_answering_changes_nothing(runtime: OnnxRuntime) -> None:
 
 
 def test_a_step_that_fails_changes_nothing(runtime: OnnxRuntime) -> None:
-    """A missing input is named; the state is the one before."""
+    """The error names the missing input, and the state does not change."""
     runtime.run("train", some_batch(seed=0))
     before = runtime.get_state()
     batch = some_batch(seed=1)
@@ -476,7 +476,7 @@ def test_a_step_that_fails_changes_nothing(runtime: OnnxRuntime) -> None:
 
 
 def test_states_that_do_not_fit(runtime: OnnxRuntime) -> None:
-    """The message names the tensor and both shapes."""
+    """The error names the tensor and both shapes."""
     state = runtime.get_state()
     with pytest.raises(BundleError, match=r"stem\.bias is missing, must be \(6,\)"):
         runtime.set_state({n: a for n, a in state.items() if n != "stem.bias"})
@@ -485,7 +485,7 @@ def test_states_that_do_not_fit(runtime: OnnxRuntime) -> None:
 
 
 def test_predicting_while_training(runtime: OnnxRuntime) -> None:
-    """Two threads take turns: with a rate of zero every prediction is the same one."""
+    """Two threads take turns; with a learning rate of zero, all predictions are equal."""
     x = example(IMAGE, 4).numpy()
     want = runtime.run("predict", {"x": x})
     found: list[dict[str, Array]] = []
@@ -505,7 +505,7 @@ def test_predicting_while_training(runtime: OnnxRuntime) -> None:
 
 
 def test_forks_are_devices_of_their_own(bundles: BundleIndex) -> None:
-    """Forks train as runtimes that were loaded apart, bit for bit, also with steps in turns."""
+    """Forks train like separately loaded runtimes, bit for bit, also with alternating steps."""
     bundle = open_bundle(bundles, "small")
     original = OnnxRuntime(bundle)
     original.run("train", some_batch(seed=9))
@@ -529,13 +529,13 @@ def test_forks_are_devices_of_their_own(bundles: BundleIndex) -> None:
 
 
 def test_forks_load_a_graph_once(bundles: BundleIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs it first, and also when all do at the same time."""
+    """The first runtime that runs a graph loads it, also if all start at the same time."""
     loaded = []
     session = onnxruntime.InferenceSession
 
     def load(*arguments: Any, **options: Any) -> Any:
         loaded.append(arguments)
-        time.sleep(0.05)  # the others come while it is being loaded
+        time.sleep(0.05)  # the other runtimes arrive during the load
         return session(*arguments, **options)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", load)
@@ -553,7 +553,7 @@ def test_forks_load_a_graph_once(bundles: BundleIndex, monkeypatch: pytest.Monke
 
 
 def test_frozen_tensors_are_in_memory_once(tmp_path: Path) -> None:
-    """A session reads the bundle's, and makes no copy of its own."""
+    """A session uses the bundle's memory and makes no copy."""
     model = text_model(width=128, words=1 << 17)
     model.stem.requires_grad_(False)
     index = export_bundles(
@@ -569,7 +569,7 @@ def test_frozen_tensors_are_in_memory_once(tmp_path: Path) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Return the resident memory of this process, in bytes."""
     (line,) = (
         row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmRSS")
     )
@@ -577,7 +577,7 @@ def resident_bytes() -> int:
 
 
 def test_transposed_frozen_tensors_are_read_as_stored() -> None:
-    """Two products with one weight, forward and backward, and no transposed copy in between."""
+    """A weight is used in two products, forward and backward, without a transposed copy."""
     torch.manual_seed(0)
     frozen = nn.Sequential(nn.Linear(*FEATURES, 7), nn.Linear(7, 7, bias=False))
     blocks = [nn.Linear(7, 7, bias=False).requires_grad_(False), nn.Identity()]
@@ -599,7 +599,7 @@ def test_transposed_frozen_tensors_are_read_as_stored() -> None:
 
 
 def test_broken_graphs_and_other_runtimes(bundles: BundleIndex) -> None:
-    """A BundleError that says which graph, or which runtime."""
+    """The BundleError names the graph or the runtime."""
     bundle = open_bundle(bundles, "small")
     graphs = {**bundle.graphs, "train": b"no ONNX"}
     broken = OnnxRuntime(Bundle(bundle.manifest, graphs, bundle.initial_state))
@@ -622,7 +622,7 @@ PLAN = LocalPlan(epochs=1, batch_size=4, hyper=STILL, activations="train", seed=
 
 @pytest.fixture
 def data() -> Examples:
-    """Eleven images: batches of four leave a last one of three."""
+    """Eleven images: with batches of four, the last batch has three."""
     return Examples(example(IMAGE, ROWS, seed=5).numpy(), labels(ROWS, 5).numpy())
 
 
@@ -633,7 +633,7 @@ def learner(runtime: OnnxRuntime) -> Learner:
 
 
 class Emitted:
-    """Collects what a learner emits."""
+    """Collects the batches that a learner emits."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, dict[str, Array], Array]] = []
@@ -643,7 +643,7 @@ class Emitted:
         self.batches.append((number, batch.parts, batch.labels))
 
     def rows(self, h: Tensor) -> list[int]:
-        """Which example each emitted row is of, found by its activations ``h``."""
+        """Find the example of each emitted row by its activations in ``h``."""
         found = []
         for _, packed, _ in self.batches:
             values = packed["h.q"] * packed["h.scale"]
@@ -659,7 +659,7 @@ class Emitted:
 def test_every_example_is_emitted_once(
     learner: Learner, model: SplitModel, data: Examples, activations: str, epochs: int
 ) -> None:
-    """With the right label, in batches that are numbered from zero."""
+    """Every example is emitted with its label, in batches numbered from zero."""
     emitted = Emitted()
     plan = LocalPlan(epochs, 4, STILL, activations, seed=3)
     learner.train(learner.runtime.get_state(), data, plan, emitted)
@@ -677,7 +677,7 @@ def test_every_example_is_emitted_once(
 
 
 def test_nothing_is_emitted_when_not_asked(learner: Learner, data: Examples) -> None:
-    """A round for devices that only train."""
+    """In a round without activations nothing is emitted."""
     emitted = Emitted()
     plan = LocalPlan(2, 4, SGD, "none", seed=3)
     result = learner.train(learner.runtime.get_state(), data, plan, emitted)
@@ -688,7 +688,7 @@ def test_nothing_is_emitted_when_not_asked(learner: Learner, data: Examples) -> 
 def test_forward_emits_activations_of_the_parameters_it_got(
     learner: Learner, model: SplitModel, data: Examples
 ) -> None:
-    """Before training: all of them belong to one set of parameters, whatever the rate."""
+    """Activations are computed before training, with one set of parameters, at any rate."""
     emitted = Emitted()
     learner.train(
         learner.runtime.get_state(), data, LocalPlan(2, 4, SGD, "forward", seed=3), emitted
@@ -701,7 +701,7 @@ def test_forward_emits_activations_of_the_parameters_it_got(
 def test_metrics_are_means_over_examples(
     learner: Learner, model: SplitModel, data: Examples
 ) -> None:
-    """Each example counts once, also those of the short last batch."""
+    """Each example counts once, also those in a short last batch."""
     result = learner.train(learner.runtime.get_state(), data, PLAN, lambda *_: None)
     with torch.no_grad():
         loss, correct, _ = Reference(model, 1, STILL).loss(
@@ -716,7 +716,7 @@ def test_metrics_are_means_over_examples(
 def test_epochs_train_on(
     learner: Learner, model: SplitModel, data: Examples, activations: str
 ) -> None:
-    """Three epochs of one batch are three steps; the metrics are those of the last."""
+    """Three epochs of one batch are three steps; the metrics are those of the last epoch."""
     reference = Reference(model, 1, SGD)
     x, y = torch.from_numpy(data.x), torch.from_numpy(data.y)
     for _ in range(3):
@@ -729,7 +729,7 @@ def test_epochs_train_on(
 
 
 def test_rounds_are_reproducible(learner: Learner, data: Examples) -> None:
-    """The same state, data and seed give the same parameters; another seed another order."""
+    """Equal state, data and seed give equal parameters; another seed gives another order."""
     state = learner.runtime.get_state()
     results = [
         learner.train(state, data, LocalPlan(2, 4, SGD, "train", seed), lambda *_: None).state
@@ -743,7 +743,7 @@ def test_rounds_are_reproducible(learner: Learner, data: Examples) -> None:
 def test_predict_answers_with_what_was_learned(
     learner: Learner, model: SplitModel, data: Examples
 ) -> None:
-    """Logits of every head, and activations for the hub to answer with."""
+    """The result has the logits of every head, and activations for the hub."""
     reference = Reference(model, 1, SGD)
     x, y = torch.from_numpy(data.x), torch.from_numpy(data.y)
     reference.step(x, y)
@@ -759,6 +759,6 @@ def test_predict_answers_with_what_was_learned(
 
 
 def test_heads_of_the_reference_are_all_there(model: SplitModel) -> None:
-    """The fixture has a head at every cut, so the tiers compare one, two and three heads."""
+    """The fixture has a head at every cut, so tiers have one, two and three heads."""
     assert model.head_depths == [1, 2, 3]
     assert conv_model().head_depths == []

@@ -1,4 +1,4 @@
-"""Narrow models: leading channels, and ordered dropout that trains them inside of the full one."""
+"""Narrow models: leading channels, and ordered dropout that trains them within the full model."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 def batch_norm(channels: int) -> nn.Module:
-    """With statistics."""
+    """Return a batch norm."""
     return nn.BatchNorm2d(channels)
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Groups of two channels."""
+    """Return a group norm with groups of two channels."""
     return nn.GroupNorm(channels // 2, channels)
 
 
@@ -62,14 +62,14 @@ class Basic(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride), norm(after))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         inner = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(h)))))
         result: Tensor = self.relu(inner + self.downsample(h))
         return result
 
 
 class Rows(nn.Module):
-    """An MLP's norm over channels at every position: the last axis is that of the channels."""
+    """An MLP with a norm over channels at every position; channels are the last axis."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class Rows(nn.Module):
         self.linear = nn.Linear(channels, channels)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         result: Tensor = h + torch.tanh(self.linear(self.norm(h)))
         return result
 
 
 def resnet(norm: Any, channels: int = 8, seed: int = 0) -> SplitModel:
-    """A ResNet; the input is normalised by a batch norm of its own, which keeps its 3 channels."""
+    """Return a ResNet whose input is normalised by a batch norm that keeps its 3 channels."""
     torch.manual_seed(seed)
     stem = nn.Sequential(
         nn.BatchNorm2d(3, track_running_stats=False),
@@ -100,7 +100,7 @@ def resnet(norm: Any, channels: int = 8, seed: int = 0) -> SplitModel:
 
 
 def plain(head: nn.Module | None = None, *middle: nn.Module, seed: int = 0) -> SplitModel:
-    """Convolutions without norms for (B, 1, 4, 4), by default with a linear layer on a flatten."""
+    """Return convolutions without norms for (B, 1, 4, 4); by default the head flattens."""
     torch.manual_seed(seed)
     head = head or nn.Sequential(
         nn.Flatten(), nn.Linear(8 * 16, 12), nn.ReLU(), nn.Linear(12, CLASSES)
@@ -110,7 +110,7 @@ def plain(head: nn.Module | None = None, *middle: nn.Module, seed: int = 0) -> S
 
 
 def depthwise(seed: int = 0) -> SplitModel:
-    """Depthwise and grouped convolutions, a Conv1d's cousin of MobileNet."""
+    """Return depthwise and grouped convolutions, as in MobileNet."""
     middle = [
         nn.Conv2d(8, 8, 3, padding=1, groups=8),
         nn.Conv2d(8, 16, 1),
@@ -121,7 +121,7 @@ def depthwise(seed: int = 0) -> SplitModel:
 
 
 def signals(seed: int = 0) -> SplitModel:
-    """Conv1d with groups; a head that is a convolution and a norm, and scales its answer."""
+    """Return grouped Conv1d layers, and a head of convolution and norm that scales its answer."""
 
     class Head(nn.Module):
         def __init__(self) -> None:
@@ -139,7 +139,7 @@ def signals(seed: int = 0) -> SplitModel:
 
 
 def rows(seed: int = 0) -> SplitModel:
-    """Linear layers and LayerNorms, channels last."""
+    """Return linear layers and LayerNorms, with channels last."""
     torch.manual_seed(seed)
     return SplitModel(nn.Linear(3, 8), [Rows(8), Rows(8)], MeanHead(8, CLASSES))
 
@@ -156,20 +156,20 @@ MODELS = {
 
 
 def make(name: str, seed: int = 0, rows: int = 3) -> tuple[SplitModel, Tensor]:
-    """A model in float64 with auxiliary heads, random parameters, and some inputs."""
+    """Return a model in float64 with auxiliary heads and random parameters, and some inputs."""
     build, shape, _ = MODELS[name]
     model = build(seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn((rows, *shape), generator=generator)
     model.add_heads(range(1, model.depth), x, CLASSES)
     with torch.no_grad():
-        for p in model.parameters():  # norms start with ones and zeros, which hides mistakes
+        for p in model.parameters():  # the initial ones and zeros of norms hide mistakes
             p.add_(0.3 * torch.randn(p.shape, generator=generator))
     return model.double(), x.double()
 
 
 def loss_of(model: SplitModel, x: Tensor) -> Tensor:
-    """Cross-entropy of the head and of all auxiliary heads, each with its own weight."""
+    """Return the cross-entropy of all heads, each with its own weight."""
     y = torch.arange(len(x)) % CLASSES
     loss = cross_entropy(model(x), y)
     for depth in model.head_depths:
@@ -178,12 +178,12 @@ def loss_of(model: SplitModel, x: Tensor) -> Tensor:
 
 
 def leading(full: Tensor, part: Tensor) -> Tensor:
-    """The leading slice of ``full`` with the shape of ``part``."""
+    """Return the leading slice of ``full`` with the shape of ``part``."""
     return full[tuple(slice(n) for n in part.shape)]
 
 
 def drawn(widths: tuple[float, ...], seed: int) -> float:
-    """The width that a step with this seed draws."""
+    """Return the width that a step with this seed draws."""
     with SeededDropout(torch.tensor(seed)) as seeded:
         return seeded.choice(widths).item()
 
@@ -191,7 +191,7 @@ def drawn(widths: tuple[float, ...], seed: int) -> float:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("width", [0.5, 1.0])
 def test_a_narrow_model_has_the_leading_slices(name: str, width: float) -> None:
-    """The same names; slices of every tensor; half as many inner channels, all classes."""
+    """Names are the same, tensors are slices with half the inner channels, classes are all kept."""
     model, x = make(name)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     part = narrow(model, width, x.float())
@@ -212,7 +212,7 @@ def test_a_narrow_model_has_the_leading_slices(name: str, width: float) -> None:
 
 
 def test_sizes_of_a_resnet() -> None:
-    """Every kind of layer in its attributes, not only in its weights; the input's norm stays."""
+    """Every kind of layer has new sizes in its attributes too; the norm of the input is kept."""
     model, x = make("resnet-gn")
     part = narrow(model, 0.5, x)
     assert part.stem[0].num_features == 3
@@ -230,19 +230,19 @@ def test_sizes_of_a_resnet() -> None:
 @settings(max_examples=12, deadline=None)
 @given(name=st.sampled_from(sorted(MODELS)), seed=st.integers(0, PRIME - 1))
 def test_a_masked_step_is_a_step_of_the_narrow_model(name: str, seed: int) -> None:
-    """Loss, gradients and statistics, against autograd of the narrow model, in float64."""
+    """Loss, gradients and statistics equal autograd of the narrow model, in float64."""
     masked_step_equals_narrow_step(name, seed, MODELS[name][2])
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("place", [0, 1, -1])
 def test_a_masked_step_at_each_width(name: str, place: int) -> None:
-    """For every model, at its narrowest, one in between, and its full width."""
+    """Every model is checked at its narrowest, a middle and its full width."""
     masked_step_equals_narrow_step(name, 5, (MODELS[name][2][place],))
 
 
 def masked_step_equals_narrow_step(name: str, seed: int, widths: tuple[float, ...]) -> None:
-    """See above."""
+    """Check that a masked step and a step of the narrow model are equal."""
     model, x = make(name, seed % 100)
     width = drawn(widths, seed)
     part = narrow(model, width, x.float()).train()
@@ -266,7 +266,7 @@ def masked_step_equals_narrow_step(name: str, seed: int, widths: tuple[float, ..
 
 
 def test_nothing_is_masked_in_evaluation_or_without_a_seed() -> None:
-    """And the model has the parameters that it had."""
+    """Without a seed and in evaluation, the model has its own parameters."""
     model, x = make("resnet-gn")
     names = [n for n, _ in model.named_parameters()]
     want, state = loss_of(model.eval(), x), list(model.state_dict())
@@ -284,7 +284,7 @@ def test_nothing_is_masked_in_evaluation_or_without_a_seed() -> None:
 
 @pytest.mark.parametrize("name", ["resnet-bn", "rows"])
 def test_copies_are_masked_alike(name: str) -> None:
-    """Deep copies and pickles; what is narrowed afterwards is not masked any more."""
+    """Deep copies and pickles are masked; a model that is narrowed afterwards is not."""
     model, x = make(name)
     ordered_dropout(model, (0.5,), x.float())
     copies = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -304,7 +304,7 @@ def test_copies_are_masked_alike(name: str) -> None:
 
 
 def test_widths_can_be_replaced() -> None:
-    """The second call counts, and a refused one changes nothing."""
+    """The second call replaces the widths of the first, and a refused call changes nothing."""
     model, x = make("resnet-gn")
     ordered_dropout(model, (0.25,), x.float())
     ordered_dropout(model, (0.5,), x.float())
@@ -316,18 +316,18 @@ def test_widths_can_be_replaced() -> None:
 
 
 def test_every_width_is_as_likely() -> None:
-    """Chi-square over consecutive seeds; neighbouring seeds draw independently."""
+    """Chi-square over consecutive seeds; adjacent seeds draw independently."""
     draws = torch.tensor([drawn(WIDTHS, seed) for seed in range(2000)])
     counts = torch.stack([(draws == w).sum() for w in WIDTHS]).double()
     assert counts.sum() == 2000
     assert ((counts - 500) ** 2 / 500).sum() < 20  # three degrees of freedom: 1 in 5000
     pairs = torch.stack([((draws[1:] == a) & (draws[:-1] == b)).sum() for a in WIDTHS
                          for b in WIDTHS]).double()  # fmt: skip
-    assert ((pairs - 125) ** 2 / 125).sum() < 45  # fifteen: 1 in 10000
+    assert ((pairs - 125) ** 2 / 125).sum() < 45  # fifteen degrees of freedom: 1 in 10000
 
 
 def test_dropouts_keep_their_masks() -> None:
-    """Whether widths are drawn before, between or not; nested seeds have their own."""
+    """Masks do not depend on draws of widths; nested seeds have their own masks."""
     ones = torch.ones(50)
 
     def masks(choices: tuple[int, ...]) -> Tensor:
@@ -353,9 +353,9 @@ def test_dropouts_keep_their_masks() -> None:
 
 @pytest.mark.parametrize("norm", [pytest.param(group_norm, marks=pytest.mark.slow), batch_norm])
 def test_a_step_with_ordered_dropout_is_exported(norm: Any, tmp_path: Path) -> None:
-    """The graph, which the export has compared with eager PyTorch, steps as the narrow models do.
+    """The exported graph, with the seed as an input, makes the steps of the narrow models.
 
-    With the seed for an input; the weights beyond stay as they are without weight decay.
+    Without weight decay, weights beyond the width do not change.
     """
     torch.manual_seed(0)
     stem = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), norm(4), nn.ReLU())
@@ -387,7 +387,7 @@ def test_a_step_with_ordered_dropout_is_exported(norm: Any, tmp_path: Path) -> N
 
 
 def test_weight_decay_moves_what_is_beyond_the_width() -> None:
-    """Only the gradient is zero there, not the step."""
+    """The gradient beyond the width is zero, but the step is not."""
     model, x = make("plain")
     ordered_dropout(model, (0.5,), x.float())
     before = model.stem.weight.detach().clone()
@@ -399,7 +399,7 @@ def test_weight_decay_moves_what_is_beyond_the_width() -> None:
 
 
 def test_flops_are_those_of_forward_and_backward() -> None:
-    """Per example, of any number of examples; auxiliary heads are not counted."""
+    """Operations are per example, for any number of examples, without auxiliary heads."""
     model, x = make("resnet-bn")
     for width in (0.5, 1.0):
         part = narrow(model, width, x).train()
@@ -410,7 +410,7 @@ def test_flops_are_those_of_forward_and_backward() -> None:
 
 
 def test_the_largest_width_within_a_budget() -> None:
-    """At the need of a width exactly, and just below it."""
+    """The budget equals the operations of a width, or is just below them."""
     model, x = make("resnet-gn")
     needs = {w: step_flops(narrow(model, w, x), x) for w in WIDTHS}
     assert sorted(needs.values()) == list(needs.values())
@@ -427,47 +427,47 @@ def test_the_largest_width_within_a_budget() -> None:
 
 
 class Concatenated(nn.Module):
-    """Two convolutions side by side, as in a DenseNet: channels are not nested after them."""
+    """Two parallel convolutions, as in a DenseNet; their joined channels are not nested."""
 
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations."""
+        """Return activations."""
         return torch.cat([self.left(h), self.right(h)], 1)
 
 
 class Unseen(nn.Module):
-    """A layer that is never called."""
+    """Has a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.idle = nn.Linear(8, 8)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations as they are."""
+        """Return the activations unchanged."""
         return h
 
 
 class Fixed(nn.Module):
-    """Holds a number of channels."""
+    """Has a fixed number of channels."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations as they are."""
+        """Return the activations unchanged."""
         return h.reshape(h.shape[0], 8, 4, 4)
 
 
 class LastFlat(nn.Module):
-    """A flatten with the channels last."""
+    """Flattens with channels last."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """Features (B, H W C)."""
+        """Return features (B, H W C)."""
         return h.permute(0, 2, 3, 1).flatten(1)
 
 
 def pooled() -> nn.Module:
-    """A head of any number of positions."""
+    """Return a head for any number of positions."""
     return MeanHead(8, CLASSES)
 
 
@@ -559,7 +559,7 @@ REFUSED: dict[str, tuple[Any, tuple[int, ...], float, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_narrowed_is_refused(case: str) -> None:
-    """By name, for ordered dropout as well, which then leaves the model as it was."""
+    """The error names the layer, also for ordered dropout, which leaves the model unchanged."""
     build, shape, width, message = REFUSED[case]
     model = build()
     x = torch.zeros(2, *shape, dtype=torch.long) if case == "embedding" else example(shape, 2)
@@ -571,7 +571,7 @@ def test_what_cannot_be_narrowed_is_refused(case: str) -> None:
 
 
 def test_no_widths_are_refused() -> None:
-    """Neither to draw from nor to choose from."""
+    """An empty list of widths is refused in a draw and in a choice."""
     model = conv_model()
     with pytest.raises(ExportError, match="no widths"):
         ordered_dropout(model, (), example((1, 8, 8)))
@@ -580,7 +580,7 @@ def test_no_widths_are_refused() -> None:
 
 
 def test_a_layer_that_starts_at_zero_hides_no_mistake() -> None:
-    """The comparison is made for random weights, whatever the model's own are."""
+    """The comparison uses random weights, whatever the weights of the model are."""
     model = plain(pooled(), nn.ChannelShuffle(2), nn.Conv2d(8, 8, 1))
     nn.init.zeros_(model.block[1][1].weight)
     with pytest.raises(ExportError, match=r"block\.1\.1 is a Conv2d: at width"):
@@ -588,7 +588,7 @@ def test_a_layer_that_starts_at_zero_hides_no_mistake() -> None:
 
 
 def test_tied_and_frozen_parameters_stay_so() -> None:
-    """A weight that two layers share is one afterwards, frozen if it was; modes are kept."""
+    """A weight that two layers share stays shared and frozen, and modes are kept."""
     model = token_model()
     for block in (model.block[0], model.block[1]):
         block.wide = model.block[2].wide

@@ -14,7 +14,7 @@ WORDS, LENGTH, DEPTH = 23, 7, 4
 
 
 def build(rank: int = 4, seed: int = 0) -> SplitModel:
-    """A GPT-2 of four small blocks with adapters whose B is not zero."""
+    """Return a GPT-2 of four small blocks with adapters whose B is not zero."""
     config = transformers.GPT2Config(
         n_embd=16, n_layer=DEPTH, n_head=2, vocab_size=WORDS, n_positions=LENGTH, bos_token_id=1,
         eos_token_id=1, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
@@ -30,7 +30,7 @@ def build(rank: int = 4, seed: int = 0) -> SplitModel:
 
 
 def texts(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random tokens (rows, positions), and labels of which some are -1."""
+    """Return random tokens (rows, positions), and labels of which some are -1."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(WORDS, (rows, LENGTH), generator=generator)
     y = torch.randint(WORDS, (rows, LENGTH), generator=generator)

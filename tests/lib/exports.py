@@ -1,4 +1,4 @@
-"""Exports that many tests share, made once for all processes of a run."""
+"""Exports that many tests share; each is made once for all processes of a test run."""
 
 from __future__ import annotations
 

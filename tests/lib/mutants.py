@@ -1,9 +1,9 @@
-"""Small changes of meaning in a Python file, one at a time.
+"""Makes small changes of meaning in a Python file, one at a time.
 
-A mutant changes one expression or statement: a comparison, an operator, a constant, a condition,
-the order of arguments, a statement that is left out, a value that is not returned. What has no
-meaning for the program is left alone: docstrings, comments, annotations, log messages and other
-texts, and assertions.
+A mutant changes one expression or statement: a comparison, an operator, a constant, a condition, or
+the order of arguments; or it removes a statement or a returned value. Code without effect on the
+program is never changed: docstrings, comments, annotations, log messages and other texts, and
+assertions.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Mutant:
 
 
 def mutants(source: str) -> list[Mutant]:
-    """All mutants of a file, in the order of its lines."""
+    """Return all mutants of a file, in the order of its lines."""
     tree = ast.parse(source)
     lines = source.encode().splitlines(keepends=True)
     starts = [0]
@@ -80,7 +80,7 @@ def mutants(source: str) -> list[Mutant]:
 
 
 def _changes(tree: ast.Module) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
-    """Nodes, and the text that takes the place of each."""
+    """Yield the nodes to change, each with the text that replaces it."""
     for node in _meaningful(tree):
         if isinstance(node, ast.stmt):
             text = _statement(node)
@@ -95,7 +95,7 @@ def _changes(tree: ast.Module) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
 
 
 def _meaningful(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes below one that a mutant may change."""
+    """Yield the nodes below a node that a mutant may change."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "type_params"):
             continue
@@ -107,7 +107,7 @@ def _meaningful(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _has_no_meaning(node: ast.AST) -> bool:
-    """Texts, logging, assertions, and what only a type checker reads."""
+    """Return whether a node is text, logging, an assertion, or for type checkers only."""
     if isinstance(node, ast.JoinedStr | ast.Assert | ast.Import | ast.ImportFrom | ast.Pass):
         return True
     if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
@@ -131,7 +131,7 @@ def _has_no_meaning(node: ast.AST) -> bool:
 
 
 def _statement(node: ast.stmt) -> str | None:
-    """A statement instead of another; None if it stays."""
+    """Return the replacement of a statement; None if it is not changed."""
     if isinstance(node, ast.Return) and not _is_none(node.value):
         return "return None"
     if isinstance(node, ast.Raise | ast.AugAssign | ast.Delete):
@@ -150,7 +150,7 @@ def _is_none(node: ast.expr | None) -> bool:
 
 
 def _expression(node: ast.expr) -> Iterator[ast.expr]:
-    """Expressions instead of one."""
+    """Yield the replacements of an expression."""
     if isinstance(node, ast.Compare):
         for place, operator in enumerate(node.ops):
             changed = copy.deepcopy(node)
@@ -184,7 +184,7 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def _conditions(node: ast.AST) -> Iterator[ast.expr]:
-    """What decides which way a node goes."""
+    """Yield the conditions that decide the branch that a node takes."""
     if isinstance(node, ast.If | ast.While | ast.IfExp):
         if not isinstance(node.test, ast.Constant | ast.Compare | ast.NamedExpr):
             yield node.test

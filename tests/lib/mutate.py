@@ -1,10 +1,10 @@
-"""Whether the tests of a room notice small changes of its code.
+"""Checks whether the tests of a room notice small changes of its code.
 
 ``python -m tests.lib.mutate --room edge_sdk/protocol --count 20 --seed 0`` picks random lines of
 the room and makes one change in each (see :mod:`tests.lib.mutants`), in a copy of the repository in
-a temporary folder. It runs the room's tests on every changed copy: first those of the room alone,
-then those that use it. A mutant is found when a test fails or does not end in time. One that
-survives shows code that no test depends on, or it is a change without effect.
+a temporary folder. It runs the room's tests on every changed copy: first the tests of the room
+alone, then the tests that use it. A mutant is found when a test fails or exceeds its time limit. A
+mutant that survives shows code that no test depends on, or a change without effect.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tests.lib.mutants import Mutant, mutants
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ("torch", "onnxruntime", "hypothesis", "msgpack", "websockets", "cryptography")
-"""Modules that are imported once; every run of tests is a fork of this process."""
+"""Modules that are imported once; every run of the tests is a fork of this process."""
 
 OVERDUE = 124
-"""Exit status of a run that did not end in time."""
+"""Exit status of a run that exceeds its time limit."""
 
 
 class RoomTests(NamedTuple):
@@ -54,7 +54,7 @@ FLEET = (
     "server_hub/test_fused.py",
     "end_to_end/test_end_to_end.py",
 )
-"""Hubs and devices that talk to each other."""
+"""Tests in which hubs and devices talk to each other."""
 
 ROOMS = {
     "edge_sdk/protocol": RoomTests(
@@ -139,7 +139,7 @@ ROOMS = {
         ("end_to_end/test_demo_mixtures.py", "end_to_end/test_demo_texts.py"),
     ),
 }
-"""The tests that belong to each room."""
+"""The tests of each room."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Outcome:
 
 
 def pick(root: Path, room: str, count: int, seed: int) -> list[tuple[Path, Mutant]]:
-    """Random mutants of a room, no two of one line."""
+    """Return random mutants of a room, at most one per line."""
     by_line: dict[tuple[Path, int], list[Mutant]] = {}
     for path in sorted((root / room).rglob("*.py")):
         for mutant in mutants(path.read_text("utf-8")):
@@ -188,12 +188,15 @@ def copied(root: Path, folder: Path) -> Path:
 
 
 def run_tests(folder: Path, tests: Sequence[str], limit_s: float) -> int:
-    """Exit status of pytest in a fork of this process; :data:`OVERDUE` if it does not end in time.
+    """Run pytest in a fork of this process and return its exit status.
 
     Args:
         folder: a copy of the repository.
         tests: paths below its ``tests``.
-        limit_s: how long it may take, in seconds.
+        limit_s: time limit in seconds.
+
+    Returns:
+        The exit status of pytest; :data:`OVERDUE` if it exceeds the limit.
     """
     child = os.fork()
     if child == 0:
@@ -273,7 +276,7 @@ def try_mutants(room: str, count: int, seed: int) -> list[Outcome]:
 
 
 def row(outcome: Outcome) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     place = f"{outcome.file}:{outcome.line}"
     result = "found" if outcome.found else "SURVIVED"
     change = f"{outcome.before[:60]}  ->  {outcome.after[:60]}"
@@ -281,7 +284,7 @@ def row(outcome: Outcome) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--room", required=True, choices=sorted(ROOMS))
     parser.add_argument("--count", type=int, default=20, help="how many mutants")

@@ -1,6 +1,6 @@
 """The operator matrix: small models whose export shows which operators are exact.
 
-``python -m tests.lib.operators`` exports all of them and prints the matrix as a Markdown table.
+``python -m tests.lib.operators`` exports all models and prints the matrix as a Markdown table.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Build = Callable[[], tuple[SplitModel, Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the matrix: operators with a model that has them.
+    """A row of the matrix: operators, and a model that uses them.
 
     Attributes:
         group: kind of operators.
         name: names of the operators.
         build: builds the model.
-        onnx: part of the message with which the export to ONNX is refused; empty if it is exact.
+        onnx: part of the message that refuses the export to ONNX; empty if the export is exact.
         executorch: the same for ExecuTorch.
         note: remark for the table.
     """
@@ -52,7 +52,7 @@ class Case:
     note: str = ""
 
     def refusal(self, runtime: RuntimeName) -> str:
-        """Part of the message with which a runtime's export is refused; empty if it is exact."""
+        """Part of the message that refuses the export to a runtime; empty if it is exact."""
         return self.onnx if runtime == "onnx" else self.executorch
 
 
@@ -104,7 +104,7 @@ def _fast(module: nn.Module) -> bool:
 
 
 class Chain(nn.Module):
-    """Modules and functions in order; of several results the first is passed on."""
+    """Modules and functions in order; the first of several results is passed on."""
 
     def __init__(self, *parts: Callable[..., Any]) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def vectors(*parts: Callable[..., Any]) -> Build:
 
 
 class Stem(nn.Module):
-    """Token embeddings, with positions if there are ``longest``."""
+    """Token embeddings, plus position embeddings if ``longest`` is above 0."""
 
     def __init__(self, longest: int = 0) -> None:
         super().__init__()
@@ -210,12 +210,12 @@ def texts(*parts: Callable[..., Any], task: Task = "classes", longest: int = 0) 
 
 
 def made(parts: tuple[Callable[..., Any], ...]) -> list[Callable[..., Any]]:
-    """Parts, where ``Lazy`` ones are made now: under the seed, and anew for every model."""
+    """Return the parts; each ``Lazy`` one is built now, with the seed and anew for every model."""
     return [part.make() if isinstance(part, Lazy) else part for part in parts]
 
 
 class Lazy:
-    """A module that is made when its model is."""
+    """A module that is built together with its model."""
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         self.make = make
@@ -320,7 +320,7 @@ class FrozenNorm(nn.BatchNorm2d):
 
 
 def adapted(build: Build, *targets: str) -> Build:
-    """PEFT LoRA on a frozen base, with an up-projection that is not zero."""
+    """Return ``build`` with PEFT LoRA on a frozen base; the up-projection is not zero."""
 
     def with_adapters() -> tuple[SplitModel, Tensor]:
         from peft import LoraConfig, inject_adapter_in_model

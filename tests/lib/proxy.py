@@ -1,4 +1,4 @@
-"""A proxy between devices and a hub, which sees every frame and may change it."""
+"""A proxy between devices and a hub that sees every frame and may change it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from websockets.exceptions import ConnectionClosed
 from edge_sdk.protocol.messages import SUBPROTOCOL
 
 Filter = Callable[[bytes], bytes]
-"""Takes a frame and returns the frame to pass on."""
+"""A function from a received frame to the frame that is passed on."""
 
 
 def unchanged(frame: bytes) -> bytes:
-    """The frame as it is."""
+    """Return the frame unchanged."""
     return frame
 
 

@@ -8,7 +8,7 @@ from server_hub.storage.run_folder import RoundRecord
 
 
 def record(number: int, **changes: Any) -> RoundRecord:
-    """A round of SplitFT, which trains no way to answer but that through the hub."""
+    """Return a record of a SplitFT round, in which only the path through the hub is measured."""
     given: dict[str, Any] = {
         "round": number, "clock": 10.0 * number, "seconds": 1.0, "devices": 2, "dropped": {},
         "local_loss": None, "local_accuracy": None, "trunk_loss": 2.5, "trunk_steps": 3,

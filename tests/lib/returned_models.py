@@ -64,7 +64,7 @@ class DropHead(MeanHead):
 
 
 def dropout_model() -> SplitModel:
-    """Dropouts before the cut, between them a head that draws as well; a plain trunk."""
+    """Dropouts before the cut, with a head between them that has dropout too; a trunk without."""
     torch.manual_seed(0)
     blocks = [DropBlock(6), DropBlock(6), ConvBlock(6)]
     model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), blocks, MeanHead(6, CLASSES))
@@ -98,12 +98,12 @@ def lora_model() -> SplitModel:
 
 
 def words(rows: int, seed: int = 0) -> Tensor:
-    """Token ids."""
+    """Return random token ids."""
     return torch.randint(WORDS, (rows, 6), generator=torch.Generator().manual_seed(seed))
 
 
 def images(rows: int, seed: int = 0) -> Tensor:
-    """Small images."""
+    """Return small random images."""
     return example(IMAGE, rows, seed)
 
 

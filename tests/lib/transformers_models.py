@@ -13,7 +13,7 @@ WORDS = 12
 
 
 def gpt2(**settings: Any) -> SplitModel:
-    """Four heads of four."""
+    """A GPT-2 with four heads of width four."""
     return from_transformers(
         transformers.GPT2Config(
             n_embd=16, n_layer=2, n_head=4, vocab_size=WORDS, n_positions=8, bos_token_id=1,
@@ -23,7 +23,7 @@ def gpt2(**settings: Any) -> SplitModel:
 
 
 def llama(kind: str = "Llama", **settings: Any) -> SplitModel:
-    """Four heads that share two keys and values."""
+    """A Llama with four heads that share two keys and values."""
     known = {
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 24, "vocab_size": WORDS,
@@ -33,7 +33,7 @@ def llama(kind: str = "Llama", **settings: Any) -> SplitModel:
 
 
 def vit() -> SplitModel:
-    """Patches of images."""
+    """A ViT, which reads patches of images."""
     return from_transformers(
         transformers.ViTConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
@@ -43,7 +43,7 @@ def vit() -> SplitModel:
 
 
 def bert() -> SplitModel:
-    """Norms behind the sums."""
+    """A BERT, whose norms follow the residual sums."""
     return from_transformers(
         transformers.BertConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
@@ -54,7 +54,7 @@ def bert() -> SplitModel:
 
 
 def opt() -> SplitModel:
-    """The MLP's layers are the block's own."""
+    """An OPT; the layers of its MLP belong to the block itself."""
     return from_transformers(
         transformers.OPTConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=24,

@@ -14,7 +14,7 @@ from export.low_rank import AdapterCopy, adapter_pairs, average, reduce
 def drawn(
     seed: int, outputs: int, inputs: int, ranks: list[int], weights: list[float] | None = None
 ) -> list[AdapterCopy]:
-    """Random copies, A as PEFT draws it."""
+    """Draw random copies, with A as PEFT draws it."""
     rng = np.random.default_rng(seed)
     bound = inputs**-0.5
     return [
@@ -29,20 +29,20 @@ def drawn(
 
 
 def dense(copies: list[AdapterCopy]) -> Array:
-    """The mean of the products, formed."""
+    """Return the mean of the products as a matrix."""
     total = sum(copy.weight for copy in copies)
     return sum((c.weight / total * c.scale * c.B @ c.A for c in copies), np.zeros(()))
 
 
 def truncated(matrix: Array, rank: int) -> Array:
-    """The nearest matrix of a rank (Eckart and Young)."""
+    """Return the nearest matrix of a rank (Eckart and Young)."""
     U, sizes, V = np.linalg.svd(matrix)
     return (U[:, :rank] * sizes[:rank]) @ V[:rank]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[AdapterCopy], int, float]:
-    """Copies of a module, a rank and a scale; the rank is often above all that copies have."""
+    """Copies of a module, a rank and a scale; the rank is often above the rank of all copies."""
     outputs, inputs = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     rank = st.integers(1, min(outputs, inputs))
     ranks = draw(st.lists(rank, min_size=1, max_size=4) | rank.map(lambda r: [r] * 3))
@@ -61,7 +61,7 @@ def test_the_product_is_the_truncated_mean_of_the_products(
     B, A = average(copies, rank, scale)
     assert B.shape == (len(mean), rank)
     assert A.shape == (rank, mean.shape[1])
-    # the error, not the matrix: where two singular values are close the matrix is not unique
+    # Compare the error, not the matrix: with two close singular values the matrix is not unique.
     sizes = np.linalg.svd(mean, compute_uv=False)
     size = sizes[0] + 1e-300
     error = np.linalg.norm(mean - scale * B @ A)
@@ -87,7 +87,7 @@ def test_no_row_of_A_is_zero(case: tuple[list[AdapterCopy], int, float]) -> None
 def test_equal_copies_come_back_as_they_were(
     dtype: type, copies: int, rank_of_B: int, seed: int
 ) -> None:
-    """Also where B is zero, as at the start, or has a lower rank than A."""
+    """This also holds if B is zero, as at the start, or has a lower rank than A."""
     B, A, scale, _ = drawn(seed, 12, 20, [4])[0]
     B[:, rank_of_B:] = 0
     B, A = B.astype(dtype), A.astype(dtype)
@@ -131,7 +131,7 @@ def test_copies_that_moved_little_keep_nearly_their_basis() -> None:
 
 
 def test_a_basis_that_cancels_out_is_replaced() -> None:
-    """A and -A with B and -B are the same adapter; the mean of A is zero."""
+    """A, B and -A, -B are the same adapter, and the mean of the two A is zero."""
     B, A, scale, weight = drawn(3, 8, 10, [3])[0]
     copies = [AdapterCopy(B, A, scale, weight), AdapterCopy(-B, -A, scale, weight)]
     new_B, new_A = average(copies, 3, scale)

@@ -38,7 +38,7 @@ MOMENTUM, DECAY = 0.9, 5e-4
 
 
 def job(method: str, **changes: Any) -> Job:
-    """Two devices at different cuts, 60 digits, two rounds of two epochs."""
+    """Return a job of two devices at different cuts, 60 digits, and two rounds of two epochs."""
     settings: dict[str, Any] = {
         "model": BUILD,
         "data": DataTable("digits", train=60, test=20),
@@ -53,12 +53,12 @@ def job(method: str, **changes: Any) -> Job:
 
 
 def one(cut: int, codec: Any = "fp16") -> dict[str, FleetTier]:
-    """One device. A limit of time between its batches keeps the trunk from merging them."""
+    """Return a fleet of one device; pauses between batches keep the trunk from merging them."""
     return {"a": FleetTier(clients=1, cut=cut, codec=codec, gflops=0.001)}
 
 
 class Run:
-    """A simulated job, and what plain PyTorch needs to do the same."""
+    """A simulated job, and the data that plain PyTorch needs to repeat it."""
 
     def __init__(self, job: Job, folder: Path) -> None:
         with Simulation(job, folder) as simulation:
@@ -74,18 +74,18 @@ class Run:
         return tensors
 
     def examples(self, client: str) -> Examples:
-        """What a device holds."""
+        """Return the examples of a device."""
         rows = self.clients[client].rows
         return Examples(self.data.x[rows], self.data.y[rows])
 
     def order(self, client: str, number: int) -> np.random.Generator:
-        """What draws a device's batches in round ``number``."""
+        """Return the generator that draws a device's batches in round ``number``."""
         return np.random.default_rng(number * 1_000_003 + sorted(self.clients).index(client))
 
     def batches(
         self, client: str, rng: np.random.Generator, epochs: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a device, an epoch after another."""
+        """Yield the batches of a device, one epoch after the other."""
         data = self.examples(client)
         for _ in range(epochs):
             order = rng.permutation(len(data))
@@ -95,26 +95,26 @@ class Run:
 
 
 def with_heads(cuts: Sequence[int]) -> SplitModel:
-    """The job's model with auxiliary heads, as a job starts from it."""
+    """Return the job's model with auxiliary heads, as at the start of a job."""
     model = build()
     model.add_heads(cuts, torch.zeros(2, 1, 8, 8), CLASSES)
     return model
 
 
 def copy_of(model: SplitModel, state: Mapping[str, Tensor]) -> SplitModel:
-    """A model of the same form with another state."""
+    """Return a model of the same form with another state."""
     result = with_heads(model.head_depths)
     result.load_state_dict(dict(state))
     return result
 
 
 def sgd(parameters: Iterator[nn.Parameter] | list[nn.Parameter], lr: float) -> torch.optim.SGD:
-    """The optimizer of jobs that do not say otherwise."""
+    """Return the default optimizer of jobs."""
     return torch.optim.SGD(parameters, lr=lr, momentum=MOMENTUM, weight_decay=DECAY)
 
 
 def device_parameters(model: SplitModel, cut: int) -> list[nn.Parameter]:
-    """What a device with this cut trains."""
+    """Return the parameters that a device with this cut trains."""
     layers = tuple(f"{layer}." for layer in model.client_layers(cut))
     return [p for n, p in model.named_parameters() if n.startswith(layers)]
 
@@ -122,7 +122,7 @@ def device_parameters(model: SplitModel, cut: int) -> list[nn.Parameter]:
 def train_heads(
     model: SplitModel, cut: int, batches: Iterator[tuple[Tensor, Tensor]], distill: float = 0.0
 ) -> list[tuple[Tensor, Tensor]]:
-    """A device's local training on its heads; returns activations before each step, and labels."""
+    """Train a device on its heads; return the activations before each step, and the labels."""
     optimizer = sgd(device_parameters(model, cut), LR)
     seen = []
     for x, y in batches:
@@ -157,7 +157,7 @@ class TrunkLoop:
         self.optimizer = sgd(self.parameters, lr)
 
     def step(self, h: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
-        """One step at ``factor`` times the rate; the gradient of the activations."""
+        """Make a step at ``factor`` times the rate; return the gradient of the activations."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         entering = h = h.detach().requires_grad_()
@@ -176,12 +176,12 @@ class TrunkLoop:
 
 
 def over_the_wire(h: Tensor, codec: str) -> Tensor:
-    """What arrives of activations or gradients."""
+    """Return activations or gradients as the other side unpacks them."""
     return get_codec(codec).unpack(get_codec(codec).pack(h, 1))
 
 
 def mean_of(copies: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """Mean of states, weighted, in float64; a tensor that a state has not does not count there."""
+    """Return the weighted mean of states in float64; a state without a tensor is left out there."""
     names = {name: None for state, _ in copies for name in state}
     result = {}
     for name in names:
@@ -192,13 +192,13 @@ def mean_of(copies: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, T
 
 
 def layers_of(model: SplitModel, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Tensors of some layers."""
+    """Return the tensors of some layers."""
     starts = tuple(f"{layer}." for layer in layers)
     return {n: t for n, t in model.state_dict().items() if n.startswith(starts)}
 
 
 def assert_close(found: Mapping[str, Array], wanted: Mapping[str, Tensor], atol: float) -> None:
-    """The same names, and values that differ by ``atol`` at most."""
+    """Check that names are equal, and that values differ by at most ``atol``."""
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         np.testing.assert_allclose(
@@ -207,7 +207,7 @@ def assert_close(found: Mapping[str, Array], wanted: Mapping[str, Tensor], atol:
 
 
 def assert_moved(found: Mapping[str, Array], start: SplitModel, layers: Sequence[str]) -> None:
-    """Training has changed these layers by much more than what tests tolerate."""
+    """Check that training has changed these layers by much more than the tests' tolerance."""
     for name, tensor in layers_of(start, layers).items():
         assert np.abs(found[name] - tensor.numpy()).max() > 2e-3, name
 
@@ -244,7 +244,7 @@ def test_exc_is_federated_averaging_at_the_poorest_cut(tmp_path: Path, schedule:
 def fedavg_whole(
     run: Run, members: Callable[[int], Sequence[str]], rounds: int
 ) -> dict[str, Tensor]:
-    """Federated averaging of the whole model; the names are those of a model without a trunk."""
+    """Run federated averaging of the whole model; names are those of a model without a trunk."""
     state: dict[str, Tensor] = dict(build().state_dict())
     for number in range(1, rounds + 1):
         copies: list[tuple[Mapping[str, Tensor], float]] = []
@@ -403,7 +403,7 @@ def test_splitfed_with_one_device_is_sgd_on_the_uncut_model(tmp_path: Path) -> N
     names = list(wanted)
     moved = np.concatenate([(wanted[n] - start.state_dict()[n]).numpy().ravel() for n in names])
     error = np.concatenate([(found[n] - wanted[n].numpy()).ravel() for n in names])
-    # gradients of means over rows and positions are small for half precision: its step is 6e-8
+    # In half precision, with steps of 6e-8, gradients of means over rows and positions are small.
     assert np.linalg.norm(error) <= 0.1 * np.linalg.norm(moved)
     assert_moved(run.model(), start, ["stem", "block.0", "block.3", "head"])
     for name, tensor in layers_of(start, ["aux.2"]).items():
@@ -413,7 +413,7 @@ def test_splitfed_with_one_device_is_sgd_on_the_uncut_model(tmp_path: Path) -> N
 def returned_batch(
     model: SplitModel, optimizer: torch.optim.SGD, trunk: TrunkLoop, x: Tensor, y: Tensor
 ) -> None:
-    """A batch goes up, its gradient comes down, both sides step; both packed in half precision."""
+    """Send a batch up and its gradient down, packed in half precision; both sides make a step."""
     h = model.segment(x, trunk.cut)
     gradient = trunk.step(over_the_wire(h, "fp16"), y)
     optimizer.zero_grad()
@@ -423,7 +423,7 @@ def returned_batch(
 
 @pytest.mark.parametrize("method", ["splitfed-v1", "splitfed-v2"])
 def test_splitfed_with_two_devices(tmp_path: Path, method: str) -> None:
-    """They alternate: the first is a little faster. The server's side is one, or one for each."""
+    """The devices alternate, the first is a little faster; the trunk is one, or one per device."""
     first = FleetTier(clients=1, cut=2, codec="fp16", gflops=0.00101)
     tiers = {"a": first, "b": replace(first, gflops=0.001)}
     run = Run(job(method, tiers=tiers, rounds=RoundsTable(1)), tmp_path / "run")
@@ -470,7 +470,7 @@ def test_merged_fedsplitx_trains_the_trunk_on_the_activations_of_the_first_epoch
             trunk.step(over_the_wire(h, codec), y)
         state |= layers_of(model, model.client_layers(2))
         state |= layers_of(trunk.model, ["block.2", "block.3", "head"])
-    # a value on the edge between two codes may fall to either side
+    # A value on the edge between two codes may be rounded to either.
     assert_close(run.model(), state, 5e-5 if codec == "fp16" else 5e-4)
     assert_moved(run.model(), start, ["stem", "block.1", "aux.2", "block.3", "head"])
 
@@ -478,7 +478,7 @@ def test_merged_fedsplitx_trains_the_trunk_on_the_activations_of_the_first_epoch
 def test_merged_fedsplitx_averages_what_devices_and_trunk_have_both_trained(
     tmp_path: Path,
 ) -> None:
-    """The poorer device's rows train blocks on the trunk that the richer device trains itself."""
+    """Rows of the poorer device train blocks on the trunk that the richer device trains itself."""
     tiers = {
         "a": FleetTier(clients=1, cut=1, codec="fp16", gflops=0.001),
         "b": FleetTier(clients=1, cut=3, codec="fp16", gflops=1e-6),
@@ -491,7 +491,7 @@ def test_merged_fedsplitx_averages_what_devices_and_trunk_have_both_trained(
     weights: dict[str, int] = {}
     everything = [*trunk_model.parameters()]
     optimizer = sgd(everything, TRUNK_LR)
-    for client, cut in (("a-1", 1), ("b-1", 3)):  # the poorer is through before the richer sends
+    for client, cut in (("a-1", 1), ("b-1", 3)):  # the poorer finishes before the richer sends
         model = copy_of(start, start.state_dict())
         seen = train_heads(model, cut, run.batches(client, run.order(client, 1), EPOCHS))
         rows = len(run.examples(client))
@@ -537,7 +537,7 @@ def test_accsfl_averages_a_copy_of_the_trunk_per_device(tmp_path: Path) -> None:
 
 
 def test_ampere_uploads_once_and_then_trains_the_trunk_with_a_falling_rate(tmp_path: Path) -> None:
-    """Three rounds of two epochs: six passes over the activations, the first as they come."""
+    """Three rounds of two epochs are six passes over the activations; the first is on arrival."""
     task = job("ampere", tiers=one(2), rounds=RoundsTable(3),
                trunk=TrunkTraining(hyper={"lr": TRUNK_LR}, max_rows=BATCH))  # fmt: skip
     run = Run(task, tmp_path / "run")

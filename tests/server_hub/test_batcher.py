@@ -1,4 +1,4 @@
-"""The step batcher: which batches make a step, how many steps are under way, and what they cost."""
+"""The step batcher: the batches of a step, the number of steps under way, and their costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = 4
 
 
 class HandTrunk:
-    """A trunk whose steps end when the test says so."""
+    """A trunk whose steps end when the test tells them to."""
 
     def __init__(self, steps_at_once: int) -> None:
         self.steps_at_once = steps_at_once
@@ -39,14 +39,14 @@ class HandTrunk:
 
 
 def batch(device: str) -> PendingBatch:
-    """A batch of a device, in round 1."""
+    """Return a batch of a device, in round 1."""
     labels = np.zeros(ROWS, np.int64)
     step_input = StepInput(device, "trunk", 1, "fp16", Batch(parts={}, labels=labels))
     return PendingBatch(1, 0, step_input, reply=lambda gradient: None, refuse=lambda reason: None)
 
 
 class Running:
-    """A batcher that runs, with its trunk."""
+    """A running batcher with its trunk."""
 
     def __init__(self, steps_at_once: int = 2, max_rows: int = 2 * ROWS, wait_s: float = 0.02):
         self.trunk = HandTrunk(steps_at_once)
@@ -56,7 +56,7 @@ class Running:
         self.task = asyncio.create_task(self.batcher.run())
 
     async def put(self, *devices: str) -> list[bool]:
-        """Give batches; returns a list that grows when one of them is settled."""
+        """Give batches to the batcher; return a list that grows when one of them is settled."""
         settled: list[bool] = []
         for device in devices:
             self.batcher.put(batch(device)).when_complete(lambda: settled.append(True))
@@ -95,13 +95,13 @@ def test_as_many_steps_are_under_way_as_the_trunk_takes_at_once_in_their_order()
 
 
 def test_rows_are_waited_for_as_long_as_a_step_is_under_way() -> None:
-    """A half-filled step would only wait behind the one that the trunk makes."""
+    """A half-filled step would only wait behind the running step."""
 
     async def test() -> None:
         running = Running()
         trunk = running.trunk
         await running.put("a", "b", "c")
-        await asyncio.sleep(0.06)  # three times as long as rows are waited for
+        await asyncio.sleep(0.06)  # three times as long as the batcher waits for rows
         assert trunk.begun == [["a", "b"]]
         await running.put("d")
         assert trunk.begun == [["a", "b"], ["c", "d"]]

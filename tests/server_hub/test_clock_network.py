@@ -85,7 +85,7 @@ def test_work_for_a_thread_runs_at_once_and_its_result_comes_when_it_was_charged
             seen.append((await asyncio.to_thread(work, name, seconds), "is back", loop.time()))
 
         await asyncio.gather(wait("long", 3.0, 2.0), wait("short", 1.5), wait("free"))
-        await wait("later")  # what was charged before is not charged again
+        await wait("later")  # time that was charged before is not charged again
         return seen
 
     assert clock.run(main) == [
@@ -180,12 +180,12 @@ def test_an_error_in_the_run_is_the_callers() -> None:
 
 
 def on_clock(main: Callable[[VirtualLoop], Coroutine[Any, Any, Any]]) -> Any:
-    """What a coroutine on a virtual clock returns."""
+    """Run a coroutine on a virtual clock; return its result."""
     return clock.run(main)
 
 
 async def until_closed(link: SimulatedLink) -> list[tuple[float, bytes | str]]:
-    """Everything that arrives, with the time, until the link ends; its end has an empty frame."""
+    """Return all arrivals with their times until the link ends; the end has an empty frame."""
     loop, arrived = asyncio.get_running_loop(), list[tuple[float, bytes | str]]()
     while True:
         try:
@@ -202,7 +202,7 @@ async def _timed(link: SimulatedLink) -> tuple[float, bytes | str]:
 def closed_form(
     sent: Sequence[tuple[float, int]], bytes_per_second: float, latency: float
 ) -> list[float]:
-    """When frames ``(time, size)`` arrive that are given to one end, in that order."""
+    """Return the arrival times of frames ``(time, size)`` that one end sends in this order."""
     free = 0.0
     arrivals = []
     for at, size in sent:
@@ -223,7 +223,7 @@ RATES = st.one_of(st.none(), st.floats(0.001, 100))
 def test_frames_arrive_when_the_closed_form_says_whoever_sends_them(
     frames: list[tuple[int, int]], mbit: float | None, latency_ms: float
 ) -> None:
-    """Every frame is sent by a task of its own, so that some want to go at the same time."""
+    """Every frame is sent by its own task, so that several are sent at the same time."""
     frames = sorted(frames, key=lambda frame: frame[0])
     network = Network(uplink_mbit=mbit, latency_ms=latency_ms)
 
@@ -254,7 +254,7 @@ def test_frames_arrive_when_the_closed_form_says_whoever_sends_them(
 def test_a_sender_goes_on_once_its_frame_is_on_the_wire(
     frames: list[tuple[int, int]], mbit: float | None, latency_ms: float
 ) -> None:
-    """One sender, as a session has; the pauses between its frames are given."""
+    """There is one sender, as in a session; the pauses between its frames are given."""
 
     async def main(loop: VirtualLoop) -> tuple[list[float], list[float]]:
         device, hub = SimulatedLink.pair(Network(downlink_mbit=mbit, latency_ms=latency_ms))
@@ -296,7 +296,7 @@ def test_close_lets_what_was_sent_arrive_first_and_ends_both_ends() -> None:
         for frame in (b"one", b"two"):
             await device.send(frame)
         await device.close()
-        await device.close()  # once more does nothing
+        await device.close()  # a second close has no effect
         for use in (own, device.receive(), device.send(b"more")):
             with pytest.raises(LinkClosed):
                 await use
@@ -329,7 +329,7 @@ def test_cut_loses_what_is_under_way_and_both_ends_see_it_at_once() -> None:
         for call in (hub.send(b"x"), hub.receive(), device.send(b"x"), device.receive()):
             with pytest.raises(LinkClosed):
                 await call
-        device.cut()  # once more does nothing
+        device.cut()  # a second cut has no effect
         await hub.close()
 
     on_clock(main)
@@ -349,7 +349,7 @@ def test_cut_after_a_close_ends_the_other_end() -> None:
 
 
 def test_lost_packets_bound_the_rate_as_mathis_and_others_say() -> None:
-    """1460 bytes * 1.22 per round trip of 0.1 s, over the root of 0.0001."""
+    """The bound is 1460 bytes * 1.22 per round trip of 0.1 s, over the root of 0.0001."""
     lossy = Network(100, 10, latency_ms=50, loss=1e-4)
     assert lossy.bytes_per_second(lossy.uplink_mbit) == pytest.approx(1_781_200)
     assert lossy.bytes_per_second(lossy.downlink_mbit) == pytest.approx(1_250_000), (
@@ -383,11 +383,11 @@ def test_a_network_that_cannot_be_is_refused(table: dict[str, float], wrong: str
         Network(**table)
 
 
-# --- presence -------------------------------------------------------------------------------------
+# --- times online and offline ---------------------------------------------------------------------
 
 
 def visits(tier: FleetTier, seed: str, count: int) -> list[tuple[float, float]]:
-    """The first presences of a device."""
+    """Return the first times of a device online."""
     return list(itertools.islice(presences(tier, seed), count))
 
 
@@ -407,7 +407,7 @@ def test_presences_follow_each_other_and_depend_on_the_seed_alone() -> None:
 
 
 def test_times_of_presence_and_absence_are_exponential_with_the_means_that_are_given() -> None:
-    """Bounds are four standard errors; of an exponential, mean and deviation are the same."""
+    """Bounds are four standard errors; the mean of an exponential equals its deviation."""
     tier, count = FleetTier(clients=1, cut=1, online_s=30, offline_s=10), 4000
     own = visits(tier, "0/a", count)
     there = [end - start for start, end in own]
@@ -420,7 +420,7 @@ def test_times_of_presence_and_absence_are_exponential_with_the_means_that_are_g
 
 @pytest.mark.parametrize("at", [0.0, 5.0, 200.0])
 def test_as_many_devices_are_there_at_the_start_as_at_any_time(at: float) -> None:
-    """30 of 40 seconds: three quarters; and how long they stay does not depend on the time."""
+    """30 of 40 seconds are three quarters; the remaining time does not depend on the past."""
     tier, count = FleetTier(clients=1, cut=1, online_s=30, offline_s=10), 2000
     left = []
     for device in range(count):

@@ -1,4 +1,4 @@
-"""Comparisons: rows and means against hand calculation, and runs in processes that go on."""
+"""Comparisons: rows and means against hand calculation, and runs in processes that resume."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Accuracy = Mapping[str, Mapping[str, float]]
 
 
 def job(**changes: Any) -> Job:
-    """Four devices of two tiers, 160 digits, two rounds."""
+    """Return a job of four devices of two tiers, 160 digits, and two rounds."""
     settings: dict[str, Any] = {
         "model": BUILD,
         "data": DataTable("digits", train=160, test=60),
@@ -58,7 +58,7 @@ def job(**changes: Any) -> Job:
 def record(
     number: int, accuracy: Accuracy, seconds: float = 10.0, megabyte: float = 1.0
 ) -> RoundRecord:
-    """A round of two devices, one of which has vanished, that has cost the same as the others."""
+    """Return a round of two devices, one of which was dropped, with the same costs as others."""
     size = round(number * megabyte * 1e6)
     return RoundRecord(
         round=number,
@@ -82,7 +82,7 @@ def record(
 
 
 def both(alone: float, best: float) -> Accuracy:
-    """Three small devices with ``alone`` and ``best``, a large one that is right in half."""
+    """Return accuracies: ``alone`` and ``best`` for three small devices, 0.5 for a large one."""
     return {
         "small": {"device_alone": alone, "ensemble": best},
         "large": {"device_alone": 0.5, "ensemble": 0.25},
@@ -155,7 +155,7 @@ def test_a_run_that_was_never_measured_is_told_with_its_name() -> None:
 
 
 def test_the_fleets_accuracy_is_that_of_its_clients_in_their_best_way() -> None:
-    # 3 small ones at 0.7, a large one at 0.5.
+    # Three small devices at 0.7, and a large one at 0.5.
     assert fleet_accuracy(job(), both(0.4, 0.7)) == pytest.approx((3 * 0.7 + 0.5) / 4)
     assert fleet_accuracy(job(), {"server": {"device_alone": 0.9}}) == 0.9
 
@@ -168,7 +168,7 @@ def test_curves_are_means_over_the_seeds_with_the_worst_and_the_best() -> None:
     assert (middle.low, middle.high) == pytest.approx((0.5, 0.65))
     assert middle.accuracy == pytest.approx(0.575)
     assert middle.megabytes == pytest.approx(2 * 6.002)
-    assert [p.seconds for p in found["exc"]] == [30, 60, 90]  # 20 and 40 a round
+    assert [p.seconds for p in found["exc"]] == [30, 60, 90]  # 20 and 40 s per round
     assert [p.accuracy for p in found["exc"]] == pytest.approx([0.3, 0.6, 0.55])
 
 
@@ -180,7 +180,7 @@ def test_a_round_that_one_seed_has_not_measured_is_not_in_the_curve() -> None:
 
 def test_scores_have_mean_and_deviation_and_equal_tiers_are_one_line() -> None:
     found = {(s.method, s.tier, s.path): (s.mean, s.deviation) for s in summary(RUNS).scores}
-    root = 2**-0.5  # deviation of two values is their distance over the root of two
+    root = 2**-0.5  # the deviation of two values is their distance over the root of two
     assert set(found) == {
         ("fedsplitx", "small", "device_alone"),
         ("fedsplitx", "small", "ensemble"),
@@ -212,7 +212,7 @@ def test_costs_are_means_over_the_seeds() -> None:
 
 
 def test_the_target_is_what_every_method_reaches() -> None:
-    assert common_target(RUNS) == pytest.approx(0.6)  # exc's best mean, of its second round
+    assert common_target(RUNS) == pytest.approx(0.6)  # exc's best mean is that of its second round
     split, poor = summary(RUNS).costs
     assert (split.target_s, poor.target_s) == (30, 60)
 
@@ -294,7 +294,7 @@ METHODS, SEEDS = ["exc", "fedavg"], [0, 1]
 
 
 class Seen:
-    """For ``on_progress``: what was told; interrupts when so many rounds are done."""
+    """For ``on_progress``: records the calls; interrupts after a number of rounds."""
 
     def __init__(self, interrupt_at: int | None = None) -> None:
         self.told: list[tuple[int, int, list[str]]] = []
@@ -317,7 +317,7 @@ def test_an_interrupted_comparison_goes_on_to_the_rows_of_runs_on_their_own(
             wanted[cell.job.method, cell.job.seed] = simulation.run()
 
     folder = tmp_path / "runs"
-    with pytest.raises(KeyboardInterrupt):  # the first run is at its end, the last not begun
+    with pytest.raises(KeyboardInterrupt):  # the first run is finished, the last not begun
         compare(job(), METHODS, SEEDS, folder, on_progress=Seen(interrupt_at=3))
     assert not mp.active_children()
     assert not list(tmp_path.glob("cutlayer-*"))
@@ -349,7 +349,7 @@ def test_an_interrupted_comparison_goes_on_to_the_rows_of_runs_on_their_own(
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
-    # Nobody is there for long enough to deliver anything.
+    # No device is online for long enough to deliver an update.
     gone = {"small": FleetTier(clients=4, cut=1, gflops=1e-6, online_s=0.5, offline_s=0.5)}
     with pytest.raises(CellFailed, match=r"method 'fedavg' with seed 7 failed: .+"):
         compare(job(tiers=gone), ["fedavg"], [7], tmp_path)

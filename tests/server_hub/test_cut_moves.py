@@ -1,4 +1,4 @@
-"""Moves of cuts between a hub and devices over websockets, in the middle of a job."""
+"""Moves of cuts between a hub and devices over WebSockets, in the middle of a job."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ T = TypeVar("T")
 
 
 def build() -> SplitModel:
-    """Four blocks for vectors."""
+    """Return four blocks for vectors."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         blocks = [TokenBlock(8) for _ in range(4)]
@@ -81,19 +81,19 @@ def build() -> SplitModel:
 
 @dataclass(frozen=True)
 class Export:
-    """Bundles with graphs for gradients, and the steps that stand behind them."""
+    """Bundles with graphs for returned gradients, and the steps of these graphs."""
 
     index: BundleIndex
     steps: Mapping[str, ClientSteps]
 
     def load(self, bundle: Bundle, threads: int) -> Runtime:
-        """What runs a bundle."""
+        """Return a runtime for a bundle."""
         return TorchRuntime(bundle.manifest, self.steps[bundle.manifest.tier])
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
-    """Three tiers that pack activations as they are, and one that does not."""
+    """Three tiers that pack activations without loss, and one that does not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(packing.CODECS, "float32", Exact())
         exact = Tier(1, "float32", "torch", returned=True)
@@ -116,7 +116,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
 
 
 def some(count: int, seed: int = 0) -> Examples:
-    """Examples that can be learned."""
+    """Return examples that can be learned."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, CLASSES, count)
     x = np.random.default_rng(99).standard_normal((CLASSES, *FEATURES))[y]
@@ -124,21 +124,21 @@ def some(count: int, seed: int = 0) -> Examples:
 
 
 class Script:
-    """A policy that has been told what to say after each round, where it can be had."""
+    """A policy with a given target after each round, if the target is among the options."""
 
     def __init__(self, *rounds: dict[str, int]) -> None:
         self.rounds = list(rounds)
         self.seen: list[dict[str, Seen]] = []
 
     def state(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return no state."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Ignore the state."""
 
     def targets(self, fleet: Mapping[str, Seen], busy: float) -> dict[str, Target]:
-        """The script's cuts."""
+        """Return the cuts of the script."""
         self.seen.append(dict(fleet))
         wanted = self.rounds[len(self.seen) - 1] if len(self.seen) <= len(self.rounds) else {}
         return {
@@ -149,7 +149,7 @@ class Script:
 
 
 def config_of(folder: Path, export: Export, count: int, **changes: Any) -> HubConfig:
-    """Every step exact: no mixing, no clipping, no schedule."""
+    """Return a configuration with exact steps: no mixing, no clipping, no schedule."""
     config = HubConfig(
         bundles=export.index.folder,
         tokens=folder / "tokens.toml",
@@ -168,7 +168,7 @@ def config_of(folder: Path, export: Export, count: int, **changes: Any) -> HubCo
 
 @asynccontextmanager
 async def running(config: HubConfig, script: Script) -> AsyncIterator[tuple[Hub, str]]:
-    """A hub in this process that does what the script says; yields it with its address."""
+    """Run a hub in this process with the script as its policy; yield it with its address."""
     if not config.tokens.exists():
         TokenFile(config.tokens).issue("nobody")
     model = build()
@@ -190,7 +190,7 @@ class Fleet:
     folder: Path
 
     async def join(self, name: str, tier: str | None = None, **more: Any) -> Device:
-        """A device; its token is for the tier of ``issued``, if that is given."""
+        """Return a connected device; its token is for the tier of ``issued``, if that is given."""
         token = TokenFile(self.hub.config.tokens).issue(name, more.pop("issued", None))
         settings: dict[str, Any] = {
             "data": some(32),
@@ -205,7 +205,7 @@ class Fleet:
         return device
 
     def tier_of(self, name: str) -> str:
-        """What the hub believes."""
+        """Return the tier of a device according to the hub."""
         return self.hub.gateway.peers[name].tier
 
 
@@ -213,13 +213,13 @@ class Fleet:
 async def fleet(
     folder: Path, export: Export, script: Script, count: int, **changes: Any
 ) -> AsyncIterator[Fleet]:
-    """A hub, and what makes devices for it."""
+    """Run a hub; yield it with a factory of devices."""
     async with running(config_of(folder, export, count, **changes), script) as (hub, url):
         yield Fleet(export, hub, url, folder)
 
 
 def run(test: Coroutine[Any, Any, T]) -> T:
-    """Run a test that must end in time."""
+    """Run a test; fail if it exceeds its time limit."""
 
     async def limited() -> T:
         async with asyncio.timeout(30):
@@ -229,13 +229,13 @@ def run(test: Coroutine[Any, Any, T]) -> T:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that must come about."""
+    """Wait until a condition holds."""
     while not condition():
         await asyncio.sleep(0.002)
 
 
 def cuts_of(hub: Hub, name: str) -> list[int | None]:
-    """A device's cut in every round."""
+    """Return a device's cut in every round."""
     return [record.cuts.get(name) for record in hub.run.records]
 
 
@@ -248,7 +248,7 @@ async def one_job(
     script: Script,
     disturb: Callable[[Fleet], None] = lambda made: None,
 ) -> tuple[Hub, list[int], Any]:
-    """Five rounds with one device; the hub, the device's cuts by its own account, the model."""
+    """Run five rounds with one device; return hub, the device's own list of cuts, and model."""
     cuts: list[int] = []
     async with fleet(folder, export, script, 5) as made:
         async with await made.join("a", "two") as device:
@@ -263,7 +263,7 @@ async def one_job(
 def test_a_device_goes_deeper_and_shallower_and_no_step_is_lost(
     tmp_path: Path, export: Export, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The model after the job is the one of a device that stays where it is."""
+    """The model after the job is that of a device that does not move."""
     caplog.set_level(logging.DEBUG, "cutlayer.hub")
     hub, own, stayed = run(one_job(tmp_path / "stays", export, Script()))
     assert cuts_of(hub, "a") == own == [2, 2, 2, 2, 2]
@@ -290,7 +290,7 @@ def test_a_device_goes_deeper_and_shallower_and_no_step_is_lost(
 
 
 def test_a_gradient_for_a_round_that_is_over_is_not_applied(tmp_path: Path, export: Export) -> None:
-    """Huge gradients for the round before arrive in every round: the model is that without."""
+    """Huge gradients for the previous round arrive in every round and do not change the model."""
 
     def disturb(made: Fleet) -> None:
         hub, start = made.hub, made.hub.rounds.start
@@ -314,7 +314,7 @@ def test_a_gradient_for_a_round_that_is_over_is_not_applied(tmp_path: Path, expo
 
 
 def test_devices_move_while_others_stay(tmp_path: Path, export: Export) -> None:
-    """Two devices change places, and one of another codec is offered nothing."""
+    """Two devices exchange their cuts, and a device with another codec gets no options."""
     script = Script({"a": 3, "b": 1}, {"a": 1, "b": 3})
 
     async def job() -> None:
@@ -341,13 +341,13 @@ def test_devices_move_while_others_stay(tmp_path: Path, export: Export) -> None:
     run(job())
 
 
-# --- what a device can carry ----------------------------------------------------------------------
+# --- limits of a device ---------------------------------------------------------------------------
 
 
 def test_a_tier_that_takes_more_memory_than_there_is_is_no_option(
     tmp_path: Path, export: Export
 ) -> None:
-    """The tier that it has stays one: there it is already."""
+    """The device's own tier remains an option, because it is loaded already."""
     script = Script()
     memory = {"small": 40, "enough": 60, "large": 100, "silent": None}
     settings = Cuts(memory_mb={"two": 50.0, "three": 100.0})
@@ -380,7 +380,7 @@ def test_memory_of_a_tier_that_is_not_there_is_an_error(tmp_path: Path, export: 
 def test_a_device_that_cannot_load_a_bundle_stays_where_it_is(
     tmp_path: Path, export: Export, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    """It is not told to load that tier again, and may still go to another."""
+    """It is not told to load that tier again, and may still move to another."""
     script = Script({"a": 3}, {"a": 3}, {"a": 1})
     folder = tmp_path / "bundles"
     shutil.copytree(export.index.folder, folder)
@@ -395,7 +395,7 @@ def test_a_device_that_cannot_load_a_bundle_stays_where_it_is(
 
     async def job() -> None:
         async with fleet(tmp_path, copied, script, 4) as made:
-            if how == "damaged at the hub":  # after the hub has looked at it
+            if how == "damaged at the hub":  # after the hub has checked the blob
                 blob = folder / "blobs" / made.hub.manifests["three"].initial_state
                 blob.write_bytes(blob.read_bytes()[:-1])
             async with await made.join("a", "two", load=load) as device:
@@ -413,11 +413,11 @@ def test_a_device_that_cannot_load_a_bundle_stays_where_it_is(
     assert "the script says so" in own
 
 
-# --- a device that takes long, or leaves ----------------------------------------------------------
+# --- slow and leaving devices ---------------------------------------------------------------------
 
 
 def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, export: Export) -> None:
-    """The others wait ``wait_s`` for it, then go on; a job that is over finds it ready at last."""
+    """The others wait ``wait_s`` for it once, then go on; the job's end finds it ready."""
     script = Script({"a": 3})
     go, loaded = threading.Event(), []
 
@@ -435,7 +435,7 @@ def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, expor
 
             hub.cut_moves.until_ready = timed  # type: ignore[method-assign]
 
-            def load(bundle: Bundle, threads: int) -> Runtime:  # in a thread of its own
+            def load(bundle: Bundle, threads: int) -> Runtime:  # runs in its own thread
                 if loaded:
                     go.wait(20)
                 loaded.append(export.load(bundle, threads))
@@ -449,7 +449,7 @@ def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, expor
             assert [done.round for done in report.rounds][-4:] == [2, 3, 4, 5]
             assert cuts_of(hub, "a") == [2, None, None, None, None]
             assert [seconds > 0.2 for seconds in waits] == [True, False, False, False]
-            go.set()  # now the hub's stop must be for the tier that it has got
+            go.set()  # now the hub's stop must reach the device in its new tier
             assert (await training).reason == "the job is finished"
             assert made.tier_of("a") == slow.manifest.tier == "three"
             final = load_file(tmp_path / "run" / "model.safetensors")
@@ -464,7 +464,7 @@ def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, expor
 def test_a_device_that_leaves_with_batches_in_flight_does_not_stop_the_job(
     tmp_path: Path, export: Export, moved: bool
 ) -> None:
-    """It says bye while the trunk has its activations, before or after it has moved."""
+    """It says bye while the trunk has its activations, before or after a move."""
     script = Script({"a": 3} if moved else {})
     last = 2 if moved else 1
 
@@ -497,9 +497,9 @@ def test_a_device_that_leaves_with_batches_in_flight_does_not_stop_the_job(
             leaving = asyncio.create_task(leaver.train())
             await until(lambda: "a" in hub.rounds.ready)
             staying = asyncio.create_task(other.train())
-            if not moved:  # the first round began with a alone
+            if not moved:  # device a was alone in the first round
                 await until(lambda: "b" in hub.rounds.ready)
-            await until(lambda: hub.rounds.number == last and sent[last] >= 4)  # staleness and one
+            await until(lambda: hub.rounds.number == last and sent[last] >= 4)  # staleness plus one
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
             closing = asyncio.create_task(leaver.close())
@@ -520,7 +520,7 @@ def test_a_device_that_leaves_with_batches_in_flight_does_not_stop_the_job(
 def test_a_device_whose_round_is_over_stops_waiting_for_gradients(
     tmp_path: Path, export: Export
 ) -> None:
-    """The hub goes on without it in the middle of a round; it takes part in the next."""
+    """The hub continues without it in the middle of a round; it takes part in the next."""
 
     async def job() -> None:
         rules = RoundRules(3, min_devices=2)
@@ -552,7 +552,7 @@ def test_a_device_whose_round_is_over_stops_waiting_for_gradients(
 def test_a_device_comes_back_with_the_tier_that_it_was_moved_to(
     tmp_path: Path, export: Export
 ) -> None:
-    """In a new session, and though its token was issued for the tier that it had."""
+    """It starts a new session, although its token was issued for its first tier."""
     script = Script({"a": 3})
 
     async def job() -> None:
@@ -577,7 +577,7 @@ def test_a_device_comes_back_with_the_tier_that_it_was_moved_to(
 
 @dataclass(frozen=True)
 class Return:
-    """How a device comes back that was moved from ``two`` to ``three``, and what it then gets."""
+    """A way to return after a move from ``two`` to ``three``, and the tier that results."""
 
     issued: str | None
     tier: str | None
@@ -594,14 +594,14 @@ class Return:
         Return("two", "one", None, gets="one"),
         Return(None, None, None, gets="three"),
         Return("one", None, None, gets="three"),
-        Return("half", None, None, gets="half"),  # of another codec
+        Return("half", None, None, gets="half"),  # a tier with another codec
     ],
     ids=str,
 )
 def test_a_device_that_starts_anew_goes_on_where_it_was_moved_to(
     tmp_path: Path, export: Export, back: Return
 ) -> None:
-    """Unless it names a tier, or its memory or its token's tier no longer allow that."""
+    """This holds unless it names a tier, or its memory or its token's tier forbids that one."""
     settings = Cuts(memory_mb={"three": 100.0})
 
     async def job() -> None:
@@ -627,7 +627,7 @@ def test_a_device_that_starts_anew_goes_on_where_it_was_moved_to(
 
 
 def test_a_session_goes_on_though_the_device_names_no_tier(tmp_path: Path, export: Export) -> None:
-    """It was moved in an earlier process: the link breaks, the session is that of the new tier."""
+    """It was moved in an earlier process; after a break the session has the new tier."""
 
     async def job() -> None:
         async with fleet(tmp_path, export, Script(), 3) as made:
@@ -650,7 +650,7 @@ def test_a_session_goes_on_though_the_device_names_no_tier(tmp_path: Path, expor
 def test_a_connection_that_ends_during_a_move_ends_neither_device_nor_job(
     tmp_path: Path, export: Export, caplog: pytest.LogCaptureFixture, lost: str
 ) -> None:
-    """Both sides agree about the tier afterwards, whichever of the two it is."""
+    """Both sides agree about the tier afterwards, whether it is the old or the new one."""
     script = Script({"a": 3}, {}, {"a": 1})
 
     async def job() -> None:
@@ -666,9 +666,9 @@ def test_a_connection_that_ends_during_a_move_ends_neither_device_nor_job(
                 await hub.gateway.end(peer, "for a test")
                 await until(lambda: hub.gateway.peers.get("a", peer) is not peer)
 
-            def breaking(bundle: Bundle, threads: int) -> Runtime:  # in a thread of its own
+            def breaking(bundle: Bundle, threads: int) -> Runtime:  # runs in its own thread
                 loads.append(bundle.manifest.tier)
-                if len(loads) == 2:  # the move's; ready is sent after it
+                if len(loads) == 2:  # the load of the move; ready is sent after it
                     asyncio.run_coroutine_threadsafe(end_it(), loop).result()
                 return export.load(bundle, threads)
 
@@ -686,7 +686,7 @@ def test_a_connection_that_ends_during_a_move_ends_neither_device_nor_job(
 def test_a_device_that_came_back_after_a_move_was_planned_is_not_moved(
     tmp_path: Path, export: Export, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its new session has not said ready yet when the round's end is reached."""
+    """At the end of the round its new session has not sent ready yet."""
     script = Script({"a": 3}, {}, {"a": 1})
 
     async def job() -> None:
@@ -715,7 +715,7 @@ def test_a_device_that_came_back_after_a_move_was_planned_is_not_moved(
 def test_a_device_loads_the_bundle_of_a_hub_that_has_another(
     tmp_path: Path, export: Export
 ) -> None:
-    """Its token is issued for another tier while it is away: the new session's bundle counts."""
+    """Its token is issued for another tier while it is offline; the new session's bundle counts."""
 
     async def job() -> None:
         async with fleet(tmp_path, export, Script(), 4) as made:
@@ -752,7 +752,7 @@ def test_ready_with_a_tier_that_it_was_not_told_to_load_is_refused(
             assert (caught.value.code, caught.value.field) == ("unknown_tier", "tier")
             assert not made.hub.rounds.ready
             await connection.close("done")
-            # the job is there for others
+            # the job goes on with the other devices
             async with await made.join("b", "one") as device:
                 assert (await device.train()).reason == "the job is finished"
 
@@ -820,14 +820,14 @@ def test_an_answer_is_that_of_the_tier_which_has_packed_the_question(
 
 
 class OtherEnd:
-    """The hub's end of a link in memory, which says what a test wants it to."""
+    """The hub's end of a link in memory, which sends what a test tells it to."""
 
     def __init__(self) -> None:
         mine, self.link = MemoryLink.pair()
         self._link, self._channel = mine, Channel()
 
     async def open(self) -> Link:
-        """For the device."""
+        """Open the device's end."""
         return self.link
 
     async def welcome(self) -> None:
@@ -837,16 +837,16 @@ class OtherEnd:
         await self._link.send(encode(welcome, 0, 0))
 
     async def say(self, message: Message) -> None:
-        """Send something."""
+        """Send a message."""
         await self._link.send(self._channel.send(message))
 
     async def settled(self) -> None:
-        """Wait until everything is acknowledged."""
+        """Wait until all messages are acknowledged."""
         while self._channel.unacked:
             self._channel.receive(await self._link.receive())
 
     async def part(self) -> None:
-        """Take the bye."""
+        """Receive the bye."""
         while (delivery := self._channel.receive(await self._link.receive())) is None or (
             not delivery.seq
         ):
@@ -865,7 +865,7 @@ class OtherEnd:
     ids=lambda end: end.TYPE,
 )
 def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
-    """Who waits hears it; gradients that have come, or still come, are dropped and settled."""
+    """The waiting device is told; gradients that have arrived, or arrive later, are dropped."""
 
     async def conversation() -> None:
         hub = OtherEnd()
@@ -908,7 +908,7 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
 
 
 def test_a_device_moves_between_processes(tmp_path: Path, bundles: BundleIndex) -> None:
-    """FedSplitX and a hub that measures: a device alone is as fast as it can be at cut 1."""
+    """With FedSplitX and an evaluating hub, a device alone is fastest at cut 1."""
     token = TokenFile(tmp_path / "tokens.toml").issue("phone", "large")
     config = tmp_path / "hub.toml"
     config.write_text(

@@ -1,4 +1,4 @@
-"""Policies of cuts against figures computed by hand, and over random fleets."""
+"""Policies of cuts, against figures computed by hand and over random fleets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ losses = st.floats(0.0, 1e3)
 
 @st.composite
 def a_seen(draw: st.DrawFn, known: bool = False) -> Seen:
-    """A device with some options; with ``known``, its time and loss are."""
+    """A device with some options; with ``known``, it has a time and a loss."""
     options = sorted(draw(st.sets(st.integers(1, 12), min_size=1, max_size=5)))
     unknown = st.nothing() if known else st.none()
     return Seen(
@@ -30,7 +30,7 @@ known_fleets = st.dictionaries(st.sampled_from("abcdef"), a_seen(known=True), mi
 
 
 def slowest_at_its_shallowest(fleet: dict[str, Seen]) -> float:
-    """Seconds a batch of the shortest round there can be."""
+    """Return the seconds per batch of the shortest possible round."""
     return max(
         s.compute_s / s.cut * s.options[0] for s in fleet.values() if s.compute_s is not None
     )
@@ -45,7 +45,7 @@ def test_fixed_moves_nobody(fleet: dict[str, Seen]) -> None:
 
 
 def test_latency_by_hand() -> None:
-    """The slow one needs 0.4 s for two blocks, 0.2 s for one; a block takes the fast one 0.05 s."""
+    """The slow device takes 0.4 s for two blocks and 0.2 s for one; the fast one 0.05 s each."""
     fleet = {
         "slow": Seen(2, [1, 2, 3], 0.4, None),
         "fast": Seen(2, [1, 2, 3, 4], 0.1, None),
@@ -59,7 +59,7 @@ def test_latency_by_hand() -> None:
 
 
 def test_a_step_may_take_a_tenth_longer_than_its_share() -> None:
-    """Times that are measured are never the same: 1.09 of the bound still fits, 1.11 does not."""
+    """Measured times vary: 1.09 of the bound fits, and 1.11 does not."""
     for compute_s, cut in ((1.09, 2), (1.11, 1)):
         fleet = {"slow": Seen(1, [1], 1.0, None), "other": Seen(2, [1, 2], compute_s, None)}
         assert Latency().targets(fleet, 0.0)["other"].cut == cut
@@ -67,7 +67,7 @@ def test_a_step_may_take_a_tenth_longer_than_its_share() -> None:
 
 @given(fleets)
 def test_latency_gives_the_deepest_cuts_that_fit(fleet: dict[str, Seen]) -> None:
-    """Against a search of all options: what fits is taken, and nothing deeper would have fitted."""
+    """A search of all options confirms that the cut fits and that no deeper cut fits."""
     targets = Latency().targets(fleet, 0.0)
     assert targets.keys() == {d for d, seen in fleet.items() if seen.compute_s is not None}
     for device, target in targets.items():
@@ -84,14 +84,14 @@ def test_latency_gives_the_deepest_cuts_that_fit(fleet: dict[str, Seen]) -> None
 
 @given(known_fleets)
 def test_a_fleet_at_its_targets_is_as_fast_as_it_can_be(fleet: dict[str, Seen]) -> None:
-    """No round is longer than that of the slowest at its shallowest cut, but for the tolerance."""
+    """No round is longer than that of the slowest device at its shallowest cut, up to tolerance."""
     targets = Latency().targets(fleet, 0.0)
     longest = max(s.compute_s / s.cut * targets[d].cut for d, s in fleet.items() if s.compute_s)
     assert longest <= 1.1 * slowest_at_its_shallowest(fleet) * (1 + 1e-9)
 
 
 def test_devices_whose_steps_take_no_time_go_as_deep_as_they_can() -> None:
-    """A simulation without a limit on what devices compute."""
+    """This is a simulation without a limit on the devices' compute."""
     fleet = {"a": Seen(1, [1, 2, 3], 0.0, None), "b": Seen(2, [1, 2], 0.0, None)}
     assert {d: t.cut for d, t in Latency().targets(fleet, 0.0).items()} == {"a": 3, "b": 2}
 
@@ -100,7 +100,7 @@ def test_devices_whose_steps_take_no_time_go_as_deep_as_they_can() -> None:
 
 
 def weights_by_hand(rounds: list[dict[str, float]], gamma: float) -> dict[str, float]:
-    """``w <- w (1 + gamma (p - mean p))`` within 1/2 and 3/2; p relative to the best."""
+    """``w <- w (1 + gamma (p - mean p))`` within 1/2 and 3/2; p is relative to the best."""
     weights: dict[str, float] = {}
     for found in rounds:
         p = {d: math.exp(-loss) / math.exp(-min(found.values())) for d, loss in found.items()}
@@ -122,7 +122,7 @@ def test_weights_are_those_of_the_formula(rounds: list[dict[str, float]]) -> Non
 
 @given(st.lists(fleets, min_size=1, max_size=8), st.floats(0, 10))
 def test_adaptive_stays_within_its_bounds(rounds: list[dict[str, Seen]], gamma: float) -> None:
-    """Never outside the options, never deeper than latency allows, whatever has been seen."""
+    """Targets are always options, and never deeper than the latency policy allows."""
     policy = Adaptive(gamma=gamma, patience=1)
     for fleet in rounds:
         limits = Latency().targets(fleet, 0.0)
@@ -137,7 +137,7 @@ def test_adaptive_stays_within_its_bounds(rounds: list[dict[str, Seen]], gamma: 
 
 
 def test_who_falls_behind_is_given_one_option_less() -> None:
-    """By hand: weights of two devices drift apart by a factor of 3 until the bounds stop them."""
+    """By hand: the weights of two devices diverge by a factor of 3, until the bounds stop them."""
     fleet = {
         "good": Seen(3, [1, 2, 3], 0.1, 0.0),
         "bad": Seen(3, [1, 2, 3], 0.1, 9.0),
@@ -173,7 +173,7 @@ def test_a_device_moves_once_its_target_has_stood(patience: int) -> None:
 
 @given(st.integers(2, 4), st.integers(1, 20))
 def test_targets_that_alternate_never_move_a_device(patience: int, rounds: int) -> None:
-    """A device whose time is now above the bound, now below it."""
+    """The time of a device is alternately above and below the bound."""
     policy = Adaptive(patience=patience)
     for number in range(rounds):
         compute_s = 0.2 if number % 2 else 0.9
@@ -195,12 +195,12 @@ def test_a_policy_goes_on_from_its_state_as_if_nothing_had_been(
         assert resumed.state() == whole.state()
 
 
-# --- what devices do not say ----------------------------------------------------------------------
+# --- missing measurements -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fixed", "latency", "adaptive"])
 def test_devices_that_say_nothing_stay(name: str) -> None:
-    """Neither a time nor a loss, in a fleet of one, of several, or of none."""
+    """They have neither a time nor a loss, in a fleet of one, of several, or of none."""
     policy = policy_of(name)  # type: ignore[arg-type]
     for fleet in ({}, {"a": Seen(1, [1, 2], None, None)},
                   {d: Seen(2, [1, 2, 3], None, None) for d in "abc"}):  # fmt: skip
@@ -219,7 +219,7 @@ def test_who_does_not_say_its_time_stays_whatever_the_others_do(
 
 
 def test_who_has_no_loss_counts_as_the_mean() -> None:
-    """Without activations of its own nothing is known of it: its weight stays 1."""
+    """Without activations a device has no loss, so its weight remains 1."""
     policy = Adaptive(patience=1)
     fleet = {"a": Seen(2, [1, 2], 0.1, None), "slow": Seen(1, [1], 0.5, 1.0)}
     assert policy.targets(fleet, 1.0) == {}
@@ -227,7 +227,7 @@ def test_who_has_no_loss_counts_as_the_mean() -> None:
 
 
 def test_nobody_goes_deeper_while_the_hub_has_time_to_spare() -> None:
-    """The straggler goes shallower whatever the hub does; the others deeper only if it is full."""
+    """The slowest device always moves to shallower cuts; others go deeper if the hub is full."""
     fleet = {
         "slow": Seen(2, [1, 2, 3], 0.4, 1.0),
         "fast": Seen(2, [1, 2, 3, 4], 0.1, 1.0),

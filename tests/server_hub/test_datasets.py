@@ -1,4 +1,4 @@
-"""Data of a simulation: every format, read from files made here, and every refusal."""
+"""Data of a simulation: every format, read from files made here, and every error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ rng = np.random.default_rng(0)
 
 
 def pixels(*shape: int) -> Array:
-    """Random images."""
+    """Return random images."""
     return rng.integers(0, 256, shape, np.uint8)
 
 
@@ -35,7 +35,7 @@ def save(path: Path, **arrays: Any) -> DataTable:
 
 
 def standardised(x: Array, train: Array) -> Array:
-    """The plain definition, for images (n, c, h, w)."""
+    """Return images (n, c, h, w) standardised by the plain definition."""
     x, train = x / 255, train / 255
     axes = (0, 2, 3)
     result: Array = (x - train.mean(axes, keepdims=True)) / train.std(axes, keepdims=True)
@@ -62,11 +62,11 @@ def test_the_table_is_built_from_toml() -> None:
     ("raw", "message"),
     [
         ({"source": ""}, "source is empty"),
-        ({"source": "digits", "held_out": 0.0}, "held_out is 0.0, must be between 0 and 1"),
+        ({"source": "digits", "held_out": 0.0}, "held_out is 0.0; it must be between 0 and 1"),
         ({"source": "digits", "held_out": 1}, "held_out is 1.0"),
-        ({"source": "digits", "train": 0}, "train is 0, must be at least 1"),
+        ({"source": "digits", "train": 0}, "train is 0; it must be at least 1"),
         ({"source": "digits", "test": -3}, "test is -3"),
-        ({"source": "digits", "length": 1}, "length is 1, must be at least 2"),
+        ({"source": "digits", "length": 1}, "length is 1; it must be at least 2"),
         ({"source": "digits", "seed": -1}, "seed is -1"),
     ],
 )
@@ -220,23 +220,23 @@ X, Y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
     [
         ({"x": X}, "no array y; it needs x and y"),
         ({"x_train": X, "y_train": Y}, "no array x_test, y_test"),
-        ({"x": X, "y": Y / 2}, "labels are float64, must be integers"),
-        ({"x": X, "y": np.array(list("abab"))}, "labels are <U1, must be integers"),
+        ({"x": X, "y": Y / 2}, "labels are float64; they must be integers"),
+        ({"x": X, "y": np.array(list("abab"))}, "labels are <U1; they must be integers"),
         ({"x": X, "y": Y - 1}, "the smallest label is -1, labels start at 0"),
-        ({"x": X, "y": Y[:3]}, r"y has shape \[3\], must be \[4\], a label per row"),
+        ({"x": X, "y": Y[:3]}, r"y has shape \[3\]; it must be \[4\], a label per row"),
         ({"x": X, "y": Y[:, None]}, r"y has shape \[4, 1\]"),
-        ({"x": X[:, 0], "y": Y}, r"x has shape \[4\], must be \(rows, ...\)"),
+        ({"x": X[:, 0], "y": Y}, r"x has shape \[4\]; it must be \(rows, ...\)"),
         ({"x": X[:0], "y": Y[:0]}, r"x has shape \[0, 2\]"),
         ({"x": X.astype(np.int64), "y": Y}, "x is int64 of shape .* must be floats, or images"),
         ({"x": X.astype(np.uint8), "y": Y}, "x is uint8 of shape"),
         ({"x": X + np.nan, "y": Y}, "not finite"),
         ({"x": X, "y": Y, "domain": Y[:3]}, r"domains have shape \[3\] .* each of 4 rows"),
         ({"x": X, "y": Y, "domain": Y / 2}, "domains have shape .* dtype float64"),
-        ({"x": X[:1], "y": Y[:1]}, "1 of them are too few"),
+        ({"x": X[:1], "y": Y[:1]}, "1 is too few"),
         ({"x": np.array([{}, {}, {}, {}]), "y": Y}, "cannot be read as .npz: Object arrays"),
         (
             {"x_train": X, "y_train": Y, "x_test": X[:, :1], "y_test": Y},
-            r"a test row is float32 \[1\], a training row float32 \[2\]",
+            r"a test row is float32 \[1\], a training row is float32 \[2\]",
         ),
     ],
 )
@@ -272,7 +272,7 @@ CIFAR = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
 def write_cifar(folder: Path, kind: str, protocol: int = 4) -> tuple[Array, Array]:
-    """Two images per file, 12 in all; returns them and their labels."""
+    """Write two images per file, 12 in all; return them and their labels."""
     folder.mkdir(parents=True, exist_ok=True)
     x, y = pixels(12, 3, 32, 32), np.arange(12) % 10
     for i, name in enumerate(CIFAR):
@@ -306,7 +306,7 @@ def test_cifar_is_read(tmp_path: Path, kind: str, inner: str) -> None:
 
 
 def python2_pickle(rows: Array, labels: list[int]) -> bytes:
-    """The opcodes of the original files: protocol 2, strings of Python 2, numpy's old module."""
+    """Return a pickle like the original files: protocol 2, Python 2 strings, numpy's old module."""
 
     def string(value: bytes) -> bytes:
         return pickle.BINSTRING + len(value).to_bytes(4, "little") + value
@@ -332,7 +332,7 @@ def python2_pickle(rows: Array, labels: list[int]) -> bytes:
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_cifar_of_any_python_is_read(tmp_path: Path, protocol: int) -> None:
     x, y = write_cifar(tmp_path, "python", protocol)
-    rows = np.asfortranarray(x[2:4].reshape(2, -1))  # another order in memory
+    rows = np.asfortranarray(x[2:4].reshape(2, -1))  # Fortran order in memory
     content = {"data": rows, "labels": y[2:4].tolist()}
     (tmp_path / "data_batch_2").write_bytes(pickle.dumps(content, protocol))
     (tmp_path / "test_batch").write_bytes(python2_pickle(x[10:].reshape(2, -1), [3, 4]))
@@ -380,7 +380,7 @@ ROWS = np.zeros((2, 3072), np.uint8)
         (b"cnumpy\nndarray\n)R.", "has no data"),
         (
             b"cnumpy._core.numeric\n_frombuffer\n(J\xff\xff\xff\x7fcnumpy\ndtype\n"
-            b"(\x8c\x02u1tRK\x01\x8c\x01CtR.",  # a number where bytes belong: no allocation
+            b"(\x8c\x02u1tRK\x01\x8c\x01CtR.",  # a number instead of bytes: nothing is allocated
             "a bytes-like object is required",
         ),
         (b"}(\x8c\x04datacnumpy\nndarray\n)Ru.", "has no data"),
@@ -431,7 +431,7 @@ def test_classes_of_images_are_read(tmp_path: Path) -> None:
     assert np.bincount(data.train.y).tolist() == [3, 2]
     assert data.domains is None
     x = np.concatenate([cats, dogs]).transpose(0, 3, 1, 2)
-    # Each image is found again by its values, standardised with the training rows.
+    # Each image is found by its values, standardised with the training rows.
     chosen = [i for i in range(10) for row in data.train.x if correlated(row, x[i])]
     assert len(chosen) == 5
     np.testing.assert_allclose(data.train.x, standardised(x[chosen], x[chosen]), atol=1e-5)
@@ -439,7 +439,7 @@ def test_classes_of_images_are_read(tmp_path: Path) -> None:
 
 
 def correlated(one: Array, other: Array) -> bool:
-    """Whether the first channels are the same but for mean and scale."""
+    """Return whether the first channels are equal up to mean and scale."""
     return bool(np.corrcoef(one[0].ravel(), other[0].ravel())[0, 1] > 0.9999)
 
 
@@ -518,7 +518,7 @@ def test_train_without_test_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has only one of train and test"):
         load_dataset(DataTable(str(tmp_path)))
     save_pictures(tmp_path / "test" / "b", pixels(2, 4, 4))
-    with pytest.raises(DataError, match="test has the class 'b', train has not"):
+    with pytest.raises(DataError, match="test has the class 'b', train does not have it"):
         load_dataset(DataTable(str(tmp_path)))
 
 
@@ -538,7 +538,7 @@ def test_texts_hold_every_byte_that_another_follows(paragraphs: list[bytes], len
     pairs = [pair for text in paragraphs for pair in pairwise(text)]
     assert list(zip(texts.x[counted], texts.y[counted], strict=True)) == pairs
     assert counted.any(1).all(), "each text has something to learn"
-    # What counts comes first; at most one token, the last, follows what counts.
+    # Labels that count come first; at most one token, the last, comes after them.
     ends = counted.sum(1)
     for x, y, end in zip(texts.x, texts.y, ends, strict=True):
         assert (y[:end] >= 0).all()
@@ -582,10 +582,10 @@ def test_what_is_utf8_is_a_text(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"one paragraph", r"a.txt \(paragraphs\): 1 of them are too few"),
-        ("a.txt", b"", r"a.txt \(paragraphs\): 0 of them are too few"),
+        ("a.txt", b"one paragraph", r"a.txt \(paragraphs\): 1 is too few"),
+        ("a.txt", b"", r"a.txt \(paragraphs\): 0 is too few"),
         ("a.txt", b"a\n\nb\n\nc", "too few paragraphs of more than one byte"),
-        ("a.txt", b"ab\0c\n\nd", "holds zero bytes"),
+        ("a.txt", b"ab\0c\n\nd", "holds bytes of value 0"),
         ("a.bin", b"\xff\xfe\xfd", "the format of .*a.bin is not known; known are digits; .npz"),
         ("a.npy", b"\x93NUMPY", "is not known; known are .* a folder of CIFAR-10"),
     ],

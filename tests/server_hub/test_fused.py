@@ -1,4 +1,4 @@
-"""Both gradients at once: the device's own heads', and the one that comes back."""
+"""Fused steps: the gradient of the device's own heads and the returned one in one step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from tests.lib.wrong_steps import wrong
 
 
 def fused_steps(kind: str, optimizer: str) -> tuple[nn.Module, ClientSteps]:
-    """A model cut after its second block, with heads at both cuts."""
+    """Return a model cut after its second block, with heads at both cuts, and its steps."""
     build, draw, classes = MODELS[kind]
     model = build()
     model.add_heads([1, CUT], draw(8), classes)
@@ -70,7 +70,7 @@ def fused_steps(kind: str, optimizer: str) -> tuple[nn.Module, ClientSteps]:
 def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
     kind: str, optimizer: str, own: float
 ) -> None:
-    """``own * heads + (1 - own) * trunk`` below the cut; heads by their own loss alone."""
+    """Below the cut the loss is ``own * heads + (1 - own) * trunk``; heads train by their own."""
     model, steps = fused_steps(kind, optimizer)
     _, draw, classes = MODELS[kind]
     runtime = runtime_of(steps, "torch")
@@ -114,7 +114,7 @@ def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
         change = tensor.detach() - steps.parameters[name]
         found = torch.from_numpy(state[name]) - steps.parameters[name]
         scale = change.abs().max().item()
-        assert scale > 1e-6, f"the comparison says nothing about {name}"
+        assert scale > 1e-6, f"the comparison is empty for {name}"
         np.testing.assert_allclose(found, change, rtol=2e-3, atol=2e-3 * scale, err_msg=name)
 
 
@@ -128,7 +128,7 @@ def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
-    """Verified against eager PyTorch before it is written."""
+    """Graphs are verified against eager PyTorch before they are written."""
     build, draw, classes = MODELS[kind]
     index = export_bundles(
         build(), {"t": Tier(CUT, "int8", runtime, 8, fused=True)}, tmp_path / "out",
@@ -144,7 +144,7 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["block.0.conv.weight", "aux.2.out.bias"])
 def test_a_wrong_graph_is_refused(name: str) -> None:
-    """What does not move is named."""
+    """The error names a tensor that does not change."""
     build, draw, _ = MODELS["batchnorm"]
     model = build()
     model.add_heads([1, CUT], draw(8), CLASSES)
@@ -170,7 +170,7 @@ def test_a_wrong_graph_is_refused(name: str) -> None:
 
 
 class Recorder:
-    """Notes which graphs run, with which weight; each says that the heads' loss is 3."""
+    """Records graphs and weights of the runs; the loss of the heads is always 3."""
 
     def __init__(self, inner: TorchRuntime) -> None:
         self.inner, self.manifest, self.calls = inner, inner.manifest, list[tuple[str, float]]()
@@ -189,7 +189,7 @@ class Recorder:
 
 
 def test_weights_follow_the_losses_and_what_does_not_come_is_done_without() -> None:
-    """``share * hub / (heads + hub)``, the heads' mean loss being that of the step before."""
+    """``share * hub / (heads + hub)``, where the heads' mean loss is that of the previous step."""
     _, steps = fused_steps("groupnorm", "sgd")
     runtime = Recorder(runtime_of(steps, "torch"))  # type: ignore[arg-type]
     learner = Learner(runtime.manifest, runtime)
@@ -197,7 +197,7 @@ def test_weights_follow_the_losses_and_what_does_not_come_is_done_without() -> N
     plan = LocalPlan(
         1, 2, {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "own": 0.5}, "fused", 3
     )
-    hub_losses = [2.0, 0.5, None, 6.0, None, 1.0]  # None: nothing comes
+    hub_losses = [2.0, 0.5, None, 6.0, None, 1.0]  # None: no gradient arrives
     training = learner.training(runtime.get_state(), data, plan)
     reply: Reply = None
     sent: dict[int, dict[str, Array]] = {}
@@ -220,7 +220,7 @@ def test_weights_follow_the_losses_and_what_does_not_come_is_done_without() -> N
 
 
 class Gate:
-    """A way to the hub that can be shut."""
+    """A link to the hub that a test can shut."""
 
     def __init__(self, url: str) -> None:
         self.url, self.shut, self.link = url, False, None
@@ -237,7 +237,7 @@ class Gate:
 def test_training_goes_on_while_the_hub_is_away(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fused steps, then steps alone, then the round is delivered and the next is fused again."""
+    """After fused steps come steps alone; the round is delivered, and the next is fused again."""
     monkeypatch.setattr(exchange, "PATIENCE_S", 0.3)
     model, tier = build(), Tier(1, runtime="torch", fused=True)
     index = export_bundles(

@@ -1,4 +1,4 @@
-"""Whom the gateway lets in, and what it says to the others."""
+"""The gateway: which devices it admits, and what it answers to others."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def with_hub(folder: Path, bundles: BundleIndex, scenario: Scenario, **changes: 
 
 
 async def refusal(client: RawClient, token: str) -> Error:
-    """What a client hears instead of a welcome."""
-    with suppress(ConnectionClosed):  # a hub that is full refuses before it is greeted
+    """Return the error that a client gets instead of a welcome."""
+    with suppress(ConnectionClosed):  # a full hub refuses before the hello
         await client.say(replace(GOOD, token=token))
     error: Error = await client.hear(Error)
     assert error.fatal
@@ -47,18 +47,18 @@ async def refusal(client: RawClient, token: str) -> Error:
 
 
 async def let_in(url: str, token: str) -> bool:
-    """Whether the hub welcomes a device."""
+    """Return whether the hub welcomes a device."""
     async with raw(url) as connection:
         client = RawClient(connection)
         try:
             await client.say(replace(GOOD, token=token))
             return (await client.hear(Welcome)).device == "other"
-        except (ConnectionClosed, AssertionError):  # refused
+        except (ConnectionClosed, AssertionError):  # the hub refused
             return False
 
 
 def test_a_hub_without_connections_left_says_so(tmp_path: Path, bundles: BundleIndex) -> None:
-    """The next device is let in as soon as one has gone."""
+    """The next device is admitted as soon as one has left."""
 
     async def scenario(url: str, config: HubConfig) -> None:
         tokens = TokenFile(config.tokens)
@@ -71,7 +71,7 @@ def test_a_hub_without_connections_left_says_so(tmp_path: Path, bundles: BundleI
                 error = await refusal(RawClient(second), other)
                 assert (error.code, "no connections left" in error.message) == ("busy", True)
         async with asyncio.timeout(10):
-            while not await let_in(url, other):  # the hub has to notice that the first has gone
+            while not await let_in(url, other):  # until the hub notices that the first has left
                 await asyncio.sleep(0.05)
 
     with_hub(tmp_path, bundles, scenario, limits=Limits(connections=1, session_s=5, hello_s=2))
@@ -80,7 +80,7 @@ def test_a_hub_without_connections_left_says_so(tmp_path: Path, bundles: BundleI
 def test_a_token_file_that_breaks_keeps_devices_out_and_the_hub_up(
     tmp_path: Path, bundles: BundleIndex, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The device hears that it is not its mistake, the operator what is wrong with the file."""
+    """The device is told that the hub is at fault; the operator is told the fault in the file."""
 
     async def scenario(url: str, config: HubConfig) -> None:
         token = TokenFile(config.tokens).issue("phone")
@@ -104,7 +104,7 @@ def test_a_token_file_that_breaks_keeps_devices_out_and_the_hub_up(
 def test_a_second_connection_with_a_token_takes_the_place_of_the_first(
     tmp_path: Path, bundles: BundleIndex
 ) -> None:
-    """The first one is told, and the second takes part in the round."""
+    """The first connection gets an error, and the second takes part in the round."""
 
     async def scenario(url: str, config: HubConfig) -> None:
         tokens = TokenFile(config.tokens)
@@ -129,7 +129,7 @@ def test_a_second_connection_with_a_token_takes_the_place_of_the_first(
 def test_an_error_that_a_device_reports_is_logged(
     tmp_path: Path, bundles: BundleIndex, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its session goes on."""
+    """The device's session continues."""
     caplog.set_level(logging.WARNING, "cutlayer.hub")
 
     async def scenario(url: str, config: HubConfig) -> None:
@@ -148,7 +148,7 @@ def test_an_error_that_a_device_reports_is_logged(
 
 
 def test_what_a_device_says_after_bye_has_no_effect(tmp_path: Path, bundles: BundleIndex) -> None:
-    """Its session has ended, its link has not yet: the hub goes on, and does not count it."""
+    """Its session has ended, but its link has not; the hub continues and ignores the message."""
 
     async def scenario(url: str, config: HubConfig) -> None:
         tokens = TokenFile(config.tokens)

@@ -32,7 +32,7 @@ LAYERS = ["stem", "block.0", "block.10", "aux.1", "head"]
 
 
 def state(seed: int, scale: float = 1.0) -> dict[str, Array]:
-    """Random tensors for every name."""
+    """Return random tensors for every name."""
     rng = np.random.default_rng(seed)
     return {
         name: np.asarray(scale * rng.standard_normal(shape), np.float32)
@@ -41,12 +41,12 @@ def state(seed: int, scale: float = 1.0) -> dict[str, Array]:
 
 
 def copy_of(layer: str, seed: int, weight: float, scale: float = 1.0) -> LayerCopy:
-    """A random copy of a layer."""
+    """Return a random copy of a layer."""
     return LayerCopy(layer, split_by_layer(state(seed, scale))[layer], weight, f"by-{seed}")
 
 
 def snapshot(store: LayerStore) -> dict[str, tuple[int, list[str], dict[str, Array]]]:
-    """Everything that a store holds."""
+    """Return the whole contents of a store."""
     return {
         layer: (e.version, list(e.trained_by), {n: t.copy() for n, t in e.tensors.items()})
         for layer, e in store.entries.items()
@@ -56,7 +56,7 @@ def snapshot(store: LayerStore) -> dict[str, tuple[int, list[str], dict[str, Arr
 def assert_unchanged(
     store: LayerStore, before: dict[str, tuple[int, list[str], dict[str, Array]]]
 ) -> None:
-    """The store holds what it held, to the last bit."""
+    """Check that the store is unchanged, bit for bit."""
     after = snapshot(store)
     assert after.keys() == before.keys()
     for layer, (version, trained_by, tensors) in before.items():
@@ -188,7 +188,7 @@ def test_a_copy_that_is_not_finite_changes_nothing_at_all(value: float, position
     ids=["unknown layer", "missing tensor"],
 )
 def test_a_copy_that_does_not_fit_changes_nothing_at_all(broken: LayerCopy) -> None:
-    """Whoever calls has checked that copies fit; should it fail to, the model is still whole."""
+    """Callers check copies first; if they fail to, the model is still intact."""
     store = LayerStore(state(0))
     before = snapshot(store)
     with pytest.raises(KeyError):

@@ -1,4 +1,4 @@
-"""A method that another package adds: nothing of Cutlayer knows its name."""
+"""A method that another package adds, while no code of Cutlayer knows its name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class HalfWay(Merged):
 
 @dataclass(frozen=True, kw_only=True)
 class Cautious(Method):
-    """Devices train on a tenth of the learning rate, and the average goes half of the way."""
+    """Devices train at a tenth of the learning rate, and the average goes half of the way."""
 
     def device_plan(
         self, context: RoundContext, stage: Stage, device: str, order: int
@@ -56,7 +56,7 @@ class Cautious(Method):
 
 
 def cautious(initial: State, outline: JobOutline) -> Method:
-    """The method, composed."""
+    """Return the method."""
     return Cautious(
         name="Cautious", stage=always(ActivationMode.TRAIN), aggregation=HalfWay(initial)
     )
@@ -67,13 +67,13 @@ CAUTIOUS = Recipe("Cautious", cautious)
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package is installed that has the method."""
+    """Simulate that a package with the method is installed."""
     entry = metadata.EntryPoint("cautious", f"{__name__}:CAUTIOUS", "cutlayer.methods")
     monkeypatch.setattr(metadata, "entry_points", lambda group: [entry])
 
 
 async def train(hub: Hub, folder: Path) -> None:
-    """One device takes part in the hub's job, over a websocket."""
+    """Run one device in the hub's job, over a WebSocket."""
     token = TokenFile(folder / "tokens.toml").issue("phone", "small")
     serving, url = await start_hub(hub)
     device = await Device.connect(url, token=token, data=examples(24), cache=folder / "cache")
@@ -107,7 +107,7 @@ def test_a_hub_trains_with_a_method_that_an_entry_point_names(
 def test_a_method_given_as_an_argument_plans_the_rounds(
     tmp_path: Path, bundles: BundleIndex, model: SplitModel
 ) -> None:
-    """Its device plans are what the device gets: a tenth of the learning rate."""
+    """The device gets the method's plan, with a tenth of the learning rate."""
     initial = {n: t.detach().numpy().copy() for n, t in model.trained().items()}
     method = cautious(initial, JobOutline(1))
     rules = RoundRules(count=1, deadline_s=60)
@@ -145,7 +145,7 @@ def test_an_entry_point_that_is_no_recipe_is_one_sentence(
 
 
 def test_the_loop_the_hub_and_the_gateway_know_no_method() -> None:
-    """Neither a method's name nor a word that belongs to one of them."""
+    """Their code has neither the name of a method nor a word of one."""
     words = re.compile(
         r"\b(fused?|harden\w*|bases?|u_shaped|returned|mixtures?|adversarial|fedsplitx|splitft|"
         r"splitmix|supersfl)\b",

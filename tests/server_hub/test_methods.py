@@ -28,7 +28,7 @@ LAYERS = ["stem", "block.0", "block.1", "block.2", "block.3", "aux.1", "aux.3", 
 
 
 def filled(layers: Iterable[str], value: float) -> State:
-    """Tensors of some layers, every element with the same value."""
+    """Return tensors of some layers, with the same value in every element."""
     wanted = set(layers)
     return {
         name: np.full_like(tensor, value)
@@ -38,27 +38,27 @@ def filled(layers: Iterable[str], value: float) -> State:
 
 
 def initial() -> State:
-    """Every element is 100."""
+    """Return an initial state in which every element is 100."""
     return filled(LAYERS, 100.0)
 
 
 def specs(layers: Iterable[str]) -> list[TensorSpec]:
-    """What devices that hold these layers exchange."""
+    """Return the tensors that devices with these layers exchange."""
     return [TensorSpec(n, "float32", t.shape) for n, t in filled(layers, 0.0).items()]
 
 
 def update(device: str, cut: int, value: float, samples: int) -> DeviceUpdate:
-    """What a device with a cut delivers."""
+    """Return the update of a device with a cut."""
     return DeviceUpdate(device, filled(MODEL.client_layers(cut), value), samples)
 
 
 def trunk_copy(layer: str, value: float, samples: int, replica: str = "shared") -> TrunkCopy:
-    """What the trunk delivers."""
+    """Return a copy from the trunk."""
     return TrunkCopy(replica, layer, filled([layer], value), samples)
 
 
 def values(state: State) -> dict[str, float]:
-    """The value of each layer; all its elements must have it."""
+    """Return the value of each layer; all its elements must be equal."""
     found: dict[str, set[float]] = {}
     for name, tensor in state.items():
         assert tensor.dtype == np.float32
@@ -67,8 +67,8 @@ def values(state: State) -> dict[str, float]:
     return {layer: one.pop() for layer, one in found.items()}
 
 
-# A small device (cut 1, 10 samples), a large one (cut 3, 30), and a trunk that the rows of both
-# went through: 10 from block 1 on, 40 from block 3 on.
+# A small device (cut 1, 10 samples), a large one (cut 3, 30 samples), and a trunk with the rows
+# of both: 10 from block 1 on, 40 from block 3 on.
 UPDATES = [update("small", 1, 1.0, 10), update("large", 3, 5.0, 30)]
 COPIES = [
     trunk_copy("block.1", 9.0, 10),

@@ -27,7 +27,7 @@ ORDER = [2, 0, 3, 1]
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four bases with dual norms, for ONNX."""
+    """Bundles of four bases with dual norms, for ONNX."""
     folder = tmp_path_factory.mktemp("mix")
     tiers = tiers_toml(folder, "bases = 4\ndual_norms = true")
     main_quietly("export", MODEL, "--tiers", str(tiers), "--out", str(folder / "bundles"))
@@ -41,7 +41,7 @@ def main_quietly(*arguments: str) -> None:
 
 
 def write_run(folder: Path, bundles: Path, order: list[int]) -> list[SplitModel]:
-    """A run that has ended with some bases; returns these, best first."""
+    """Write a finished run with some bases; return these, best first."""
     index = BundleIndex.read(bundles)
     run = RunFolder(folder)
     record = RoundRecord(1, 0.0, 0.0, 1, {}, None, None, None, 0, {}, {}, order=order)

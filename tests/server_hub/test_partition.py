@@ -1,4 +1,4 @@
-"""Partitions: every row once, shares as their distributions say; and the demo's data."""
+"""Partitions: every row once, and shares with the right distributions; also the demo's data."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DEMO_DEVICES = 6
 
 
 def numbered(rows: int, seed: int = 0) -> Examples:
-    """Examples that can be told apart: each holds its own number."""
+    """Return examples that each contain their own number."""
     y = np.random.default_rng(seed).integers(0, CLASSES, rows)
     return Examples(np.arange(rows, dtype=np.float32).reshape(rows, 1), y)
 
 
 def skew(shares: list[Examples]) -> float:
-    """How far the devices' mixes of classes are from the whole, from 0 (even) to almost 1."""
+    """Return how far the devices' class mixes are from the whole: 0 (even) to almost 1."""
     counts = np.array([np.bincount(share.y, minlength=CLASSES) for share in shares], float)
     whole = counts.sum(0) / counts.sum()
     own = [c / c.sum() for c in counts if c.sum()]
@@ -110,13 +110,13 @@ def test_the_split_covers_the_digits_once() -> None:
 
 
 def labelled(y: Array, domains: Array | None = None) -> Dataset:
-    """A data set with these labels and inputs that do not matter."""
+    """Return a data set with these labels and arbitrary inputs."""
     examples = Examples(np.zeros((len(y), 1), np.float32), y)
     return Dataset(examples, examples, int(y.max()) + 1, domains=domains)
 
 
 def texts(lengths: Array) -> Dataset:
-    """Texts of these lengths (labels that count)."""
+    """Return texts of these lengths (numbers of labels that count)."""
     y = np.where(np.arange(max(lengths)) < lengths[:, None], 1, -1)
     examples = Examples(np.where(y > 0, 7, 0), y)
     return Dataset(examples, examples, 256, "tokens")
@@ -127,7 +127,7 @@ def balanced(rows: int, classes: int) -> Array:
 
 
 def assert_complete(shares: list[Array], rows: int) -> None:
-    """Every row is with exactly one client, in order."""
+    """Check that exactly one client has each row, in order."""
     assert np.concatenate(shares).dtype == np.int64
     np.testing.assert_array_equal(np.sort(np.concatenate(shares)), np.arange(rows))
     assert all((np.diff(share) > 0).all() for share in shares)
@@ -391,7 +391,7 @@ def test_an_empty_client_is_named() -> None:
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"alpha": float("inf")}, "alpha is inf"),
-        ({"classes_per_client": 0}, "classes_per_client is 0, must be at least 1"),
+        ({"classes_per_client": 0}, "classes_per_client is 0; it must be at least 1"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The trunk in a process of its own: same results, and what happens when things go wrong."""
+"""The trunk in its own process: equal results, and errors of the process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ARENA = 2**20
 
 
 def run(test: Awaitable[None]) -> None:
-    """Run a test that must end in time."""
+    """Run a test; fail if it exceeds its time limit."""
 
     async def limited() -> None:
         async with asyncio.timeout(TIMEOUT_S):
@@ -57,14 +57,14 @@ def run(test: Awaitable[None]) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that must come about."""
+    """Wait until a condition holds."""
     while not condition():
         await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager
 async def worker(model: SplitModel, **options: Any) -> AsyncIterator[WorkerTrunk]:
-    """A worker with one thread, closed at the end."""
+    """Run a worker with one thread; close it at the end."""
     trunk = WorkerTrunk(model, "cpu", **{"arena_bytes": ARENA, "threads": 1, **options})
     try:
         await trunk.start()
@@ -74,14 +74,14 @@ async def worker(model: SplitModel, **options: Any) -> AsyncIterator[WorkerTrunk
 
 
 def worker_pid() -> int:
-    """Process id of the one worker that this process has."""
+    """Return the process id of the only worker of this process."""
     (child,) = (c for c in multiprocessing.active_children() if c.name == "trunk")
     assert child.pid is not None
     return child.pid
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and not a zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def is_running(pid: int) -> bool:
 
 
 def shared_memory() -> list[Path]:
-    """The files behind the shared memory of this process; at least one."""
+    """Return the files behind the shared memory of this process; there is at least one."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split()[-1] for line in maps if line.split()[-1].startswith("/dev/shm/psm_")}
     assert paths
@@ -97,7 +97,7 @@ def shared_memory() -> list[Path]:
 
 
 def bad(arrival: StepInput) -> StepInput:
-    """The arrival with a value that is not finite."""
+    """Return the arrival with a value that is not finite."""
     parts = {name: np.array(part) for name, part in arrival.batch.parts.items()}
     parts["h.scale"].flat[0] = math.nan
     batch = dataclasses.replace(arrival.batch, parts=parts)
@@ -105,16 +105,16 @@ def bad(arrival: StepInput) -> StepInput:
 
 
 def query_of(model: SplitModel, cut: int, rows: int, seed: int) -> Query:
-    """A question with random activations."""
+    """Return a query with random activations."""
     arrival = arrival_of(model, cut, rows, seed)
     return Query(cut, arrival.codec, arrival.batch.parts)
 
 
-# --- the same results -----------------------------------------------------------------------------
+# --- equal results --------------------------------------------------------------------------------
 
 
 async def a_job(trunk: Trunk, model: SplitModel) -> list[Any]:
-    """Two rounds with everything that a trunk can be asked; all that it said."""
+    """Run two rounds with every call of a trunk; return all results."""
     said: list[Any] = []
     state = state_of(model)
     for epochs in (1, 3):
@@ -141,7 +141,7 @@ async def a_job(trunk: Trunk, model: SplitModel) -> list[Any]:
 
 
 def assert_same(got: Any, want: Any) -> None:
-    """Equal to the last bit."""
+    """Check that values are equal bit for bit."""
     assert type(got) is type(want)
     if isinstance(want, list):
         assert len(got) == len(want)
@@ -159,7 +159,7 @@ def assert_same(got: Any, want: Any) -> None:
 
 
 def test_a_worker_says_what_a_local_trunk_says() -> None:
-    """Several passes included: their arrivals outlive the shared memory that they came in."""
+    """This includes several passes, whose arrivals outlive their shared memory."""
 
     async def test() -> None:
         model = conv_model()
@@ -197,7 +197,7 @@ def test_calls_that_come_at_once_take_turns() -> None:
     run(test())
 
 
-# --- things that go wrong -------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_a_worker_goes_on_after_what_it_could_not_do() -> None:
@@ -211,7 +211,7 @@ def test_a_worker_goes_on_after_what_it_could_not_do() -> None:
             await trunk.begin(state, plan)
             assert_same(await trunk.step(fine), core.step(fine))
 
-            # more than the shared memory takes goes in several fills
+            # inputs larger than the shared memory are sent in parts
             large = [arrival_of(model, 1, 400, seed, f"large-{seed}") for seed in (1, 2)]
             assert_same(await trunk.step(large), core.step(large))
             assert_same(await trunk.step(fine), core.step(fine))
@@ -276,7 +276,7 @@ def test_a_worker_that_is_killed_while_idle_is_noticed_at_the_next_call() -> Non
 
 
 def test_a_caller_that_gives_up_does_not_confuse_the_next() -> None:
-    """Nor does the next one's payload take the place of one that is still in use."""
+    """The next payload does not overwrite one that is still in use."""
 
     async def test() -> None:
         model = slow_model(SleepingBlock(0.3))
@@ -423,11 +423,11 @@ def test_nothing_is_left_when_the_hub_has_ended(tmp_path: Path, how: str) -> Non
         assert done.stderr == "", "no complaints about leaks"
 
 
-# --- while it is busy -----------------------------------------------------------------------------
+# --- a busy trunk ---------------------------------------------------------------------------------
 
 
 async def largest_lag(work: Awaitable[Any]) -> float:
-    """Seconds that the event loop was late at most while something was done."""
+    """Return the largest lag of the event loop, in seconds, during some work."""
     task = asyncio.ensure_future(work)
     largest = 0.0
     while not task.done():
@@ -439,12 +439,12 @@ async def largest_lag(work: Awaitable[Any]) -> float:
 
 
 async def answer_pings(connection: ServerConnection) -> None:
-    """A server that says nothing itself."""
+    """Serve a connection without sending anything; it answers pings."""
     await connection.wait_closed()
 
 
 def ping(url: str, times: list[float], until: Callable[[], bool]) -> None:
-    """A device, in a thread of its own: seconds until each ping was answered."""
+    """A device in its own thread: record the seconds until each ping is answered."""
     with connect(url) as connection:
         while not until():
             started = time.monotonic()
@@ -457,7 +457,7 @@ def ping(url: str, times: list[float], until: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def small_heap() -> Iterator[None]:
-    """Leave what the test run has piled up out of garbage collection, whose pauses are long."""
+    """Exclude existing objects from garbage collection, whose pauses would be long."""
     gc.collect()
     gc.freeze()
     yield

@@ -78,7 +78,7 @@ def test_the_picture_of_the_cuts_takes_any_number_of_devices(tmp_path: Path, dev
 
 
 def test_the_table_of_rounds_shows_the_device_alone_and_the_best_path() -> None:
-    """The lowest perplexity, the highest accuracy; cuts once they have moved."""
+    """The table has the lowest perplexity or the highest accuracy, and cuts after a move."""
     paths = {"device_alone": 90.0, "through_hub": 30.25, "ensemble": 45.0}
     table = rounds_table([record(1, accuracy={"a": paths})])
     assert table.title == "Rounds: perplexity by tier, device alone/best path"
@@ -123,7 +123,7 @@ def test_a_table_is_markdown_with_its_names_to_the_left() -> None:
 
 
 def test_a_table_of_rounds_fits_eighty_columns() -> None:
-    """With three tiers, as the demo has."""
+    """The table has three tiers, as in the demo."""
     paths = {"device_alone": 0.925, "through_hub": 0.975, "ensemble": 0.98}
     tiers = dict.fromkeys(("small", "medium", "large"), paths)
     console = Console(width=80)

@@ -1,4 +1,4 @@
-"""Rounds: who takes part, what is owed and when a round is over; step by step and at random."""
+"""Rounds: members, expected messages and the end of a round, in single steps and at random."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ DEVICES = ["ada", "bo", "cy", "dee", "eli", "flo"]
 
 
 def begin(rounds: Rounds, now: float) -> list[str]:
-    """Start the next round with the devices that the rules draw; returns these."""
+    """Start the next round with the devices that the rules draw; return these."""
     members = rounds.draw()
     rounds.start(now, members)
     return members
 
 
 def with_devices(number: int = 3, **rules: object) -> Rounds:
-    """Rounds with some devices ready."""
+    """Return rounds with some devices ready."""
     rounds = Rounds(RoundRules(**rules))  # type: ignore[arg-type]
     for device in DEVICES[:number]:
         rounds.join(device)
@@ -69,7 +69,7 @@ def test_who_joins_during_a_round_takes_part_in_the_next() -> None:
 
 
 def draws(seed: int, order: list[str], rounds_count: int = 6) -> list[list[str]]:
-    """The members of successive rounds of three devices each."""
+    """Return the members of successive rounds of three devices each."""
     rounds = Rounds(RoundRules(count=rounds_count, per_round=3, seed=seed))
     for device in order:
         rounds.join(device)
@@ -263,7 +263,7 @@ def test_rules_that_make_no_sense_are_refused(field: str, value: int) -> None:
 
 
 class RoundsMachine(RuleBasedStateMachine):
-    """Anything that devices may do, in any order, beside a ledger of what should follow."""
+    """All events of devices in any order, compared with a ledger of expected results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,7 +379,7 @@ class RoundsMachine(RuleBasedStateMachine):
             )
 
     def teardown(self) -> None:
-        """From wherever it is, the job can be brought to its end."""
+        """From every state the job can be brought to its end."""
         if not hasattr(self, "rounds"):
             return
         if self.training:

@@ -1,4 +1,4 @@
-"""The two stores of FedSplitX's paper: one of the devices' layers, one of the trunk's."""
+"""The two stores of FedSplitX's paper form: one for the devices' layers, one for the trunk's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from server_hub.aggregation.separate import Separate
 
 
 def test_both_stores_go_on_from_what_was_kept() -> None:
-    """A run that is taken up again has neither store's first values."""
+    """A resumed run uses the saved values of both stores."""
     first = {"block.0.weight": np.zeros(2, np.float32), "head.weight": np.ones(2, np.float32)}
     kept = {
         "devices": {name: tensor + 3 for name, tensor in first.items()},

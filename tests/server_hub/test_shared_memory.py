@@ -1,4 +1,4 @@
-"""Messages through shared memory: whatever their arrays are, they arrive as they were sent."""
+"""Messages through shared memory arrive unchanged, whatever their arrays are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARRAYS = arrays(
 
 @dataclass(frozen=True)
 class Message:
-    """Arrays somewhere in an object."""
+    """An object with arrays in it."""
 
     name: str
     parts: dict[str, Array]
@@ -36,7 +36,7 @@ class Message:
 
 @contextmanager
 def both_ends(size: int = SIZE) -> Iterator[tuple[SharedMemoryPipe, SharedMemoryPipe]]:
-    """The two ends of a pipe."""
+    """Return the two ends of a pipe."""
     ours, theirs = Pipe()
     first = SharedMemoryPipe(ours, size)
     second = SharedMemoryPipe(theirs, name=first.name)
@@ -48,7 +48,7 @@ def both_ends(size: int = SIZE) -> Iterator[tuple[SharedMemoryPipe, SharedMemory
 
 
 def sent(message: Any, size: int = SIZE, copy: bool = True) -> Any:
-    """A message as the other end receives it."""
+    """Return a message as the other end receives it."""
     with both_ends(size) as (first, second):
         thread = threading.Thread(target=first.send, args=(message,))
         thread.start()
@@ -65,7 +65,7 @@ def _copied(message: Message) -> Message:
 
 
 def assert_same(got: Message, want: Message) -> None:
-    """Equal to the last bit, with the same dtypes and shapes."""
+    """Check that values are equal bit for bit, with the same dtypes and shapes."""
     assert (got.name, list(got.parts)) == (want.name, list(want.parts))
     pairs = [*zip(got.parts.values(), want.parts.values(), strict=True)]
     pairs += zip(got.more, want.more, strict=True)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def assert_same(got: Message, want: Message) -> None:
 def test_a_message_arrives_as_it_was_sent(
     parts: dict[str, Array], more: list[Array | None], size: int, copy: bool
 ) -> None:
-    """Also one whose arrays are larger than the block, and one without any."""
+    """This includes messages with arrays larger than the block, and messages without arrays."""
     message = Message("a message", parts, more)
     assert_same(sent(message, size, copy), message)
 
@@ -98,7 +98,7 @@ def test_arrays_that_are_not_contiguous_arrive() -> None:
 
 
 def test_without_a_copy_arrays_lie_in_the_block() -> None:
-    """They are overwritten by the next message, which is what callers must know."""
+    """The next message overwrites them; callers must know this."""
     with both_ends() as (first, second):
         first.send([np.zeros(8)])
         (view,) = second.receive(copy=False)
@@ -150,7 +150,7 @@ def test_only_what_has_changed_is_sent() -> None:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_row_of_states_is_put_together_again(data: st.DataObject) -> None:
-    """Training and answers take turns, tensors change, come back, and leave."""
+    """Training and answers alternate; tensors change, return, and disappear."""
     sender, receiver = StateSender(), StateReceiver()
     pool = [np.full(2, i, np.float32) for i in range(6)]
     names = ["a", "b", "c"]
@@ -162,7 +162,7 @@ def test_any_row_of_states_is_put_together_again(data: st.DataObject) -> None:
             }
             for key in data.draw(st.sets(st.integers(0, 2), min_size=1))
         }
-        if data.draw(st.booleans()):  # arrays that are new, in the place of old ones
+        if data.draw(st.booleans()):  # new arrays in place of old ones
             pool[data.draw(st.integers(0, 5))] = np.full(2, data.draw(st.integers(9, 99)), "f4")
         found = receiver.states(sender.delta(wanted))
         assert found.keys() == wanted.keys()

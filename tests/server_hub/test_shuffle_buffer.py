@@ -1,4 +1,4 @@
-"""The buffer that mixes batches: nothing is lost, nothing comes twice, groups keep their bound."""
+"""The buffer that mixes batches: no batch is lost or repeated, and groups keep their bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulated jobs: repeatable, resumable, honest about time, and clear about what cannot be."""
+"""Simulated jobs: repeatable, resumable, right about time, with clear errors for invalid jobs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ UNEQUAL = {
 
 
 def job(**changes: Any) -> Job:
-    """Five devices of two tiers, 160 digits, two rounds."""
+    """Return a job of five devices of two tiers, 160 digits, and two rounds."""
     settings: dict[str, Any] = {
         "model": BUILD,
         "data": DataTable("digits", train=160, test=60),
@@ -62,7 +62,7 @@ def job(**changes: Any) -> Job:
 
 
 def repeatable(record: RoundRecord) -> dict[str, Any]:
-    """A record without what real time says."""
+    """Return a record without values of real time."""
     table = asdict(record)
     for real in ("wall_s", "seconds"):
         del table["costs"][real]
@@ -70,13 +70,13 @@ def repeatable(record: RoundRecord) -> dict[str, Any]:
 
 
 def model_in(folder: Path) -> dict[str, Array]:
-    """The tensors of the trained model."""
+    """Return the tensors of the trained model."""
     tensors: dict[str, Array] = load_file(folder / "model.safetensors")
     return tensors
 
 
 def assert_same_model(one: Path, other: Path, atol: float = 0.0) -> None:
-    """Equal to the last bit, or to ``atol``."""
+    """Check that models are equal bit for bit, or within ``atol``."""
     a, b = model_in(one), model_in(other)
     assert a.keys() == b.keys()
     for name in a:
@@ -92,7 +92,7 @@ RESTLESS = {
 
 
 def restless(**changes: Any) -> Job:
-    """Devices that are away for 40 % of the time, and seldom stay for a whole round."""
+    """Return a job whose devices are offline 40 % of the time and seldom online for a round."""
     settings = {
         "tiers": RESTLESS,
         "rounds": RoundsTable(count=4),
@@ -126,7 +126,7 @@ def test_devices_that_vanish_are_named_and_the_rounds_go_on(tmp_path: Path) -> N
 def test_who_joins_late_over_a_slow_link_comes_at_the_same_time_in_every_run(
     tmp_path: Path,
 ) -> None:
-    """While it fetches the state rounds go by, so that it has to ask for the present one again."""
+    """Rounds pass while it downloads the state, so it must request the current one again."""
     tiers = {
         "quick": FleetTier(clients=2, cut=1),
         "slow": FleetTier(
@@ -158,7 +158,7 @@ def test_functional_steps_and_exported_graphs_train_the_same_model(tmp_path: Pat
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-# --- going on -------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 LONG = job(rounds=RoundsTable(count=4, per_round=3))
@@ -166,7 +166,7 @@ LONG = job(rounds=RoundsTable(count=4, per_round=3))
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nobody interrupted."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     simulate(LONG, folder)
     return folder
@@ -183,7 +183,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_goes_on_like(folder: Path, whole: Path) -> None:
-    """A run that goes on in ``folder`` ends as the whole one."""
+    """Check that a run resumed in ``folder`` ends like the uninterrupted one."""
     last = Checkpoint.read(folder)
     assert last is not None
     done = read_records(folder)[: last.completed]
@@ -202,7 +202,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     folder = shutil.copytree(halves, tmp_path / "run")
     assert_goes_on_like(folder, whole)
     before = (folder / "metrics.jsonl").read_bytes()
-    assert_alike(simulate(LONG, folder), read_records(whole))  # nothing is left to do
+    assert_alike(simulate(LONG, folder), read_records(whole))  # no round is left to run
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -244,7 +244,7 @@ def test_a_round_that_is_in_the_metrics_but_not_in_the_checkpoint_is_made_again(
 def test_metrics_that_lack_a_round_of_the_checkpoint_are_not_gone_on_with(
     halves: Path, tmp_path: Path
 ) -> None:
-    """The line is written before the checkpoint; a disk that failed may have lost it."""
+    """The line is written before the checkpoint; a failed disk may have lost it."""
     folder = shutil.copytree(halves, tmp_path / "run")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text(lines[0])
@@ -342,7 +342,7 @@ ONE = FleetTier(clients=1, cut=2, gflops=0.05, uplink_mbit=2, downlink_mbit=8, l
 
 
 def alone(tier: FleetTier = ONE, **changes: Any) -> Job:
-    """One device with 80 digits, three rounds, all after another."""
+    """Return a job of one device with 80 digits and three rounds, without any overlap."""
     settings = {
         "tiers": {"one": tier},
         "data": DataTable("digits", train=80, test=20),
@@ -353,7 +353,7 @@ def alone(tier: FleetTier = ONE, **changes: Any) -> Job:
 
 
 def last_round(records: list[RoundRecord]) -> tuple[float, dict[str, dict[str, int]], float, float]:
-    """Seconds, bytes, operations of devices and of the trunk in the last round."""
+    """Return seconds, bytes, and operations of devices and of the trunk in the last round."""
     before, last = records[-2:]
     sizes = {
         kind: {way: n - before.bytes[kind][way] for way, n in ways.items()}
@@ -364,12 +364,12 @@ def last_round(records: list[RoundRecord]) -> tuple[float, dict[str, dict[str, i
 
 
 def on_the_way(size: int, mbit: float | None) -> float:
-    """Seconds that so many bytes take."""
+    """Return the seconds that ``size`` bytes take."""
     return 0.0 if mbit is None else size * 8 / (mbit * 1e6)
 
 
 def straight(tier: FleetTier, sizes: dict[str, dict[str, int]]) -> float:
-    """Seconds of a round's messages that wait for each other: round, state, update."""
+    """Return the seconds of a round's messages that wait for each other: round, state, update."""
     return (
         on_the_way(sizes["round"]["down"] + sizes["blob"]["down"], tier.downlink_mbit)
         + on_the_way(sizes["blob_get"]["up"] + sizes["update"]["up"], tier.uplink_mbit)
@@ -378,14 +378,14 @@ def straight(tier: FleetTier, sizes: dict[str, dict[str, int]]) -> float:
 
 
 def acknowledgements(tier: FleetTier, sizes: dict[str, dict[str, int]]) -> float:
-    """Seconds that they may hold up what counts: they go between the other messages."""
+    """Return the seconds by which acknowledgements may delay the other messages."""
     ack = sizes["ack"]
     return on_the_way(ack["up"], tier.uplink_mbit) + on_the_way(ack["down"], tier.downlink_mbit)
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.02])
 def test_a_round_takes_as_long_as_its_parts(tmp_path: Path, loss: float) -> None:
-    """No activations: the state comes down, the device trains, the update goes up."""
+    """Without activations, the state comes down, the device trains, and the update goes up."""
     tier = replace(ONE, loss=loss)
     seconds, sizes, flop, _ = last_round(simulate(alone(tier, method="exc"), tmp_path / "run"))
     felt = replace(
@@ -422,7 +422,7 @@ def test_batches_that_wait_for_gradients_take_the_sum_of_all_their_parts(tmp_pat
 
 
 def test_activations_go_up_while_the_device_trains(tmp_path: Path) -> None:
-    """Over an uplink that is the bottleneck, training hides behind it, but for the first batch."""
+    """If the uplink is the bottleneck, the time of training is hidden after the first batch."""
     tier = replace(ONE, uplink_mbit=0.5, gflops=1.0)
     task = alone(tier, trunk=TrunkTraining(wait_s=0.0))
     seconds, sizes, flop, _ = last_round(simulate(task, tmp_path / "run"))
@@ -433,7 +433,7 @@ def test_activations_go_up_while_the_device_trains(tmp_path: Path) -> None:
 
 
 def test_a_slow_hub_is_waited_for(tmp_path: Path) -> None:
-    """All is immediate but the trunk, which trains what every row of the round brings it."""
+    """Only the trunk takes time; it trains on all rows of the round."""
     tier = FleetTier(clients=1, cut=2)
     task = alone(tier, hub_gflops=0.01, trunk=TrunkTraining(wait_s=0.0))
     seconds, _, _, flop = last_round(simulate(task, tmp_path / "run"))
@@ -444,7 +444,7 @@ def test_a_slow_hub_is_waited_for(tmp_path: Path) -> None:
 
 
 def build_model_with_head(cut: int) -> SplitModel:
-    """The job's model with the auxiliary head at a cut."""
+    """Return the job's model with the auxiliary head at a cut."""
     model = build()
     model.add_heads([cut], example(IMAGE), CLASSES)
     return model
@@ -459,7 +459,7 @@ def test_counting_operations_leaves_the_model_in_its_mode() -> None:
 
 
 def build_norms_on_the_hub() -> SplitModel:
-    """Batch norms above cut 2 only."""
+    """Return a model with batch norms above cut 2 only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stem = nn.Conv2d(IMAGE[0], 8, 3, padding=1)
@@ -497,7 +497,7 @@ def test_two_hundred_devices_join_and_some_train(tmp_path: Path) -> None:
         assert record.bytes[kind][way] >= 200 * (one[0].bytes[kind][way] - 8), "everybody came"
 
 
-# --- what cannot be -------------------------------------------------------------------------------
+# --- invalid jobs ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -537,13 +537,13 @@ def test_a_tier_that_cannot_be_is_refused(changes: dict[str, Any], says: str) ->
 
 
 def build_for_colour() -> SplitModel:
-    """A model of pictures with three channels; digits have one."""
+    """Return a model of images with three channels; digits have one channel."""
     stem = nn.Conv2d(3, 6, 3)
     return SplitModel(stem, [nn.Identity(), nn.Identity()], MeanHead(6, CLASSES))
 
 
 def build_for_three_classes() -> SplitModel:
-    """A model that knows three classes; there are ten digits."""
+    """Return a model of three classes; digits have ten classes."""
     stem = nn.Conv2d(1, 6, 3)
     return SplitModel(stem, [nn.Identity(), nn.Identity()], MeanHead(6, 3))
 
@@ -578,7 +578,7 @@ def test_text_has_no_labels_to_learn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["local", "trunk"])
 def test_training_that_overflows_ends_with_an_error(tmp_path: Path, part: str) -> None:
-    """The hub refuses what is not finite; when it has refused everybody, nothing can go on."""
+    """The hub refuses values that are not finite; if it has refused all devices, the job ends."""
     training = {"local": LocalTraining, "trunk": TrunkTraining}[part]
     with pytest.raises(CutlayerError):
         simulate(job(**{part: training(hyper={"lr": 1e30})}), tmp_path / "run")

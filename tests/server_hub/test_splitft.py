@@ -1,4 +1,4 @@
-"""SplitFT against the model that was never cut: cuts that move, gradients that come late."""
+"""SplitFT against the same model without a cut: cuts that move, and late gradients."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0
 
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of the labels that count."""
+    """Return the mean cross-entropy of the labels that count."""
     return cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1), ignore_index=-1)
 
 
@@ -61,7 +61,7 @@ def loss_of(logits: Tensor, y: Tensor) -> Tensor:
 def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
     optimizer: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, for random cuts that change at every step, slots handed over with the blocks."""
+    """In float64, with random cuts that change at every step; slots move with the blocks."""
     monkeypatch.setitem(packing.CODECS, "float64", Double())
     hyper = ADAMW if optimizer == "adamw" else {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     model = build(seed=seed).double()
@@ -119,7 +119,7 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
 
 
 def runtime_at(cut: int) -> tuple[SplitModel, TorchRuntime, ClientSteps]:
-    """A device's steps in float32, with activations as they are."""
+    """Return the steps of a device in float32 with unpacked activations."""
     model = build()
     model.add_heads([cut], texts(2, 0)[0], WORDS)
     steps = ClientSteps(
@@ -132,7 +132,7 @@ def runtime_at(cut: int) -> tuple[SplitModel, TorchRuntime, ClientSteps]:
 def drive(
     learner: Learner, data: Examples, plan: LocalPlan, hub: Any, late: bool
 ) -> tuple[LocalResult, int]:
-    """Local training against a hub; a late one gives gradients only when they are waited for."""
+    """Train against a hub; a late hub returns gradients only when the device waits for them."""
     training = learner.training(learner.runtime.get_state(), data, plan)
     sent: dict[int, dict[str, Array]] = {}
     most = 0
@@ -153,7 +153,7 @@ def drive(
 
 @pytest.mark.parametrize("staleness", [0, 1, 3, 20])
 def test_gradients_are_as_old_as_the_staleness_allows_and_no_older(staleness: int) -> None:
-    """Steps with a late hub are those of a loop that keeps gradients back in a queue."""
+    """With a late hub, steps equal those of a loop that delays gradients in a queue."""
     cut, batch, rows = 2, 2, 12
     model, runtime, _ = runtime_at(cut)
     x, y = texts(rows, 3)
@@ -177,7 +177,7 @@ def test_gradients_are_as_old_as_the_staleness_allows_and_no_older(staleness: in
         }
 
     def batches() -> Iterator[Tensor]:
-        """The inputs of the batches, found again by their labels."""
+        """Yield the inputs of the batches, found by their labels."""
         for _, labels in shown:
             (row,) = {
                 i for i in range(rows) if (y[i, : labels.shape[1]].numpy() == labels[0]).all()
@@ -220,7 +220,7 @@ def test_gradients_are_as_old_as_the_staleness_allows_and_no_older(staleness: in
 
 
 def test_gradients_that_are_there_are_used_at_once() -> None:
-    """Whatever the staleness, a hub that answers at once makes the steps exact."""
+    """If the hub answers at once, steps are exact for every staleness."""
     found = []
     for staleness in (0, 3):
         model, runtime, _ = runtime_at(2)
@@ -248,12 +248,12 @@ def test_gradients_that_are_there_are_used_at_once() -> None:
 
 
 def state_of(model: SplitModel) -> dict[str, Array]:
-    """What is trained."""
+    """Return the trained tensors."""
     return {n: t.detach().numpy().copy() for n, t in model.trained().items()}
 
 
 def product(state: Mapping[str, Array], block: int) -> Array:
-    """The adapter of a block's attention, without ``alpha``."""
+    """Return the adapter product of a block's attention, without ``alpha``."""
     a = state[f"block.{block}.layer.attn.c_attn.lora_A.default.weight"]
     b = state[f"block.{block}.layer.attn.c_attn.lora_B.default.weight"]
     result: Array = b.astype(np.float64) @ a / len(a)
@@ -261,7 +261,7 @@ def product(state: Mapping[str, Array], block: int) -> Array:
 
 
 def noisy(state: Mapping[str, Array], seed: int) -> dict[str, Array]:
-    """The same with other adapters, and slots above zero."""
+    """Return the state with other adapters, and slots above zero."""
     rng = np.random.default_rng(seed)
     return {
         n: (np.abs(rng.standard_normal(t.shape)) if "/" in n
@@ -271,15 +271,15 @@ def noisy(state: Mapping[str, Array], seed: int) -> dict[str, Array]:
 
 
 def layers_between(state: Mapping[str, Array], first: int, last: int) -> dict[str, Array]:
-    """The tensors of some blocks."""
+    """Return the tensors of some blocks."""
     return {n: t for n, t in state.items() if any(
         n.rpartition("/")[2].startswith(f"block.{i}") for i in range(first, last))}  # fmt: skip
 
 
 def test_adapters_of_different_ranks_are_averaged_as_products() -> None:
-    """A block that one device holds at its cut, with a lower rank, another and the trunk whole.
+    """One device has a block at its cut, with a lower rank; another and the trunk have it whole.
 
-    What the lower rank could not hold from the start on counts as unchanged.
+    The part that the lower rank could not hold at the start counts as unchanged.
     """
     full = build(4)
     store = MergedAdapters(state_of(full), "adamw", cut_rank=2)
@@ -317,7 +317,7 @@ def test_adapters_of_different_ranks_are_averaged_as_products() -> None:
     np.testing.assert_allclose(
         after[slot.format(0)], (3 * small[slot.format(0)] + large[slot.format(0)]) / 4, rtol=1e-5
     )
-    # the device at whose cut the block was has had slots for another basis
+    # The device with the block at its cut has slots for another basis.
     np.testing.assert_allclose(after[slot.format(1)], large[slot.format(1)], rtol=1e-6)
     entered = store.trunk_state(cuts=[2])
     ranks = [len(entered[f"block.{i}.layer.attn.c_attn.lora_A.default.weight"]) for i in range(4)]
@@ -327,7 +327,7 @@ def test_adapters_of_different_ranks_are_averaged_as_products() -> None:
 
 
 def test_where_all_copies_have_a_lower_rank_it_stays_and_so_do_the_slots() -> None:
-    """Nothing is cut back again in every round; the whole model is saved at its full ranks."""
+    """The rank is not reduced again in every round; the whole model is saved at its full ranks."""
     store = MergedAdapters(state_of(build(4)), "adamw", cut_rank=2)
     lower = build(4)
     set_ranks(lower, {1: 2})
@@ -336,7 +336,7 @@ def test_where_all_copies_have_a_lower_rank_it_stays_and_so_do_the_slots() -> No
     rule = get_optimizer("adamw")
     own = {s.name: torch.zeros([int(n) for n in s.shape]) for s in specs}
     specs += [TensorSpec(n, "float32", tuple(t.shape)) for n, t in rule.slots(own).items()]
-    for seed in range(2):  # after the first the store has the rank
+    for seed in range(2):  # after the first average the store has the rank
         sent = noisy(store.device_state(specs), seed)
         store.commit([DeviceUpdate("a", sent, 3), DeviceUpdate("b", dict(sent), 1)], [])
     back = store.device_state(specs)
@@ -357,7 +357,7 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs away from it\n\n" *
 
 
 def build_bytes() -> SplitModel:
-    """A GPT-2 of four small blocks for bytes, with adapters on a base that is not random."""
+    """Return a GPT-2 of four small blocks for bytes, with adapters on a base with content."""
     config = transformers.GPT2Config(
         n_embd=32, n_layer=DEPTH, n_head=2, vocab_size=258, n_positions=32, bos_token_id=1,
         eos_token_id=1, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
@@ -368,7 +368,7 @@ def build_bytes() -> SplitModel:
 
 
 def job(folder: Path, **changes: Any) -> Job:
-    """One or more devices on a text."""
+    """Return a job of one or more devices on a text."""
     (folder / "some.txt").write_text(TEXT)
     settings: dict[str, Any] = {
         "model": "tests.server_hub.test_splitft:build_bytes",
@@ -385,7 +385,7 @@ def job(folder: Path, **changes: Any) -> Job:
 
 
 def run(task: Job, folder: Path) -> tuple[list[Any], dict[str, Array]]:
-    """The records and the model."""
+    """Run a job; return the records and the model."""
     with Simulation(task, folder) as simulation:
         records = simulation.run()
     tensors: dict[str, Array] = load_file(folder / "model.safetensors")
@@ -393,10 +393,10 @@ def run(task: Job, folder: Path) -> tuple[list[Any], dict[str, Array]]:
 
 
 def test_a_job_whose_cuts_move_ends_where_one_with_fixed_cuts_ends(tmp_path: Path) -> None:
-    """One device: wherever it is cut, the steps are those of the uncut model, over all rounds."""
+    """With one device, the steps are those of the uncut model at every cut, over all rounds."""
     fixed, want = run(job(tmp_path), tmp_path / "fixed")
     assert all(record.cuts == {"a-1": 1} and not record.moves for record in fixed)
-    # a slow device next to it sets a bound that lets it go deeper
+    # a slow second device sets a bound that lets the first go deeper
     moving = CutsTable(policy="latency", options=[1, 2, 3])
     deeper = job(tmp_path, cuts=moving, tiers={
         "a": FleetTier(clients=1, cut=2, codec="fp16", gflops=0.001)})  # fmt: skip
@@ -419,8 +419,10 @@ def test_a_job_whose_cuts_move_ends_where_one_with_fixed_cuts_ends(tmp_path: Pat
 def test_a_fleet_finds_its_cuts_and_learns(
     hub_gflops: float | None, fast: int, tmp_path: Path
 ) -> None:
-    """Slow devices get fewer blocks, fast ones more if the hub has too much to do; perplexity
-    falls; runs are the same."""
+    """Slow devices get fewer blocks, and fast ones get more if the hub is overloaded.
+
+    Perplexity falls, and two runs are equal.
+    """
     tiers = {
         "slow": FleetTier(clients=1, cut=2, codec="fp16", gflops=0.001),
         "fast": FleetTier(clients=2, cut=2, codec="fp16", gflops=0.01),
@@ -444,11 +446,11 @@ def test_a_fleet_finds_its_cuts_and_learns(
 
 
 class Interrupted(Exception):
-    """What stops a run in a test."""
+    """Raised by a test to interrupt a run."""
 
 
 def unequal(folder: Path, **changes: Any) -> Job:
-    """A fleet whose cuts move: the slow device goes to cut 1, the fast ones go to 3."""
+    """Return a fleet whose cuts move: the slow device to cut 1, the fast ones to cut 3."""
     tiers = {
         "slow": FleetTier(clients=1, cut=2, codec="fp16", gflops=0.001),
         "fast": FleetTier(clients=2, cut=2, codec="fp16", gflops=0.01),
@@ -461,7 +463,7 @@ def unequal(folder: Path, **changes: Any) -> Job:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[RoundRecord]:
-    """The rounds of a run that nobody interrupted."""
+    """The rounds of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     records, _ = run(unequal(folder), folder / "run")
     assert [len(record.moves) for record in records] == [0, 1, 0, 2, 0, 0]
@@ -474,10 +476,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[RoundRecord]
 def test_a_run_that_was_interrupted_goes_on_with_its_cuts(
     last: int, uninterrupted: list[RoundRecord], tmp_path: Path
 ) -> None:
-    """When the first target has stood for a round, when a device moves, and when the others do.
+    """Runs stop after a target's first round, at one device's move, and at the others' moves.
 
-    Links take no time here, so the clocks agree. Handshakes are made twice, and bundles are not
-    fetched twice, so only the bytes of training are the same.
+    Links take no time here, so the clocks agree. Handshakes happen twice, and bundles are not
+    downloaded twice, so only the bytes of training are the same.
     """
 
     def stop(record: RoundRecord) -> None:
@@ -505,12 +507,12 @@ def test_a_run_that_was_interrupted_goes_on_with_its_cuts(
 
 
 def without_reasons(record: RoundRecord) -> list[tuple[str, int, int]]:
-    """The moves, but for their reasons, which name times to three digits."""
+    """Return the moves without their reasons, which have times of three digits."""
     return [(move["device"], move["cut"], move["to"]) for move in record.moves]
 
 
 def test_a_device_that_was_away_comes_back_at_the_cut_that_it_had(tmp_path: Path) -> None:
-    """A cut changes where the record of a round names the move, and nowhere else."""
+    """A cut changes only in rounds whose record has the move."""
     tiers = {
         "slow": FleetTier(clients=1, cut=2, codec="fp16", gflops=0.001),
         "fast": FleetTier(

@@ -1,4 +1,4 @@
-"""Split-Mix on the hub: who trains what, what becomes of it, and how good mixtures are."""
+"""Split-Mix on the hub: assignment and averages of bases, and the accuracy of mixtures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ DEPTH = 3
 
 
 class Block(nn.Module):
-    """Residual: convolution, norm, ReLU."""
+    """A residual block: convolution, norm, ReLU."""
 
     def __init__(self, norm: nn.Module, width: int = 8) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 def wide(norms: tuple[nn.Module, ...]) -> SplitModel:
-    """Pictures in two halves of the size, blocks of 8 channels, a norm in the head."""
+    """Return a model of images at half size, with blocks of 8 channels and a norm in the head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stem = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU())
@@ -73,22 +73,22 @@ def wide(norms: tuple[nn.Module, ...]) -> SplitModel:
 
 
 def build_wide() -> SplitModel:
-    """Group norms."""
+    """Return a model with group norms."""
     return wide(tuple(nn.GroupNorm(4, 8) for _ in range(DEPTH)))
 
 
 def build_batch_norms() -> SplitModel:
-    """Batch norms."""
+    """Return a model with batch norms."""
     return wide(tuple(nn.BatchNorm2d(8) for _ in range(DEPTH)))
 
 
 def build_batch_norm_below() -> SplitModel:
-    """A batch norm in the first block only."""
+    """Return a model with a batch norm in the first block only."""
     return wide((nn.BatchNorm2d(8), nn.GroupNorm(4, 8), nn.GroupNorm(4, 8)))
 
 
 def build_words() -> SplitModel:
-    """A small GPT-2 of bytes."""
+    """Return a small GPT-2 for bytes."""
     import transformers
 
     with torch.random.fork_rng(devices=[]):
@@ -101,7 +101,7 @@ def build_words() -> SplitModel:
         )  # fmt: skip
 
 
-# --- who trains what ------------------------------------------------------------------------------
+# --- assignment of bases --------------------------------------------------------------------------
 
 BUDGETS = st.sampled_from([0.125, 0.2, 0.25, 0.5, 0.7, 1.0])
 
@@ -180,7 +180,7 @@ def test_a_budget_below_one_base_is_told_with_what_one_takes() -> None:
         mixing.count("poor")
 
 
-# --- what becomes of it ---------------------------------------------------------------------------
+# --- averages -------------------------------------------------------------------------------------
 
 SHAPES = {
     "stem.weight": (2, 3), "block.0.norm.clean.weight": (3,), "block.0.norm.noise.weight": (3,),
@@ -239,7 +239,7 @@ def test_a_base_becomes_the_weighted_mean_of_its_copies(
 
 
 def test_copies_of_the_trunk_count_beside_those_of_devices() -> None:
-    """A device that trains a base as a whole, and the trunk for those that are cut."""
+    """One device trains a base as a whole, and the trunk trains the cut ones."""
     rng = np.random.default_rng(0)
     store = PerBase(random_state(rng, 2))
     whole, deep = (rng.standard_normal((3, 3)).astype(np.float32) for _ in range(2))
@@ -251,7 +251,7 @@ def test_copies_of_the_trunk_count_beside_those_of_devices() -> None:
 
 
 def test_the_state_of_a_base_does_not_depend_on_others_with_more_digits() -> None:
-    """``base.1.`` is no beginning of ``base.10.``."""
+    """``base.1.`` is not a prefix of ``base.10.``."""
     initial = {"stem.weight": np.zeros((11, 2), np.float32)}
     store = PerBase(initial)
     store.commit(
@@ -275,7 +275,7 @@ LOCAL = LocalTraining(epochs=2, batch_size=16, hyper={"lr": 0.05, "momentum": 0.
 
 
 def job(**changes: Any) -> Job:
-    """Three devices that train two of four bases, or all, as a whole."""
+    """Return a job of three devices that train two of four bases, or all, as a whole."""
     given: dict[str, Any] = {
         "model": f"{__name__}:build_wide",
         "data": DataTable("digits", train=90, test=50, scale="unit"),
@@ -293,12 +293,12 @@ def job(**changes: Any) -> Job:
 
 
 def bases_in(folder: Path, bases: int) -> list[dict[str, Array]]:
-    """The trained bases of a run."""
+    """Return the trained bases of a run."""
     return [load_file(folder / f"model.base-{b}.safetensors") for b in range(bases)]
 
 
 def papers_loop(task: Job, simulation: Simulation) -> list[dict[str, Array]]:
-    """The bases after all rounds: plain loops, torch's optimizer, float64."""
+    """Return the bases after all rounds, by plain loops with torch's optimizer in float64."""
     states = [
         {name: torch.from_numpy(t[base]).double() for name, t in simulation.fleet.bases.items()}
         for base in range(task.mix.bases)
@@ -345,7 +345,7 @@ def papers_loop(task: Job, simulation: Simulation) -> list[dict[str, Array]]:
     ("model", "masked"), [("build_wide", True), ("build_wide", False), ("build_batch_norms", True)]
 )
 def test_a_simulated_job_is_the_loop_of_the_paper(tmp_path: Path, model: str, masked: bool) -> None:
-    """Several classes are missing on every device, which the loss leaves out, or not."""
+    """Every device lacks several classes, which the loss leaves out or not."""
     task = job(
         model=f"{__name__}:{model}",
         mix=SplitMixTable(bases=4, masked=masked),
@@ -375,7 +375,7 @@ TOGETHER = {
 
 
 def together(**changes: Any) -> Job:
-    """Devices that train bases as a whole, and up to a cut, on hard examples too."""
+    """Return devices that train whole and cut bases, also on adversarial examples."""
     given = {
         "tiers": TOGETHER,
         "mix": SplitMixTable(bases=4, robustness=0.5, attack=HARD),
@@ -416,7 +416,7 @@ def test_tiers_that_are_whole_and_tiers_that_are_cut_train_the_same_bases(tmp_pa
 
 
 def plain_answers(model: SplitModel, x: Tensor) -> Tensor:
-    """Logits of the whole model, by its own head."""
+    """Return the logits of the whole model by its own head."""
     with torch.no_grad():
         h = model.stem(x)
         for block in model.block:
@@ -436,7 +436,7 @@ def perplexity(logits: Tensor, y: Tensor) -> float:
 def by_definition(
     logits: list[Tensor], y: Tensor, texts: bool = False
 ) -> tuple[list[int], dict[int, float]]:
-    """Order by every fifth example; measures of the mean of the best, by the others."""
+    """Rank bases on every fifth example; measure the mean of the best on the other examples."""
     measure = perplexity if texts else accuracy
     fifth = torch.arange(len(y)) % 5 == 0
     scores = [measure(z[fifth], y[fifth]) for z in logits]
@@ -451,7 +451,7 @@ def by_definition(
 def test_a_tier_that_has_opted_out_does_not_dilute_the_noise_norms_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All three devices train all bases; one does so on hard examples, too."""
+    """All three devices train all bases, and one of them trains on adversarial examples too."""
     tiers = {
         "hard": FleetTier(clients=1, cut=DEPTH),
         "out": FleetTier(clients=1, cut=DEPTH, adversarial=False),
@@ -478,7 +478,7 @@ def test_a_tier_that_has_opted_out_does_not_dilute_the_noise_norms_of_others(
             np.testing.assert_array_equal(state[name], hard.state[tensor_of(base, name)])
             assert (state[name] != start[name][base]).any()
             clean = name.replace(".noise.", ".clean.")
-            if clean.startswith("aux."):  # of which there are copies of the trunk as well
+            if clean.startswith("aux."):  # the trunk has copies of these too
                 continue
             assert (state[clean] != hard.state[tensor_of(base, clean)]).any()
             assert (state[clean] != out.state[tensor_of(base, clean)]).any()
@@ -486,7 +486,7 @@ def test_a_tier_that_has_opted_out_does_not_dilute_the_noise_norms_of_others(
 
 @pytest.mark.parametrize("dual", [True, False])
 def test_all_weight_may_be_on_hard_examples(tmp_path: Path, dual: bool) -> None:
-    """And steps of the trunk so small that clean rows come in steps of their own."""
+    """Steps of the trunk are so small that clean rows are in steps of their own."""
     task = together(
         mix=SplitMixTable(bases=4, robustness=1.0, dual_norms=dual, attack=HARD),
         trunk=TrunkTraining(max_rows=1, wait_s=0.0),
@@ -516,11 +516,11 @@ def test_an_interrupted_job_goes_on_to_the_same_end(tmp_path: Path, every: int) 
             np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5, err_msg=name)
     for mine, other in zip(halves, whole, strict=True):
         assert mine.order == other.order
-        assert mine.mixed == pytest.approx(other.mixed, abs=1.5 / 40)  # of 40 examples
+        assert mine.mixed == pytest.approx(other.mixed, abs=1.5 / 40)  # accuracy on 40 examples
 
 
 def test_bases_with_batch_norms_lie_on_devices_as_a_whole(tmp_path: Path) -> None:
-    """Statistics, too, are averaged by base, and the noise copies have their own."""
+    """Statistics are averaged by base too, and the noise copies have their own."""
     task = job(
         model=f"{__name__}:build_batch_norms",
         mix=SplitMixTable(bases=2, robustness=0.5, attack=HARD),
@@ -610,11 +610,11 @@ def test_a_job_that_cannot_be_is_told_before_anything_runs(
     assert "\n" not in str(error.value)
 
 
-# --- how good mixtures are ------------------------------------------------------------------------
+# --- accuracy of mixtures -------------------------------------------------------------------------
 
 
 def hub_bases(bases: int = 4, seed: int = 0) -> tuple[SplitModel, dict[str, Array]]:
-    """One base as the hub has it, and states that answer differently."""
+    """Return one base as the hub has it, and states whose answers differ."""
     found = whole_bases(
         split_width(build_wide(), bases, example(IMAGE)).with_dual_norms(),
         [1, 2], example(IMAGE), CLASSES,
@@ -642,7 +642,7 @@ def test_bases_are_put_in_order_by_some_examples_and_measured_by_the_others(seed
 
 
 def each(model: SplitModel, states: Mapping[str, Array]) -> list[SplitModel]:
-    """A module for each base."""
+    """Return a module for each base."""
     models = []
     for base in range(len(next(iter(states.values())))):
         own = copy.deepcopy(model).eval()
@@ -671,7 +671,7 @@ def test_mixtures_of_texts_are_measured_by_perplexity() -> None:
     assert report.mixed == pytest.approx(mixed, rel=1e-4)
 
 
-# --- examples made hard ---------------------------------------------------------------------------
+# --- adversarial examples -------------------------------------------------------------------------
 
 
 def double_bases(seed: int = 0) -> list[SplitModel]:
@@ -756,7 +756,7 @@ def test_a_mixture_is_the_mean_of_logits_through_the_norms_that_are_asked_for(
 
 
 def build_batch_norms_throughout() -> SplitModel:
-    """Batch norms, without any other."""
+    """Return a model with batch norms only."""
     model = build_batch_norms()
     model.head = MeanHead(8, CLASSES)
     return model

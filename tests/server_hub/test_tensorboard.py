@@ -1,4 +1,4 @@
-"""TensorBoard logs hold what the rounds were like."""
+"""TensorBoard logs contain the figures of the rounds."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ WORDS = 258
 
 
 def build() -> SplitModel:
-    """A GPT-2 of three layers, width 32, that knows 258 tokens."""
+    """Return a GPT-2 of three layers, width 32, with a vocabulary of 258 tokens."""
     from transformers import GPT2Config
 
     from export.adapters import from_transformers
@@ -62,7 +62,7 @@ def build() -> SplitModel:
 
 
 def texts(rows: int, longest: int, seed: int) -> Examples:
-    """Texts of random lengths, some with gaps, some that nothing is asked about."""
+    """Return texts of random lengths, some with gaps, some without labels that count."""
     rng = np.random.default_rng(seed)
     x = rng.integers(0, 9, (rows, longest))
     y = rng.integers(0, 9, (rows, longest))
@@ -75,7 +75,7 @@ def texts(rows: int, longest: int, seed: int) -> Examples:
 
 
 def end_of(y: Array) -> int:
-    """Positions up to the last label."""
+    """Return the number of positions up to the last label that counts."""
     return max((i + 1 for i, label in enumerate(y) if label >= 0), default=0)
 
 
@@ -91,7 +91,7 @@ def test_batches_hold_every_text_once_and_end_with_their_longest(
     rows: int, longest: int, size: int, seed: int, shuffled: bool
 ) -> None:
     data = texts(rows, longest, seed)
-    data.x[:, 0] = np.arange(rows)  # to know them again
+    data.x[:, 0] = np.arange(rows)  # so that a test can identify them
     rng = np.random.default_rng(seed) if shuffled else None
     seen: list[int] = []
     for batch in text.batches(data, size, rng):
@@ -173,7 +173,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> BundleIndex:
 
 
 def packed(rows: int = 3, positions: int = 5) -> dict[str, Array]:
-    """Activations as the manifest says."""
+    """Return activations that fit the manifest."""
     return {
         "h.q": np.zeros((rows, positions, 32), np.int8),
         "h.scale": np.ones((1, 1, 32), np.float32),
@@ -232,14 +232,14 @@ SENTENCES = ["the cat sat on the mat", "a dog sat on a log", "the mat and the lo
 
 
 def write_text(path: Path, paragraphs: int = 60) -> None:
-    """Paragraphs of one to three sentences."""
+    """Write paragraphs of one to three sentences."""
     rng = np.random.default_rng(0)
     picked = (rng.choice(SENTENCES, rng.integers(1, 4)) for _ in range(paragraphs))
     path.write_text("\n\n".join(". ".join(p) for p in picked))
 
 
 def write_tokenizer(folder: Path) -> list[str]:
-    """A tokenizer whose tokens are the words; returns them in the order of their numbers."""
+    """Write a tokenizer whose tokens are the words; return them in the order of their numbers."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -281,7 +281,7 @@ ADAMW = {"lr": 0.01}
 
 
 def job(folder: Path, **changes: Any) -> Job:
-    """Four devices of two tiers on a small text."""
+    """Return a job of four devices of two tiers on a small text."""
     if not (folder / "some.txt").exists():
         write_text(folder / "some.txt")
     given: dict[str, Any] = {
@@ -310,7 +310,7 @@ def simulate(
 
 
 def start(base: Path, task: Job) -> float:
-    """Perplexity of the untrained model on the held-out texts."""
+    """Return the perplexity of the untrained model on the held-out texts."""
     held_out = load_dataset(task.data, base).held_out
     with torch.no_grad():
         logits = build().eval()(torch.from_numpy(held_out.x))
@@ -319,7 +319,7 @@ def start(base: Path, task: Job) -> float:
 
 
 def repeatable(record: RoundRecord) -> dict[str, Any]:
-    """A record without what real time says."""
+    """Return a record without values of real time."""
     table = asdict(record)
     for real in ("wall_s", "seconds"):
         del table["costs"][real]
@@ -369,7 +369,7 @@ def test_exported_graphs_give_what_the_steps_in_pytorch_give(tmp_path: Path) -> 
 
 
 def test_padding_costs_no_traffic(tmp_path: Path) -> None:
-    """Much longer rows around the same texts: the same traffic, but for nothing."""
+    """Rows with much more padding around the same texts cause the same traffic."""
     tiers = {"large": FleetTier(clients=2, cut=2)}
     base = job(tmp_path, tiers=tiers, rounds=RoundsTable(count=1))
     paragraphs = [len(p) for p in (tmp_path / "some.txt").read_text().split("\n\n")]
@@ -397,7 +397,7 @@ def test_a_vocabulary_that_the_model_does_not_have_is_told_before_anything_runs(
 
 
 def of_eight_tokens() -> SplitModel:
-    """A model of tokens that knows few."""
+    """Return a model with a vocabulary of eight tokens."""
 
     class Stem(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The token file, and configuration files with errors that name file and key."""
+"""The token file, and configuration files, whose errors name file and key."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ class Inner:
 
 @dataclass(frozen=True)
 class Outer:
-    """Every kind of value that a configuration has."""
+    """A configuration with every kind of value."""
 
     name: str
     inner: Inner
@@ -246,7 +246,7 @@ rate = 0.25
 
 
 def written(tmp_path: Path, text: str) -> Path:
-    """A configuration file."""
+    """Write a configuration file."""
     path = tmp_path / "some.toml"
     path.write_text(text, "utf-8")
     return path

@@ -52,21 +52,21 @@ ADAMW = TrunkPlan(
 
 
 def core_of(model: SplitModel, plan: TrunkPlan = SGD) -> TrunkTrainer:
-    """A trunk that has begun a round from the model's own weights."""
+    """Return a trunk that has begun a round with the model's own weights."""
     core = TrunkTrainer(model, "cpu")
     core.begin(state_of(model), plan)
     return core
 
 
 def assert_same(got: dict[str, Array], want: dict[str, Array]) -> None:
-    """Equal to the last bit."""
+    """Check that tensors are equal bit for bit."""
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         np.testing.assert_array_equal(got[name], tensor, err_msg=name)
 
 
 def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float = 2e-6) -> None:
-    """Equal but for rounding in float32."""
+    """Check that tensors are equal up to rounding in float32."""
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         np.testing.assert_allclose(got[name], tensor, 1e-4, tolerance, err_msg=name)
@@ -188,7 +188,7 @@ def test_row_losses_come_by_cut_and_then_by_arrival() -> None:
 
 
 def steps_of(model: SplitModel, codec: str = "int8") -> list[list[StepInput]]:
-    """Steps with changing cuts: the third leaves out the shallow blocks, the fourth does not."""
+    """Return steps with changing cuts: the third leaves out shallow blocks, the fourth does not."""
     plan = [[(1, 3), (2, 2)], [(2, 4)], [(3, 2), (3, 3)], [(3, 1), (1, 5), (2, 2)], [(2, 3)]]
     seeds = itertools.count()
     return [
@@ -293,7 +293,7 @@ def test_what_a_round_has_trained_is_not_changed_by_the_next() -> None:
 
 
 def poisoned(arrival: StepInput, part: str, value: float) -> StepInput:
-    """An arrival with one value of a part replaced."""
+    """Return an arrival with one value of a part replaced."""
     parts = {name: np.array(tensor) for name, tensor in arrival.batch.parts.items()}
     parts[part].flat[0] = value
     return replace(arrival, batch=replace(arrival.batch, parts=parts))
@@ -397,7 +397,7 @@ def test_several_bad_devices_are_all_named_and_no_others() -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_device_may_send_a_good_batch_beside_one_that_overflows(first: bool) -> None:
-    """Two batches of one device in one step, alike in everything but their values."""
+    """The two batches are from one device and in one step, and differ only in their values."""
     model = dense_model()
     good = arrival_of(model, 2, 3, 1, "mixed")
     bad = poisoned(arrival_of(model, 2, 3, 2, "mixed"), "h.scale", 2.5e36)
@@ -428,14 +428,14 @@ def test_a_bad_device_does_not_touch_the_replicas_of_others() -> None:
 
 
 def with_epochs(epochs: int, max_rows: int = 256, seed: int = 0) -> TrunkPlan:
-    """SGD with several passes over the round's activations."""
+    """Return SGD with several passes over the round's activations."""
     return TrunkPlan("sgd", SGD.hyper, epochs, max_rows, seed)
 
 
 def replayed(
     model: SplitModel, plan: TrunkPlan, steps: Sequence[Sequence[StepInput]]
 ) -> list[TrunkCopy]:
-    """What a round leaves."""
+    """Run a round; return its copies."""
     core = core_of(model, plan)
     for arrivals in steps:
         core.step(arrivals)
@@ -508,7 +508,7 @@ def test_a_round_keeps_nothing_of_the_one_before() -> None:
     model = dense_model()
     steps = steps_of(model)
     core = core_of(model, with_epochs(2))
-    core.step(steps[0])  # a round that is given up
+    core.step(steps[0])  # a round that is abandoned
     core.begin(state_of(model), with_epochs(2))
     core.step(steps[1])
     assert_same(tensors_of(core.finish()), tensors_of(replayed(model, with_epochs(2), steps[1:2])))
@@ -580,7 +580,7 @@ def test_answers_are_those_of_the_plain_model(kind: str, codec: str, cut: int) -
 
 
 def plain_accuracy(model: SplitModel, x: Array, y: Array, cut: int, codec: str) -> dict[str, float]:
-    """Accuracy of the three paths, one example after the other where the codec allows it."""
+    """Return the accuracy of the three paths, example by example if the codec allows it."""
     with torch.no_grad():
         h, own = model.stem(torch.from_numpy(x)), []
         for depth in range(cut):
@@ -598,7 +598,7 @@ def test_evaluation_is_that_of_the_plain_model(kind: str) -> None:
     model = MODELS[kind]()
     shallow, deep = MODELS[kind](seed=7), MODELS[kind](seed=8)
     for p in itertools.chain(shallow.parameters(), deep.parameters()):
-        p.data.mul_(2)  # answers that differ from row to row
+        p.data.mul_(2)  # so that answers differ from row to row
     for rows, codec in ((300, "fp16"), (200, "int8")):
         x, y = inputs(model, rows, seed=1)
         evaluator = Evaluator(model, "cpu", (x, y))
@@ -616,7 +616,7 @@ def test_evaluation_is_that_of_the_plain_model(kind: str) -> None:
 
 
 def live_models() -> int:
-    """How many models there are in memory."""
+    """Return the number of models in memory."""
     gc.collect()
     return sum(isinstance(found, SplitModel) for found in gc.get_objects())
 
@@ -655,9 +655,9 @@ def test_what_is_served_changes_with_serve_alone() -> None:
 def text_loss(
     model: SplitModel, h: Tensor, labels: Tensor, cut: int, auxiliary: bool = True
 ) -> Tensor:
-    """Mean over the labels that count of the summed losses of the heads above ``cut``.
+    """Return the mean over labels that count of the summed losses of the heads above ``cut``.
 
-    Without ``auxiliary`` it is that of the last head.
+    Without ``auxiliary``, only the last head counts.
     """
     loss = torch.zeros((), dtype=h.dtype)
     for depth in range(cut, model.depth):
@@ -717,7 +717,7 @@ def test_merged_texts_of_any_length_learn_as_each_does_alone(
 def text_arrival(
     model: SplitModel, cut: int, rows: int, length: int, seed: int, weight: float = 1.0
 ) -> StepInput:
-    """What a device sends of random texts."""
+    """Return an input of random texts, as from a device."""
     x, labels = some_texts(rows, length, seed)
     parts = get_codec("fp16").pack(model.segment(x, cut), 2)
     packed = {name: part.numpy() for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""Labels that stay on the device, against the model that was never cut."""
+"""U-shaped training, with labels on the device, against the same model without a cut."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ from tests.lib.trunk_models import step_input
 
 
 def conv() -> SplitModel:
-    """Convolutions with group norms."""
+    """Return convolutions with group norms."""
     build, _, _ = MODELS["groupnorm"]
     model: SplitModel = build()
     return model
 
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of the labels that count."""
+    """Return the mean cross-entropy of the labels that count."""
     return cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=-1)
 
 
 def draw(kind: str, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs and labels in float64."""
+    """Return inputs and labels in float64."""
     if kind == "lora":
         x, y = draw_texts(rows, seed)
         length = 2 + seed % 6
@@ -72,7 +72,7 @@ def draw(kind: str, rows: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
     kind: str, optimizer: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, for random cuts; stem, blocks and head, with slots handed on."""
+    """In float64, with random cuts; slots of stem, blocks and head are handed on."""
     monkeypatch.setitem(packing.CODECS, "float64", Double())
     model = (build_gpt2(seed=seed) if kind == "lora" else conv()).double()
     classes = WORDS if kind == "lora" else MODELS["groupnorm"][2]
@@ -147,7 +147,7 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
 def test_arrivals_of_several_depths_are_one_step_over_all_their_labels(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the labels were on the hub: the gradient of the mean over all of them."""
+    """The gradient is that of the mean over all labels, as if they were on the hub."""
     monkeypatch.setitem(packing.CODECS, "float64", Double())
     model = (build_gpt2() if kind == "lora" else conv()).double()
     state = {n: p.detach().numpy().copy() for n, p in model.trained().items()}
@@ -201,7 +201,7 @@ def test_arrivals_of_several_depths_are_one_step_over_all_their_labels(
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
-    """Verified against eager PyTorch before it is written; the head is part of the state."""
+    """Graphs are verified against eager PyTorch before they are written; the state has the head."""
     build, example, classes = MODELS[kind]
     index = export_bundles(
         build(), {"t": Tier(2, "int8", runtime, 8, returned=True, u_shaped=True)},
@@ -211,11 +211,11 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
     assert "finish" in manifest.graphs
     assert [spec.name for spec in manifest.features] == ["h.q", "h.scale"]
     head = {e.spec.name for e in manifest.state if e.spec.name.startswith("head.")}
-    assert bool(head) == (kind != "lora")  # there it is frozen
+    assert bool(head) == (kind != "lora")  # with LoRA the head is frozen
 
 
 def test_a_wrong_finish_is_refused() -> None:
-    """What does not move, and what moves and must not."""
+    """Both are refused: a tensor that must change but does not, and the reverse."""
     build, example, classes = MODELS["groupnorm"]
     model = build()
     model.add_heads([1, 2], example(8), classes)
@@ -238,7 +238,7 @@ def test_a_wrong_finish_is_refused() -> None:
 
 
 def test_the_train_graph_leaves_the_head_alone() -> None:
-    """The device's own heads train as they do without it."""
+    """The device's auxiliary heads train as without the model's head."""
     build, example, classes = MODELS["groupnorm"]
     found = []
     for u_shaped in (False, True):
@@ -264,7 +264,7 @@ def test_the_train_graph_leaves_the_head_alone() -> None:
 
 
 def job_of(method: str, **changes: Any) -> Job:
-    """Digits over two tiers of one device, each batch a step of its own."""
+    """Return a job on digits with two tiers of one device; each batch is a step of its own."""
     settings: dict[str, Any] = {
         "model": "tests.server_hub.test_u_shape:build_digits",
         "data": DataTable("digits"),
@@ -280,7 +280,7 @@ def job_of(method: str, **changes: Any) -> Job:
 
 
 def build_digits() -> SplitModel:
-    """For 8 x 8 digits."""
+    """Return a model for 8 x 8 digits."""
     from server_hub.demo import digits
 
     return digits.build_for_demo()
@@ -289,7 +289,7 @@ def build_digits() -> SplitModel:
 def test_a_fleet_learns_and_no_label_leaves_a_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accuracy of the model's head rises; what the trunk is given has no labels."""
+    """The accuracy of the model's head rises, and the trunk's inputs have no labels."""
     seen: list[Array | None] = []
     step, features = TrunkTrainer.step, TrunkTrainer.features
 
@@ -304,7 +304,7 @@ def test_a_fleet_learns_and_no_label_leaves_a_device(
     monkeypatch.setattr(TrunkTrainer, "step", watched_step)
     monkeypatch.setattr(TrunkTrainer, "features", watched_features)
     accuracies = []
-    hyper = {"lr": 0.05, "momentum": 0.0}  # steps that come late do not go with momentum
+    hyper = {"lr": 0.05, "momentum": 0.0}  # late steps do not work well with momentum
     calm: dict[str, Any] = {"trunk": TrunkTraining(hyper=hyper, max_rows=1, wait_s=0.0)}
     for staleness in (0, 1):
         calm["local"] = LocalTraining(batch_size=64, hyper=hyper, staleness=staleness)
@@ -323,7 +323,7 @@ def test_a_fleet_learns_and_no_label_leaves_a_device(
 
 
 def test_cuts_move_with_labels_on_the_devices(tmp_path: Path) -> None:
-    """The head goes with the device, from bundle to bundle."""
+    """A device that moves keeps the head, from bundle to bundle."""
     job = job_of(
         "splitft-u",
         tiers={"a": FleetTier(clients=1, cut=2, gflops=0.01),

@@ -1,4 +1,4 @@
-"""The trunk of several base networks, base by base against a plain PyTorch model in float64."""
+"""The trunk of several base networks; each base against a plain PyTorch model in float64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.lib.trunk_models import dense_model, inputs, step_input
 from tests.lib.trunk_texts import VOCABULARY, language_model, some_texts
 
 BASES = 4
-# halves and quarters: the trunk has its hyper-parameters in float32
+# Halves and quarters, because the trunk has its hyper-parameters in float32.
 SGD = TrunkPlan("sgd", {"lr": 0.125, "momentum": 0.75, "weight_decay": 0.0625}, bases=BASES)
 ADAMW = TrunkPlan(
     "adamw",
@@ -40,7 +40,7 @@ ADAMW = TrunkPlan(
 
 
 class Exact:
-    """A codec without loss, so that all is in float64."""
+    """A codec without loss, so that all values are in float64."""
 
     name = "exact"
 
@@ -56,7 +56,7 @@ def _exact() -> Iterator[None]:
 
 
 def hub_model(kind: str, dual: bool = False) -> SplitModel:
-    """One base as the hub has it: without a head of its own, a head at every depth."""
+    """Return one base as the hub has it: no head of its own, but a head at every depth."""
     build, x, classes = {
         "vectors": (token_model, example(FEATURES), CLASSES),
         "pictures": (conv_model, example(IMAGE), CLASSES),
@@ -70,7 +70,7 @@ def hub_model(kind: str, dual: bool = False) -> SplitModel:
 
 
 def states_of(model: SplitModel, seed: int = 0, bases: int = BASES) -> dict[str, Array]:
-    """What the bases start from: each other than the others, each (bases, ...)."""
+    """Return the initial states of the bases, which all differ; tensors are (bases, ...)."""
     rng = np.random.default_rng(seed)
     return {
         name: np.stack(
@@ -82,7 +82,7 @@ def states_of(model: SplitModel, seed: int = 0, bases: int = BASES) -> dict[str,
 
 @dataclass(frozen=True)
 class Sent:
-    """A batch to come; ``there`` are the classes of its device, all if None."""
+    """A batch; ``there`` has the classes of its device, None for all classes."""
 
     base: int
     cut: int
@@ -95,7 +95,7 @@ class Sent:
 
 
 def arrival_of(model: SplitModel, kind: str, sent: Sent, seed: int) -> StepInput:
-    """Random activations."""
+    """Return an arrival with random activations."""
     rng = np.random.default_rng(seed)
     if kind == "texts":
         x, y = some_texts(sent.rows, sent.length, seed)
@@ -116,7 +116,7 @@ def arrival_of(model: SplitModel, kind: str, sent: Sent, seed: int) -> StepInput
 
 
 class Eager:
-    """One base alone: a plain model, an optimizer of torch, a backward pass for each arrival."""
+    """One base alone: a plain model, an optimizer of torch, and a backward pass per arrival."""
 
     def __init__(
         self, template: SplitModel, state: dict[str, Array], base: int, plan: TrunkPlan
@@ -147,7 +147,7 @@ class Eager:
         self.samples: dict[str, int] = {}
 
     def loss(self, arrival: StepInput) -> Tensor:
-        """Sum over labels that count of the cross-entropy of all heads above the cut."""
+        """Return the cross-entropy, summed over labels that count and over heads above the cut."""
         h, labels = (
             torch.from_numpy(arrival.batch.parts["h"]),
             torch.from_numpy(arrival.batch.labels),
@@ -174,7 +174,7 @@ class Eager:
         return total
 
     def step(self, arrivals: Sequence[StepInput]) -> list[float]:
-        """One step; returns the loss of each arrival."""
+        """Make one step; return the loss of each arrival."""
         counts = [int((a.batch.labels >= 0).sum()) for a in arrivals]
         total = sum(a.weight * n for a, n in zip(arrivals, counts, strict=True))
         self.optimizer.zero_grad()
@@ -187,7 +187,7 @@ class Eager:
             if not any(a.batch.noise for a in arrivals) and name in noise:
                 p.grad = None
             elif name.startswith(tuple(f"{layer}." for layer in self.passed(lowest))):
-                # the noise copy is not reached by clean rows, nor the clean one by noise
+                # clean rows do not reach the noise copy, nor noise rows the clean one
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
@@ -197,13 +197,13 @@ class Eager:
         return [loss.item() for loss in losses]
 
     def passed(self, cut: int) -> set[str]:
-        """The layers above a cut that have anything to train."""
-        depth = self.model.depth - 1  # the block behind the last does nothing
+        """Return the layers above a cut that have trained tensors."""
+        depth = self.model.depth - 1  # the block behind the last one does nothing
         blocks = {f"block.{i}" for i in range(cut, depth)}
         return blocks | {f"aux.{d}" for d in range(cut + 1, depth + 1)}
 
     def tensors(self, layers: Sequence[str]) -> dict[str, Array]:
-        """What some layers hold."""
+        """Return the tensors of some layers."""
         return {
             name: p.detach().numpy() for name, p in self.model.named_parameters()
             if name.startswith(tuple(f"{layer}." for layer in layers))
@@ -211,7 +211,7 @@ class Eager:
 
 
 def of_base(copies: Sequence[TrunkCopy], base: int) -> dict[str, Array]:
-    """All tensors of a base."""
+    """Return all tensors of a base."""
     return {n: t for c in copies if c.base == base for n, t in c.tensors.items()}
 
 
@@ -225,7 +225,7 @@ def check(
     kind: str, plan: TrunkPlan, steps: Sequence[Sequence[Sent]], *, dual: bool = False,
     seed: int = 0,
 ) -> None:  # fmt: skip
-    """Every base learns as it does alone; what nobody trained is not there."""
+    """Check that every base learns as it does alone, and that untrained layers have no copy."""
     model = hub_model(kind, dual)
     state = states_of(model, seed)
     before = {name: tensor.copy() for name, tensor in state.items()}
@@ -264,7 +264,7 @@ def check(
         np.testing.assert_array_equal(state[name], tensor)
 
 
-# --- a step is each base's own --------------------------------------------------------------------
+# --- independent steps of bases -------------------------------------------------------------------
 
 
 def sents(kind: str, depth: int, **changes: st.SearchStrategy[object]) -> st.SearchStrategy[Sent]:
@@ -299,7 +299,7 @@ def test_a_step_trains_each_base_as_if_it_were_alone(
 @pytest.mark.parametrize("plan", [SGD, ADAMW], ids=lambda plan: plan.optimizer)
 def test_bases_of_convolutions_learn_from_unequal_rows_at_several_cuts(plan: TrunkPlan) -> None:
     first = [Sent(0, 1, 5), Sent(2, 3, 1, 2.0), Sent(0, 2, 2), Sent(2, 1, 3), Sent(3, 3, 4)]
-    second = [Sent(2, 3, 2), Sent(0, 3, 1, 0.5)]  # shallow blocks rest, and their momentum
+    second = [Sent(2, 3, 2), Sent(0, 3, 1, 0.5)]  # shallow blocks and their momentum do not change
     third = [Sent(2, 1, 2), Sent(0, 2, 3)]
     check("pictures", replace(plan, max_norm=1.0), [first, second, third])
 
@@ -324,7 +324,7 @@ def test_the_loss_is_over_the_classes_that_a_device_has(
 
 
 def hardened(steps: list[list[Sent]], weight: float) -> list[list[Sent]]:
-    """What devices send that harden their examples: every batch twice."""
+    """Return the batches of devices with adversarial examples: every batch twice."""
     return [
         [
             replace(sent, weight=share, noise=noise)
@@ -360,7 +360,7 @@ def test_noise_norms_of_texts() -> None:
 
 
 def test_the_weighted_loss_is_the_mean_of_both_by_their_weight() -> None:
-    """``(1 - l) mean clean loss + l mean noise loss``, for equally many rows."""
+    """The loss is ``(1 - l) mean clean loss + l mean noise loss`` for equal numbers of rows."""
     model = hub_model("vectors", dual=True)
     state = states_of(model)
     arrivals = [arrival_of(model, "vectors", s, 7) for s in hardened([[Sent(0, 1, 4)]], 0.25)[0]]
@@ -386,7 +386,7 @@ def named(eager: Eager) -> list[tuple[str, Tensor]]:
 
 
 def test_a_device_that_weighs_nothing_does_not_stop_the_step() -> None:
-    """With all weight on hard examples the clean ones may come in a step of their own."""
+    """With all weight on adversarial examples, clean ones may be in a step of their own."""
     model = hub_model("vectors", dual=True)
     state = states_of(model)
     trunk = VmappedTrainer(model, state, SGD, torch.device("cpu"))
@@ -399,7 +399,7 @@ def test_a_device_that_weighs_nothing_does_not_stop_the_step() -> None:
     assert all(np.isfinite(t).all() for c in trunk.finish() for t in c.tensors.values())
 
 
-# --- what rests -----------------------------------------------------------------------------------
+# --- layers without training ----------------------------------------------------------------------
 
 
 def test_a_base_without_arrivals_stays_bit_for_bit() -> None:
@@ -460,7 +460,7 @@ def test_a_round_of_the_trunk_with_bases_is_that_of_the_stack() -> None:
 
 
 def dense(model: SplitModel, base: int, cut: int, seed: int, spoil: float = 0.0) -> StepInput:
-    """Activations for :func:`dense_model`; one value of them may be spoiled."""
+    """Return activations for :func:`dense_model`; one value may be changed."""
     x, labels = inputs(model, 3, seed)
     with torch.no_grad():
         h = model.segment(torch.from_numpy(x).double(), cut).numpy()

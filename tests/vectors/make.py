@@ -1,14 +1,14 @@
-"""Writes ``vectors.json``: frames of protocol version 1 and what they mean, for other clients.
+"""Writes ``vectors.json``: frames of protocol version 1 with their meaning, for other clients.
 
 Run it with ``python tests/vectors/make.py`` after a change of the protocol. The file has
 
 - ``valid``: frames as this implementation encodes them; decoding gives the meaning, encoding the
   meaning gives the bytes (map keys in the order of the meaning, shortest msgpack forms);
-- ``accepted``: other encodings that a receiver must take as well;
+- ``accepted``: other encodings that a receiver must accept too;
 - ``state``: blobs of named tensors;
-- ``invalid``: frames and the error code that a receiver must answer with.
+- ``invalid``: frames, with the error code that a receiver must answer.
 
-In a meaning a tensor is ``{"dtype", "shape", "hex"}`` and binary data is ``{"hex"}``.
+In a meaning, a tensor is ``{"dtype", "shape", "hex"}`` and binary data are ``{"hex"}``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from edge_sdk.protocol.tensors import DTYPES, Array
 FILE = Path(__file__).parent / "vectors.json"
 
 HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
-"""sha256 of the four bytes ``test``."""
+"""SHA-256 of the four bytes ``test``."""
 
 INT8 = np.array([[-128, -1, 0], [1, 2, 127]], np.int8)
 SCALE = np.array([[0.5, 0.25, 1e-12]], np.float32)
@@ -62,14 +62,14 @@ LABELS = np.array([3, 0], np.int64)
 PARTS: dict[str, Array] = {"h.q": INT8, "h.scale": SCALE}
 PRESENT = np.array([1, 0, 0, 1], np.float32)
 OTHER = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-"""sha256 of no bytes."""
+"""SHA-256 of no bytes."""
 
 BASES = {"3": HASH, "0": OTHER}
-"""States of base networks by number, those that answer best first."""
+"""States of base networks by number, best first."""
 
 
 def plain(value: Any) -> Any:
-    """A decoded value as JSON can hold it."""
+    """Return a decoded value in a form for JSON."""
     if isinstance(value, np.ndarray):
         raw = np.ascontiguousarray(value, DTYPES[value.dtype.name]).tobytes()
         return {"dtype": value.dtype.name, "shape": list(value.shape), "hex": raw.hex()}
@@ -93,7 +93,7 @@ def value_of(meaning: Any) -> Any:
 
 
 def meaning_of(frame: Frame) -> dict[str, Any]:
-    """What a frame says."""
+    """Return the meaning of a frame."""
     body = plain(frame.message.body())
     return {"type": frame.message.TYPE, "seq": frame.seq, "ack": frame.ack, "body": body}
 
@@ -156,7 +156,7 @@ VALID: list[tuple[str, Message, int, int]] = [
         2,
     ),
     (
-        "round with base networks and examples made hard",
+        "round with base networks and adversarial examples",
         Round(
             8,
             None,
@@ -189,7 +189,7 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("activations without labels", Activations(6, 0, PARTS), 2, 1),
     ("activations of a base network", Activations(8, 0, PARTS, LABELS, 3, False, PRESENT), 2, 1),
     (
-        "activations of examples made hard",
+        "activations of adversarial examples",
         Activations(8, 0, PARTS, LABELS, 3, True, PRESENT),
         3,
         1,
@@ -250,7 +250,7 @@ VALID: list[tuple[str, Message, int, int]] = [
 
 
 def accepted() -> list[tuple[str, bytes]]:
-    """Frames that no encoder here makes and that every decoder takes."""
+    """Return frames that this encoder never makes and that every decoder must accept."""
     hello = {"tier": "small", "token": "secret", "version": 1}
     text32 = b"\xdb\x00\x00\x00\x05ready"
     wide = b"\xcf\x00\x00\x00\x00\x00\x00\x00\x01"
@@ -293,7 +293,7 @@ STATES: list[tuple[str, dict[str, Any]]] = [
 
 
 def invalid() -> list[dict[str, Any]]:
-    """Frames that must be refused, each with its code."""
+    """Return frames that must be refused, each with its error code."""
     ready = {"samples": 1}
     infer = b"\x94\xa5infer\x01\x00\x82\xa7request\x01\xa5parts\x81\xa1h"
 
@@ -390,7 +390,7 @@ def invalid() -> list[dict[str, Any]]:
 
 
 def build() -> dict[str, Any]:
-    """All vectors."""
+    """Return all vectors."""
     return {
         "protocol": VERSION,
         "valid": [
@@ -418,7 +418,7 @@ def build() -> dict[str, Any]:
 
 
 def text() -> str:
-    """The content of the file."""
+    """Return the content of the file."""
     return json.dumps(build(), indent=1, ensure_ascii=False) + "\n"
 
 
