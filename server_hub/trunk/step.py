@@ -9,41 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from edge_sdk.protocol.tensors import Array, State
-from export.names import layer_of
-from export.optimizers import get_optimizer
 from export.packing import get_codec
-from export.split import SplitModel, channel_axis, statistics
+from export.split import SplitModel, channel_axis
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss, merged_features
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.models import ModelPool, to_device, to_device_by_name
+from server_hub.trunk.replica import Replica
 from server_hub.trunk.vmapped import VmappedTrainer
-
-
-@dataclass
-class _Replica:
-    """A copy of the trunk and its optimizer.
-
-    Attributes:
-        model: the copy.
-        optimizer: its optimizer.
-        trained: the parameters that are trained.
-        statistics: running statistics of batch norms by name, which a forward pass changes.
-        samples: number of rows that have passed each layer.
-    """
-
-    model: SplitModel
-    optimizer: torch.optim.Optimizer
-    trained: list[nn.Parameter]
-    statistics: dict[str, Tensor]
-    samples: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +83,7 @@ class TrunkTrainer:
         self._device = self._pool.device
         self._state: State = {}
         self._plan = TrunkPlan("sgd", {})
-        self._replicas: dict[str, _Replica] = {}
+        self._replicas: dict[str, Replica] = {}
         self._kept: list[_Received] = []
         self._vmapped: VmappedTrainer | None = None
 
@@ -153,13 +132,12 @@ class TrunkTrainer:
         rng = np.random.default_rng(self._plan.seed)
         for done in range(1, self._plan.epochs):
             if self._plan.anneal:
-                self._set_rate(0.5 * (1 + math.cos(math.pi * done / self._plan.epochs)))
+                for replica in self._replicas.values():
+                    replica.set_rate(0.5 * (1 + math.cos(math.pi * done / self._plan.epochs)))
             for group in self._groups(rng.permutation(len(self._kept))):
                 self._train(group)
         self._kept.clear()
-        copies = [
-            copy for name, replica in self._replicas.items() for copy in self._copies(name, replica)
-        ]
+        copies = [copy for name, r in self._replicas.items() for copy in r.copies(name)]
         self._drop_replicas()
         return copies
 
@@ -219,7 +197,7 @@ class TrunkTrainer:
 
     def _train_replica(
         self,
-        replica: _Replica,
+        replica: Replica,
         received: Sequence[_Received],
         refused: dict[str, str],
         gradients: dict[int, Mapping[str, Array]],
@@ -238,7 +216,7 @@ class TrunkTrainer:
             losses: takes loss and number of labels of each batch, by the batch's ``id``.
         """
         batches = [self._unpack(r) for r in received]
-        before = {n: t.clone() for n, t in replica.statistics.items()}
+        before = replica.statistics()
         while batches:
             outcome = self._backward(replica, batches)
             if outcome.finite:
@@ -246,12 +224,12 @@ class TrunkTrainer:
                     if b.received.head_gradient is None:
                         losses[id(b.received)] = loss, b.received.counted
                 replica.optimizer.step()
-                self._count(replica, batches)
+                replica.count(_rows_by_cut(batches))
                 if self._plan.returned:
                     for b in batches:
                         gradients[id(b.received)] = self._packed_gradient(b, _counted(batches))
                 return sum(outcome.losses), _counted(batches)
-            self._restore(replica, before)
+            replica.restore(before)
             fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
             reason = "the activations are not finite"
             if all(fine):
@@ -270,20 +248,13 @@ class TrunkTrainer:
         return _Unpacked(received, h.requires_grad_(self._plan.returned))
 
     def _finite_alone(
-        self, replica: _Replica, batch: _Unpacked, before: Mapping[str, Tensor]
+        self, replica: Replica, batch: _Unpacked, before: Mapping[str, Tensor]
     ) -> bool:
         outcome = self._backward(replica, [batch])
-        self._restore(replica, before)
+        replica.restore(before)
         return outcome.finite
 
-    @staticmethod
-    @torch.no_grad()
-    def _restore(replica: _Replica, before: Mapping[str, Tensor]) -> None:
-        """Undo what a pass has done to the running statistics of batch norms."""
-        for name, tensor in replica.statistics.items():
-            tensor.copy_(before[name])
-
-    def _backward(self, replica: _Replica, batches: Sequence[_Unpacked]) -> _Outcome:
+    def _backward(self, replica: Replica, batches: Sequence[_Unpacked]) -> _Outcome:
         """Backward pass of the merged loss, gradients clipped; the host waits once, at the end."""
         replica.optimizer.zero_grad()
         for b in batches:
@@ -300,12 +271,12 @@ class TrunkTrainer:
         values = torch.cat([finite[None], row_losses]).cpu().numpy().astype(np.float64)
         return _Outcome(bool(values[0]), _sums(values[1:], batches))
 
-    def _loss(self, replica: _Replica, batches: Sequence[_Unpacked]) -> tuple[Tensor, Tensor]:
+    def _loss(self, replica: Replica, batches: Sequence[_Unpacked]) -> tuple[Tensor, Tensor]:
         """The merged loss, and the unweighted loss of each row in the merged order (rows,)."""
         labels = _counted(batches)
         weights = torch.from_numpy(
             np.repeat(
-                np.array([b.source.weight / labels for b in batches], np.float32),
+                np.array([b.source.weight / labels for b in batches]),
                 [b.source.rows for b in batches],
             )
         ).to(self._device, batches[0].h.dtype, non_blocking=True)
@@ -317,7 +288,7 @@ class TrunkTrainer:
         with self._autocast():
             return depth_merged_loss(replica.model, entering, auxiliary=not self._plan.returned)
 
-    def _backward_from_features(self, replica: _Replica, batches: Sequence[_Unpacked]) -> None:
+    def _backward_from_features(self, replica: Replica, batches: Sequence[_Unpacked]) -> None:
         """Backward pass from the gradients of the features, which the devices have sent."""
         entering: dict[int, list[Tensor]] = {}
         for b in batches:
@@ -334,13 +305,13 @@ class TrunkTrainer:
             row += b.source.rows
         merged.backward(gradient)  # type: ignore[no-untyped-call]
 
-    def _merged_features(self, replica: _Replica, entering: Mapping[int, list[Tensor]]) -> Tensor:
+    def _merged_features(self, replica: Replica, entering: Mapping[int, list[Tensor]]) -> Tensor:
         """Output of the last block, in the dtype of the weights."""
         with self._autocast():
             h = merged_features(replica.model, entering)
         return h.float() if self._plan.precision == "bf16" else h
 
-    def _clip(self, replica: _Replica) -> Tensor:
+    def _clip(self, replica: Replica) -> Tensor:
         """Scale the gradients down to the largest norm allowed; return the norm before."""
         trained = [p for p in replica.trained if p.grad is not None]
         norm: Tensor = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -359,80 +330,16 @@ class TrunkTrainer:
         parts = get_codec(batch.source.codec).pack(own, axis)
         return {name: part.cpu().numpy() for name, part in parts.items()}
 
-    def _count(self, replica: _Replica, batches: Sequence[_Unpacked]) -> None:
-        """Count rows by the layers that have passed them."""
-        model = replica.model
-        entered: dict[int, int] = {}
-        for b in batches:
-            entered[b.source.cut] = entered.get(b.source.cut, 0) + b.source.rows
-        for cut, rows in entered.items():
-            above = [f"block.{i}" for i in range(cut, model.depth)]
-            if not self._plan.returned:
-                above += [f"aux.{d}" for d in model.head_depths if d > cut]
-            if batches[0].received.head_gradient is None:
-                above.append("head")
-            for layer in above:
-                replica.samples[layer] = replica.samples.get(layer, 0) + rows
-
     # --- replicas -------------------------------------------------------------------------------
 
-    def _replica(self, name: str) -> _Replica:
+    def _replica(self, name: str) -> Replica:
         if name not in self._replicas:
-            self._replicas[name] = self._new_replica()
+            self._replicas[name] = Replica(self._pool.take(self._state), self._state, self._plan)
         return self._replicas[name]
-
-    def _new_replica(self) -> _Replica:
-        model = self._pool.take(self._state)
-        # a head may read the stem's table, but the stem is trained on the devices
-        model.stem.requires_grad_(False)
-        for module in model.modules() if self._plan.u_shaped else ():
-            if isinstance(module, _DropoutNd):
-                module.eval()
-        rule = get_optimizer(self._plan.optimizer)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = rule.reference(list(trained), dict(self._plan.hyper))
-        replica = _Replica(model, optimizer, trained, statistics(model))
-        if self._plan.keeps_slots:
-            for slots, slot, name in self._slot_names(replica):
-                slots[slot] = torch.from_numpy(np.array(self._state[name]))
-                if slot != "step":  # torch wants that one on the host
-                    slots[slot] = slots[slot].to(self._device)
-        return replica
 
     def _drop_replicas(self) -> None:
         self._pool.give_back([replica.model for replica in self._replicas.values()])
         self._replicas.clear()
-
-    def _copies(self, name: str, replica: _Replica) -> list[TrunkCopy]:
-        """Every layer that the replica has trained."""
-        trained = replica.model.trained()
-        if self._plan.keeps_slots:
-            trained |= {n: slots[slot] for slots, slot, n in self._slot_names(replica)}
-        copies = []
-        for layer, rows in replica.samples.items():
-            tensors = {
-                n: t.detach().to("cpu", copy=True).numpy()
-                for n, t in trained.items()
-                if layer_of(n) == layer
-            }
-            if tensors:  # a layer whose tensors are all frozen has none
-                # an example counts once, however many passes there were
-                copies.append(TrunkCopy(name, layer, tensors, rows // self._plan.epochs))
-        return copies
-
-    def _set_rate(self, factor: float) -> None:
-        for replica in self._replicas.values():
-            for group in replica.optimizer.param_groups:
-                group["lr"] = factor * self._plan.hyper["lr"]
-
-    def _slot_names(self, replica: _Replica) -> Iterator[tuple[dict[str, Tensor], str, str]]:
-        """For each slot: torch's dictionary that holds it, its key there, and its name here."""
-        kinds = get_optimizer(self._plan.optimizer).torch_names
-        for name, parameter in replica.model.named_parameters():
-            if parameter.requires_grad:
-                for kind, slot in kinds.items():
-                    owner = layer_of(name) if kind == "steps" else name
-                    yield replica.optimizer.state[parameter], slot, f"{kind}/{owner}"
 
 
 def _merged_order(batches: Sequence[_Unpacked]) -> list[int]:
@@ -446,6 +353,14 @@ def _sums(row_losses: Array, batches: Sequence[_Unpacked]) -> list[float]:
     ends = np.cumsum([batches[i].source.rows for i in order])
     parts = dict(zip(order, np.split(row_losses, ends[:-1]), strict=True))
     return [float(parts[i].sum()) for i in range(len(batches))]
+
+
+def _rows_by_cut(batches: Sequence[_Unpacked]) -> dict[int, int]:
+    """Number of rows that enter at each cut."""
+    rows: dict[int, int] = {}
+    for b in batches:
+        rows[b.source.cut] = rows.get(b.source.cut, 0) + b.source.rows
+    return rows
 
 
 def _counted(batches: Sequence[_Unpacked]) -> int:

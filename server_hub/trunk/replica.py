@@ -1,0 +1,103 @@
+"""A replica of the trunk: a copy of the model with an optimizer, for one round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+
+from edge_sdk.protocol.tensors import State
+from export.names import layer_of
+from export.optimizers import get_optimizer
+from export.split import SplitModel, statistics
+from server_hub.trunk.interface import TrunkCopy, TrunkPlan
+
+
+class Replica:
+    """A copy of the trunk and its optimizer.
+
+    Args:
+        model: the copy, in training mode; it is trained in place.
+        state: tensors that the round starts from. With ``keeps_slots`` they include those of the
+            optimizer.
+        plan: how the round trains.
+    """
+
+    def __init__(self, model: SplitModel, state: State, plan: TrunkPlan) -> None:
+        self.model, self._plan = model, plan
+        # a head may read the stem's table, but the stem is trained on the devices
+        model.stem.requires_grad_(False)
+        for module in model.modules() if plan.u_shaped else ():
+            if isinstance(module, _DropoutNd):
+                module.eval()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        """The parameters that are trained."""
+        self._statistics = statistics(model)
+        rule = get_optimizer(plan.optimizer)
+        self.optimizer = rule.reference(list(self.trained), dict(plan.hyper))
+        """Updates the parameters."""
+        self._samples: dict[str, int] = {}
+        if plan.keeps_slots:
+            for slots, slot, name in self._slot_names():
+                slots[slot] = torch.from_numpy(np.array(state[name]))
+                if slot != "step":  # torch wants that one on the host
+                    slots[slot] = slots[slot].to(self.trained[0].device)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Copies of the running statistics of batch norms, which a forward pass changes."""
+        return {name: tensor.clone() for name, tensor in self._statistics.items()}
+
+    @torch.no_grad()
+    def restore(self, statistics: Mapping[str, Tensor]) -> None:
+        """Set the running statistics of batch norms to what :meth:`statistics` returned."""
+        for name, tensor in self._statistics.items():
+            tensor.copy_(statistics[name])
+
+    def set_rate(self, factor: float) -> None:
+        """Set the learning rate to the plan's, times ``factor``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self._plan.hyper["lr"]
+
+    def count(self, rows: Mapping[int, int]) -> None:
+        """Count rows that a step has used, given their number by cut.
+
+        They count for every layer above their cut that the hub trains.
+        """
+        model = self.model
+        for cut, number in rows.items():
+            above = [f"block.{i}" for i in range(cut, model.depth)]
+            if not self._plan.returned:
+                above += [f"aux.{d}" for d in model.head_depths if d > cut]
+            if not self._plan.u_shaped:
+                above.append("head")
+            for layer in above:
+                self._samples[layer] = self._samples.get(layer, 0) + number
+
+    def copies(self, name: str) -> list[TrunkCopy]:
+        """Every layer that was trained, as copies of the replica called ``name``."""
+        trained = self.model.trained()
+        if self._plan.keeps_slots:
+            trained |= {n: slots[slot] for slots, slot, n in self._slot_names()}
+        copies = []
+        for layer, rows in self._samples.items():
+            tensors = {
+                n: t.detach().to("cpu", copy=True).numpy()
+                for n, t in trained.items()
+                if layer_of(n) == layer
+            }
+            if tensors:  # a layer whose tensors are all frozen has none
+                # an example counts once, however many passes there were
+                copies.append(TrunkCopy(name, layer, tensors, rows // self._plan.epochs))
+        return copies
+
+    def _slot_names(self) -> Iterator[tuple[dict[str, Tensor], str, str]]:
+        """For each slot: torch's dictionary that holds it, its key there, and its name here."""
+        kinds = get_optimizer(self._plan.optimizer).torch_names
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                for kind, slot in kinds.items():
+                    owner = layer_of(name) if kind == "steps" else name
+                    yield self.optimizer.state[parameter], slot, f"{kind}/{owner}"
