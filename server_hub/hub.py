@@ -36,6 +36,7 @@ from server_hub.gateway.peers import Peer
 from server_hub.gateway.server import Gateway
 from server_hub.gateway.tokens import TokenFile, Tokens
 from server_hub.job import Job
+from server_hub.logs import plain, protect
 from server_hub.methods.composition import compose
 from server_hub.methods.method import Method
 from server_hub.rounds.answers import Answers
@@ -86,6 +87,7 @@ class Hub:
         run: RunFolder | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
     ) -> None:
+        protect(log)
         self.config = config
         self.index = BundleIndex.read(config.bundles)
         self.manifests: dict[str, Manifest] = {t: self.index.manifest(t) for t in self.index.tiers}
@@ -274,7 +276,7 @@ class Hub:
             self._ready(peer, message)
         elif isinstance(message, Decline):
             if self.rounds.expects(peer.device, message.round):
-                self.rounds.drop(peer.device, f"declined: {message.reason}")
+                self.rounds.drop(peer.device, f"declined: {plain(message.reason)}")
         elif isinstance(message, Update):
             self._collector.update(peer, message)
         else:
@@ -296,7 +298,7 @@ class Hub:
         """The trunk cannot use what a device has sent."""
         self.rounds.drop(peer.device, reason)
         error = ProtocolError(ErrorCode.NOT_FINITE, reason, "parts")
-        self._background.spawn(self.gateway.refuse(peer, error))
+        self.gateway.drop(peer, reason, error)
 
     def _gone(self, peer: Peer, reason: str) -> None:
         log.info("%s %s", peer.device, reason)

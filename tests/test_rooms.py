@@ -23,7 +23,7 @@ LEVELS: dict[str, tuple[set[str], ...]] = {
         {"cli"},
     ),
     "server_hub": (
-        {"concurrency"},
+        {"concurrency", "logs"},
         {"trunk"},
         {"aggregation"},
         {"methods"},

@@ -12,6 +12,7 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.checks import MAX_INT, MAX_TENSORS
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Message, from_body
+from edge_sdk.protocol.structure import MAX_VALUES, check_structure
 from edge_sdk.protocol.tensors import TENSOR_EXT, Array, pack_tensor, unpack_tensor
 
 DEFAULT_MAX_FRAME = 64 * 2**20
@@ -44,10 +45,18 @@ def kind_of(frame: bytes) -> str:
     return frame[2 : 2 + (frame[1] & 0x1F)].decode()
 
 
-def decode(data: bytes | str, max_frame: int = DEFAULT_MAX_FRAME) -> Frame:
+def decode(
+    data: bytes | str, max_frame: int = DEFAULT_MAX_FRAME, max_values: int = MAX_VALUES
+) -> Frame:
     """Decode and validate one frame.
 
-    Memory stays proportional to ``len(data)``, whatever lengths the peer claims.
+    Memory stays proportional to ``len(data)``, whatever lengths the peer claims. The structure is
+    checked before any object is built.
+
+    Args:
+        data: the frame.
+        max_frame: largest size, in bytes.
+        max_values: largest number of msgpack values in the frame.
 
     Raises:
         ProtocolError: text instead of binary, oversized, truncated or malformed frame, unknown
@@ -62,6 +71,7 @@ def decode(data: bytes | str, max_frame: int = DEFAULT_MAX_FRAME) -> Frame:
             ErrorCode.FRAME_TOO_BIG,
             f"a frame of {len(data)} bytes is over the limit of {max_frame}",
         )
+    check_structure(data, max_values)
     try:
         frame = msgpack.unpackb(
             data,

@@ -14,6 +14,7 @@ from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, kind_of
 from edge_sdk.protocol.messages import Ack, Error, Message
 from edge_sdk.protocol.states import SessionState, SessionTracker
+from edge_sdk.transport.flow import FlowControl
 from edge_sdk.transport.link import Link
 
 log = logging.getLogger("cutlayer.session")
@@ -30,16 +31,25 @@ class Session:
     """Sends messages over whatever link there is, and waits when the channel's window is full.
 
     Messages are queued in order and written by one task per link. The queue holds at most the
-    window's reliable messages and a few small unreliable ones, so it needs no bound of its own.
+    window's reliable messages, and answers to what the peer has sent. A hub bounds these by flow
+    control: while too much waits, it reads nothing more.
 
     Args:
         channel: the channel that goes over the links.
         count: called for every frame, to account for traffic.
+        flow: says when to read on; None to read always.
     """
 
-    def __init__(self, channel: Channel, count: Count = lambda kind, up, down: None) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        count: Count = lambda kind, up, down: None,
+        flow: FlowControl | None = None,
+    ) -> None:
         self.channel = channel
         self._count = count
+        self._flow = flow
+        self._sizes: dict[int, int] = {}  # of frames that are delivered and not settled, by number
         self._frames: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self._room = asyncio.Condition()
@@ -77,7 +87,7 @@ class Session:
         frame = self.channel.send(message)
         self._follow(message)
         if self._link is not None:
-            self._frames.append(frame)
+            self._queue(frame)
             self._ack_due = False  # the frame carries it
             self._wake.set()
 
@@ -97,16 +107,34 @@ class Session:
 
     def settle(self, seq: int) -> None:
         """Say that a delivered message has had its effect; an acknowledgement goes to the peer."""
+        if self._flow is not None:
+            self._flow.incoming.remove(self._sizes.pop(seq, 0))
         if self.channel.settle(seq) and self._link is not None:
             self._ack_due = True
             self._wake.set()
 
-    async def lose(self, reason: str) -> None:
-        """End the session: waiting senders get :class:`SessionLost`."""
+    async def lose(self, reason: str, error: ProtocolError | None = None) -> None:
+        """End the session and close its link: waiting senders get :class:`SessionLost`.
+
+        Args:
+            reason: why the session ends.
+            error: sent to the peer before the link closes, if given.
+        """
+        self.end(reason)
+        await self._notify()
+        if error is not None and self._link is not None:
+            if self._writer is not None:
+                self._writer.cancel()
+            await self._send_error(self._link, error)
+        await self.unlink()
+
+    def end(self, reason: str) -> None:
+        """End the session without closing its link: nothing is sent or delivered any more."""
         self._lost = reason
         self._tracker.end()
-        await self._notify()
-        await self.unlink()
+        self._sizes.clear()
+        if self._flow is not None:
+            self._flow.incoming.clear()
 
     async def unlink(self) -> None:
         """Close the present link, if any; :meth:`run` then raises :class:`LinkClosed`."""
@@ -132,17 +160,19 @@ class Session:
             if self._writer is not None:
                 self._writer.cancel()
             self._closing = asyncio.create_task(self._link.close())
-        self._frames.clear()
+        self._unqueue()
         if first:
-            self._frames.append(first)
+            self._queue(first)
         self._link = link
         self._ack_due = self.channel.settled > 0  # of what was settled while there was no link
         self._wake.set()
         writer = self._writer = asyncio.create_task(self._write(link))
         try:
-            self._frames.extend(self.channel.resume(last_seq))
+            for waiting in self.channel.resume(last_seq):
+                self._queue(waiting)
             await self._notify()
             while True:
+                await self._may_read(writer)
                 data = await link.receive()
                 if self._link is not link:
                     raise LinkClosed("the peer came back over another link")
@@ -151,6 +181,9 @@ class Session:
                 delivery = self.channel.accept(frame)
                 await self._notify()
                 if delivery is not None:
+                    if self._flow is not None and delivery.seq:
+                        self._sizes[delivery.seq] = len(data)
+                        self._flow.incoming.add(len(data))
                     self._follow(delivery.message)
                     handle(delivery)
         except SequenceGap as error:  # the session can go on over another link
@@ -165,8 +198,39 @@ class Session:
             writer.cancel()
             if self._link is link:
                 self._link = None
-                self._frames.clear()
+                self._unqueue()
             await link.close()
+
+    async def _may_read(self, writer: asyncio.Task[None]) -> None:
+        """Wait until the flow control lets the session read on.
+
+        Raises:
+            LinkClosed: the link broke meanwhile, or another one took its place.
+        """
+        if self._flow is None:
+            return
+        delay = self._flow.frames.take(asyncio.get_running_loop().time())
+        if delay:
+            await asyncio.sleep(delay)
+        for backlog in (self._flow.outgoing, self._flow.incoming):
+            if backlog.full:
+                room = asyncio.create_task(backlog.room())
+                try:
+                    await asyncio.wait([room, writer], return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    room.cancel()
+                if writer.done():
+                    raise LinkClosed("the connection closed while the peer had to wait")
+
+    def _queue(self, frame: bytes) -> None:
+        self._frames.append(frame)
+        if self._flow is not None:
+            self._flow.outgoing.add(len(frame))
+
+    def _unqueue(self) -> None:
+        self._frames.clear()
+        if self._flow is not None:
+            self._flow.outgoing.clear()
 
     def _follow(self, message: Message) -> None:
         if not self._tracker.follow(message):
@@ -190,8 +254,9 @@ class Session:
             await self._wake.wait()
             self._wake.clear()
             while self._frames or self._ack_due:
-                if self._frames:
-                    frame = self._frames.popleft()
+                queued = bool(self._frames)
+                if queued:
+                    frame = self._frames[0]
                 else:
                     frame = self.channel.send(Ack())
                     self._ack_due = False
@@ -200,3 +265,7 @@ class Session:
                     await link.send(frame)
                 except CutlayerError:
                     return  # the reader of this link sees it close as well
+                if queued and self._frames and self._frames[0] is frame:
+                    self._frames.popleft()
+                    if self._flow is not None:
+                        self._flow.outgoing.remove(len(frame))

@@ -25,16 +25,28 @@ from edge_sdk.protocol.messages import (
     Message,
     Welcome,
 )
+from edge_sdk.protocol.states import ConnectionState
+from edge_sdk.protocol.structure import HELLO_VALUES
+from edge_sdk.transport.flow import Backlog, FlowControl, TokenBucket
 from edge_sdk.transport.link import Link, WebSocketLink
 from edge_sdk.transport.session import Session, SessionLost
-from server_hub.concurrency import Effect
+from server_hub.concurrency import BackgroundTasks, Effect
 from server_hub.gateway.blobs import BlobServer
-from server_hub.gateway.limits import Limits, Listen
+from server_hub.gateway.descriptors import free_descriptors
+from server_hub.gateway.door import Connection, Door, serve_options
+from server_hub.gateway.limits import HELLO_BYTES, Limits, Listen
 from server_hub.gateway.peers import Peer
 from server_hub.gateway.tokens import Tokens
 from server_hub.gateway.traffic import Traffic
+from server_hub.logs import plain
 
 log = logging.getLogger("cutlayer.hub")
+
+_OUTGOING = 4 * 2**20
+"""Bytes that may wait to be sent to a device before the hub stops reading what the device sends."""
+
+_LINGER_S = 2.0
+"""Seconds that a device has to close its connection after its ``bye``."""
 
 
 class Gateway:
@@ -71,15 +83,19 @@ class Gateway:
         """Peers by device name."""
         self.traffic = Traffic()
         """Bytes by kind of message since the start."""
-        self._links = 0
+        self._background = BackgroundTasks()
+        self._waiting = Backlog(limits.total_waiting_mb * 2**20)
 
     @asynccontextmanager
     async def listen(self, where: Listen) -> AsyncIterator[str]:
         """Serve websockets while entered; yields the address.
 
         Raises:
-            ConfigError: the hub cannot listen there, for example because the port is taken.
+            ConfigError: the hub cannot listen there, for example because the port is taken; or the
+                system does not let it open files enough.
         """
+        room = free_descriptors(self._limits.connections + self._limits.strangers)
+        door = Door(self._limits, room, where.trusted)
         try:
             server = await serve(
                 self._connection,
@@ -87,9 +103,8 @@ class Gateway:
                 where.port,
                 subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
                 compression=None,
-                max_size=self._limits.max_frame,
-                open_timeout=self._limits.hello_s,
                 close_timeout=2,
+                **serve_options(door),
             )
         except OSError as error:
             raise ConfigError(
@@ -114,36 +129,29 @@ class Gateway:
             reaper.cancel()
 
     async def _connection(self, connection: ServerConnection) -> None:
-        await self.serve_link(WebSocketLink(connection), str(connection.remote_address))
+        assert isinstance(connection, Connection)
+        await self.serve_link(WebSocketLink(connection), connection.address, connection.admit)
 
-    async def serve_link(self, link: Link, origin: str = "memory") -> None:
+    async def serve_link(
+        self, link: Link, origin: str = "memory", admitted: Callable[[], None] = lambda: None
+    ) -> None:
         """Serve one link from its ``hello`` to its end.
 
         Args:
             link: the link.
             origin: address of the peer, for the log.
+            admitted: called once the peer has said a valid ``hello``.
         """
-        if self._links >= self._limits.connections:
-            await _refuse(
-                link, ProtocolError(ErrorCode.BUSY, "the hub has no connections left; try later")
-            )
-            return
-        self._links += 1
-        try:
-            await self._serve_link(link, origin)
-        finally:
-            self._links -= 1
-
-    async def _serve_link(self, link: Link, origin: str) -> None:
         try:
             hello = await self._hello(link)
-            peer, resumed = await self._admit(hello)
+            peer, resumed = self._admit(hello)
         except LinkClosed:
             return
         except ProtocolError as error:
             log.warning("refused a connection from %s: %s", origin, error)
             await _refuse(link, error)
             return
+        admitted()
         welcome = Welcome(
             version=VERSION,
             device=peer.device,
@@ -157,18 +165,18 @@ class Gateway:
             **vars(self.blobs.offer(peer.tier)),
         )
         log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
-        peer.lost_at = None
+        peer.state, peer.lost_at = ConnectionState.LINKED, None
         first = encode(welcome, 0, peer.session.channel.settled)
         try:
             await peer.session.run(
                 link, hello.last_seq if resumed else 0, lambda d: self._deliver(peer, d), first
             )
         except LinkClosed:
-            if peer.session_id and not peer.session.linked:
+            if peer.state is ConnectionState.LINKED and not peer.session.linked:
+                peer.state = ConnectionState.DISCONNECTED
                 peer.lost_at = asyncio.get_running_loop().time()
-        except ProtocolError as error:
-            log.warning("dropped %s (tier %s): %s", peer.device, peer.tier, error)
-            await self.end(peer, str(error))
+        except ProtocolError as error:  # the peer has been told
+            self.drop(peer, str(error))
 
     async def _hello(self, link: Link) -> Hello:
         try:
@@ -178,7 +186,7 @@ class Gateway:
             raise ProtocolError(
                 ErrorCode.BAD_MESSAGE, f"no hello within {self._limits.hello_s:g} s"
             ) from None
-        message = decode(data, self._limits.max_frame).message
+        message = decode(data, HELLO_BYTES, HELLO_VALUES).message
         self.traffic.count(message.TYPE, len(data), 0)
         if not isinstance(message, Hello):
             raise ProtocolError(
@@ -186,8 +194,11 @@ class Gateway:
             )
         return message
 
-    async def _admit(self, hello: Hello) -> tuple[Peer, bool]:
-        """Return the peer of a ``hello``, and whether its earlier session is resumed."""
+    def _admit(self, hello: Hello) -> tuple[Peer, bool]:
+        """Return the peer of a ``hello``, and whether its earlier session is resumed.
+
+        Nothing is awaited in between, so that of several connections with one token the last wins.
+        """
         if hello.version != VERSION:
             raise ProtocolError(
                 ErrorCode.UNSUPPORTED_VERSION,
@@ -202,20 +213,38 @@ class Gateway:
                 return old, True
             except CannotResume as error:
                 log.warning("%s cannot resume: %s", device, error)
+        if old is None:
+            self._make_room()
         if old is not None:
             if old.session.linked and hello.session != old.session_id:
                 # the other connection is that of a second device with the same token, or is dead
                 taken = ProtocolError(
                     ErrorCode.REPLACED, f"another connection came with {device}'s token"
                 )
-                await self.refuse(old, taken)
+                self.drop(old, str(taken), taken)
             else:
-                await self.end(old, "the device started over")
-        channel = Channel(self._limits.window, self._limits.max_frame)
-        session = Session(channel, self.traffic.count)
-        peer = Peer(device, tier, secrets.token_hex(16), session, hello.memory_mb)
+                self.drop(old, "the device started over")
+        peer = Peer(device, tier, secrets.token_hex(16), self._session(), hello.memory_mb)
         self.peers[device] = peer
         return peer, False
+
+    def _make_room(self) -> None:
+        """End the session that has been without a link for longest, if there are too many."""
+        if len(self.peers) < self._limits.connections:
+            return
+        away = [(peer.lost_at, device) for device, peer in self.peers.items() if peer.lost_at]
+        if not away:
+            raise ProtocolError(ErrorCode.BUSY, "the hub has no connections left; try later")
+        self.drop(self.peers[min(away)[1]], "another device needs the place")
+
+    def _session(self) -> Session:
+        limits = self._limits
+        flow = FlowControl(
+            Backlog(_OUTGOING, self._waiting),
+            Backlog(limits.waiting_mb * 2**20, self._waiting),
+            TokenBucket(limits.frames_per_s, 2 * limits.frames_per_s),
+        )
+        return Session(Channel(limits.window, limits.max_frame), self.traffic.count, flow)
 
     def _identify(self, hello: Hello) -> tuple[str, str]:
         """Return the device name and the tier of a ``hello``."""
@@ -254,15 +283,29 @@ class Gateway:
             peer.session.post(self.blobs.piece(message))
         elif isinstance(message, Bye):
             peer.session.settle(delivery.seq)
-            self._forget(peer, f"left: {message.reason}")
+            self.drop(peer, f"left: {plain(message.reason)}", linger_s=_LINGER_S)
         elif isinstance(message, Error):
+            if not peer.errors.try_take(asyncio.get_running_loop().time()):
+                raise ProtocolError(ErrorCode.BAD_MESSAGE, "the device sends too many errors")
             log.warning("%s reports: %s", peer.device, message.message)
         elif message.TYPE not in _IGNORED:
-            effect = self._handle(peer, message)
+            effect = self._effect_of(peer, message)
             if effect is None:
                 peer.session.settle(delivery.seq)
             else:
                 effect.when_complete(lambda: peer.session.settle(delivery.seq))
+
+    def _effect_of(self, peer: Peer, message: Message) -> Effect | None:
+        """Have a message handled; a failure of the hub ends this session and nothing else."""
+        try:
+            return self._handle(peer, message)
+        except CutlayerError:
+            raise
+        except Exception as error:
+            log.exception("cannot handle %s of %s", message.TYPE, peer.device)
+            raise ProtocolError(
+                ErrorCode.INTERNAL, f"the hub failed at {message.TYPE}; try later"
+            ) from error
 
     def post(self, peer: Peer, message: Message) -> None:
         """Send a message to a device, or keep it until the device has a link again.
@@ -272,30 +315,45 @@ class Gateway:
         try:
             peer.session.post(message)
         except ProtocolError as error:
-            log.warning("dropped %s: %s", peer.device, error)
-            self._forget(peer, str(error))
+            self.drop(peer, str(error), error)
         except SessionLost:
             pass
 
-    async def refuse(self, peer: Peer, error: ProtocolError) -> None:
-        """Send an error to a device, and end its session."""
-        log.warning("dropped %s (tier %s): %s", peer.device, peer.tier, error)
-        self.post(
-            peer,
-            Error(code=error.code, message=str(error)[:4096], fatal=True, field=error.field),
-        )
-        await asyncio.sleep(0.05)  # let the writer send the error
-        await self.end(peer, str(error))
+    def drop(
+        self,
+        peer: Peer,
+        reason: str,
+        error: ProtocolError | None = None,
+        linger_s: float = 0.0,
+    ) -> None:
+        """End a session, whatever the reason, and close its link. Twice is as good.
 
-    async def end(self, peer: Peer, reason: str) -> None:
-        """End a session and close its link."""
-        self._forget(peer, reason)
-        await peer.session.lose(reason)
-
-    def _forget(self, peer: Peer, reason: str) -> None:
+        Args:
+            peer: the peer.
+            reason: why the session ends, for the log and the rounds.
+            error: sent to the device first, if given.
+            linger_s: seconds that the device has to close the link itself.
+        """
+        if peer.state is ConnectionState.ENDED:
+            return
+        peer.state = ConnectionState.ENDED
+        if linger_s:
+            log.info("%s %s", peer.device, reason)
+        else:
+            log.warning("dropped %s (tier %s): %s", peer.device, peer.tier, reason)
+            peer.session.end(reason)
+        self._background.spawn(self._close(peer, reason, error, linger_s))
         if self.peers.get(peer.device) is peer:
             del self.peers[peer.device]
             self._gone(peer, reason)
+
+    async def _close(
+        self, peer: Peer, reason: str, error: ProtocolError | None, linger_s: float
+    ) -> None:
+        deadline = asyncio.get_running_loop().time() + linger_s
+        while peer.session.linked and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.1)
+        await peer.session.lose(reason, error)
 
     async def _reap(self) -> None:
         while True:
@@ -303,9 +361,7 @@ class Gateway:
             now = asyncio.get_running_loop().time()
             for peer in list(self.peers.values()):
                 if peer.lost_at is not None and now - peer.lost_at > self._limits.session_s:
-                    log.warning("gave up on %s: no connection for %.0f s", peer.device,
-                                now - peer.lost_at)  # fmt: skip
-                    await self.end(peer, "the connection was lost")
+                    self.drop(peer, f"no connection for {now - peer.lost_at:.0f} s")
 
 
 _IGNORED = ("ack", "hello")

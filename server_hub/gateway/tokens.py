@@ -5,16 +5,27 @@ A token is 256 random bits, which nobody can guess. A plain hash without salt is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import hmac
 import json
+import logging
+import os
 import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.config import read_toml
 from edge_sdk.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("cutlayer.hub")
 
 
 class Tokens(Protocol):
@@ -27,10 +38,28 @@ class Tokens(Protocol):
         """Return the tier that a device's token was issued for; None if for no tier."""
 
 
+@dataclass(frozen=True)
+class _Table:
+    """The token file as it was read.
+
+    Attributes:
+        stamp: what of the file changes when it is written.
+        devices: hash by device name.
+        tiers: tier by device name.
+        names: device name by hash.
+    """
+
+    stamp: tuple[int, ...]
+    devices: dict[str, str]
+    tiers: dict[str, str]
+    names: dict[str, str]
+
+
 class TokenFile:
     """A TOML file with a table ``[devices]`` from device name to ``sha256:...``.
 
-    A second table ``[tiers]`` has the tier of each token that was issued for a tier.
+    A second table ``[tiers]`` has the tier of each token that was issued for a tier. The file is
+    read again whenever it has changed, so a revocation takes effect at once.
 
     Args:
         path: path of the file; it need not exist.
@@ -38,6 +67,8 @@ class TokenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._table: _Table | None = None
+        self._broken: tuple[int, ...] | None = None
 
     def read(self) -> dict[str, str]:
         """Return the hashes by device name.
@@ -45,35 +76,27 @@ class TokenFile:
         Raises:
             ConfigError: the file does not exist, or is invalid.
         """
-        if not self.path.exists():
-            raise ConfigError(
-                f"no tokens at {self.path}; make one with: "
-                f"cutlayer token new DEVICE --tokens {self.path}"
-            )
-        return self._table("devices", needed=True)
+        return dict(self._read().devices)
 
     def device_of(self, token: str) -> str | None:
         """Return the name of the device with this token; None if no device has it.
 
-        The method reads the file, so that a revocation takes effect at once.
+        A file that has become invalid, or is gone, is reported once in the log; the tokens that
+        were read last stay valid until it can be read again.
 
         Raises:
-            ConfigError: the file does not exist, or is invalid.
+            ConfigError: the file has never been valid since the hub started.
         """
-        digest = _digest(token).encode()
-        found = None
-        for device, stored in self.read().items():  # compare all, so that the time reveals nothing
-            if hmac.compare_digest(stored.encode(), digest):
-                found = device
-        return found
+        # that a hash is looked up takes a time that tells nothing of the token
+        return self._present().names.get(_digest(token))
 
     def tier_of(self, device: str) -> str | None:
         """Return the tier that a device's token was issued for; None if for no tier.
 
         Raises:
-            ConfigError: the file is invalid.
+            ConfigError: the file has never been valid since the hub started.
         """
-        return self._table("tiers", needed=False).get(device)
+        return self._present().tiers.get(device)
 
     def issue(self, device: str, tier: str | None = None) -> str:
         """Make a new token for a device, which replaces an earlier one, and store its hash.
@@ -88,11 +111,13 @@ class TokenFile:
         Raises:
             ConfigError: the file is invalid.
         """
-        devices = self.read() if self.path.exists() else {}
-        tiers = self._table("tiers", needed=False) if self.path.exists() else {}
-        token = secrets.token_hex(32)
-        tiers.pop(device, None)
-        self._write({**devices, device: _digest(token)}, {**tiers, device: tier} if tier else tiers)
+        with self._lock():
+            devices, tiers = self._tables() if self.path.exists() else ({}, {})
+            token = secrets.token_hex(32)
+            tiers.pop(device, None)
+            if tier:
+                tiers[device] = tier
+            self._write({**devices, device: _digest(token)}, tiers)
         return token
 
     def revoke(self, device: str) -> None:
@@ -101,19 +126,71 @@ class TokenFile:
         Raises:
             ConfigError: the device has no token, or the file is invalid.
         """
-        devices = self.read()
-        if device not in devices:
-            raise ConfigError(f"{self.path} has no device {device!r}")
-        tiers = self._table("tiers", needed=False)
-        tiers.pop(device, None)
-        self._write({name: digest for name, digest in devices.items() if name != device}, tiers)
+        with self._lock():
+            devices, tiers = self._tables()
+            if device not in devices:
+                raise ConfigError(f"{self.path} has no device {device!r}")
+            del devices[device]
+            tiers.pop(device, None)
+            self._write(devices, tiers)
 
-    def _table(self, name: str, needed: bool) -> dict[str, str]:
-        table = read_toml(self.path).get(name, None if needed else {})
-        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-            what = "name = 'sha256:...'" if name == "devices" else "name = 'TIER'"
-            raise ConfigError(f"{self.path} needs a table [{name}] of {what}")
-        return table
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Keep other processes from changing the file meanwhile."""
+        folder = self.path.absolute().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _present(self) -> _Table:
+        """The tables as they are now, or as they were when the file could be read last."""
+        try:
+            stamp = self._stamp()
+            if self._table is None or stamp not in (self._table.stamp, self._broken):
+                self._table, self._broken = self._read(), None
+        except ConfigError as error:
+            if self._table is None:
+                raise
+            if self._broken is None:
+                log.error("the token file cannot be used, its last content stays valid: %s", error)
+            self._broken = stamp
+        return self._table
+
+    def _stamp(self) -> tuple[int, ...]:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return ()
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _read(self) -> _Table:
+        stamp = self._stamp()
+        devices, tiers = self._tables()
+        return _Table(stamp, devices, tiers, {digest: name for name, digest in devices.items()})
+
+    def _tables(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The tables ``[devices]`` and ``[tiers]`` of the file."""
+        if not self.path.exists():
+            raise ConfigError(
+                f"no tokens at {self.path}; make one with: "
+                f"cutlayer token new DEVICE --tokens {self.path}"
+            )
+        content = read_toml(self.path)
+        found = []
+        for name, missing in (("devices", None), ("tiers", {})):
+            table = content.get(name, missing)
+            if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+                what = "name = 'sha256:...'" if name == "devices" else "name = 'TIER'"
+                raise ConfigError(f"{self.path} needs a table [{name}] of {what}")
+            found.append(dict(table))
+        return found[0], found[1]
 
     def _write(self, devices: dict[str, str], tiers: dict[str, str]) -> None:
         lines = []
@@ -123,7 +200,6 @@ class TokenFile:
                     f"[{name}]",
                     *(f"{_quoted(k)} = {_quoted(table[k])}" for k in sorted(table)),
                 ]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, "\n".join([*lines, ""]).encode())
 
 

@@ -536,7 +536,7 @@ def test_limits_are_inclusive() -> None:
         pytest.param(frame_bytes(None, {}), "unknown_type", None, id="type nil"),
         pytest.param(frame_bytes(FLOAT, {}), "unknown_type", None, id="type tensor"),
         pytest.param(
-            b"\x94" + b"\x91" * 1000 + b"\x00\x01\x00\x80", "unknown_type", None, id="type nested"
+            b"\x94" + b"\x91" * 1000 + b"\x00\x01\x00\x80", "bad_frame", None, id="type nested"
         ),
         pytest.param(frame_bytes("ready", []), "bad_message", None, id="body list"),
         pytest.param(frame_bytes("ready", None), "bad_message", None, id="body nil"),

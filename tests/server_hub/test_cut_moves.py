@@ -563,7 +563,7 @@ def test_a_device_comes_back_with_the_tier_that_it_was_moved_to(
                 training = asyncio.create_task(device.train())
                 await until(lambda: len(hub.run.records) >= 2)
                 before = hub.gateway.peers["a"]
-                await hub.gateway.end(before, "for a test")
+                hub.gateway.drop(before, "for a test")
                 await until(lambda: "a" in hub.gateway.peers)
                 assert hub.gateway.peers["a"].session_id != before.session_id
                 assert made.tier_of("a") == "three"
@@ -663,7 +663,7 @@ def test_a_connection_that_ends_during_a_move_ends_neither_device_nor_job(
                 if lost == "link":
                     await peer.session.unlink()
                     return
-                await hub.gateway.end(peer, "for a test")
+                hub.gateway.drop(peer, "for a test")
                 await until(lambda: hub.gateway.peers.get("a", peer) is not peer)
 
             def breaking(bundle: Bundle, threads: int) -> Runtime:  # runs in its own thread
@@ -698,7 +698,7 @@ def test_a_device_that_came_back_after_a_move_was_planned_is_not_moved(
                 await publish()
                 if len(script.seen) == 1 and not hub.run.records:
                     before = hub.gateway.peers["a"]
-                    await hub.gateway.end(before, "for a test")
+                    hub.gateway.drop(before, "for a test")
                     while hub.gateway.peers.get("a", before) is before:
                         await asyncio.sleep(0)
 
@@ -725,7 +725,7 @@ def test_a_device_loads_the_bundle_of_a_hub_that_has_another(
                 await until(lambda: len(hub.run.records) >= 1)
                 tokens = hub.config.tokens
                 tokens.write_text(tokens.read_text().replace('"two"', '"three"'))
-                await hub.gateway.end(hub.gateway.peers["a"], "for a test")
+                hub.gateway.drop(hub.gateway.peers["a"], "for a test")
                 assert (await training).reason == "the job is finished"
                 assert device.manifest.tier == made.tier_of("a") == "three"
 

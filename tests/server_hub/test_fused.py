@@ -121,7 +121,7 @@ def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
 @pytest.mark.parametrize(
     ("kind", "runtime"),
     [
-        ("dropout", "onnx"),
+        pytest.param("dropout", "onnx", marks=pytest.mark.slow),
         ("dropout", "torch"),
         pytest.param("lora", "onnx", marks=pytest.mark.slow),
         pytest.param("batchnorm", "executorch", marks=pytest.mark.slow),

@@ -478,6 +478,7 @@ def test_the_trunks_batch_norms_learn(tmp_path: Path) -> None:
 # --- many devices ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_hundred_devices_join_and_some_train(tmp_path: Path) -> None:
     tiers = {
         "small": replace(UNEQUAL["small"], clients=120),

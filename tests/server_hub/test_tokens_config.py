@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,7 +45,50 @@ def test_a_token_may_be_for_a_tier(tokens: TokenFile) -> None:
     assert list(tokens.read()) == ["bo"]
     tokens.path.write_text(tokens.path.read_text() + "[tiers]\nbo = 3\n")
     with pytest.raises(ConfigError, match=r"\[tiers\]"):
-        tokens.tier_of("bo")
+        TokenFile(tokens.path).tier_of("bo")
+
+
+def test_a_file_that_breaks_leaves_the_tokens_that_were_read_last(
+    tokens: TokenFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    ada = tokens.issue("ada")
+    assert tokens.device_of(ada) == "ada"
+    good = tokens.path.read_text()
+    for broken in ("[devices", None):
+        caplog.clear()
+        if broken is None:
+            tokens.path.unlink()
+        else:
+            tokens.path.write_text(broken)
+        assert [tokens.device_of(ada) for _ in range(3)] == ["ada"] * 3
+        assert len(caplog.records) <= 1, "the file is not read, and nothing said, per hello"
+    assert "stays valid" in caplog.text or not caplog.records
+    tokens.path.write_text(good.replace("ada", "bo"))
+    assert tokens.device_of(ada) == "bo"
+
+
+def test_ten_thousand_devices_are_told_apart_without_reading_the_file(tokens: TokenFile) -> None:
+    ada = tokens.issue("ada")
+    lines = tokens.path.read_text() + "".join(
+        f'device-{i} = "sha256:{i:064x}"\n' for i in range(10_000)
+    )
+    tokens.path.write_text(lines)
+    assert tokens.device_of(ada) == "ada"
+    began = time.perf_counter()
+    for _ in range(1000):
+        tokens.device_of(ada)
+        tokens.device_of("guess")
+        tokens.tier_of("ada")
+    assert time.perf_counter() - began < 1.0, "below a millisecond for a hello"
+
+
+def test_tokens_that_are_issued_at_once_are_all_kept(tokens: TokenFile) -> None:
+    def issue(number: int) -> str:
+        return TokenFile(tokens.path).issue(f"device-{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        issued = list(pool.map(issue, range(16)))
+    assert [tokens.device_of(token) for token in issued] == [f"device-{i}" for i in range(16)]
 
 
 def test_a_token_lets_its_device_in_and_no_other(tokens: TokenFile) -> None:

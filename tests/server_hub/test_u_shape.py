@@ -194,7 +194,7 @@ def test_arrivals_of_several_depths_are_one_step_over_all_their_labels(
     [
         ("lora", "torch"),
         ("dropout", "torch"),
-        ("groupnorm", "onnx"),
+        pytest.param("groupnorm", "onnx", marks=pytest.mark.slow),
         pytest.param("batchnorm", "onnx", marks=pytest.mark.slow),
         pytest.param("lora", "onnx", marks=pytest.mark.slow),
         pytest.param("groupnorm", "executorch", marks=pytest.mark.slow),
