@@ -1,10 +1,12 @@
-"""Waiting for changes, effects of messages that are complete later, and tasks in the background."""
+"""Waiting for changes and turns, effects that are complete later, tasks in the background."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 from edge_sdk.errors import CutlayerError
@@ -72,6 +74,49 @@ class Effect:
         self._then = then
         if self._complete:
             then()
+
+
+class Turns:
+    """Lets one task go on at a time, by turns of their owners.
+
+    An owner with many tasks makes another one wait for a single task at most.
+    """
+
+    def __init__(self) -> None:
+        self._busy = False
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the next owner first
+
+    @asynccontextmanager
+    async def turn(self, owner: str) -> AsyncIterator[None]:
+        """Wait for a turn of ``owner``; it is over when the block ends."""
+        if self._busy:
+            mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(owner, deque()).append(mine)
+            try:
+                await mine
+            except asyncio.CancelledError:
+                if mine.done() and not mine.cancelled():  # the turn had just begun
+                    self._next()
+                raise
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._next()
+
+    def _next(self) -> None:
+        """Let the next owner's first task go on; the owner then stands last."""
+        self._busy = False
+        while self._waiting:
+            owner = next(iter(self._waiting))
+            tasks = self._waiting.pop(owner)
+            task = tasks.popleft()
+            if tasks:
+                self._waiting[owner] = tasks
+            if not task.done():
+                self._busy = True
+                task.set_result(None)
+                return
 
 
 class BackgroundTasks:

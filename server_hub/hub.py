@@ -151,7 +151,13 @@ class Hub:
             self._background,
         )
         self._answers = Answers(
-            self.manifests, self.model, self.method, self.trunk, post, self._background
+            self.manifests,
+            self.model,
+            self.method,
+            self.trunk,
+            config.trunk.max_rows,
+            post,
+            self._background,
         )
         self.publisher = ModelPublisher(
             self.method, self.model, self.manifests, self.gateway.blobs, self.trunk

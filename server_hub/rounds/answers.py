@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Answer, Infer
+from edge_sdk.protocol.tensors import Array, State
 from export.split import NoHead, SplitModel
-from server_hub.concurrency import BackgroundTasks, Effect
+from server_hub.concurrency import BackgroundTasks, Effect, Turns
 from server_hub.gateway.peers import Peer
 from server_hub.methods.method import Method
 from server_hub.rounds.validation import check_answer, check_packed
@@ -19,11 +23,15 @@ from server_hub.trunk.interface import Query, Trunk
 class Answers:
     """Takes questions of devices, and sends the answers.
 
+    A large question is answered in pieces, and devices take turns: another device's question waits
+    for one piece at most.
+
     Args:
         manifests: manifest by tier.
         model: the hub's model.
         method: holds the global model.
         trunk: computes the answers.
+        piece_rows: largest number of rows that are answered at a time.
         post: sends an answer to a device.
         background: runs what takes longer.
     """
@@ -34,11 +42,14 @@ class Answers:
         model: SplitModel,
         method: Method,
         trunk: Trunk,
+        piece_rows: int,
         post: Callable[[Peer, Answer], None],
         background: BackgroundTasks,
     ) -> None:
         self._manifests, self._model, self._method = manifests, model, method
         self._trunk, self._post, self._background = trunk, post, background
+        self._piece_rows = piece_rows
+        self._turns = Turns()
 
     def infer(self, peer: Peer, message: Infer) -> Effect:
         """Take a question; its effect is complete once it is answered.
@@ -61,14 +72,21 @@ class Answers:
         check_answer(sizes, len(heads), manifest.classes)
         query = Query(manifest.cut, manifest.codec, message.parts, message.base, message.robustness)
         effect = Effect()
-        self._background.spawn(self._answer(peer, message.request, heads, query, effect))
+        pieces = [
+            replace(query, parts=_rows_of(query.parts, manifest, first, first + self._piece_rows))
+            for first in range(0, sizes["batch"], self._piece_rows)
+        ]
+        self._background.spawn(self._answer(peer, message.request, heads, pieces, effect))
         return effect
 
     async def _answer(
-        self, peer: Peer, request: int, heads: list[str], query: Query, effect: Effect
+        self, peer: Peer, request: int, heads: list[str], pieces: list[Query], effect: Effect
     ) -> None:
-        logits = await self._trunk.answer(query)
-        self._post(peer, Answer(request=request, heads=heads, logits=logits))
+        logits = []
+        for piece in pieces:
+            async with self._turns.turn(peer.device):
+                logits.append(await self._trunk.answer(piece))
+        self._post(peer, Answer(request=request, heads=heads, logits=np.concatenate(logits, 1)))
         effect.complete()
 
     def _check_options(self, message: Infer) -> None:
@@ -84,3 +102,14 @@ class Answers:
                 f"robustness is {message.robustness:g}, not in 0 to 1",
                 "robustness",
             )
+
+
+def _rows_of(parts: Mapping[str, Array], manifest: Manifest, first: int, end: int) -> State:
+    """Some rows of packed activations; a part without rows of its own stays whole."""
+    batch = {
+        spec.name: spec.shape.index("batch") for spec in manifest.packed if "batch" in spec.shape
+    }
+    return {
+        name: part[(slice(None),) * batch[name] + (slice(first, end),)] if name in batch else part
+        for name, part in parts.items()
+    }

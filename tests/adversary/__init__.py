@@ -1,0 +1,1 @@
+"""A hostile peer against a hub that serves an honest job."""
