@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
@@ -169,7 +170,9 @@ class RoundLog:
 
         def mean(metric: str) -> float | None:
             known = [u for u in updates if metric in u.metrics]
-            return mean_metric((u.metrics[metric], u.samples) for u in known)
+            found = mean_metric((u.metrics[metric], u.samples) for u in known)
+            # the values are finite, but their sum may not be; JSON has no infinity
+            return found if found is not None and math.isfinite(found) else None
 
         return RoundRecord(
             round=self._rounds.completed,

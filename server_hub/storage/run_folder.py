@@ -101,7 +101,7 @@ class RunFolder:
         self.records: list[RoundRecord] = []
         if keep is not None:
             self.records = read_records(folder)[:keep]
-            lines = [json.dumps(asdict(record)) + "\n" for record in self.records]
+            lines = [json.dumps(asdict(record), allow_nan=False) + "\n" for record in self.records]
             write_atomically(folder / METRICS, "".join(lines).encode())
         elif (folder / METRICS).exists():
             raise ConfigError(f"{folder} holds a run already; choose another folder")
@@ -115,7 +115,7 @@ class RunFolder:
         record = replace(record, metric=self.metric)
         self.records.append(record)
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
         return record
 
     def save_model(self, state: Mapping[str, Array], tier: str | None) -> Path:

@@ -625,6 +625,15 @@ async def sends_an_update_before_its_part_is_over(attacker: Attacker) -> None:
 
 
 @scenario
+async def sends_metrics_whose_sum_is_infinite(attacker: Attacker) -> None:
+    """The round's mean loss is unknown then; the record stays JSON."""
+    async with attacker.member() as (peer, task):
+        update = good_update(attacker.manifest, task.round)
+        await peer.say(replace(update, metrics={"loss": 1e308, "accuracy": 1e308}))
+        await asyncio.sleep(0.2)
+
+
+@scenario
 async def sends_metrics_that_are_no_numbers(attacker: Attacker) -> None:
     async with attacker.member() as (peer, task):
         await peer.body(
