@@ -25,6 +25,7 @@ from server_hub.trunk.errors import TrunkDamaged, TrunkRefused, divided, is_dama
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.models import ModelPool, to_device, to_device_by_name
 from server_hub.trunk.replica import Replica
+from server_hub.trunk.step_size import StepBounds, StepSize, bucket
 from server_hub.trunk.vmapped import VmappedTrainer
 
 
@@ -197,16 +198,21 @@ class TrunkTrainer:
         return received
 
     def _groups(self, order: Array) -> Iterator[list[_Received]]:
-        """Batches kept for later passes, in groups of at most ``max_rows`` rows."""
-        group: list[_Received] = []
-        rows = 0
+        """Batches kept for later passes, in groups of one bucket of lengths, within bounds."""
+        plan = self._plan
+        bounds = StepBounds(plan.max_rows, plan.max_tokens, plan.max_bytes)
+        buckets: dict[int, list[_Received]] = {}
         for i in order:
-            if group and rows + self._kept[i].source.rows > self._plan.max_rows:
-                yield group
-                rows, group = 0, []
-            group.append(self._kept[i])
-            rows += self._kept[i].source.rows
-        if group:
+            buckets.setdefault(bucket(self._kept[i].source.length), []).append(self._kept[i])
+        for batches in buckets.values():
+            group: list[_Received] = []
+            size = StepSize()
+            for batch in batches:
+                if group and not bounds.allow(size.plus(batch.source)):
+                    yield group
+                    size, group = StepSize(), []
+                group.append(batch)
+                size = size.plus(batch.source)
             yield group
 
     # --- steps ----------------------------------------------------------------------------------
