@@ -217,9 +217,7 @@ class TrunkTrainer:
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def _train(
-        self, received: Sequence[_Received | None], refused: dict[str, str]
-    ) -> StepReport:
+    def _train(self, received: Sequence[_Received | None], refused: dict[str, str]) -> StepReport:
         """One step of every replica that a batch is for; None stands for a refused batch."""
         gradients: dict[int, Mapping[str, Array]] = {}
         losses: dict[int, tuple[float, int]] = {}
@@ -253,9 +251,9 @@ class TrunkTrainer:
     ) -> tuple[float, int]:
         """Step one replica; return the sum of the loss over the labels used, and their number.
 
-        When loss or gradients are not finite, or batch statistics out of bounds, nothing is changed:
-        each batch is tried alone to find the ones to blame, and the step is repeated with the
-        others. Nothing is changed either when an exception is raised.
+        When loss or gradients are not finite, or batch statistics out of bounds, nothing is
+        changed: each batch is tried alone to find the ones to blame, and the step is repeated with
+        the others. Nothing is changed either when an exception is raised.
 
         Args:
             replica: the replica.

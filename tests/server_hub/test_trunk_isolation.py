@@ -24,7 +24,6 @@ from tests.lib.trunk_models import (
     DenseBlock,
     PooledHead,
     arrival_of,
-    dense_model,
     state_of,
     step_input,
     tensors_of,
