@@ -201,8 +201,8 @@ class WorkerProcess:
             if self._started:
                 with contextlib.suppress(TrunkFailed, TimeoutError):
                     async with asyncio.timeout(_CLOSING_S):
-                        await asyncio.shield(await self.send("stop", (), 2 * _CLOSING_S))
-                await asyncio.to_thread(self._join, _CLOSING_S)
+                        await asyncio.shield(await self.send("stop", (), None))
+                    await asyncio.to_thread(self._join, _CLOSING_S)
         finally:
             self._closed = True
             self.kill()

@@ -515,6 +515,25 @@ def test_close_leaves_no_process_and_no_shared_memory() -> None:
     run(test())
 
 
+def test_close_in_the_middle_of_a_long_step() -> None:
+    async def test() -> None:
+        model = slow_model(SleepingBlock(60.0))
+        trunk = WorkerTrunk(model, "cpu", arena_bytes=ARENA, threads=1)
+        await trunk.start()
+        pid = worker_pid()
+        await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER))
+        steps = [asyncio.create_task(trunk.step([arrival_of(model, 1, 3, i)])) for i in (1, 2, 3)]
+        await asyncio.sleep(0.2)
+        for step in steps:
+            step.cancel()
+        began = time.monotonic()
+        await trunk.close()
+        assert time.monotonic() - began < 5.0
+        assert not is_running(pid)
+
+    run(test())
+
+
 def test_close_before_start() -> None:
     async def test() -> None:
         await WorkerTrunk(dense_model(), "cpu", arena_bytes=ARENA).close()
