@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -60,6 +61,17 @@ class Replica:
         """Set the running statistics of batch norms to what :meth:`statistics` returned."""
         for name, tensor in self._statistics.items():
             tensor.copy_(statistics[name])
+
+    @contextmanager
+    def attempt(self) -> Iterator[dict[str, Tensor]]:
+        """A context that yields :meth:`statistics`, and restores them on an exception."""
+        before = self.statistics()
+        try:
+            yield before
+        except Exception:
+            self.restore(before)
+            self.optimizer.zero_grad()
+            raise
 
     def statistics_are_sane(self) -> Tensor:
         """Whether the running statistics of batch norms are finite and within bounds.

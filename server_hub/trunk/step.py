@@ -265,52 +265,35 @@ class TrunkTrainer:
         Raises:
             TrunkDamaged: the optimizer failed halfway.
         """
-        before = replica.statistics()
-        try:
-            return self._try_step(replica, received, refused, gradients, losses, before)
-        except Exception:
-            replica.restore(before)
-            replica.optimizer.zero_grad()
-            raise
-
-    def _try_step(
-        self,
-        replica: Replica,
-        received: Sequence[_Received],
-        refused: dict[str, str],
-        gradients: dict[int, Mapping[str, Array]],
-        losses: dict[int, tuple[float, int]],
-        before: Mapping[str, Tensor],
-    ) -> tuple[float, int]:
-        """:meth:`_train_replica`, but for what an exception leaves behind."""
-        batches = [self._unpack(r) for r in received]
-        while batches:
-            outcome = self._backward(replica, batches)
-            if outcome.finite:
-                if self._plan.returned:
-                    for b in batches:
-                        gradients[id(b.received)] = self._packed_gradient(b, _counted(batches))
-                for b, loss in zip(batches, outcome.losses, strict=True):
-                    if b.received.head_gradient is None:
-                        losses[id(b.received)] = loss, b.received.counted
-                try:
-                    replica.optimizer.step()
-                except Exception as error:  # some parameters may have moved already
-                    raise TrunkDamaged(f"the optimizer failed: {reason_of(error)}") from error
-                replica.count(_rows_by_cut(batches))
-                return sum(outcome.losses), _counted(batches)
-            replica.restore(before)
-            fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
-            reason = "the activations are not finite"
-            if all(fine):
-                fine = [self._finite_alone(replica, b, before) for b in batches]
+        with replica.attempt() as before:
+            batches = [self._unpack(r) for r in received]
+            while batches:
+                outcome = self._backward(replica, batches)
+                if outcome.finite:
+                    if self._plan.returned:
+                        for b in batches:
+                            gradients[id(b.received)] = self._packed_gradient(b, _counted(batches))
+                    for b, loss in zip(batches, outcome.losses, strict=True):
+                        if b.received.head_gradient is None:
+                            losses[id(b.received)] = loss, b.received.counted
+                    try:
+                        replica.optimizer.step()
+                    except Exception as error:  # some parameters may have moved already
+                        raise TrunkDamaged(f"the optimizer failed: {reason_of(error)}") from error
+                    replica.count(_rows_by_cut(batches))
+                    return sum(outcome.losses), _counted(batches)
+                replica.restore(before)
+                fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
+                reason = "the activations are not finite"
                 if all(fine):
-                    raise _TooLargeTogether("each batch is finite alone, all together are not")
-                reason = "the activations make the loss overflow, or the batch statistics"
-            refused |= {
-                b.source.device: reason for b, ok in zip(batches, fine, strict=True) if not ok
-            }
-            batches = [b for b, ok in zip(batches, fine, strict=True) if ok]
+                    fine = [self._finite_alone(replica, b, before) for b in batches]
+                    if all(fine):
+                        raise _TooLargeTogether("each batch is finite alone, all together are not")
+                    reason = "the activations make the loss overflow, or the batch statistics"
+                refused |= {
+                    b.source.device: reason for b, ok in zip(batches, fine, strict=True) if not ok
+                }
+                batches = [b for b, ok in zip(batches, fine, strict=True) if ok]
         return 0.0, 0
 
     def _unpack(self, received: _Received) -> _Unpacked:
