@@ -206,7 +206,11 @@ class Trunk(Protocol):
         """Start a round from ``state``, with no replicas and fresh optimizers."""
 
     async def features(self, step_input: StepInput) -> dict[str, Array] | None:
-        """Packed output of the last block for a batch; None if it is not finite."""
+        """Packed output of the last block for a batch; None if it is not finite.
+
+        Raises:
+            TrunkRefused: the output of this batch cannot be computed.
+        """
 
     async def step(self, inputs: Sequence[StepInput]) -> StepReport:
         """Make one depth-merged step per replica over all inputs."""
@@ -223,7 +227,11 @@ class Trunk(Protocol):
         """
 
     async def answer(self, query: Query) -> Array:
-        """Logits (heads, rows, ..., classes) of the heads above the cut, the true head last."""
+        """Logits (heads, rows, ..., classes) of the heads above the cut, the true head last.
+
+        Raises:
+            TrunkRefused: this query cannot be answered.
+        """
 
     def evaluate(
         self, tiers: Mapping[str, tuple[int, str]], paths: Sequence[str]
