@@ -168,6 +168,8 @@ class Method:
             returned=stage.activations.returns_gradients,
             anneal=stage.anneal,
             keeps_slots=self.keeps_slots,
+            max_tokens=settings.max_tokens,
+            max_bytes=settings.max_mb * 2**20,
         )
 
     def check_bundles(

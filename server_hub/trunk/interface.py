@@ -26,6 +26,7 @@ class StepInput:
         weight: weight of a label in the loss.
         label_shape: shape of the labels, where these stay on the device; else empty.
         head_gradient: gradient of the features, where labels stay on the device.
+        length: number of positions of each example, of texts; else 1.
     """
 
     device: str
@@ -36,6 +37,12 @@ class StepInput:
     weight: float = 1.0
     label_shape: tuple[int, ...] = ()
     head_gradient: HeadGradient | None = None
+    length: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the packed activations, in bytes."""
+        return sum(part.nbytes for part in self.batch.parts.values())
 
     @property
     def rows(self) -> int:
@@ -134,6 +141,8 @@ class TrunkPlan:
         keeps_slots: the state holds optimizer slots to start from; copies hold them, too.
         bases: the state is that of so many base networks, each tensor (bases, ...). One step
             trains all base networks that a batch has arrived for. 0 for a single model.
+        max_tokens: largest number of positions of texts in one merged step, padding included.
+        max_bytes: largest size of the packed activations in one merged step, in bytes.
     """
 
     optimizer: str
@@ -148,6 +157,8 @@ class TrunkPlan:
     anneal: bool = False
     keeps_slots: bool = False
     bases: int = 0
+    max_tokens: int = 2**62
+    max_bytes: int = 2**62
 
     @property
     def shuffles(self) -> bool:
@@ -195,7 +206,11 @@ class Trunk(Protocol):
         """Start a round from ``state``, with no replicas and fresh optimizers."""
 
     async def features(self, step_input: StepInput) -> dict[str, Array] | None:
-        """Packed output of the last block for a batch; None if it is not finite."""
+        """Packed output of the last block for a batch; None if it is not finite.
+
+        Raises:
+            TrunkRefused: the output of this batch cannot be computed.
+        """
 
     async def step(self, inputs: Sequence[StepInput]) -> StepReport:
         """Make one depth-merged step per replica over all inputs."""
@@ -212,7 +227,11 @@ class Trunk(Protocol):
         """
 
     async def answer(self, query: Query) -> Array:
-        """Logits (heads, rows, ..., classes) of the heads above the cut, the true head last."""
+        """Logits (heads, rows, ..., classes) of the heads above the cut, the true head last.
+
+        Raises:
+            TrunkRefused: this query cannot be answered.
+        """
 
     def evaluate(
         self, tiers: Mapping[str, tuple[int, str]], paths: Sequence[str]
