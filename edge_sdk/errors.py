@@ -38,6 +38,11 @@ class HubError(CutlayerError):
         self.code = ErrorCode.parse(code)
         self.field = field
 
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the same may succeed later."""
+        return isinstance(self.code, ErrorCode) and self.code.is_temporary
+
 
 class ProtocolError(CutlayerError):
     """The peer broke the protocol. An ``error`` message tells the peer what was wrong.

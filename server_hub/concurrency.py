@@ -36,13 +36,18 @@ class Changes:
                 return
             if late:
                 deadline = None
-            changed: asyncio.Future[None] = loop.create_future()
-            self._waiters[changed] = None
-            left = None if deadline is None else max(deadline - loop.time(), 0.0)
-            try:
-                await asyncio.wait([changed], timeout=left)
-            finally:
-                del self._waiters[changed]
+            await self.next(deadline)
+
+    async def next(self, deadline: float | None = None) -> None:
+        """Wait for the next :meth:`wake`, or for the deadline: seconds on the loop's clock."""
+        loop = asyncio.get_running_loop()
+        changed: asyncio.Future[None] = loop.create_future()
+        self._waiters[changed] = None
+        left = None if deadline is None else max(deadline - loop.time(), 0.0)
+        try:
+            await asyncio.wait([changed], timeout=left)
+        finally:
+            del self._waiters[changed]
 
     def wake(self) -> None:
         """Say that something has changed: everybody who waits looks again."""

@@ -26,6 +26,8 @@ class HubConfig:
             evaluated.
         schedule: how the learning rates of devices and trunk change over the rounds.
         keep_serving: go on answering after the last round, until interrupted.
+        leave_s: seconds after the last round that the hub waits for devices to leave; ten times as
+            long for devices that still fetch the model or ask questions.
     """
 
     bundles: Path
@@ -36,6 +38,7 @@ class HubConfig:
     evaluate_every: int = 1
     schedule: RateSchedule = "cosine"
     keep_serving: bool = False
+    leave_s: float = 60.0
     listen: Listen = field(default_factory=Listen)
     method: MethodConfig = field(default_factory=MethodConfig)
     rounds: RoundRules = field(default_factory=RoundRules)
@@ -48,6 +51,8 @@ class HubConfig:
     def __post_init__(self) -> None:
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every is {self.evaluate_every}, must be at least 1")
+        if not self.leave_s >= 0:
+            raise ValueError(f"leave_s is {self.leave_s}, must be 0 or more")
         if self.local.staleness + 2 > self.limits.window:
             raise ValueError(
                 f"staleness is {self.local.staleness}; with a window of {self.limits.window} "

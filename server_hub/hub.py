@@ -54,6 +54,9 @@ from server_hub.trunk.startup import ModelSource
 
 log = logging.getLogger("cutlayer.hub")
 
+_LONGEST_LEAVE = 10
+"""How many times ``leave_s`` the devices that still use a hub can keep it after its last round."""
+
 Evaluate = Callable[[], asyncio.Future[EvaluationReport]]
 """Starts an evaluation of the global model."""
 
@@ -138,6 +141,7 @@ class Hub:
             self._handle,
             self._gone,
             lambda device, issued, memory: self.cut_moves.moved(device, issued, memory),
+            self._connection_changed,
         )
         metric: Metric = "perplexity" if self.model.task == "tokens" else "accuracy"
         self.run = run if run is not None else RunFolder(config.run, metric=metric)
@@ -155,6 +159,7 @@ class Hub:
             self._batcher,
             post,
             self._refused,
+            self._failed,
             self._background,
         )
         self._answers = Answers(
@@ -164,6 +169,7 @@ class Hub:
             self.trunk,
             config.trunk.max_rows,
             post,
+            self._failed,
             self._background,
         )
         self.publisher = ModelPublisher(
@@ -251,10 +257,29 @@ class Hub:
         for peer in list(self.gateway.peers.values()):
             if not self.cut_moves.under_way(peer.device):  # else it is told when it is ready
                 self._stop(peer)
-        while self.config.keep_serving or self.gateway.peers:
-            await self._changes.until(
-                lambda: not self.gateway.peers and not self.config.keep_serving
-            )
+        if self.config.keep_serving:
+            await asyncio.Event().wait()  # until it is cancelled
+        await self._until_all_have_left()
+
+    async def _until_all_have_left(self) -> None:
+        """Wait until the devices have left, as long as one of them still has a use for the hub.
+
+        A device that knows that the job is over fetches the final model, may ask questions, and
+        leaves. One that only keeps its connection does not keep the hub.
+        """
+        peers, now = self.gateway.peers, asyncio.get_running_loop().time
+        last = now() + _LONGEST_LEAVE * self.config.leave_s
+        used = -1
+        while peers and now() < last and used != (used := self._used()):
+            end = min(now() + self.config.leave_s, last)
+            while peers and now() < end:
+                await self._changes.next(end)
+        if peers:
+            log.warning("the hub ends; these devices have not left: %s", ", ".join(sorted(peers)))
+
+    def _used(self) -> int:
+        """Bytes of questions, and of requests for blobs, so far."""
+        return sum(self.gateway.traffic.up.get(kind, 0) for kind in ("infer", "blob_get"))
 
     def _stop(self, peer: Peer) -> None:
         """Tell a device that the job is over, and where the final model is."""
@@ -289,7 +314,7 @@ class Hub:
             self._ready(peer, message)
         elif isinstance(message, Decline):
             if self.rounds.expects(peer.device, message.round):
-                self.rounds.drop(peer.device, f"declined: {plain(message.reason)}")
+                self.rounds.decline(peer.device, plain(message.reason))
         elif isinstance(message, Update):
             self._collector.update(peer, message)
         else:
@@ -312,6 +337,17 @@ class Hub:
         self.rounds.drop(peer.device, reason)
         error = ProtocolError(ErrorCode.NOT_FINITE, reason, "parts")
         self.gateway.drop(peer, reason, error)
+
+    def _failed(self, peer: Peer, error: Exception) -> None:
+        """The hub could not do what a device has asked for; the device may ask again."""
+        log.error("a request of %s failed: %s", peer.device, error)
+        told = ProtocolError(ErrorCode.INTERNAL, "the hub failed to compute an answer; try later")
+        self.gateway.drop(peer, str(told), told)
+
+    def _connection_changed(self, peer: Peer) -> None:
+        if self.gateway.peers.get(peer.device) is peer:
+            self.rounds.connection(peer.device, peer.lost_at)
+            self._changes.wake()
 
     def _gone(self, peer: Peer, reason: str) -> None:
         log.info("%s %s", peer.device, reason)

@@ -54,9 +54,10 @@ class Job:
 
     async def run(self) -> None:
         """All rounds that are left; then the files and the evaluation of the last one."""
+        now = asyncio.get_running_loop().time
         while self.rounds.phase is not Phase.DONE:
             await self.cut_moves.until_ready()
-            await self.changes.until(self.rounds.can_start)
+            await self.changes.until(lambda: self.rounds.can_start(now()), self.rounds.not_before)
             await self.run_round()
         await self.round_log.finished()
         log.info("all %d rounds done", self.rounds.completed)
@@ -114,7 +115,9 @@ class Job:
             JobFailed: nobody has delivered in too many rounds in a row.
         """
         now = asyncio.get_running_loop().time
-        await self.changes.until(lambda: self.rounds.is_over(now()), self.rounds.deadline)
+        while not self.rounds.is_over(now()):
+            await self.changes.next(self.rounds.end)
+        self.rounds.close(now())  # what comes now is late, also while the trunk is busy
         await self.batcher.drain()  # the trunk may refuse what somebody who delivered has sent
         useful = self.rounds.finish()
         self.round_log.tell_losses()

@@ -73,6 +73,11 @@ class ErrorCode(enum.StrEnum):
         """Whether a sender ends the session with this code. A receiver reads ``error.fatal``."""
         return self not in (self.SEQUENCE_GAP, self.UNKNOWN_BLOB)
 
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the same may succeed later: a device goes on trying for a while."""
+        return self in (self.BUSY, self.INTERNAL)
+
     @classmethod
     def parse(cls, code: str) -> ErrorCode | str:
         """The member with this value, or the text itself for a code that is not known."""

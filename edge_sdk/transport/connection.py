@@ -37,6 +37,9 @@ from edge_sdk.transport.link import Link
 from edge_sdk.transport.replies import BatchReplies
 from edge_sdk.transport.session import Session, SessionLost
 
+_LONGEST_PAUSE_S = 10.0
+"""Longest pause between two attempts to connect. A link that lasted as long has proved good."""
+
 Work = tuple[Session, Delivery]
 """A ``round``, ``move`` or ``stop``, with the session that it came over and is settled in."""
 
@@ -104,7 +107,7 @@ class Connection:
         """Connect, and go on reconnecting in the background.
 
         Raises:
-            HubError: the hub refused the device.
+            HubError: the hub refused the device for good, or with "try later" for ``patience_s``.
             LinkClosed: the hub could not be reached for ``patience_s``.
         """
         self._keeper = asyncio.create_task(self._keep_linked())
@@ -240,7 +243,7 @@ class Connection:
         lost_at = now()
         delay = 0.1
         while True:
-            welcomed = self._welcome
+            welcomed, opened_at = self._welcome, now()
             try:
                 link = await self._open_link()
                 try:
@@ -249,22 +252,27 @@ class Connection:
                     await link.close()
                     self._enter(ConnectionEvent.LOST)
                     self._linked.clear()
-                    if self._welcome is not welcomed:
-                        lost_at, delay = now(), 0.1
-            except LinkClosed as error:
+            except (LinkClosed, HubError) as error:
+                if isinstance(error, HubError) and not error.is_temporary:
+                    self._fail(error)
+                    break
+                # a hub that welcomes and then fails at once does not work yet
+                lasted = isinstance(error, LinkClosed) or now() - opened_at >= _LONGEST_PAUSE_S
+                if self._welcome is not welcomed and lasted:
+                    lost_at, delay = now(), 0.1
                 if self._blob is not None and not self._blob.done():
-                    self._blob.set_exception(error)
+                    self._blob.set_exception(LinkClosed(str(error)))
                 if now() - lost_at + delay > self._patience_s:
                     self._fail(error)
                     break
-            except CutlayerError as error:  # refused: trying again would be refused again
+            except CutlayerError as error:  # trying again would give the same
                 self._fail(error)
                 break
             except Exception as error:  # a mistake of ours must not leave callers waiting
                 self._fail(CutlayerError(f"the connection failed unexpectedly: {error!r}"))
                 raise
             await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
-            delay = min(delay * 2, 10.0)
+            delay = min(delay * 2, _LONGEST_PAUSE_S)
         if self._session is not None:
             await self._session.lose("the connection to the hub was given up")
 

@@ -63,6 +63,8 @@ class Gateway:
         gone: called with the peer and a reason when a session has ended.
         moved: returns the tier that a device has moved to, given the device's name, the tier of its
             token and its memory in MB; None for the tier of the token.
+        connection: called when the connection of a session has broken, or is there again; the
+            peer's ``lost_at`` says which.
     """
 
     def __init__(
@@ -74,9 +76,11 @@ class Gateway:
         handle: Callable[[Peer, Message], Effect | None],
         gone: Callable[[Peer, str], None],
         moved: Callable[[str, str | None, int | None], str | None],
+        connection: Callable[[Peer], None],
     ) -> None:
         self._limits, self._tokens, self._manifests = limits, tokens, manifests
         self._handle, self._gone, self._moved = handle, gone, moved
+        self._connection_changed = connection
         self.blobs = BlobServer(store, limits.blob_piece)
         """Serves blobs to devices."""
         self.peers: dict[str, Peer] = {}
@@ -166,6 +170,7 @@ class Gateway:
         )
         log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
         peer.state, peer.lost_at = ConnectionState.LINKED, None
+        self._connection_changed(peer)
         first = encode(welcome, 0, peer.session.channel.settled)
         try:
             await peer.session.run(
@@ -175,6 +180,7 @@ class Gateway:
             if peer.state is ConnectionState.LINKED and not peer.session.linked:
                 peer.state = ConnectionState.DISCONNECTED
                 peer.lost_at = asyncio.get_running_loop().time()
+                self._connection_changed(peer)
         except ProtocolError as error:  # the peer has been told
             self.drop(peer, str(error))
 

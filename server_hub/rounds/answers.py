@@ -33,6 +33,7 @@ class Answers:
         trunk: computes the answers.
         piece_rows: largest number of rows that are answered at a time.
         post: sends an answer to a device.
+        failed: called with the error if the trunk could not answer a device.
         background: runs what takes longer.
     """
 
@@ -44,11 +45,12 @@ class Answers:
         trunk: Trunk,
         piece_rows: int,
         post: Callable[[Peer, Answer], None],
+        failed: Callable[[Peer, Exception], None],
         background: BackgroundTasks,
     ) -> None:
         self._manifests, self._model, self._method = manifests, model, method
-        self._trunk, self._post, self._background = trunk, post, background
-        self._piece_rows = piece_rows
+        self._trunk, self._post, self._failed = trunk, post, failed
+        self._piece_rows, self._background = piece_rows, background
         self._turns = Turns()
 
     def infer(self, peer: Peer, message: Infer) -> Effect:
@@ -83,9 +85,13 @@ class Answers:
         self, peer: Peer, request: int, heads: list[str], pieces: list[Query], effect: Effect
     ) -> None:
         logits = []
-        for piece in pieces:
-            async with self._turns.turn(peer.device):
-                logits.append(await self._trunk.answer(piece))
+        try:
+            for piece in pieces:
+                async with self._turns.turn(peer.device):
+                    logits.append(await self._trunk.answer(piece))
+        except Exception as error:
+            self._failed(peer, error)
+            return
         self._post(peer, Answer(request=request, heads=heads, logits=np.concatenate(logits, 1)))
         effect.complete()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -67,6 +68,7 @@ class UpdateCollector:
         batcher: takes the batches that the trunk is to be trained on.
         post: sends a message to a device.
         refused: called with the reason if a device has sent activations that are of no use.
+        failed: called with the error if the trunk could not compute a device's features.
         background: runs what takes longer.
     """
 
@@ -80,11 +82,13 @@ class UpdateCollector:
         batcher: StepBatcher,
         post: Callable[[Peer, Message], None],
         refused: Callable[[Peer, str], None],
+        failed: Callable[[Peer, Exception], None],
         background: BackgroundTasks,
     ) -> None:
         self._manifests, self._keeps_slots, self._window = manifests, keeps_slots, window
         self._rounds, self._trunk, self._batcher = rounds, trunk, batcher
-        self._post, self._refused, self._background = post, refused, background
+        self._post, self._refused, self._failed = post, refused, failed
+        self._background = background
         self._samples: dict[str, int] = {}
         self._members: dict[str, _Member] = {}
         self._updates: dict[str, DeviceUpdate] = {}
@@ -157,7 +161,11 @@ class UpdateCollector:
         texts = self._manifests[peer.tier].task == "tokens"
         shape = (sizes["batch"], sizes["seq"]) if texts else (sizes["batch"],)
         step_input = replace(step_input, label_shape=shape)
-        parts = await self._trunk.features(step_input)
+        try:
+            parts = await self._trunk.features(step_input)
+        except Exception as error:
+            self._failed(peer, error)
+            return
         effect.complete()
         if not self._rounds.expects(peer.device, message.round):
             return
@@ -205,7 +213,7 @@ class UpdateCollector:
         state = {n: t for n, t in member.state.items() if n not in member.plan.untrained}
         update = DeviceUpdate(peer.device, state, member.samples, message.metrics)
         self._updates[peer.device] = update
-        self._rounds.deliver(peer.device)
+        self._rounds.deliver(peer.device, asyncio.get_running_loop().time())
 
     def _wanted(self, manifest: Manifest, plan: DevicePlan) -> list[TensorSpec]:
         """The tensors of a whole update: the tier's state, or that of each base network."""

@@ -36,6 +36,8 @@ class Checkpoint:
         moves: the devices' tiers after their moves, and the state of the cut policy. A file of an
             older version has no moves; they are empty then.
         offers: the order of base networks; empty in a file of an older version.
+        missed: by device, the number of rounds in a row that it has missed; empty in a file of an
+            older version.
     """
 
     number: int
@@ -48,6 +50,7 @@ class Checkpoint:
     stores: dict[str, State]
     moves: dict[str, Any] = field(default_factory=dict)
     offers: dict[str, Any] = field(default_factory=dict)
+    missed: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, hub: Hub, clock: float, wall: float, meter: Meter) -> Checkpoint:
@@ -64,6 +67,7 @@ class Checkpoint:
             {name: dict(state) for name, state in hub.method.aggregation.stores().items()},
             hub.cut_moves.state(),
             hub.publisher.state(),
+            dict(hub.rounds.missed),
         )
 
     def apply(self, hub: Hub) -> None:
@@ -72,6 +76,7 @@ class Checkpoint:
         hub.gateway.traffic.up.update(self.up)
         hub.gateway.traffic.down.update(self.down)
         hub.method.aggregation.restore(self.stores)
+        hub.rounds.missed = dict(self.missed)
         if self.moves:
             hub.cut_moves.restore(self.moves)
         if self.offers:
@@ -95,6 +100,7 @@ class Checkpoint:
             "meter": asdict(self.meter),
             "moves": self.moves,
             "offers": self.offers,
+            "missed": self.missed,
         }
         write_atomically(folder / FILE, save(tensors, {"numbers": json.dumps(numbers)}))
 

@@ -89,14 +89,17 @@ class RoundsTable:
         count: number of rounds.
         per_round: number of devices that take part in a round, drawn at random; None for all.
         deadline_s: virtual seconds after which a round ends without the missing updates.
+        quorum: fraction of the members whose updates end a round, after a grace. With 1 a round
+            waits for all devices, also for one that has gone offline.
     """
 
     count: int = 20
     per_round: int | None = None
     deadline_s: float = 3600.0
+    quorum: float = 1.0
 
     def __post_init__(self) -> None:
-        RoundRules(self.count, 1, self.per_round, self.deadline_s)
+        RoundRules(self.count, 1, self.per_round, self.deadline_s, quorum=self.quorum)
 
 
 @dataclass(frozen=True)

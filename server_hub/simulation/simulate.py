@@ -286,6 +286,7 @@ class Simulation:
             deadline_s=job.rounds.deadline_s,
             seed=job.seed,
             patience=_PATIENCE,
+            quorum=job.rounds.quorum,
         )
         config = HubConfig(
             bundles=self.index.folder,
