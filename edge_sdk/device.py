@@ -150,10 +150,12 @@ class Device:
             threads: threads of the runtime.
             memory_mb: MB that the device can spare for training; a hub that moves cuts gives it
                 no bundle that takes more.
-            patience_s: seconds to go on trying to (re)connect.
+            patience_s: seconds to go on trying to (re)connect while the hub cannot be reached, or
+                says that the device should try later.
 
         Raises:
-            HubError: the hub refused the device (token, tier, protocol version).
+            HubError: the hub refused the device (token, tier, protocol version), or was busy or
+                failed for ``patience_s``.
             LinkClosed: the hub could not be reached for ``patience_s``.
             BundleError: the bundle is damaged, not signed by a key in ``trust``, or cannot be run
                 here.

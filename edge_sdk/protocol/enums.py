@@ -56,7 +56,7 @@ class ErrorCode(enum.StrEnum):
     UNKNOWN_TIER = "unknown_tier"
     """There is no bundle for the tier, or neither ``welcome`` nor ``move`` named it."""
     BUSY = "busy"
-    """The hub has no connections left; try later."""
+    """The hub has no connections left. Temporary."""
     REPLACED = "replaced"
     """Another connection came with the same token."""
     UNKNOWN_BLOB = "unknown_blob"
@@ -66,7 +66,7 @@ class ErrorCode(enum.StrEnum):
     NOT_FINITE = "not_finite"
     """NaN or infinity in activations or parameters."""
     INTERNAL = "internal"
-    """The hub failed through no fault of the device; try later."""
+    """The hub failed through no fault of the device. Temporary."""
 
     @property
     def is_fatal(self) -> bool:

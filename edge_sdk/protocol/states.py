@@ -39,11 +39,13 @@ class ConnectionEvent(enum.StrEnum):
     WELCOME = "welcome"
     """``welcome`` was received; with ``resumed``, unacknowledged messages are sent again."""
     LOST = "lost"
-    """The connection broke, or no answer to ``hello`` came in time, or ``sequence_gap``."""
+    """The connection broke, no answer to ``hello`` came in time, ``sequence_gap``, or a temporary
+    error was received."""
     BYE = "bye"
     """The device said ``bye`` and closes the connection."""
     FATAL = "fatal"
-    """A fatal ``error`` was received or sent, or the device gave up connecting."""
+    """A fatal ``error`` that is not temporary was received, or one was sent, or the device gave up
+    connecting."""
 
 
 CONNECTION_TRANSITIONS: Final[Mapping[tuple[ConnectionState, ConnectionEvent], ConnectionState]] = {
