@@ -347,6 +347,7 @@ class Hub:
     def _connection_changed(self, peer: Peer) -> None:
         if self.gateway.peers.get(peer.device) is peer:
             self.rounds.connection(peer.device, peer.lost_at)
+            self.cut_moves.connection_changed()
             self._changes.wake()
 
     def _gone(self, peer: Peer, reason: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from server_hub.gateway.server import Gateway
 from server_hub.rounds.cut_policy import CutMove, Cuts, Seen, policy_of
 
 log = logging.getLogger("cutlayer.hub")
+
+_LOST_S = 2.0
+"""Seconds that a round waits for a moving device whose connection has broken."""
 
 
 class CutMoves:
@@ -142,14 +146,23 @@ class CutMoves:
     async def until_ready(self) -> None:
         """Wait until the moving devices have loaded their bundles, or until the wait has ended.
 
-        The wait for a device ends ``wait_s`` seconds after it was told to move. A device that takes
-        longer misses rounds, and takes part again when it is ready.
+        The wait for a device ends ``wait_s`` seconds after it was told to move, or soon after its
+        connection broke. A device that takes longer misses rounds, and takes part again when it is
+        ready.
         """
         now = asyncio.get_running_loop().time
-        deadline = max((until for _, until in self._moving.values()), default=now())
-        await self._changes.until(
-            lambda: all(now() >= until for _, until in self._moving.values()), deadline
-        )
+        while now() < (end := max(map(self._wait_ends, self._moving), default=-math.inf)):
+            await self._changes.next(end)
+
+    def _wait_ends(self, device: str) -> float:
+        """When the wait for a moving device ends if it does not get ready."""
+        _, until = self._moving[device]
+        lost_at = self._gateway.peers[device].lost_at
+        return until if lost_at is None else min(until, lost_at + _LOST_S)
+
+    def connection_changed(self) -> None:
+        """The connection of a device has broken, or is there again."""
+        self._changes.wake()
 
     def ready(self, peer: Peer, message: Ready) -> None:
         """Take a device's ``ready``: it has joined, has moved, or could not load the new bundle.

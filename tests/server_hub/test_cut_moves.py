@@ -24,7 +24,7 @@ from torch import nn
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.device import Device
-from edge_sdk.errors import BundleError, ConfigError, HubError
+from edge_sdk.errors import BundleError, ConfigError, HubError, LinkClosed
 from edge_sdk.protocol.channel import Channel
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
@@ -456,6 +456,51 @@ def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, expor
             for name, tensor in loaded[-1].get_state().items():
                 np.testing.assert_array_equal(tensor, final[name])
             await asyncio.gather(slow.close(), other.close())
+
+    run(job())
+
+
+def test_a_device_that_is_killed_in_a_move_is_waited_for_briefly(
+    tmp_path: Path, export: Export
+) -> None:
+    """The others go on without it, though its session is kept and ``wait_s`` is long."""
+    script = Script({"a": 3})
+    go, loaded, links = threading.Event(), [], []
+
+    async def job() -> None:
+        changes = {"cuts": Cuts(wait_s=60.0), "limits": Limits(session_s=60.0), "leave_s": 0.1}
+        rules = RoundRules(3, min_devices=1)
+        async with fleet(tmp_path, export, script, 3, rounds=rules, **changes) as made:
+
+            def load(bundle: Bundle, threads: int) -> Runtime:  # runs in its own thread
+                loaded.append(bundle.manifest.tier)
+                if len(loaded) > 1:
+                    go.wait(20)
+                return export.load(bundle, threads)
+
+            async def open_link() -> Link:
+                if len(loaded) > 1:
+                    raise LinkClosed("the device was killed")
+                links.append(await open_websocket(made.url))
+                return links[-1]
+
+            token = TokenFile(made.hub.config.tokens).issue("a")
+            killed = Device(open_link, load, token=token, tier="two", data=some(32),
+                            cache=tmp_path / "cache" / "a", patience_s=1.0)  # fmt: skip
+            await killed.join()
+            other = await made.join("b", "one")
+            lost = asyncio.create_task(killed.train())
+            await until(lambda: "a" in made.hub.rounds.ready)
+            training = asyncio.create_task(other.train())
+            await until(lambda: len(loaded) > 1)
+            await links[-1].close()
+            report = await asyncio.wait_for(training, 10)
+            assert report.rounds[-1].round == 3
+            assert cuts_of(made.hub, "a")[1:] == [None, None]
+            go.set()
+            with pytest.raises(LinkClosed):
+                await lost
+            await asyncio.gather(killed.close(), other.close())
 
     run(job())
 
