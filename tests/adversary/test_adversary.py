@@ -105,7 +105,8 @@ async def honest_job(hub: HubProcess, seed: int) -> None:
 
 def attacker_of(hub: HubProcess, bundles: BundleIndex) -> Attacker:
     tokens = TokenFile(hub.folder / "tokens.toml")
-    issued = [tokens.issue(f"mallory-{number}") for number in range(2 * AT_ONCE)]
+    # many, so that a name that has missed rounds, and is drawn less often, is not needed again
+    issued = [tokens.issue(f"mallory-{number}") for number in range(2 * len(SCENARIOS))]
     return Attacker(hub.url, issued, bundles.manifest("small"))
 
 

@@ -315,7 +315,9 @@ def test_oversized_frame_is_refused_unread(tmp_path: Path, bundles: BundleIndex)
         config = hub_config(tmp_path, bundles, limits=Limits(max_frame=600_000, session_s=1))
         token = TokenFile(config.tokens).issue("evil")
         async with running_hub(config) as (_, url), raw(url) as connection:
-            await RawClient(connection).say(replace(GOOD, token=token))
+            client = RawClient(connection)
+            await client.say(replace(GOOD, token=token))
+            await client.hear(Welcome)
             await connection.send(bytes(700_000))
             await asyncio.wait_for(connection.wait_closed(), 10)
             assert connection.close_code == CloseCode.MESSAGE_TOO_BIG
