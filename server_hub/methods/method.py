@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -10,9 +10,10 @@ from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.enums import ActivationMode
 from export.split import SplitModel
-from server_hub.aggregation.interface import Aggregation
+from server_hub.aggregation.interface import Aggregation, DeviceUpdate
+from server_hub.aggregation.update_bound import UpdateBound
 from server_hub.methods.plan import DevicePlan, RoundContext, RoundPlan
-from server_hub.trunk.interface import EvaluationReport, TrunkPlan
+from server_hub.trunk.interface import EvaluationReport, TrunkCopy, TrunkPlan
 
 SEED_STRIDE = 1_000_003
 """A device's seed is the number of the round times this, plus the device's place in the round."""
@@ -102,6 +103,7 @@ class Method:
             batch.
         keeps_slots: whether optimizer slots are averaged, and sent to devices, as parameters are.
             Otherwise every round starts with new optimizers.
+        bound: clips the updates of devices before they are averaged.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Method:
     paths: tuple[Path, ...] = ALL_PATHS
     merges: bool = True
     keeps_slots: bool = False
+    bound: UpdateBound = field(default_factory=UpdateBound)
 
     def plan(self, context: RoundContext) -> RoundPlan:
         """Return the plan of a round."""
@@ -123,8 +126,17 @@ class Method:
             },
             trunk=self.trunk_plan(context, stage),
             state=self.aggregation.trunk_state(context.cuts),
-            average=self.aggregation.commit,
+            average=self.average,
         )
+
+    def average(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
+        """Average a round into the global model, with the updates of devices clipped.
+
+        Args:
+            updates: updates of devices.
+            copies: layers that the trunk has trained.
+        """
+        self.aggregation.commit(self.bound.apply(self.aggregation, updates), copies)
 
     def device_plan(
         self, context: RoundContext, stage: Stage, device: str, order: int

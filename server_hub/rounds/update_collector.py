@@ -20,6 +20,7 @@ from edge_sdk.protocol.messages import (
 from edge_sdk.protocol.tensors import State, TensorSpec
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.concurrency import BackgroundTasks, Effect
+from server_hub.gateway.limits import Limits
 from server_hub.gateway.peers import Peer
 from server_hub.methods.plan import DevicePlan, RoundPlan
 from server_hub.rounds.rounds import Rounds
@@ -29,7 +30,9 @@ from server_hub.rounds.validation import (
     check_labels,
     check_packed,
     check_rows,
+    check_samples,
     check_update,
+    counted_samples,
 )
 from server_hub.trunk.batcher import PendingBatch, StepBatcher
 from server_hub.trunk.interface import StepInput, Trunk
@@ -41,7 +44,8 @@ class _Member:
 
     Attributes:
         plan: what it does, and what it owes.
-        samples: number of its local examples.
+        samples: number of its local examples, as it says.
+        counted: number of local examples that it counts for.
         rows: number of rows of activations that it has sent.
         state: tensors of its update that have arrived.
         features: by number of a batch whose labels stay on the device and whose features were sent
@@ -50,6 +54,7 @@ class _Member:
 
     plan: DevicePlan
     samples: int
+    counted: float
     rows: int = 0
     state: State = field(default_factory=dict)
     features: dict[int, tuple[StepInput, dict[str, int]]] = field(default_factory=dict)
@@ -61,7 +66,8 @@ class UpdateCollector:
     Args:
         manifests: manifest by tier.
         keeps_slots: whether updates hold optimizer slots.
-        window: largest number of batches of a device that may wait for gradients of features.
+        limits: the window, which bounds the batches of a device that wait for gradients of
+            features, and the bounds of what a device says about its examples.
         rounds: which devices take part in which round.
         trunk: computes features.
         batcher: takes the batches that the trunk is to be trained on.
@@ -74,7 +80,7 @@ class UpdateCollector:
         self,
         manifests: Mapping[str, Manifest],
         keeps_slots: bool,
-        window: int,
+        limits: Limits,
         rounds: Rounds,
         trunk: Trunk,
         batcher: StepBatcher,
@@ -82,7 +88,7 @@ class UpdateCollector:
         refused: Callable[[Peer, str], None],
         background: BackgroundTasks,
     ) -> None:
-        self._manifests, self._keeps_slots, self._window = manifests, keeps_slots, window
+        self._manifests, self._keeps_slots, self._limits = manifests, keeps_slots, limits
         self._rounds, self._trunk, self._batcher = rounds, trunk, batcher
         self._post, self._refused, self._background = post, refused, background
         self._samples: dict[str, int] = {}
@@ -90,15 +96,22 @@ class UpdateCollector:
         self._updates: dict[str, DeviceUpdate] = {}
 
     def join(self, device: str, samples: int) -> None:
-        """A device says how many local examples it has."""
+        """A device says how many local examples it has.
+
+        Raises:
+            ProtocolError: it says that it has more than the operator allows.
+        """
+        check_samples(samples, self._limits.samples)
         self._samples[device] = samples
 
     def begin(self, plan: RoundPlan) -> None:
         """Begin a round."""
         self._updates.clear()
+        claimed = {device: self._samples[device] for device in self._rounds.members}
+        counted = counted_samples(claimed, self._limits.samples_over_median)
         self._members = {
-            device: _Member(plan.devices[device], self._samples[device])
-            for device in self._rounds.members
+            device: _Member(plan.devices[device], samples, counted[device])
+            for device, samples in claimed.items()
         }
 
     def updates(self) -> list[DeviceUpdate]:
@@ -129,11 +142,11 @@ class UpdateCollector:
             manifest.cut,
             manifest.codec,
             Batch.of(message),
-            weight=plan.weight_of(message),
+            weight=plan.weight_of(message) * member.counted / member.samples,
         )
         if not u_shaped:
             return self._batcher.put(self._pending(peer, message, step_input))
-        if len(member.features) >= self._window:
+        if len(member.features) >= self._limits.window:
             raise ProtocolError(
                 ErrorCode.BAD_MESSAGE,
                 f"{len(member.features)} batches are without the gradient of their features; "
@@ -202,7 +215,7 @@ class UpdateCollector:
         if not message.done:
             return
         state = {n: t for n, t in member.state.items() if n not in member.plan.untrained}
-        update = DeviceUpdate(peer.device, state, member.samples, message.metrics)
+        update = DeviceUpdate(peer.device, state, member.counted, message.metrics)
         self._updates[peer.device] = update
         self._rounds.deliver(peer.device)
 

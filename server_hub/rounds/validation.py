@@ -6,6 +6,7 @@ Every check raises :class:`ProtocolError`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median_low
 
 import numpy as np
 
@@ -155,6 +156,30 @@ def check_present(present: Array | None, labels: Array, manifest: Manifest) -> N
         raise ProtocolError(
             ErrorCode.BAD_LABELS, "a label is of a class that is not present", "labels"
         )
+
+
+def check_samples(samples: int, most: int) -> None:
+    """A device says that it has no more examples than ``most``."""
+    if samples > most:
+        raise ProtocolError(
+            ErrorCode.BAD_MESSAGE,
+            f"{samples} examples; a device may have {most} at most, see samples in [limits]",
+            "samples",
+        )
+
+
+def counted_samples(claimed: Mapping[str, int], over_median: float) -> dict[str, float]:
+    """Return the number of examples that each member of a round counts for, by device.
+
+    Args:
+        claimed: number of examples that each member says it has, by device.
+        over_median: largest multiple of the members' median that counts. The median of an even
+            number of members is the lower one of the two in the middle.
+    """
+    if not claimed:
+        return {}
+    most = over_median * median_low(claimed.values())
+    return {device: min(samples, most) for device, samples in claimed.items()}
 
 
 def check_rows(rows: int, total: int, samples: int, plan: DevicePlan) -> None:
