@@ -180,6 +180,7 @@ class Method:
             returned=stage.activations.returns_gradients,
             anneal=stage.anneal,
             keeps_slots=self.keeps_slots,
+            passes=context.local.epochs if stage.activations.returns_gradients else 1,
         )
 
     def check_bundles(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from export.names import layer_of
 from export.optimizers import get_optimizer
 from export.packing import get_codec
 from export.split import SplitModel
+from server_hub.trunk.bounds import ActivationBound
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.models import to_device
@@ -76,14 +77,21 @@ class VmappedTrainer:
         state: the trained tensors by name, each (bases, ...).
         plan: how the round trains.
         device: torch device.
+        activations: shortens rows of activations that are far too long.
     """
 
     def __init__(
-        self, template: SplitModel, state: State, plan: TrunkPlan, device: torch.device
+        self,
+        template: SplitModel,
+        state: State,
+        plan: TrunkPlan,
+        device: torch.device,
+        activations: ActivationBound,
     ) -> None:
         model = copy.deepcopy(template).to(device).train()
         self._plan, self._device, self._model = plan, device, model
         self._loss = _Loss(model)
+        self._activations = activations
         self._dual = has_dual_norms(model)
         noise = noise_tensors(model)
         tensors = {n: torch.from_numpy(np.array(t)).to(device) for n, t in state.items()}
@@ -118,6 +126,7 @@ class VmappedTrainer:
         while groups:
             step = self._train(groups)
             self._keep(step, groups)
+            self._activations.keep()
             self._note_losses(step, groups, losses)
             wrong = [b for b, ok in zip(groups, step.finite, strict=True) if not ok]
             groups = {base: self._without_culprits(groups[base], refused) for base in wrong}
@@ -157,7 +166,9 @@ class VmappedTrainer:
             assert i.batch.labels is not None
             counted = int((i.batch.labels >= 0).sum())
             batches.append(_Unpacked(i, number, h, labels, present, counted))
-        return batches
+        entries = [(b.source.device, b.source.cut, b.source.batch.base) for b in batches]
+        bounded = self._activations.shortened(entries, [b.h for b in batches])
+        return [replace(b, h=h) for b, h in zip(batches, bounded, strict=True)]
 
     def _train(self, groups: Mapping[int, Sequence[_Unpacked]]) -> _Step:
         """Loss, gradients and update of the bases in ``groups``, in one pass."""
