@@ -75,8 +75,10 @@ class UpdateBound:
 
     def __init__(self, factor: float = 3.0) -> None:
         self.factor = factor
-        self._layers: defaultdict[str, deque[float]] = defaultdict(lambda: deque((), _REMEMBERED))
-        self._devices: defaultdict[str, deque[float]] = defaultdict(lambda: deque((), _OWN))
+        self._layers: defaultdict[str, deque[float]] = defaultdict(
+            lambda: deque(maxlen=_REMEMBERED)
+        )
+        self._devices: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_OWN))
 
     def apply(
         self, start: StartingPoints, updates: Sequence[DeviceUpdate]
@@ -182,9 +184,7 @@ def _moved(starts: Sequence[State], updates: Sequence[DeviceUpdate]) -> dict[str
             if tensor.dtype.kind == "f":
                 groups.setdefault(_kind_of(name), []).append(name)
         for kind, names in groups.items():
-            squares = sum(
-                float(np.square(_change(start[n], update.state[n])).sum()) for n in names
-            )
+            squares = sum(float(np.square(_change(start[n], update.state[n])).sum()) for n in names)
             size = sum(update.state[n].size for n in names)
             moved = _Moved(i, tuple(names), math.sqrt(squares / max(size, 1)))
             kinds.setdefault(kind, []).append(moved)

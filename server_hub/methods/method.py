@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.enums import ActivationMode
 from export.split import SplitModel
 from server_hub.aggregation.interface import Aggregation, DeviceUpdate
+from server_hub.aggregation.layer_store import NotFinite, check_finite
 from server_hub.aggregation.update_bound import UpdateBound
 from server_hub.methods.plan import DevicePlan, RoundContext, RoundPlan
 from server_hub.trunk.interface import EvaluationReport, TrunkCopy, TrunkPlan
+
+log = logging.getLogger("cutlayer.hub")
 
 SEED_STRIDE = 1_000_003
 """A device's seed is the number of the round times this, plus the device's place in the round."""
@@ -132,11 +136,29 @@ class Method:
     def average(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
         """Average a round into the global model, with the updates of devices clipped.
 
+        A layer whose copy of the trunk is not finite keeps what devices have trained, or its
+        present value.
+
         Args:
-            updates: updates of devices.
+            updates: finite updates of devices.
             copies: layers that the trunk has trained.
         """
-        self.aggregation.commit(self.bound.apply(self.aggregation, updates), copies)
+        finite = []
+        for copy in copies:
+            try:
+                check_finite(copy.tensors)
+                finite.append(copy)
+            except NotFinite as error:
+                log.warning("the trunk's %s is left out of the average: %s", copy.layer, error)
+        self.aggregation.commit(self.bound.apply(self.aggregation, updates), finite)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the method remembers between rounds beside the model, as JSON can hold it."""
+        return {"bound": self.bound.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set what the method remembers to a value that :meth:`state` returned."""
+        self.bound.restore(state["bound"])
 
     def device_plan(
         self, context: RoundContext, stage: Stage, device: str, order: int

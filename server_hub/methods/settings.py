@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edge_sdk.training.adversarial import Attack
+from server_hub.aggregation.robust import RuleName
 from server_hub.methods.base_assignment import BaseAssignment
 
 RateSchedule = Literal["constant", "cosine", "step"]
@@ -28,12 +29,15 @@ class MethodConfig:
             for the rank of the other blocks.
         clip: an update is shortened to this multiple of the median distance that devices move a
             layer; infinity for no bound. See :mod:`server_hub.aggregation.update_bound`.
+        rule: rule that averages the copies of a layer: ``mean``, or a robust one of
+            :mod:`server_hub.aggregation.robust`.
     """
 
     name: str = "fedsplitx"
     form: Form = "merged"
     cut_rank: int | None = None
     clip: float = 3.0
+    rule: RuleName = "mean"
 
     def __post_init__(self) -> None:
         if self.cut_rank is not None and self.cut_rank < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -32,6 +33,7 @@ from server_hub.rounds.validation import (
     check_rows,
     check_samples,
     check_update,
+    checked_metrics,
     counted_samples,
 )
 from server_hub.trunk.batcher import PendingBatch, StepBatcher
@@ -94,6 +96,7 @@ class UpdateCollector:
         self._samples: dict[str, int] = {}
         self._members: dict[str, _Member] = {}
         self._updates: dict[str, DeviceUpdate] = {}
+        self._began = 0.0
 
     def join(self, device: str, samples: int) -> None:
         """A device says how many local examples it has.
@@ -107,6 +110,7 @@ class UpdateCollector:
     def begin(self, plan: RoundPlan) -> None:
         """Begin a round."""
         self._updates.clear()
+        self._began = asyncio.get_running_loop().time()
         claimed = {device: self._samples[device] for device in self._rounds.members}
         counted = counted_samples(claimed, self._limits.samples_over_median)
         self._members = {
@@ -215,7 +219,9 @@ class UpdateCollector:
         if not message.done:
             return
         state = {n: t for n, t in member.state.items() if n not in member.plan.untrained}
-        update = DeviceUpdate(peer.device, state, member.counted, message.metrics)
+        seconds = asyncio.get_running_loop().time() - self._began
+        metrics = checked_metrics(message.metrics, seconds)
+        update = DeviceUpdate(peer.device, state, member.counted, metrics)
         self._updates[peer.device] = update
         self._rounds.deliver(peer.device)
 

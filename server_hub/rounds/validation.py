@@ -16,11 +16,15 @@ from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import Batch, Update
 from edge_sdk.protocol.tensors import Array, State, TensorSpec, check_tensors
+from export.names import is_variance
 from server_hub.aggregation.layer_store import NotFinite, check_finite
 from server_hub.methods.plan import DevicePlan
 
 _BESIDE = 2**16
 """Largest size of an answer without its logits, in bytes."""
+
+_LARGEST_METRIC = 1e12
+"""Largest absolute value of a metric that counts; sums over devices stay finite."""
 
 MAX_POSITIONS = 8192
 """Largest number of positions of a text: attention needs memory for their square."""
@@ -201,6 +205,25 @@ def check_rows(rows: int, total: int, samples: int, plan: DevicePlan) -> None:
         )
 
 
+def checked_metrics(metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Return what a device says about its training, within what can be true.
+
+    Args:
+        metrics: metrics of the update by name, all finite.
+        seconds: time from the start of the round to the update, by the hub's clock. The device's
+            computing and waiting take no longer together.
+    """
+    checked = {n: min(max(v, -_LARGEST_METRIC), _LARGEST_METRIC) for n, v in metrics.items()}
+    left = seconds
+    for name in ("compute_s", "wait_s"):
+        if name in checked:
+            checked[name] = min(max(checked[name], 0.0), left)
+            left -= checked[name]
+    if "loss" in checked:
+        checked["loss"] = max(checked["loss"], 0.0)
+    return checked
+
+
 def check_answer(sizes: Mapping[str, int], heads: int, classes: int) -> None:
     """The logits of an answer fit into one message.
 
@@ -237,6 +260,9 @@ def check_update(message: Update, wanted: Sequence[TensorSpec], have: State, sam
         check_finite(message.tensors)
     except NotFinite as error:
         raise ProtocolError(ErrorCode.NOT_FINITE, str(error), error.tensor) from error
+    for name, tensor in message.tensors.items():
+        if is_variance(name) and (tensor < 0).any():
+            raise ProtocolError(ErrorCode.BAD_TENSOR, f"{name} holds negative variances", name)
     missing = [name for name in specs if name not in have and name not in message.tensors]
     if message.done and missing:
         raise ProtocolError(ErrorCode.BAD_TENSOR, f"tensor {missing[0]!r} is missing", missing[0])

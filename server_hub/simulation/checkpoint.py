@@ -36,6 +36,7 @@ class Checkpoint:
         moves: the devices' tiers after their moves, and the state of the cut policy. A file of an
             older version has no moves; they are empty then.
         offers: the order of base networks; empty in a file of an older version.
+        method: what the method remembers beside the model; empty in a file of an older version.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Checkpoint:
     stores: dict[str, State]
     moves: dict[str, Any] = field(default_factory=dict)
     offers: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, hub: Hub, clock: float, wall: float, meter: Meter) -> Checkpoint:
@@ -64,6 +66,7 @@ class Checkpoint:
             {name: dict(state) for name, state in hub.method.aggregation.stores().items()},
             hub.cut_moves.state(),
             hub.publisher.state(),
+            hub.method.state(),
         )
 
     def apply(self, hub: Hub) -> None:
@@ -76,6 +79,8 @@ class Checkpoint:
             hub.cut_moves.restore(self.moves)
         if self.offers:
             hub.publisher.restore(self.offers)
+        if self.method:
+            hub.method.restore(self.method)
 
     def write(self, folder: Path) -> None:
         """Write the checkpoint to the folder of the run; it replaces the previous one."""
@@ -95,6 +100,7 @@ class Checkpoint:
             "meter": asdict(self.meter),
             "moves": self.moves,
             "offers": self.offers,
+            "method": self.method,
         }
         write_atomically(folder / FILE, save(tensors, {"numbers": json.dumps(numbers)}))
 

@@ -83,7 +83,7 @@ class ActivationBound:
         self._pending[entry] = known.clamp(max=limit)
         factors = torch.where(norms_R <= limit, 1.0, limit / norms_R)
         factors = torch.where(norms_R > HOPELESS * limit, torch.inf, factors)
-        return factors.split(rows.tolist())
+        return torch.split(factors, rows.tolist())
 
     def keep(self) -> None:
         """Remember the levels of the latest batches, which a step has used."""
@@ -102,4 +102,5 @@ class ActivationBound:
 def _rms(h: Tensor) -> Tensor:
     """Return the root mean square of the elements of each row (rows,)."""
     flat = h.detach().flatten(1)
-    return torch.linalg.vector_norm(flat, dim=1) / flat.shape[1] ** 0.5
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return norms / flat.shape[1] ** 0.5
