@@ -1,6 +1,6 @@
 """Devices that try to spoil the model: accuracy lost to ten attacks, on the example fleet.
 
-    python -m benchmarks.poison --json FILE [--work runs/poison] [--attacks flip,claim] [--docs DIR]
+    python -m benchmarks.poison --json FILE [--attacks flip,claim] [--docs docs]
 
 The job is ``examples/fleet/digits.toml``. Some of its devices attack in every round that they are
 drawn for. The loss is the difference from the same seed without attackers, in points: through the
@@ -83,9 +83,11 @@ def run(job: Job, attack: str, attackers: int) -> Result:
     """Run the job with attackers."""
     names = attackers_of(job, attackers)
     change = behave(ATTACKS.get(attack, Attack()), names, CLASSES)
-    with tempfile.TemporaryDirectory(prefix="cutlayer-") as folder:
-        with Simulation(job, Path(folder) / "run", behave=change) as simulation:
-            records = simulation.run()
+    with (
+        tempfile.TemporaryDirectory(prefix="cutlayer-") as folder,
+        Simulation(job, Path(folder) / "run", behave=change) as simulation,
+    ):
+        records = simulation.run()
     accuracy = records[-1].accuracy
     return Result(
         attack,
@@ -168,8 +170,8 @@ def main(
         cells += [(name, round(SHARE * job.clients)) for name in chosen if name in MANY]
     results = read(json_file)
     done = {result.key for result in results}
-    for attack, attackers in cells:
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for attack, attackers in cells:
             if (attack, attackers, seed) in done:
                 continue
             results.append(run(replace(job, seed=seed), attack, attackers))

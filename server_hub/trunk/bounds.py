@@ -7,6 +7,7 @@ not wait.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -102,5 +103,5 @@ class ActivationBound:
 def _rms(h: Tensor) -> Tensor:
     """Return the root mean square of the elements of each row (rows,)."""
     flat = h.detach().flatten(1)
-    norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
-    return norms / flat.shape[1] ** 0.5
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1).float()
+    return norms / math.sqrt(flat.shape[1])
