@@ -91,8 +91,14 @@ def _claiming(x: Array, y: Array, claims: int) -> Examples:
     return examples
 
 
-class _AttackingRuntime:
-    """Implements :class:`edge_sdk.runtime.Runtime` with another runtime, and lies."""
+class AttackingRuntime:
+    """Implements :class:`edge_sdk.runtime.Runtime` with another runtime, and lies.
+
+    Args:
+        runtime: trains as it should.
+        attack: changes what is sent.
+        packed: names of the packed activations.
+    """
 
     def __init__(self, runtime: Runtime, attack: Attack, packed: Collection[str]) -> None:
         self._runtime, self._attack, self._packed = runtime, attack, packed
@@ -142,7 +148,7 @@ def behave(attack: Attack, attackers: Collection[str], classes: int) -> Behave:
 
         def lying(bundle: Bundle, threads: int) -> Runtime:
             packed = {spec.name for spec in bundle.manifest.packed}
-            return _AttackingRuntime(load(bundle, threads), attack, packed)
+            return AttackingRuntime(load(bundle, threads), attack, packed)
 
         return data, lying
 

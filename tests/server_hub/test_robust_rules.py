@@ -17,7 +17,9 @@ from server_hub.rounds.rounds import RoundRules
 ROBUST: tuple[RuleName, ...] = ("trimmed_mean", "median", "krum")
 
 
-def averaged(rule: RuleName, values: Sequence[tuple[float, float]], weight: float = 1) -> list[float]:
+def averaged(
+    rule: RuleName, values: Sequence[tuple[float, float]], weight: float = 1
+) -> list[float]:
     """Return the average of copies of a layer of two elements; the last has another weight."""
     store = LayerStore({"head.w": np.zeros(2, np.float32)}, rule_of(rule))
     weights = [1.0] * (len(values) - 1) + [weight]

@@ -97,9 +97,7 @@ def test_a_step_of_devices_that_are_alike_is_not_changed() -> None:
     quiet = [arrival_of(model, 1, 4, seed) for seed in range(4)]
     bound = ActivationBound(torch.device("cpu"))
     h = [torch.from_numpy(a.batch.parts["h.q"]).float() for a in quiet]
-    for before, after in zip(
-        h, bound.shortened([(a.device, 1, 0) for a in quiet], h), strict=True
-    ):
+    for before, after in zip(h, bound.shortened([(a.device, 1, 0) for a in quiet], h), strict=True):
         assert torch.equal(before, after)
 
 
