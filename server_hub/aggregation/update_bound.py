@@ -66,14 +66,14 @@ class UpdateBound:
     nested widths and ranks compare. An update within ``factor`` times the median of the round's
     copies of the layer stays as it is, bit for bit. A longer one is shortened to this bound; its
     direction stays. With fewer than :data:`FEW` copies, distances of earlier rounds join the
-    median. A device's own median bounds it too, at three times the factor. Optimizer slots and
+    median, and the bound is twice as far, because such a median says less. A device's own median bounds it too, at three times the factor. Optimizer slots and
     running statistics grow with the square of gradients; the square of the factor bounds them.
 
     Args:
         factor: largest distance, as a multiple of the median; infinity for no bound.
     """
 
-    def __init__(self, factor: float = 3.0) -> None:
+    def __init__(self, factor: float = 1.5) -> None:
         self.factor = factor
         self._layers: defaultdict[str, deque[float]] = defaultdict(
             lambda: deque(maxlen=_REMEMBERED)
@@ -132,8 +132,9 @@ class UpdateBound:
 
     def _bound(self, kind: str, distances: Sequence[float]) -> float:
         """Return the largest distance for a round's copies of the tensors ``kind``."""
-        known = [*distances, *(self._layers[kind] if len(distances) < FEW else ())]
-        return self._factor(kind) * _lower_median(known)
+        if len(distances) >= FEW:
+            return self._factor(kind) * _lower_median(distances)
+        return 2 * self._factor(kind) * _lower_median([*distances, *self._layers[kind]])
 
 
 def _own_bound(own: Sequence[float], factor: float) -> float:

@@ -71,7 +71,7 @@ class Limits:
     waiting_mb: int = 128
     total_waiting_mb: int = 2048
     samples: int = 1_000_000
-    samples_over_median: float = 3.0
+    samples_over_median: float = 2.0
 
     def __post_init__(self) -> None:
         if self.window < 2 or self.max_frame < 2 * self.blob_piece:

@@ -36,7 +36,7 @@ class MethodConfig:
     name: str = "fedsplitx"
     form: Form = "merged"
     cut_rank: int | None = None
-    clip: float = 3.0
+    clip: float = 1.5
     rule: RuleName = "mean"
 
     def __post_init__(self) -> None:
