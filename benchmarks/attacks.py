@@ -61,12 +61,12 @@ ATTACKS: dict[str, Attack] = {
     "noise": Attack(_noise),
     "zero": Attack(_zero),
     "flip": Attack(flips=True),
-    "claim": Attack(flips=True, claims=Limits.samples),
+    "claim": Attack(claims=Limits.samples),
     "activations 1e4": Attack(gain=1e4),
     # its own distances are about the median: it goes as far as the bound lets it
     "below the clip": Attack(scaled(-0.95 * MethodConfig.clip), flips=True),
 }
-"""Attacks by name. ``claim`` also flips labels: otherwise its examples would do no harm."""
+"""Attacks by name."""
 
 
 class _Claiming(Examples):

@@ -77,7 +77,8 @@ class VmappedTrainer:
         state: the trained tensors by name, each (bases, ...).
         plan: how the round trains.
         device: torch device.
-        activations: shortens rows of activations that are far too long.
+        activations: shortens rows of activations that are far too long; None for one that knows of
+            no earlier rounds.
     """
 
     def __init__(
@@ -86,12 +87,12 @@ class VmappedTrainer:
         state: State,
         plan: TrunkPlan,
         device: torch.device,
-        activations: ActivationBound,
+        activations: ActivationBound | None = None,
     ) -> None:
         model = copy.deepcopy(template).to(device).train()
         self._plan, self._device, self._model = plan, device, model
         self._loss = _Loss(model)
-        self._activations = activations
+        self._activations = activations or ActivationBound(device)
         self._dual = has_dual_norms(model)
         noise = noise_tensors(model)
         tensors = {n: torch.from_numpy(np.array(t)).to(device) for n, t in state.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import poison
-from benchmarks.attacks import ATTACKS, AttackingRuntime, behave
+from benchmarks.attacks import ATTACKS, Attack, AttackingRuntime, behave
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
@@ -54,7 +54,7 @@ def test_only_attackers_flip_labels_and_lie_about_their_number() -> None:
     def load(bundle: Bundle, threads: int) -> Runtime:
         return Still()
 
-    change = behave(ATTACKS["claim"], ["bad"], 10)
+    change = behave(Attack(flips=True, claims=Limits.samples), ["bad"], 10)
     data = Examples(np.zeros((3, 2), np.float32), np.array([0, 1, 9]))
     assert change("good", data, load) == (data, load)
     lie, _ = change("bad", data, load)
