@@ -66,8 +66,9 @@ class UpdateBound:
     nested widths and ranks compare. An update within ``factor`` times the median of the round's
     copies of the layer stays as it is, bit for bit. A longer one is shortened to this bound; its
     direction stays. With fewer than :data:`FEW` copies, distances of earlier rounds join the
-    median, and the bound is twice as far, because such a median says less. A device's own median bounds it too, at three times the factor. Optimizer slots and
-    running statistics grow with the square of gradients; the square of the factor bounds them.
+    median, and the bound is twice as far, because such a median says less. A device's own median
+    bounds it too, at three times the factor. Optimizer slots and running statistics grow with the
+    square of gradients; the square of the factor bounds them.
 
     Args:
         factor: largest distance, as a multiple of the median; infinity for no bound.
