@@ -27,6 +27,10 @@ FEW = 5
 """Number of copies below which the median of a round is that of too few devices. Distances of
 earlier rounds then join it."""
 
+_UNSURE = 4.0
+"""Factor of the bound in rounds with few copies. Honest devices with other classes or more examples
+than the others are often the only ones of their kind there."""
+
 _REMEMBERED = 16
 """Number of distances of a layer that are kept for rounds with few copies."""
 
@@ -66,9 +70,9 @@ class UpdateBound:
     nested widths and ranks compare. An update within ``factor`` times the median of the round's
     copies of the layer stays as it is, bit for bit. A longer one is shortened to this bound; its
     direction stays. With fewer than :data:`FEW` copies, distances of earlier rounds join the
-    median, and the bound is twice as far, because such a median says less. A device's own median
-    bounds it too, at three times the factor. Optimizer slots and running statistics grow with the
-    square of gradients; the square of the factor bounds them.
+    median, and the bound is four times as far, because such a median says less. A device's own
+    median bounds it too, at three times the factor. Optimizer slots and running statistics grow
+    with the square of gradients; the square of the factor bounds them.
 
     Args:
         factor: largest distance, as a multiple of the median; infinity for no bound.
@@ -135,7 +139,7 @@ class UpdateBound:
         """Return the largest distance for a round's copies of the tensors ``kind``."""
         if len(distances) >= FEW:
             return self._factor(kind) * _lower_median(distances)
-        return 2 * self._factor(kind) * _lower_median([*distances, *self._layers[kind]])
+        return _UNSURE * self._factor(kind) * _lower_median([*distances, *self._layers[kind]])
 
 
 def _own_bound(own: Sequence[float], factor: float) -> float:

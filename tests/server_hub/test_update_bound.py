@@ -87,14 +87,14 @@ def test_with_few_devices_earlier_rounds_have_a_say(honest: int) -> None:
     for _ in range(3):
         bound.apply(Merged(START), [moved(f"d{i}", {"stem.w": 0.1}) for i in range(honest)])
     alone = bound.apply(Merged(START), [moved("new", {"stem.w": 1e6})])
-    assert distances(alone, "stem.w") == pytest.approx([0.3], rel=1e-5)
+    assert distances(alone, "stem.w") == pytest.approx([0.6], rel=1e-5)
 
 
 def test_two_devices_bound_each_other_in_the_first_round() -> None:
     bounded = UpdateBound(1.5).apply(
         Merged(START), [moved("a", {"stem.w": 0.1}), moved("b", {"stem.w": 1e30})]
     )
-    assert distances(bounded, "stem.w") == pytest.approx([0.1, 0.3], rel=1e-5)
+    assert distances(bounded, "stem.w") == pytest.approx([0.1, 0.6], rel=1e-5)
 
 
 def test_a_device_is_bounded_by_its_own_history() -> None:
