@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import ConfigError
 from export.bases import split_width
 from export.lora import Lora, add_lora
@@ -56,17 +57,41 @@ def build_model(source: str | None, lora: Lora | None = None) -> SplitModel:
 
 def _call(source: str, module: str, function: str) -> SplitModel:
     if "" not in sys.path:
-        sys.path.insert(0, "")  # finds modules in the working directory of the command
+        # finds modules in the working folder, after Python's and installed ones
+        sys.path.append("")
     try:
-        build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        imported = importlib.import_module(module)
+        _check_origin(module)
+        build = getattr(imported, function)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        _check_origin(module)
         raise ConfigError(
             f"cannot import the model {source!r} ({error}); give it as MODULE:FUNCTION"
         ) from error
+    if not callable(build):
+        raise ConfigError(
+            f"{source} is a {type(build).__name__}, must be a function that returns a SplitModel"
+        )
     model = build()
     if not isinstance(model, SplitModel):
         raise ConfigError(f"{source} returned a {type(model).__name__}, must be a SplitModel")
     return model
+
+
+def _check_origin(module: str) -> None:
+    """Check that a file of the working folder is not hidden by a module of the same name.
+
+    Raises:
+        ConfigError: it is hidden.
+    """
+    top = module.partition(".")[0]
+    files = [path for path in (Path(f"{top}.py"), Path(top, "__init__.py")) if path.exists()]
+    found = getattr(sys.modules.get(top), "__file__", None)
+    if files and top in sys.modules and not any(found and path.samefile(found) for path in files):
+        raise ConfigError(
+            f"{files[0]} has the name of the module {top!r} of Python, of Cutlayer or of an "
+            "installed package, which comes first; give the file another name"
+        )
 
 
 def draw_inputs(shape: Sequence[int], high: int | None) -> Tensor:
@@ -83,6 +108,25 @@ def draw_inputs(shape: Sequence[int], high: int | None) -> Tensor:
 
 
 _ROWS = 8
+
+
+def model_of_bundles(folder: Path, override: str | None) -> SplitModel:
+    """Build the model that a folder of bundles was exported from, with its weights.
+
+    Args:
+        folder: folder that ``cutlayer export`` has written.
+        override: model to build instead of the one that the index names.
+
+    Raises:
+        ConfigError, ExportError: as :func:`model_of`.
+        BundleError: index or weights cannot be read, or the weights do not fit the model.
+    """
+    from export.writer import WEIGHTS
+
+    index = BundleIndex.read(folder)
+    model = model_of(index.model, index.extra, override)
+    model.load(folder / WEIGHTS)
+    return model
 
 
 def model_of(index_model: str | None, extra: Mapping[str, Any], override: str | None) -> SplitModel:

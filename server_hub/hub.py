@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from edge_sdk.protocol.messages import (
     Update,
 )
 from edge_sdk.training.data import Examples
-from export.build import model_of
+from export.build import model_of_bundles
 from export.optimizers import check_hyper
 from export.split import SplitModel
 from export.writer import WEIGHTS
@@ -49,6 +50,7 @@ from server_hub.storage.run_folder import RoundRecord, RunFolder
 from server_hub.trunk.batcher import StepBatcher
 from server_hub.trunk.interface import EvaluationReport, Trunk
 from server_hub.trunk.process import WorkerTrunk
+from server_hub.trunk.startup import ModelSource
 
 log = logging.getLogger("cutlayer.hub")
 
@@ -94,8 +96,13 @@ class Hub:
         for manifest in self.manifests.values():
             for blob in manifest.blobs:
                 self.index.blobs().read(blob)  # verified now, not when a device asks for it
-        self.model = model or model_of(self.index.model, self.index.extra, config.model)
-        self.model.load(config.bundles / WEIGHTS)
+        # the trunk's process builds the model itself, where there is a function that does
+        source: ModelSource = model or partial(model_of_bundles, config.bundles, config.model)
+        if model is None:
+            self.model = model_of_bundles(config.bundles, config.model)
+        else:
+            self.model = model
+            self.model.load(config.bundles / WEIGHTS)
         initial = {n: t.detach().cpu().numpy() for n, t in self.model.trained().items()}
         self.method = method or compose(
             config.method,
@@ -115,7 +122,7 @@ class Hub:
                 f"have {self.index.optimizer}, set trunk.optimizer to it"
             )
         held_out = self._held_out()
-        self.trunk = trunk if trunk is not None else self._worker(held_out)
+        self.trunk = trunk if trunk is not None else self._worker(source, held_out)
         if evaluate is None and held_out is not None:
             evaluate = self._evaluate_on_trunk
         self._evaluate = evaluate
@@ -321,10 +328,10 @@ class Hub:
         examples = Examples.from_npz(self.config.held_out).fitted(manifest)
         return examples.x, examples.y
 
-    def _worker(self, held_out: tuple[Any, Any] | None) -> WorkerTrunk:
+    def _worker(self, model: ModelSource, held_out: tuple[Any, Any] | None) -> WorkerTrunk:
         settings = self.config.trunk
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         arena = settings.arena_mb * 2**20
-        return WorkerTrunk(self.model, device, held_out, arena, settings.threads)
+        return WorkerTrunk(model, device, held_out, arena, settings.threads, settings.step_s)

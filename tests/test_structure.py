@@ -82,10 +82,14 @@ def private_uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
                         yield node.lineno, last
 
 
+ADVERSARY = tuple(f"tests.adversary.{name}" for name in ("fuzzer", "peer", "scenarios"))
+"""The hostile peer, which other tests of hubs may use as well."""
+
+
 def test_every_test_is_in_the_folder_of_a_package() -> None:
     """Modules outside these folders test the repository as a whole."""
     folders = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name[0] not in "._"}
-    assert folders == {*PACKAGES, "end_to_end", "benchmarks", "lib", "vectors"}
+    assert folders == {*PACKAGES, "adversary", "end_to_end", "benchmarks", "lib", "vectors"}
     beside = {path.name for path in TESTS.glob("test_*.py")}
     assert beside == {
         "test_bare_imports.py",
@@ -109,7 +113,7 @@ def test_no_module_imports_from_a_test_module(path: Path) -> None:
             assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            shared = name.startswith(("tests.lib", "tests.vectors.make"))
+            shared = name.startswith(("tests.lib", "tests.vectors.make", *ADVERSARY))
             assert shared or not name.startswith("tests."), (
                 f"{name_of(path)}:{node.lineno} imports {name}; move what is shared to tests/lib"
             )

@@ -203,6 +203,8 @@ class Method:
             anneal=stage.anneal,
             keeps_slots=self.keeps_slots,
             passes=context.local.epochs if stage.activations.returns_gradients else 1,
+            max_tokens=settings.max_tokens,
+            max_bytes=settings.max_mb * 2**20,
         )
 
     def check_bundles(

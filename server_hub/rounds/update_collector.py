@@ -147,6 +147,7 @@ class UpdateCollector:
             manifest.codec,
             Batch.of(message),
             weight=plan.weight_of(message) * member.counted / member.samples,
+            length=sizes.get("seq", 1),
         )
         if not u_shaped:
             return self._batcher.put(self._pending(peer, message, step_input))

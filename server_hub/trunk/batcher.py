@@ -13,6 +13,7 @@ from server_hub.concurrency import Changes, Effect
 from server_hub.trunk.interface import StepInput, StepReport, Trunk
 from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.shuffle_buffer import ShuffleBuffer
+from server_hub.trunk.step_size import StepBounds
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ class PendingBatch:
     def rows(self) -> int:
         """Number of examples in the batch."""
         return self.step_input.rows
+
+    @property
+    def length(self) -> int:
+        """Number of positions of each example, of a text; else 1."""
+        return self.step_input.length
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the packed activations, in bytes."""
+        return self.step_input.nbytes
 
 
 @dataclass
@@ -79,7 +90,8 @@ class StepBatcher:
 
     def __init__(self, trunk: Trunk, settings: TrunkTraining, merges: bool) -> None:
         self._trunk, self._settings = trunk, settings
-        self._max_rows = settings.max_rows if merges else 1
+        rows = settings.max_rows if merges else 1
+        self._bounds = StepBounds(rows, settings.max_tokens, settings.max_mb * 2**20)
         self._buffer = ShuffleBuffer[PendingBatch](lambda batch: batch.effect.complete())
         self._changes = Changes()
         self._last = True
@@ -147,10 +159,10 @@ class StepBatcher:
 
         def enough() -> bool:
             overdue = not self._under_way and now() >= deadline
-            return self._last or self._buffer.rows >= self._max_rows or overdue
+            return self._last or self._buffer.rows >= self._bounds.rows or overdue
 
         await self._changes.until(enough, deadline)
-        return self._buffer.take(self._max_rows)
+        return self._buffer.take(self._bounds)
 
     def _begin_step(self) -> None:
         if not self._under_way:

@@ -15,6 +15,7 @@ from edge_sdk.training.data import Examples
 from export.dual_norm import robustness
 from export.packing import get_codec
 from export.split import NoHead, SplitModel, channel_axis
+from server_hub.trunk.errors import TrunkRefused, is_damage, reason_of
 from server_hub.trunk.interface import EvaluationReport, Query
 from server_hub.trunk.models import ModelPool, to_device, to_device_by_name
 
@@ -73,12 +74,20 @@ class Evaluator:
 
         Returns:
             (heads, rows, classes), or (heads, rows, positions, vocabulary).
+
+        Raises:
+            TrunkRefused: this query cannot be answered.
         """
-        h = get_codec(query.codec).unpack(to_device_by_name(query.parts, self._pool.device))
-        with robustness(query.robustness):
-            logits = _above(self._served[query.cut, query.base], h, query.cut)
-        result: Array = logits.cpu().numpy()
-        return result
+        try:
+            h = get_codec(query.codec).unpack(to_device_by_name(query.parts, self._pool.device))
+            with robustness(query.robustness):
+                logits = _above(self._served[query.cut, query.base], h, query.cut)
+            result: Array = logits.cpu().numpy()
+            return result
+        except Exception as error:
+            if is_damage(error):
+                raise
+            raise TrunkRefused(reason_of(error)) from error
 
     def evaluate(self, tiers: Mapping[str, tuple[int, str]], paths: Sequence[str]) -> Evaluation:
         """Evaluate the states that are served now on the held-out examples, in slices.

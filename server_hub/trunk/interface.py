@@ -26,6 +26,7 @@ class StepInput:
         weight: weight of a label in the loss.
         label_shape: shape of the labels, where these stay on the device; else empty.
         head_gradient: gradient of the features, where labels stay on the device.
+        length: number of positions of each example, of texts; else 1.
     """
 
     device: str
@@ -36,6 +37,12 @@ class StepInput:
     weight: float = 1.0
     label_shape: tuple[int, ...] = ()
     head_gradient: HeadGradient | None = None
+    length: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the packed activations, in bytes."""
+        return sum(part.nbytes for part in self.batch.parts.values())
 
     @property
     def rows(self) -> int:
@@ -136,6 +143,8 @@ class TrunkPlan:
             trains all base networks that a batch has arrived for. 0 for a single model.
         passes: number of times that a device sends each of its examples: with returned gradients
             once in every local epoch.
+        max_tokens: largest number of positions of texts in one merged step, padding included.
+        max_bytes: largest size of the packed activations in one merged step, in bytes.
     """
 
     optimizer: str
@@ -151,6 +160,8 @@ class TrunkPlan:
     keeps_slots: bool = False
     bases: int = 0
     passes: int = 1
+    max_tokens: int = 2**62
+    max_bytes: int = 2**62
 
     @property
     def shuffles(self) -> bool:
@@ -198,7 +209,11 @@ class Trunk(Protocol):
         """Start a round from ``state``, with no replicas and fresh optimizers."""
 
     async def features(self, step_input: StepInput) -> dict[str, Array] | None:
-        """Packed output of the last block for a batch; None if it is not finite."""
+        """Packed output of the last block for a batch; None if it is not finite.
+
+        Raises:
+            TrunkRefused: the output of this batch cannot be computed.
+        """
 
     async def step(self, inputs: Sequence[StepInput]) -> StepReport:
         """Make one depth-merged step per replica over all inputs."""
@@ -215,7 +230,11 @@ class Trunk(Protocol):
         """
 
     async def answer(self, query: Query) -> Array:
-        """Logits (heads, rows, ..., classes) of the heads above the cut, the true head last."""
+        """Logits (heads, rows, ..., classes) of the heads above the cut, the true head last.
+
+        Raises:
+            TrunkRefused: this query cannot be answered.
+        """
 
     def evaluate(
         self, tiers: Mapping[str, tuple[int, str]], paths: Sequence[str]

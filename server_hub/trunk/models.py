@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_sdk.protocol.tensors import Array, State
 from export.lora import fit_ranks
@@ -54,7 +54,33 @@ class ModelPool:
 
     def _copy(self) -> SplitModel:
         frozen = {id(p): p for p in self.template.parameters() if not p.requires_grad}
-        return copy.deepcopy(self.template, frozen)
+        model = copy.deepcopy(self.template, frozen)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                _freeze_for_single_values(module)
+        return model
+
+
+def _freeze_for_single_values(norm: nn.Module) -> None:
+    """Make a batch norm take its running statistics for a single value per channel.
+
+    In training mode such an input has no variance, and torch refuses it.
+    """
+    frozen: list[bool] = []
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        h = inputs[0]
+        if module.training and h.numel() == h.shape[1]:
+            module.training = False
+            frozen.append(True)
+
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if frozen:
+            frozen.clear()
+            module.training = True
+
+    norm.register_forward_pre_hook(before)
+    norm.register_forward_hook(after, always_call=True)
 
 
 def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:

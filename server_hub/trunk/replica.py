@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from export.names import layer_of
 from export.optimizers import get_optimizer
 from export.split import SplitModel, statistics
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan
+
+_GROWTH = 1e6
+"""A batch statistic may grow in a round to so many times the largest of its norm, or of 1."""
 
 
 class Replica:
@@ -36,6 +41,7 @@ class Replica:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         """The parameters that are trained."""
         self._statistics = statistics(model)
+        self._largest = self._norms().clamp(min=1.0) * _GROWTH if self._statistics else None
         rule = get_optimizer(plan.optimizer)
         self.optimizer = rule.reference(list(self.trained), dict(plan.hyper))
         """Updates the parameters."""
@@ -55,6 +61,32 @@ class Replica:
         """Set the running statistics of batch norms to what :meth:`statistics` returned."""
         for name, tensor in self._statistics.items():
             tensor.copy_(statistics[name])
+
+    @contextmanager
+    def attempt(self) -> Iterator[dict[str, Tensor]]:
+        """A context that yields :meth:`statistics`, and restores them on an exception."""
+        before = self.statistics()
+        try:
+            yield before
+        except Exception:
+            self.restore(before)
+            self.optimizer.zero_grad()
+            raise
+
+    def statistics_are_sane(self) -> Tensor:
+        """Whether the running statistics of batch norms are finite and within bounds.
+
+        Returns:
+            A boolean scalar on the device; the host does not wait.
+        """
+        if self._largest is None:
+            return torch.ones((), dtype=torch.bool, device=self.trained[0].device)
+        return (self._norms() <= self._largest).all()  # false for NaN
+
+    def _norms(self) -> Tensor:
+        """Largest absolute value of each statistic (statistics,)."""
+        tensors = list(self._statistics.values())
+        return torch.stack(torch._foreach_norm(tensors, math.inf)).float()
 
     def set_rate(self, factor: float) -> None:
         """Set the learning rate to the plan's, times ``factor``."""

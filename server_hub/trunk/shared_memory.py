@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import pickle
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import Array, State
+
+_SYSTEM = Path("/dev/shm")
+"""Where Linux keeps shared memory."""
 
 _ALIGN = 64
 """Bytes that an array starts at a multiple of."""
@@ -35,7 +42,7 @@ class SharedMemoryPipe:
 
     def __init__(self, connection: Connection, size: int = 0, name: str | None = None) -> None:
         self._connection = connection
-        self._memory = SharedMemory(name, create=name is None, size=size)
+        self._memory = _reserved(size) if name is None else SharedMemory(name)
         self._owner = name is None
         self._closed = False
         assert self._memory.buf is not None
@@ -123,6 +130,40 @@ class SharedMemoryPipe:
             self._memory.close()
         if self._owner:
             self._memory.unlink()
+
+
+def _reserved(size: int) -> SharedMemory:
+    """A new block whose pages exist: none can be missing when it is written to.
+
+    Raises:
+        ConfigError: there is no room for it.
+    """
+    try:
+        memory = SharedMemory(create=True, size=size)
+    except (OSError, OverflowError, ValueError) as error:
+        raise _no_room(size) from error
+    file = _SYSTEM / memory.name
+    try:
+        if file.exists():  # where there is no such file, the system bounds shared memory otherwise
+            descriptor = os.open(file, os.O_RDWR)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        memory.close()
+        memory.unlink()
+        raise _no_room(size) from error
+    return memory
+
+
+def _no_room(size: int) -> ConfigError:
+    free = shutil.disk_usage(_SYSTEM).free if _SYSTEM.exists() else 0
+    return ConfigError(
+        f"there is no room for a block of {size / 2**20:.0f} MiB of shared memory, "
+        f"{free / 2**20:.0f} MiB are free in {_SYSTEM}; set arena_mb of [trunk] lower, or make "
+        f"{_SYSTEM} larger (of a container: --shm-size)"
+    )
 
 
 @dataclass(frozen=True)

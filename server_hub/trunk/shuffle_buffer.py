@@ -9,19 +9,12 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
+from server_hub.trunk.step_size import HasSize, StepBounds, StepSize, bucket
 
-class HasRows(Protocol):
-    """A batch with a number of rows."""
-
-    @property
-    def rows(self) -> int:
-        """Number of examples in the batch."""
-
-
-T = TypeVar("T", bound=HasRows)
+T = TypeVar("T", bound=HasSize)
 
 
 class ShuffleBuffer(Generic[T]):
@@ -65,29 +58,37 @@ class ShuffleBuffer(Generic[T]):
         """Whether there is a group to step on; ``last`` says that no more batches will come."""
         return len(self) > 0 and (last or not self._capacity or self._rows >= self._capacity)
 
-    def take(self, max_rows: int) -> list[T]:
-        """Batches for one step: at most ``max_rows`` rows, but at least one batch."""
+    def take(self, bounds: StepBounds) -> list[T]:
+        """Batches for one step, all of one bucket of lengths: within bounds, but at least one."""
         group: list[T] = []
-        rows = 0
-        while len(self):
-            chosen = self._rng.randrange(len(self._buffer)) if self._buffer else None
-            batch = self._queue[0] if chosen is None else self._buffer[chosen]
-            if group and rows + batch.rows > max_rows:
+        size = StepSize()
+        while (chosen := self._choose(group)) is not None:
+            waiting, place = chosen
+            batch = waiting[place]
+            larger = size.plus(batch)
+            if group and not bounds.allow(larger):
                 break
-            self._remove(chosen)
+            self._remove(waiting, place)
             group.append(batch)
-            rows += batch.rows
+            size = larger
         self._admit()
         return group
 
-    def _remove(self, chosen: int | None) -> None:
-        """Remove the chosen batch of the buffer, or the first of the queue."""
-        if chosen is None:
-            self._queue.popleft()
-            return
-        self._rows -= self._buffer[chosen].rows
-        self._buffer[chosen] = self._buffer[-1]
-        self._buffer.pop()
+    def _choose(self, group: list[T]) -> tuple[list[T] | deque[T], int] | None:
+        """A random batch of the buffer, or else the first of the queue, that may join a group."""
+        fitting = [i for i, batch in enumerate(self._buffer) if _may_join(batch, group)]
+        if fitting:
+            return self._buffer, fitting[self._rng.randrange(len(fitting))]
+        places = (i for i, batch in enumerate(self._queue) if _may_join(batch, group))
+        first = next(places, None)
+        return None if first is None else (self._queue, first)
+
+    def _remove(self, waiting: list[T] | deque[T], place: int) -> None:
+        if waiting is self._buffer:
+            self._rows -= self._buffer[place].rows
+            self._buffer[place] = self._buffer[-1]
+            place = len(self._buffer) - 1
+        del waiting[place]
 
     def _admit(self) -> None:
         """Move batches from the queue to the buffer while it has room."""
@@ -96,3 +97,7 @@ class ShuffleBuffer(Generic[T]):
             self._buffer.append(batch)
             self._rows += batch.rows
             self._accepted(batch)
+
+
+def _may_join(batch: HasSize, group: Sequence[HasSize]) -> bool:
+    return not group or bucket(batch.length) == bucket(group[0].length)

@@ -1,7 +1,9 @@
 """Training of the trunk: one depth-merged step serves all devices.
 
 :mod:`server_hub.trunk.depth_merge` is the pass over the blocks; this module takes batches in,
-makes the optimizer's step, and refuses batches that would make the model's weights non-finite.
+makes the optimizer's step, and refuses batches that would make the model's weights non-finite. A
+step that raises is divided until it fits, or until the batch to blame is found. Nothing of an
+attempt that failed is kept.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from export.packing import get_codec
 from export.split import SplitModel, channel_axis
 from server_hub.trunk.bounds import ActivationBound
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss, merged_features
+from server_hub.trunk.errors import TrunkDamaged, TrunkRefused, divided, is_damage, reason_of
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.models import ModelPool, to_device, to_device_by_name
 from server_hub.trunk.replica import Replica
+from server_hub.trunk.step_size import StepBounds, StepSize, bucket
 from server_hub.trunk.vmapped import VmappedTrainer
 
 
@@ -63,12 +67,16 @@ class _Outcome:
     """What the host reads of a backward pass, all at once.
 
     Attributes:
-        finite: whether loss and gradients are finite.
+        finite: whether loss and gradients are finite, and batch statistics within bounds.
         losses: for each batch, the sum of the loss over its labels; NaN where they are elsewhere.
     """
 
     finite: bool
     losses: list[float]
+
+
+class _TooLargeTogether(Exception):
+    """A step overflows on batches that are fine alone; it has to be divided."""
 
 
 class TrunkTrainer:
@@ -102,29 +110,53 @@ class TrunkTrainer:
             )
 
     def step(self, inputs: Sequence[StepInput]) -> StepReport:
-        """Make one depth-merged step per replica; refuse batches that are not finite."""
+        """Make one depth-merged step per replica; refuse batches that it cannot be made with."""
         if self._vmapped is not None:
             return self._vmapped.step(inputs)
-        received = self._receive(inputs)
+        received: list[_Received | None] = [None] * len(inputs)
+        refused: dict[str, str] = {}
+
+        def receive(places: Sequence[int]) -> None:
+            moved = self._receive([inputs[i] for i in places])
+            for i, batch in zip(places, moved, strict=True):
+                received[i] = batch
+
+        def refuse(i: int, reason: str) -> None:
+            refused[inputs[i].device] = reason
+
+        if inputs:
+            divided(receive, range(len(inputs)), refuse)
         if self._plan.epochs > 1:
-            self._kept.extend(received)
-        return self._train(received)
+            self._kept.extend(r for r in received if r is not None)
+        return self._train(received, refused)
 
     @torch.no_grad()
     def features(self, step_input: StepInput) -> dict[str, Array] | None:
         """Packed output of the last block for a batch; None if it is not finite.
 
-        :meth:`step` computes it again, with the parameters of that moment.
+        :meth:`step` computes it again, with the parameters of that moment; it also updates the
+        batch statistics, which this leaves as they are.
+
+        Raises:
+            TrunkRefused: the output of this batch cannot be computed.
         """
         replica = self._replica(step_input.replica)
         codec = get_codec(step_input.codec)
-        h = codec.unpack(to_device_by_name(step_input.batch.parts, self._device))
-        h = self._activations.shortened([(step_input.device, step_input.cut, 0)], [h])[0]
-        h = self._merged_features(replica, {step_input.cut: [h]})
-        if not torch.isfinite(h).all():
-            return None
-        parts = codec.pack(h, channel_axis(h, self._pool.template.channels_first))
-        return {name: part.cpu().numpy() for name, part in parts.items()}
+        before = replica.statistics()
+        try:
+            h = codec.unpack(to_device_by_name(step_input.batch.parts, self._device))
+            h = self._activations.shortened([(step_input.device, step_input.cut, 0)], [h])[0]
+            h = self._merged_features(replica, {step_input.cut: [h]})
+            if not torch.isfinite(h).all():
+                return None
+            parts = codec.pack(h, channel_axis(h, self._pool.template.channels_first))
+            return {name: part.cpu().numpy() for name, part in parts.items()}
+        except Exception as error:
+            if is_damage(error):
+                raise
+            raise TrunkRefused(reason_of(error)) from error
+        finally:
+            replica.restore(before)
 
     @property
     def keeps_memory(self) -> bool:
@@ -141,7 +173,7 @@ class TrunkTrainer:
                 for replica in self._replicas.values():
                     replica.set_rate(0.5 * (1 + math.cos(math.pi * done / self._plan.epochs)))
             for group in self._groups(rng.permutation(len(self._kept))):
-                self._train(group)
+                self._train(group, {})
         self._kept.clear()
         copies = [copy for name, r in self._replicas.items() for copy in r.copies(name)]
         self._drop_replicas()
@@ -172,31 +204,45 @@ class TrunkTrainer:
         return received
 
     def _groups(self, order: Array) -> Iterator[list[_Received]]:
-        """Batches kept for later passes, in groups of at most ``max_rows`` rows."""
-        group: list[_Received] = []
-        rows = 0
+        """Batches kept for later passes, in groups of one bucket of lengths, within bounds."""
+        plan = self._plan
+        bounds = StepBounds(plan.max_rows, plan.max_tokens, plan.max_bytes)
+        buckets: dict[int, list[_Received]] = {}
         for i in order:
-            if group and rows + self._kept[i].source.rows > self._plan.max_rows:
-                yield group
-                rows, group = 0, []
-            group.append(self._kept[i])
-            rows += self._kept[i].source.rows
-        if group:
+            buckets.setdefault(bucket(self._kept[i].source.length), []).append(self._kept[i])
+        for batches in buckets.values():
+            group: list[_Received] = []
+            size = StepSize()
+            for batch in batches:
+                if group and not bounds.allow(size.plus(batch.source)):
+                    yield group
+                    size, group = StepSize(), []
+                group.append(batch)
+                size = size.plus(batch.source)
             yield group
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def _train(self, received: Sequence[_Received]) -> StepReport:
-        """One step of every replica that a batch is for."""
-        refused: dict[str, str] = {}
+    def _train(self, received: Sequence[_Received | None], refused: dict[str, str]) -> StepReport:
+        """One step of every replica that a batch is for; None stands for a refused batch."""
         gradients: dict[int, Mapping[str, Array]] = {}
         losses: dict[int, tuple[float, int]] = {}
         total, rows = 0.0, 0
-        for name in dict.fromkeys(r.source.replica for r in received):
-            mine = [r for r in received if r.source.replica == name]
-            loss, used = self._train_replica(self._replica(name), mine, refused, gradients, losses)
-            total += loss
-            rows += used
+        given = [r for r in received if r is not None]
+        for name in dict.fromkeys(r.source.replica for r in given):
+            replica = self._replica(name)
+
+            def work(some: Sequence[_Received], replica: Replica = replica) -> None:
+                nonlocal total, rows
+                loss, used = self._train_replica(replica, some, refused, gradients, losses)
+                total += loss
+                rows += used
+
+            def refuse(batch: _Received, reason: str) -> None:
+                refused[batch.source.device] = reason
+                gradients.pop(id(batch), None)
+
+            divided(work, [r for r in given if r.source.replica == name], refuse)
         returned = [gradients.get(id(r)) for r in received] if self._plan.returned else []
         each = [losses.get(id(r)) for r in received]
         return StepReport(total / rows if rows else math.nan, rows, refused, returned, each)
@@ -211,8 +257,9 @@ class TrunkTrainer:
     ) -> tuple[float, int]:
         """Step one replica; return the sum of the loss over the labels used, and their number.
 
-        When loss or gradients are not finite, nothing is changed: each batch is tried alone to
-        find the ones to blame, and the step is repeated with the others.
+        When loss or gradients are not finite, or batch statistics out of bounds, nothing is
+        changed: each batch is tried alone to find the ones to blame, and the step is repeated with
+        the others. Nothing is changed either when an exception is raised.
 
         Args:
             replica: the replica.
@@ -220,34 +267,40 @@ class TrunkTrainer:
             refused: takes the reason, by device whose batch is refused.
             gradients: takes the packed gradient of each batch, by the batch's ``id``.
             losses: takes loss and number of labels of each batch, by the batch's ``id``.
+
+        Raises:
+            TrunkDamaged: the optimizer failed halfway.
         """
-        batches = [self._unpack(r) for r in received]
-        before = replica.statistics()
-        while batches:
-            outcome = self._backward(replica, batches)
-            if outcome.finite:
-                for b, loss in zip(batches, outcome.losses, strict=True):
-                    if b.received.head_gradient is None:
-                        losses[id(b.received)] = loss, b.received.counted
-                replica.optimizer.step()
-                self._activations.keep()
-                replica.count(_rows_by_cut(batches))
-                if self._plan.returned:
-                    for b in batches:
-                        gradients[id(b.received)] = self._packed_gradient(b, _counted(batches))
-                return sum(outcome.losses), _counted(batches)
-            replica.restore(before)
-            fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
-            reason = "the activations are not finite"
-            if all(fine):
-                fine = [self._finite_alone(replica, b, before) for b in batches]
-                if all(fine):  # finite alone, not together: too large for all of them
-                    fine = [False] * len(batches)
-                reason = "the activations make the loss overflow"
-            refused |= {
-                b.source.device: reason for b, ok in zip(batches, fine, strict=True) if not ok
-            }
-            batches = [b for b, ok in zip(batches, fine, strict=True) if ok]
+        with replica.attempt() as before:
+            batches = [self._unpack(r) for r in received]
+            while batches:
+                outcome = self._backward(replica, batches)
+                if outcome.finite:
+                    if self._plan.returned:
+                        for b in batches:
+                            gradients[id(b.received)] = self._packed_gradient(b, _counted(batches))
+                    for b, loss in zip(batches, outcome.losses, strict=True):
+                        if b.received.head_gradient is None:
+                            losses[id(b.received)] = loss, b.received.counted
+                    try:
+                        replica.optimizer.step()
+                    except Exception as error:  # some parameters may have moved already
+                        raise TrunkDamaged(f"the optimizer failed: {reason_of(error)}") from error
+                    self._activations.keep()
+                    replica.count(_rows_by_cut(batches))
+                    return sum(outcome.losses), _counted(batches)
+                replica.restore(before)
+                fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
+                reason = "the activations are not finite"
+                if all(fine):
+                    fine = [self._finite_alone(replica, b, before) for b in batches]
+                    if all(fine):
+                        raise _TooLargeTogether("each batch is finite alone, all together are not")
+                    reason = "the activations make the loss overflow, or the batch statistics"
+                refused |= {
+                    b.source.device: reason for b, ok in zip(batches, fine, strict=True) if not ok
+                }
+                batches = [b for b, ok in zip(batches, fine, strict=True) if ok]
         return 0.0, 0
 
     def _unpack(self, received: _Received) -> _Unpacked:
@@ -272,7 +325,7 @@ class TrunkTrainer:
         else:
             loss, row_losses = torch.zeros((), device=self._device), None
             self._backward_from_features(replica, batches)
-        finite = torch.isfinite(loss + self._clip(replica))
+        finite = torch.isfinite(loss + self._clip(replica)) & replica.statistics_are_sane()
         if row_losses is None:
             return _Outcome(bool(finite), [math.nan] * len(batches))
         values = torch.cat([finite[None], row_losses]).cpu().numpy().astype(np.float64)

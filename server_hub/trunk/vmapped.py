@@ -27,6 +27,7 @@ from export.packing import get_codec
 from export.split import SplitModel
 from server_hub.trunk.bounds import ActivationBound
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
+from server_hub.trunk.errors import divided
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.models import to_device
 
@@ -111,27 +112,26 @@ class VmappedTrainer:
     def step(self, inputs: Sequence[StepInput]) -> StepReport:
         """One step of every base that a batch is for.
 
-        Batches that are not finite, or make the loss so, are refused.
+        Batches that are not finite, make the loss so, or make the step fail are refused.
         """
         refused: dict[str, str] = {}
         losses: list[tuple[float, int] | None] = [None] * len(inputs)
-        groups: dict[int, list[_Unpacked]] = {}
-        batches = self._unpack(inputs)
+        batches: list[_Unpacked] = []
+
+        def refuse(source: tuple[int, StepInput], reason: str) -> None:
+            refused[source[1].device] = reason
+
+        if inputs:
+            divided(
+                lambda some: batches.extend(self._unpack(some)), list(enumerate(inputs)), refuse
+            )
         flags = [torch.isfinite(b.h).all() for b in batches]
         fine = torch.stack(flags).tolist() if flags else []
+        good = [b for b, finite in zip(batches, fine, strict=True) if finite]
         for b, finite in zip(batches, fine, strict=True):
-            if finite:
-                groups.setdefault(b.source.batch.base, []).append(b)
-            else:
+            if not finite:
                 refused[b.source.device] = "the activations are not finite"
-        while groups:
-            step = self._train(groups)
-            self._keep(step, groups)
-            self._activations.keep()
-            self._note_losses(step, groups, losses)
-            wrong = [b for b, ok in zip(groups, step.finite, strict=True) if not ok]
-            groups = {base: self._without_culprits(groups[base], refused) for base in wrong}
-            groups = {base: group for base, group in groups.items() if group}
+        self._step_on(good, refused, losses)
         used = [found for found in losses if found is not None]
         rows = sum(count for _, count in used)
         loss = sum(total for total, _ in used) / rows if rows else math.nan
@@ -151,16 +151,17 @@ class VmappedTrainer:
                 copies.append(TrunkCopy("bases", layer, tensors, samples, base))
         return copies
 
-    def _unpack(self, inputs: Sequence[StepInput]) -> list[_Unpacked]:
+    def _unpack(self, inputs: Sequence[tuple[int, StepInput]]) -> list[_Unpacked]:
+        """Batches on the device, given each with its place among the inputs of the step."""
         arrays: list[Array] = []
-        for i in inputs:
+        for _, i in inputs:
             assert i.batch.labels is not None
             arrays += [*i.batch.parts.values(), i.batch.labels]
             if i.batch.present is not None:
                 arrays.append(i.batch.present)
         moved = iter(to_device(arrays, self._device))
         batches = []
-        for number, i in enumerate(inputs):
+        for number, i in inputs:
             h = get_codec(i.codec).unpack({name: next(moved) for name in i.batch.parts})
             labels = next(moved)
             present = None if i.batch.present is None else next(moved)
@@ -170,6 +171,34 @@ class VmappedTrainer:
         entries = [(b.source.device, b.source.cut, b.source.batch.base) for b in batches]
         bounded = self._activations.shortened(entries, [b.h for b in batches])
         return [replace(b, h=h) for b, h in zip(batches, bounded, strict=True)]
+
+    def _step_on(
+        self,
+        batches: Sequence[_Unpacked],
+        refused: dict[str, str],
+        losses: list[tuple[float, int] | None],
+    ) -> None:
+        """One step of every base that a batch is for; divided where it fails."""
+
+        def work(batches: Sequence[_Unpacked]) -> None:
+            groups: dict[int, list[_Unpacked]] = {}
+            for b in batches:
+                groups.setdefault(b.source.batch.base, []).append(b)
+            step = self._train(groups)
+            wrong = [b for b, ok in zip(groups, step.finite, strict=True) if not ok]
+            again = [self._without_culprits(groups[base], refused) for base in wrong]
+            # from here on nothing raises: what is kept is kept once
+            self._keep(step, groups)
+            self._activations.keep()
+            self._note_losses(step, groups, losses)
+            for group in again:
+                self._step_on(group, refused, losses)
+
+        def refuse(b: _Unpacked, reason: str) -> None:
+            refused[b.source.device] = reason
+
+        if batches:
+            divided(work, batches, refuse)
 
     def _train(self, groups: Mapping[int, Sequence[_Unpacked]]) -> _Step:
         """Loss, gradients and update of the bases in ``groups``, in one pass."""

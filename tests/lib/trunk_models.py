@@ -5,6 +5,7 @@ They live in a module of their own so that a worker process can import them.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import Batch, HeadGradient
 from edge_sdk.protocol.tensors import Array
 from export.packing import get_codec
@@ -72,6 +74,21 @@ class SleepingBlock(DenseBlock):
         return super().forward(h)
 
 
+class DyingBlock(DenseBlock):
+    """A block that ends its process, or sleeps, when seven rows pass."""
+
+    def __init__(self, sleeps: bool = False) -> None:
+        super().__init__()
+        self.sleeps = sleeps
+
+    def forward(self, h: Tensor) -> Tensor:
+        if len(h) == 7 and self.sleeps:
+            time.sleep(30.0)
+        elif len(h) == 7:
+            os._exit(7)
+        return super().forward(h)
+
+
 class BusyBlock(DenseBlock):
     """A block that keeps the processor busy, in torch and in Python."""
 
@@ -111,6 +128,18 @@ def slow_model(block: DenseBlock) -> SplitModel:
     torch.manual_seed(0)
     blocks = [*(DenseBlock() for _ in range(DEPTH - 1)), block]
     return SplitModel(nn.Linear(5, WIDTH), blocks, nn.Linear(WIDTH, CLASSES))
+
+
+def model_with_a_lambda() -> SplitModel:
+    """:func:`dense_model`, but it cannot be pickled."""
+    model = dense_model()
+    model.head.register_forward_hook(lambda module, inputs, output: output)
+    return model
+
+
+def no_model() -> SplitModel:
+    """Fail to build a model."""
+    raise ConfigError("there is no such model")
 
 
 def state_of(model: nn.Module) -> dict[str, Array]:

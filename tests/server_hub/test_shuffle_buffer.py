@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server_hub.trunk.shuffle_buffer import ShuffleBuffer
+from server_hub.trunk.step_size import StepBounds
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,16 @@ class Batch:
     device: int
     number: int
     rows: int
+    length: int = 1
+    nbytes: int = 0
 
 
 def batches(sizes: list[int], device: int = 0) -> list[Batch]:
     return [Batch(device, number, rows) for number, rows in enumerate(sizes)]
+
+
+def bounds(rows: int, tokens: int = 2**62, nbytes: int = 2**62) -> StepBounds:
+    return StepBounds(rows, tokens, nbytes)
 
 
 SIZES = st.lists(st.integers(1, 40), max_size=40)
@@ -43,10 +50,10 @@ def test_every_batch_comes_out_once_in_groups_that_keep_their_bound(
             b.rows for b in taken
         )
         while mixer.ready(last=False) and data.draw(st.booleans()):
-            taken += (group := mixer.take(max_rows))
+            taken += (group := mixer.take(bounds(max_rows)))
             assert len(group) == 1 or sum(b.rows for b in group) <= max_rows
     while mixer.ready(last=True):
-        taken += (group := mixer.take(max_rows))
+        taken += (group := mixer.take(bounds(max_rows)))
         assert group
     assert Counter(taken) == Counter(given)
     assert len(mixer) == mixer.rows == 0
@@ -62,7 +69,7 @@ def test_without_a_capacity_batches_keep_their_order(sizes: list[int], max_rows:
         mixer.put(batch)
     taken = []
     while mixer.ready(last=False):
-        taken += mixer.take(max_rows)
+        taken += mixer.take(bounds(max_rows))
     assert taken == batches(sizes)
 
 
@@ -85,7 +92,7 @@ def test_steps_see_many_devices_although_each_sends_all_its_batches_at_once() ->
         for batch in batches([10] * 20, device):
             mixer.put(batch)
             while mixer.ready(last=device == 9 and batch.number == 19):
-                seen.append({b.device for b in mixer.take(40)})
+                seen.append({b.device for b in mixer.take(bounds(40))})
     assert sum(len(group) for group in seen) / len(seen) > 3, "of 4 batches in a group"
 
 
@@ -96,8 +103,64 @@ def test_draws_are_uniform() -> None:
         mixer.begin(10, seed)
         for batch in batches([1] * 10):
             mixer.put(batch)
-        first[mixer.take(1)[0].number] += 1
+        first[mixer.take(bounds(1))[0].number] += 1
     expected = 400
     chi_square = sum((first[n] - expected) ** 2 / expected for n in range(10))
     assert chi_square < 27.9, "the 0.1 % point of chi-square with 9 degrees of freedom"
     assert np.isclose(sum(first.values()), 4000)
+
+
+# --- texts and bytes ------------------------------------------------------------------------------
+
+
+def texts(*lengths: int, rows: int = 4) -> list[Batch]:
+    """Batches of texts, of 10 bytes a position."""
+    return [Batch(0, i, rows, n, 10 * rows * n) for i, n in enumerate(lengths)]
+
+
+def groups(given: list[Batch], bound: StepBounds, capacity: int = 0) -> list[list[Batch]]:
+    mixer = ShuffleBuffer[Batch](lambda batch: None)
+    mixer.begin(capacity, seed=1)
+    for batch in given:
+        mixer.put(batch)
+    taken = []
+    while len(mixer):
+        taken.append(mixer.take(bound))
+    return taken
+
+
+@pytest.mark.parametrize("capacity", [0, 1000])
+def test_a_long_text_does_not_pad_the_others(capacity: int) -> None:
+    given = texts(*[64] * 32, 8192, *[64] * 31)
+    got = groups(given, bounds(256, 2**15), capacity)
+    assert Counter(batch for group in got for batch in group) == Counter(given)
+    assert sorted(len(group) for group in got) == [1, 63]
+    assert all(len({b.length for b in group}) == 1 for group in got)
+
+
+def test_short_texts_are_merged_in_their_order_whatever_their_length() -> None:
+    given = texts(3, 200, 64, 256, 1)
+    assert groups(given, bounds(256)) == [given]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 3000), max_size=30),
+    rows=st.integers(1, 8),
+    capacity=st.integers(0, 100),
+)
+def test_merged_texts_are_bounded_after_padding(
+    lengths: list[int], rows: int, capacity: int
+) -> None:
+    given = texts(*lengths, rows=rows)
+    got = groups(given, bounds(64, 4096, 30_000), capacity)
+    assert Counter(batch for group in got for batch in group) == Counter(given)
+    for group in got:
+        longest = max(b.length for b in group)
+        padded = longest * sum(b.rows for b in group)
+        assert len(group) == 1 or (padded <= 4096 and 10 * padded <= 30_000)
+        assert longest <= max(256, 2 * min(b.length for b in group))
+
+
+def test_the_oldest_text_is_never_passed_over() -> None:
+    given = texts(1000, *[5] * 40)
+    assert groups(given, bounds(8))[0] == given[:1]

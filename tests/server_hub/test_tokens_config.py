@@ -458,7 +458,7 @@ HUB_WRONG = {
     "local.epochs": ("[local]\nepochs = 0", "local: epochs"),
     "local.batch_size": ("[local]\nbatch_size = 0", "batch_size must be at least 1"),
     "local.hyper": ("[local]\nhyper = { lr = 'x' }", "local: hyper.lr is 'x'"),
-    "trunk.max_rows": ("[trunk]\nmax_rows = 0", "trunk: max_rows"),
+    "trunk.max_rows": ("[trunk]\nmax_rows = 0", "trunk: max_rows must be at least 1"),
     "trunk.arena_mb": ("[trunk]\narena_mb = 0", "arena_mb must be at least 1"),
     "trunk.optimizer": ("[trunk]\noptimizer = 'lion'", "trunk: optimizer is 'lion'"),
     "limits.window": ("[limits]\nwindow = 1", "limits: window must be at least 2"),

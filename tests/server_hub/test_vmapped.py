@@ -543,3 +543,20 @@ def test_noise_of_a_refused_arrival_leaves_the_noise_norms() -> None:
     names = of_base(trunk.finish(), 0).keys()
     assert names
     assert not names & noise_tensors(model)
+
+
+@pytest.mark.parametrize("what", ["a label", "a codec"])
+def test_a_batch_that_makes_the_step_fail_is_refused_and_the_others_learn(what: str) -> None:
+    model = dense_model().double()
+    states = states_of(model)
+    good = [dense(model, base, 1, base) for base in range(BASES)]
+    bad = replace(dense(model, 1, 1, 9), device="bad")
+    if what == "a codec":
+        bad = replace(bad, codec="zip")
+    else:
+        bad = replace(bad, batch=replace(bad.batch, labels=np.full_like(bad.batch.labels, 99)))
+    trainer = VmappedTrainer(model, states, SGD, torch.device("cpu"))
+    report = trainer.step([good[0], bad, *good[1:]])
+    assert report.refused.keys() == {"bad"}
+    assert [loss is None for loss in report.losses] == [False, True] + [False] * (BASES - 1)
+    assert {copy.base for copy in trainer.finish()} == set(range(BASES))
