@@ -131,11 +131,17 @@ class VmappedTrainer:
         for b, finite in zip(batches, fine, strict=True):
             if not finite:
                 refused[b.source.device] = "the activations are not finite"
-        self._step_on(good, refused, losses)
+        self._step_on(self._shortened(good), refused, losses)
         used = [found for found in losses if found is not None]
         rows = sum(count for _, count in used)
         loss = sum(total for total, _ in used) / rows if rows else math.nan
         return StepReport(loss, rows, refused, (), losses)
+
+    def _shortened(self, batches: Sequence[_Unpacked]) -> list[_Unpacked]:
+        """The batches, with rows of activations that are far too long shortened."""
+        entries = [(b.source.device, b.source.cut, b.source.batch.base) for b in batches]
+        bounded = self._activations.shortened(entries, [b.h for b in batches])
+        return [replace(b, h=h) for b, h in zip(batches, bounded, strict=True)]
 
     def finish(self) -> list[TrunkCopy]:
         """Every layer that was trained, of every base."""
@@ -168,9 +174,7 @@ class VmappedTrainer:
             assert i.batch.labels is not None
             counted = int((i.batch.labels >= 0).sum())
             batches.append(_Unpacked(i, number, h, labels, present, counted))
-        entries = [(b.source.device, b.source.cut, b.source.batch.base) for b in batches]
-        bounded = self._activations.shortened(entries, [b.h for b in batches])
-        return [replace(b, h=h) for b, h in zip(batches, bounded, strict=True)]
+        return batches
 
     def _step_on(
         self,
