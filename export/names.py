@@ -17,6 +17,15 @@ def is_statistic(name: str) -> bool:
     return name.endswith((".running_mean", ".running_var"))
 
 
+def is_variance(name: str) -> bool:
+    """Whether a tensor holds means of squares, which are 0 or more.
+
+    It is the running variance of a batch norm, or the slot ``square`` of AdamW. With base networks,
+    the name may be that in an update, ``base.0.square/...``.
+    """
+    return name.endswith(".running_var") or name.rpartition("/")[0].endswith("square")
+
+
 def is_slot(name: str) -> bool:
     """Whether a tensor is an optimizer slot, such as ``mean/block.3.conv.weight``."""
     return "/" in name

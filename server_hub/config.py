@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from server_hub.aggregation.robust import FEWEST
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.methods.settings import LocalTraining, MethodConfig, RateSchedule, SplitMixConfig
 from server_hub.rounds.cut_policy import Cuts
@@ -53,6 +54,12 @@ class HubConfig:
             raise ValueError(f"evaluate_every is {self.evaluate_every}, must be at least 1")
         if not self.leave_s >= 0:
             raise ValueError(f"leave_s is {self.leave_s}, must be 0 or more")
+        drawn = self.rounds.per_round
+        if self.method.rule != "mean" and drawn is not None and drawn < FEWEST:
+            raise ValueError(
+                f"per_round is {drawn}, and the rule {self.method.rule!r} cannot tell a hostile "
+                f"copy from others with fewer than {FEWEST}; raise per_round or set rule to 'mean'"
+            )
         if self.local.staleness + 2 > self.limits.window:
             raise ValueError(
                 f"staleness is {self.local.staleness}; with a window of {self.limits.window} "

@@ -153,7 +153,7 @@ class Hub:
         self._collector = UpdateCollector(
             self.manifests,
             self.method.keeps_slots,
-            config.limits.window,
+            config.limits,
             self.rounds,
             self.trunk,
             self._batcher,

@@ -18,13 +18,13 @@ class DeviceUpdate:
     Attributes:
         device: name of the device.
         state: trained tensors by name; those of base network N have names ``base.N.NAME``.
-        samples: number of local examples.
+        samples: number of local examples that the update counts for.
         metrics: metrics of the device's training by name, like ``loss`` and ``compute_s``.
     """
 
     device: str
     state: State
-    samples: int
+    samples: float
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,21 +91,27 @@ def weighted_mean(old: Mapping[str, Array], copies: Sequence[LayerCopy]) -> Stat
     return tensors
 
 
+Rule = Callable[[Mapping[str, Array], Sequence[LayerCopy]], State]
+"""Returns the new tensors of a layer by name, given the present ones and copies, at least one."""
+
+
 class LayerStore:
     """The global model, layer by layer.
 
     Args:
         state: initial tensors by name.
+        rule: averages the copies of a layer.
     """
 
-    def __init__(self, state: Mapping[str, Array]) -> None:
+    def __init__(self, state: Mapping[str, Array], rule: Rule = weighted_mean) -> None:
+        self._rule = rule
         self.entries = {
             layer: LayerEntry({n: np.array(t) for n, t in tensors.items()})
             for layer, tensors in split_by_layer(state).items()
         }
 
     def commit(self, copies: Iterable[LayerCopy]) -> None:
-        """Replace each layer by the weighted mean of its copies; layers without copies stay.
+        """Replace each layer by the average of its copies; layers without copies stay.
 
         Sums are in float64, so that the order of the copies changes the result by rounding at most.
 
@@ -129,8 +135,8 @@ class LayerStore:
             entry.trained_by = [copy.source for copy in group]
 
     def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
-        """Return the new tensors of a layer, by name: the weighted mean of its copies."""
-        return weighted_mean(self.entries[layer].tensors, copies)
+        """Return the new tensors of a layer, by name: the average of its copies."""
+        return self._rule(self.entries[layer].tensors, copies)
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Set tensors to a state that :meth:`state` returned."""

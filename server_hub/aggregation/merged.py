@@ -8,6 +8,7 @@ from edge_sdk.protocol.tensors import State, TensorSpec
 from export.split import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.layer_store import LayerCopy, LayerStore, split_by_layer
+from server_hub.aggregation.robust import RuleName, rule_of
 from server_hub.trunk.interface import TrunkCopy
 
 
@@ -18,11 +19,12 @@ class Merged:
 
     Args:
         initial: initial trained tensors by name.
+        rule: name of the rule that averages the copies of a layer.
     """
 
-    def __init__(self, initial: State) -> None:
+    def __init__(self, initial: State, rule: RuleName = "mean") -> None:
         self.order: list[int] = []
-        self.store = LayerStore(initial)
+        self.store = LayerStore(initial, rule_of(rule))
         self._everything: State | None = None
 
     def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:

@@ -54,6 +54,9 @@ class Limits:
         waiting_mb: MiB of frames that may wait for one device, to be sent or to be used. The hub
             reads nothing more from the device until less waits.
         total_waiting_mb: the same for all devices together.
+        samples: largest number of examples that a device may say it has.
+        samples_over_median: a device's examples count in averages and in the trunk's loss as at
+            most this multiple of the median of the round's members.
     """
 
     max_frame: int = 64 * 2**20
@@ -67,6 +70,8 @@ class Limits:
     frames_per_s: float = 1000.0
     waiting_mb: int = 128
     total_waiting_mb: int = 2048
+    samples: int = 1_000_000
+    samples_over_median: float = 2.0
 
     def __post_init__(self) -> None:
         if self.window < 2 or self.max_frame < 2 * self.blob_piece:
@@ -78,3 +83,5 @@ class Limits:
             raise ValueError(f"frames_per_s is {self.frames_per_s:g}, must be above 0")
         if self.total_waiting_mb < self.waiting_mb:
             raise ValueError("total_waiting_mb must be at least waiting_mb")
+        if self.samples < 1 or not self.samples_over_median >= 1:
+            raise ValueError("samples and samples_over_median must be at least 1")

@@ -59,7 +59,7 @@ class BaseAssignment:
             )
         return count
 
-    def draw(self, number: int, tiers: Mapping[str, str]) -> dict[str, list[int]]:
+    def draw(self, number: int, place: int, tiers: Mapping[str, str]) -> dict[str, list[int]]:
         """Draw the base networks of each device for round ``number``.
 
         The first base network of each device comes from one shuffled queue, in which every base
@@ -67,6 +67,7 @@ class BaseAssignment:
 
         Args:
             number: number of the round, from 1 on.
+            place: number of devices in all rounds before, which have taken from the queue.
             tiers: tier of each member of the round, by device name.
 
         Returns:
@@ -74,10 +75,9 @@ class BaseAssignment:
         """
         rng = np.random.default_rng([self.seed, number])
         drawn = {}
-        for i, device in enumerate(sorted(tiers)):
-            place = (number - 1) * len(tiers) + i
-            queue = np.random.default_rng([self.seed, 0, place // self.bases])
-            first = int(queue.permutation(self.bases)[place % self.bases])
+        for i, device in enumerate(sorted(tiers), start=place):
+            queue = np.random.default_rng([self.seed, 0, i // self.bases])
+            first = int(queue.permutation(self.bases)[i % self.bases])
             others = [b for b in range(self.bases) if b != first]
             more = rng.permutation(others)[: self.count(tiers[device]) - 1]
             drawn[device] = [first, *(int(b) for b in more)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import State
 from export.whole import load_bases
+from server_hub.aggregation.update_bound import UpdateBound
 from server_hub.methods.fleet import JobOutline
 from server_hub.methods.method import Method
 from server_hub.methods.registry import find, hub_methods
@@ -36,8 +38,8 @@ def compose(
         initial: trained tensors of the model by name; bundles of base networks have their own.
 
     Raises:
-        ConfigError: there is no such method; or the bundles are of base networks and the method
-            trains a single model, or the reverse.
+        ConfigError: there is no such method; the method does not average with the rule; or the
+            bundles are of base networks and the method trains a single model, or the reverse.
     """
     paper = settings.form == "paper"
     recipe = find("fedsplitx-paper" if paper else settings.name, hub_methods())
@@ -52,6 +54,11 @@ def compose(
             f"{recipe.title} trains base networks, and the bundles are of one model; export with "
             "bases = 8 in tiers.toml"
         )
+    if settings.rule != "mean" and not recipe.takes_rule:
+        raise ConfigError(
+            f"{recipe.title} averages in a way of its own, and the rule {settings.rule!r} has no "
+            'meaning there; set rule = "mean" in [method]'
+        )
     outline = JobOutline(
         rounds,
         local_epochs,
@@ -59,5 +66,7 @@ def compose(
         cut_rank=settings.cut_rank,
         assignment=mix.of(bases.pop()) if recipe.trains_bases else None,
         split=not all(manifest.whole for manifest in manifests.values()),
+        rule=settings.rule,
     )
-    return recipe.compose(load_bases(index.folder) if recipe.trains_bases else initial, outline)
+    start = load_bases(index.folder) if recipe.trains_bases else initial
+    return replace(recipe.compose(start, outline), bound=UpdateBound(settings.clip))

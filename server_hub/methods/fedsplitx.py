@@ -31,7 +31,11 @@ def fedsplitx(initial: State, outline: JobOutline) -> Method:
         initial: tensors of the whole model by name.
         outline: outline of the job.
     """
-    return Method(name="FedSplitX", stage=always(ActivationMode.TRAIN), aggregation=Merged(initial))
+    return Method(
+        name="FedSplitX",
+        stage=always(ActivationMode.TRAIN),
+        aggregation=Merged(initial, outline.rule),
+    )
 
 
 def fedsplitx_paper(initial: State, outline: JobOutline) -> Method:
@@ -44,5 +48,5 @@ def fedsplitx_paper(initial: State, outline: JobOutline) -> Method:
     )
 
 
-FEDSPLITX = Recipe("FedSplitX", fedsplitx)
+FEDSPLITX = Recipe("FedSplitX", fedsplitx, takes_rule=True)
 FEDSPLITX_PAPER = Recipe("FedSplitX (paper's form)", fedsplitx_paper)

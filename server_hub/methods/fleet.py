@@ -11,6 +11,7 @@ from edge_sdk.protocol.tensors import State
 from export.split import SplitModel
 from export.whole import without_trunk
 from export.writer import Tier
+from server_hub.aggregation.robust import RuleName
 from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.method import Method
 
@@ -59,6 +60,7 @@ class JobOutline:
         cut_rank: rank of adapters at a cut; None for the rank of all blocks.
         assignment: assigns base networks to devices; None for a single model.
         split: whether at least one tier is cut, so that activations go to the hub.
+        rule: name of the rule that averages the copies of a layer.
     """
 
     rounds: int
@@ -68,6 +70,7 @@ class JobOutline:
     cut_rank: int | None = None
     assignment: BaseAssignment | None = None
     split: bool = False
+    rule: RuleName = "mean"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Recipe:
         takes_whole: whether a tier may be cut behind the last block, so that its devices train the
             whole model.
         trains_bases: whether the method trains base networks, and needs bundles of base networks.
+        takes_rule: whether the method averages with any rule, not only with the mean.
     """
 
     title: str
@@ -92,6 +96,7 @@ class Recipe:
     pooled: bool = False
     takes_whole: bool = False
     trains_bases: bool = False
+    takes_rule: bool = False
 
 
 def at_poorest_cut(fleet: Fleet) -> Fleet:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.enums import ActivationMode
 from export.split import SplitModel
-from server_hub.aggregation.interface import Aggregation
+from server_hub.aggregation.interface import Aggregation, DeviceUpdate
+from server_hub.aggregation.layer_store import NotFinite, check_finite
+from server_hub.aggregation.update_bound import UpdateBound
 from server_hub.methods.plan import DevicePlan, RoundContext, RoundPlan
-from server_hub.trunk.interface import EvaluationReport, TrunkPlan
+from server_hub.trunk.interface import EvaluationReport, TrunkCopy, TrunkPlan
+
+log = logging.getLogger("cutlayer.hub")
 
 SEED_STRIDE = 1_000_003
 """A device's seed is the number of the round times this, plus the device's place in the round."""
@@ -102,6 +107,7 @@ class Method:
             batch.
         keeps_slots: whether optimizer slots are averaged, and sent to devices, as parameters are.
             Otherwise every round starts with new optimizers.
+        bound: clips the updates of devices before they are averaged.
     """
 
     name: str
@@ -111,6 +117,7 @@ class Method:
     paths: tuple[Path, ...] = ALL_PATHS
     merges: bool = True
     keeps_slots: bool = False
+    bound: UpdateBound = field(default_factory=UpdateBound)
 
     def plan(self, context: RoundContext) -> RoundPlan:
         """Return the plan of a round."""
@@ -123,8 +130,35 @@ class Method:
             },
             trunk=self.trunk_plan(context, stage),
             state=self.aggregation.trunk_state(context.cuts),
-            average=self.aggregation.commit,
+            average=self.average,
         )
+
+    def average(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
+        """Average a round into the global model, with the updates of devices clipped.
+
+        A layer whose copy of the trunk is not finite keeps what devices have trained, or its
+        present value.
+
+        Args:
+            updates: finite updates of devices.
+            copies: layers that the trunk has trained.
+        """
+        finite = []
+        for copy in copies:
+            try:
+                check_finite(copy.tensors)
+                finite.append(copy)
+            except NotFinite as error:
+                log.warning("the trunk's %s is left out of the average: %s", copy.layer, error)
+        self.aggregation.commit(self.bound.apply(self.aggregation, updates), finite)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the method remembers between rounds beside the model, as JSON can hold it."""
+        return {"bound": self.bound.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set what the method remembers to a value that :meth:`state` returned."""
+        self.bound.restore(state["bound"])
 
     def device_plan(
         self, context: RoundContext, stage: Stage, device: str, order: int
@@ -168,6 +202,7 @@ class Method:
             returned=stage.activations.returns_gradients,
             anneal=stage.anneal,
             keeps_slots=self.keeps_slots,
+            passes=context.local.epochs if stage.activations.returns_gradients else 1,
             max_tokens=settings.max_tokens,
             max_bytes=settings.max_mb * 2**20,
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edge_sdk.training.adversarial import Attack
+from server_hub.aggregation.robust import RuleName
 from server_hub.methods.base_assignment import BaseAssignment
 
 RateSchedule = Literal["constant", "cosine", "step"]
@@ -26,11 +27,17 @@ class MethodConfig:
         form: form of FedSplitX.
         cut_rank: with SplitFT, the rank of the adapters in the block that activations enter; None
             for the rank of the other blocks.
+        clip: an update is shortened to this multiple of the median distance that devices move a
+            layer; infinity for no bound. See :mod:`server_hub.aggregation.update_bound`.
+        rule: rule that averages the copies of a layer: ``mean``, or a robust one of
+            :mod:`server_hub.aggregation.robust`.
     """
 
     name: str = "fedsplitx"
     form: Form = "merged"
     cut_rank: int | None = None
+    clip: float = 1.5
+    rule: RuleName = "mean"
 
     def __post_init__(self) -> None:
         if self.cut_rank is not None and self.cut_rank < 1:
@@ -40,6 +47,8 @@ class MethodConfig:
                 'cut_rank has no effect unless name is "splitft" or "splitft-u"; remove cut_rank '
                 "or set name"
             )
+        if not self.clip >= 1:
+            raise ValueError(f"clip is {self.clip}; it must be 1 or more, or inf for no bound")
         if self.name != "fedsplitx" and self.form != "merged":
             raise ValueError(f"{self.name} has no form {self.form!r}; leave form out")
 

@@ -16,7 +16,8 @@ trunk trains the deep part of all bases in one step (:mod:`server_hub.trunk.vmap
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from edge_sdk.bundle.manifest import Manifest, tensor_of
 from edge_sdk.errors import ConfigError
@@ -34,27 +35,50 @@ from server_hub.methods.plan import DevicePlan, RoundContext, RoundPlan
 from server_hub.trunk.interface import TrunkPlan
 
 
+@dataclass
+class BaseQueue:
+    """The queue of first base networks.
+
+    Attributes:
+        place: number of devices that have taken from the queue.
+    """
+
+    place: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitMix(Method):
     """The method Split-Mix.
 
     Attributes:
         assignment: assigns base networks to devices, and sets their loss.
+        queue: the queue of first base networks.
     """
 
     assignment: BaseAssignment
+    queue: BaseQueue = field(default_factory=BaseQueue)
 
     def plan(self, context: RoundContext) -> RoundPlan:
         """Return the plan of a round, with base networks drawn for every member."""
         plan = super().plan(context)
         tiers = {name: device.tier for name, device in plan.devices.items()}
-        drawn = self.assignment.draw(context.number, tiers)
+        drawn = self.assignment.draw(context.number, self.queue.place, tiers)
+        self.queue.place += len(tiers)
         noise = noise_tensors(context.model)
         devices = {
             name: self._with_bases(device, context.ready[name].manifest, drawn[name], noise)
             for name, device in plan.devices.items()
         }
         return replace(plan, devices=devices)
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Method.state`."""
+        return super().state() | {"place": self.queue.place}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Method.restore`."""
+        super().restore(state)
+        self.queue.place = state["place"]
 
     def _with_bases(
         self, plan: DevicePlan, manifest: Manifest, bases: list[int], noise: set[str]

@@ -40,7 +40,9 @@ def supersfl(initial: State, outline: JobOutline) -> Method:
         outline: outline of the job.
     """
     return SuperSfl(
-        name="SuperSFL", stage=always(ActivationMode.FUSED), aggregation=Merged(initial)
+        name="SuperSFL",
+        stage=always(ActivationMode.FUSED),
+        aggregation=Merged(initial, outline.rule),
     )
 
 
@@ -49,4 +51,4 @@ def fusing(fleet: Fleet) -> Fleet:
     return replace(fleet, tiers={n: replace(t, fused=True) for n, t in fleet.tiers.items()})
 
 
-SUPERSFL = Recipe("SuperSFL", supersfl, fusing)
+SUPERSFL = Recipe("SuperSFL", supersfl, fusing, takes_rule=True)

@@ -21,6 +21,7 @@ from edge_sdk.protocol.messages import (
 from edge_sdk.protocol.tensors import State, TensorSpec
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.concurrency import BackgroundTasks, Effect
+from server_hub.gateway.limits import Limits
 from server_hub.gateway.peers import Peer
 from server_hub.methods.plan import DevicePlan, RoundPlan
 from server_hub.rounds.rounds import Rounds
@@ -30,7 +31,10 @@ from server_hub.rounds.validation import (
     check_labels,
     check_packed,
     check_rows,
+    check_samples,
     check_update,
+    checked_metrics,
+    counted_samples,
 )
 from server_hub.trunk.batcher import PendingBatch, StepBatcher
 from server_hub.trunk.interface import StepInput, Trunk
@@ -42,7 +46,8 @@ class _Member:
 
     Attributes:
         plan: what it does, and what it owes.
-        samples: number of its local examples.
+        samples: number of its local examples, as it says.
+        counted: number of local examples that it counts for.
         rows: number of rows of activations that it has sent.
         state: tensors of its update that have arrived.
         features: by number of a batch whose labels stay on the device and whose features were sent
@@ -51,6 +56,7 @@ class _Member:
 
     plan: DevicePlan
     samples: int
+    counted: float
     rows: int = 0
     state: State = field(default_factory=dict)
     features: dict[int, tuple[StepInput, dict[str, int]]] = field(default_factory=dict)
@@ -62,7 +68,8 @@ class UpdateCollector:
     Args:
         manifests: manifest by tier.
         keeps_slots: whether updates hold optimizer slots.
-        window: largest number of batches of a device that may wait for gradients of features.
+        limits: the window, which bounds the batches of a device that wait for gradients of
+            features, and the bounds of what a device says about its examples.
         rounds: which devices take part in which round.
         trunk: computes features.
         batcher: takes the batches that the trunk is to be trained on.
@@ -76,7 +83,7 @@ class UpdateCollector:
         self,
         manifests: Mapping[str, Manifest],
         keeps_slots: bool,
-        window: int,
+        limits: Limits,
         rounds: Rounds,
         trunk: Trunk,
         batcher: StepBatcher,
@@ -85,24 +92,33 @@ class UpdateCollector:
         failed: Callable[[Peer, Exception], None],
         background: BackgroundTasks,
     ) -> None:
-        self._manifests, self._keeps_slots, self._window = manifests, keeps_slots, window
+        self._manifests, self._keeps_slots, self._limits = manifests, keeps_slots, limits
         self._rounds, self._trunk, self._batcher = rounds, trunk, batcher
         self._post, self._refused, self._failed = post, refused, failed
         self._background = background
         self._samples: dict[str, int] = {}
         self._members: dict[str, _Member] = {}
         self._updates: dict[str, DeviceUpdate] = {}
+        self._began = 0.0
 
     def join(self, device: str, samples: int) -> None:
-        """A device says how many local examples it has."""
+        """A device says how many local examples it has.
+
+        Raises:
+            ProtocolError: it says that it has more than the operator allows.
+        """
+        check_samples(samples, self._limits.samples)
         self._samples[device] = samples
 
     def begin(self, plan: RoundPlan) -> None:
         """Begin a round."""
         self._updates.clear()
+        self._began = asyncio.get_running_loop().time()
+        claimed = {device: self._samples[device] for device in self._rounds.members}
+        counted = counted_samples(claimed, self._limits.samples_over_median)
         self._members = {
-            device: _Member(plan.devices[device], self._samples[device])
-            for device in self._rounds.members
+            device: _Member(plan.devices[device], samples, counted[device])
+            for device, samples in claimed.items()
         }
 
     def updates(self) -> list[DeviceUpdate]:
@@ -133,12 +149,12 @@ class UpdateCollector:
             manifest.cut,
             manifest.codec,
             Batch.of(message),
-            weight=plan.weight_of(message),
+            weight=plan.weight_of(message) * member.counted / member.samples,
             length=sizes.get("seq", 1),
         )
         if not u_shaped:
             return self._batcher.put(self._pending(peer, message, step_input))
-        if len(member.features) >= self._window:
+        if len(member.features) >= self._limits.window:
             raise ProtocolError(
                 ErrorCode.BAD_MESSAGE,
                 f"{len(member.features)} batches are without the gradient of their features; "
@@ -211,7 +227,9 @@ class UpdateCollector:
         if not message.done:
             return
         state = {n: t for n, t in member.state.items() if n not in member.plan.untrained}
-        update = DeviceUpdate(peer.device, state, member.samples, message.metrics)
+        seconds = asyncio.get_running_loop().time() - self._began
+        metrics = checked_metrics(message.metrics, seconds)
+        update = DeviceUpdate(peer.device, state, member.counted, metrics)
         self._updates[peer.device] = update
         self._rounds.deliver(peer.device, asyncio.get_running_loop().time())
 

@@ -6,6 +6,7 @@ Every check raises :class:`ProtocolError`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median_low
 
 import numpy as np
 
@@ -15,11 +16,15 @@ from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import Batch, Update
 from edge_sdk.protocol.tensors import Array, State, TensorSpec, check_tensors
+from export.names import is_variance
 from server_hub.aggregation.layer_store import NotFinite, check_finite
 from server_hub.methods.plan import DevicePlan
 
 _BESIDE = 2**16
 """Largest size of an answer without its logits, in bytes."""
+
+_LARGEST_METRIC = 1e12
+"""Largest absolute value of a metric that counts; sums over devices stay finite."""
 
 MAX_POSITIONS = 8192
 """Largest number of positions of a text: attention needs memory for their square."""
@@ -157,6 +162,30 @@ def check_present(present: Array | None, labels: Array, manifest: Manifest) -> N
         )
 
 
+def check_samples(samples: int, most: int) -> None:
+    """A device says that it has no more examples than ``most``."""
+    if samples > most:
+        raise ProtocolError(
+            ErrorCode.BAD_MESSAGE,
+            f"{samples} examples; a device may have {most} at most, see samples in [limits]",
+            "samples",
+        )
+
+
+def counted_samples(claimed: Mapping[str, int], over_median: float) -> dict[str, float]:
+    """Return the number of examples that each member of a round counts for, by device.
+
+    Args:
+        claimed: number of examples that each member says it has, by device.
+        over_median: largest multiple of the members' median that counts. The median of an even
+            number of members is the lower one of the two in the middle.
+    """
+    if not claimed:
+        return {}
+    most = over_median * median_low(claimed.values())
+    return {device: min(samples, most) for device, samples in claimed.items()}
+
+
 def check_rows(rows: int, total: int, samples: int, plan: DevicePlan) -> None:
     """A device sends no larger batches, and no more rows, than its plan allows.
 
@@ -174,6 +203,25 @@ def check_rows(rows: int, total: int, samples: int, plan: DevicePlan) -> None:
             f"most {plan.batch_size}",
             "parts",
         )
+
+
+def checked_metrics(metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Return what a device says about its training, within what can be true.
+
+    Args:
+        metrics: metrics of the update by name, all finite.
+        seconds: time from the start of the round to the update, by the hub's clock. The device's
+            computing and waiting take no longer together.
+    """
+    checked = {n: min(max(v, -_LARGEST_METRIC), _LARGEST_METRIC) for n, v in metrics.items()}
+    left = seconds
+    for name in ("compute_s", "wait_s"):
+        if name in checked:
+            checked[name] = min(max(checked[name], 0.0), left)
+            left -= checked[name]
+    if "loss" in checked:
+        checked["loss"] = max(checked["loss"], 0.0)
+    return checked
 
 
 def check_answer(sizes: Mapping[str, int], heads: int, classes: int) -> None:
@@ -212,6 +260,9 @@ def check_update(message: Update, wanted: Sequence[TensorSpec], have: State, sam
         check_finite(message.tensors)
     except NotFinite as error:
         raise ProtocolError(ErrorCode.NOT_FINITE, str(error), error.tensor) from error
+    for name, tensor in message.tensors.items():
+        if is_variance(name) and (tensor < 0).any():
+            raise ProtocolError(ErrorCode.BAD_TENSOR, f"{name} holds negative variances", name)
     missing = [name for name in specs if name not in have and name not in message.tensors]
     if message.done and missing:
         raise ProtocolError(ErrorCode.BAD_TENSOR, f"tensor {missing[0]!r} is missing", missing[0])

@@ -38,6 +38,7 @@ class Checkpoint:
         offers: the order of base networks; empty in a file of an older version.
         missed: by device, the number of rounds in a row that it has missed; empty in a file of an
             older version.
+        method: what the method remembers beside the model; empty in a file of an older version.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Checkpoint:
     moves: dict[str, Any] = field(default_factory=dict)
     offers: dict[str, Any] = field(default_factory=dict)
     missed: dict[str, int] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, hub: Hub, clock: float, wall: float, meter: Meter) -> Checkpoint:
@@ -68,6 +70,7 @@ class Checkpoint:
             hub.cut_moves.state(),
             hub.publisher.state(),
             dict(hub.rounds.missed),
+            hub.method.state(),
         )
 
     def apply(self, hub: Hub) -> None:
@@ -81,6 +84,8 @@ class Checkpoint:
             hub.cut_moves.restore(self.moves)
         if self.offers:
             hub.publisher.restore(self.offers)
+        if self.method:
+            hub.method.restore(self.method)
 
     def write(self, folder: Path) -> None:
         """Write the checkpoint to the folder of the run; it replaces the previous one."""
@@ -101,6 +106,7 @@ class Checkpoint:
             "moves": self.moves,
             "offers": self.offers,
             "missed": self.missed,
+            "method": self.method,
         }
         write_atomically(folder / FILE, save(tensors, {"numbers": json.dumps(numbers)}))
 

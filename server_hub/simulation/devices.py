@@ -25,6 +25,18 @@ from server_hub.simulation.network import SimulatedLink
 _HANDSHAKES = 3
 """Round trips until a link is open: one each for TCP, TLS and the WebSocket."""
 
+Load = Callable[[Bundle, int], Runtime]
+"""Loads the runtime of a bundle for a number of threads."""
+
+Behave = Callable[[str, Examples, Load], tuple[Examples, Load]]
+"""Returns the examples and the loader of a device that may misbehave, given its name and those of a
+device that does not."""
+
+
+def honest(device: str, data: Examples, load: Load) -> tuple[Examples, Load]:
+    """Change nothing."""
+    return data, load
+
 
 @dataclass
 class Meter:

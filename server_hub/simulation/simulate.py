@@ -41,7 +41,13 @@ from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.clock import VirtualLoop
-from server_hub.simulation.devices import Meter, SimulatedDevice, TimedRuntime
+from server_hub.simulation.devices import (
+    Behave,
+    Meter,
+    SimulatedDevice,
+    TimedRuntime,
+    honest,
+)
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job
 from server_hub.simulation.partition import table_of
 from server_hub.simulation.prepare import (
@@ -79,6 +85,7 @@ class Simulation:
         say: called with a line of text for each step of the preparation.
         data: examples by device; None for the job's data source and partition. A run that resumes
             needs the same data as before.
+        behave: changes examples and runtime of devices, for experiments with attacks.
 
     Raises:
         ConfigError: the job is invalid, or the folder has a run of another job.
@@ -94,10 +101,12 @@ class Simulation:
         base: Path = Path(),
         say: Say = lambda line: None,
         data: FederatedData | None = None,
+        behave: Behave = honest,
     ) -> None:
         self.job, self.folder, self.runtime = job, folder, runtime
         self.recipe = find(job.method, simulated_methods())
         self.meter = Meter()
+        self._behave = behave
         self._described = describe(job, runtime)
         self._resumed = resume(folder, self._described)
         say("reading data")
@@ -346,16 +355,19 @@ class Simulation:
             shutil.copytree(self.index.folder / "blobs", cache, copy_function=os.link)
         tier, data = self.tiers[client.tier], self.data.train
 
-        def load(bundle: Bundle, threads: int) -> Runtime:
+        def timed(bundle: Bundle, threads: int) -> Runtime:
             flop = self._flop[bundle.manifest.tier]
             runtime = self._runtime(bundle, threads)
             return TimedRuntime(runtime, flop, tier.gflops, self.meter, loop, self._length)
 
+        examples, load = self._behave(
+            client.name, Examples(data.x[client.rows], data.y[client.rows]), timed
+        )
         return SimulatedDevice(
             client.name,
             tokens.token_of(client.name),
             tier,
-            Examples(data.x[client.rows], data.y[client.rows]),
+            examples,
             cache,
             load,
             hub.gateway.serve_link,

@@ -108,8 +108,8 @@ class TrunkCopy:
         replica: name of the replica.
         layer: name of the layer.
         tensors: trained tensors of the layer by full name.
-        samples: rows that passed through the layer. A row counts once, however many passes the
-            trunk makes over it.
+        samples: rows that passed through the layer. An example counts once, however many
+            passes devices and trunk make over it.
         base: number of the base network that the layer is of; 0 for a single model.
     """
 
@@ -141,6 +141,8 @@ class TrunkPlan:
         keeps_slots: the state holds optimizer slots to start from; copies hold them, too.
         bases: the state is that of so many base networks, each tensor (bases, ...). One step
             trains all base networks that a batch has arrived for. 0 for a single model.
+        passes: number of times that a device sends each of its examples: with returned gradients
+            once in every local epoch.
         max_tokens: largest number of positions of texts in one merged step, padding included.
         max_bytes: largest size of the packed activations in one merged step, in bytes.
     """
@@ -157,6 +159,7 @@ class TrunkPlan:
     anneal: bool = False
     keeps_slots: bool = False
     bases: int = 0
+    passes: int = 1
     max_tokens: int = 2**62
     max_bytes: int = 2**62
 

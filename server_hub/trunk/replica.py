@@ -121,8 +121,9 @@ class Replica:
                 if layer_of(n) == layer
             }
             if tensors:  # a layer whose tensors are all frozen has none
-                # an example counts once, however many passes there were
-                copies.append(TrunkCopy(name, layer, tensors, rows // self._plan.epochs))
+                # an example counts once, however many passes devices and trunk make
+                passes = self._plan.epochs * self._plan.passes
+                copies.append(TrunkCopy(name, layer, tensors, rows // passes))
         return copies
 
     def _slot_names(self) -> Iterator[tuple[dict[str, Tensor], str, str]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from edge_sdk.protocol.tensors import Array, State
 from export.packing import get_codec
 from export.split import SplitModel, channel_axis
+from server_hub.trunk.bounds import ActivationBound
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss, merged_features
 from server_hub.trunk.errors import TrunkDamaged, TrunkRefused, divided, is_damage, reason_of
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
@@ -94,6 +95,7 @@ class TrunkTrainer:
         self._replicas: dict[str, Replica] = {}
         self._kept: list[_Received] = []
         self._vmapped: VmappedTrainer | None = None
+        self._activations = ActivationBound(self._device)
 
     def begin(self, state: State, plan: TrunkPlan) -> None:
         """Start a round from ``state``, with no replicas and fresh optimizers."""
@@ -101,8 +103,11 @@ class TrunkTrainer:
         self._drop_replicas()
         self._kept.clear()
         self._vmapped = None
+        self._activations.begin()
         if plan.bases:
-            self._vmapped = VmappedTrainer(self._pool.template, state, plan, self._device)
+            self._vmapped = VmappedTrainer(
+                self._pool.template, state, plan, self._device, self._activations
+            )
 
     def step(self, inputs: Sequence[StepInput]) -> StepReport:
         """Make one depth-merged step per replica; refuse batches that it cannot be made with."""
@@ -140,6 +145,7 @@ class TrunkTrainer:
         before = replica.statistics()
         try:
             h = codec.unpack(to_device_by_name(step_input.batch.parts, self._device))
+            h = self._activations.shortened([(step_input.device, step_input.cut, 0)], [h])[0]
             h = self._merged_features(replica, {step_input.cut: [h]})
             if not torch.isfinite(h).all():
                 return None
@@ -280,6 +286,7 @@ class TrunkTrainer:
                         replica.optimizer.step()
                     except Exception as error:  # some parameters may have moved already
                         raise TrunkDamaged(f"the optimizer failed: {reason_of(error)}") from error
+                    self._activations.keep()
                     replica.count(_rows_by_cut(batches))
                     return sum(outcome.losses), _counted(batches)
                 replica.restore(before)
@@ -334,18 +341,17 @@ class TrunkTrainer:
             )
         ).to(self._device, batches[0].h.dtype, non_blocking=True)
         entering: dict[int, list[Entering]] = {}
-        for b, own in zip(
-            batches, torch.split(weights, [b.source.rows for b in batches]), strict=True
-        ):
-            entering.setdefault(b.source.cut, []).append(Entering(b.h, b.received.labels, own))
+        own = torch.split(weights, [b.source.rows for b in batches])
+        for b, h, weight in zip(batches, self._shortened(batches), own, strict=True):
+            entering.setdefault(b.source.cut, []).append(Entering(h, b.received.labels, weight))
         with self._autocast():
             return depth_merged_loss(replica.model, entering, auxiliary=not self._plan.returned)
 
     def _backward_from_features(self, replica: Replica, batches: Sequence[_Unpacked]) -> None:
         """Backward pass from the gradients of the features, which the devices have sent."""
         entering: dict[int, list[Tensor]] = {}
-        for b in batches:
-            entering.setdefault(b.source.cut, []).append(b.h)
+        for b, h in zip(batches, self._shortened(batches), strict=True):
+            entering.setdefault(b.source.cut, []).append(h)
         merged = self._merged_features(replica, entering)
         gradient, row = torch.zeros_like(merged), 0
         for b in (batches[i] for i in _merged_order(batches)):
@@ -357,6 +363,11 @@ class TrunkTrainer:
             (rows[:, : own.shape[1]] if own.dim() == 3 else rows).copy_(own)
             row += b.source.rows
         merged.backward(gradient)  # type: ignore[no-untyped-call]
+
+    def _shortened(self, batches: Sequence[_Unpacked]) -> list[Tensor]:
+        """Activations of the batches, with rows that are far too long shortened."""
+        entries = [(b.source.device, b.source.cut, 0) for b in batches]
+        return self._activations.shortened(entries, [b.h for b in batches])
 
     def _merged_features(self, replica: Replica, entering: Mapping[int, list[Tensor]]) -> Tensor:
         """Output of the last block, in the dtype of the weights."""
@@ -378,7 +389,7 @@ class TrunkTrainer:
     def _packed_gradient(self, batch: _Unpacked, labels: int) -> Mapping[str, Array]:
         """Gradient at the cut of the mean over the batch's own labels, not over all ``labels``."""
         assert batch.h.grad is not None
-        own = batch.h.grad * (labels / batch.received.counted)
+        own = batch.h.grad * (labels / (batch.received.counted * batch.source.weight))
         axis = channel_axis(batch.h, self._pool.template.channels_first)
         parts = get_codec(batch.source.codec).pack(own, axis)
         return {name: part.cpu().numpy() for name, part in parts.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from export.names import layer_of
 from export.optimizers import get_optimizer
 from export.packing import get_codec
 from export.split import SplitModel
+from server_hub.trunk.bounds import ActivationBound
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.errors import divided
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
@@ -77,14 +78,22 @@ class VmappedTrainer:
         state: the trained tensors by name, each (bases, ...).
         plan: how the round trains.
         device: torch device.
+        activations: shortens rows of activations that are far too long; None for one that knows of
+            no earlier rounds.
     """
 
     def __init__(
-        self, template: SplitModel, state: State, plan: TrunkPlan, device: torch.device
+        self,
+        template: SplitModel,
+        state: State,
+        plan: TrunkPlan,
+        device: torch.device,
+        activations: ActivationBound | None = None,
     ) -> None:
         model = copy.deepcopy(template).to(device).train()
         self._plan, self._device, self._model = plan, device, model
         self._loss = _Loss(model)
+        self._activations = activations or ActivationBound(device)
         self._dual = has_dual_norms(model)
         noise = noise_tensors(model)
         tensors = {n: torch.from_numpy(np.array(t)).to(device) for n, t in state.items()}
@@ -122,11 +131,17 @@ class VmappedTrainer:
         for b, finite in zip(batches, fine, strict=True):
             if not finite:
                 refused[b.source.device] = "the activations are not finite"
-        self._step_on(good, refused, losses)
+        self._step_on(self._shortened(good), refused, losses)
         used = [found for found in losses if found is not None]
         rows = sum(count for _, count in used)
         loss = sum(total for total, _ in used) / rows if rows else math.nan
         return StepReport(loss, rows, refused, (), losses)
+
+    def _shortened(self, batches: Sequence[_Unpacked]) -> list[_Unpacked]:
+        """The batches, with rows of activations that are far too long shortened."""
+        entries = [(b.source.device, b.source.cut, b.source.batch.base) for b in batches]
+        bounded = self._activations.shortened(entries, [b.h for b in batches])
+        return [replace(b, h=h) for b, h in zip(batches, bounded, strict=True)]
 
     def finish(self) -> list[TrunkCopy]:
         """Every layer that was trained, of every base."""
@@ -178,6 +193,7 @@ class VmappedTrainer:
             again = [self._without_culprits(groups[base], refused) for base in wrong]
             # from here on nothing raises: what is kept is kept once
             self._keep(step, groups)
+            self._activations.keep()
             self._note_losses(step, groups, losses)
             for group in again:
                 self._step_on(group, refused, losses)

@@ -117,7 +117,7 @@ def test_a_device_trains_as_many_bases_as_its_budget_pays_for_and_none_twice(
 ) -> None:
     mixing = BaseAssignment(bases, {f"t{i}": b for i, b in enumerate(budgets)}, seed=seed)
     tiers = {f"d{i}": f"t{i % (len(budgets) + 1)}" for i in range(7)}  # one tier has no budget
-    drawn = mixing.draw(number, tiers)
+    drawn = mixing.draw(number, 7 * (number - 1), tiers)
     assert drawn.keys() == tiers.keys()
     for device, own in drawn.items():
         place = int(tiers[device][1:])
@@ -129,20 +129,18 @@ def test_a_device_trains_as_many_bases_as_its_budget_pays_for_and_none_twice(
 
 @given(
     bases=st.integers(1, 9),
-    devices=st.integers(1, 12),
-    rounds=st.integers(1, 12),
+    members=st.lists(st.integers(1, 12), min_size=1, max_size=12),
     seed=st.integers(0, 99),
 )
 def test_every_base_comes_first_once_before_any_comes_again(
-    bases: int, devices: int, rounds: int, seed: int
+    bases: int, members: list[int], seed: int
 ) -> None:
+    """Rounds may have different numbers of members."""
     mixing = BaseAssignment(bases, {"t": 1 / bases}, seed=seed)
-    tiers = {f"d{i:02}": "t" for i in range(devices)}
-    firsts = [
-        own[0]
-        for number in range(1, rounds + 1)
-        for own in mixing.draw(number, tiers).values()
-    ]  # fmt: skip
+    firsts: list[int] = []
+    for number, devices in enumerate(members, start=1):
+        tiers = {f"d{i:02}": "t" for i in range(devices)}
+        firsts += [own[0] for own in mixing.draw(number, len(firsts), tiers).values()]
     for start in range(0, len(firsts), bases):
         part = firsts[start : start + bases]
         assert len(set(part)) == len(part)
@@ -151,17 +149,20 @@ def test_every_base_comes_first_once_before_any_comes_again(
 def test_draws_go_by_seed_and_round_and_not_by_who_is_named_first() -> None:
     mixing = BaseAssignment(8, {"t": 0.5}, seed=3)
     tiers = {f"d{i}": "t" for i in range(6)}
-    assert mixing.draw(2, tiers) == mixing.draw(2, dict(reversed(tiers.items())))
-    assert mixing.draw(2, tiers) == BaseAssignment(8, {"t": 0.5}, seed=3).draw(2, tiers)
-    assert mixing.draw(2, tiers) != mixing.draw(3, tiers)
-    assert mixing.draw(2, tiers) != replace(mixing, seed=4).draw(2, tiers)
+    assert mixing.draw(2, 6, tiers) == mixing.draw(2, 6, dict(reversed(tiers.items())))
+    assert mixing.draw(2, 6, tiers) == BaseAssignment(8, {"t": 0.5}, seed=3).draw(2, 6, tiers)
+    assert mixing.draw(2, 6, tiers) != mixing.draw(3, 12, tiers)
+    assert mixing.draw(2, 6, tiers) != replace(mixing, seed=4).draw(2, 6, tiers)
 
 
 def test_all_bases_are_trained_equally_often() -> None:
     mixing = BaseAssignment(4, {"t": 0.5})
     tiers = {f"d{i}": "t" for i in range(5)}
     counts = Counter(
-        b for number in range(1, 401) for own in mixing.draw(number, tiers).values() for b in own
+        b
+        for number in range(1, 401)
+        for own in mixing.draw(number, 5 * (number - 1), tiers).values()
+        for b in own
     )
     # half of the draws are exact by the queue; the others have a variance below 500
     assert all(abs(counts[b] - 1000) < 100 for b in range(4))
@@ -305,7 +306,9 @@ def papers_loop(task: Job, simulation: Simulation) -> list[dict[str, Array]]:
     ]
     owners = {client.name: client for client in simulation.clients}
     for number in range(1, task.rounds.count + 1):
-        drawn = task.mixing.draw(number, {n: c.tier for n, c in owners.items()})
+        drawn = task.mixing.draw(
+            number, len(owners) * (number - 1), {n: c.tier for n, c in owners.items()}
+        )
         copies: dict[int, list[tuple[int, dict[str, Tensor]]]] = {}
         for order, name in enumerate(sorted(owners)):
             client = owners[name]
