@@ -32,6 +32,10 @@ from tests.lib.trunk_models import (
 SGD = TrunkPlan("sgd", {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4})
 
 
+POISON = 0.77001953125
+"""A value that float16 holds exactly, and that is not large enough to be shortened."""
+
+
 class Choosy(DenseBlock):
     """A block that raises an exception on some inputs.
 
@@ -51,7 +55,7 @@ class Choosy(DenseBlock):
 
 
 def has_poison(h: Tensor) -> bool:
-    return bool((h == 77.0).any())
+    return bool((h == POISON).any())
 
 
 def choosy_model(raises: Exception, wrong: Callable[[Tensor], bool] = has_poison) -> SplitModel:
@@ -60,7 +64,7 @@ def choosy_model(raises: Exception, wrong: Callable[[Tensor], bool] = has_poison
     return SplitModel(nn.Linear(5, WIDTH), blocks, nn.Linear(WIDTH, CLASSES))
 
 
-def poisoned(arrival: StepInput, value: float = 77.0) -> StepInput:
+def poisoned(arrival: StepInput, value: float = POISON) -> StepInput:
     """Return an arrival in fp16 with one value replaced."""
     parts = {name: np.array(part) for name, part in arrival.batch.parts.items()}
     parts["h"].flat[0] = value
@@ -175,7 +179,7 @@ def pictures(rows: int, seed: int, size: int, scale: float = 1.0, device: str = 
     return step_input(device or f"device-{seed}", "shared", 1, "int8", parts, labels)
 
 
-@pytest.mark.parametrize("scale", [1e20, 1e18, 1e10, 1e6])
+@pytest.mark.parametrize("scale", [1e20, 1e18, 1e10])
 def test_batch_statistics_change_with_accepted_batches_alone(scale: float) -> None:
     model = norm_model()
     bad = pictures(4, 9, 3, scale, "bad")
@@ -190,6 +194,22 @@ def test_batch_statistics_change_with_accepted_batches_alone(scale: float) -> No
     got = tensors_of(with_it.finish())
     assert_same(got, tensors_of(without.finish()))
     assert any(name.endswith("running_var") for name in got)
+
+
+def test_activations_that_are_shortened_do_not_throw_the_batch_statistics_off() -> None:
+    """A million times too long: the batch counts, with rows as long as those of others."""
+    model = norm_model()
+    bad = pictures(4, 9, 3, 1e6, "bad")
+    with_it, without = begun(model), begun(model)
+    good = [pictures(4, i, 3) for i in range(2)]
+    report = with_it.step([good[0], bad, good[1]])
+    assert report.refused == {}
+    assert report.rows == 12
+    without.step(good)
+    got, want = tensors_of(with_it.finish()), tensors_of(without.finish())
+    for name in got:
+        if "running" in name:
+            assert np.abs(got[name]).max() < 20 * max(np.abs(want[name]).max(), 1.0), name
 
 
 def test_batches_that_are_fine_alone_and_not_together_are_divided() -> None:
