@@ -110,10 +110,10 @@ def attacker_of(hub: HubProcess, bundles: BundleIndex) -> Attacker:
     return Attacker(hub.url, issued, bundles.manifest("small"))
 
 
-async def attack(attacker: Attacker, names: list[str]) -> dict[str, str]:
+async def attack(attacker: Attacker, names: list[str], at_once: int = AT_ONCE) -> dict[str, str]:
     """Run scenarios, a few at once; returns what went wrong by scenario."""
     wrong: dict[str, str] = {}
-    slots = asyncio.Semaphore(AT_ONCE)
+    slots = asyncio.Semaphore(at_once)
 
     async def one(name: str) -> None:
         async with slots:
@@ -198,7 +198,7 @@ def test_an_attack_that_goes_on_costs_no_memory(bundles: BundleIndex, tmp_path: 
             attacker = attacker_of(hub, bundles)
             after = {}
             for repetition in range(1, 101):
-                await attack(attacker, names)
+                await attack(attacker, names, at_once=len(names))
                 if repetition in (10, 100):
                     after[repetition] = (await hub.stats())["resident_mb"]
             assert after[100] - after[10] < 5, after

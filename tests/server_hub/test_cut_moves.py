@@ -952,6 +952,7 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_device_moves_between_processes(tmp_path: Path, bundles: BundleIndex) -> None:
     """With FedSplitX and an evaluating hub, a device alone is fastest at cut 1."""
     token = TokenFile(tmp_path / "tokens.toml").issue("phone", "large")

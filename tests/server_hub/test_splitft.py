@@ -413,6 +413,7 @@ def test_a_job_whose_cuts_move_ends_where_one_with_fixed_cuts_ends(tmp_path: Pat
     assert np.linalg.norm(error) < 0.05 * np.linalg.norm(moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hub_gflops", "fast"), [pytest.param(None, 2, marks=pytest.mark.slow), (0.003, 3)]
 )
