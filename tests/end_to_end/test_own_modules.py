@@ -72,6 +72,7 @@ def test_a_module_is_found_unless_its_name_is_taken(folder: Path) -> None:
     assert plain == package == "SplitModel"
 
 
+@pytest.mark.slow
 def test_a_hub_beside_such_modules_builds_the_model_in_the_trunk_and_ends_at_ctrl_c(
     folder: Path, bundles: BundleIndex
 ) -> None:

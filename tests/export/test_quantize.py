@@ -496,6 +496,7 @@ def test_accuracy_at_the_bound(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "out"]
 
 
+@pytest.mark.slow
 def test_perplexity(tmp_path: Path) -> None:
     """Perplexity is e to the mean cross-entropy of labels that count; its loss is a ratio."""
     _, index, found = exported("tokens", tmp_path / "out", verified=False)

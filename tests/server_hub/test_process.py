@@ -310,6 +310,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_job() -> None:
     run(test())
 
 
+@pytest.mark.slow
 def test_a_batch_that_ends_the_worker_is_refused_and_the_job_goes_on() -> None:
     async def test() -> None:
         model = slow_model(DyingBlock())

@@ -143,6 +143,7 @@ def test_who_joins_late_over_a_slow_link_comes_at_the_same_time_in_every_run(
 # --- runtimes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_functional_steps_and_exported_graphs_train_the_same_model(tmp_path: Path) -> None:
     task = job(data=DataTable("digits", train=80, test=60), tiers={"small": UNEQUAL["small"]})
     torch_records = simulate(task, tmp_path / "torch", "torch")

@@ -356,6 +356,7 @@ def test_perplexity_falls_and_a_run_can_be_repeated(
     ]
 
 
+@pytest.mark.slow
 def test_exported_graphs_give_what_the_steps_in_pytorch_give(tmp_path: Path) -> None:
     tiers = {"small": FleetTier(clients=2, cut=1, codec="fp16")}
     local = LocalTraining(batch_size=8, hyper={"lr": 0.05})
