@@ -76,8 +76,8 @@ class ActivationBound:
         levels = self._grown(entry)
         norms_R = torch.cat([_rms(batch) for batch in h])
         place = torch.tensor(places)
-        counts = torch.zeros(len(levels)).index_add(0, place, rows.float()).to(self._device)
-        where_R = place.repeat_interleave(rows).to(self._device)
+        counts = self._moved(torch.zeros(len(levels)).index_add(0, place, rows.float()))
+        where_R = self._moved(place.repeat_interleave(rows))
         means = torch.zeros_like(levels).index_add(0, where_R, norms_R) / counts
         known = torch.where(counts > 0, means, levels)
         limit = FACTOR * known.nanmedian()
@@ -85,6 +85,10 @@ class ActivationBound:
         factors = torch.where(norms_R <= limit, 1.0, limit / norms_R)
         factors = torch.where(norms_R > HOPELESS * limit, torch.inf, factors)
         return torch.split(factors, rows.tolist())
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Move a small tensor to the trunk's device; the host does not wait."""
+        return tensor.to(self._device, non_blocking=True)
 
     def keep(self) -> None:
         """Remember the levels of the latest batches, which a step has used."""
