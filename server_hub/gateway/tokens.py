@@ -87,7 +87,7 @@ class TokenFile:
         Raises:
             ConfigError: the file has never been valid since the hub started.
         """
-        # that a hash is looked up takes a time that tells nothing of the token
+        # the time of the lookup depends on the hash, which tells nothing about the token
         return self._present().names.get(_digest(token))
 
     def tier_of(self, device: str) -> str | None:

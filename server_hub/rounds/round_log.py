@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
@@ -170,9 +169,7 @@ class RoundLog:
 
         def mean(metric: str) -> float | None:
             known = [u for u in updates if metric in u.metrics]
-            found = mean_metric((u.metrics[metric], u.samples) for u in known)
-            # the values are finite, but their sum may not be; JSON has no infinity
-            return found if found is not None and math.isfinite(found) else None
+            return mean_metric((u.metrics[metric], u.samples) for u in known)
 
         return RoundRecord(
             round=self._rounds.completed,

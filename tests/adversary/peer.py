@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +12,14 @@ from urllib.parse import urlsplit
 
 import msgpack
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
     VERSION,
+    BlobGet,
     Error,
     Hello,
     Message,
@@ -77,8 +78,6 @@ class Hostile:
 
     async def is_served(self) -> None:
         """The hub still answers this connection: a blob that is not there is reported."""
-        from edge_sdk.protocol.messages import BlobGet
-
         await self.say(BlobGet(hash="0" * 64, offset=0))
         while True:
             error = await self.hear(Error)
@@ -123,6 +122,12 @@ class Attacker:
         finally:
             await connection.close()
 
+    async def is_refused_with(self, frame: bytes | str, *codes: str) -> None:
+        """A stranger's first frame is refused with one of the codes."""
+        async with self.stranger() as peer:
+            await peer.raw(frame)
+            await peer.is_refused(*codes)
+
     @asynccontextmanager
     async def device(self, **hello: Any) -> AsyncIterator[Hostile]:
         """A connection that has been welcomed."""
@@ -162,21 +167,3 @@ async def _round(peer: Hostile) -> Round:
         message = decode(await peer.connection.recv()).message
         if isinstance(message, Round):
             return message
-
-
-Scenario = Callable[[Attacker], Awaitable[None]]
-
-SCENARIOS: dict[str, Scenario] = {}
-"""Every scenario by what it does."""
-
-
-def scenario(run: Scenario) -> Scenario:
-    """Add a scenario; its name says what the peer does."""
-    SCENARIOS[run.__name__] = run
-    return run
-
-
-async def attempt(run: Scenario, attacker: Attacker) -> None:
-    """Run a scenario; that the hub refuses or closes a connection early is no failure of it."""
-    with contextlib.suppress(ConnectionClosed, InvalidHandshake, ConnectionError):
-        await run(attacker)

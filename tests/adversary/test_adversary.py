@@ -14,19 +14,18 @@ from typing import Any
 
 import pytest
 
-import tests.adversary.scenarios
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.device import Device
 from server_hub.gateway.tokens import TokenFile
-from tests.adversary.peer import SCENARIOS, Attacker, attempt
+from tests.adversary.peer import Attacker
+from tests.adversary.scenarios import OF_ROUNDS, SCENARIOS, attempt
 from tests.lib.harness import examples
+from tests.lib.tasks import run
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 12
 AT_ONCE = 6
 """Scenarios that run at the same time."""
-
-assert tests.adversary.scenarios.__name__, "importing it adds the scenarios"
 
 
 @dataclass
@@ -127,14 +126,6 @@ async def attack(attacker: Attacker, names: list[str], at_once: int = AT_ONCE) -
     return wrong
 
 
-def run(test: Any, limit_s: float) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(limit_s):
-            await test
-
-    asyncio.run(limited())
-
-
 def test_there_are_sixty_scenarios() -> None:
     assert len(SCENARIOS) >= 60
 
@@ -191,7 +182,7 @@ def test_an_attacked_job_ends_as_well_as_others(bundles: BundleIndex, tmp_path: 
 @pytest.mark.slow
 def test_an_attack_that_goes_on_costs_no_memory(bundles: BundleIndex, tmp_path: Path) -> None:
     """After 100 repetitions the hub has at most 5 MB more than after 10."""
-    names = [name for name in SCENARIOS if not _is_of_a_round(name)]
+    names = sorted(SCENARIOS.keys() - OF_ROUNDS)
 
     async def test() -> None:
         async with hub_process(bundles, tmp_path / "hub", 10**6) as hub:
@@ -204,10 +195,3 @@ def test_an_attack_that_goes_on_costs_no_memory(bundles: BundleIndex, tmp_path: 
             assert after[100] - after[10] < 5, after
 
     run(test(), 1500)
-
-
-def _is_of_a_round(name: str) -> bool:
-    """Whether a scenario needs a round, for which nobody else is there."""
-    import inspect
-
-    return ".member(" in inspect.getsource(SCENARIOS[name])

@@ -22,6 +22,7 @@ from server_hub.rounds.rounds import RoundRules
 from tests.adversary.fuzzer import Fuzzer
 from tests.adversary.peer import Attacker, Hostile
 from tests.lib.harness import hub_config, running_hub
+from tests.lib.tasks import run
 
 
 @pytest.mark.parametrize("frames", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
@@ -81,11 +82,7 @@ def test_mutated_frames_over_sockets_end_their_connections_and_nothing_else(
         assert codes <= set(ErrorCode)
         assert {"bad_frame", "bad_message", "bad_tensor", "unknown_type"} <= codes
 
-    async def limited() -> None:
-        async with asyncio.timeout(400):
-            await test()
-
-    asyncio.run(limited())
+    run(test(), 400)
 
 
 async def _send_until_closed(peer: Hostile, fuzzer: Fuzzer, codes: set[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 from websockets.asyncio.client import connect
@@ -27,19 +27,9 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.transport.link import Link, MemoryLink, WebSocketLink, open_websocket
 from edge_sdk.transport.session import Session, SessionLost
+from tests.lib.tasks import run
 
 HASH = "0" * 64
-TIMEOUT_S = 20.0
-
-
-def run(test: Awaitable[None]) -> None:
-    """Run a test; fail if it exceeds its time limit."""
-
-    async def limited() -> None:
-        async with asyncio.timeout(TIMEOUT_S):
-            await test
-
-    asyncio.run(limited())
 
 
 async def until(condition: Callable[[], bool]) -> None:

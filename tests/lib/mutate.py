@@ -62,6 +62,7 @@ ROOMS = {
             "edge_sdk/test_tensors_frames.py",
             "edge_sdk/test_channel.py",
             "edge_sdk/test_vectors.py",
+            "edge_sdk/test_structure_limits.py",
         ),
         ("edge_sdk/test_session.py", "end_to_end/test_bad_input.py"),
     ),
@@ -70,7 +71,13 @@ ROOMS = {
         ("end_to_end/test_bad_input.py", "export/test_steps.py"),
     ),
     "edge_sdk/transport": RoomTests(
-        ("edge_sdk/test_session.py", "end_to_end/test_bad_hub.py"), FLEET[1:]
+        (
+            "edge_sdk/test_session.py",
+            "edge_sdk/test_flow.py",
+            "edge_sdk/test_connection_retry.py",
+            "end_to_end/test_bad_hub.py",
+        ),
+        FLEET[1:],
     ),
     "edge_sdk/runtime": RoomTests(
         ("export/test_steps.py",), ("export/test_executorch.py", "export/test_plan.py")
@@ -88,13 +95,30 @@ ROOMS = {
         ("end_to_end/test_bad_input.py", "end_to_end/test_end_to_end.py"),
     ),
     "server_hub/gateway": RoomTests(
-        ("server_hub/test_tokens_config.py", "server_hub/test_gateway.py"), FLEET
+        (
+            "server_hub/test_tokens_config.py",
+            "server_hub/test_gateway.py",
+            "server_hub/test_door.py",
+        ),
+        FLEET,
     ),
     "server_hub/rounds": RoomTests(
-        ("server_hub/test_rounds.py", "server_hub/test_cut_policy.py"), FLEET[1:]
+        (
+            "server_hub/test_rounds.py",
+            "server_hub/test_cut_policy.py",
+            "server_hub/test_claims.py",
+            "server_hub/test_round_ends.py",
+        ),
+        FLEET[1:],
     ),
     "server_hub/trunk": RoomTests(
-        ("server_hub/test_shuffle_buffer.py", "server_hub/test_trunk.py"),
+        (
+            "server_hub/test_shuffle_buffer.py",
+            "server_hub/test_batcher.py",
+            "server_hub/test_trunk_bounds.py",
+            "server_hub/test_trunk_isolation.py",
+            "server_hub/test_trunk.py",
+        ),
         ("server_hub/test_process.py", "server_hub/test_vmapped.py", "server_hub/test_splitft.py"),
     ),
     "server_hub/aggregation": RoomTests(
@@ -102,6 +126,8 @@ ROOMS = {
             "server_hub/test_layer_store.py",
             "server_hub/test_adapter_average.py",
             "server_hub/test_separate_stores.py",
+            "server_hub/test_update_bound.py",
+            "server_hub/test_robust_rules.py",
         ),
         (
             "server_hub/test_methods.py",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from server_hub.trunk.batcher import PendingBatch, StepBatcher
 from server_hub.trunk.interface import StepInput, StepReport
 from server_hub.trunk.process import TrunkFailed
 from server_hub.trunk.settings import TrunkTraining
+from tests.lib.tasks import run
 
 ROWS = 4
 """Rows of a batch."""
@@ -66,14 +66,6 @@ class Running:
     async def stop(self) -> None:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(20):
-            await test
-
-    asyncio.run(limited())
 
 
 def test_as_many_steps_are_under_way_as_the_trunk_takes_at_once_in_their_order() -> None:

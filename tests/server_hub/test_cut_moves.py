@@ -9,7 +9,7 @@ import math
 import shutil
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +64,7 @@ from tests.lib.harness import cutlayer, finish, next_event, save_npz, served
 from tests.lib.harness import examples as images
 from tests.lib.models import CLASSES, FEATURES, MeanHead, TokenBlock
 from tests.lib.proxy import proxy
+from tests.lib.tasks import run
 
 HYPER = {"lr": 0.05, "momentum": 0.9}
 HASH = "0" * 64
@@ -218,16 +219,6 @@ async def fleet(
         yield Fleet(export, hub, url, folder)
 
 
-def run(test: Coroutine[Any, Any, T]) -> T:
-    """Run a test; fail if it exceeds its time limit."""
-
-    async def limited() -> T:
-        async with asyncio.timeout(30):
-            return await test
-
-    return asyncio.run(limited())
-
-
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until a condition holds."""
     while not condition():
@@ -265,10 +256,10 @@ def test_a_device_goes_deeper_and_shallower_and_no_step_is_lost(
 ) -> None:
     """The model after the job is that of a device that does not move."""
     caplog.set_level(logging.DEBUG, "cutlayer.hub")
-    hub, own, stayed = run(one_job(tmp_path / "stays", export, Script()))
+    hub, own, stayed = run(one_job(tmp_path / "stays", export, Script()), 30)
     assert cuts_of(hub, "a") == own == [2, 2, 2, 2, 2]
     script = Script({"a": 3}, {"a": 1}, {}, {"a": 2})
-    hub, own, moved = run(one_job(tmp_path / "moves", export, script))
+    hub, own, moved = run(one_job(tmp_path / "moves", export, script), 30)
     assert cuts_of(hub, "a") == own == [2, 3, 1, 1, 2]
     assert [record.moves for record in hub.run.records] == [
         [{"device": "a", "cut": cut, "to": to, "reason": "the script says so"}] if to else []
@@ -307,8 +298,8 @@ def test_a_gradient_for_a_round_that_is_over_is_not_applied(tmp_path: Path, expo
 
         hub.rounds.start = start_and_send  # type: ignore[method-assign]
 
-    _, _, want = run(one_job(tmp_path / "quiet", export, Script()))
-    _, _, got = run(one_job(tmp_path / "disturbed", export, Script(), disturb))
+    _, _, want = run(one_job(tmp_path / "quiet", export, Script()), 30)
+    _, _, got = run(one_job(tmp_path / "disturbed", export, Script(), disturb), 30)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
@@ -338,7 +329,7 @@ def test_devices_move_while_others_stay(tmp_path: Path, export: Export) -> None:
                 assert seen["a"].options == seen["b"].options == [1, 2, 3]
                 assert seen["c"].options == [2]
 
-    run(job())
+    run(job(), 30)
 
 
 # --- limits of a device ---------------------------------------------------------------------------
@@ -366,7 +357,7 @@ def test_a_tier_that_takes_more_memory_than_there_is_is_no_option(
             "small": [1, 2], "enough": [1, 2], "large": [1, 2, 3], "silent": [1, 2, 3],
         }  # fmt: skip
 
-    run(job())
+    run(job(), 30)
 
 
 def test_memory_of_a_tier_that_is_not_there_is_an_error(tmp_path: Path, export: Export) -> None:
@@ -405,7 +396,7 @@ def test_a_device_that_cannot_load_a_bundle_stays_where_it_is(
             assert cuts_of(made.hub, "a") == [2, 2, 2, 1]
             assert [[m["to"] for m in r.moves] for r in made.hub.run.records] == [[3], [], [1], []]
 
-    run(job())
+    run(job(), 30)
     assert [seen["a"].options for seen in script.seen] == [[1, 2, 3], [1, 2], [1, 2]]
     warnings = [record.getMessage() for record in caplog.records]
     assert warnings.count("a could not load the bundle of three and stays at two") == 1
@@ -457,7 +448,7 @@ def test_a_device_that_never_gets_ready_is_waited_for_once(tmp_path: Path, expor
                 np.testing.assert_array_equal(tensor, final[name])
             await asyncio.gather(slow.close(), other.close())
 
-    run(job())
+    run(job(), 30)
 
 
 def test_a_device_that_is_killed_in_a_move_is_waited_for_briefly(
@@ -502,7 +493,7 @@ def test_a_device_that_is_killed_in_a_move_is_waited_for_briefly(
                 await lost
             await asyncio.gather(killed.close(), other.close())
 
-    run(job())
+    run(job(), 30)
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -559,7 +550,7 @@ def test_a_device_that_leaves_with_batches_in_flight_does_not_stop_the_job(
             )
             await other.close()
 
-    run(job())
+    run(job(), 30)
 
 
 def test_a_device_whose_round_is_over_stops_waiting_for_gradients(
@@ -588,7 +579,7 @@ def test_a_device_whose_round_is_over_stops_waiting_for_gradients(
             assert [*await asyncio.gather(live("a"), live("b"))] == [[2, 3], [1, 2, 3]]
             assert hub.run.records[0].dropped == {"a": "it is too slow"}
 
-    run(job())
+    run(job(), 30)
 
 
 # --- sessions that end ----------------------------------------------------------------------------
@@ -617,7 +608,7 @@ def test_a_device_comes_back_with_the_tier_that_it_was_moved_to(
             assert cuts_of(hub, "a") == [2, 3, 3, 3]
             assert hub.run.records[-1].round == 4
 
-    run(job())
+    run(job(), 30)
 
 
 @dataclass(frozen=True)
@@ -668,7 +659,7 @@ def test_a_device_that_starts_anew_goes_on_where_it_was_moved_to(
             cut = hub.manifests[back.gets].cut
             assert cuts_of(hub, "a") == [2] + [3] * (rounds - 1) + [cut] * (6 - rounds)
 
-    run(job())
+    run(job(), 30)
 
 
 def test_a_session_goes_on_though_the_device_names_no_tier(tmp_path: Path, export: Export) -> None:
@@ -688,7 +679,7 @@ def test_a_session_goes_on_though_the_device_names_no_tier(tmp_path: Path, expor
                 await device.train()
             assert cuts_of(hub, "a") == [3, 3, 3]
 
-    run(job())
+    run(job(), 30)
 
 
 @pytest.mark.parametrize("lost", ["link", "session"])
@@ -724,7 +715,7 @@ def test_a_connection_that_ends_during_a_move_ends_neither_device_nor_job(
             expected = 3 if lost == "link" else 2
             assert cuts_of(hub, "a") == [2, expected, expected, 1]
 
-    run(job())
+    run(job(), 30)
     assert not [r for r in caplog.records if "could not load" in r.getMessage()]
 
 
@@ -753,7 +744,7 @@ def test_a_device_that_came_back_after_a_move_was_planned_is_not_moved(
                 assert made.tier_of("a") == device.manifest.tier == "one"
             assert cuts_of(hub, "a") == [2, 2, 2, 1]
 
-    run(job())
+    run(job(), 30)
     assert not [r for r in caplog.records if "could not load" in r.getMessage()]
 
 
@@ -774,7 +765,7 @@ def test_a_device_loads_the_bundle_of_a_hub_that_has_another(
                 assert (await training).reason == "the job is finished"
                 assert device.manifest.tier == made.tier_of("a") == "three"
 
-    run(job())
+    run(job(), 30)
 
 
 # --- messages -------------------------------------------------------------------------------------
@@ -801,7 +792,7 @@ def test_ready_with_a_tier_that_it_was_not_told_to_load_is_refused(
             async with await made.join("b", "one") as device:
                 assert (await device.train()).reason == "the job is finished"
 
-    run(job())
+    run(job(), 30)
 
 
 @pytest.mark.parametrize("says", [None, "two"])
@@ -820,7 +811,7 @@ def test_ready_with_the_tier_of_the_welcome_or_none_is_taken(
             assert isinstance(delivery.message, Round)
             await connection.close("done")
 
-    run(job())
+    run(job(), 30)
 
 
 def test_an_answer_is_that_of_the_tier_which_has_packed_the_question(
@@ -861,7 +852,7 @@ def test_an_answer_is_that_of_the_tier_which_has_packed_the_question(
             assert now.heads == ["head"]
             np.testing.assert_allclose(now.logits, skipping[None].numpy(), atol=1e-5)
 
-    run(job())
+    run(job(), 30)
 
 
 class OtherEnd:
@@ -946,7 +937,7 @@ def test_a_round_ends_with_what_comes_after_it(end: Message) -> None:
             ).parts.keys() == parts.keys()
         await asyncio.gather(connection.close("done"), hub.part())
 
-    run(conversation())
+    run(conversation(), 30)
 
 
 # --- processes ------------------------------------------------------------------------------------

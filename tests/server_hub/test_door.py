@@ -22,6 +22,7 @@ from server_hub.gateway.door import (
     serve_options,
 )
 from server_hub.gateway.limits import HELLO_BYTES, Limits
+from tests.lib.tasks import run
 
 LIMITS = Limits(strangers=4, strangers_per_address=2, hello_s=0.5)
 
@@ -68,14 +69,6 @@ async def doorway(
     async with serve(echo, "127.0.0.1", 0, **serve_options(door)) as server:
         port = server.sockets[0].getsockname()[1]
         yield Doorway(door, f"ws://127.0.0.1:{port}")
-
-
-def run(test: object) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(20):
-            await test  # type: ignore[misc]
-
-    asyncio.run(limited())
 
 
 async def closes(connection: ClientConnection) -> bool:

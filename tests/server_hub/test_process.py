@@ -34,6 +34,7 @@ from server_hub.trunk.interface import Query, StepInput, Trunk, TrunkCopy, Trunk
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.process import WorkerTrunk
 from server_hub.trunk.step import TrunkTrainer
+from tests.lib.tasks import run
 from tests.lib.trunk_models import (
     BusyBlock,
     DyingBlock,
@@ -51,16 +52,6 @@ from tests.lib.trunk_models import (
 HYPER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 TIMEOUT_S = 90.0
 ARENA = 2**20
-
-
-def run(test: Awaitable[None]) -> None:
-    """Run a test; fail if it exceeds its time limit."""
-
-    async def limited() -> None:
-        async with asyncio.timeout(TIMEOUT_S):
-            await test
-
-    asyncio.run(limited())
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -177,7 +168,7 @@ def test_a_worker_says_what_a_local_trunk_says() -> None:
         assert [report.refused.keys() for report in want[:3]] == [{"bad"}] * 3
         assert_same(got, want)
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 def test_calls_that_come_at_once_take_turns() -> None:
@@ -201,7 +192,7 @@ def test_calls_that_come_at_once_take_turns() -> None:
             assert_same(list(both[1]), [core.step(step) for step in steps])
             assert_same(await trunk.finish(), core.finish())
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -239,7 +230,7 @@ def test_a_worker_goes_on_after_what_it_could_not_do() -> None:
             assert_same(await trunk.step(fine), core.step(fine))
             assert_same(await trunk.finish(), core.finish())
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 async def killed(sparing: int = -1) -> int:
@@ -281,7 +272,7 @@ def test_a_worker_that_is_killed_is_started_again_from_the_start_of_the_round(
             assert report.accuracy.keys() == {"m"}
             assert_same(await trunk.finish(), core.finish())
 
-    run(test())
+    run(test(), TIMEOUT_S)
     (message,) = (r.message for r in caplog.records)  # whichever call notices it first
     assert re.fullmatch(
         r"the trunk's process ended with exit code -9 in \w+; "
@@ -307,7 +298,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_job() -> None:
                 await trunk.answer(question)
         assert not multiprocessing.active_children()
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 @pytest.mark.slow
@@ -324,7 +315,7 @@ def test_a_batch_that_ends_the_worker_is_refused_and_the_job_goes_on() -> None:
             assert (reports[1].refused, reports[1].rows) == ({}, 2)
             await trunk.finish()
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 @pytest.mark.slow
@@ -338,7 +329,7 @@ def test_a_step_that_takes_too_long_ends_the_worker_and_not_the_job() -> None:
             assert reason == "the trunk's process made no answer in step within 10 s"
             assert (await trunk.step([arrival_of(model, 1, 2, 1)])).rows == 2
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 def test_a_caller_that_gives_up_does_not_confuse_the_next() -> None:
@@ -361,7 +352,7 @@ def test_a_caller_that_gives_up_does_not_confuse_the_next() -> None:
                 await first
             assert_same(await trunk.finish(), core.finish())
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 def test_a_device_that_torch_does_not_have_is_a_failure_to_start(
@@ -373,7 +364,7 @@ def test_a_device_that_torch_does_not_have_is_a_failure_to_start(
             await trunk.start()
         await trunk.close()
 
-    run(test())
+    run(test(), TIMEOUT_S)
     assert capfd.readouterr().err == "", "one sentence, and no traceback"
 
 
@@ -387,7 +378,7 @@ def test_an_arena_that_does_not_fit_is_one_sentence_that_names_the_setting() -> 
         await trunk.close()
 
     for arena in (4 * shutil.disk_usage("/dev/shm").total, 2**62):
-        run(test(arena))
+        run(test(arena), TIMEOUT_S)
     assert set(os.listdir("/dev/shm")) == before
 
 
@@ -402,7 +393,7 @@ def test_a_model_with_a_lambda_is_one_sentence_and_closes_at_once() -> None:
         await trunk.close()
         assert time.monotonic() - began < 1.0
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 def test_a_model_that_its_function_builds_in_the_worker_may_hold_a_lambda() -> None:
@@ -410,7 +401,7 @@ def test_a_model_that_its_function_builds_in_the_worker_may_hold_a_lambda() -> N
         async with worker(model_with_a_lambda) as trunk:
             await trunk.begin(state_of(dense_model()), TrunkPlan("sgd", HYPER))
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 def test_a_function_that_fails_in_the_worker_says_why() -> None:
@@ -420,7 +411,7 @@ def test_a_function_that_fails_in_the_worker_says_why() -> None:
             await trunk.start()
         await trunk.close()
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 MODEL_HERE = """
@@ -513,7 +504,7 @@ def test_close_leaves_no_process_and_no_shared_memory() -> None:
                     if name not in before and str(os.getpid()) in name]  # fmt: skip
         await until(lambda: not [t for t in threading.enumerate() if t.name.startswith("trunk")])
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 def test_close_in_the_middle_of_a_long_step() -> None:
@@ -532,14 +523,14 @@ def test_close_in_the_middle_of_a_long_step() -> None:
         assert time.monotonic() - began < 5.0
         assert not is_running(pid)
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 def test_close_before_start() -> None:
     async def test() -> None:
         await WorkerTrunk(dense_model(), "cpu", arena_bytes=ARENA).close()
 
-    run(test())
+    run(test(), TIMEOUT_S)
     assert not [child for child in multiprocessing.active_children() if child.name == "trunk"]
 
 
@@ -563,7 +554,7 @@ def test_close_of_a_start_that_was_given_up(when: str) -> None:
         assert not multiprocessing.active_children()
         assert when == "at once" or not is_running(pid)
 
-    run(test())
+    run(test(), TIMEOUT_S)
 
 
 SCRIPT = """
@@ -696,4 +687,4 @@ def test_the_event_loop_goes_on_while_the_worker_is_busy(
         assert len(pings) > 20
         assert max(pings) < 1.0
 
-    run(test())
+    run(test(), TIMEOUT_S)

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 
 from server_hub.concurrency import Turns
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(10):
-            await test
-
-    asyncio.run(limited())
+from tests.lib.tasks import run
 
 
 def test_owners_take_turns_one_task_at_a_time() -> None:
@@ -35,7 +26,7 @@ def test_owners_take_turns_one_task_at_a_time() -> None:
         await asyncio.gather(*(work(o) for o in ("a", "a", "a", "a", "b", "c", "b")))
         assert order == ["a", "a", "b", "c", "a", "b", "a"]
 
-    run(test())
+    run(test(), 10)
 
 
 def test_a_task_that_fails_or_is_cancelled_gives_its_turn_on() -> None:
@@ -62,7 +53,7 @@ def test_a_task_that_fails_or_is_cancelled_gives_its_turn_on() -> None:
         async with turns.turn("f"):
             pass
 
-    run(test())
+    run(test(), 10)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -87,4 +78,4 @@ def test_a_task_that_is_cancelled_at_the_moment_of_its_turn_gives_it_on(late: bo
         await asyncio.gather(b, c, return_exceptions=True)
         assert done == ["c"]
 
-    run(test())
+    run(test(), 10)
