@@ -34,8 +34,7 @@ def image_header(path: Path) -> tuple[tuple[int, int], bool]:
             with path.open("rb") as file:
                 kind, width, height, _ = _netpbm_header(file.read(512))
             return (width, height), kind == b"5"
-        with _pillow(path).open(path) as image:
-            _check_depth(image, str(path))
+        with _opened(path, str(path)) as image:
             return image.size, image.mode in ("1", "L")
 
 
@@ -95,19 +94,28 @@ def _pixels(data: bytes, where: str, grey: bool | None) -> Array:
         if grey:
             raise ValueError("it is in colour, and the others are grey")
         return np.repeat(pixels[..., None], 3, -1)
-    Image = _pillow(where)
+    with _opened(io.BytesIO(data), where) as image:
+        grey = image.mode in ("1", "L") if grey is None else grey
+        return np.asarray(image.convert("L" if grey else "RGB"))
+
+
+@contextmanager
+def _opened(file: Path | io.BytesIO, where: str) -> Iterator[Any]:
+    """An image of Pillow, which is no dependency of a device."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            _check_depth(image, where)
-            grey = image.mode in ("1", "L") if grey is None else grey
-            return np.asarray(image.convert("L" if grey else "RGB"))
+        from PIL import Image
+    except ImportError:
+        raise DataError(
+            f"{where} needs Pillow to be read; install 'cutlayer[images]', or convert images to "
+            "PGM or PPM"
+        ) from None
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{where} has more than 8 bits per channel; convert it to 8")
+            yield image
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
-
-
-def _check_depth(image: Any, where: str) -> None:
-    if image.mode.startswith(("I", "F")):
-        raise DataError(f"{where} has more than 8 bits per channel; convert it to 8")
 
 
 def _netpbm_header(data: bytes) -> tuple[bytes, int, int, int]:
@@ -127,15 +135,3 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
-
-
-def _pillow(what: object) -> Any:
-    """Pillow's module; it is no dependency of a device."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError(
-            f"{what} needs Pillow to be read; install 'cutlayer[images]', or convert images to "
-            "PGM or PPM"
-        ) from None
-    return Image

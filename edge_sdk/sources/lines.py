@@ -196,6 +196,8 @@ class LineFile(Source):
             where = f"{self._path}, line {number}"
             try:
                 cells = self._cells(line, where)
+                if not ended:
+                    self._columns.examples([cells], lambda _: where)
                 time = self._columns.time_of(cells, where)
             except DataError:
                 if ended:
