@@ -48,6 +48,7 @@ from server_hub.rounds.rounds import Rounds
 from server_hub.rounds.update_collector import UpdateCollector
 from server_hub.storage.run_folder import RoundRecord, RunFolder
 from server_hub.trunk.batcher import StepBatcher
+from server_hub.trunk.errors import TrunkRefused
 from server_hub.trunk.interface import EvaluationReport, Trunk
 from server_hub.trunk.process import WorkerTrunk
 from server_hub.trunk.startup import ModelSource
@@ -339,7 +340,13 @@ class Hub:
         self.gateway.drop(peer, reason, error)
 
     def _failed(self, peer: Peer, error: Exception) -> None:
-        """The hub could not do what a device has asked for; the device may ask again."""
+        """The hub could not do what a device has asked for.
+
+        The device may ask again, unless it was the request that the trunk cannot use.
+        """
+        if isinstance(error, TrunkRefused):
+            self._refused(peer, str(error))
+            return
         log.error("a request of %s failed: %s", peer.device, error)
         told = ProtocolError(ErrorCode.INTERNAL, "the hub failed to compute an answer; try later")
         self.gateway.drop(peer, str(told), told)
