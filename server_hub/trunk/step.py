@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from edge_sdk.protocol.tensors import Array, State
 from export.packing import get_codec
 from export.split import SplitModel, channel_axis
-from server_hub.trunk.bounds import ActivationBound
+from server_hub.trunk.bounds import ActivationBound, GradientBound, shares
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss, merged_features
 from server_hub.trunk.errors import TrunkDamaged, TrunkRefused, divided, is_damage, reason_of
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
@@ -51,10 +51,17 @@ class _Received:
 
 @dataclass(frozen=True)
 class _Unpacked:
-    """A batch whose activations ``h`` (rows, ...) are unpacked for one pass."""
+    """A batch that is unpacked for one pass.
+
+    Attributes:
+        received: the batch.
+        h: activations (rows, ...).
+        gradient: gradient of the features (rows, ...), where labels stay on the device.
+    """
 
     received: _Received
     h: Tensor
+    gradient: Tensor | None
 
     @property
     def source(self) -> StepInput:
@@ -96,6 +103,7 @@ class TrunkTrainer:
         self._kept: list[_Received] = []
         self._vmapped: VmappedTrainer | None = None
         self._activations = ActivationBound(self._device)
+        self._gradients = GradientBound(self._device)
 
     def begin(self, state: State, plan: TrunkPlan) -> None:
         """Start a round from ``state``, with no replicas and fresh optimizers."""
@@ -104,6 +112,7 @@ class TrunkTrainer:
         self._kept.clear()
         self._vmapped = None
         self._activations.begin()
+        self._gradients.begin()
         if plan.bases:
             self._vmapped = VmappedTrainer(
                 self._pool.template, state, plan, self._device, self._activations
@@ -277,8 +286,9 @@ class TrunkTrainer:
                 outcome = self._backward(replica, batches)
                 if outcome.finite:
                     if self._plan.returned:
-                        for b in batches:
-                            gradients[id(b.received)] = self._packed_gradient(b, _counted(batches))
+                        weights, labels = _weights(batches)
+                        for b, weight in zip(batches, weights, strict=True):
+                            gradients[id(b.received)] = self._packed_gradient(b, weight, labels)
                     for b, loss in zip(batches, outcome.losses, strict=True):
                         if b.received.head_gradient is None:
                             losses[id(b.received)] = loss, b.received.counted
@@ -287,11 +297,14 @@ class TrunkTrainer:
                     except Exception as error:  # some parameters may have moved already
                         raise TrunkDamaged(f"the optimizer failed: {reason_of(error)}") from error
                     self._activations.keep()
+                    self._gradients.keep()
                     replica.count(_rows_by_cut(batches))
                     return sum(outcome.losses), _counted(batches)
                 replica.restore(before)
-                fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
+                fine = torch.stack([_is_finite(b) for b in batches]).tolist()
                 reason = "the activations are not finite"
+                if batches[0].gradient is not None:
+                    reason = "the activations, or the gradients of their features, are not finite"
                 if all(fine):
                     fine = [self._finite_alone(replica, b, before) for b in batches]
                     if all(fine):
@@ -304,8 +317,10 @@ class TrunkTrainer:
         return 0.0, 0
 
     def _unpack(self, received: _Received) -> _Unpacked:
-        h = get_codec(received.source.codec).unpack(received.parts)
-        return _Unpacked(received, h.requires_grad_(self._plan.returned))
+        codec = get_codec(received.source.codec)
+        h = codec.unpack(received.parts).requires_grad_(self._plan.returned)
+        given = received.head_gradient
+        return _Unpacked(received, h, None if given is None else codec.unpack(given))
 
     def _finite_alone(
         self, replica: Replica, batch: _Unpacked, before: Mapping[str, Tensor]
@@ -319,7 +334,7 @@ class TrunkTrainer:
         replica.optimizer.zero_grad()
         for b in batches:
             b.h.grad = None
-        if batches[0].received.head_gradient is None:
+        if batches[0].gradient is None:
             loss, row_losses = self._loss(replica, batches)
             loss.backward()  # type: ignore[no-untyped-call]
         else:
@@ -333,12 +348,9 @@ class TrunkTrainer:
 
     def _loss(self, replica: Replica, batches: Sequence[_Unpacked]) -> tuple[Tensor, Tensor]:
         """The merged loss, and the unweighted loss of each row in the merged order (rows,)."""
-        labels = _counted(batches)
+        each, labels = _weights(batches)
         weights = torch.from_numpy(
-            np.repeat(
-                np.array([b.source.weight / labels for b in batches]),
-                [b.source.rows for b in batches],
-            )
+            np.repeat(np.array([w / labels for w in each]), [b.source.rows for b in batches])
         ).to(self._device, batches[0].h.dtype, non_blocking=True)
         entering: dict[int, list[Entering]] = {}
         own = torch.split(weights, [b.source.rows for b in batches])
@@ -353,11 +365,16 @@ class TrunkTrainer:
         for b, h in zip(batches, self._shortened(batches), strict=True):
             entering.setdefault(b.source.cut, []).append(h)
         merged = self._merged_features(replica, entering)
+        bounded = self._gradients.shortened_gradients(
+            [b.source.device for b in batches],
+            [b.gradient for b in batches if b.gradient is not None],
+            [b.received.counted for b in batches],
+        )
+        weights, labels = _weights(batches)
         gradient, row = torch.zeros_like(merged), 0
-        for b in (batches[i] for i in _merged_order(batches)):
-            assert b.received.head_gradient is not None
-            own = get_codec(b.source.codec).unpack(b.received.head_gradient)
-            own = own * (b.source.weight * b.received.counted / _counted(batches))
+        for i in _merged_order(batches):
+            b = batches[i]
+            own = bounded[i] * (weights[i] * b.received.counted / labels)
             rows = gradient[row : row + b.source.rows]
             # a text may have been padded: no gradient comes back for positions it did not have
             (rows[:, : own.shape[1]] if own.dim() == 3 else rows).copy_(own)
@@ -386,10 +403,12 @@ class TrunkTrainer:
         on = self._plan.precision == "bf16"
         return torch.autocast(self._device.type, torch.bfloat16, enabled=on)
 
-    def _packed_gradient(self, batch: _Unpacked, labels: int) -> Mapping[str, Array]:
+    def _packed_gradient(
+        self, batch: _Unpacked, weight: float, labels: float
+    ) -> Mapping[str, Array]:
         """Gradient at the cut of the mean over the batch's own labels, not over all ``labels``."""
         assert batch.h.grad is not None
-        own = batch.h.grad * (labels / (batch.received.counted * batch.source.weight))
+        own = batch.h.grad * (labels / (batch.received.counted * weight))
         axis = channel_axis(batch.h, self._pool.template.channels_first)
         parts = get_codec(batch.source.codec).pack(own, axis)
         return {name: part.cpu().numpy() for name, part in parts.items()}
@@ -417,6 +436,23 @@ def _sums(row_losses: Array, batches: Sequence[_Unpacked]) -> list[float]:
     ends = np.cumsum([batches[i].source.rows for i in order])
     parts = dict(zip(order, np.split(row_losses, ends[:-1]), strict=True))
     return [float(parts[i].sum()) for i in range(len(batches))]
+
+
+def _weights(batches: Sequence[_Unpacked]) -> tuple[list[float], float]:
+    """Weight of a label of each batch in the step, and how many labels all of them count as.
+
+    A label of a device that has too large a share of the step counts less.
+    """
+    devices = [b.source.device for b in batches]
+    factors = shares(devices, [b.source.weight * b.received.counted for b in batches])
+    labels = sum(f * b.received.counted for f, b in zip(factors, batches, strict=True))
+    return [f * b.source.weight for f, b in zip(factors, batches, strict=True)], labels
+
+
+def _is_finite(batch: _Unpacked) -> Tensor:
+    """Whether what the device has sent is finite; a boolean scalar on the trunk's device."""
+    finite = torch.isfinite(batch.h).all()
+    return finite if batch.gradient is None else finite & torch.isfinite(batch.gradient).all()
 
 
 def _rows_by_cut(batches: Sequence[_Unpacked]) -> dict[int, int]:
