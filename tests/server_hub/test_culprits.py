@@ -1,9 +1,11 @@
-"""The search for batches that end the trunk's process, with a process that is played."""
+"""The search for batches that end the trunk's process, with processes that are played."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.protocol.messages import Batch
+from server_hub.trunk import process as trunk_process
 from server_hub.trunk.culprits import joined, without_culprits
-from server_hub.trunk.errors import WorkerDied
-from server_hub.trunk.interface import StepInput, StepReport
+from server_hub.trunk.errors import TrunkFailed, TrunkRefused, WorkerDied
+from server_hub.trunk.interface import Query, StepInput, StepReport, TrunkPlan
+from server_hub.trunk.process import WorkerTrunk
 from tests.lib.tasks import run
+from tests.lib.trunk_models import dense_model, state_of
 
 DEATH = WorkerDied("the trunk's process ended with exit code 7 in step")
 
@@ -109,3 +114,111 @@ def test_what_a_half_refuses_itself_is_refused_in_the_whole_report() -> None:
         (),
         [(8.0, 4), None, None, None],
     )
+
+
+# --- a trunk whose processes are played -----------------------------------------------------------
+
+
+class PlayedProcess:
+    """Stands in for a worker process; it ends at inputs of devices whose name begins with "evil".
+
+    Attributes:
+        starts: number of processes so far.
+    """
+
+    starts = 0
+
+    def __init__(self, *options: object) -> None:
+        type(self).starts += 1
+
+    async def start(self, payload: bytes) -> None:
+        pass
+
+    async def send(
+        self, command: str, arguments: tuple[Any, ...], limit_s: float | None
+    ) -> asyncio.Future[Any]:
+        answer = asyncio.get_running_loop().create_future()
+        inputs = {"step": lambda: arguments[0], "answer": lambda: arguments}.get(command, tuple)()
+        if any(i.device.startswith("evil") for i in inputs):
+            answer.set_exception(WorkerDied(f"the trunk's process ended in {command}"))
+        else:
+            report = StepReport(1.0, len(inputs), {}, (), [(1.0, 1)] * len(inputs))
+            answer.set_result((None, {"step": report, "finish": []}.get(command)))
+        return answer
+
+    async def idle(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> type[PlayedProcess]:
+    """The class of the processes that a trunk starts in a test."""
+
+    class Counted(PlayedProcess):
+        pass
+
+    monkeypatch.setattr(trunk_process, "WorkerProcess", Counted)
+    return Counted
+
+
+async def begun() -> WorkerTrunk:
+    trunk = WorkerTrunk(dense_model(), "cpu")
+    await trunk.start()
+    await trunk.begin(state_of(dense_model()), TrunkPlan("sgd", {}))
+    return trunk
+
+
+def of_devices(*names: str) -> list[StepInput]:
+    return [batch(name, number) for number, name in enumerate(names)]
+
+
+def test_a_device_causes_few_restarts_in_the_whole_job(played: type[PlayedProcess]) -> None:
+    async def test() -> None:
+        trunk = await begun()
+        for _ in range(10):
+            report = await trunk.step(of_devices("a", "evil", "b", "evil", "c", "d", "e", "f"))
+            assert report.refused == {"evil": "the trunk's process ended in step"}
+            assert report.rows == 6
+            with pytest.raises(TrunkRefused, match="ended in step"):
+                await trunk.answer(Query(1, "fp16", {}, device="evil"))
+            await trunk.finish()
+            await trunk.begin({}, TrunkPlan("sgd", {}))
+        assert played.starts == 1 + 5
+
+    run(test())
+
+
+def test_one_device_after_the_other_ends_the_process_and_the_job_goes_on(
+    played: type[PlayedProcess],
+) -> None:
+    async def test() -> None:
+        trunk = await begun()
+        for number in range(8):
+            assert (await trunk.step(of_devices(f"evil-{number}"))).rows == 0
+            with pytest.raises(TrunkRefused, match="ended in answer"):
+                await trunk.answer(Query(1, "fp16", {}, device=f"evil-too-{number}"))
+            assert (await trunk.step(of_devices("a", "b"))).rows == 2
+        assert played.starts == 1 + 8 * 2 * 2
+        with pytest.raises(TrunkFailed, match="33 times because of batches of devices without"):
+            await trunk.step(of_devices("evil-at-last"))
+
+    run(test())
+
+
+@pytest.mark.parametrize("evil", [16, 17])
+def test_restarts_because_of_devices_are_bounded(evil: int, played: type[PlayedProcess]) -> None:
+    async def test() -> None:
+        trunk = await begun()
+        inputs = of_devices(*(f"evil-{number}" for number in range(evil)))
+        if evil == 16:
+            assert (await trunk.step(inputs)).refused.keys() == {i.device for i in inputs}
+            assert (await trunk.step(of_devices("a"))).rows == 1
+        else:
+            with pytest.raises(TrunkFailed, match="33 times because of batches"):
+                await trunk.step(inputs)
+        assert played.starts == 33
+
+    run(test())
