@@ -81,9 +81,7 @@ def pip_torch(python: Path, version: str) -> Torch:
     for wanted in (f"torch=={version}+cpu", f"torch=={version}"):
         install = [str(python), "-m", "pip", "install", "--quiet"]
         try:
-            report = output(
-                [*install, "--dry-run", "--ignore-installed", "--report", "-", wanted]
-            )
+            report = output([*install, "--dry-run", "--ignore-installed", "--report", "-", wanted])
         except CannotFetch as error:
             failure = str(error)
             continue
