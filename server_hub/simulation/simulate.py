@@ -207,11 +207,10 @@ class Simulation:
         draw_partition(
             self.holdings(), self.folder / "partition.png", "examples of each class by client"
         )
-        write_report(
-            run,
-            f"{self.recipe.title}: {len(run.records)} simulated rounds",
-            ["![examples of each class by client](partition.png)"],
-        )
+        sections = ["![examples of each class by client](partition.png)"]
+        if self.job.start_from is not None:
+            sections.insert(0, f"Started from {self.job.start_from}.")
+        write_report(run, f"{self.recipe.title}: {len(run.records)} simulated rounds", sections)
 
     def run(
         self,
@@ -348,7 +347,7 @@ class Simulation:
             tokens=tokens,
             evaluate=lambda: self._evaluate(hub, trunk),
             costs=costs,
-            run=RunFolder(self.folder, None if last is None else last.completed, self.metric),
+            run=None if last is None else RunFolder(self.folder, last.completed, self.metric),
             on_round=on_round,
         )
         if last is not None:
