@@ -317,8 +317,13 @@ def _metadata(path: Path) -> Mapping[str, str]:
 def _load(path: Path) -> State:
     try:
         return load(path.read_bytes())
-    except (OSError, SafetensorError, KeyError, TypeError) as error:  # a dtype that numpy lacks
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot start from {path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"cannot start from {path}: numpy has no type for its tensors, {error}; save it as "
+            "float32"
+        ) from error
 
 
 def _model_file(name: str | None) -> str:
