@@ -116,7 +116,8 @@ def assert_equal(
 
 # --- simulations ----------------------------------------------------------------------------------
 
-OTHERS = sorted(simulated_methods().keys() - {"fedsplitx", "fjord"})  # fjord takes other widths
+OTHERS = sorted(simulated_methods().keys() - {"fedsplitx", "fjord", "splitft-u"})
+"""Methods for this file's models: FjORD takes other widths, and U-shaped SplitFT a trained head."""
 METHODS = ["fedsplitx", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 """Names of methods; other quick tests have slots, adapters, both stores, and base networks."""
 
