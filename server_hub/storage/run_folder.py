@@ -106,7 +106,10 @@ class RunFolder:
             lines = [json.dumps(asdict(record), allow_nan=False) + "\n" for record in self.records]
             write_atomically(folder / METRICS, "".join(lines).encode())
         elif (folder / METRICS).exists():
-            raise ConfigError(f"{folder} holds a run already; choose another folder")
+            raise ConfigError(
+                f"{folder} holds a run already; choose another folder with --run, and to go on "
+                f"with the model of this one add --start-from {folder}"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
