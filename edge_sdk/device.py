@@ -16,6 +16,7 @@ from edge_sdk.errors import BundleError, DataError, HubError
 from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor
+from edge_sdk.protocol.base import RECOUNT
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Decline, Move, Ready, Round, Stop
 from edge_sdk.protocol.tensors import Array
@@ -245,7 +246,7 @@ class Device:
 
     async def _ready(self) -> Ready:
         assert self._loader.data is not None
-        self._announced = max(await asyncio.to_thread(self._loader.data.count), 1)
+        self._announced = max(await asyncio.to_thread(self._loader.data.join), 1)
         return Ready(samples=self._announced, tier=self.manifest.tier)
 
     async def _move(self, session: Session, move: Move) -> None:
@@ -274,7 +275,8 @@ class Device:
         """
         assert self._loader.data is not None
         reason = self._may_train(task.round) if self._may_train is not None else None
-        rows = await asyncio.to_thread(self._loader.data.begin, task.round, task.seed)
+        recount = RECOUNT in session.extensions
+        rows = await asyncio.to_thread(self._loader.data.begin, task.round, task.seed, recount)
         if reason is None and len(rows) == 0:
             reason = "there are no rows to train on"
         if reason is not None:
@@ -282,7 +284,7 @@ class Device:
             return None
         if len(rows) != self._announced:
             self._announced = len(rows)
-            await session.send(Ready(samples=len(rows), tier=self.manifest.tier))
+            await session.send(Ready(samples=len(rows), from_round=task.round))
         now = asyncio.get_running_loop().time
         started = now()
         try:

@@ -14,7 +14,10 @@ from typing import Any, ClassVar, Self
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.enums import ErrorCode
 
-EXTENSIONS: tuple[str, ...] = ()
+RECOUNT = "recount"
+"""The extension by which a device says that the number of its examples has changed."""
+
+EXTENSIONS: tuple[str, ...] = (RECOUNT,)
 """The extensions that this implementation speaks."""
 
 

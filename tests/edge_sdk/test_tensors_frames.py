@@ -7,6 +7,7 @@ import math
 import random
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import msgpack
@@ -17,9 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol import frames as wire
+from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT, MAX_TEXT
 from edge_sdk.protocol.enums import ErrorCode
-from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
+from edge_sdk.protocol.frames import Frame, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
     MESSAGES,
     Ack,
@@ -53,6 +56,9 @@ from edge_sdk.protocol.tensors import (
     pack_tensor,
     unpack_tensor,
 )
+
+encode = partial(wire.encode, agreed=EXTENSIONS)
+decode = partial(wire.decode, agreed=EXTENSIONS)
 
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
@@ -96,7 +102,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         st.none() | from_1,
         extensions,
     ),
-    Ready: st.builds(Ready, from_1, st.none() | texts),
+    Ready: st.builds(Ready, from_1, st.none() | texts, st.none() | from_1),
     Decline: st.builds(Decline, from_1, texts),
     BlobGet: st.builds(BlobGet, hashes, from_0),
     Activations: st.builds(
@@ -163,7 +169,7 @@ frames = st.one_of(*STRATEGIES.values()).flatmap(
 
 GOOD: list[Message] = [
     Hello(1, "secret", "small", "s1", 7, 512, ["pieces"]),
-    Ready(100, "small"),
+    Ready(100, "small", 3),
     Decline(3, "battery low"),
     BlobGet(HASH, 0),
     Activations(1, 0, {"h": FLOAT}, np.array([1, 2]), 3, True, FLOAT),
@@ -187,7 +193,7 @@ GOOD: list[Message] = [
 
 def raw(message: Message) -> dict[str, Any]:
     """Return the body of a message, for a test to change."""
-    return dict(message.body())
+    return dict(message.body(EXTENSIONS))
 
 
 def frame_bytes(kind: object, body: object, seq: object = 1, ack: object = 0) -> bytes:
@@ -369,7 +375,7 @@ def test_a_spec_knows_its_size(array: np.ndarray) -> None:
 
 def test_every_message_is_covered_here() -> None:
     assert set(STRATEGIES) == set(MESSAGES.values()) == {type(message) for message in GOOD}
-    assert all(len(m.body()) == len(dataclasses.fields(m)) for m in GOOD)  # type: ignore[arg-type]
+    assert all(len(m.body(EXTENSIONS)) == len(dataclasses.fields(m)) for m in GOOD)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", STRATEGIES, ids=lambda kind: kind.TYPE)
@@ -382,7 +388,7 @@ def test_a_frame_comes_back_as_it_was(kind: type[Message], data: st.DataObject) 
     frame = decode(encode(message, seq, ack))
     assert (frame.seq, frame.ack) == (seq, ack)
     assert same_message(frame.message, message)
-    assert same_message(from_body(kind.TYPE, message.body()), message)
+    assert same_message(from_body(kind.TYPE, message.body(EXTENSIONS), EXTENSIONS), message)
 
 
 @given(order=st.permutations(range(12)))
@@ -430,6 +436,7 @@ WRONG: dict[str, list[object]] = {
     "session": ["x" * 65, 5],
     "last_seq": [-1, MAX_INT + 1, 1.5, None, False],
     "extensions": ["pieces", [1], [""], ["x" * 65], ["x", "x"], {"x": 1}],
+    "from_round": [0, -1, 1.0, "1", True],
     "samples": [0, -1, 2.0, "9", None],
     "round": [0, -1, MAX_INT + 1, True, None],
     "reason": ["x" * (MAX_TEXT + 1), 1, None],
@@ -490,7 +497,7 @@ WRONG: dict[str, list[object]] = {
 
 @pytest.mark.parametrize("message", GOOD, ids=lambda message: message.TYPE)
 def test_a_wrong_field_is_named(message: Message) -> None:
-    for name in message.body():
+    for name in message.body(EXTENSIONS):
         assert WRONG[name]
         for value in WRONG[name]:
             data = frame_bytes(message.TYPE, {**raw(message), name: value}, int(message.RELIABLE))
@@ -511,7 +518,7 @@ def test_limits_are_inclusive() -> None:
         "metrics": metrics,
         "round": MAX_INT,
     }
-    assert decode(frame_bytes("update", update)).message.body()["metrics"] == metrics
+    assert decode(frame_bytes("update", update)).message.body(EXTENSIONS)["metrics"] == metrics
     answer = decode(
         frame_bytes(
             "answer", {**raw(next(m for m in GOOD if isinstance(m, Answer))), "heads": ["h"] * 1024}
