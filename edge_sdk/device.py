@@ -303,7 +303,7 @@ class Device:
         result = replace(result, metrics=result.metrics | times)
         await send_update(session, task.round, result, self._connection.welcome.max_frame)
         loss, accuracy = (result.metrics.get(name) for name in ("loss", "accuracy"))
-        return RoundReport(task.round, loss, accuracy, now() - started)
+        return RoundReport(task.round, loss, accuracy, now() - started, len(rows))
 
     # --- prediction -----------------------------------------------------------------------------
 
