@@ -14,10 +14,12 @@ from edge_sdk.bundle.signing import read_trust
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError, DataError, HubError
 from edge_sdk.inference.base_networks import BaseNetworks
+from edge_sdk.inference.kept_back import KeptBack
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor
+from edge_sdk.protocol.base import EVALUATION, EXTENSIONS
 from edge_sdk.protocol.enums import ActivationMode, ErrorCode
-from edge_sdk.protocol.messages import Decline, Move, Ready, Round, Stop
+from edge_sdk.protocol.messages import Decline, Evaluate, Move, Ready, Round, Stop
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.conditions import MayTrain
@@ -102,10 +104,16 @@ class Device:
         threads: int = 1,
         memory_mb: int | None = None,
         patience_s: float = 60.0,
+        kept_back: Examples | None = None,
     ) -> None:
         self._may_train = may_train
         self._connection = Connection(
-            open_link, token=token, tier=tier, patience_s=patience_s, memory_mb=memory_mb
+            open_link,
+            token=token,
+            tier=tier,
+            patience_s=patience_s,
+            memory_mb=memory_mb,
+            extensions=[e for e in EXTENSIONS if e != EVALUATION or kept_back is not None],
         )
         self._downloader = Downloader(self._connection, BlobStore(cache))
         self._loader = BundleLoader(
@@ -119,6 +127,9 @@ class Device:
         )
         self._bases = BaseNetworks(self._connection, self._downloader, self._present_learner)
         self._predictor = Predictor(self._present_learner, self._connection.ask, self._bases.fetch)
+        self._kept_back = KeptBack(
+            lambda: kept_back, self._loader, self._bases, self._predictor, may_train
+        )
 
     @classmethod
     async def connect(
@@ -134,6 +145,7 @@ class Device:
         threads: int = 1,
         memory_mb: int | None = None,
         patience_s: float = 60.0,
+        kept_back: Examples | None = None,
     ) -> Device:
         """Join the hub at ``url`` and load the tier's bundle.
 
@@ -152,6 +164,8 @@ class Device:
                 no bundle that takes more.
             patience_s: seconds to go on trying to (re)connect while the hub cannot be reached, or
                 says that the device should try later.
+            kept_back: examples that are never trained on; the device evaluates the model on them
+                when the hub asks for it.
 
         Raises:
             HubError: the hub refused the device (token, tier, protocol version), or was busy or
@@ -173,6 +187,7 @@ class Device:
             threads=threads,
             memory_mb=memory_mb,
             patience_s=patience_s,
+            kept_back=kept_back,
         )
         await device.join()
         return device
@@ -245,6 +260,10 @@ class Device:
                 if isinstance(delivery.message, Move):
                     session.settle(delivery.seq)
                     await self._move(session, delivery.message)
+                    continue
+                if isinstance(delivery.message, Evaluate):
+                    session.settle(delivery.seq)
+                    await self._kept_back.answer(session, delivery.message)
                     continue
                 assert isinstance(delivery.message, Round)
                 # now, not at the end: gradients that come meanwhile are acknowledged after it
