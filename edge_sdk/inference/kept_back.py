@@ -11,7 +11,7 @@ from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.prediction import Predictor
 from edge_sdk.protocol.messages import Evaluate, Evaluated
 from edge_sdk.training.conditions import MayTrain
-from edge_sdk.training.data import Examples
+from edge_sdk.training.data import Source
 from edge_sdk.training.loader import BundleLoader
 from edge_sdk.transport.session import Session
 
@@ -25,7 +25,7 @@ class KeptBack:
     """Answers the hub's ``evaluate``, with figures about what the device keeps back.
 
     Args:
-        examples: returns the examples that are kept back; None if there are none.
+        examples: returns the examples that are kept back now; there may be none.
         loader: loads states.
         bases: the base networks that the device mixes.
         predictor: answers the examples.
@@ -34,7 +34,7 @@ class KeptBack:
 
     def __init__(
         self,
-        examples: Callable[[], Examples | None],
+        examples: Callable[[], Source],
         loader: BundleLoader,
         bases: BaseNetworks,
         predictor: Predictor,
@@ -50,21 +50,23 @@ class KeptBack:
             SessionLost: the hub has forgotten the session.
         """
         labels, results = 0, dict[str, float]()
-        examples = self._examples()
         reason = self._may_train(task.number) if self._may_train is not None else None
-        if examples is not None and len(examples) and reason is None:
+        if reason is None:
             try:
                 async with asyncio.timeout(max(task.within_s, 0)):
-                    labels, results = await self._evaluate(examples, task)
+                    labels, results = await self._evaluate(task)
             except (CutlayerError, TimeoutError) as error:
                 log.warning("evaluation %d was given up: %s", task.number, error or "no time left")
         await session.send(Evaluated(number=task.number, labels=labels, results=results))
 
-    async def _evaluate(self, examples: Examples, task: Evaluate) -> tuple[int, dict[str, float]]:
+    async def _evaluate(self, task: Evaluate) -> tuple[int, dict[str, float]]:
+        examples = await asyncio.to_thread(self._examples)
+        if not len(examples) or not task.paths:
+            return 0, {}
         if task.state is not None:
             await self._loader.load_state(task.state)
         if task.bases is not None:
             self._bases.offer(task.bases)
-        tallies = await self._predictor.tally(examples, _ROWS, task.paths)
+        tallies, _ = await self._predictor.tally(examples, _ROWS, task.paths)
         results = {path: tally.mean for path, tally in tallies.items()}
         return next(iter(tallies.values())).labels, results

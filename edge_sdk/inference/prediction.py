@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import Answer
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training import text
-from edge_sdk.training.data import Examples
+from edge_sdk.training.data import Examples, Source
 from edge_sdk.training.learner import Learner, Precision
 from edge_sdk.transport.connection import Question
 
@@ -150,16 +150,16 @@ class Predictor:
                 by_hub[unsure] = True
         return Prediction(probabilities.argmax(1), probabilities, by_hub)
 
-    async def evaluate(self, examples: Examples, batch_size: int) -> Evaluation:
+    async def evaluate(self, examples: Source, batch_size: int) -> Evaluation:
         """See :meth:`edge_sdk.device.Device.evaluate`."""
         manifest = self._learner().manifest
-        tallies = await self.tally(examples, batch_size, _PATHS)
+        tallies, samples = await self.tally(examples, batch_size, _PATHS)
         alone, through, ensemble = (tallies[path].value for path in _PATHS)
-        return Evaluation(alone, through, ensemble, len(examples), metric_of(manifest.task))
+        return Evaluation(alone, through, ensemble, samples, metric_of(manifest.task))
 
     async def tally(
-        self, examples: Examples, batch_size: int, paths: Sequence[str]
-    ) -> dict[str, Tally]:
+        self, examples: Source, batch_size: int, paths: Sequence[str]
+    ) -> tuple[dict[str, Tally], int]:
         """Count the answers to examples, by way to answer.
 
         Args:
@@ -168,27 +168,28 @@ class Predictor:
             paths: ways to answer: ``device_alone``, ``through_hub``, ``ensemble``, or ``mix`` for
                 the last head of all base networks.
 
+        Returns:
+            The tally of each way, and the number of examples.
+
         Raises:
-            DataError: the examples do not fit the model, a text is too long for one message, or
-                there is no such way to answer.
+            DataError: there are no examples, they do not fit the model, a text is too long for one
+                message, or there is no such way to answer.
             LinkClosed: the hub is out of reach.
         """
         if unknown := set(paths) - {*_PATHS, "mix"}:
-            raise DataError(
-                f"this version cannot answer by {', '.join(sorted(unknown))}; update it"
-            )
+            raise DataError(f"no way to answer is called {', '.join(sorted(unknown))}")
         manifest = self._learner().manifest
-        examples = examples.fitted(manifest)
+        examples = (await asyncio.to_thread(examples.fitted, manifest)).snapshot()
         size = min(batch_size, manifest.limits.get("batch", batch_size))
+        batches = examples.batches(size)
         if manifest.task == "tokens":
-            longest = int(text.lengths(examples.y).max())
-            row = 4 * len(manifest.heads) * longest * manifest.classes
-            batches = text.batches(examples, min(size, max(_ROOM // row, 1)))
-        else:
-            batches = examples.batches(size)
+            positions = _ROOM // (4 * len(manifest.heads) * manifest.classes)
+            batches = _divided(text.batches(examples, size), positions)
         tallies = {path: Tally(manifest.task) for path in paths}
         asks = not manifest.whole and any(path != "device_alone" for path in paths)
-        for batch in batches:
+        samples = 0
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            samples += len(batch)
             own = await self._own(batch.x)
             hub = await self._hub(own, np.arange(len(batch)), batch.x) if asks else own.logits[:0]
             every = np.concatenate([own.logits, hub])
@@ -200,7 +201,9 @@ class Predictor:
             }
             for path, tally in tallies.items():
                 tally.add(logits[path], batch.y)
-        return tallies
+        if samples == 0:
+            raise DataError("there are no rows with a label to evaluate on")
+        return tallies, samples
 
     async def generate(
         self, x: Array, tokens: int, temperature: float, seed: int, context: int | None
@@ -300,6 +303,14 @@ class Predictor:
             answers.append(answer.logits)
             done += many
         return np.concatenate(answers, axis=1)
+
+
+def _divided(batches: Iterator[Examples], positions: int) -> Iterator[Examples]:
+    """Batches of texts with so many positions at most, or of a single text."""
+    for batch in batches:
+        size = max(positions // batch.x.shape[1], 1)
+        for start in range(0, len(batch), size):
+            yield batch.read(np.arange(start, min(start + size, len(batch))))
 
 
 def rows_of(parts: Mapping[str, Array], rows: Array, manifest: Manifest) -> dict[str, Array]:

@@ -253,18 +253,19 @@ def test_devices_evaluate_over_websockets(tmp_path: Path, bundles: BundleIndex) 
     """
     rules = RoundRules(count=2, min_devices=4, deadline_s=60)
     config = hub_config(tmp_path, bundles, rounds=rules, evaluation_s=2.0)
-    kept = {"a": examples(30, seed=11), "b": examples(10, seed=12), "c": None}
+    sizes, shares = {"a": 90, "b": 30, "c": 24}, {"a": 0.4, "b": 0.3, "c": 0.0}
+    kept: dict[str, int] = {}
     measured: dict[str, Any] = {}
 
     async def take_part(name: str, url: str, token: str) -> None:
         async with await Device.connect(
-            url, token=token, data=examples(24, seed=5), kept_back=kept[name],
+            url, token=token, data=examples(sizes[name]), keep_back=shares[name],
             cache=tmp_path / name,
         ) as device:  # fmt: skip
             await device.train()
-            held = kept[name]
-            if held is not None:
-                measured[name] = await device.evaluate(held)
+            kept[name] = len(device.kept_back())
+            if kept[name]:
+                measured[name] = await device.evaluate(device.kept_back())
 
     async def stay_silent(url: str, token: str) -> None:
         manifest = bundles.manifest("small")
@@ -294,9 +295,11 @@ def test_devices_evaluate_over_websockets(tmp_path: Path, bundles: BundleIndex) 
     assert (found["asked"], found["answered"], found["silent"], found["without"]) == (3, 2, 1, 1)
     assert last.accuracy.keys() == bundles.tiers.keys(), "the hub evaluates beside them"
     small = found["tiers"]["small"]
-    assert (small["devices"], small["labels"]) == (2, 40)
+    assert kept["a"] > 2 * kept["b"] > 0
+    assert kept["c"] == 0
+    assert (small["devices"], small["labels"]) == (2, kept["a"] + kept["b"])
     for path in ALL_PATHS:
         a, b = (getattr(measured[name], path) for name in "ab")
         # of two devices, the larger counts as twice the smaller
-        assert small["paths"][path]["mean"] == pytest.approx((20 * a + 10 * b) / 30)
+        assert small["paths"][path]["mean"] == pytest.approx((2 * a + b) / 3)
         assert small["paths"][path]["p50"] == pytest.approx((a + b) / 2)
