@@ -19,7 +19,8 @@ from edge_sdk.inference.mixture import Mixture
 from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor
 from edge_sdk.protocol.base import EVALUATION, EXTENSIONS
 from edge_sdk.protocol.enums import ErrorCode
-from edge_sdk.protocol.messages import Decline, Evaluate, Move, Ready, Round, Stop
+from edge_sdk.protocol.evaluation import Evaluate
+from edge_sdk.protocol.messages import Decline, Move, Ready, Round, Stop
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.conditions import MayTrain

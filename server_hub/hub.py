@@ -16,10 +16,10 @@ from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.inference.metrics import Metric
 from edge_sdk.protocol.enums import ErrorCode
+from edge_sdk.protocol.evaluation import Evaluated
 from edge_sdk.protocol.messages import (
     Activations,
     Decline,
-    Evaluated,
     FeatureGradient,
     Infer,
     Message,

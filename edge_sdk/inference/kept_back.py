@@ -9,7 +9,7 @@ from collections.abc import Callable
 from edge_sdk.errors import CutlayerError
 from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.prediction import Predictor
-from edge_sdk.protocol.messages import Evaluate, Evaluated
+from edge_sdk.protocol.evaluation import Evaluate, Evaluated
 from edge_sdk.training.conditions import MayTrain
 from edge_sdk.training.data import Source
 from edge_sdk.training.loader import BundleLoader

@@ -14,6 +14,7 @@ from edge_sdk.errors import BundleError, CutlayerError, HubError, LinkClosed
 from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
+from edge_sdk.protocol.evaluation import Evaluate
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
     VERSION,
@@ -22,7 +23,6 @@ from edge_sdk.protocol.messages import (
     BlobGet,
     Bye,
     Error,
-    Evaluate,
     Features,
     Gradient,
     Hello,

@@ -18,7 +18,8 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.inference.metrics import LARGEST_LOSS, value_of
 from edge_sdk.protocol.base import EVALUATION
 from edge_sdk.protocol.enums import ErrorCode
-from edge_sdk.protocol.messages import Evaluate, Evaluated, Message
+from edge_sdk.protocol.evaluation import Evaluate, Evaluated
+from edge_sdk.protocol.messages import Message
 from server_hub.gateway.blobs import BlobServer
 from server_hub.gateway.limits import Limits
 from server_hub.gateway.peers import Peer

@@ -22,6 +22,7 @@ from edge_sdk.protocol import frames as wire
 from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT, MAX_TEXT
 from edge_sdk.protocol.enums import ErrorCode
+from edge_sdk.protocol.evaluation import Evaluate, Evaluated
 from edge_sdk.protocol.frames import Frame, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
     MESSAGES,
@@ -33,8 +34,6 @@ from edge_sdk.protocol.messages import (
     Bye,
     Decline,
     Error,
-    Evaluate,
-    Evaluated,
     FeatureGradient,
     Features,
     Gradient,

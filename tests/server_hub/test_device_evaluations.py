@@ -19,8 +19,9 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.base import EVALUATION
 from edge_sdk.protocol.channel import Channel
+from edge_sdk.protocol.evaluation import Evaluate, Evaluated
 from edge_sdk.protocol.frames import decode
-from edge_sdk.protocol.messages import Evaluate, Evaluated, Message, Round, Stop
+from edge_sdk.protocol.messages import Message, Round, Stop
 from edge_sdk.transport.session import Session
 from server_hub.gateway.blobs import BlobServer
 from server_hub.gateway.limits import Limits
