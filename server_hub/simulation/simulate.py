@@ -303,6 +303,7 @@ class Simulation:
             run=self.folder,
             schedule=job.schedule,
             evaluate_every=job.evaluate_every,
+            evaluation_s=job.rounds.deadline_s,
             rounds=rules,
             local=job.local,
             trunk=job.trunk,
@@ -342,6 +343,7 @@ class Simulation:
             costs=costs,
             run=RunFolder(self.folder, None if last is None else last.completed, self.metric),
             on_round=on_round,
+            in_order=True,  # a checkpoint is of the hub between two rounds
         )
         if last is not None:
             last.apply(hub)
@@ -372,6 +374,7 @@ class Simulation:
             load,
             hub.gateway.serve_link,
             self.job.seed,
+            self.job.keep_back,
         )
 
     def _runtime(self, bundle: Bundle, threads: int) -> Runtime:

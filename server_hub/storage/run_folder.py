@@ -73,6 +73,15 @@ class RoundRecord:
     on_devices: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def device_means(self) -> dict[str, dict[str, float]]:
+        """The means of what devices say, by tier and path, as in ``accuracy``."""
+        tiers: dict[str, Any] = self.on_devices.get("tiers", {})
+        return {
+            tier: {path: figures["mean"] for path, figures in said["paths"].items()}
+            for tier, said in tiers.items()
+        }
+
+    @property
     def up(self) -> int:
         """Bytes that devices have sent since the start."""
         return sum(kind["up"] for kind in self.bytes.values())
