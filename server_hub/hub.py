@@ -183,6 +183,7 @@ class Hub:
             config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave
         )
         self._device_evaluations = DeviceEvaluations(
+            self.manifests,
             self.model.task,
             self.method.paths,
             config.evaluation_s,

@@ -81,8 +81,8 @@ def device(
     """Join a hub, train on local data until the job is over, and measure the result."""
     given = {
         "url": url, "token": token, "tier": tier, "data": data,
-        "keep_back": keep_back, "evaluate": evaluate, "cache": cache, "trust": trust or None, "threads": threads,
-        "memory_mb": memory_mb, "patience_s": patience_s,
+        "keep_back": keep_back, "evaluate": evaluate, "cache": cache, "trust": trust or None,
+        "threads": threads, "memory_mb": memory_mb, "patience_s": patience_s,
     }  # fmt: skip
     raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
     raw |= {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}

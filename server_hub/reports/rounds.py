@@ -18,8 +18,8 @@ def rounds_table(records: Sequence[RoundRecord], last: int | None = None) -> Tab
     """A row per round: time, devices, losses, what was measured, and traffic since the start.
 
     What was measured is the accuracy or perplexity of each tier, of the device alone and in the
-    tier's best way to answer, on the held-out examples; and the mean of what devices say. With base
-    networks it is that of the best 1, 2, 4 and so on. A
+    tier's best way to answer: on the held-out examples, or without these the mean of what devices
+    say. With base networks it is that of the best 1, 2, 4 and so on. A
     column that is empty in every round is left out; the cuts of the devices are shown where
     they have moved.
 
@@ -52,44 +52,34 @@ def _measured(
     records: Sequence[RoundRecord], shown_records: Sequence[RoundRecord]
 ) -> tuple[str, dict[str, list[str]]]:
     """The title of the table of rounds, and its columns with what was measured."""
-    last = next((r for r in reversed(records) if r.accuracy), None)
-    on_devices = _on_devices(records, shown_records)
-    if last is None and not on_devices:
+    last = next((r for r in reversed(records) if r.accuracy or r.device_means), None)
+    if last is None:
         return "Rounds", {}
-    metric = "accuracy in %" if records[-1].metric == "accuracy" else records[-1].metric
-    if last is not None and last.mixed:
+    metric = "accuracy in %" if last.metric == "accuracy" else last.metric
+    if last.mixed:
         counts = [count for count in last.mixed if _is_power_of_two(int(count))]
         return f"Rounds: {metric} of the best base networks, mixed", {
             bases(int(count)): [
                 _cell(r.mixed[count], r.metric) if count in r.mixed else "" for r in shown_records
             ]
             for count in counts
-        } | on_devices
-    measured = {} if last is None else last.accuracy
+        }
+    held_out = any(r.accuracy for r in records)
+    figures = [r.accuracy if held_out else r.device_means for r in records]
+    tiers = list(dict.fromkeys(tier for each in figures for tier in each))
     columns = {
-        tier: [_paths(r.accuracy[tier], r.metric) if r.accuracy else "" for r in shown_records]
-        for tier in measured
-    }
-    every = [*measured.values(), *(p for r in records for p in r.device_means.values())]
-    paths = {path for tier in every for path in tier}
-    if len(paths) == 1:
-        return f"Rounds: {metric} by tier, {LABELS[paths.pop()]}", columns | on_devices
-    two = "device alone/best path" if "device_alone" in paths else "best path"
-    return f"Rounds: {metric} by tier, {two}", columns | on_devices
-
-
-def _on_devices(
-    records: Sequence[RoundRecord], shown_records: Sequence[RoundRecord]
-) -> dict[str, list[str]]:
-    """A column for each tier whose devices have evaluated: the means of what they say."""
-    tiers = dict.fromkeys(tier for r in records for tier in r.device_means)
-    return {
-        f"{tier} on devices": [
-            _paths(r.device_means[tier], r.metric) if tier in r.device_means else ""
-            for r in shown_records
+        tier: [
+            _paths(each[tier], last.metric) if tier in each else ""
+            for each in figures[len(records) - len(shown_records) :]
         ]
         for tier in tiers
     }
+    where = "" if held_out else ", on what devices keep back"
+    paths = {path for each in figures for tier in each.values() for path in tier}
+    if len(paths) == 1:
+        return f"Rounds: {metric} by tier, {LABELS[paths.pop()]}{where}", columns
+    two = "device alone/best path" if "device_alone" in paths else "best path"
+    return f"Rounds: {metric} by tier, {two}{where}", columns
 
 
 def _paths(paths: Mapping[str, float], metric: Metric) -> str:

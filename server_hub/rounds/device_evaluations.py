@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ class DeviceEvaluations:
     """Asks devices to evaluate the present model, and sums up what they say.
 
     Args:
+        tiers: names of all tiers, in the order of reports.
         task: what labels say: ``classes`` or ``tokens``.
         paths: the ways to answer to evaluate.
         within_s: seconds that devices have.
@@ -69,6 +70,7 @@ class DeviceEvaluations:
 
     def __init__(
         self,
+        tiers: Iterable[str],
         task: str,
         paths: Sequence[str],
         within_s: float,
@@ -76,6 +78,7 @@ class DeviceEvaluations:
         blobs: BlobServer,
         post: Callable[[Peer, Message], None],
     ) -> None:
+        self._tiers = list(tiers)
         self._task, self._paths, self._within_s = task, list(paths), within_s
         self._limits, self._blobs, self._post = limits, blobs, post
         self._asked: _Asked | None = None
@@ -180,7 +183,7 @@ class DeviceEvaluations:
             "answered": len(useful),
             "silent": silent,
             "without": asked.without + len(asked.claims) - len(useful),
-            "tiers": {tier: self._of_tier(tiers[tier]) for tier in sorted(tiers)},
+            "tiers": {tier: self._of_tier(tiers[tier]) for tier in self._tiers if tier in tiers},
         }
 
     def _of_tier(self, claims: Mapping[str, Evaluated]) -> dict[str, Any]:

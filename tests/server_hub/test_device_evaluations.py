@@ -54,6 +54,7 @@ class Asking:
         blobs = BlobServer(None, 1)  # type: ignore[arg-type]
         blobs.publish({"small": ModelOffer(HASH), "mixed": ModelOffer(bases={"1": HASH})}, {})
         self.evaluations = DeviceEvaluations(
+            ["small", "mixed"],
             task,
             PATHS,
             within_s,
