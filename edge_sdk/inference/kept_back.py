@@ -64,7 +64,7 @@ class KeptBack:
         if not len(examples) or not task.paths:
             return 0, {}
         if task.state is not None:
-            await self._loader.load_state(task.state)
+            await self._loader.load_state(task.state, keep=True)
         if task.bases is not None:
             self._bases.offer(task.bases)
         tallies, _ = await self._predictor.tally(examples, _ROWS, task.paths)

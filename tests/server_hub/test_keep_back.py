@@ -79,6 +79,14 @@ def test_a_resumed_run_says_the_same(tmp_path: Path) -> None:
             assert paths == pytest.approx(other.device_means[tier], abs=0.1)
 
 
+def test_an_evaluation_costs_no_download_where_a_round_or_the_end_follows(tmp_path: Path) -> None:
+    every = {"evaluate_every": 1, "rounds": RoundsTable(count=2)}
+    with_it = simulate(job(**every), tmp_path / "with")[-1].bytes
+    without = simulate(job(**every, keep_back=0.0), tmp_path / "without")[-1].bytes
+    assert with_it["evaluated"]["up"] > 0
+    assert with_it["blob"] == without["blob"]
+
+
 def test_a_device_with_one_example_trains_on_it(tmp_path: Path) -> None:
     """And has nothing to evaluate on; it does not end the run."""
     small = job(
