@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from edge_sdk.bundle.index import BundleIndex
-from export.split import SplitModel
-from export.writer import WEIGHTS
+from export.split import WEIGHTS, SplitModel
 from tests.lib.exports import shared_export, small_bundles
 from tests.lib.leftovers import Leftovers
 from tests.lib.models import build

@@ -23,10 +23,10 @@ from export.lowering.lowered import Lowered, Run, lower
 from export.lowering.verify import verify
 from export.optimizers import check_hyper, get_optimizer
 from export.packing import get_codec
-from export.split import ClientSegment, SplitModel
+from export.split import WEIGHTS, ClientSegment, SplitModel
 from export.step_set import all_steps
 from export.steps import ClientSteps, Step
-from export.writer import WEIGHTS, Tier, export_bundles
+from export.writer import Tier, export_bundles
 from tests.lib.models import (
     CLASSES,
     FEATURES,

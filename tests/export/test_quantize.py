@@ -44,9 +44,9 @@ from export.quantize import (
     quantize_matrices,
     verify_int8,
 )
-from export.split import ClientSegment, SplitModel
+from export.split import WEIGHTS, ClientSegment, SplitModel
 from export.steps import ClientSteps, Step
-from export.writer import WEIGHTS, Tier, export_bundles
+from export.writer import Tier, export_bundles
 from server_hub.gateway.tokens import TokenFile
 from tests.lib.commands import output, refusal
 from tests.lib.harness import examples, hub_config, running_hub, save_npz
