@@ -62,7 +62,7 @@ def test_a_device_never_imports_torch(code: str) -> None:
 
 
 def test_a_hub_imports_no_compilers() -> None:
-    """They take longer to import than everything else that a hub needs, and a hub lowers nothing."""
+    """They take longer to import than all else that a hub needs, and a hub lowers nothing."""
     check = (
         "import sys, server_hub.hub\n"
         "found = {'torch._dynamo', 'onnx', 'onnxscript', 'sympy'} & set(sys.modules)\n"

@@ -370,11 +370,12 @@ class Last(nn.Module):
     "module",
     [
         nn.BatchNorm2d(WIDTH),
-        nn.MaxPool2d(2),
-        nn.AvgPool2d(2),
-        nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2),
+        # these add no statistics and no seed; the operator matrix has their exactness
+        pytest.param(nn.MaxPool2d(2), marks=pytest.mark.slow),
+        pytest.param(nn.AvgPool2d(2), marks=pytest.mark.slow),
+        pytest.param(nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2), marks=pytest.mark.slow),
         Last(nn.LSTM),
-        Last(nn.GRU),
+        pytest.param(Last(nn.GRU), marks=pytest.mark.slow),
         nn.Dropout(0.1),
         nn.Dropout2d(0.5),
     ],

@@ -459,6 +459,7 @@ def test_export_uses_the_plans_choice(tmp_path: Path, capsys: pytest.CaptureFixt
         assert tier["cost"]["parameters"] == exported[name]["parameters"]
 
 
+@pytest.mark.usefixtures("unlowered")
 def test_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "tiers.toml").write_text(
         "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.phone]\nbatch = 4\ngflops = 1\n"
