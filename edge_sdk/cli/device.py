@@ -63,8 +63,8 @@ def device(
     keep_back: Annotated[
         float | None,
         typer.Option(
-            help="Share of the data that is never trained on; the result is measured on it unless "
-            "--evaluate is given  [default: 0]"
+            help="Share of the data that is never trained on; the device evaluates on it for the "
+            "hub, and at the end unless --evaluate is given  [default: 0]"
         ),
     ] = None,
     newest: Annotated[

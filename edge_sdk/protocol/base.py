@@ -14,10 +14,13 @@ from typing import Any, ClassVar, Self
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.enums import ErrorCode
 
+EVALUATION = "evaluation"
+"""The extension by which devices evaluate the model on examples that they keep back."""
+
 RECOUNT = "recount"
 """The extension by which a device says that the number of its examples has changed."""
 
-EXTENSIONS: tuple[str, ...] = (RECOUNT,)
+EXTENSIONS: tuple[str, ...] = (EVALUATION, RECOUNT)
 """The extensions that this implementation speaks."""
 
 
