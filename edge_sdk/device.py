@@ -118,7 +118,12 @@ class Device:
             on_change=lambda: self._bases.forget(),
         )
         self._bases = BaseNetworks(self._connection, self._downloader, self._present_learner)
-        self._predictor = Predictor(self._present_learner, self._connection.ask, self._bases.fetch)
+        self._predictor = Predictor(
+            self._present_learner,
+            self._connection.ask,
+            self._bases.fetch,
+            lambda: self._connection.failure,
+        )
 
     @classmethod
     async def connect(
@@ -354,13 +359,14 @@ class Device:
         Rows whose most probable class has at least ``confidence`` are answered on the device.
         For the others the packed activations go to the hub, and the answer is the ensemble of
         all heads, the device's and the hub's. If the hub does not answer within ``timeout_s``,
-        the device's own answer stands.
+        the device's own answer stands. After the connection has ended for good, it does so at
+        once; a warning says why, the first time.
 
         Args:
             x: inputs (rows, ...), dtype and shape as the model takes them. For a model of tokens
                 the answer is the token after the last position of each row.
             confidence: from 0 (never ask the hub) to above 1 (always ask it).
-            timeout_s: seconds to wait for the hub.
+            timeout_s: seconds to wait for the hub; without a link, for the link as well.
             precision: ``int8`` runs the bundle's small graph, whose weights are those of the
                 export: it does not follow training.
             bases: number of base networks to mix, the best ones first; all by default. Those that
@@ -372,6 +378,7 @@ class Device:
             BundleError: the bundle has no graph of this precision.
             DataError: the inputs do not fit the model, a text is too long for one message, there
                 are fewer bases, or ``robustness`` is out of range or not available.
+            LinkClosed: not all bases are on the device, and the hub is out of reach.
         """
         options = AnswerOptions(precision, bases, robustness)
         return await self._predictor.predict(x, confidence, timeout_s, options)
@@ -398,6 +405,7 @@ class Device:
         Raises:
             DataError: the examples do not fit the model, or a text is too long for one message.
             LinkClosed: the hub is out of reach.
+            HubError: the hub refused a message and ended the session.
         """
         return await self._predictor.evaluate(examples, batch_size)
 
@@ -429,6 +437,7 @@ class Device:
         Raises:
             DataError: the model is not one of tokens, or the text does not fit it.
             LinkClosed: the hub is out of reach.
+            HubError: the hub refused a message and ended the session.
         """
         return await self._predictor.generate(x, tokens, temperature, seed, context)
 

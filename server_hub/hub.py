@@ -206,6 +206,11 @@ class Hub:
         )
         self._over = False
 
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done, and the devices know it."""
+        return self._over
+
     async def serve(self, ready: Callable[[str], None] | None = None) -> None:
         """Run the job to its end, then wait until the devices have left.
 

@@ -156,6 +156,11 @@ class Connection:
         assert self._welcome is not None
         return self._welcome
 
+    @property
+    def failure(self) -> CutlayerError | None:
+        """The error that ended the connection for good; None while it has not ended."""
+        return self._failure
+
     def raise_failure(self) -> None:
         """Raise the error that ended the connection, if it has ended."""
         if self._failure is not None:
@@ -184,9 +189,14 @@ class Connection:
     async def ask(self, question: Question) -> Answer:
         """The hub's half of an answer.
 
+        Without a link the question waits outside the window, so that questions that nobody waits
+        for any more take no place there, and the hub does not get them.
+
         Raises:
-            LinkClosed: the hub restarts, or is out of reach for good.
+            LinkClosed: the hub restarts.
+            CutlayerError: the connection has ended, see :attr:`failure`.
         """
+        await self._linked.wait()
         self._requests += 1
         request = self._requests
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -249,9 +259,9 @@ class Connection:
                 try:
                     await self._serve(link)
                 finally:
+                    self._linked.clear()
                     await link.close()
                     self._enter(ConnectionEvent.LOST)
-                    self._linked.clear()
             except (LinkClosed, HubError) as error:
                 if isinstance(error, HubError) and not error.is_temporary:
                     self._fail(error)
@@ -348,6 +358,7 @@ class Connection:
         elif isinstance(message, Error):
             error = HubError(message.code, message.message, message.field)
             if message.fatal:
+                self._linked.clear()  # now: the link may take seconds to close
                 raise error
             if self._blob is not None and not self._blob.done():
                 self._blob.set_exception(error)

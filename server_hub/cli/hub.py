@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import json
 import logging
+import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +24,10 @@ from edge_sdk import config
 if TYPE_CHECKING:
     from server_hub.hub import Hub
     from server_hub.storage.run_folder import RoundRecord
+
+
+_ENDING_S = 9.0
+"""Seconds after a signal in which the hub closes everything; then it ends in any case."""
 
 
 def hub(
@@ -96,27 +104,47 @@ def hub(
     gc.collect()
     gc.freeze()
     with Board(tensorboard) as board:
-        interrupted = asyncio.run(_serve(job, ready))
+        ended_by = asyncio.run(_serve(job, ready))
     write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds")
     traffic = job.gateway.traffic.by_kind()
     emit("done", run=str(settings.run), rounds=len(job.run.records), bytes=traffic)
-    console.print(f"model, metrics and report in {settings.run}")
-    if interrupted:
-        raise typer.Exit(130)
+    console.print(f"model, metrics and report in {settings.run}", soft_wrap=True, markup=False)
+    if ended_by is not None and not job.finished:
+        done = f"{len(job.run.records)} of {settings.rounds.count} rounds"
+        print(f"cutlayer: ended by {ended_by.name} after {done}", file=sys.stderr)
+        raise typer.Exit(128 + ended_by)
 
 
-async def _serve(job: Hub, ready: Any) -> bool:
-    """Serve until the job is done or interrupted.
+async def _serve(job: Hub, ready: Any) -> signal.Signals | None:
+    """Serve until the job is done, or a signal ends it.
 
     Returns:
-        Whether the job was interrupted. The model of the last round is then in the run folder.
+        The signal. The model of the last round is then in the run folder.
     """
     task = asyncio.create_task(job.serve(ready))
-    loop = asyncio.get_running_loop()
+    received: signal.Signals | None = None
+
+    def end(number: signal.Signals) -> None:
+        nonlocal received
+        if received is not None:
+            _leave(number)
+        received = number
+        threading.Thread(target=_leave, args=(number, _ENDING_S), daemon=True).start()
+        task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C cancels the main task
+            asyncio.get_running_loop().add_signal_handler(number, end, number)
     try:
         await task
     except asyncio.CancelledError:
-        return True
-    return False
+        return received or signal.SIGINT
+    return None
+
+
+def _leave(number: signal.Signals, after_s: float = 0.0) -> None:
+    """End this process at once. What is being written is left out: files are replaced whole."""
+    time.sleep(after_s)
+    print(f"cutlayer: ended by {number.name} before everything was closed", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(128 + number)
