@@ -33,7 +33,6 @@ from edge_sdk.transport.replies import RoundOver
 from edge_sdk.transport.session import Session, SessionLost
 
 __all__ = [
-    "DEFAULT_CACHE",
     "Device",
     "Evaluation",
     "MayTrain",
@@ -43,8 +42,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("cutlayer.device")
-
-DEFAULT_CACHE = Path.home() / ".cache" / "cutlayer"
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Device:
         token: str,
         tier: str | None = None,
         data: Examples | None = None,
-        cache: Path = DEFAULT_CACHE,
+        cache: str | Path | None = None,
         trust: Iterable[str | Path] | None = None,
         may_train: MayTrain | None = None,
         threads: int = 1,
@@ -107,7 +104,7 @@ class Device:
         self._connection = Connection(
             open_link, token=token, tier=tier, patience_s=patience_s, memory_mb=memory_mb
         )
-        self._downloader = Downloader(self._connection, BlobStore(cache))
+        self._downloader = Downloader(self._connection, BlobStore.cache(cache))
         self._loader = BundleLoader(
             self._connection,
             self._downloader,
@@ -133,7 +130,7 @@ class Device:
         token: str,
         data: Examples | None = None,
         tier: str | None = None,
-        cache: str | Path = DEFAULT_CACHE,
+        cache: str | Path | None = None,
         trust: Iterable[str | Path] | None = None,
         may_train: MayTrain | None = None,
         threads: int = 1,
@@ -148,7 +145,8 @@ class Device:
             data: local examples; without them the device can only predict.
             tier: the tier whose bundle the device can carry; by default the one that the hub has
                 moved it to, else the one that the token was issued for.
-            cache: folder for bundles, so that they are fetched once.
+            cache: folder for bundles, ``~/.cache/cutlayer`` by default. Where it cannot be used,
+                they are fetched at every start.
             trust: public keys, each 64 hex digits or a ``.pub`` file, one of which must have
                 signed the bundle; without them an unsigned bundle is accepted.
             may_train: asked before each round whether the device may train now.
@@ -164,7 +162,8 @@ class Device:
             LinkClosed: the hub could not be reached for ``patience_s``.
             BundleError: the bundle is damaged, not signed by a key in ``trust``, or cannot be run
                 here.
-            ConfigError: ``trust`` is empty, or holds something that is no public key.
+            ConfigError: ``trust`` is empty, or holds something that is no public key; ``url`` is no
+                address of a hub; or the environment names a proxy that cannot be used.
             DataError: the examples do not fit the model.
         """
         device = cls(
@@ -172,7 +171,7 @@ class Device:
             token=token,
             tier=tier,
             data=data,
-            cache=Path(cache),
+            cache=cache,
             trust=trust,
             may_train=may_train,
             threads=threads,

@@ -207,6 +207,11 @@ class Hub:
         self._over = False
 
     @property
+    def unwritten(self) -> list[str]:
+        """What could not be written, a sentence each: the last model, or records of rounds."""
+        return list(self.round_log.unwritten.values())
+
+    @property
     def finished(self) -> bool:
         """Whether all rounds are done, and the devices know it."""
         return self._over

@@ -20,11 +20,15 @@ import typer
 from rich.console import Console
 
 from edge_sdk import config
+from edge_sdk.errors import CutlayerError
+from edge_sdk.files import why
 
 if TYPE_CHECKING:
     from server_hub.hub import Hub
     from server_hub.storage.run_folder import RoundRecord
 
+
+log = logging.getLogger("cutlayer.hub")
 
 _ENDING_S = 9.0
 """Seconds after a signal in which the hub closes everything; then it ends in any case."""
@@ -81,17 +85,20 @@ def hub(
     )
     logging.getLogger("websockets").setLevel(logging.CRITICAL)
     settings = config.build(HubConfig, raw, str(config_file or "options of cutlayer hub"))
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
 
     def emit(event: str, **fields: Any) -> None:
         if as_json:
             print(json.dumps({"event": event, **fields}), flush=True)
 
     def on_round(record: RoundRecord) -> None:
-        board.round(record)
-        emit("round", **dataclasses.asdict(record))
-        for line in (round_line(record), *move_lines(record)):
-            console.print(line, soft_wrap=True, markup=False)
+        try:
+            emit("round", **dataclasses.asdict(record))
+            for line in (round_line(record), *move_lines(record)):
+                console.print(line, soft_wrap=True, markup=False)
+            board.round(record)
+        except OSError as error:  # a full disk, or nobody reads any more: the job goes on
+            log.warning("round %d cannot be printed or drawn: %s", record.round, why(error))
 
     job = Hub(settings, on_round=on_round)
 
@@ -105,9 +112,15 @@ def hub(
     gc.freeze()
     with Board(tensorboard) as board:
         ended_by = asyncio.run(_serve(job, ready))
-    write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds")
+    unwritten = job.unwritten
+    try:
+        write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds")
+    except OSError as error:
+        unwritten.append(f"the report cannot be written to {error.filename}: {why(error)}")
     traffic = job.gateway.traffic.by_kind()
     emit("done", run=str(settings.run), rounds=len(job.run.records), bytes=traffic)
+    if unwritten:
+        raise CutlayerError("; ".join(unwritten))
     console.print(f"model, metrics and report in {settings.run}", soft_wrap=True, markup=False)
     if ended_by is not None and not job.finished:
         done = f"{len(job.run.records)} of {settings.rounds.count} rounds"

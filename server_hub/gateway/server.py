@@ -119,13 +119,13 @@ class Gateway:
             )
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {where.host}:{where.port}: {error.strerror or error}; "
-                "choose another port, or 0 for a free one"
+                f"cannot listen on {where.bracketed}:{where.port}: {error.strerror or error}; "
+                "choose another port, or 0 for a free one, and an address of this machine for host"
             ) from error
         try:
             port = next(iter(server.sockets)).getsockname()[1]
             async with self.reaping():
-                yield f"ws://{where.host}:{port}"
+                yield f"ws://{where.bracketed}:{port}"
         finally:
             await self._dismiss()
             server.close()
