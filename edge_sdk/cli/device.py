@@ -36,6 +36,12 @@ class DeviceConfig:
     memory_mb: int | None = None
     patience_s: float = 60.0
 
+    def __post_init__(self) -> None:
+        for name in ("url", "token"):  # a file that one came from may have ended its line
+            object.__setattr__(self, name, getattr(self, name).strip())
+            if not getattr(self, name):
+                raise ValueError(f"the {name} is empty")
+
 
 def device(
     config_file: Annotated[
@@ -106,7 +112,7 @@ async def _run(
 
     joined = await Device.connect(
         settings.url,
-        token=settings.token.strip(),  # a file that it came from may have ended its line
+        token=settings.token,
         tier=settings.tier,
         data=data,
         cache=settings.cache,

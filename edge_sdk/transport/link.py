@@ -68,27 +68,25 @@ async def open_websocket(url: str, max_frame: int = DEFAULT_MAX_FRAME) -> WebSoc
         ConfigError: the URL is not one, or the proxy cannot be used.
         LinkClosed: nothing answers there, or not with this protocol; trying again may help.
     """
+    here = _is_here(url)
     try:
         connection = await connect(
             url,
-            proxy=None if _is_here(url) else True,
+            proxy=None if here else True,
             subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
             compression=None,
             max_size=max_frame,
             open_timeout=10,
         )
-    except (InvalidProxy, ImportError) as error:
+    except InvalidURI as error:
+        raise _no_address(url) from error
+    except (InvalidProxy, ImportError, ValueError) as error:
         raise ConfigError(
             f"the proxy that the environment names cannot be used: {error}; change HTTPS_PROXY or "
             "HTTP_PROXY, or list the hub in NO_PROXY"
         ) from error
     except ProxyError as error:
         raise LinkClosed(f"cannot connect to {url} through the proxy: {error}") from error
-    except (InvalidURI, ValueError) as error:
-        raise ConfigError(
-            f"{url!r} is not a websocket address; use ws://HOST:PORT, and brackets around an IPv6 "
-            "address: ws://[::1]:8765"
-        ) from error
     except (OSError, TimeoutError, InvalidHandshake, ConnectionClosed, EOFError) as error:
         raise LinkClosed(f"cannot connect to {url}: {error}") from error
     if connection.subprotocol != SUBPROTOCOL:
@@ -98,12 +96,31 @@ async def open_websocket(url: str, max_frame: int = DEFAULT_MAX_FRAME) -> WebSoc
 
 
 def _is_here(url: str) -> bool:
-    """Whether an address is on this machine, which no proxy is needed for."""
+    """Whether an address is on this machine, which no proxy is needed for.
+
+    Raises:
+        ConfigError: it is no address.
+    """
     try:
-        host = urlsplit(url).hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        valid = parts.port != 0 and not any(c.isspace() for c in url)
+        host.encode("idna")
+    except ValueError:  # a port that is no number, brackets that do not close, a name too long
+        valid = False
+    if not valid:
+        raise _no_address(url)
+    try:
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False
+        return host == "localhost"
+
+
+def _no_address(url: str) -> ConfigError:
+    return ConfigError(
+        f"{url!r} is not a websocket address; use ws://HOST:PORT, and brackets around an IPv6 "
+        "address: ws://[::1]:8765"
+    )
 
 
 class MemoryLink:

@@ -32,6 +32,8 @@ class Listen:
     def __post_init__(self) -> None:
         if self.host.startswith("[") and self.host.endswith("]"):
             object.__setattr__(self, "host", self.host[1:-1])
+        if not self.host:
+            raise ValueError("host is empty; use 0.0.0.0, or :: with IPv6, for all interfaces")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}, must be from 0 to 65535")
         for network in self.trusted:

@@ -12,6 +12,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import ConfigError, CutlayerError, LinkClosed, ProtocolError
+from edge_sdk.files import why
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
@@ -117,9 +118,10 @@ class Gateway:
                 close_timeout=2,
                 **serve_options(door),
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            reason = why(error) if isinstance(error, OSError) else "it is no name of a host"
             raise ConfigError(
-                f"cannot listen on {where.bracketed}:{where.port}: {error.strerror or error}; "
+                f"cannot listen on {where.bracketed}:{where.port}: {reason}; "
                 "choose another port, or 0 for a free one, and an address of this machine for host"
             ) from error
         try:
