@@ -179,6 +179,8 @@ class SplitModel(nn.Module):
         from safetensors.torch import load_file
 
         try:
+            with open(path, "rb"):  # safetensors calls every failure a missing file
+                pass
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise BundleError(f"cannot read the weights {path}: {error}") from error

@@ -27,6 +27,9 @@ def save_tensors(
     temporary = path.with_name(f".write-{secrets.token_hex(8)}")
     try:
         save_file(dict(tensors), temporary, metadata)
+        mask = os.umask(0)  # the only way to read it
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # safetensors lets nobody else read the file
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):

@@ -117,10 +117,10 @@ def hub(
         write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds")
     except OSError as error:
         unwritten.append(f"the report cannot be written to {error.filename}: {why(error)}")
-    traffic = job.gateway.traffic.by_kind()
-    emit("done", run=str(settings.run), rounds=len(job.run.records), bytes=traffic)
     if unwritten:
         raise CutlayerError("; ".join(unwritten))
+    traffic = job.gateway.traffic.by_kind()
+    emit("done", run=str(settings.run), rounds=len(job.run.records), bytes=traffic)
     console.print(f"model, metrics and report in {settings.run}", soft_wrap=True, markup=False)
     if ended_by is not None and not job.finished:
         done = f"{len(job.run.records)} of {settings.rounds.count} rounds"
