@@ -59,7 +59,6 @@ def bundle_bases(run: Path, bundles: Path, out: Path, overwrite: bool = False) -
     check_out(out, overwrite)
     index = BundleIndex.read(bundles)
     states = _trained(run)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with folder_for(out) as folder:
         blobs = BlobStore(folder / "blobs")
         entries = {}

@@ -19,7 +19,7 @@ from typing import Protocol
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.config import read_toml
 from edge_sdk.errors import ConfigError
-from edge_sdk.files import check_name
+from edge_sdk.files import check_name, naming
 
 try:
     import fcntl
@@ -140,7 +140,8 @@ class TokenFile:
     def _lock(self) -> Iterator[None]:
         """Keep other processes from changing the file meanwhile."""
         folder = self.path.absolute().parent
-        folder.mkdir(parents=True, exist_ok=True)
+        with naming(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             yield
             return
