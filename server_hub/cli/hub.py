@@ -41,6 +41,10 @@ def hub(
     bundles: Annotated[Path | None, typer.Option(help="Folder written by cutlayer export.")] = None,
     tokens: Annotated[Path | None, typer.Option(help="File written by cutlayer token.")] = None,
     run: Annotated[Path | None, typer.Option(help="Folder for metrics, report and model.")] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Run folder, checkpoint or weights whose model the job goes on with."),
+    ] = None,
     held_out: Annotated[
         Path | None, typer.Option(help=".npz with x and y to measure accuracy or perplexity on.")
     ] = None,
@@ -60,7 +64,13 @@ def hub(
 ) -> None:
     """Serve a job: let devices in, train the deep part, average every layer."""
     raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
-    top = {"bundles": bundles, "tokens": tokens, "run": run, "held_out": held_out}
+    top = {
+        "bundles": bundles,
+        "tokens": tokens,
+        "run": run,
+        "start_from": start_from,
+        "held_out": held_out,
+    }
     raw |= {key: str(value) for key, value in top.items() if value is not None}
     if keep_serving:
         raw["keep_serving"] = True
@@ -101,6 +111,9 @@ def hub(
             log.warning("round %d cannot be printed or drawn: %s", record.round, why(error))
 
     job = Hub(settings, on_round=on_round)
+    if job.started is not None:
+        emit("started", **dataclasses.asdict(job.started))
+        console.print(str(job.started), soft_wrap=True, markup=False)
 
     def ready(address: str) -> None:
         emit("ready", address=address)
@@ -112,9 +125,10 @@ def hub(
     gc.freeze()
     with Board(tensorboard) as board:
         ended_by = asyncio.run(_serve(job, ready))
+    started = [] if job.started is None else [f"{job.started}."]
     unwritten = job.unwritten
     try:
-        write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds")
+        write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds", started)
     except OSError as error:
         unwritten.append(f"the report cannot be written to {error.filename}: {why(error)}")
     if unwritten:
