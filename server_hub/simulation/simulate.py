@@ -18,7 +18,6 @@ import torch
 from edge_sdk.bundle.index import BundleIndex, TierEntry
 from edge_sdk.bundle.manifest import Bundle, Manifest
 from edge_sdk.bundle.store import BlobStore
-from edge_sdk.errors import CutlayerError
 from edge_sdk.inference.metrics import Metric, Tally
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
@@ -283,8 +282,7 @@ class Simulation:
             for task in (running, *lives):
                 task.cancel()
             await asyncio.gather(running, *lives, return_exceptions=True)
-        if hub.unwritten:
-            raise CutlayerError("; ".join(hub.unwritten))
+        hub.round_log.check_written()
         return hub.run.records
 
     def _hub(
