@@ -29,8 +29,7 @@ from edge_sdk.protocol.messages import (
 from edge_sdk.training.data import Examples
 from export.build import model_of_bundles
 from export.optimizers import check_hyper
-from export.split import SplitModel
-from export.writer import WEIGHTS
+from export.split import WEIGHTS, SplitModel
 from server_hub.concurrency import BackgroundTasks, Changes, Effect
 from server_hub.config import HubConfig
 from server_hub.gateway.peers import Peer

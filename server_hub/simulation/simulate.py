@@ -27,9 +27,10 @@ from edge_sdk.training.learner import Learner
 from export.build import build_model
 from export.flops import flops_per_row
 from export.functional import TorchRuntime
+from export.split import WEIGHTS
 from export.step_set import all_steps
 from export.steps import ClientSteps
-from export.writer import WEIGHTS, make_steps, segment_of, write_tier
+from export.writer import make_steps, segment_of, write_tier
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits
 from server_hub.hub import Hub
