@@ -267,3 +267,13 @@ def test_names_are_checked_where_bundles_are_written(tmp_path: Path) -> None:
             build(), {"a/b": Tier(1)}, tmp_path / "out", example=example(IMAGE), classes=CLASSES
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_text_to_train_on_is_the_same_from_every_editor(tmp_path: Path) -> None:
+    """Marks and ends of lines are no part of its paragraphs."""
+    from server_hub.simulation.formats import read_text
+
+    path = tmp_path / "text.txt"
+    for name in ("a byte-order mark", "ends of lines of Windows", "both"):
+        path.write_bytes(EDITORS[name]("Größe\n\nzwei\n"))
+        assert read_text(path) == ["Größe".encode(), b"zwei"]
