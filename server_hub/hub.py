@@ -227,6 +227,16 @@ class Hub:
         )
         self._over = False
 
+    @property
+    def unwritten(self) -> list[str]:
+        """What could not be written, a sentence each: the last model, or records of rounds."""
+        return list(self.round_log.unwritten.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done, and the devices know it."""
+        return self._over
+
     async def serve(self, ready: Callable[[str], None] | None = None) -> None:
         """Run the job to its end, then wait until the devices have left.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest
-from edge_sdk.errors import DataError, LinkClosed
+from edge_sdk.errors import CutlayerError, DataError, LinkClosed
 from edge_sdk.inference.metrics import Metric, Tally, metric_of, softmax
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
@@ -21,6 +21,8 @@ from edge_sdk.training import text
 from edge_sdk.training.data import Examples, Source
 from edge_sdk.training.learner import Learner, Precision
 from edge_sdk.transport.connection import Question
+
+log = logging.getLogger("cutlayer.device")
 
 Ask = Callable[[Question], Awaitable[Answer]]
 """Sends packed activations to the hub and returns its half of the answer."""
@@ -115,10 +117,19 @@ class Predictor:
         learner: returns the present learner; a move may replace it at any time.
         ask: asks the hub.
         fetch_bases: returns the mixture of base networks.
+        failure: returns the error that ended the connection to the hub; None while it goes on.
     """
 
-    def __init__(self, learner: Callable[[], Learner], ask: Ask, fetch_bases: FetchBases) -> None:
+    def __init__(
+        self,
+        learner: Callable[[], Learner],
+        ask: Ask,
+        fetch_bases: FetchBases,
+        failure: Callable[[], CutlayerError | None],
+    ) -> None:
         self._learner, self._ask, self._fetch_bases = learner, ask, fetch_bases
+        self._failure = failure
+        self._told = False
         self._hub_heads: dict[str, int] = {}
 
     async def predict(
@@ -142,9 +153,8 @@ class Predictor:
         unsure = np.flatnonzero(probabilities.max(1) < confidence)
         by_hub = np.zeros(len(probabilities), bool)
         if len(unsure) and not own.manifest.whole:
-            with contextlib.suppress(TimeoutError, LinkClosed):
-                async with asyncio.timeout(timeout_s):
-                    hub = await self._hub(own, unsure, x)
+            hub = await self._hub_if_it_answers(own, unsure, x, timeout_s)
+            if hub is not None:
                 every = np.concatenate([heads[:, unsure], _last_position(hub, own.manifest)])
                 probabilities[unsure] = softmax(every).mean(0)
                 by_hub[unsure] = True
@@ -262,13 +272,38 @@ class Predictor:
         try:
             async with asyncio.timeout(timeout_s):
                 mixture = await self._fetch_bases(bases)
-        except TimeoutError:
+        except (TimeoutError, CutlayerError) as error:
+            if isinstance(error, CutlayerError) and error is not self._failure():
+                raise
             raise LinkClosed(
                 f"not all of {bases} bases are here, and the hub does not give the others; ask for "
                 "fewer"
-            ) from None
+            ) from error
         answer = await asyncio.to_thread(mixture.answer, x, bases, options.robustness)
         return _DeviceAnswer(manifest, answer.logits, answer.parts, options.robustness)
+
+    async def _hub_if_it_answers(
+        self, own: _DeviceAnswer, rows: Array, x: Array, timeout_s: float
+    ) -> Array | None:
+        """:meth:`_hub`; None if the hub does not answer in time, restarts, or is gone for good."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._hub(own, rows, x)
+        except (TimeoutError, LinkClosed):
+            self._tell_of_the_end()
+            return None
+        except CutlayerError as error:
+            if error is not self._failure():
+                raise
+            self._tell_of_the_end()
+            return None
+
+    def _tell_of_the_end(self) -> None:
+        """Say once why the hub finishes no answer any more, if its connection has ended."""
+        failure = self._failure()
+        if failure is not None and not self._told:
+            self._told = True
+            log.warning("the hub answers no more, the device answers alone: %s", failure)
 
     async def _hub(self, own: _DeviceAnswer, rows: Array, x: Array) -> Array:
         """Logits of the hub's heads for some rows, mean over the base networks.

@@ -162,6 +162,11 @@ class Connection:
         return self._welcome
 
     @property
+    def failure(self) -> CutlayerError | None:
+        """The error that ended the connection for good; None while it has not ended."""
+        return self._failure
+
+    @property
     def extensions(self) -> frozenset[str]:
         """The extensions that the present session has agreed on."""
         return self._session.extensions if self._session is not None else frozenset()
@@ -194,9 +199,14 @@ class Connection:
     async def ask(self, question: Question) -> Answer:
         """The hub's half of an answer.
 
+        Without a link the question waits outside the window, so that questions that nobody waits
+        for any more take no place there, and the hub does not get them.
+
         Raises:
-            LinkClosed: the hub restarts, or is out of reach for good.
+            LinkClosed: the hub restarts.
+            CutlayerError: the connection has ended, see :attr:`failure`.
         """
+        await self._linked.wait()
         self._requests += 1
         request = self._requests
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -259,9 +269,9 @@ class Connection:
                 try:
                     await self._serve(link)
                 finally:
+                    self._linked.clear()
                     await link.close()
                     self._enter(ConnectionEvent.LOST)
-                    self._linked.clear()
             except (LinkClosed, HubError) as error:
                 if isinstance(error, HubError) and not error.is_temporary:
                     self._fail(error)
@@ -365,6 +375,7 @@ class Connection:
         elif isinstance(message, Error):
             error = HubError(message.code, message.message, message.field)
             if message.fatal:
+                self._linked.clear()  # now: the link may take seconds to close
                 raise error
             if self._blob is not None and not self._blob.done():
                 self._blob.set_exception(error)

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+
 from edge_sdk.bundle.store import BlobStore, verify_blob
 from edge_sdk.errors import BundleError
+from edge_sdk.files import why
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import Round
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.transport.connection import Connection
 
+log = logging.getLogger("cutlayer.device")
+
 
 class Downloader:
     """Fetches blobs and states. Everything is verified by its sha256.
 
+    A cache that cannot be read or written, on a full or a read-only disk for example, is used no
+    more: a warning says so once, and everything is fetched into memory.
+
     Args:
         connection: connection to the hub.
-        store: the device's cache.
+        store: the device's cache; None keeps nothing.
     """
 
-    def __init__(self, connection: Connection, store: BlobStore) -> None:
+    def __init__(self, connection: Connection, store: BlobStore | None) -> None:
         self._connection, self._store = connection, store
         self._kept: tuple[str, bytes] | None = None
+        if store is None:
+            log.warning(
+                "the home folder is not known, so that bundles are fetched at every start; name a "
+                "folder with cache"
+            )
 
     async def blob(self, name: str) -> bytes:
         """A blob of a bundle, from the cache or downloaded into it.
@@ -31,20 +44,35 @@ class Downloader:
             HubError: the hub does not have the blob.
             BundleError: the downloaded bytes do not match the name.
         """
-        if name in self._store:
+        if self._store is not None:
             try:
-                return self._store.read(name)
+                return await self._through(self._store, name)
+            except OSError as error:
+                self._give_up(self._store, error)
+        return await self.state(name)
+
+    async def _through(self, store: BlobStore, name: str) -> bytes:
+        if name in store:
+            try:
+                return store.read(name)
             except BundleError:
-                self._store.remove(name)  # damaged on disk: fetch again
-        with self._store.claim() as mine:
+                store.remove(name)  # damaged on disk: fetch again
+        with store.claim() as mine:
             if not mine:  # another process is downloading it into this cache
                 data = await self.state(name)
-                self._store.write(data)
+                store.write(data)
                 return data
             await self._connection.download(
-                name, self._store.partial(name), lambda data: self._store.append(name, data)
+                name, store.partial(name), lambda data: store.append(name, data)
             )
-            return self._store.finish(name)
+            return store.finish(name)
+
+    def _give_up(self, store: BlobStore, error: OSError) -> None:
+        log.warning(
+            "the cache %s cannot be used: %s; what it lacks is kept in memory, and fetched again "
+            "at the next start", store.folder, why(error),
+        )  # fmt: skip
+        self._store = None
 
     async def state(self, name: str, keep: bool = False) -> bytes:
         """A state, from the cache or downloaded into memory; raises as :meth:`blob` does.
@@ -58,8 +86,12 @@ class Downloader:
                 evaluation is mostly that of the next round, too.
         """
         kept, self._kept = self._kept, None
-        if name in self._store:
-            return self._store.read(name)
+        if self._store is not None:
+            try:
+                if name in self._store:
+                    return self._store.read(name)
+            except OSError as error:
+                self._give_up(self._store, error)
         if kept is not None and kept[0] == name:
             data = kept[1]
         else:

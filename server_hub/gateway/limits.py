@@ -14,7 +14,7 @@ class Listen:
     """Where the hub listens: the table ``[listen]``.
 
     Attributes:
-        host: address of the interface.
+        host: address of the interface; of IPv6 without brackets or in them.
         port: port; 0 takes a free one.
         trusted: addresses or networks of proxies. The hub believes their ``X-Forwarded-For``, and
             counts a connection for the address that a proxy passes on.
@@ -24,7 +24,16 @@ class Listen:
     port: int = 8765
     trusted: tuple[str, ...] = ()
 
+    @property
+    def bracketed(self) -> str:
+        """The host as it stands in a URL: an IPv6 address in brackets."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
     def __post_init__(self) -> None:
+        if self.host.startswith("[") and self.host.endswith("]"):
+            object.__setattr__(self, "host", self.host[1:-1])
+        if not self.host:
+            raise ValueError("host is empty; use 0.0.0.0, or :: with IPv6, for all interfaces")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}, must be from 0 to 65535")
         for network in self.trusted:

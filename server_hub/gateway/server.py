@@ -12,6 +12,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import ConfigError, CutlayerError, LinkClosed, ProtocolError
+from edge_sdk.files import why
 from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
@@ -48,6 +49,9 @@ _OUTGOING = 4 * 2**20
 
 _LINGER_S = 2.0
 """Seconds that a device has to close its connection after its ``bye``."""
+
+_DISMISSAL_S = 3.0
+"""Seconds in which devices learn that the hub ends, before their connections are closed."""
 
 
 class Gateway:
@@ -93,10 +97,14 @@ class Gateway:
         """Bytes by kind of message since the start."""
         self._background = BackgroundTasks()
         self._waiting = Backlog(limits.total_waiting_mb * 2**20)
+        self._ending = False
 
     @asynccontextmanager
     async def listen(self, where: Listen) -> AsyncIterator[str]:
         """Serve websockets while entered; yields the address.
+
+        At the end, devices that are still connected get the temporary error ``busy``: a hub that
+        starts again finds them.
 
         Raises:
             ConfigError: the hub cannot listen there, for example because the port is taken; or the
@@ -114,16 +122,18 @@ class Gateway:
                 close_timeout=2,
                 **serve_options(door),
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            reason = why(error) if isinstance(error, OSError) else "it is no name of a host"
             raise ConfigError(
-                f"cannot listen on {where.host}:{where.port}: {error.strerror or error}; "
-                "choose another port, or 0 for a free one"
+                f"cannot listen on {where.bracketed}:{where.port}: {reason}; "
+                "choose another port, or 0 for a free one, and an address of this machine for host"
             ) from error
         try:
             port = next(iter(server.sockets)).getsockname()[1]
             async with self.reaping():
-                yield f"ws://{where.host}:{port}"
+                yield f"ws://{where.bracketed}:{port}"
         finally:
+            await self._dismiss()
             server.close()
             await server.wait_closed()
 
@@ -135,6 +145,13 @@ class Gateway:
             yield
         finally:
             reaper.cancel()
+
+    async def _dismiss(self) -> None:
+        """Tell all devices, and those that come meanwhile, that the hub ends."""
+        self._ending = True
+        for peer in list(self.peers.values()):
+            self.drop(peer, "the hub ends", _ends())
+        await self._background.finished(_DISMISSAL_S)
 
     async def _connection(self, connection: ServerConnection) -> None:
         assert isinstance(connection, Connection)
@@ -216,6 +233,8 @@ class Gateway:
                 f"protocol version {hello.version} is not spoken here, version {VERSION} is",
                 "version",
             )
+        if self._ending:
+            raise _ends()
         device, tier = self._identify(hello)
         old = self.peers.get(device)
         if old is not None and old.session_id == hello.session and old.tier == tier:
@@ -379,6 +398,11 @@ class Gateway:
 
 _IGNORED = ("ack", "hello")
 """Types of messages without an effect of their own."""
+
+
+def _ends() -> ProtocolError:
+    """What devices hear when the hub ends: temporary, so that they come back to the next one."""
+    return ProtocolError(ErrorCode.BUSY, "the hub ends, or starts again; try later")
 
 
 async def _refuse(link: Link, error: ProtocolError) -> None:
