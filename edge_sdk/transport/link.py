@@ -13,6 +13,7 @@ from edge_sdk.errors import ConfigError, LinkClosed
 from edge_sdk.protocol.enums import CloseCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import SUBPROTOCOL
+from edge_sdk.transport.liveness import WatchedClient
 
 
 class Link(Protocol):
@@ -38,13 +39,13 @@ class WebSocketLink:
         try:
             await self._connection.send(frame)
         except ConnectionClosed as error:
-            raise LinkClosed(f"the connection closed: {error}") from error
+            raise LinkClosed(f"the connection closed: {error.__cause__ or error}") from error
 
     async def receive(self) -> bytes | str:
         try:
             return await self._connection.recv()
         except ConnectionClosed as error:
-            raise LinkClosed(f"the connection closed: {error}") from error
+            raise LinkClosed(f"the connection closed: {error.__cause__ or error}") from error
 
     async def close(self) -> None:
         await self._connection.close(CloseCode.NORMAL)
@@ -64,6 +65,8 @@ async def open_websocket(url: str, max_frame: int = DEFAULT_MAX_FRAME) -> WebSoc
             compression=None,
             max_size=max_frame,
             open_timeout=10,
+            ping_interval=None,  # a watched connection pings
+            create_connection=WatchedClient,
         )
     except InvalidURI as error:
         raise ConfigError(f"{url!r} is not a websocket address; use ws://HOST:PORT") from error
