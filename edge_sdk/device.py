@@ -293,7 +293,7 @@ class Device:
         now = asyncio.get_running_loop().time
         started = now()
         try:
-            states = await self._downloader.start_of(task)
+            states = await self._downloader.start_of(task, self.manifest.state_bytes)
         except HubError as error:
             if error.code != ErrorCode.UNKNOWN_BLOB:
                 raise

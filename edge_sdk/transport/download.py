@@ -21,14 +21,18 @@ class Downloader:
     def __init__(self, connection: Connection, store: BlobStore) -> None:
         self._connection, self._store = connection, store
 
-    async def blob(self, name: str) -> bytes:
+    async def blob(self, name: str, limit: int) -> bytes:
         """A blob of a bundle, from the cache or downloaded into it.
 
         A download that broke off before goes on where it stopped.
 
+        Args:
+            name: sha256 of the blob.
+            limit: largest size that it may have, in bytes.
+
         Raises:
             HubError: the hub does not have the blob.
-            BundleError: the downloaded bytes do not match the name.
+            BundleError: the downloaded bytes are too many, or do not match the name.
         """
         if name in self._store:
             try:
@@ -37,15 +41,15 @@ class Downloader:
                 self._store.remove(name)  # damaged on disk: fetch again
         with self._store.claim() as mine:
             if not mine:  # another process is downloading it into this cache
-                data = await self.state(name)
+                data = await self.state(name, limit)
                 self._store.write(data)
                 return data
             await self._connection.download(
-                name, self._store.partial(name), lambda data: self._store.append(name, data)
+                name, self._store.partial(name), lambda data: self._store.append(name, data), limit
             )
             return self._store.finish(name)
 
-    async def state(self, name: str) -> bytes:
+    async def state(self, name: str, limit: int) -> bytes:
         """A state, from the cache or downloaded into memory; raises as :meth:`blob` does.
 
         States are not cached, since every round has another. That of the first round is a blob of
@@ -54,14 +58,20 @@ class Downloader:
         if name in self._store:
             return self._store.read(name)
         buffer = bytearray()
-        await self._connection.download(name, 0, buffer.extend)
+        await self._connection.download(name, 0, buffer.extend, limit)
         return verify_blob(name, bytes(buffer))
 
-    async def start_of(self, task: Round) -> dict[int | None, dict[str, Array]]:
-        """The states that a round starts from: by base network, or of a single model under None."""
+    async def start_of(self, task: Round, limit: int) -> dict[int | None, dict[str, Array]]:
+        """The states that a round starts from: by base network, or of a single model under None.
+
+        Args:
+            task: the round.
+            limit: largest size of a state, in bytes.
+        """
         if task.bases is None:
             assert task.state is not None
-            return {None: unpack_tensors(await self.state(task.state))}
+            return {None: unpack_tensors(await self.state(task.state, limit))}
         return {
-            int(base): unpack_tensors(await self.state(name)) for base, name in task.bases.items()
+            int(base): unpack_tensors(await self.state(name, limit))
+            for base, name in task.bases.items()
         }

@@ -39,16 +39,21 @@ class WebSocketLink:
         try:
             await self._connection.send(frame)
         except ConnectionClosed as error:
-            raise LinkClosed(f"the connection closed: {error.__cause__ or error}") from error
+            raise LinkClosed(f"the connection closed: {_reason(error)}") from error
 
     async def receive(self) -> bytes | str:
         try:
             return await self._connection.recv()
         except ConnectionClosed as error:
-            raise LinkClosed(f"the connection closed: {error.__cause__ or error}") from error
+            raise LinkClosed(f"the connection closed: {_reason(error)}") from error
 
     async def close(self) -> None:
         await self._connection.close(CloseCode.NORMAL)
+
+
+def _reason(error: ConnectionClosed) -> BaseException:
+    """Why a connection closed: nothing moved any more, or what the close frames say."""
+    return error.__cause__ if isinstance(error.__cause__, TimeoutError) else error
 
 
 async def open_websocket(url: str, max_frame: int = DEFAULT_MAX_FRAME) -> WebSocketLink:
