@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.enums import ErrorCode
 
-EXTENSIONS: tuple[str, ...] = ()
+EXTENSIONS: tuple[str, ...] = ("pieces",)
 """The extensions that this implementation speaks."""
 
 

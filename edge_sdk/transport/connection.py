@@ -295,7 +295,12 @@ class Connection:
                 self._forget_session()
             agreed = frozenset(answer.extensions or ()).intersection(self._extensions)
             self._session = Session(
-                Channel(answer.window, peer_max_frame=answer.max_frame, extensions=agreed)
+                Channel(
+                    answer.window,
+                    peer_max_frame=answer.max_frame,
+                    extensions=agreed,
+                    peer_max_message=answer.max_message or answer.max_frame,
+                )
             )
             self._session_id = answer.session
         session = self._session
@@ -325,7 +330,7 @@ class Connection:
         self._enter(ConnectionEvent.HELLO)
         try:
             async with asyncio.timeout(10):
-                answer = decode(await link.receive()).message
+                answer = decode(await link.receive(), agreed=self._extensions).message
         except TimeoutError:
             raise LinkClosed("the hub did not answer the hello in 10 s") from None
         if isinstance(answer, Error):
