@@ -170,7 +170,9 @@ def _kind(start: bytes, agreed: Collection[str]) -> str:
     unpacker = msgpack.Unpacker(max_str_len=64)
     unpacker.feed(start[:128])
     try:
-        kind = unpacker.unpack() if unpacker.read_array_header() == 2 else None
+        if unpacker.read_array_header() != 2:
+            raise ValueError("not an array of two")
+        kind = unpacker.unpack()
     except (ValueError, msgpack.UnpackException) as error:
         raise ProtocolError(
             ErrorCode.BAD_FRAME, "a message in pieces is an array [type, body]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 import tracemalloc
@@ -17,9 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol import frames as wire
+from edge_sdk.protocol import messages
+from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT, MAX_TEXT
 from edge_sdk.protocol.enums import ErrorCode
-from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
+from edge_sdk.protocol.frames import Frame, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
     MESSAGES,
     Ack,
@@ -37,12 +41,12 @@ from edge_sdk.protocol.messages import (
     Infer,
     Message,
     Move,
+    Piece,
     Ready,
     Round,
     Stop,
     Update,
     Welcome,
-    from_body,
 )
 from edge_sdk.protocol.tensors import (
     DTYPES,
@@ -58,6 +62,10 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 T = TypeVar("T")
+
+encode = functools.partial(wire.encode, agreed=EXTENSIONS)
+decode = functools.partial(wire.decode, agreed=EXTENSIONS)
+from_body = functools.partial(messages.from_body, agreed=EXTENSIONS)
 
 FLOAT = np.arange(6, dtype=np.float32).reshape(2, 3)
 HASH = "0123456789abcdef" * 4
@@ -127,6 +135,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         st.none() | hashes,
         bases,
         extensions,
+        st.none() | st.integers(1024, MAX_INT),
     ),
     Blob: st.builds(Blob, hashes, from_0, from_0, st.binary(max_size=50)),
     Round: st.builds(
@@ -154,6 +163,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     Answer: st.builds(Answer, from_1, st.lists(names, max_size=3), small_arrays),
     Error: st.builds(Error, st.text(max_size=64), texts, st.booleans(), st.none() | texts),
     Ack: st.builds(Ack),
+    Piece: st.builds(Piece, st.binary(max_size=50), st.booleans()),
 }
 frames = st.one_of(*STRATEGIES.values()).flatmap(
     lambda message: st.builds(
@@ -171,7 +181,7 @@ GOOD: list[Message] = [
     Update(1, {"stem.weight": FLOAT}, True, 100, {"loss": 0.5}),
     Infer(1, {"h": FLOAT}, "small", 3, 0.5),
     Bye("done"),
-    Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH, {"1": HASH}, ["a"]),
+    Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH, {"1": HASH}, ["a"], 2**27),
     Blob(HASH, 0, 3, b"abc"),
     Round(1, HASH, 1, 32, {"lr": 0.05}, "returned", 0, 2, {"1": HASH}),
     Features(1, 0, {"h": FLOAT}),
@@ -181,13 +191,14 @@ GOOD: list[Message] = [
     Answer(1, ["head"], FLOAT),
     Error(ErrorCode.BAD_FRAME, "no", True, "seq"),
     Ack(),
+    Piece(b"abc", True),
 ]
 """One valid message of each type, in which no field has its default value."""
 
 
 def raw(message: Message) -> dict[str, Any]:
     """Return the body of a message, for a test to change."""
-    return dict(message.body())
+    return dict(message.body(EXTENSIONS))
 
 
 def frame_bytes(kind: object, body: object, seq: object = 1, ack: object = 0) -> bytes:
@@ -369,7 +380,7 @@ def test_a_spec_knows_its_size(array: np.ndarray) -> None:
 
 def test_every_message_is_covered_here() -> None:
     assert set(STRATEGIES) == set(MESSAGES.values()) == {type(message) for message in GOOD}
-    assert all(len(m.body()) == len(dataclasses.fields(m)) for m in GOOD)  # type: ignore[arg-type]
+    assert all(len(m.body(EXTENSIONS)) == len(dataclasses.fields(m)) for m in GOOD)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", STRATEGIES, ids=lambda kind: kind.TYPE)
@@ -382,7 +393,7 @@ def test_a_frame_comes_back_as_it_was(kind: type[Message], data: st.DataObject) 
     frame = decode(encode(message, seq, ack))
     assert (frame.seq, frame.ack) == (seq, ack)
     assert same_message(frame.message, message)
-    assert same_message(from_body(kind.TYPE, message.body()), message)
+    assert same_message(from_body(kind.TYPE, message.body(EXTENSIONS)), message)
 
 
 @given(order=st.permutations(range(12)))
@@ -396,8 +407,8 @@ def test_base_networks_come_in_the_order_in_which_they_were_sent(order: list[int
 
 def test_defaults_are_left_out_and_may_be_sent() -> None:
     hello = Hello(1, "secret", "small")
-    assert hello.body().keys() == {"version", "token", "tier"}
-    spelled = {**hello.body(), "session": None, "last_seq": 0}
+    assert hello.body(EXTENSIONS).keys() == {"version", "token", "tier"}
+    spelled = {**hello.body(EXTENSIONS), "session": None, "last_seq": 0}
     assert decode(frame_bytes("hello", spelled, 0)).message == hello
 
 
@@ -441,6 +452,7 @@ WRONG: dict[str, list[object]] = {
     "loss": [math.nan, math.inf, "0", True],
     "tensors": [None, [], {"w": 0.5}],
     "done": [0, 1, None, "true", FLOAT],
+    "last": [0, 1, "true"],
     "metrics": [
         None,
         {"loss": math.nan},
@@ -455,6 +467,7 @@ WRONG: dict[str, list[object]] = {
     "manifest": ["0" * 10, None],
     "window": [0, -1, None],
     "max_frame": [1023, None],
+    "max_message": [0, 1023, "1", 2**63],
     "size": [-1, None],
     "data": ["text", None, FLOAT],
     "state": ["0" * 63, 5, FLOAT],
@@ -490,7 +503,7 @@ WRONG: dict[str, list[object]] = {
 
 @pytest.mark.parametrize("message", GOOD, ids=lambda message: message.TYPE)
 def test_a_wrong_field_is_named(message: Message) -> None:
-    for name in message.body():
+    for name in message.body(EXTENSIONS):
         assert WRONG[name]
         for value in WRONG[name]:
             data = frame_bytes(message.TYPE, {**raw(message), name: value}, int(message.RELIABLE))
@@ -511,13 +524,13 @@ def test_limits_are_inclusive() -> None:
         "metrics": metrics,
         "round": MAX_INT,
     }
-    assert decode(frame_bytes("update", update)).message.body()["metrics"] == metrics
+    assert decode(frame_bytes("update", update)).message.body(EXTENSIONS)["metrics"] == metrics
     answer = decode(
         frame_bytes(
             "answer", {**raw(next(m for m in GOOD if isinstance(m, Answer))), "heads": ["h"] * 1024}
         )
     ).message
-    assert len(answer.body()["heads"]) == 1024
+    assert len(answer.body(EXTENSIONS)["heads"]) == 1024
 
 
 @pytest.mark.parametrize(
