@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, cast
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -53,6 +52,8 @@ from server_hub.trunk.interface import Trunk
 from tests.lib.proxy import Relay, relay
 
 WIDTH = 32
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def write_bundle(folder: Path, size: int) -> SplitModel:
 
 @asynccontextmanager
 async def joined(
-    folder: Path, model: SplitModel, case: Case
+    folder: Path, model: SplitModel, case: Case, limits: Limits
 ) -> AsyncIterator[tuple[Connection, Relay, Manifest]]:
     """A hub in this process, and a device that is connected over the network of a case."""
     tokens = TokenFile(folder / "tokens.toml")
@@ -135,7 +136,7 @@ async def joined(
         run=Path(tempfile.mkdtemp(dir=folder)) / "run",
         listen=Listen(port=0),
         rounds=RoundRules(count=1, min_devices=1, deadline_s=3600),
-        limits=Limits(),
+        limits=limits,
         leave_s=0.1,
     )
     hub = Hub(config, model, cast(Trunk, NullTrunk()))
@@ -161,17 +162,17 @@ async def joined(
 CASE_KINDS = ("update", "download")
 
 
-async def measure(folder: Path, model: SplitModel, case: Case) -> Result:
+async def measure(folder: Path, model: SplitModel, case: Case, limits: Limits) -> Result:
     """Send an update, or download a state, over the network of a case."""
-    async with joined(folder, model, case) as (connection, network, manifest):
-        state = {s.name: np.zeros(s.shape, s.dtype) for s in manifest.exchanged()}  # type: ignore[arg-type]
+    async with joined(folder, model, case, limits) as (connection, network, manifest):
+        state = {entry.spec.name: entry.zeros() for entry in manifest.state if entry.kind != "slot"}
         size = sum(tensor.nbytes for tensor in state.values())
         needed = size / case.bytes_per_s
         now = asyncio.get_running_loop().time
 
         async def update() -> None:
             result = LocalResult(state, 10, {"loss": 1.0})
-            await send_update(session, task.round, result, connection.welcome.max_frame)
+            await send_update(session, number, result, connection.welcome.max_frame)
             while session.channel.unacked:
                 await asyncio.sleep(0.005)
 
@@ -184,8 +185,8 @@ async def measure(folder: Path, model: SplitModel, case: Case) -> Result:
         if case.what == "update":
             await connection.send(Ready(samples=10))
             session, delivery = await connection.next_work()
-            task = delivery.message
-            assert isinstance(task, Round)
+            assert isinstance(delivery.message, Round)
+            number = delivery.message.round
             session.settle(delivery.seq)
         direction = "up" if case.what == "update" else "down"
         began, before = now(), network.passed[direction]
@@ -211,12 +212,12 @@ async def _break(network: Relay, seconds: float, breaks: int) -> None:
         network.cut()
 
 
-def run(mb: float, cases: tuple[Case, ...]) -> list[Result]:
-    """Measure some cases with ``mb`` MB each."""
+def run(mb: float, cases: tuple[Case, ...], limits: Limits = DEFAULT_LIMITS) -> list[Result]:
+    """Measure some cases with ``mb`` MB each, with a hub that has these limits."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_bundle(folder / "bundles", int(mb * 1e6))
-        return [asyncio.run(measure(folder, model, case)) for case in cases]
+        return [asyncio.run(measure(folder, model, case, limits)) for case in cases]
 
 
 def show(results: list[Result], console: Console) -> None:

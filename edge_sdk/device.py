@@ -118,7 +118,12 @@ class Device:
             on_change=lambda: self._bases.forget(),
         )
         self._bases = BaseNetworks(self._connection, self._downloader, self._present_learner)
-        self._predictor = Predictor(self._present_learner, self._connection.ask, self._bases.fetch)
+        self._predictor = Predictor(
+            self._present_learner,
+            self._connection.ask,
+            self._bases.fetch,
+            lambda: self._connection.largest_message,
+        )
 
     @classmethod
     async def connect(

@@ -31,6 +31,7 @@ from edge_sdk.protocol.messages import (
     Stop,
     Welcome,
 )
+from edge_sdk.protocol.pieces import PIECES
 from edge_sdk.protocol.states import ConnectionEvent, ConnectionState, next_connection_state
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.transport.blob_requests import BlobRequests, Download
@@ -159,6 +160,12 @@ class Connection:
         """The hub's last welcome."""
         assert self._welcome is not None
         return self._welcome
+
+    @property
+    def largest_message(self) -> int:
+        """Bytes of the largest message that the hub takes."""
+        in_pieces = self.welcome.max_message if PIECES in self.extensions else None
+        return in_pieces or self.welcome.max_frame
 
     @property
     def extensions(self) -> frozenset[str]:

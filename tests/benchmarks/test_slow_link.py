@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.slow_link import Case, main, run
+from server_hub.gateway.limits import Limits
 
 
 def test_an_update_arrives_over_a_slow_link_that_breaks() -> None:
@@ -16,6 +17,13 @@ def test_an_update_arrives_over_a_slow_link_that_breaks() -> None:
     assert result.needed_s == pytest.approx(2.0, rel=0.05)
     assert result.taken_s < 3.5
     assert result.sent < 1.5
+
+
+def test_a_tensor_larger_than_a_frame_travels() -> None:
+    limits = Limits(max_frame=2**17, blob_piece=2**16)
+    (result,) = run(1.0, (Case("update", 20e6),), limits)
+    assert result.bytes > 7 * limits.max_frame
+    assert result.sent < 1.1
 
 
 def test_a_download_uses_the_link_in_spite_of_long_round_trips() -> None:
