@@ -333,9 +333,11 @@ class Hub:
 
     def _ready(self, peer: Peer, message: Ready) -> None:
         self.cut_moves.ready(peer, message)
-        if self.rounds.expects(peer.device, self.rounds.number):
-            self.rounds.drop(peer.device, "it joined anew")
         self._collector.join(peer.device, message.samples)
+        if self.rounds.expects(peer.device, self.rounds.number) and not self._collector.recount(
+            peer.device, message.samples
+        ):
+            self.rounds.drop(peer.device, "it joined anew")
         if self._over:
             self._stop(peer)
         else:  # in the last round, too: its result has to be averaged first

@@ -158,7 +158,7 @@ class Evaluator:
         task = self._pool.template.task
         rows = np.arange(len(self._held_out))
         single = [Tally(task) for _ in models]
-        for batch in batches_to_evaluate(self._held_out.take(rows[rows % 5 == 0]), models[0]):
+        for batch in batches_to_evaluate(self._held_out.read(rows[rows % 5 == 0]), models[0]):
             for model, tally in zip(models, single, strict=True):
                 tally.add(self._logits(model, batch.x)[None].cpu().numpy(), batch.y)
             yield
@@ -166,7 +166,7 @@ class Evaluator:
         better_is_more = task == "classes"
         order = sorted(range(len(models)), key=lambda b: scores[b], reverse=better_is_more)
         mixed = [Tally(task) for _ in models]
-        for batch in batches_to_evaluate(self._held_out.take(rows[rows % 5 != 0]), models[0]):
+        for batch in batches_to_evaluate(self._held_out.read(rows[rows % 5 != 0]), models[0]):
             total = torch.zeros((), device=self._pool.device)
             for i, base in enumerate(order):
                 total = total + self._logits(models[base], batch.x)
