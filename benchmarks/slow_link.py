@@ -89,8 +89,8 @@ CASES = (
     Case("update", 100e3, breaks=10),
     Case("update", 100e3, round_trip_s=0.1, breaks=10),
     Case("download", 1e6, round_trip_s=0.1),
+    Case("download", 1e6, round_trip_s=0.1, breaks=3),
     Case("download", 10e6, round_trip_s=0.1),
-    Case("download", 10e6, round_trip_s=0.1, breaks=3),
 )
 
 

@@ -83,7 +83,7 @@ class BlobRequests:
         """Ask for what is open again: the connection broke, or no answer came for long."""
         self._again = deque(sorted({*self._again, *self._open}))
         self._open.clear()
-        self._most_open = 1
+        self._most_open = max(self._most_open // 2, 1)
 
     def take(self, blob: Blob, now: float) -> bytes:
         """Take an answer; returns the bytes that are next in order, if there are any.

@@ -160,6 +160,10 @@ class TokenBucket:
         self._tokens -= 1
         return True
 
+    def give_back(self) -> None:
+        """Put back a token that :meth:`take` took."""
+        self._tokens += 1
+
     def _fill(self, now: float) -> None:
         self._tokens = min(self._tokens + (now - self._at) * self._rate, self._burst)
         self._at = now

@@ -236,6 +236,7 @@ class Session:
             elif grown > 0:
                 incoming.add(grown)
                 incoming.begin()
+                self._flow.frames.give_back()  # a whole piece costs its bytes, and no more
             self._assembled = size
         return delivery
 

@@ -256,7 +256,7 @@ def test_sessions_send_pieces_and_count_them_as_what_they_are_of() -> None:
             traffic[kind] = traffic.get(kind, 0) + up
 
         backlog = Backlog(10**6)
-        control = FlowControl(Backlog(10**6), backlog, TokenBucket(1e6, 1e6))
+        control = FlowControl(Backlog(10**6), backlog, TokenBucket(1.0, 5.0))  # not of pieces
         hub, device = Session(channel(), count, control), Session(channel())
         got: list[Message] = []
         held: list[int] = []

@@ -118,14 +118,17 @@ class Relay:
                     return sink.close()
 
         arriving = asyncio.create_task(arrive())
-        free_at = 0.0
+        free_at = asked_at = loop.time()
         try:
             while data := await source.read(int(max(1460, min(rate / 50, 65536)))):
-                free_at = max(free_at, loop.time()) + len(data) / rate
+                if loop.time() - asked_at > 0.001:  # nothing was there to be sent
+                    free_at = max(free_at, loop.time())
+                free_at += len(data) / rate  # also if this task was late: a network is not
                 await asyncio.sleep(free_at - loop.time())
                 while direction in self.blocked:
                     await asyncio.sleep(0.05)
-                under_way.put_nowait((loop.time() + self.latency, data))
+                under_way.put_nowait((free_at + self.latency, data))
+                asked_at = loop.time()
             under_way.put_nowait((loop.time() + self.latency, b""))
             await arriving
         finally:
@@ -139,6 +142,9 @@ async def relay(
     """Put a slow network before the hub at ``url``; the arguments are those of :class:`Relay`."""
     port = int(url.rpartition(":")[2])
     made = Relay("", up, down, latency)
+    rates = [rate for rate in (up, down) if rate < math.inf]
+    # what a network holds for about 0.1 s
+    buffer = int(max([2**15, *(rate / 10 for rate in rates)])) if rates else 2**18
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve_device(
@@ -151,7 +157,7 @@ async def relay(
         writers = {to_device}
         try:
             from_hub, to_hub = await asyncio.open_connection(
-                sock=await _connected(port), limit=_BUFFER
+                sock=await _connected(port, buffer), limit=buffer
             )
             writers.add(to_hub)
             made.writers |= writers
@@ -166,9 +172,9 @@ async def relay(
             for writer in writers:
                 writer.transport.abort()
 
-    listening = _small_buffers()
+    listening = _with_buffers(buffer)
     listening.bind(("127.0.0.1", 0))
-    server = await asyncio.start_server(serve_device, sock=listening, limit=_BUFFER)
+    server = await asyncio.start_server(serve_device, sock=listening, limit=buffer)
     made.url = f"ws://127.0.0.1:{listening.getsockname()[1]}"
     try:
         yield made
@@ -179,19 +185,15 @@ async def relay(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-_BUFFER = 2**15
-"""Bytes that a relay holds for one end, beyond those that are on the wire."""
-
-
-def _small_buffers() -> socket.socket:
+def _with_buffers(size: int) -> socket.socket:
     made = socket.socket()
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
     return made
 
 
-async def _connected(port: int) -> socket.socket:
-    made = _small_buffers()
+async def _connected(port: int, buffer: int) -> socket.socket:
+    made = _with_buffers(buffer)
     made.setblocking(False)
     await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", port))
     return made
