@@ -48,7 +48,9 @@ from server_hub.rounds.round_log import RoundLog
 from server_hub.rounds.rounds import Rounds
 from server_hub.rounds.update_collector import UpdateCollector
 from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.storage.starting_point import Started, start_from
 from server_hub.trunk.batcher import StepBatcher
+from server_hub.trunk.errors import TrunkRefused
 from server_hub.trunk.interface import EvaluationReport, Trunk
 from server_hub.trunk.process import WorkerTrunk
 from server_hub.trunk.startup import ModelSource
@@ -117,6 +119,11 @@ class Hub:
             self.manifests,
             initial,
         )
+        self.started: Started | None = None
+        """What the job has taken over from an earlier run; None if it starts from the bundles."""
+        if config.start_from is not None:
+            cuts = {tier: manifest.cut for tier, manifest in self.manifests.items()}
+            self.started = start_from(config.start_from, self.method, self.model, cuts)
         self.method.check_bundles(self.manifests, self.model, config.rounds.count)
         count = config.rounds.count
         check_message_sizes(
@@ -350,7 +357,13 @@ class Hub:
         self.gateway.drop(peer, reason, error)
 
     def _failed(self, peer: Peer, error: Exception) -> None:
-        """The hub could not do what a device has asked for; the device may ask again."""
+        """The hub could not do what a device has asked for.
+
+        The device may ask again, unless it was the request that the trunk cannot use.
+        """
+        if isinstance(error, TrunkRefused):
+            self._refused(peer, str(error))
+            return
         log.error("a request of %s failed: %s", peer.device, error)
         told = ProtocolError(ErrorCode.INTERNAL, "the hub failed to compute an answer; try later")
         self.gateway.drop(peer, str(told), told)

@@ -93,6 +93,7 @@ def test_every_test_is_in_the_folder_of_a_package() -> None:
     assert beside == {
         "test_bare_imports.py",
         "test_examples.py",
+        "test_install.py",
         "test_layering.py",
         "test_mutate.py",
         "test_public_names.py",

@@ -201,7 +201,10 @@ def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:
 
 def describe(job: Job, runtime: DeviceRuntime) -> str:
     """Return job and runtime as JSON, which identifies the job of a run folder."""
-    return json.dumps({"job": asdict(job), "runtime": runtime}, indent=1, default=str) + "\n"
+    fields = asdict(job)
+    if job.start_from is None:  # runs of versions without this key resume, too
+        del fields["start_from"]
+    return json.dumps({"job": fields, "runtime": runtime}, indent=1, default=str) + "\n"
 
 
 def resume(folder: Path, described: str) -> Checkpoint | None:
@@ -220,7 +223,8 @@ def resume(folder: Path, described: str) -> Checkpoint | None:
     if (folder / JOB).exists():
         if (folder / JOB).read_text("utf-8") != described:
             raise ConfigError(
-                f"{folder} holds a run of another job; choose another folder, or remove it"
+                f"{folder} holds a run of another job; choose another folder with --run, and to "
+                f"go on with the model of this one add --start-from {folder}; or remove it"
             )
         last = Checkpoint.read(folder)
         written = len(read_records(folder)) if (folder / METRICS).exists() else 0

@@ -106,7 +106,7 @@ class Simulation:
         self.job, self.folder, self.runtime = job, folder, runtime
         self.recipe = find(job.method, simulated_methods())
         self.meter = Meter()
-        self._behave = behave
+        self._behave, self._base = behave, base
         self._described = describe(job, runtime)
         self._resumed = resume(folder, self._described)
         say("reading data")
@@ -207,34 +207,38 @@ class Simulation:
         draw_partition(
             self.holdings(), self.folder / "partition.png", "examples of each class by client"
         )
-        write_report(
-            run,
-            f"{self.recipe.title}: {len(run.records)} simulated rounds",
-            ["![examples of each class by client](partition.png)"],
-        )
+        sections = ["![examples of each class by client](partition.png)"]
+        if self.job.start_from is not None:
+            sections.insert(0, f"Started from {self.job.start_from}.")
+        write_report(run, f"{self.recipe.title}: {len(run.records)} simulated rounds", sections)
 
     def run(
-        self, on_round: Callable[[RoundRecord], None] = lambda record: None
+        self,
+        on_round: Callable[[RoundRecord], None] = lambda record: None,
+        on_start: Say = lambda line: None,
     ) -> list[RoundRecord]:
         """Run the job, or the rest of an interrupted run, to its end.
 
         Args:
             on_round: called after each round.
+            on_start: called with a line that says what is taken over from an earlier run; not
+                called if nothing is.
 
         Returns:
             All rounds, including those before an interruption.
 
         Raises:
+            ConfigError: the job cannot start from the model that it names; nothing is written.
             CutlayerError: a device or the hub failed, or no device delivers updates.
         """
         last = self._resumed
         if last is not None and last.completed >= self.job.rounds.count:
             return self.records
         start = 0.0 if last is None else last.clock
-        return clock.run(lambda loop: self._run(loop, on_round), start)
+        return clock.run(lambda loop: self._run(loop, on_round, on_start), start)
 
     async def _run(
-        self, loop: VirtualLoop, on_round: Callable[[RoundRecord], None]
+        self, loop: VirtualLoop, on_round: Callable[[RoundRecord], None], on_start: Say
     ) -> list[RoundRecord]:
         last = self._resumed
         began = time.perf_counter() - (last.wall if last is not None else 0.0)
@@ -249,9 +253,11 @@ class Simulation:
             Checkpoint.of(hub, loop.time(), wall, self.meter).write(self.folder)
             on_round(replace(record, metric=self.metric))
 
-        put_down(self.folder, self._described)
         tokens = _Tokens(self.clients)
         hub = self._hub(tokens, last, costs, after_round)
+        put_down(self.folder, self._described)
+        if hub.started is not None:
+            on_start(str(hub.started))
         await hub.start()
         hub.round_log.job_began = 0.0
         devices = [self._device(client, tokens, hub, loop) for client in self.clients]
@@ -301,6 +307,7 @@ class Simulation:
             bundles=self.index.folder,
             tokens=Path(),
             run=self.folder,
+            start_from=self._base / job.start_from if job.start_from and last is None else None,
             schedule=job.schedule,
             evaluate_every=job.evaluate_every,
             rounds=rules,
@@ -340,7 +347,7 @@ class Simulation:
             tokens=tokens,
             evaluate=lambda: self._evaluate(hub, trunk),
             costs=costs,
-            run=RunFolder(self.folder, None if last is None else last.completed, self.metric),
+            run=None if last is None else RunFolder(self.folder, last.completed, self.metric),
             on_round=on_round,
         )
         if last is not None:

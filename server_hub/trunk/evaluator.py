@@ -80,14 +80,17 @@ class Evaluator:
         """
         try:
             h = get_codec(query.codec).unpack(to_device_by_name(query.parts, self._pool.device))
+            finite = torch.isfinite(h).all()
             with robustness(query.robustness):
                 logits = _above(self._served[query.cut, query.base], h, query.cut)
             result: Array = logits.cpu().numpy()
-            return result
         except Exception as error:
             if is_damage(error):
                 raise
             raise TrunkRefused(reason_of(error)) from error
+        if not finite:
+            raise TrunkRefused("the activations are not finite")
+        return result
 
     def evaluate(self, tiers: Mapping[str, tuple[int, str]], paths: Sequence[str]) -> Evaluation:
         """Evaluate the states that are served now on the held-out examples, in slices.
