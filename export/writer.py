@@ -38,12 +38,10 @@ from export.quantize import (
     quantize_matrices,
     verify_int8,
 )
-from export.split import ClientSegment, SplitModel
+from export.split import WEIGHTS, ClientSegment, SplitModel
 from export.step_set import all_steps
 from export.steps import ClientSteps
 from export.whole import WholeBases, save_bases
-
-WEIGHTS = "model.safetensors"
 
 Progress = Callable[[str], None]
 

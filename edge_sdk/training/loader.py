@@ -120,7 +120,13 @@ class BundleLoader:
                     raise
             welcome = await self._connection.renew()  # rounds passed during the download
 
-    async def load_state(self, name: str) -> None:
-        """Fetch the state with this sha256 and predict with it from now on."""
+    async def load_state(self, name: str, keep: bool = False) -> None:
+        """Fetch the state with this sha256 and predict with it from now on.
+
+        Args:
+            name: sha256 of the state.
+            keep: as in :meth:`Downloader.state`.
+        """
         limit = self.learner.manifest.state_bytes
-        self.learner.runtime.set_state(unpack_tensors(await self._downloader.state(name, limit)))
+        data = await self._downloader.state(name, limit, keep)
+        self.learner.runtime.set_state(unpack_tensors(data))

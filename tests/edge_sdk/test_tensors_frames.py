@@ -8,6 +8,7 @@ import math
 import random
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import msgpack
@@ -23,6 +24,7 @@ from edge_sdk.protocol import messages
 from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT, MAX_TEXT
 from edge_sdk.protocol.enums import ErrorCode
+from edge_sdk.protocol.evaluation import Evaluate, Evaluated
 from edge_sdk.protocol.frames import Frame, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
     MESSAGES,
@@ -57,6 +59,9 @@ from edge_sdk.protocol.tensors import (
     pack_tensor,
     unpack_tensor,
 )
+
+encode = partial(wire.encode, agreed=EXTENSIONS)
+decode = partial(wire.decode, agreed=EXTENSIONS)
 
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
@@ -120,6 +125,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     FeatureGradient: st.builds(FeatureGradient, from_1, from_0, parts, from_1),
     Update: st.builds(Update, from_1, parts, st.booleans(), from_1, numbers),
     Infer: st.builds(Infer, from_1, parts, st.none() | texts, base, st.floats(0, 1)),
+    Evaluated: st.builds(Evaluated, from_1, from_0, numbers),
     Bye: st.builds(Bye, texts),
     Welcome: st.builds(
         Welcome,
@@ -158,6 +164,14 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         parts,
         st.none() | st.floats(allow_nan=False, allow_infinity=False),
     ),
+    Evaluate: st.builds(
+        Evaluate,
+        from_1,
+        st.lists(names, max_size=3),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.none() | hashes,
+        bases,
+    ),
     Move: st.builds(Move, texts, hashes, texts),
     Stop: st.builds(Stop, texts, st.none() | hashes, bases),
     Answer: st.builds(Answer, from_1, st.lists(names, max_size=3), small_arrays),
@@ -186,6 +200,8 @@ GOOD: list[Message] = [
     Round(1, HASH, 1, 32, {"lr": 0.05}, "returned", 0, 2, {"1": HASH}),
     Features(1, 0, {"h": FLOAT}),
     Gradient(1, 0, {"g": FLOAT}, 0.5),
+    Evaluated(3, 117, {"ensemble": 0.5}),
+    Evaluate(3, ["mix"], 30.0, HASH, {"1": HASH}),
     Move("large", HASH, "there is time for it"),
     Stop("finished", HASH, {"1": HASH}),
     Answer(1, ["head"], FLOAT),
@@ -442,6 +458,10 @@ WRONG: dict[str, list[object]] = {
     "last_seq": [-1, MAX_INT + 1, 1.5, None, False],
     "extensions": ["pieces", [1], [""], ["x" * 65], ["x", "x"], {"x": 1}],
     "samples": [0, -1, 2.0, "9", None],
+    "number": [0, -1, 1.0, None],
+    "paths": ["mix", [1], ["x" * 513], None],
+    "within_s": [math.inf, math.nan, "1", None],
+    "results": [{"mix": math.nan}, {"mix": "1"}, [1.0], None],
     "round": [0, -1, MAX_INT + 1, True, None],
     "reason": ["x" * (MAX_TEXT + 1), 1, None],
     "hash": ["0" * 63, "0" * 65, "A" * 64, HASH + "\n", bytes(32), None],

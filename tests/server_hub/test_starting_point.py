@@ -26,8 +26,7 @@ from edge_sdk.protocol.tensors import Array, State
 from export.adapters import from_transformers
 from export.lora import Lora, add_lora
 from export.names import is_slot
-from export.split import SplitModel
-from export.writer import WEIGHTS
+from export.split import WEIGHTS, SplitModel
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.methods.fleet import JobOutline
