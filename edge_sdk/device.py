@@ -103,6 +103,7 @@ class Device:
             self._connection.ask,
             self._bases.fetch,
             lambda: self._connection.failure,
+            lambda: self._connection.largest_message,
         )
         self._kept_back = KeptBack(
             self.kept_back, self._loader, self._bases, self._predictor, may_train
@@ -305,7 +306,7 @@ class Device:
         now = asyncio.get_running_loop().time
         started = now()
         try:
-            states = await self._downloader.start_of(task)
+            states = await self._downloader.start_of(task, self.manifest.state_bytes)
         except HubError as error:
             if error.code != ErrorCode.UNKNOWN_BLOB:
                 raise

@@ -21,7 +21,6 @@ PRIVATE_BY_NECESSITY = {
 """Private names that a test uses because no public name shows the behaviour, with the reason."""
 
 OPEN = {
-    ("tests/edge_sdk/test_channel.py", "_received"),
     ("tests/edge_sdk/test_mixture.py", "_downloader"),
     ("tests/edge_sdk/test_mixture.py", "_connection"),
 }

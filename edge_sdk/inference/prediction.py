@@ -33,6 +33,9 @@ FetchBases = Callable[[int], Awaitable[Mixture]]
 _ROOM = DEFAULT_MAX_FRAME - 2**16
 """Bytes of logits that the hub puts into one answer."""
 
+_BESIDE = 4096
+"""Largest size of a question without its activations, in bytes."""
+
 _PATHS = ("device_alone", "through_hub", "ensemble")
 """The ways to answer that :class:`Evaluation` has, in its order."""
 
@@ -118,6 +121,7 @@ class Predictor:
         ask: asks the hub.
         fetch_bases: returns the mixture of base networks.
         failure: returns the error that ended the connection to the hub; None while it goes on.
+        largest_message: returns the bytes of the largest message that the hub takes.
     """
 
     def __init__(
@@ -126,9 +130,10 @@ class Predictor:
         ask: Ask,
         fetch_bases: FetchBases,
         failure: Callable[[], CutlayerError | None],
+        largest_message: Callable[[], int],
     ) -> None:
         self._learner, self._ask, self._fetch_bases = learner, ask, fetch_bases
-        self._failure = failure
+        self._failure, self._largest_message = failure, largest_message
         self._told = False
         self._hub_heads: dict[str, int] = {}
 
@@ -318,7 +323,7 @@ class Predictor:
         return mean
 
     async def _hub_of(self, base: int, own: _DeviceAnswer, rows: Array, x: Array) -> Array:
-        """:meth:`_hub` for one base network, in as many requests as the answers need."""
+        """:meth:`_hub` for one base network, in as many requests as questions and answers need."""
         manifest, parts = own.manifest, own.parts[base]
         tier = manifest.tier
         positions = x.shape[1] if manifest.task == "tokens" else 1
@@ -332,12 +337,28 @@ class Predictor:
                     f"message holds {_ROOM}; take shorter texts"
                 )
             many = max(_ROOM // (row * self._hub_heads.get(tier, _HEADS)), 1)
+            many = min(many, self._rows_of_a_question(parts, manifest))
             some = rows_of(parts, rows[done : done + many], manifest)
             answer = await self._ask(Question(some, tier, base, own.robustness))
             self._hub_heads[tier] = len(answer.heads)
             answers.append(answer.logits)
             done += many
         return np.concatenate(answers, axis=1)
+
+    def _rows_of_a_question(self, parts: Mapping[str, Array], manifest: Manifest) -> int:
+        """How many rows of packed activations a question holds.
+
+        Raises:
+            DataError: it does not hold one.
+        """
+        one = sum(part.nbytes for part in rows_of(parts, np.zeros(1, int), manifest).values())
+        room = self._largest_message() - _BESIDE
+        if one > room:
+            raise DataError(
+                f"the packed activations of one row have {one} bytes, and a message to the hub "
+                f"holds {room}; take smaller inputs, or raise max_message in [limits] of the hub"
+            )
+        return max(min(room, _ROOM) // one, 1)
 
 
 def _divided(batches: Iterator[Examples], positions: int) -> Iterator[Examples]:

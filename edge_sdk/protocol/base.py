@@ -17,7 +17,7 @@ from edge_sdk.protocol.enums import ErrorCode
 EVALUATION = "evaluation"
 """The extension by which devices evaluate the model on examples that they keep back."""
 
-EXTENSIONS: tuple[str, ...] = (EVALUATION,)
+EXTENSIONS: tuple[str, ...] = (EVALUATION, "pieces")
 """The extensions that this implementation speaks."""
 
 

@@ -35,23 +35,27 @@ class Downloader:
                 "folder with cache"
             )
 
-    async def blob(self, name: str) -> bytes:
+    async def blob(self, name: str, limit: int) -> bytes:
         """A blob of a bundle, from the cache or downloaded into it.
 
         A download that broke off before goes on where it stopped.
 
+        Args:
+            name: sha256 of the blob.
+            limit: largest size that it may have, in bytes.
+
         Raises:
             HubError: the hub does not have the blob.
-            BundleError: the downloaded bytes do not match the name.
+            BundleError: the downloaded bytes are too many, or do not match the name.
         """
         if self._store is not None:
             try:
-                return await self._through(self._store, name)
+                return await self._through(self._store, name, limit)
             except OSError as error:
                 self._give_up(self._store, error)
-        return await self.state(name)
+        return await self.state(name, limit)
 
-    async def _through(self, store: BlobStore, name: str) -> bytes:
+    async def _through(self, store: BlobStore, name: str, limit: int) -> bytes:
         if name in store:
             try:
                 return store.read(name)
@@ -59,11 +63,11 @@ class Downloader:
                 store.remove(name)  # damaged on disk: fetch again
         with store.claim() as mine:
             if not mine:  # another process is downloading it into this cache
-                data = await self.state(name)
+                data = await self.state(name, limit)
                 store.write(data)
                 return data
             await self._connection.download(
-                name, store.partial(name), lambda data: store.append(name, data)
+                name, store.partial(name), lambda data: store.append(name, data), limit
             )
             return store.finish(name)
 
@@ -74,7 +78,7 @@ class Downloader:
         )  # fmt: skip
         self._store = None
 
-    async def state(self, name: str, keep: bool = False) -> bytes:
+    async def state(self, name: str, limit: int, keep: bool = False) -> bytes:
         """A state, from the cache or downloaded into memory; raises as :meth:`blob` does.
 
         States are not cached, since every round has another. That of the first round is a blob of
@@ -82,6 +86,7 @@ class Downloader:
 
         Args:
             name: sha256 of the state.
+            limit: largest size that it may have, in bytes.
             keep: whether to keep it in memory until a state is asked for again: that of an
                 evaluation is mostly that of the next round, too.
         """
@@ -96,17 +101,23 @@ class Downloader:
             data = kept[1]
         else:
             buffer = bytearray()
-            await self._connection.download(name, 0, buffer.extend)
+            await self._connection.download(name, 0, buffer.extend, limit)
             data = verify_blob(name, bytes(buffer))
         if keep:
             self._kept = name, data
         return data
 
-    async def start_of(self, task: Round) -> dict[int | None, dict[str, Array]]:
-        """The states that a round starts from: by base network, or of a single model under None."""
+    async def start_of(self, task: Round, limit: int) -> dict[int | None, dict[str, Array]]:
+        """The states that a round starts from: by base network, or of a single model under None.
+
+        Args:
+            task: the round.
+            limit: largest size of a state, in bytes.
+        """
         if task.bases is None:
             assert task.state is not None
-            return {None: unpack_tensors(await self.state(task.state))}
+            return {None: unpack_tensors(await self.state(task.state, limit))}
         return {
-            int(base): unpack_tensors(await self.state(name)) for base, name in task.bases.items()
+            int(base): unpack_tensors(await self.state(name, limit))
+            for base, name in task.bases.items()
         }

@@ -21,6 +21,7 @@ from edge_sdk.errors import ConfigError, LinkClosed
 from edge_sdk.protocol.enums import CloseCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import SUBPROTOCOL
+from edge_sdk.transport.liveness import WatchedClient
 
 
 class Link(Protocol):
@@ -46,16 +47,21 @@ class WebSocketLink:
         try:
             await self._connection.send(frame)
         except ConnectionClosed as error:
-            raise LinkClosed(f"the connection closed: {error}") from error
+            raise LinkClosed(f"the connection closed: {_reason(error)}") from error
 
     async def receive(self) -> bytes | str:
         try:
             return await self._connection.recv()
         except ConnectionClosed as error:
-            raise LinkClosed(f"the connection closed: {error}") from error
+            raise LinkClosed(f"the connection closed: {_reason(error)}") from error
 
     async def close(self) -> None:
         await self._connection.close(CloseCode.NORMAL)
+
+
+def _reason(error: ConnectionClosed) -> BaseException:
+    """Why a connection closed: nothing moved any more, or what the close frames say."""
+    return error.__cause__ if isinstance(error.__cause__, TimeoutError) else error
 
 
 async def open_websocket(url: str, max_frame: int = DEFAULT_MAX_FRAME) -> WebSocketLink:
@@ -77,6 +83,8 @@ async def open_websocket(url: str, max_frame: int = DEFAULT_MAX_FRAME) -> WebSoc
             compression=None,
             max_size=max_frame,
             open_timeout=10,
+            ping_interval=None,  # a watched connection pings
+            create_connection=WatchedClient,
         )
     except InvalidURI as error:
         raise _no_address(url) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from edge_sdk.protocol.pieces import PIECE
+
 HELLO_BYTES = 16 * 1024
 """Largest size of the first frame of a connection, in bytes."""
 
@@ -51,6 +53,7 @@ class Limits:
 
     Attributes:
         max_frame: largest size of a frame, in bytes.
+        max_message: largest size of a message that travels in pieces, in bytes.
         window: largest number of messages that a device may leave unacknowledged.
         session_s: seconds that a session without a connection is kept.
         hello_s: seconds that a new connection has for its handshake and its hello.
@@ -69,6 +72,7 @@ class Limits:
     """
 
     max_frame: int = 64 * 2**20
+    max_message: int = 128 * 2**20
     window: int = 16
     session_s: float = 60.0
     hello_s: float = 10.0
@@ -82,6 +86,11 @@ class Limits:
     samples: int = 1_000_000
     samples_over_median: float = 2.0
 
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether a piece of a message fits into a frame."""
+        return self.max_frame >= 2 * PIECE
+
     def __post_init__(self) -> None:
         if self.window < 2 or self.max_frame < 2 * self.blob_piece:
             raise ValueError("window must be at least 2, max_frame at least twice blob_piece")
@@ -92,5 +101,10 @@ class Limits:
             raise ValueError(f"frames_per_s is {self.frames_per_s:g}, must be above 0")
         if self.total_waiting_mb < self.waiting_mb:
             raise ValueError("total_waiting_mb must be at least waiting_mb")
+        if not 1024 <= self.max_message <= self.waiting_mb * 2**20:
+            raise ValueError(
+                f"max_message is {self.max_message}; it must be from 1024 to waiting_mb, "
+                f"{self.waiting_mb} MiB"
+            )
         if self.samples < 1 or not self.samples_over_median >= 1:
             raise ValueError("samples and samples_over_median must be at least 1")

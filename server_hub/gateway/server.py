@@ -27,6 +27,7 @@ from edge_sdk.protocol.messages import (
     Message,
     Welcome,
 )
+from edge_sdk.protocol.pieces import PIECES
 from edge_sdk.protocol.states import ConnectionState
 from edge_sdk.protocol.structure import HELLO_VALUES
 from edge_sdk.transport.flow import Backlog, FlowControl, TokenBucket
@@ -177,6 +178,7 @@ class Gateway:
             await _refuse(link, error)
             return
         admitted()
+        agreed = peer.session.extensions
         welcome = Welcome(
             version=VERSION,
             device=peer.device,
@@ -187,13 +189,14 @@ class Gateway:
             manifest=self._manifests[peer.tier],
             window=self._limits.window,
             max_frame=self._limits.max_frame,
-            extensions=sorted(peer.session.extensions) or None,
+            max_message=self._limits.max_message if PIECES in agreed else None,
+            extensions=sorted(agreed) or None,
             **vars(self.blobs.offer(peer.tier)),
         )
         log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
         peer.state, peer.lost_at = ConnectionState.LINKED, None
         self._connection_changed(peer)
-        first = encode(welcome, 0, peer.session.channel.settled)
+        first = encode(welcome, 0, peer.session.channel.settled, agreed)
         try:
             await peer.session.run(
                 link, hello.last_seq if resumed else 0, lambda d: self._deliver(peer, d), first
@@ -270,13 +273,26 @@ class Gateway:
     def _session(self, hello: Hello) -> Session:
         limits = self._limits
         agreed = frozenset(hello.extensions or ()).intersection(self._extensions)
+        if not limits.takes_pieces:
+            agreed -= {PIECES}
         flow = FlowControl(
             Backlog(_OUTGOING, self._waiting),
-            Backlog(limits.waiting_mb * 2**20, self._waiting),
+            Backlog(limits.waiting_mb * 2**20, self._waiting, lambda: self._give_up(session)),
             TokenBucket(limits.frames_per_s, 2 * limits.frames_per_s),
         )
-        channel = Channel(limits.window, limits.max_frame, extensions=agreed)
-        return Session(channel, self.traffic.count, flow)
+        channel = Channel(
+            limits.window, limits.max_frame, extensions=agreed, max_message=limits.max_message
+        )
+        session = Session(channel, self.traffic.count, flow)
+        return session
+
+    def _give_up(self, session: Session) -> None:
+        """End a session whose unfinished message takes the memory that others wait for."""
+        for peer in [peer for peer in self.peers.values() if peer.session is session]:
+            error = ProtocolError(
+                ErrorCode.BUSY, "the hub needs the memory of a message that does not go on"
+            )
+            self.drop(peer, str(error), error)
 
     def _identify(self, hello: Hello) -> tuple[str, str]:
         """Return the device name and the tier of a ``hello``."""

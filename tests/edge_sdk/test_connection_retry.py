@@ -172,7 +172,7 @@ def test_a_download_goes_on_after_a_failure_of_the_hub() -> None:
     async def test(connection: Connection, hub: ScriptedHub) -> None:
         await connection.open()
         data = bytearray()
-        await connection.download(HASH, 0, data.extend)
+        await connection.download(HASH, 0, data.extend, 1000)
         assert data == DATA
         assert len(hub.tries) == 4
 
@@ -183,7 +183,7 @@ def test_a_hub_that_welcomes_and_fails_at_once_ends_the_patience() -> None:
     async def test(connection: Connection, hub: ScriptedHub) -> None:
         await connection.open()
         with pytest.raises(HubError, match="try later"):
-            await connection.download(HASH, 0, bytearray().extend)
+            await connection.download(HASH, 0, bytearray().extend, 1000)
         assert 40 < asyncio.get_running_loop().time() <= 60
         assert len(hub.tries) < 20
 
@@ -218,7 +218,7 @@ def test_a_failure_after_a_long_time_is_met_with_the_whole_patience() -> None:
     async def test(connection: Connection, hub: ScriptedHub) -> None:
         await connection.open()
         await asyncio.sleep(1000)
-        await connection.download(HASH, 0, bytearray().extend)
+        await connection.download(HASH, 0, bytearray().extend, 1000)
         assert len(hub.tries) == 6
         assert_growing([hub.pauses[0] - 1000, *hub.pauses[1:]])
 
