@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import expanded, read_text, why
 
 T = TypeVar("T")
 
@@ -17,11 +18,11 @@ T = TypeVar("T")
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file; :class:`ConfigError` in one sentence if that fails."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {why(error)}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
@@ -50,7 +51,7 @@ def build(cls: type[T], raw: dict[str, Any], where: str) -> T:
             raise ConfigError(f"{where}: the key {name!r} is missing")
     try:
         return cls(**values)
-    except ValueError as error:  # raised by __post_init__
+    except (ValueError, ConfigError) as error:  # raised by __post_init__
         raise ConfigError(f"{where}: {error}") from error
 
 
@@ -80,7 +81,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} is {value!r}, must be one of {', '.join(map(str, args))}")
         return value
     if hint is Path and isinstance(value, str):
-        return Path(value)
+        return expanded(value)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

@@ -38,7 +38,6 @@ from edge_sdk.transport.replies import RoundOver
 from edge_sdk.transport.session import Session, SessionLost
 
 __all__ = [
-    "DEFAULT_CACHE",
     "Device",
     "Evaluation",
     "MayTrain",
@@ -48,8 +47,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("cutlayer.device")
-
-DEFAULT_CACHE = Path.home() / ".cache" / "cutlayer"
 
 
 class Device:
@@ -73,7 +70,7 @@ class Device:
         data: Source | None = None,
         keep_back: float = 0.0,
         augment: Augment | None = None,
-        cache: Path = DEFAULT_CACHE,
+        cache: str | Path | None = None,
         trust: Iterable[str | Path] | None = None,
         may_train: MayTrain | None = None,
         threads: int = 1,
@@ -89,7 +86,7 @@ class Device:
             memory_mb=memory_mb,
             extensions=[e for e in EXTENSIONS if e != EVALUATION or keep_back],
         )
-        self._downloader = Downloader(self._connection, BlobStore(cache))
+        self._downloader = Downloader(self._connection, BlobStore.cache(cache))
         self._loader = BundleLoader(
             self._connection,
             self._downloader,
@@ -101,7 +98,13 @@ class Device:
         )
         self._bases = BaseNetworks(self._connection, self._downloader, self._present_learner)
         self._announced = 0  # number of rows that the hub knows of
-        self._predictor = Predictor(self._present_learner, self._connection.ask, self._bases.fetch)
+        self._predictor = Predictor(
+            self._present_learner,
+            self._connection.ask,
+            self._bases.fetch,
+            lambda: self._connection.failure,
+            lambda: self._connection.largest_message,
+        )
         self._kept_back = KeptBack(
             self.kept_back, self._loader, self._bases, self._predictor, may_train
         )
@@ -116,7 +119,7 @@ class Device:
         keep_back: float = 0.0,
         augment: Augment | None = None,
         tier: str | None = None,
-        cache: str | Path = DEFAULT_CACHE,
+        cache: str | Path | None = None,
         trust: Iterable[str | Path] | None = None,
         may_train: MayTrain | None = None,
         threads: int = 1,
@@ -135,7 +138,8 @@ class Device:
             augment: changes the rows of every batch before a training step.
             tier: the tier whose bundle the device can carry; by default the one that the hub has
                 moved it to, else the one that the token was issued for.
-            cache: folder for bundles, so that they are fetched once.
+            cache: folder for bundles, ``~/.cache/cutlayer`` by default. Where it cannot be used,
+                they are fetched at every start.
             trust: public keys, each 64 hex digits or a ``.pub`` file, one of which must have
                 signed the bundle; without them an unsigned bundle is accepted.
             may_train: asked before each round whether the device may train now.
@@ -151,8 +155,9 @@ class Device:
             LinkClosed: the hub could not be reached for ``patience_s``.
             BundleError: the bundle is damaged, not signed by a key in ``trust``, or cannot be run
                 here.
-            ConfigError: ``trust`` is empty, or holds something that is no public key; or
-                ``keep_back`` is out of range.
+            ConfigError: ``trust`` is empty, or holds something that is no public key; ``keep_back``
+                is out of range; ``url`` is no address of a hub; or the environment names a proxy
+                that cannot be used.
             DataError: there are no rows to train on, or the first ones do not fit the model.
         """
         device = cls(
@@ -162,7 +167,7 @@ class Device:
             data=data,
             keep_back=keep_back,
             augment=augment,
-            cache=Path(cache),
+            cache=cache,
             trust=trust,
             may_train=may_train,
             threads=threads,
@@ -302,7 +307,7 @@ class Device:
         now = asyncio.get_running_loop().time
         started = now()
         try:
-            states = await self._downloader.start_of(task)
+            states = await self._downloader.start_of(task, self.manifest.state_bytes)
         except HubError as error:
             if error.code != ErrorCode.UNKNOWN_BLOB:
                 raise
@@ -336,13 +341,14 @@ class Device:
         Rows whose most probable class has at least ``confidence`` are answered on the device.
         For the others the packed activations go to the hub, and the answer is the ensemble of
         all heads, the device's and the hub's. If the hub does not answer within ``timeout_s``,
-        the device's own answer stands.
+        the device's own answer stands. After the connection has ended for good, it does so at
+        once; a warning says why, the first time.
 
         Args:
             x: inputs (rows, ...), dtype and shape as the model takes them. For a model of tokens
                 the answer is the token after the last position of each row.
             confidence: from 0 (never ask the hub) to above 1 (always ask it).
-            timeout_s: seconds to wait for the hub.
+            timeout_s: seconds to wait for the hub; without a link, for the link as well.
             precision: ``int8`` runs the bundle's small graph, whose weights are those of the
                 export: it does not follow training.
             bases: number of base networks to mix, the best ones first; all by default. Those that
@@ -354,6 +360,7 @@ class Device:
             BundleError: the bundle has no graph of this precision.
             DataError: the inputs do not fit the model, a text is too long for one message, there
                 are fewer bases, or ``robustness`` is out of range or not available.
+            LinkClosed: not all bases are on the device, and the hub is out of reach.
         """
         options = AnswerOptions(precision, bases, robustness)
         return await self._predictor.predict(x, confidence, timeout_s, options)
@@ -393,6 +400,7 @@ class Device:
         Raises:
             DataError: the examples do not fit the model, or a text is too long for one message.
             LinkClosed: the hub is out of reach.
+            HubError: the hub refused a message and ended the session.
         """
         return await self._predictor.evaluate(examples, batch_size)
 
@@ -424,6 +432,7 @@ class Device:
         Raises:
             DataError: the model is not one of tokens, or the text does not fit it.
             LinkClosed: the hub is out of reach.
+            HubError: the hub refused a message and ended the session.
         """
         return await self._predictor.generate(x, tokens, temperature, seed, context)
 

@@ -53,7 +53,7 @@ def export_adapter(
         weights = run / WEIGHTS
     if not weights.is_file():
         raise ConfigError(f"there is no {weights}; give the folder of a run, or a weights file")
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
     with console.status("building the model"):
         model = model_of(index.model, index.extra, None)
         load_trained(model, weights)
@@ -87,7 +87,7 @@ def import_adapter(
     from export.lora import unify
     from export.peft_format import load_adapter
 
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
     with console.status("building the model"):
         split = build_model(model, lora)
         load_adapter(split, folder)

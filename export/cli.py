@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from export.tiers import TiersConfig, TierTable
 
@@ -61,7 +62,7 @@ def export(
     key = None if sign is None else read_private_key(sign)
     check = None if data is None else LossCheck(Examples.from_npz(data), max_loss, allow_loss)
     comparisons: dict[str, Comparison] = {}
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
     with console.status("building the model") as status:
         lora = settings.make_lora()
         split = build_model(model, lora)
@@ -71,7 +72,7 @@ def export(
 
         def choose(tiers: Mapping[str, TierTable]) -> dict[str, int]:
             def report(text: str, share: float | None) -> None:
-                status.update(f"looking for cuts: {text}")
+                status.update(Text(f"looking for cuts: {text}"))
 
             with Planner(split, example, classes, settings.optimizer, report) as planner:
                 return planner.choose(tiers)
@@ -101,7 +102,7 @@ def export(
             overwrite=overwrite,
             int8=check,
             compared=comparisons.__setitem__,
-            progress=lambda line: status.update(f"exporting {line}"),
+            progress=lambda line: status.update(Text(f"exporting {line}")),
         )
     if as_json:
         described = describe(index)
@@ -112,7 +113,7 @@ def export(
         console.print(table(index))
         if comparisons:
             console.print(inference_table(comparisons))
-        console.print(f"written to {out}")
+        console.print(f"written to {out}", soft_wrap=True)
 
 
 def describe(index: BundleIndex) -> dict[str, dict[str, Any]]:

@@ -13,15 +13,17 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from edge_sdk.errors import BundleError
+from edge_sdk.files import read_text
 from export.adapters import TransformersModel, from_transformers
 from export.adapters.weights import new_folder
 from export.errors import ExportError, reason
 from export.lora import ADAPTER, adapted_modules, fit_ranks, put_adapter
 from export.split import SplitModel
+from export.tensor_files import save_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -58,7 +60,7 @@ def save_adapter(model: SplitModel, folder: str | Path, base_name: str) -> None:
         for key, weight in zip(_keys(name), _weights(module), strict=True):
             tensors[key] = weight.detach().cpu().contiguous()
     with new_folder(Path(folder)) as out:
-        save_file(tensors, out / WEIGHTS, {"format": "pt"})
+        save_tensors(tensors, out / WEIGHTS, {"format": "pt"})
         config = _config(model, modules)
         config.base_model_name_or_path = base_name
         config.target_modules = _targets(names.values(), modules)
@@ -230,7 +232,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ExportError(f"there is no {path}; give a folder with an adapter of PEFT")
     try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        config: dict[str, Any] = json.loads(read_text(path))
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} is no configuration of LoRA ({error}); get it again") from error

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edge_sdk.errors import BundleError
 from export.errors import ExportError
 from export.heads import AuxiliaryHead, TokenHead, grid_and_width, grid_of
+from export.tensor_files import save_tensors
 
 Task = Literal["classes", "tokens"]
 """Kind of the labels: the class of an example, or the token at each position of a text."""
@@ -159,10 +160,12 @@ class SplitModel(nn.Module):
         return [*self.client_layers(self.depth), "head"]
 
     def save(self, path: Path) -> None:
-        """Write the weights as safetensors, auxiliary heads included."""
-        from safetensors.torch import save_file  # the trunk works without this package
+        """Write the weights as safetensors, auxiliary heads included.
 
-        save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, path)
+        Raises:
+            ExportError: the file cannot be written.
+        """
+        save_tensors({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, path)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name; tied tensors appear under their first name only."""
@@ -180,6 +183,8 @@ class SplitModel(nn.Module):
         from safetensors.torch import load_file
 
         try:
+            with open(path, "rb"):  # safetensors calls every failure a missing file
+                pass
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise BundleError(f"cannot read the weights {path}: {error}") from error

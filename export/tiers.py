@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edge_sdk import config
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import check_file_names
 from edge_sdk.protocol.checks import MAX_BASES
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class TiersConfig:
     def __post_init__(self) -> None:
         if not self.tiers:
             raise ValueError("there are no tiers; add [tiers.NAME]")
+        check_file_names(self.tiers, "tier")
         if self.input_shape is not None and not all(n > 0 for n in self.input_shape):
             raise ValueError("input_shape must be a list of positive integers")
         if not 0 <= self.bases <= MAX_BASES:

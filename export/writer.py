@@ -17,6 +17,7 @@ from edge_sdk.bundle.index import INDEX, BundleIndex, TierEntry
 from edge_sdk.bundle.manifest import Constants, Graph, Manifest
 from edge_sdk.bundle.signing import PrivateKey, sign
 from edge_sdk.bundle.store import BlobStore
+from edge_sdk.files import check_file_names, naming
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import DTYPES, TensorSpec
 from edge_sdk.training.learner import Precision
@@ -137,11 +138,13 @@ def export_bundles(
         ExportError: a cut is outside the model, a module has no exact translation, a graph differs
             from eager PyTorch, an int8 graph loses too much, or ``out`` exists. Nothing is
             written.
+        ConfigError: a name of a tier cannot be part of a file name everywhere.
         DataError: the examples do not fit the model. Nothing is written.
     """
     out = Path(out)
     if not tiers:
         raise ExportError("there are no tiers to export for")
+    check_file_names(tiers, "tier")
     check_out(out, overwrite)
     if len(example) < 2:
         raise ExportError("the example needs at least 2 rows, to see what inputs look like")
@@ -159,7 +162,6 @@ def export_bundles(
     check_stages(model, max(tier.cut for tier in tiers.values()), example)
     if bases is None:
         model.add_heads([tier.cut for tier in tiers.values()], example, classes)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with folder_for(out) as folder, modes_kept(model):
         blobs = BlobStore(folder / "blobs")
         entries = {}
@@ -216,7 +218,9 @@ def _check_precisions(tiers: Mapping[str, Tier], int8: LossCheck | None) -> None
 @contextmanager
 def folder_for(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``out``, which is removed if the block raises."""
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
         yield folder
     except BaseException:

@@ -43,6 +43,7 @@ from server_hub.methods.method import Method
 from server_hub.rounds.answers import Answers
 from server_hub.rounds.cut_moves import CutMoves
 from server_hub.rounds.device_evaluations import DeviceEvaluations
+from server_hub.rounds.message_sizes import check_message_sizes
 from server_hub.rounds.model_publisher import ModelPublisher
 from server_hub.rounds.round_log import RoundLog
 from server_hub.rounds.rounds import Rounds
@@ -127,6 +128,14 @@ class Hub:
             cuts = {tier: manifest.cut for tier, manifest in self.manifests.items()}
             self.started = start_from(config.start_from, self.method, self.model, cuts)
         self.method.check_bundles(self.manifests, self.model, config.rounds.count)
+        count = config.rounds.count
+        check_message_sizes(
+            self.manifests,
+            config.limits,
+            config.local.batch_size,
+            {self.method.stage(n, count).activations for n in range(1, count + 1)},
+            self.method.keeps_slots,
+        )
         local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
         if self.method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
@@ -226,6 +235,16 @@ class Hub:
             in_order=in_order,
         )
         self._over = False
+
+    @property
+    def unwritten(self) -> list[str]:
+        """What could not be written, a sentence each: the last model, or records of rounds."""
+        return list(self.round_log.unwritten.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done, and the devices know it."""
+        return self._over
 
     async def serve(self, ready: Callable[[str], None] | None = None) -> None:
         """Run the job to its end, then wait until the devices have left.

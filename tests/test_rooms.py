@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS: dict[str, tuple[set[str], ...]] = {
     "edge_sdk": (
-        {"errors", "config", "protocol"},
+        {"errors", "config", "files", "protocol"},
         {"bundle"},
         {"runtime"},
         {"transport"},

@@ -14,7 +14,8 @@ from typing import Any
 
 from edge_sdk.bundle.manifest import FORMAT, Manifest, check_format
 from edge_sdk.bundle.store import BlobStore, write_atomically
-from edge_sdk.errors import BundleError
+from edge_sdk.errors import BundleError, ConfigError
+from edge_sdk.files import check_file_names, read_text, why
 
 INDEX = "index.json"
 
@@ -71,9 +72,10 @@ class BundleIndex:
         """Read the index of an export; :class:`BundleError` if there is none."""
         known = ("format", "model", "classes", "optimizer", "tiers")
         try:
-            raw = json.loads((folder / INDEX).read_text("utf-8"))
+            raw = json.loads(read_text(folder / INDEX))
             check_format(raw["format"], str(folder))
             tiers = {name: TierEntry.from_json(entry) for name, entry in raw["tiers"].items()}
+            check_file_names(tiers, "tier")
             extra = {k: v for k, v in raw.items() if k not in known}
             return cls(folder, raw["model"], raw["classes"], raw["optimizer"], tiers, extra)
         except (FileNotFoundError, NotADirectoryError):
@@ -81,7 +83,9 @@ class BundleIndex:
                 f"no bundles in {folder} (it has no {INDEX}); run cutlayer export first"
             ) from None
         except OSError as error:
-            raise BundleError(f"{folder / INDEX} cannot be read: {error}") from error
+            raise BundleError(f"{folder / INDEX} cannot be read: {why(error)}") from error
+        except ConfigError as error:
+            raise BundleError(f"{folder / INDEX}: {error}, and export again") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{folder / INDEX} is damaged ({error}); export again") from error
 

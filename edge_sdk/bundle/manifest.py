@@ -26,6 +26,12 @@ FORMAT = 3
 MINOR = 0
 """Version of what was added to the format, and what a reader that does not know it can ignore."""
 
+MAX_MANIFEST = 64 * 2**20
+"""Largest size of a manifest, in bytes."""
+
+_BESIDE = 128
+"""Largest size of what a blob of tensors holds beside names and elements, per tensor, in bytes."""
+
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 GRAPHS = ("predict", "train", "forward")
@@ -187,6 +193,12 @@ class Manifest:
     def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
         """The state tensors that travel: parameters and statistics, with ``slots`` also slots."""
         return tuple(entry.spec for entry in self.state if slots or entry.kind != "slot")
+
+    @property
+    def state_bytes(self) -> int:
+        """Largest size of a blob with the state of the model, or of a base network, in bytes."""
+        tensors = (entry.spec for entry in self.state)
+        return _BESIDE + sum(s.nbytes() + len(s.name.encode()) + _BESIDE for s in tensors)
 
     @property
     def features(self) -> tuple[TensorSpec, ...]:

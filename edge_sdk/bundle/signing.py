@@ -7,12 +7,14 @@ is deterministic: the same export signed with the same key gives the same bytes.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from edge_sdk.bundle.index import BundleIndex, TierEntry
 from edge_sdk.bundle.manifest import Manifest, canonical_json
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError, ConfigError
+from edge_sdk.files import expanded, why
 
 CONTEXT = b"cutlayer bundle\n"
 """Prefix of the signed bytes, so that the signature is valid for nothing but a bundle."""
@@ -57,16 +60,20 @@ def new_key(path: Path) -> str:
         serialization.NoEncryption(),
     )
     public = path.with_name(f"{path.name}.pub")
+    pair = ((path, private, 0o600), (public, f"{public_key(key)}\n".encode(), 0o666))
+    made: list[Path] = []
     try:
-        for file in (path, public):
+        for file, _, _ in pair:
             if os.path.lexists(file):
                 raise ConfigError(f"{file} exists, and a key is never overwritten; name another")
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as private_file:
-            private_file.write(private)
-        with open(public, "x", encoding="ascii") as public_file:
-            public_file.write(f"{public_key(key)}\n")
+        for file, data, mode in pair:
+            with open(file, "xb", opener=partial(os.open, mode=mode)) as stream:
+                made.append(file)
+                stream.write(data)
     except OSError as error:
-        raise ConfigError(f"the key cannot be written: {error}") from error
+        for file in made:  # half of a pair is of no use
+            file.unlink(missing_ok=True)
+        raise ConfigError(f"the key {path} cannot be written: {why(error)}") from error
     return public_key(key)
 
 
@@ -105,7 +112,7 @@ def read_public_key(key: str | Path) -> str:
     """
     if isinstance(key, str) and _PUBLIC.fullmatch(key.lower()):
         return key.lower()
-    path = Path(key)
+    path = expanded(key)
     if not path.exists():
         raise ConfigError(f"{str(key)!r} is neither a public key (64 hex digits) nor a file")
     data = _read_key_file(path)
@@ -138,11 +145,11 @@ def shortened(key: str) -> str:
 
 def _read_key_file(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)  # which some editors put there
     except FileNotFoundError:
         raise ConfigError(f"no key at {path}; make one with cutlayer bundle key") from None
     except OSError as error:
-        raise ConfigError(f"the key {path} cannot be read: {error}") from error
+        raise ConfigError(f"the key {path} cannot be read: {why(error)}") from error
 
 
 # --- manifests ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -15,6 +16,7 @@ except ImportError:  # not on Windows, where devices do not share a cache
     fcntl = None  # type: ignore[assignment]
 
 from edge_sdk.errors import BundleError
+from edge_sdk.files import expanded, home_folder, naming
 
 
 def sha256(data: bytes) -> str:
@@ -36,12 +38,24 @@ def verify_blob(name: str, data: bytes) -> bytes:
 class BlobStore:
     """A folder of blobs, one file each, named by sha256. Writes are atomic.
 
+    The folder is made when the first blob is written.
+
     An unfinished download is ``HASH.part``; :meth:`partial` returns its size.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def cache(cls, folder: str | Path | None) -> BlobStore | None:
+        """Return the cache of a device: a folder, or ``~/.cache/cutlayer``.
+
+        None is returned if no folder is given and the home folder is not known.
+        """
+        if folder is not None:
+            return cls(expanded(folder))
+        home = home_folder()
+        return None if home is None else cls(home / ".cache" / "cutlayer")
 
     def __contains__(self, name: str) -> bool:
         return (self.folder / name).is_file()
@@ -60,6 +74,7 @@ class BlobStore:
         """Store a blob and return its name."""
         name = sha256(data)
         if name not in self:
+            self._make_folder()
             write_atomically(self.folder / name, data)
         return name
 
@@ -73,6 +88,7 @@ class BlobStore:
         if fcntl is None:
             yield True
             return
+        self._make_folder()
         with open(self.folder / ".lock", "ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,7 +104,9 @@ class BlobStore:
 
     def append(self, name: str, data: bytes) -> None:
         """Append a piece to an unfinished download."""
-        with open(self.folder / f"{name}.part", "ab") as file:
+        self._make_folder()
+        part = self.folder / f"{name}.part"
+        with naming(part), open(part, "ab") as file:
             file.write(data)
 
     def finish(self, name: str) -> bytes:
@@ -108,16 +126,26 @@ class BlobStore:
         part.unlink(missing_ok=True)
         return data
 
+    def _make_folder(self) -> None:
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part."""
+    """Write a file so that readers see the old content or the new, never a part.
+
+    Raises:
+        OSError: the file cannot be written; the old one, if any, is unchanged.
+    """
     temporary = path.with_name(f".write-{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb") as file:
+        with naming(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise

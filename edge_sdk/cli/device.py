@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import json
 import re
-import resource
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_sdk import config
-from edge_sdk.device import DEFAULT_CACHE, Device, RoundReport, TrainReport
+from edge_sdk.device import Device, RoundReport, TrainReport
 from edge_sdk.errors import ConfigError
 from edge_sdk.inference.prediction import Evaluation
 from edge_sdk.sources.opened import open_source
@@ -35,11 +34,17 @@ class DeviceConfig:
     newest: int | None = None
     max_age_s: float | None = None
     evaluate: Path | None = None
-    cache: Path = DEFAULT_CACHE
+    cache: Path | None = None
     trust: list[str] | None = None
     threads: int = 1
     memory_mb: int | None = None
     patience_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("url", "token"):  # a file that one came from may have ended its line
+            object.__setattr__(self, name, getattr(self, name).strip())
+            if not getattr(self, name):
+                raise ValueError(f"the {name} is empty")
 
 
 def device(
@@ -78,7 +83,9 @@ def device(
         Path | None,
         typer.Option(help="What to measure accuracy or perplexity on; formats as for --data."),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps bundles.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps bundles  [default: ~/.cache/cutlayer]")
+    ] = None,
     trust: Annotated[
         list[str] | None,
         typer.Option(help="Public key or .pub file that must have signed the bundle; repeatable."),
@@ -110,7 +117,7 @@ def device(
         settings.keep_back or settings.newest is not None or settings.max_age_s is not None
     ):
         raise ConfigError("--keep-back, --newest and --max-age-s need --data")
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
     name, tier, training, evaluation = asyncio.run(_run(settings, console))
     if as_json:
         print(json.dumps(_summary(name, tier, training, evaluation)))
@@ -156,7 +163,7 @@ async def _run(
             held_out.fitted(manifest)
         training = await joined.train(show) if data is not None else None
         if training is not None:
-            console.print(f"stopped: {training.reason}")
+            console.print(f"stopped: {training.reason}", soft_wrap=True)
         if held_out is None and settings.keep_back:
             held_out = joined.kept_back()
             if len(held_out) == 0:
@@ -175,22 +182,26 @@ def _summary(
         "rounds": [dataclasses.asdict(r) for r in training.rounds] if training else [],
         "stopped": training.reason if training else None,
         "evaluation": dataclasses.asdict(evaluation) if evaluation else None,
-        "rss_mb": round(peak_rss_mb(), 1),
+        "rss_mb": peak_rss_mb(),
         "torch_imported": "torch" in sys.modules,
     }
 
 
-def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in MiB.
+def peak_rss_mb() -> float | None:
+    """Largest resident memory of this process so far, in MiB; None where the system says nothing.
 
     Linux says it in /proc; ``getrusage`` there counts the process that we were forked from, too.
     """
     try:
         status = Path("/proc/self/status").read_text("ascii")
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+        return round(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024, 1)  # type: ignore[index]
     except (OSError, TypeError):
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return size / (2**20 if sys.platform == "darwin" else 1024)
+        return round(size / (2**20 if sys.platform == "darwin" else 1024), 1)
 
 
 def _table(evaluation: Evaluation) -> Table:

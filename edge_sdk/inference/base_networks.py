@@ -62,10 +62,13 @@ class BaseNetworks:
             HubError: the hub does not have them.
         """
         for attempt in range(_ATTEMPTS):
+            limit = self._learner().manifest.state_bytes
             mixture = self._mixture or self.offer(self._connection.welcome.bases or {})
             try:
                 for base, name in mixture.missing(bases):
-                    mixture.put(base, name, unpack_tensors(await self._downloader.state(name)))
+                    mixture.put(
+                        base, name, unpack_tensors(await self._downloader.state(name, limit))
+                    )
                 return mixture
             except HubError as error:
                 if error.code != ErrorCode.UNKNOWN_BLOB or attempt == _ATTEMPTS - 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest
-from edge_sdk.errors import DataError, LinkClosed
+from edge_sdk.errors import CutlayerError, DataError, LinkClosed
 from edge_sdk.inference.metrics import Metric, Tally, metric_of, softmax
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
@@ -22,6 +22,8 @@ from edge_sdk.training.data import Examples, Source
 from edge_sdk.training.learner import Learner, Precision
 from edge_sdk.transport.connection import Question
 
+log = logging.getLogger("cutlayer.device")
+
 Ask = Callable[[Question], Awaitable[Answer]]
 """Sends packed activations to the hub and returns its half of the answer."""
 
@@ -30,6 +32,9 @@ FetchBases = Callable[[int], Awaitable[Mixture]]
 
 _ROOM = DEFAULT_MAX_FRAME - 2**16
 """Bytes of logits that the hub puts into one answer."""
+
+_BESIDE = 4096
+"""Largest size of a question without its activations, in bytes."""
 
 _PATHS = ("device_alone", "through_hub", "ensemble")
 """The ways to answer that :class:`Evaluation` has, in its order."""
@@ -115,10 +120,21 @@ class Predictor:
         learner: returns the present learner; a move may replace it at any time.
         ask: asks the hub.
         fetch_bases: returns the mixture of base networks.
+        failure: returns the error that ended the connection to the hub; None while it goes on.
+        largest_message: returns the bytes of the largest message that the hub takes.
     """
 
-    def __init__(self, learner: Callable[[], Learner], ask: Ask, fetch_bases: FetchBases) -> None:
+    def __init__(
+        self,
+        learner: Callable[[], Learner],
+        ask: Ask,
+        fetch_bases: FetchBases,
+        failure: Callable[[], CutlayerError | None],
+        largest_message: Callable[[], int],
+    ) -> None:
         self._learner, self._ask, self._fetch_bases = learner, ask, fetch_bases
+        self._failure, self._largest_message = failure, largest_message
+        self._told = False
         self._hub_heads: dict[str, int] = {}
 
     async def predict(
@@ -142,9 +158,8 @@ class Predictor:
         unsure = np.flatnonzero(probabilities.max(1) < confidence)
         by_hub = np.zeros(len(probabilities), bool)
         if len(unsure) and not own.manifest.whole:
-            with contextlib.suppress(TimeoutError, LinkClosed):
-                async with asyncio.timeout(timeout_s):
-                    hub = await self._hub(own, unsure, x)
+            hub = await self._hub_if_it_answers(own, unsure, x, timeout_s)
+            if hub is not None:
                 every = np.concatenate([heads[:, unsure], _last_position(hub, own.manifest)])
                 probabilities[unsure] = softmax(every).mean(0)
                 by_hub[unsure] = True
@@ -262,13 +277,38 @@ class Predictor:
         try:
             async with asyncio.timeout(timeout_s):
                 mixture = await self._fetch_bases(bases)
-        except TimeoutError:
+        except (TimeoutError, CutlayerError) as error:
+            if isinstance(error, CutlayerError) and error is not self._failure():
+                raise
             raise LinkClosed(
                 f"not all of {bases} bases are here, and the hub does not give the others; ask for "
                 "fewer"
-            ) from None
+            ) from error
         answer = await asyncio.to_thread(mixture.answer, x, bases, options.robustness)
         return _DeviceAnswer(manifest, answer.logits, answer.parts, options.robustness)
+
+    async def _hub_if_it_answers(
+        self, own: _DeviceAnswer, rows: Array, x: Array, timeout_s: float
+    ) -> Array | None:
+        """:meth:`_hub`; None if the hub does not answer in time, restarts, or is gone for good."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._hub(own, rows, x)
+        except (TimeoutError, LinkClosed):
+            self._tell_of_the_end()
+            return None
+        except CutlayerError as error:
+            if error is not self._failure():
+                raise
+            self._tell_of_the_end()
+            return None
+
+    def _tell_of_the_end(self) -> None:
+        """Say once why the hub finishes no answer any more, if its connection has ended."""
+        failure = self._failure()
+        if failure is not None and not self._told:
+            self._told = True
+            log.warning("the hub answers no more, the device answers alone: %s", failure)
 
     async def _hub(self, own: _DeviceAnswer, rows: Array, x: Array) -> Array:
         """Logits of the hub's heads for some rows, mean over the base networks.
@@ -283,7 +323,7 @@ class Predictor:
         return mean
 
     async def _hub_of(self, base: int, own: _DeviceAnswer, rows: Array, x: Array) -> Array:
-        """:meth:`_hub` for one base network, in as many requests as the answers need."""
+        """:meth:`_hub` for one base network, in as many requests as questions and answers need."""
         manifest, parts = own.manifest, own.parts[base]
         tier = manifest.tier
         positions = x.shape[1] if manifest.task == "tokens" else 1
@@ -297,12 +337,28 @@ class Predictor:
                     f"message holds {_ROOM}; take shorter texts"
                 )
             many = max(_ROOM // (row * self._hub_heads.get(tier, _HEADS)), 1)
+            many = min(many, self._rows_of_a_question(parts, manifest))
             some = rows_of(parts, rows[done : done + many], manifest)
             answer = await self._ask(Question(some, tier, base, own.robustness))
             self._hub_heads[tier] = len(answer.heads)
             answers.append(answer.logits)
             done += many
         return np.concatenate(answers, axis=1)
+
+    def _rows_of_a_question(self, parts: Mapping[str, Array], manifest: Manifest) -> int:
+        """How many rows of packed activations a question holds.
+
+        Raises:
+            DataError: it does not hold one.
+        """
+        one = sum(part.nbytes for part in rows_of(parts, np.zeros(1, int), manifest).values())
+        room = self._largest_message() - _BESIDE
+        if one > room:
+            raise DataError(
+                f"the packed activations of one row have {one} bytes, and a message to the hub "
+                f"holds {room}; take smaller inputs, or raise max_message in [limits] of the hub"
+            )
+        return max(min(room, _ROOM) // one, 1)
 
 
 def _divided(batches: Iterator[Examples], positions: int) -> Iterator[Examples]:

@@ -20,7 +20,7 @@ EVALUATION = "evaluation"
 RECOUNT = "recount"
 """The extension by which a device says that the number of its examples has changed."""
 
-EXTENSIONS: tuple[str, ...] = (EVALUATION, RECOUNT)
+EXTENSIONS: tuple[str, ...] = (EVALUATION, "pieces", RECOUNT)
 """The extensions that this implementation speaks."""
 
 

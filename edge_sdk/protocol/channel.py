@@ -18,8 +18,9 @@ from typing import Any
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.enums import ErrorCode
-from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME, Frame, decode, encode
-from edge_sdk.protocol.messages import Message, from_body
+from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME, Frame, decode, encode, encode_message
+from edge_sdk.protocol.messages import Message, Piece, from_body
+from edge_sdk.protocol.pieces import MAX_MESSAGE, OVERTAKING, PIECES, Assembly, Waiting, is_long
 
 
 class SequenceGap(ProtocolError):
@@ -48,36 +49,89 @@ class Channel:
         peer_max_frame: the peer's limit for the frames that this side sends, in bytes.
         extensions: the extensions that both sides have agreed on. Nothing of another one is sent,
             and what comes of another one is unknown.
+        max_message: limit of a message that is received in pieces, in bytes.
+        peer_max_message: the peer's limit for the same, in bytes.
     """
 
     window: int = 64
     max_frame: int = DEFAULT_MAX_FRAME
     peer_max_frame: int = DEFAULT_MAX_FRAME
     extensions: frozenset[str] = frozenset()
+    max_message: int = MAX_MESSAGE
+    peer_max_message: int = MAX_MESSAGE
     settled: int = 0
     """Every received number up to this one is settled; travels as ``ack``."""
     _sent: int = 0
     _unacked: deque[tuple[int, Message]] = field(default_factory=deque)
     _received: int = 0
     _out_of_order: set[int] = field(default_factory=set)
+    _whole: int = 0  # messages in _unacked; of one in pieces the last piece counts
+    _waiting: Waiting = field(default_factory=Waiting)
+    _assembly: Assembly = field(init=False)
+    _unfinished: set[int] = field(default_factory=set)  # pieces above settled, without last ones
+    _assembled: dict[int, Message] = field(default_factory=dict)  # not settled, by last piece
+
+    def __post_init__(self) -> None:
+        self._assembly = Assembly(self.extensions, self.max_message)
 
     @property
     def unacked(self) -> int:
-        """Reliable messages that were sent and not settled by the peer."""
-        return len(self._unacked)
+        """Reliable messages that are not settled by the peer, whether or not all of it is sent."""
+        return self._whole + len(self._waiting)
 
     @property
     def full(self) -> bool:
         """Whether the window is used up, so that the next reliable message has to wait."""
-        return len(self._unacked) >= self.window
+        return self.unacked >= self.window
 
-    def send(self, message: Message) -> bytes:
-        """Number a message, keep it until the peer settles it, and return its frame.
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of long messages that :meth:`next` has still to cut."""
+        return self._waiting.bytes
+
+    @property
+    def assembling(self) -> tuple[str, int]:
+        """Type of the message that arrives in pieces now, and its bytes so far; ("", 0) if none."""
+        return self._assembly.kind, len(self._assembly.data)
+
+    def send(self, message: Message) -> bytes | None:
+        """Keep a message until the peer settles it, and return its frame.
+
+        None if it travels in pieces, or waits behind one that does: :meth:`next` gives its frames.
 
         Raises:
-            ProtocolError: the frame is over the peer's limit, or of an extension that the peer does
-                not speak; nothing has changed.
+            ProtocolError: the message is over the peer's limit, or of an extension that the peer
+                does not speak; nothing has changed.
         """
+        if message.RELIABLE and PIECES in self.extensions:
+            if is_long(message, self.extensions):
+                self._send_long(message)
+                return None
+            if len(self._waiting) and not isinstance(message, OVERTAKING):
+                encode(message, 0, 0, self.extensions)  # an error is for whoever sends it
+                self._waiting.add(message)
+                return None
+        return self._number(message)
+
+    def next(self) -> tuple[str, bytes] | None:
+        """The next frame of the messages that wait, and the type of the message that it is of.
+
+        Short messages that are sent meanwhile go between two pieces. None if nothing waits.
+        """
+        found = self._waiting.next()
+        return None if found is None else (found[0], self._number(found[1]))
+
+    def _send_long(self, message: Message) -> None:
+        data = encode_message(message, self.extensions)
+        if len(data) > self.peer_max_message:
+            raise ProtocolError(
+                ErrorCode.FRAME_TOO_BIG,
+                f"{message.TYPE} has {len(data)} bytes, the peer takes {self.peer_max_message}; "
+                "send fewer rows at a time, or raise the peer's max_message",
+            )
+        self._waiting.add_long(message.TYPE, data)
+
+    def _number(self, message: Message) -> bytes:
         seq = self._sent + 1 if message.RELIABLE else 0
         frame = encode(message, seq, self.settled, self.extensions)
         if len(frame) > self.peer_max_frame:
@@ -89,10 +143,11 @@ class Channel:
         if message.RELIABLE:
             self._sent = seq
             self._unacked.append((seq, message))
+            self._whole += not _is_unfinished(message)
         return frame
 
     def receive(self, data: bytes | str) -> Delivery | None:
-        """Receive a frame; None if there is nothing to act on (an ack, or a duplicate).
+        """Receive a frame; None if there is nothing to act on (an ack, a duplicate, or a piece).
 
         Raises:
             SequenceGap: a predecessor is missing; nothing has changed, the frame is not kept.
@@ -117,31 +172,55 @@ class Channel:
                 f"frame {frame.seq} came after {self._received}; reconnect and resume",
                 "seq",
             )
-        if frame.seq > self.settled + self.window:
+        message = frame.message
+        unfinished = len(self._unfinished) + _is_unfinished(message)
+        if frame.seq > self._received and frame.seq - unfinished > self.settled + self.window:
             raise ProtocolError(
                 ErrorCode.WINDOW_EXCEEDED,
                 f"more than {self.window} messages are unsettled; wait for acknowledgements",
                 "seq",
             )
+        fresh = frame.seq > self._received and frame.seq not in self._out_of_order
+        if fresh and isinstance(message, Piece) and frame.seq not in self._assembled:
+            self._assembly.check(message)
         self._forget(frame.ack)
         if frame.seq == 0:
-            return Delivery(frame.message, 0)
+            return Delivery(message, 0)
         if frame.seq <= self._received:
             return None
         self._received = frame.seq
-        if frame.seq in self._out_of_order:
+        if _is_unfinished(message):
+            self._unfinished.add(frame.seq)
+        if not fresh:
             return None  # settled before a restart
-        return Delivery(frame.message, frame.seq)
+        return (
+            self._assemble(frame.seq, message)
+            if isinstance(message, Piece)
+            else Delivery(message, frame.seq)
+        )
+
+    def _assemble(self, seq: int, piece: Piece) -> Delivery | None:
+        """Take a piece; a delivery if the message is complete with it."""
+        whole = self._assembled.get(seq)  # else delivered before a restart, and not settled
+        if whole is None:
+            whole = self._assembly.add(piece)
+        if whole is None:
+            self.settle(seq)  # its effect is that it is here
+            return None
+        self._assembled[seq] = whole
+        return Delivery(whole, seq)
 
     def settle(self, seq: int) -> bool:
         """Say that the effect of a delivered message is complete; True if ``settled`` moved."""
         if not self.settled < seq <= self._received:
             return False
         self._out_of_order.add(seq)
+        self._assembled.pop(seq, None)
         before = self.settled
         while self.settled + 1 in self._out_of_order:
             self.settled += 1
             self._out_of_order.remove(self.settled)
+            self._unfinished.discard(self.settled)
         # What was settled before a restart need not come again: the peer may forget it now.
         self._received = max(self._received, self.settled)
         return self.settled > before
@@ -179,6 +258,11 @@ class Channel:
             "out_of_order": sorted(self._out_of_order),
             "sent": self._sent,
             "unacked": [[seq, m.TYPE, m.body(self.extensions)] for seq, m in self._unacked],
+            "waiting": self._waiting.snapshot(self.extensions),
+            "assembly": [self._assembly.kind, bytes(self._assembly.data)],
+            "assembled": [
+                [seq, m.TYPE, m.body(self.extensions)] for seq, m in self._assembled.items()
+            ],
         }
 
     @classmethod
@@ -194,8 +278,22 @@ class Channel:
         channel._unacked.extend(
             (seq, from_body(kind, body, extensions)) for seq, kind, body in saved["unacked"]
         )
+        channel._whole = sum(not _is_unfinished(m) for _, m in channel._unacked)
+        channel._waiting.restore(saved["waiting"], extensions)
+        channel._assembly.kind, data = saved["assembly"]
+        channel._assembly.data = bytearray(data)
+        channel._assembled = {
+            seq: from_body(kind, body, extensions) for seq, kind, body in saved["assembled"]
+        }
         return channel
 
     def _forget(self, ack: int) -> None:
         while self._unacked and self._unacked[0][0] <= ack:
-            self._unacked.popleft()
+            _, message = self._unacked.popleft()
+            self._whole -= not _is_unfinished(message)
+
+
+def _is_unfinished(message: Message) -> bool:
+    """Whether this is a piece that is not the last one. Such a piece does not count in the window:
+    it is settled when it arrives."""
+    return isinstance(message, Piece) and not message.last

@@ -86,21 +86,7 @@ def decode(
             ErrorCode.FRAME_TOO_BIG,
             f"a frame of {len(data)} bytes is over the limit of {max_frame}",
         )
-    check_structure(data, max_values)
-    try:
-        frame = msgpack.unpackb(
-            data,
-            ext_hook=_unpack,
-            strict_map_key=True,
-            max_array_len=1024,
-            max_map_len=MAX_TENSORS,
-        )
-    except ProtocolError:
-        raise
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        raise ProtocolError(
-            ErrorCode.BAD_FRAME, f"a frame of {len(data)} bytes is not valid msgpack: {error}"[:512]
-        ) from error
+    frame = _decoded(data, max_values)
     if not isinstance(frame, list) or len(frame) != 4:
         raise ProtocolError(ErrorCode.BAD_FRAME, "a frame is an array [type, seq, ack, body]")
     kind, seq, ack, body = frame
@@ -114,6 +100,39 @@ def decode(
             ErrorCode.BAD_FRAME, f"the seq of {kind} must be {rule}, not {seq}", "seq"
         )
     return Frame(message, seq, ack)
+
+
+def encode_message(message: Message, agreed: Collection[str] = ()) -> bytes:
+    """The bytes ``[type, body]`` of a message that travels in pieces; raises as :func:`encode`."""
+    packed: bytes = msgpack.packb([message.TYPE, message.body(agreed)], default=_pack)
+    return packed
+
+
+def decode_message(data: bytes | bytearray, agreed: Collection[str] = ()) -> Message:
+    """Inverse of :func:`encode_message`; validates as :func:`decode` does, and raises like it."""
+    pair = _decoded(data, MAX_VALUES)
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise ProtocolError(ErrorCode.BAD_FRAME, "a message in pieces is an array [type, body]")
+    kind, body = pair
+    return from_body(kind, body, agreed)
+
+
+def _decoded(data: bytes | bytearray, max_values: int) -> Any:
+    check_structure(data, max_values)
+    try:
+        return msgpack.unpackb(
+            data,
+            ext_hook=_unpack,
+            strict_map_key=True,
+            max_array_len=1024,
+            max_map_len=MAX_TENSORS,
+        )
+    except ProtocolError:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise ProtocolError(
+            ErrorCode.BAD_FRAME, f"a frame of {len(data)} bytes is not valid msgpack: {error}"[:512]
+        ) from error
 
 
 def pack_tensors(tensors: dict[str, Array]) -> bytes:

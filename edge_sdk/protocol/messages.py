@@ -225,6 +225,8 @@ class Welcome(Message):
             single model.
         extensions: the extensions that the session uses: of those in the ``hello`` that began it,
             the ones that the hub speaks; None for none.
+        max_message: bytes of the largest message that the hub takes in pieces; None where pieces
+            are not agreed on.
     """
 
     TYPE = "welcome"
@@ -241,6 +243,9 @@ class Welcome(Message):
     state: str | None = checked(checks.optional(checks.sha256), None)
     bases: dict[str, str] | None = checked(checks.optional(checks.states), None)
     extensions: list[str] | None = checked(checks.optional(checks.extensions), None)
+    max_message: int | None = checked(
+        checks.optional(checks.integer(1024)), None, extension="pieces"
+    )
 
 
 @dataclass(frozen=True)
@@ -390,11 +395,27 @@ class Ack(Message):
     RELIABLE = False
 
 
+@dataclass(frozen=True)
+class Piece(Message):
+    """A piece of a message that is too long to travel in one frame.
+
+    Attributes:
+        data: bytes of ``[type, body]``, the next ones.
+        last: whether the message is complete with it.
+    """
+
+    TYPE = "piece"
+    EXTENSION = "pieces"
+    data: bytes = checked(checks.data)
+    last: bool = checked(checks.flag, False)
+
+
 MESSAGES: dict[str, type[Message]] = {
     cls.TYPE: cls
     for cls in (
         Hello, Ready, Decline, BlobGet, Activations, FeatureGradient, Update, Infer, Evaluated,
         Bye, Welcome, Blob, Round, Features, Gradient, Evaluate, Move, Stop, Answer, Error, Ack,
+        Piece,
     )
 }  # fmt: skip
 

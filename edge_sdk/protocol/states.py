@@ -83,15 +83,15 @@ class SessionState(enum.StrEnum):
 FROM_DEVICE: Final = frozenset(
     {
         "ack", "activations", "blob_get", "bye", "decline", "error", "evaluated",
-        "feature_gradient", "infer", "ready", "update",
+        "feature_gradient", "infer", "piece", "ready", "update",
     }
 )  # fmt: skip
 """Types of the messages that a device sends in a session."""
 
 FROM_HUB: Final = frozenset(
     {
-        "ack", "answer", "blob", "error", "evaluate", "features", "gradient", "move", "round",
-        "stop",
+        "ack", "answer", "blob", "error", "evaluate", "features", "gradient", "move", "piece",
+        "round", "stop",
     }
 )  # fmt: skip
 """Types of the messages that a hub sends in a session."""
@@ -99,7 +99,8 @@ FROM_HUB: Final = frozenset(
 
 def _in_any(state: SessionState) -> dict[str, SessionState]:
     """What has a place in every state but ``ended``."""
-    stay = dict.fromkeys(("ack", "answer", "blob", "blob_get", "error", "infer"), state)
+    kinds = ("ack", "answer", "blob", "blob_get", "error", "infer", "piece")
+    stay = dict.fromkeys(kinds, state)
     return {**stay, "bye": SessionState.ENDED, "stop": SessionState.STOPPED}
 
 

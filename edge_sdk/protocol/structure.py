@@ -39,7 +39,9 @@ _CONTAINERS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 """Bytes of the number of entries, and values per entry: arrays and maps, by the first byte."""
 
 
-def check_structure(data: bytes, max_values: int = MAX_VALUES, max_depth: int = MAX_DEPTH) -> None:
+def check_structure(
+    data: bytes | bytearray, max_values: int = MAX_VALUES, max_depth: int = MAX_DEPTH
+) -> None:
     """Check how many values a msgpack document has, and how deep they lie, without building them.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from edge_sdk.bundle.manifest import Bundle, Manifest
+from edge_sdk.bundle.manifest import MAX_MANIFEST, Bundle, Manifest
 from edge_sdk.bundle.signing import check
 from edge_sdk.errors import BundleError, CutlayerError, HubError
 from edge_sdk.protocol.enums import ErrorCode
@@ -77,12 +77,14 @@ class BundleLoader:
             DataError: the examples do not fit the model.
             HubError: the hub does not have one of the blobs.
         """
-        data = await self._downloader.blob(manifest_name)
+        data = await self._downloader.blob(manifest_name, MAX_MANIFEST)
         manifest = Manifest.from_bytes(data)
         check(data, self._trust)
         if manifest.tier != tier:
             raise BundleError(f"the hub sent the bundle of {manifest.tier!r} for tier {tier!r}")
-        blobs = {name: await self._downloader.blob(name) for name in manifest.blobs}
+        blobs = {
+            name: await self._downloader.blob(name, size) for name, size in manifest.blobs.items()
+        }
         if self.data is not None:
             await asyncio.to_thread(self.data.fit, manifest)
         bundle = Bundle.open(manifest, blobs.__getitem__)
@@ -125,4 +127,6 @@ class BundleLoader:
             name: sha256 of the state.
             keep: as in :meth:`Downloader.state`.
         """
-        self.learner.runtime.set_state(unpack_tensors(await self._downloader.state(name, keep)))
+        limit = self.learner.manifest.state_bytes
+        data = await self._downloader.state(name, limit, keep)
+        self.learner.runtime.set_state(unpack_tensors(data))

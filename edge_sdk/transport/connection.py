@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from edge_sdk.errors import BundleError, CutlayerError, HubError, LinkClosed
+from edge_sdk.errors import CutlayerError, HubError, LinkClosed
 from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
@@ -20,7 +20,6 @@ from edge_sdk.protocol.messages import (
     VERSION,
     Answer,
     Blob,
-    BlobGet,
     Bye,
     Error,
     Features,
@@ -33,8 +32,10 @@ from edge_sdk.protocol.messages import (
     Stop,
     Welcome,
 )
+from edge_sdk.protocol.pieces import PIECES
 from edge_sdk.protocol.states import ConnectionEvent, ConnectionState, next_connection_state
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.transport.blob_requests import BlobRequests, Download
 from edge_sdk.transport.link import Link
 from edge_sdk.transport.replies import BatchReplies
 from edge_sdk.transport.session import Session, SessionLost
@@ -99,9 +100,9 @@ class Connection:
         self._welcome: Welcome | None = None
         self._linked = asyncio.Event()  # set while linked, and for good after a failure
         self._failure: CutlayerError | None = None
-        self._blob: asyncio.Future[Blob] | None = None
-        self._wanted: tuple[str, int] | None = None
+        self._download: Download | None = None
         self._downloading = asyncio.Lock()
+        self._unwanted = 0  # answers still to come over this link, for downloads that are over
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._requests = 0
         self.replies = BatchReplies()
@@ -162,6 +163,17 @@ class Connection:
         return self._welcome
 
     @property
+    def failure(self) -> CutlayerError | None:
+        """The error that ended the connection for good; None while it has not ended."""
+        return self._failure
+
+    @property
+    def largest_message(self) -> int:
+        """Bytes of the largest message that the hub takes."""
+        in_pieces = self.welcome.max_message if PIECES in self.extensions else None
+        return in_pieces or self.welcome.max_frame
+
+    @property
     def extensions(self) -> frozenset[str]:
         """The extensions that the present session has agreed on."""
         return self._session.extensions if self._session is not None else frozenset()
@@ -194,9 +206,14 @@ class Connection:
     async def ask(self, question: Question) -> Answer:
         """The hub's half of an answer.
 
+        Without a link the question waits outside the window, so that questions that nobody waits
+        for any more take no place there, and the hub does not get them.
+
         Raises:
-            LinkClosed: the hub restarts, or is out of reach for good.
+            LinkClosed: the hub restarts.
+            CutlayerError: the connection has ended, see :attr:`failure`.
         """
+        await self._linked.wait()
         self._requests += 1
         request = self._requests
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -210,42 +227,40 @@ class Connection:
         finally:
             del self._answers[request]
 
-    async def download(self, name: str, offset: int, append: Callable[[bytes], None]) -> None:
-        """Download a blob from ``offset`` on, piece by piece, over as many links as it takes.
+    async def download(
+        self, name: str, offset: int, append: Callable[[bytes], None], limit: int
+    ) -> None:
+        """Download a blob from ``offset`` on, over as many links as it takes.
 
         Args:
             name: sha256 of the blob.
             offset: bytes that are already here.
-            append: receives each piece, in order.
+            append: receives the bytes, in order.
+            limit: largest size that the blob may have, in bytes.
 
         Raises:
             HubError: the hub does not have the blob.
-            BundleError: the hub sent an empty piece.
+            BundleError: the hub's pieces are no blob of at most ``limit`` bytes.
             LinkClosed: the hub is out of reach for good.
         """
         async with self._downloading:
-            while True:
-                await self._linked.wait()
-                self.raise_failure()
-                self._blob = asyncio.get_running_loop().create_future()
-                self._wanted = (name, offset)
-                try:
-                    await self.send(BlobGet(hash=name, offset=offset))
-                    # not wait_for: in Python 3.11 that may lose a cancellation
-                    async with asyncio.timeout(30):
-                        piece = await self._blob
-                except (LinkClosed, SessionLost, TimeoutError):
+            download = self._download = Download(BlobRequests(name, offset, limit), append)
+            try:
+                while not download.requests.done:
+                    await self._linked.wait()
                     self.raise_failure()
-                    await asyncio.sleep(0.05)
-                    continue
-                finally:
-                    self._blob = None
-                append(piece.data)
-                offset += len(piece.data)
-                if offset >= piece.size:
-                    return
-                if not piece.data:
-                    raise BundleError(f"the hub sent an empty piece of blob {name[:12]}…")
+                    download.event.clear()
+                    try:
+                        for request in download.requests.due(self._now()):
+                            await self.send(request)
+                    except (LinkClosed, SessionLost):
+                        self.raise_failure()
+                        await asyncio.sleep(0.05)
+                        continue
+                    await download.progress()
+            finally:
+                self._unwanted += download.requests.open
+                self._download = None
 
     async def _keep_linked(self) -> None:
         """Connect, serve, reconnect with back-off; gives up after ``patience_s`` without a hub."""
@@ -259,9 +274,12 @@ class Connection:
                 try:
                     await self._serve(link)
                 finally:
+                    self._linked.clear()
                     await link.close()
                     self._enter(ConnectionEvent.LOST)
-                    self._linked.clear()
+                    self._unwanted = 0
+                    if self._download is not None:
+                        self._download.lost()
             except (LinkClosed, HubError) as error:
                 if isinstance(error, HubError) and not error.is_temporary:
                     self._fail(error)
@@ -270,8 +288,6 @@ class Connection:
                 lasted = isinstance(error, LinkClosed) or now() - opened_at >= _LONGEST_PAUSE_S
                 if self._welcome is not welcomed and lasted:
                     lost_at, delay = now(), 0.1
-                if self._blob is not None and not self._blob.done():
-                    self._blob.set_exception(LinkClosed(str(error)))
                 if now() - lost_at + delay > self._patience_s:
                     self._fail(error)
                     break
@@ -297,7 +313,12 @@ class Connection:
                 self._forget_session()
             agreed = frozenset(answer.extensions or ()).intersection(self._extensions)
             self._session = Session(
-                Channel(answer.window, peer_max_frame=answer.max_frame, extensions=agreed)
+                Channel(
+                    answer.window,
+                    peer_max_frame=answer.max_frame,
+                    extensions=agreed,
+                    peer_max_message=answer.max_message or answer.max_frame,
+                )
             )
             self._session_id = answer.session
         session = self._session
@@ -327,7 +348,7 @@ class Connection:
         self._enter(ConnectionEvent.HELLO)
         try:
             async with asyncio.timeout(10):
-                answer = decode(await link.receive()).message
+                answer = decode(await link.receive(), agreed=self._extensions).message
         except TimeoutError:
             raise LinkClosed("the hub did not answer the hello in 10 s") from None
         if isinstance(answer, Error):
@@ -358,18 +379,22 @@ class Connection:
             self.replies.deliver(message)
             session.settle(delivery.seq)
         elif isinstance(message, Blob):
-            # a piece that was asked for twice, because the first took long, may come twice
-            expected = (message.hash, message.offset) == self._wanted
-            if expected and self._blob is not None and not self._blob.done():
-                self._blob.set_result(message)
+            if self._download is None or not self._download.take(message, self._now()):
+                self._unwanted = max(self._unwanted - 1, 0)
         elif isinstance(message, Error):
             error = HubError(message.code, message.message, message.field)
             if message.fatal:
+                self._linked.clear()  # now: the link may take seconds to close
                 raise error
-            if self._blob is not None and not self._blob.done():
-                self._blob.set_exception(error)
+            if message.code == ErrorCode.UNKNOWN_BLOB and self._unwanted:
+                self._unwanted -= 1
+            elif self._download is not None:
+                self._download.fail(error)
         elif delivery.seq:
             session.settle(delivery.seq)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _enter(self, event: ConnectionEvent) -> None:
         self._state = next_connection_state(self._state, event)
@@ -397,6 +422,6 @@ class Connection:
         self._enter(ConnectionEvent.FATAL)
         self._linked.set()
         self._wake(error)
-        if self._blob is not None and not self._blob.done():
-            self._blob.set_exception(error)
+        if self._download is not None:
+            self._download.fail(error)
         self._work.put_nowait(error)

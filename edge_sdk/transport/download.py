@@ -2,51 +2,83 @@
 
 from __future__ import annotations
 
+import logging
+
 from edge_sdk.bundle.store import BlobStore, verify_blob
 from edge_sdk.errors import BundleError
+from edge_sdk.files import why
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import Round
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.transport.connection import Connection
 
+log = logging.getLogger("cutlayer.device")
+
 
 class Downloader:
     """Fetches blobs and states. Everything is verified by its sha256.
 
+    A cache that cannot be read or written, on a full or a read-only disk for example, is used no
+    more: a warning says so once, and everything is fetched into memory.
+
     Args:
         connection: connection to the hub.
-        store: the device's cache.
+        store: the device's cache; None keeps nothing.
     """
 
-    def __init__(self, connection: Connection, store: BlobStore) -> None:
+    def __init__(self, connection: Connection, store: BlobStore | None) -> None:
         self._connection, self._store = connection, store
         self._kept: tuple[str, bytes] | None = None
+        if store is None:
+            log.warning(
+                "the home folder is not known, so that bundles are fetched at every start; name a "
+                "folder with cache"
+            )
 
-    async def blob(self, name: str) -> bytes:
+    async def blob(self, name: str, limit: int) -> bytes:
         """A blob of a bundle, from the cache or downloaded into it.
 
         A download that broke off before goes on where it stopped.
 
+        Args:
+            name: sha256 of the blob.
+            limit: largest size that it may have, in bytes.
+
         Raises:
             HubError: the hub does not have the blob.
-            BundleError: the downloaded bytes do not match the name.
+            BundleError: the downloaded bytes are too many, or do not match the name.
         """
-        if name in self._store:
+        if self._store is not None:
             try:
-                return self._store.read(name)
+                return await self._through(self._store, name, limit)
+            except OSError as error:
+                self._give_up(self._store, error)
+        return await self.state(name, limit)
+
+    async def _through(self, store: BlobStore, name: str, limit: int) -> bytes:
+        if name in store:
+            try:
+                return store.read(name)
             except BundleError:
-                self._store.remove(name)  # damaged on disk: fetch again
-        with self._store.claim() as mine:
+                store.remove(name)  # damaged on disk: fetch again
+        with store.claim() as mine:
             if not mine:  # another process is downloading it into this cache
-                data = await self.state(name)
-                self._store.write(data)
+                data = await self.state(name, limit)
+                store.write(data)
                 return data
             await self._connection.download(
-                name, self._store.partial(name), lambda data: self._store.append(name, data)
+                name, store.partial(name), lambda data: store.append(name, data), limit
             )
-            return self._store.finish(name)
+            return store.finish(name)
 
-    async def state(self, name: str, keep: bool = False) -> bytes:
+    def _give_up(self, store: BlobStore, error: OSError) -> None:
+        log.warning(
+            "the cache %s cannot be used: %s; what it lacks is kept in memory, and fetched again "
+            "at the next start", store.folder, why(error),
+        )  # fmt: skip
+        self._store = None
+
+    async def state(self, name: str, limit: int, keep: bool = False) -> bytes:
         """A state, from the cache or downloaded into memory; raises as :meth:`blob` does.
 
         States are not cached, since every round has another. That of the first round is a blob of
@@ -54,27 +86,38 @@ class Downloader:
 
         Args:
             name: sha256 of the state.
+            limit: largest size that it may have, in bytes.
             keep: whether to keep it in memory until a state is asked for again: that of an
                 evaluation is mostly that of the next round, too.
         """
         kept, self._kept = self._kept, None
-        if name in self._store:
-            return self._store.read(name)
+        if self._store is not None:
+            try:
+                if name in self._store:
+                    return self._store.read(name)
+            except OSError as error:
+                self._give_up(self._store, error)
         if kept is not None and kept[0] == name:
             data = kept[1]
         else:
             buffer = bytearray()
-            await self._connection.download(name, 0, buffer.extend)
+            await self._connection.download(name, 0, buffer.extend, limit)
             data = verify_blob(name, bytes(buffer))
         if keep:
             self._kept = name, data
         return data
 
-    async def start_of(self, task: Round) -> dict[int | None, dict[str, Array]]:
-        """The states that a round starts from: by base network, or of a single model under None."""
+    async def start_of(self, task: Round, limit: int) -> dict[int | None, dict[str, Array]]:
+        """The states that a round starts from: by base network, or of a single model under None.
+
+        Args:
+            task: the round.
+            limit: largest size of a state, in bytes.
+        """
         if task.bases is None:
             assert task.state is not None
-            return {None: unpack_tensors(await self.state(task.state))}
+            return {None: unpack_tensors(await self.state(task.state, limit))}
         return {
-            int(base): unpack_tensors(await self.state(name)) for base, name in task.bases.items()
+            int(base): unpack_tensors(await self.state(name, limit))
+            for base, name in task.bases.items()
         }

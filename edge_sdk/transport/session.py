@@ -12,7 +12,7 @@ from edge_sdk.errors import CutlayerError, LinkClosed, ProtocolError
 from edge_sdk.protocol.channel import Channel, Delivery, SequenceGap
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import kind_of
-from edge_sdk.protocol.messages import Ack, Error, Message
+from edge_sdk.protocol.messages import Ack, Blob, Error, Message, Piece
 from edge_sdk.protocol.states import SessionState, SessionTracker
 from edge_sdk.transport.flow import FlowControl
 from edge_sdk.transport.link import Link
@@ -30,7 +30,8 @@ class SessionLost(CutlayerError):
 class Session:
     """Sends messages over whatever link there is, and waits when the channel's window is full.
 
-    Messages are queued in order and written by one task per link. The queue holds at most the
+    Messages are queued in order and written by one task per link. Short messages go before the
+    rest of a long one, and before blobs; pieces and blobs take turns. The queues hold at most the
     window's reliable messages, and answers to what the peer has sent. A hub bounds these by flow
     control: while too much waits, it reads nothing more.
 
@@ -49,8 +50,12 @@ class Session:
         self.channel = channel
         self._count = count
         self._flow = flow
-        self._sizes: dict[int, int] = {}  # of frames that are delivered and not settled, by number
+        self._sizes: dict[int, int] = {}  # of messages that are delivered, not settled, by number
+        self._assembled = 0  # bytes of a message that is not here as a whole
         self._frames: deque[bytes] = deque()
+        self._blobs: deque[bytes] = deque()
+        self._blobs_turn = False
+        self._queued = 0  # bytes that wait for the link
         self._wake = asyncio.Event()
         self._room = asyncio.Condition()
         self._link: Link | None = None
@@ -92,8 +97,11 @@ class Session:
         frame = self.channel.send(message)
         self._follow(message)
         if self._link is not None:
-            self._queue(frame)
-            self._ack_due = False  # the frame carries it
+            if frame is None:
+                self._account()
+            else:
+                self._queue(frame, isinstance(message, Blob))
+                self._ack_due = False  # the frame carries it
             self._wake.set()
 
     def check(self) -> None:
@@ -138,8 +146,10 @@ class Session:
         self._lost = reason
         self._tracker.end()
         self._sizes.clear()
+        self._assembled = 0
         if self._flow is not None:
             self._flow.incoming.clear()
+            self._flow.incoming.complete()
 
     async def unlink(self) -> None:
         """Close the present link, if any; :meth:`run` then raises :class:`LinkClosed`."""
@@ -175,20 +185,16 @@ class Session:
         try:
             for waiting in self.channel.resume(last_seq):
                 self._queue(waiting)
+            self._account()
             await self._notify()
             while True:
                 await self._may_read(writer)
                 data = await link.receive()
                 if self._link is not link:
                     raise LinkClosed("the peer came back over another link")
-                frame = self.channel.decode(data)
-                self._count(frame.message.TYPE, len(data), 0)
-                delivery = self.channel.accept(frame)
+                delivery = self._accept(data)
                 await self._notify()
                 if delivery is not None:
-                    if self._flow is not None and delivery.seq:
-                        self._sizes[delivery.seq] = len(data)
-                        self._flow.incoming.add(len(data))
                     self._follow(delivery.message)
                     handle(delivery)
         except SequenceGap as error:  # the session can go on over another link
@@ -205,6 +211,34 @@ class Session:
                 self._link = None
                 self._unqueue()
             await link.close()
+
+    def _accept(self, data: bytes | str) -> Delivery | None:
+        """Let the channel have a frame, and account for it."""
+        frame, settled = self.channel.decode(data), self.channel.settled
+        delivery = self.channel.accept(frame)
+        kind, size = self.channel.assembling
+        if delivery is not None:
+            kind = delivery.message.TYPE
+        elif not isinstance(frame.message, Piece) or not kind:
+            kind = frame.message.TYPE
+        self._count(kind, len(data), 0)
+        if self.channel.settled > settled:  # a piece is settled when it is here
+            self._ack_due = True
+            self._wake.set()
+        if self._flow is not None:
+            incoming, grown = self._flow.incoming, size - self._assembled
+            if delivery is not None and delivery.seq:
+                whole = isinstance(frame.message, Piece)
+                self._sizes[delivery.seq] = len(data) + (self._assembled if whole else 0)
+                incoming.add(len(data))
+                if whole:
+                    incoming.complete()
+            elif grown > 0:
+                incoming.add(grown)
+                incoming.begin()
+                self._flow.frames.give_back()  # a whole piece costs its bytes, and no more
+            self._assembled = size
+        return delivery
 
     async def _may_read(self, writer: asyncio.Task[None]) -> None:
         """Wait until the flow control lets the session read on.
@@ -227,15 +261,22 @@ class Session:
                 if writer.done():
                     raise LinkClosed("the connection closed while the peer had to wait")
 
-    def _queue(self, frame: bytes) -> None:
-        self._frames.append(frame)
-        if self._flow is not None:
-            self._flow.outgoing.add(len(frame))
+    def _queue(self, frame: bytes, blob: bool = False) -> None:
+        (self._blobs if blob else self._frames).append(frame)
+        self._queued += len(frame)
+        self._account()
 
     def _unqueue(self) -> None:
         self._frames.clear()
+        self._blobs.clear()
+        self._queued = 0
         if self._flow is not None:
             self._flow.outgoing.clear()
+
+    def _account(self) -> None:
+        """Tell the flow control how many bytes wait for the link."""
+        if self._flow is not None:
+            self._flow.outgoing.hold(self._queued + self.channel.waiting_bytes)
 
     def _follow(self, message: Message) -> None:
         if not self._tracker.follow(message):
@@ -248,7 +289,9 @@ class Session:
         )
         with contextlib.suppress(CutlayerError, TimeoutError):  # gone already is as good
             async with asyncio.timeout(5):
-                await link.send(self.channel.send(message))
+                frame = self.channel.send(message)
+                assert frame is not None
+                await link.send(frame)
 
     async def _notify(self) -> None:
         async with self._room:
@@ -258,19 +301,31 @@ class Session:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._frames or self._ack_due:
-                queued = bool(self._frames)
-                if queued:
-                    frame = self._frames[0]
-                else:
-                    frame = self.channel.send(Ack())
-                    self._ack_due = False
-                self._count(kind_of(frame), 0, len(frame))
+            while (turn := self._next()) is not None:
+                kind, frame, queue = turn
+                self._count(kind, 0, len(frame))
                 try:
                     await link.send(frame)
                 except CutlayerError:
                     return  # the reader of this link sees it close as well
-                if queued and self._frames and self._frames[0] is frame:
-                    self._frames.popleft()
-                    if self._flow is not None:
-                        self._flow.outgoing.remove(len(frame))
+                if queue and queue[0] is frame:
+                    queue.popleft()
+                    self._queued -= len(frame)
+                self._account()
+
+    def _next(self) -> tuple[str, bytes, deque[bytes] | None] | None:
+        """What goes over the link next: its type, its frame, and the queue that it is in."""
+        if self._frames:
+            return kind_of(self._frames[0]), self._frames[0], self._frames
+        self._blobs_turn = bool(self._blobs) and not self._blobs_turn
+        if not self._blobs_turn and (waiting := self.channel.next()) is not None:
+            self._ack_due = False  # the piece carries it
+            return *waiting, None
+        if self._ack_due:
+            self._ack_due = False
+            frame = self.channel.send(Ack())
+            assert frame is not None
+            return Ack.TYPE, frame, None
+        if self._blobs:
+            return Blob.TYPE, self._blobs[0], self._blobs
+        return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from edge_sdk.files import read_text
 from export.adapters.families import FAMILIES, Family, Parts
 from export.adapters.weights import Checkpoint, new_folder
 from export.errors import ExportError, reason
@@ -164,7 +165,7 @@ def _read_config(file: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        raw = json.loads(file.read_text("utf-8"))
+        raw = json.loads(read_text(file))
         _known(raw["model_type"])
         with _quiet():
             config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True)

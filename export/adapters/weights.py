@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from edge_sdk.files import naming, read_text
 from export.errors import ExportError
+from export.tensor_files import save_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,12 +79,12 @@ class Checkpoint:
                 tensors[key] = _stored(key, values[key], tensors[key])
             if name == last:
                 tensors |= added
-            save_file(tensors, out / name, metadata)
+            save_tensors(tensors, out / name, metadata)
         if last != SINGLE:
             self._write_index(out, last, added)
 
     def _write_index(self, out: Path, last: str, added: Mapping[str, Tensor]) -> None:
-        text = (self.folder / INDEX).read_text("utf-8")
+        text = read_text(self.folder / INDEX)
         if added:
             index = json.loads(text)
             index["weight_map"] |= dict.fromkeys(added, last)
@@ -105,9 +106,7 @@ def _file_names(folder: Path) -> list[str]:
         return [SINGLE]
     if (folder / INDEX).is_file():
         try:
-            names = sorted(
-                set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
-            )
+            names = sorted(set(json.loads(read_text(folder / INDEX))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ExportError(f"{folder / INDEX} is damaged ({error}); get it again") from error
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
@@ -156,8 +155,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists; choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
         yield folder
         folder.chmod(0o755)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import json
 import logging
+import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +20,18 @@ import typer
 from rich.console import Console
 
 from edge_sdk import config
+from edge_sdk.errors import CutlayerError
+from edge_sdk.files import why
 
 if TYPE_CHECKING:
     from server_hub.hub import Hub
     from server_hub.storage.run_folder import RoundRecord
+
+
+log = logging.getLogger("cutlayer.hub")
+
+_ENDING_S = 9.0
+"""Seconds after a signal in which the hub closes everything; then it ends in any case."""
 
 
 def hub(
@@ -83,17 +95,20 @@ def hub(
     )
     logging.getLogger("websockets").setLevel(logging.CRITICAL)
     settings = config.build(HubConfig, raw, str(config_file or "options of cutlayer hub"))
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
 
     def emit(event: str, **fields: Any) -> None:
         if as_json:
             print(json.dumps({"event": event, **fields}), flush=True)
 
     def on_round(record: RoundRecord) -> None:
-        board.round(record)
-        emit("round", **dataclasses.asdict(record))
-        for line in (round_line(record), *move_lines(record)):
-            console.print(line, soft_wrap=True, markup=False)
+        try:
+            emit("round", **dataclasses.asdict(record))
+            for line in (round_line(record), *move_lines(record)):
+                console.print(line, soft_wrap=True, markup=False)
+            board.round(record)
+        except OSError as error:  # a full disk, or nobody reads any more: the job goes on
+            log.warning("round %d cannot be printed or drawn: %s", record.round, why(error))
 
     job = Hub(settings, on_round=on_round)
     if job.started is not None:
@@ -109,28 +124,54 @@ def hub(
     gc.collect()
     gc.freeze()
     with Board(tensorboard) as board:
-        interrupted = asyncio.run(_serve(job, ready))
+        ended_by = asyncio.run(_serve(job, ready))
     started = [] if job.started is None else [f"{job.started}."]
-    write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds", started)
+    unwritten = job.unwritten
+    try:
+        write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds", started)
+    except OSError as error:
+        unwritten.append(f"the report cannot be written to {error.filename}: {why(error)}")
+    if unwritten:
+        raise CutlayerError("; ".join(unwritten))
     traffic = job.gateway.traffic.by_kind()
     emit("done", run=str(settings.run), rounds=len(job.run.records), bytes=traffic)
-    console.print(f"model, metrics and report in {settings.run}")
-    if interrupted:
-        raise typer.Exit(130)
+    console.print(f"model, metrics and report in {settings.run}", soft_wrap=True, markup=False)
+    if ended_by is not None and not job.finished:
+        done = f"{len(job.run.records)} of {settings.rounds.count} rounds"
+        print(f"cutlayer: ended by {ended_by.name} after {done}", file=sys.stderr)
+        raise typer.Exit(128 + ended_by)
 
 
-async def _serve(job: Hub, ready: Any) -> bool:
-    """Serve until the job is done or interrupted.
+async def _serve(job: Hub, ready: Any) -> signal.Signals | None:
+    """Serve until the job is done, or a signal ends it.
 
     Returns:
-        Whether the job was interrupted. The model of the last round is then in the run folder.
+        The signal. The model of the last round is then in the run folder.
     """
     task = asyncio.create_task(job.serve(ready))
-    loop = asyncio.get_running_loop()
+    received: signal.Signals | None = None
+
+    def end(number: signal.Signals) -> None:
+        nonlocal received
+        if received is not None:
+            _leave(number)
+        received = number
+        threading.Thread(target=_leave, args=(number, _ENDING_S), daemon=True).start()
+        task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C cancels the main task
+            asyncio.get_running_loop().add_signal_handler(number, end, number)
     try:
         await task
     except asyncio.CancelledError:
-        return True
-    return False
+        return received or signal.SIGINT
+    return None
+
+
+def _leave(number: signal.Signals, after_s: float = 0.0) -> None:
+    """End this process at once. What is being written is left out: files are replaced whole."""
+    time.sleep(after_s)
+    print(f"cutlayer: ended by {number.name} before everything was closed", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(128 + number)

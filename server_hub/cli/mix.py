@@ -31,7 +31,7 @@ def mix(
         [tier, str(len(m.base_states)), f"{sum(m.blobs.values()) / 1e3:,.0f}"]
         for tier, m in manifests.items()
     ]
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(Table("Bundles of trained bases", ["tier", "bases", "kB"], rows).rich())
     console.print(
         f"written to {out}; edge_sdk.Mixture.open reads it, cutlayer bundle sign signs it"
@@ -59,7 +59,6 @@ def bundle_bases(run: Path, bundles: Path, out: Path, overwrite: bool = False) -
     check_out(out, overwrite)
     index = BundleIndex.read(bundles)
     states = _trained(run)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with folder_for(out) as folder:
         blobs = BlobStore(folder / "blobs")
         entries = {}

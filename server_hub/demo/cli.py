@@ -58,4 +58,4 @@ def demo(
     written = result["rows"] if mix else result
     if json_file is not None:
         write_atomically(json_file.absolute(), (json.dumps(written, indent=1) + "\n").encode())
-        console.print(f"results in {json_file}")
+        console.print(f"results in {json_file}", soft_wrap=True, markup=False)

@@ -54,7 +54,7 @@ async def _run(arguments: argparse.Namespace) -> None:
                     )
                 took = await _median_seconds(device, Examples(x, y), bases, robustness)
                 seconds[bases] = took
-                row |= {"latency_ms": round(1e3 * took, 3), "rss_mb": round(peak_rss_mb(), 1)}
+                row |= {"latency_ms": round(1e3 * took, 3), "rss_mb": peak_rss_mb()}
                 print(json.dumps(row))
         policy = MixturePolicy(seconds)
         choices = {name: asdict(policy.choose(now)) for name, now in CONDITIONS.items()}

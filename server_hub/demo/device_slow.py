@@ -88,7 +88,7 @@ async def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             "rounds": len(training.rounds),
             "stopped": training.reason,
             "written": written,
-            "rss_mb": round(peak_rss_mb(), 1),
+            "rss_mb": peak_rss_mb(),
             "torch_imported": "torch" in sys.modules,
         }
 

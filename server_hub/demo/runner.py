@@ -306,7 +306,9 @@ def run_demo(
         [*(table.markdown() for table in tables), *demo.remarks(result), f"{speed}."],
         demo.reference(result),
     )
-    console.print(f"report, pictures, metrics and model in {run.folder}", soft_wrap=True)
+    console.print(
+        f"report, pictures, metrics and model in {run.folder}", soft_wrap=True, markup=False
+    )
     return result
 
 

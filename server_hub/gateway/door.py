@@ -20,6 +20,7 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 
 from edge_sdk.transport.flow import TokenBucket
+from edge_sdk.transport.liveness import Watched
 from server_hub.gateway.limits import HELLO_BYTES, Limits
 
 MAX_FRAGMENTS = 256
@@ -32,11 +33,11 @@ QUEUED_FRAMES = 2
 """Frames that are received and not decoded before a connection stops reading."""
 
 
-class Connection(ServerConnection):
+class Connection(Watched, ServerConnection):
     """A connection at the door.
 
-    It is aborted when it sends too many pings or a message in too many fragments, and when its
-    request takes too long.
+    It is aborted when it sends too many pings or a message in too many fragments, when its request
+    takes too long, and when no byte moves any more.
 
     Args:
         door: the door.
@@ -233,5 +234,6 @@ def serve_options(door: Door) -> dict[str, Any]:
         "process_request": door.enter,
         "max_size": HELLO_BYTES,
         "max_queue": QUEUED_FRAMES,
+        "ping_interval": None,  # a watched connection pings
         "open_timeout": 3 * door.limits.hello_s,  # the request, the wait, the response
     }

@@ -12,6 +12,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import ConfigError, CutlayerError, LinkClosed, ProtocolError
+from edge_sdk.files import why
 from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
@@ -26,6 +27,7 @@ from edge_sdk.protocol.messages import (
     Message,
     Welcome,
 )
+from edge_sdk.protocol.pieces import PIECES
 from edge_sdk.protocol.states import ConnectionState
 from edge_sdk.protocol.structure import HELLO_VALUES
 from edge_sdk.transport.flow import Backlog, FlowControl, TokenBucket
@@ -48,6 +50,9 @@ _OUTGOING = 4 * 2**20
 
 _LINGER_S = 2.0
 """Seconds that a device has to close its connection after its ``bye``."""
+
+_DISMISSAL_S = 3.0
+"""Seconds in which devices learn that the hub ends, before their connections are closed."""
 
 
 class Gateway:
@@ -93,10 +98,14 @@ class Gateway:
         """Bytes by kind of message since the start."""
         self._background = BackgroundTasks()
         self._waiting = Backlog(limits.total_waiting_mb * 2**20)
+        self._ending = False
 
     @asynccontextmanager
     async def listen(self, where: Listen) -> AsyncIterator[str]:
         """Serve websockets while entered; yields the address.
+
+        At the end, devices that are still connected get the temporary error ``busy``: a hub that
+        starts again finds them.
 
         Raises:
             ConfigError: the hub cannot listen there, for example because the port is taken; or the
@@ -114,16 +123,18 @@ class Gateway:
                 close_timeout=2,
                 **serve_options(door),
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            reason = why(error) if isinstance(error, OSError) else "it is no name of a host"
             raise ConfigError(
-                f"cannot listen on {where.host}:{where.port}: {error.strerror or error}; "
-                "choose another port, or 0 for a free one"
+                f"cannot listen on {where.bracketed}:{where.port}: {reason}; "
+                "choose another port, or 0 for a free one, and an address of this machine for host"
             ) from error
         try:
             port = next(iter(server.sockets)).getsockname()[1]
             async with self.reaping():
-                yield f"ws://{where.host}:{port}"
+                yield f"ws://{where.bracketed}:{port}"
         finally:
+            await self._dismiss()
             server.close()
             await server.wait_closed()
 
@@ -135,6 +146,13 @@ class Gateway:
             yield
         finally:
             reaper.cancel()
+
+    async def _dismiss(self) -> None:
+        """Tell all devices, and those that come meanwhile, that the hub ends."""
+        self._ending = True
+        for peer in list(self.peers.values()):
+            self.drop(peer, "the hub ends", _ends())
+        await self._background.finished(_DISMISSAL_S)
 
     async def _connection(self, connection: ServerConnection) -> None:
         assert isinstance(connection, Connection)
@@ -160,6 +178,7 @@ class Gateway:
             await _refuse(link, error)
             return
         admitted()
+        agreed = peer.session.extensions
         welcome = Welcome(
             version=VERSION,
             device=peer.device,
@@ -170,13 +189,14 @@ class Gateway:
             manifest=self._manifests[peer.tier],
             window=self._limits.window,
             max_frame=self._limits.max_frame,
-            extensions=sorted(peer.session.extensions) or None,
+            max_message=self._limits.max_message if PIECES in agreed else None,
+            extensions=sorted(agreed) or None,
             **vars(self.blobs.offer(peer.tier)),
         )
         log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
         peer.state, peer.lost_at = ConnectionState.LINKED, None
         self._connection_changed(peer)
-        first = encode(welcome, 0, peer.session.channel.settled)
+        first = encode(welcome, 0, peer.session.channel.settled, agreed)
         try:
             await peer.session.run(
                 link, hello.last_seq if resumed else 0, lambda d: self._deliver(peer, d), first
@@ -216,6 +236,8 @@ class Gateway:
                 f"protocol version {hello.version} is not spoken here, version {VERSION} is",
                 "version",
             )
+        if self._ending:
+            raise _ends()
         device, tier = self._identify(hello)
         old = self.peers.get(device)
         if old is not None and old.session_id == hello.session and old.tier == tier:
@@ -251,13 +273,26 @@ class Gateway:
     def _session(self, hello: Hello) -> Session:
         limits = self._limits
         agreed = frozenset(hello.extensions or ()).intersection(self._extensions)
+        if not limits.takes_pieces:
+            agreed -= {PIECES}
         flow = FlowControl(
             Backlog(_OUTGOING, self._waiting),
-            Backlog(limits.waiting_mb * 2**20, self._waiting),
+            Backlog(limits.waiting_mb * 2**20, self._waiting, lambda: self._give_up(session)),
             TokenBucket(limits.frames_per_s, 2 * limits.frames_per_s),
         )
-        channel = Channel(limits.window, limits.max_frame, extensions=agreed)
-        return Session(channel, self.traffic.count, flow)
+        channel = Channel(
+            limits.window, limits.max_frame, extensions=agreed, max_message=limits.max_message
+        )
+        session = Session(channel, self.traffic.count, flow)
+        return session
+
+    def _give_up(self, session: Session) -> None:
+        """End a session whose unfinished message takes the memory that others wait for."""
+        for peer in [peer for peer in self.peers.values() if peer.session is session]:
+            error = ProtocolError(
+                ErrorCode.BUSY, "the hub needs the memory of a message that does not go on"
+            )
+            self.drop(peer, str(error), error)
 
     def _identify(self, hello: Hello) -> tuple[str, str]:
         """Return the device name and the tier of a ``hello``."""
@@ -379,6 +414,11 @@ class Gateway:
 
 _IGNORED = ("ack", "hello")
 """Types of messages without an effect of their own."""
+
+
+def _ends() -> ProtocolError:
+    """What devices hear when the hub ends: temporary, so that they come back to the next one."""
+    return ProtocolError(ErrorCode.BUSY, "the hub ends, or starts again; try later")
 
 
 async def _refuse(link: Link, error: ProtocolError) -> None:

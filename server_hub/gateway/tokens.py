@@ -19,6 +19,7 @@ from typing import Protocol
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.config import read_toml
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import check_name, naming
 
 try:
     import fcntl
@@ -109,8 +110,9 @@ class TokenFile:
             The token, 64 hexadecimal digits.
 
         Raises:
-            ConfigError: the file is invalid.
+            ConfigError: the file is invalid, or the name cannot be shown or sent.
         """
+        check_name(device, "device")
         with self._lock():
             devices, tiers = self._tables() if self.path.exists() else ({}, {})
             token = secrets.token_hex(32)
@@ -138,7 +140,8 @@ class TokenFile:
     def _lock(self) -> Iterator[None]:
         """Keep other processes from changing the file meanwhile."""
         folder = self.path.absolute().parent
-        folder.mkdir(parents=True, exist_ok=True)
+        with naming(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             yield
             return
@@ -189,6 +192,8 @@ class TokenFile:
             if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
                 what = "name = 'sha256:...'" if name == "devices" else "name = 'TIER'"
                 raise ConfigError(f"{self.path} needs a table [{name}] of {what}")
+            for device in table:
+                check_name(device, f"{self.path}: device")
             found.append(dict(table))
         return found[0], found[1]
 

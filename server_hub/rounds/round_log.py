@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 from edge_sdk.errors import CutlayerError
+from edge_sdk.files import why
 from edge_sdk.inference.metrics import mean_metric
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.gateway.traffic import Traffic
@@ -64,6 +66,8 @@ class RoundLog:
         self._round_began = 0.0
         self._saving: asyncio.Task[None] | None = None
         self._evaluating: asyncio.Task[None] | None = None
+        self.unwritten: dict[str, str] = {}
+        """What could not be written the last time, with the reason."""
 
     def start_round(self) -> None:
         """A round begins."""
@@ -94,15 +98,15 @@ class RoundLog:
     async def save(self) -> None:
         """Begin to write the model; the model of the round before is written first.
 
-        Raises:
-            OSError: the model of the round before could not be written.
+        A job goes on without what cannot be written, see :attr:`unwritten`.
         """
         await self._saved()
         models = self._publisher.models()
 
         def write() -> None:
-            for name, state in models.items():
-                self._run.save_model(state, name)
+            with self._tried("the model"):
+                for name, state in models.items():
+                    self._run.save_model(state, name)
 
         self._saving = asyncio.create_task(asyncio.to_thread(write))
 
@@ -134,6 +138,11 @@ class RoundLog:
         if evaluating is not None:
             await evaluating
 
+    def check_written(self) -> None:
+        """Raise :class:`JobFailed` if the last model, or the record of a round, is not on disk."""
+        if self.unwritten:
+            raise JobFailed("; ".join(self.unwritten.values()))
+
     async def finished(self) -> None:
         """Wait until everything is written."""
         await self._saved()
@@ -146,6 +155,16 @@ class RoundLog:
             await asyncio.gather(self._evaluating, return_exceptions=True)
         if self._saving is not None:
             await asyncio.gather(self._saving, return_exceptions=True)
+
+    @contextmanager
+    def _tried(self, what: str) -> Iterator[None]:
+        """Log why something cannot be written; it is tried again after the next round."""
+        try:
+            yield
+            self.unwritten.pop(what, None)
+        except OSError as error:
+            self.unwritten[what] = f"{what} cannot be written to {error.filename}: {why(error)}"
+            log.error("%s; the job goes on", self.unwritten[what])
 
     async def _saved(self) -> None:
         saving, self._saving = self._saving, None
@@ -161,7 +180,9 @@ class RoundLog:
         if self._method.heed(report):
             self._publisher.offer()
         order = list(self._method.aggregation.order)
-        record = self._run.append(replace(record, **report.fields() | {"order": order}))
+        record = self._run.add(replace(record, **report.fields() | {"order": order}))
+        with self._tried("the record of a round"):
+            self._run.write()
         if self._on_round is not None:
             self._on_round(record)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from edge_sdk.errors import ConfigError
 
@@ -69,9 +70,15 @@ def simulate(
     from server_hub.simulation.results import fleet_table, rows_of, summary
     from server_hub.simulation.simulate import Simulation
 
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
     with console.status("") as status:
-        simulation = Simulation(job, folder, runtime, job_file.parent, status.update)  # type: ignore[arg-type]
+        simulation = Simulation(
+            job,
+            folder,
+            runtime,  # type: ignore[arg-type]
+            job_file.parent,
+            lambda line: status.update(Text(line)),
+        )
     with simulation, Board(tensorboard) as board:
         console.print(fleet_table(job).rich())
         records = list(simulation.records)
@@ -91,7 +98,7 @@ def simulate(
     console.print(cost_table(found).rich())
     if records[-1].mixed:
         console.print(mixture_table(records[-1]).rich())
-    console.print(f"metrics, report, pictures and model in {folder}")
+    console.print(f"metrics, report, pictures and model in {folder}", soft_wrap=True)
     if as_json:
         for row in rows_of(job.method, job, records):
             print(json.dumps(row))
@@ -159,7 +166,7 @@ def compare(
     if target is not None and target > 1 and read_data(job, job_file.parent).task == "classes":
         raise ConfigError(f"--target is {target:g}; accuracy is a fraction, from 0 to 1")
     folder = run or Path("runs") / f"compare-{job_file.stem}"
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
     console.print(fleet_table(job).rich())
     runs = run_comparison(
         console, job, methods_of(methods), _numbers(seeds), folder, runtime, job_file.parent, jobs
@@ -168,7 +175,7 @@ def compare(
     found = summary(runs, target)
     console.print(accuracy_table(found).rich())
     console.print(cost_table(found).rich())
-    console.print(f"report, results.json and picture in {folder}")
+    console.print(f"report, results.json and picture in {folder}", soft_wrap=True)
     if as_json:
         for (method, _), (cell, records) in runs.items():
             for row in rows_of(method, cell, records):

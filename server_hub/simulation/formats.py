@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import re
 from collections.abc import Sequence
@@ -275,7 +276,7 @@ def read_text(path: Path) -> list[bytes]:
     Raises:
         DataError: the file has zero bytes, so it is not a text.
     """
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if b"\0" in content:
         raise DataError(f"{path} is no UTF-8 text: it holds bytes of value 0")
     lines = content.replace(b"\r\n", b"\n")

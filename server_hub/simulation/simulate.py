@@ -284,6 +284,7 @@ class Simulation:
             for task in (running, *lives):
                 task.cancel()
             await asyncio.gather(running, *lives, return_exceptions=True)
+        hub.round_log.check_written()
         return hub.run.records
 
     def _hub(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.numpy import save
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import naming, read_text
 from edge_sdk.inference.metrics import Metric as Metric
 from edge_sdk.protocol.tensors import Array
 
@@ -96,7 +98,7 @@ class RoundRecord:
 
 def read_records(folder: Path) -> list[RoundRecord]:
     """Read the rounds of a run from its ``metrics.jsonl``, without an incomplete last line."""
-    lines = (folder / METRICS).read_text("utf-8").split("\n")[:-1]
+    lines = read_text(folder / METRICS).split("\n")[:-1]
     return [RoundRecord(**json.loads(line)) for line in lines]
 
 
@@ -116,8 +118,10 @@ class RunFolder:
     def __init__(self, folder: Path, keep: int | None = None, metric: Metric = "accuracy") -> None:
         self.folder, self.metric = folder, metric
         self.records: list[RoundRecord] = []
+        self._written = 0  # number of records that are in the file
         if keep is not None:
             self.records = read_records(folder)[:keep]
+            self._written = len(self.records)
             lines = [json.dumps(asdict(record), allow_nan=False) + "\n" for record in self.records]
             write_atomically(folder / METRICS, "".join(lines).encode())
         elif (folder / METRICS).exists():
@@ -130,13 +134,30 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
 
-    def append(self, record: RoundRecord) -> RoundRecord:
-        """Append a round to ``metrics.jsonl``; return its record with the run's metric."""
+    def add(self, record: RoundRecord) -> RoundRecord:
+        """Add a round, which :meth:`write` writes; return its record with the run's metric."""
         record = replace(record, metric=self.metric)
         self.records.append(record)
-        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
         return record
+
+    def write(self) -> None:
+        """Append the rounds that are not in ``metrics.jsonl`` yet, all of them or none.
+
+        Raises:
+            OSError: the file cannot be written. The rounds stay, for the next call.
+        """
+        new = [json.dumps(asdict(r), allow_nan=False) + "\n" for r in self.records[self._written :]]
+        path = self.folder / METRICS
+        with naming(path), open(path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            data = "".join(new).encode()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(size)
+                raise
+        self._written = len(self.records)
 
     def save_model(self, state: Mapping[str, Array], tier: str | None) -> Path:
         """Write a whole model as safetensors, which ``SplitModel.load`` reads.

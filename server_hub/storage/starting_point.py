@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import read_text
 from edge_sdk.protocol.tensors import Array, State
 from export.low_rank import adapter_pairs
 from export.names import is_slot, layer_of
@@ -344,7 +345,7 @@ def _last_order(folder: Path) -> Sequence[int]:
     """Read the order of base networks after the last round of a run; empty if there is none."""
     if not (folder / METRICS).exists():
         return ()
-    lines = (folder / METRICS).read_text("utf-8").split("\n")[:-1]
+    lines = read_text(folder / METRICS).split("\n")[:-1]
     order: Sequence[int] = json.loads(lines[-1]).get("order", ()) if lines else ()
     return order
 

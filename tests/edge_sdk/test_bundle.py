@@ -449,6 +449,7 @@ def test_a_tampered_manifest_is_refused(bundles: BundleIndex, tmp_path: Path) ->
     store = BlobStore(tmp_path / "blobs")
     entry = bundles.tiers["small"]
     data = bundles.blobs().read(entry.manifest)
+    store.folder.mkdir()
     (store.folder / entry.manifest).write_bytes(data.replace(b'"cut":1', b'"cut":2'))
     index = BundleIndex(tmp_path, BUILD, CLASSES, "sgd", {"small": entry})
     with pytest.raises(BundleError, match="changed or damaged"):

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,19 @@ import pytest
 from edge_sdk.errors import CutlayerError, HubError, LinkClosed
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
-from edge_sdk.protocol.messages import VERSION, Blob, BlobGet, Error, Hello, Message, Welcome
+from edge_sdk.protocol.messages import (
+    VERSION,
+    Blob,
+    BlobGet,
+    Error,
+    Hello,
+    Infer,
+    Message,
+    Ready,
+    Welcome,
+)
 from edge_sdk.protocol.states import ConnectionState
-from edge_sdk.transport.connection import Connection
+from edge_sdk.transport.connection import Connection, Question
 from edge_sdk.transport.link import Link, MemoryLink
 from server_hub.simulation import clock
 from server_hub.simulation.clock import VirtualLoop
@@ -42,14 +53,19 @@ class ScriptedHub:
 
     def __init__(self, answers: list[Message | None], then: list[Error]) -> None:
         self._answers, self._then = answers, then
+        self.listening = True
+        self.later = WELCOME
+        """What a hello is answered with after those of the script."""
+        self.heard: list[Message] = []
+        """What devices have sent after their hello."""
         self.tries: list[float] = []
         """Times at which the device tried to connect."""
         self._serving: list[asyncio.Task[None]] = []
 
     async def open(self) -> Link:
         self.tries.append(asyncio.get_running_loop().time())
-        answer = self._answers.pop(0) if self._answers else WELCOME
-        if answer is None:
+        answer = self._answers.pop(0) if self._answers else self.later
+        if answer is None or not self.listening:
             raise LinkClosed("nobody listens")
         mine, theirs = MemoryLink.pair()
         self._serving.append(asyncio.create_task(self._serve(theirs, answer)))
@@ -61,6 +77,7 @@ class ScriptedHub:
         while isinstance(answer, Welcome):
             try:
                 request = decode(await link.receive()).message
+                self.heard.append(request)
             except LinkClosed:
                 return
             if self._then:
@@ -155,7 +172,7 @@ def test_a_download_goes_on_after_a_failure_of_the_hub() -> None:
     async def test(connection: Connection, hub: ScriptedHub) -> None:
         await connection.open()
         data = bytearray()
-        await connection.download(HASH, 0, data.extend)
+        await connection.download(HASH, 0, data.extend, 1000)
         assert data == DATA
         assert len(hub.tries) == 4
 
@@ -166,18 +183,42 @@ def test_a_hub_that_welcomes_and_fails_at_once_ends_the_patience() -> None:
     async def test(connection: Connection, hub: ScriptedHub) -> None:
         await connection.open()
         with pytest.raises(HubError, match="try later"):
-            await connection.download(HASH, 0, bytearray().extend)
+            await connection.download(HASH, 0, bytearray().extend, 1000)
         assert 40 < asyncio.get_running_loop().time() <= 60
         assert len(hub.tries) < 20
 
     connected(test, [WELCOME], [refusal("internal")] * 1000)
 
 
+def test_questions_without_a_link_leave_the_window_free() -> None:
+    """They wait outside it; a device that is offline for an hour asks as often as it likes."""
+
+    async def test(connection: Connection, hub: ScriptedHub) -> None:
+        await connection.open()
+        hub.listening = False
+        await connection.send(BlobGet(HASH, 0))  # the hub answers with an error and hangs up
+        await asyncio.sleep(1)
+        assert not connection.linked
+        for _ in range(3 * WELCOME.window):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1):
+                    await connection.ask(Question({}, "small"))
+        async with asyncio.timeout(0):
+            await connection.send(Ready(samples=1))
+        hub.listening, hub.later = True, replace(WELCOME, resumed=True)
+        waiting = asyncio.create_task(connection.ask(Question({}, "small")))
+        await asyncio.sleep(20)
+        assert [type(m) for m in hub.heard if m.RELIABLE] == [Ready, Infer]
+        waiting.cancel()
+
+    connected(test, [WELCOME], [refusal("busy")], patience_s=math.inf)
+
+
 def test_a_failure_after_a_long_time_is_met_with_the_whole_patience() -> None:
     async def test(connection: Connection, hub: ScriptedHub) -> None:
         await connection.open()
         await asyncio.sleep(1000)
-        await connection.download(HASH, 0, bytearray().extend)
+        await connection.download(HASH, 0, bytearray().extend, 1000)
         assert len(hub.tries) == 6
         assert_growing([hub.pauses[0] - 1000, *hub.pauses[1:]])
 

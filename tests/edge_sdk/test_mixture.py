@@ -441,9 +441,9 @@ def fetches(device: Device) -> list[str]:
     seen: list[str] = []
     fetch = device._downloader.state
 
-    async def noting(name: str) -> bytes:
+    async def noting(name: str, limit: int) -> bytes:
         seen.append(name)
-        return await fetch(name)
+        return await fetch(name, limit)
 
     device._downloader.state = noting  # type: ignore[method-assign]
     return seen

@@ -85,7 +85,8 @@ def test_the_session_s_table_is_the_specified_one() -> None:
         state = SessionState(name.strip("`"))
         seen.append(state)
         assert meaning
-        both = {} if state is SessionState.ENDED else {"ack": state, "error": state}
+        ended = state is SessionState.ENDED
+        both = {} if ended else dict.fromkeys(("ack", "error", "piece"), state)
         for cell, direction in ((from_device, FROM_DEVICE), (from_hub, FROM_HUB)):
             code = SESSION_TRANSITIONS[state]
             own = {kind: following for kind, following in code.items() if kind in direction}

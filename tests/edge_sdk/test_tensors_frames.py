@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 import tracemalloc
@@ -19,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol import frames as wire
+from edge_sdk.protocol import messages
 from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT, MAX_TEXT
 from edge_sdk.protocol.enums import ErrorCode
@@ -41,12 +43,12 @@ from edge_sdk.protocol.messages import (
     Infer,
     Message,
     Move,
+    Piece,
     Ready,
     Round,
     Stop,
     Update,
     Welcome,
-    from_body,
 )
 from edge_sdk.protocol.tensors import (
     DTYPES,
@@ -65,6 +67,10 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 T = TypeVar("T")
+
+encode = functools.partial(wire.encode, agreed=EXTENSIONS)
+decode = functools.partial(wire.decode, agreed=EXTENSIONS)
+from_body = functools.partial(messages.from_body, agreed=EXTENSIONS)
 
 FLOAT = np.arange(6, dtype=np.float32).reshape(2, 3)
 HASH = "0123456789abcdef" * 4
@@ -135,6 +141,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         st.none() | hashes,
         bases,
         extensions,
+        st.none() | st.integers(1024, MAX_INT),
     ),
     Blob: st.builds(Blob, hashes, from_0, from_0, st.binary(max_size=50)),
     Round: st.builds(
@@ -170,6 +177,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     Answer: st.builds(Answer, from_1, st.lists(names, max_size=3), small_arrays),
     Error: st.builds(Error, st.text(max_size=64), texts, st.booleans(), st.none() | texts),
     Ack: st.builds(Ack),
+    Piece: st.builds(Piece, st.binary(max_size=50), st.booleans()),
 }
 frames = st.one_of(*STRATEGIES.values()).flatmap(
     lambda message: st.builds(
@@ -187,7 +195,7 @@ GOOD: list[Message] = [
     Update(1, {"stem.weight": FLOAT}, True, 100, {"loss": 0.5}),
     Infer(1, {"h": FLOAT}, "small", 3, 0.5),
     Bye("done"),
-    Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH, {"1": HASH}, ["a"]),
+    Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH, {"1": HASH}, ["a"], 2**27),
     Blob(HASH, 0, 3, b"abc"),
     Round(1, HASH, 1, 32, {"lr": 0.05}, "returned", 0, 2, {"1": HASH}),
     Features(1, 0, {"h": FLOAT}),
@@ -199,6 +207,7 @@ GOOD: list[Message] = [
     Answer(1, ["head"], FLOAT),
     Error(ErrorCode.BAD_FRAME, "no", True, "seq"),
     Ack(),
+    Piece(b"abc", True),
 ]
 """One valid message of each type, in which no field has its default value."""
 
@@ -400,7 +409,7 @@ def test_a_frame_comes_back_as_it_was(kind: type[Message], data: st.DataObject) 
     frame = decode(encode(message, seq, ack))
     assert (frame.seq, frame.ack) == (seq, ack)
     assert same_message(frame.message, message)
-    assert same_message(from_body(kind.TYPE, message.body(EXTENSIONS), EXTENSIONS), message)
+    assert same_message(from_body(kind.TYPE, message.body(EXTENSIONS)), message)
 
 
 @given(order=st.permutations(range(12)))
@@ -414,8 +423,8 @@ def test_base_networks_come_in_the_order_in_which_they_were_sent(order: list[int
 
 def test_defaults_are_left_out_and_may_be_sent() -> None:
     hello = Hello(1, "secret", "small")
-    assert hello.body().keys() == {"version", "token", "tier"}
-    spelled = {**hello.body(), "session": None, "last_seq": 0}
+    assert hello.body(EXTENSIONS).keys() == {"version", "token", "tier"}
+    spelled = {**hello.body(EXTENSIONS), "session": None, "last_seq": 0}
     assert decode(frame_bytes("hello", spelled, 0)).message == hello
 
 
@@ -464,6 +473,7 @@ WRONG: dict[str, list[object]] = {
     "loss": [math.nan, math.inf, "0", True],
     "tensors": [None, [], {"w": 0.5}],
     "done": [0, 1, None, "true", FLOAT],
+    "last": [0, 1, "true"],
     "metrics": [
         None,
         {"loss": math.nan},
@@ -478,6 +488,7 @@ WRONG: dict[str, list[object]] = {
     "manifest": ["0" * 10, None],
     "window": [0, -1, None],
     "max_frame": [1023, None],
+    "max_message": [0, 1023, "1", 2**63],
     "size": [-1, None],
     "data": ["text", None, FLOAT],
     "state": ["0" * 63, 5, FLOAT],
@@ -540,7 +551,7 @@ def test_limits_are_inclusive() -> None:
             "answer", {**raw(next(m for m in GOOD if isinstance(m, Answer))), "heads": ["h"] * 1024}
         )
     ).message
-    assert len(answer.body()["heads"]) == 1024
+    assert len(answer.body(EXTENSIONS)["heads"]) == 1024
 
 
 @pytest.mark.parametrize(

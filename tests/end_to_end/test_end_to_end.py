@@ -19,6 +19,7 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.bundle.store import sha256
 from edge_sdk.inference.metrics import softmax
+from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.frames import decode
 from edge_sdk.protocol.messages import BlobGet, Error
 from edge_sdk.runtime import Runtime, load_runtime
@@ -398,7 +399,7 @@ def test_a_device_that_only_predicts_has_the_present_state(
             asked: list[str] = []
 
             def forget_once(frame: bytes) -> bytes:
-                message = decode(frame).message
+                message = decode(frame, agreed=EXTENSIONS).message
                 if isinstance(message, BlobGet):
                     asked.append(message.hash)
                     if len(asked) == 1:  # two rounds end before the hub receives the request
@@ -410,7 +411,7 @@ def test_a_device_that_only_predicts_has_the_present_state(
                 return frame
 
             def republish(frame: bytes) -> bytes:
-                message = decode(frame).message
+                message = decode(frame, agreed=EXTENSIONS).message
                 if isinstance(message, Error) and message.code == "unknown_blob":
                     published.append(asyncio.ensure_future(hub.publisher.publish()))
                 return frame

@@ -175,7 +175,7 @@ def pair(request: pytest.FixtureRequest, bundles: Any) -> tuple[Predictor, Asked
     async def mixing(bases: int) -> Mixture:
         raise AssertionError("the model has no bases")
 
-    return Predictor(lambda: learner, ask, mixing), asked, cut
+    return Predictor(lambda: learner, ask, mixing, lambda: None, lambda: 2**26), asked, cut
 
 
 def predict(predictor: Predictor, x: Array, confidence: float) -> Prediction:

@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import LinkClosed
+from edge_sdk.protocol.channel import Channel, Delivery
+from edge_sdk.protocol.messages import Infer, Update
+from edge_sdk.transport.session import Session
 from server_hub.simulation import clock
 from server_hub.simulation.clock import Stuck, VirtualLoop
 from server_hub.simulation.devices import presences
@@ -346,6 +350,39 @@ def test_cut_after_a_close_ends_the_other_end() -> None:
         return await reader
 
     assert on_clock(main) == [(0.1, b"")]
+
+
+def test_a_long_message_takes_the_time_of_its_bytes_and_a_cut_costs_what_was_under_way() -> None:
+    """20 MB at 100 kB/s take 200 s; no silence ends the link, and a question goes between."""
+
+    async def main(loop: VirtualLoop) -> None:
+        agreed = frozenset({"pieces"})
+        device, hub = (Session(Channel(extensions=agreed)) for _ in range(2))
+        arrived: dict[str, float] = {}
+
+        def handle(delivery: Delivery) -> None:
+            arrived[delivery.message.TYPE] = loop.time()
+            hub.settle(delivery.seq)
+
+        network = Network(uplink_mbit=0.8, latency_ms=50)
+        await device.send(Update(1, {"w": np.zeros(20_000_000, np.uint8)}, True, 1, {}))
+        for seconds in (60.0, 60.0, 1000.0):
+            ours, theirs = SimulatedLink.pair(network)
+            settled = device.channel.settled, hub.channel.settled
+            serving = [
+                asyncio.create_task(device.run(ours, settled[1], lambda d: None)),
+                asyncio.create_task(hub.run(theirs, settled[0], handle)),
+            ]
+            await asyncio.sleep(1.0)
+            if "infer" not in arrived:
+                await device.send(Infer(1, {}))
+            await asyncio.sleep(seconds - 1.0)
+            ours.cut()
+            await asyncio.gather(*serving, return_exceptions=True)
+        assert arrived["infer"] == pytest.approx(1.0, abs=1.5)
+        assert arrived["update"] == pytest.approx(200.0, abs=3.0)
+
+    clock.run(main)
 
 
 def test_lost_packets_bound_the_rate_as_mathis_and_others_say() -> None:

@@ -25,6 +25,7 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, ConfigError, HubError, LinkClosed
+from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import Channel
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
@@ -507,7 +508,7 @@ def test_a_device_that_leaves_with_batches_in_flight_does_not_stop_the_job(
     sent: Counter[int] = Counter()
 
     def count(frame: bytes) -> bytes:
-        message = decode(frame).message
+        message = decode(frame, agreed=EXTENSIONS).message
         if isinstance(message, Activations):
             sent[message.round] += 1
         return frame

@@ -10,11 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed
 
 from edge_sdk.bundle.index import BundleIndex
-from edge_sdk.protocol.messages import Bye, Error, Ready, Round, Welcome
+from edge_sdk.protocol.frames import decode, encode, encode_message
+from edge_sdk.protocol.messages import Bye, Error, Piece, Ready, Round, Update, Welcome
+from edge_sdk.protocol.pieces import PIECE
+from edge_sdk.transport import flow
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits
 from server_hub.gateway.tokens import TokenFile
@@ -166,3 +170,83 @@ def test_what_a_device_says_after_bye_has_no_effect(tmp_path: Path, bundles: Bun
             assert [task.round for task in rounds] == [1, 1]
 
     with_hub(tmp_path, bundles, scenario)
+
+
+class PieceClient(RawClient):
+    """A client that sends messages in pieces."""
+
+    async def join_in_pieces(self, token: str) -> Welcome:
+        await self.say(replace(GOOD, token=token, extensions=["pieces"]))
+        welcome: Welcome = decode(await self.connection.recv(), agreed=["pieces"]).message  # type: ignore[assignment]
+        return welcome
+
+    async def acknowledged(self) -> int:
+        """The acknowledgement of the next frame."""
+        return decode(await self.connection.recv(), agreed=["pieces"]).ack
+
+    async def send_pieces(self, data: bytes, until: int | None = None) -> None:
+        """Send the bytes of a message, without the end if ``until`` says where to stop."""
+        for start in range(0, len(data if until is None else data[:until]), PIECE):
+            self.seq += 1
+            part = data[start : start + PIECE]
+            piece = Piece(data=part, last=start + PIECE >= len(data))
+            await self.connection.send(encode(piece, self.seq, 0, ["pieces"]))
+
+
+def long_update(size: int) -> bytes:
+    tensors = {"w": np.zeros(size, np.uint8)}
+    return encode_message(Update(round=1, tensors=tensors, done=True, samples=1, metrics={}))
+
+
+def test_messages_that_never_end_take_bounded_memory_and_stop_nobody(
+    tmp_path: Path, bundles: BundleIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two devices fill the memory of all with unfinished messages; a third gets its one through."""
+    monkeypatch.setattr(flow, "STALLED_S", 0.3)
+    limits = Limits(waiting_mb=1, total_waiting_mb=1, max_message=2**20, session_s=5.0, hello_s=2.0)
+
+    async def scenario(url: str, config: HubConfig) -> None:
+        tokens = TokenFile(config.tokens)
+        message = long_update(1_000_000)
+        async with raw(url) as a, raw(url) as b, raw(url) as c:
+            lazy, lazier, honest = PieceClient(a), PieceClient(b), PieceClient(c)
+            for name, client in (("lazy", lazy), ("lazier", lazier), ("honest", honest)):
+                welcome = await client.join_in_pieces(tokens.issue(name))
+                assert (welcome.extensions, welcome.max_message) == (["pieces"], 2**20)
+            await lazy.send_pieces(message, 900_000)
+            await lazier.send_pieces(message, 500_000)
+            sending = asyncio.create_task(honest.send_pieces(message))
+            assert (await lazy.hear(Error)).code == "busy"
+            await sending
+            async with asyncio.timeout(5):
+                while (await honest.acknowledged()) < honest.seq:
+                    pass
+
+    with_hub(tmp_path, bundles, scenario, limits=limits)
+
+
+def test_a_message_in_pieces_over_the_limit_ends_the_session(
+    tmp_path: Path, bundles: BundleIndex
+) -> None:
+    async def scenario(url: str, config: HubConfig) -> None:
+        token = TokenFile(config.tokens).issue("phone")
+        async with raw(url) as connection:
+            client = PieceClient(connection)
+            await client.join_in_pieces(token)
+            await client.send_pieces(long_update(300_000))
+            assert (await client.hear(Error)).code == "frame_too_big"
+            assert await client.closed()
+
+    with_hub(tmp_path, bundles, scenario, limits=Limits(max_message=200_000, hello_s=2.0))
+
+
+def test_a_hub_whose_frames_are_too_small_for_pieces_does_not_offer_them(
+    tmp_path: Path, bundles: BundleIndex
+) -> None:
+    async def scenario(url: str, config: HubConfig) -> None:
+        token = TokenFile(config.tokens).issue("phone")
+        async with raw(url) as connection:
+            welcome = await PieceClient(connection).join_in_pieces(token)
+            assert (welcome.extensions, welcome.max_message) == (None, None)
+
+    with_hub(tmp_path, bundles, scenario, limits=Limits(max_frame=100_000, blob_piece=50_000))

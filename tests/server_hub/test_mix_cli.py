@@ -45,7 +45,8 @@ def write_run(folder: Path, bundles: Path, order: list[int]) -> list[SplitModel]
     index = BundleIndex.read(bundles)
     run = RunFolder(folder)
     record = RoundRecord(1, 0.0, 0.0, 1, {}, None, None, None, 0, {}, {}, order=order)
-    run.append(record)
+    run.add(record)
+    run.write()
     models = {}
     for base in sorted(order):
         model = model_of(index.model, index.extra, None)

@@ -54,15 +54,18 @@ def test_logs_are_named_after_the_metric_and_have_the_cuts() -> None:
 
 def test_a_report_has_the_moves_and_a_picture_of_the_cuts(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "moved", metric="perplexity")
-    run.append(record(1, moves=[MOVE]))
-    run.append(record(2, cuts={"phone-3": 2}))
+    run.add(record(1, moves=[MOVE]))
+    run.write()
+    run.add(record(2, cuts={"phone-3": 2}))
+    run.write()
     write_report(run, "SplitFT")
     report = (tmp_path / "moved" / "report.md").read_text()
     assert f"| phone-3 | {MOVE['reason']} | 1 | 4 | 2 |" in report
     assert "](cuts.png)" in report
     assert (tmp_path / "moved" / "cuts.png").read_bytes().startswith(b"\x89PNG")
     still = RunFolder(tmp_path / "still", metric="perplexity")
-    still.append(record(1))
+    still.add(record(1))
+    still.write()
     write_report(still, "SplitFT")
     assert "oves of cuts" not in (tmp_path / "still" / "report.md").read_text()
     assert not (tmp_path / "still" / "cuts.png").exists()
@@ -72,7 +75,8 @@ def test_a_report_has_the_moves_and_a_picture_of_the_cuts(tmp_path: Path) -> Non
 def test_the_picture_of_the_cuts_takes_any_number_of_devices(tmp_path: Path, devices: int) -> None:
     run = RunFolder(tmp_path / "run", metric="perplexity")
     cuts = {f"phone-{i}": 1 + i % 4 for i in range(devices)}
-    run.append(record(1, cuts=cuts, moves=[MOVE]))
+    run.add(record(1, cuts=cuts, moves=[MOVE]))
+    run.write()
     write_report(run, "SplitFT")
     assert (tmp_path / "run" / "cuts.png").stat().st_size > 1000
 

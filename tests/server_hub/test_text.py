@@ -444,7 +444,8 @@ def test_lower_perplexity_is_better(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 0
     run = RunFolder(tmp_path / "run", metric="perplexity")
     for one in runs["fedsplitx", 0][1]:
-        run.append(one)
+        run.add(one)
+        run.write()
     write_report(run, "a run")
     report = (tmp_path / "run" / "report.md").read_text()
     assert "## Rounds: perplexity" in report
