@@ -93,7 +93,7 @@ class TiersConfig:
 
     Attributes:
         tiers: tiers by name.
-        classes: number of classes; known for a transformers model.
+        classes: number of logits of the model's head, which the model gives itself.
         input_shape: shape of one input without the batch; known for a transformers model.
         input_dtype: ``float32``, or ``int64`` for token ids.
         input_high: exclusive upper bound of token ids.
@@ -201,18 +201,22 @@ class TiersConfig:
         """Random inputs (batch, ...) for the model, and the number of classes.
 
         Raises:
-            ConfigError: neither the file nor the model gives the shape, or the number of classes.
+            ConfigError: neither the file nor the model gives the shape.
+            ExportError: the model fails on such inputs.
         """
         from export.build import draw_inputs
+        from export.ranges import outputs
 
         known = _known(model, self.length)
         shape = self.input_shape if self.input_shape is not None else known.get("shape")
-        classes = self.classes if self.classes is not None else known.get("classes")
-        if shape is None or classes is None:
-            missing = "input_shape" if shape is None else "classes"
-            raise ConfigError(f"tiers.toml must say {missing}: this model does not")
+        if shape is None:
+            raise ConfigError("tiers.toml must say input_shape: this model does not")
         high = known.get("high", self.input_high if self.input_dtype == "int64" else None)
-        return draw_inputs(shape, high), classes
+        example = draw_inputs(shape, high)
+        classes = outputs(model, example) if self.classes is None else self.classes
+        if classes is None:
+            raise ConfigError("tiers.toml must say classes: the model has no head")
+        return example, classes
 
     def exported(
         self, model: SplitModel, choose: Callable[[Mapping[str, TierTable]], dict[str, int]]
@@ -246,7 +250,7 @@ class TiersConfig:
 
 
 def _known(model: SplitModel, length: int) -> dict[str, Any]:
-    """Shape, bound of token ids and number of classes, as far as the model gives them."""
+    """Shape and bound of token ids, as far as the model gives them."""
     from torch import nn
 
     origin = getattr(model, "origin", None)
@@ -255,13 +259,12 @@ def _known(model: SplitModel, length: int) -> dict[str, Any]:
             table = model.stem.embedding
             assert isinstance(table, nn.Embedding)
             words = table.num_embeddings
-            return {"shape": [length], "high": words, "classes": words}
+            return {"shape": [length], "high": words}
         return {}
     known = origin.config
     if hasattr(known, "vocab_size"):
         longest = getattr(known, "max_position_embeddings", length)
-        classes = known.vocab_size if model.task == "tokens" else known.num_labels
-        return {"shape": [min(length, longest)], "high": known.vocab_size, "classes": classes}
+        return {"shape": [min(length, longest)], "high": known.vocab_size}
     size = getattr(known, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return {"shape": [known.num_channels, height, width], "classes": known.num_labels}
+    return {"shape": [known.num_channels, height, width]}

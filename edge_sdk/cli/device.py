@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_sdk import config
+from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.device import DEFAULT_CACHE, Device, RoundReport, TrainReport
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.inference.prediction import Evaluation
 from edge_sdk.training.data import Examples
 
@@ -121,11 +122,21 @@ async def _run(
             f"{manifest.codec} activations",
             soft_wrap=True,
         )
+        if held_out is not None:  # not after hours of training
+            held_out = _fitted(held_out, manifest, settings.evaluate)
         training = await joined.train(show) if data is not None else None
         if training is not None:
             console.print(f"stopped: {training.reason}")
         evaluation = await joined.evaluate(held_out) if held_out is not None else None
     return joined.name, joined.manifest.tier, training, evaluation
+
+
+def _fitted(examples: Examples, manifest: Manifest, path: Path | None) -> Examples:
+    """The examples as the model takes them; :class:`DataError` names the file."""
+    try:
+        return examples.fitted(manifest)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _summary(

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.bundle.ranges import MAX_POSITIONS
 from edge_sdk.errors import ConfigError, DataError, ProtocolError
 from edge_sdk.inference.metrics import Tally
 from edge_sdk.protocol.enums import ErrorCode
@@ -31,7 +32,7 @@ from server_hub.hub import Hub
 from server_hub.methods.settings import LocalTraining
 from server_hub.reports.comparison import accuracy_table, cost_table
 from server_hub.reports.report import write_report
-from server_hub.rounds.validation import MAX_POSITIONS, check_answer, check_labels, check_packed
+from server_hub.rounds.validation import check_answer, check_labels, check_packed
 from server_hub.simulation.datasets import DataTable, load_dataset
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
 from server_hub.simulation.results import (
