@@ -192,9 +192,9 @@ def test_labels_are_one_for_each_position_that_was_sent(index: BundleIndex) -> N
         (y[:, :4], r"\[3, 4\], must be int64 \[3, 5\]"),
         (y[0], r"must be int64 \[3, 5\]"),
         (y.astype(np.int32), "int32"),
-        (np.full((3, 5), -1), "no label counts"),
-        (np.full((3, 5), -2), "from -1 to 257"),
-        (np.full((3, 5), WORDS), "from -1 to 257"),
+        (np.full((3, 5), -1), "no position has a label"),
+        (np.full((3, 5), -2), "the label -2; the model has the classes 0 to 257; -1 marks"),
+        (np.full((3, 5), WORDS), "the label 258; the model has the classes 0 to 257"),
     ]
     for labels, says in wrong:
         with pytest.raises(ProtocolError, match=says) as error:
