@@ -318,7 +318,7 @@ class Hub:
             self._ready(peer, message)
         elif isinstance(message, Decline):
             if self.rounds.expects(peer.device, message.round):
-                self.rounds.decline(peer.device, plain(message.reason))
+                self.rounds.decline(peer.device, plain(message.reason), message.diverged)
         elif isinstance(message, Update):
             self._collector.update(peer, message)
         else:
