@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_sdk import config
+from edge_sdk.bundle.ranges import MAX_POSITIONS
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.checks import MAX_BASES
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from export.writer import Tier
 
 _LENGTH = 64
+
+_MOST = 2**26
+"""Largest number of values of one input: the export draws several inputs."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,10 @@ class LoraTable:
     targets: list[str] = field(default_factory=list)
     cut_rank: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.cut_rank is not None and self.cut_rank < 1:
+            raise ValueError(f"cut_rank is {self.cut_rank}; it must be 1 or more")
+
 
 @dataclass(frozen=True)
 class TiersConfig:
@@ -125,8 +134,16 @@ class TiersConfig:
     def __post_init__(self) -> None:
         if not self.tiers:
             raise ValueError("there are no tiers; add [tiers.NAME]")
-        if self.input_shape is not None and not all(n > 0 for n in self.input_shape):
-            raise ValueError("input_shape must be a list of positive integers")
+        shape = self.input_shape
+        if shape is not None and not (shape and min(shape) > 0 and math.prod(shape) <= _MOST):
+            raise ValueError(
+                f"input_shape is {shape}; it must be a list of positive integers, for at most "
+                f"{_MOST:,} values"
+            )
+        if self.classes is not None and self.classes < 1:
+            raise ValueError(f"classes is {self.classes}; it must be 1 or more")
+        if self.input_high < 1:
+            raise ValueError(f"input_high is {self.input_high}; it must be 1 or more")
         if not 0 <= self.bases <= MAX_BASES:
             raise ValueError(f"bases is {self.bases}; it must be from 1 to {MAX_BASES}, or 0")
         adversarial = [name for name, tier in self.tiers.items() if tier.adversarial]
@@ -144,8 +161,8 @@ class TiersConfig:
                 f"tier {int8[0]!r} has the precision int8, whose weights are those of the export, "
                 "and bases are trained from the start; leave out precision"
             )
-        if self.length < 2:
-            raise ValueError(f"length is {self.length}; a text has 2 tokens or more")
+        if not 2 <= self.length <= MAX_POSITIONS:
+            raise ValueError(f"length is {self.length}; it must be from 2 to {MAX_POSITIONS}")
 
     @classmethod
     def read(cls, path: Path) -> TiersConfig:

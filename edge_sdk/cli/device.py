@@ -20,6 +20,7 @@ from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.device import DEFAULT_CACHE, Device, RoundReport, TrainReport
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.inference.prediction import Evaluation
+from edge_sdk.runtime import MAX_THREADS
 from edge_sdk.training.data import Examples
 
 
@@ -37,6 +38,17 @@ class DeviceConfig:
     threads: int = 1
     memory_mb: int | None = None
     patience_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.threads <= MAX_THREADS:
+            raise ValueError(f"threads is {self.threads}; it must be from 1 to {MAX_THREADS}")
+        if self.memory_mb is not None and self.memory_mb < 1:
+            raise ValueError(f"memory_mb is {self.memory_mb}; it must be 1 or more")
+        if not self.patience_s >= 0:
+            raise ValueError(f"patience_s is {self.patience_s}; it must be 0 or more")
+        for name in ("url", "token", "tier"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty")
 
 
 def device(

@@ -125,6 +125,11 @@ class SplitMixConfig(BaseLoss):
             seed=self.seed,
         )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
+
 
 def learning_rate_factor(schedule: RateSchedule, number: int, count: int) -> float:
     """Return the factor of the learning rates in round ``number`` of ``count``.
