@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.bundle.manifest import FORMAT, Manifest
+from edge_sdk.bundle.manifest import FORMAT, Manifest, check_format
 from edge_sdk.bundle.store import BlobStore, write_atomically
 from edge_sdk.errors import BundleError
 
@@ -72,8 +72,7 @@ class BundleIndex:
         known = ("format", "model", "classes", "optimizer", "tiers")
         try:
             raw = json.loads((folder / INDEX).read_text("utf-8"))
-            if raw["format"] != FORMAT:
-                raise BundleError(f"{folder} has format {raw['format']}, this reads {FORMAT}")
+            check_format(raw["format"], str(folder))
             tiers = {name: TierEntry.from_json(entry) for name, entry in raw["tiers"].items()}
             extra = {k: v for k, v in raw.items() if k not in known}
             return cls(folder, raw["model"], raw["classes"], raw["optimizer"], tiers, extra)

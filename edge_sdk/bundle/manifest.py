@@ -23,7 +23,10 @@ from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 
 FORMAT = 3
-"""Version of the manifest format."""
+"""Version of the manifest format. A reader refuses any other."""
+
+MINOR = 0
+"""Version of what was added to the format, and what a reader that does not know it can ignore."""
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -35,6 +38,23 @@ ROLES = ("state", "bases", "batch", "hyper", "seed", "packed", "result")
 def canonical_json(fields: dict[str, Any]) -> bytes:
     """JSON in ASCII, keys sorted, no spaces: the same fields give the same bytes."""
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def check_format(found: object, what: str) -> None:
+    """Check the format number of a manifest or an index.
+
+    Raises:
+        BundleError: it is another one than :data:`FORMAT`; the error says which side to update.
+    """
+    if found == FORMAT and type(found) is int:
+        return
+    newer = type(found) is int and found > FORMAT
+    remedy = (
+        "update cutlayer (pip install -U cutlayer, or the app that contains it)"
+        if newer
+        else "export again with a cutlayer of this version"
+    )
+    raise BundleError(f"{what} has format {found}, this version reads {FORMAT}; {remedy}")
 
 
 def tensor_of(base: int, name: str) -> str:
@@ -234,15 +254,15 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: the same manifest gives the same bytes."""
-        body = {"format": FORMAT, **asdict(self)}
+        body = {"format": FORMAT, "minor": MINOR, **asdict(self)}
         return canonical_json(body)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Parse and check a manifest.
+        """Parse and check a manifest. Keys that are not known here are ignored.
 
         Raises:
-            BundleError: not JSON, a newer format, or a field that is missing or wrong.
+            BundleError: not JSON, another format, or a field that is missing or wrong.
         """
         try:
             raw = json.loads(data)
@@ -250,11 +270,10 @@ class Manifest:
             raise BundleError("the manifest is not JSON; export the bundle again") from error
         if not isinstance(raw, dict) or "format" not in raw:
             raise BundleError("the manifest has no format number; export the bundle again")
-        if raw["format"] != FORMAT:
-            raise BundleError(
-                f"the bundle has format {raw['format']}, this version reads {FORMAT}; "
-                "upgrade cutlayer on the device"
-            )
+        check_format(raw["format"], "the bundle")
+        minor = raw.get("minor", 0)  # manifests from before there were minor versions have none
+        if type(minor) is not int or minor < 0:
+            raise BundleError(f"the manifest is damaged (minor {minor!r}); export again")
         try:
             manifest = cls(
                 tier=str(raw["tier"]),

@@ -46,11 +46,14 @@ class Channel:
         window: how many messages each side may leave unsettled.
         max_frame: limit of a received frame, in bytes.
         peer_max_frame: the peer's limit for the frames that this side sends, in bytes.
+        extensions: the extensions that both sides have agreed on. Nothing of another one is sent,
+            and what comes of another one is unknown.
     """
 
     window: int = 64
     max_frame: int = DEFAULT_MAX_FRAME
     peer_max_frame: int = DEFAULT_MAX_FRAME
+    extensions: frozenset[str] = frozenset()
     settled: int = 0
     """Every received number up to this one is settled; travels as ``ack``."""
     _sent: int = 0
@@ -72,10 +75,11 @@ class Channel:
         """Number a message, keep it until the peer settles it, and return its frame.
 
         Raises:
-            ProtocolError: the frame is over the peer's limit; nothing has changed.
+            ProtocolError: the frame is over the peer's limit, or of an extension that the peer does
+                not speak; nothing has changed.
         """
         seq = self._sent + 1 if message.RELIABLE else 0
-        frame = encode(message, seq, self.settled)
+        frame = encode(message, seq, self.settled, self.extensions)
         if len(frame) > self.peer_max_frame:
             raise ProtocolError(
                 ErrorCode.FRAME_TOO_BIG,
@@ -95,7 +99,11 @@ class Channel:
             ProtocolError: the frame is invalid, acknowledges a frame never sent, or exceeds the
                 window.
         """
-        return self.accept(decode(data, self.max_frame))
+        return self.accept(self.decode(data))
+
+    def decode(self, data: bytes | str) -> Frame:
+        """Decode a frame; nothing changes. Raises :class:`ProtocolError` if it is invalid."""
+        return decode(data, self.max_frame, agreed=self.extensions)
 
     def accept(self, frame: Frame) -> Delivery | None:
         """:meth:`receive` for a frame that is already decoded."""
@@ -155,7 +163,7 @@ class Channel:
                 f"{self._sent - len(self._unacked)} are already forgotten",
             )
         self._forget(last_seq)
-        return [encode(message, seq, self.settled) for seq, message in self._unacked]
+        return [encode(m, seq, self.settled, self.extensions) for seq, m in self._unacked]
 
     def snapshot(self) -> dict[str, Any]:
         """What must be on disk for the session to survive a restart of this side.
@@ -166,10 +174,11 @@ class Channel:
         the peer must never know more of this side than this side does after a restart.
         """
         return {
+            "extensions": sorted(self.extensions),
             "settled": self.settled,
             "out_of_order": sorted(self._out_of_order),
             "sent": self._sent,
-            "unacked": [[seq, m.TYPE, m.body()] for seq, m in self._unacked],
+            "unacked": [[seq, m.TYPE, m.body(self.extensions)] for seq, m in self._unacked],
         }
 
     @classmethod
@@ -177,12 +186,13 @@ class Channel:
         cls, saved: dict[str, Any], window: int = 64, max_frame: int = DEFAULT_MAX_FRAME
     ) -> Channel:
         """A channel as it was at :meth:`snapshot`."""
-        channel = cls(window, max_frame, settled=saved["settled"])
+        extensions = frozenset(saved["extensions"])
+        channel = cls(window, max_frame, extensions=extensions, settled=saved["settled"])
         channel._received = saved["settled"]
         channel._out_of_order.update(saved["out_of_order"])
         channel._sent = saved["sent"]
         channel._unacked.extend(
-            (seq, from_body(kind, body)) for seq, kind, body in saved["unacked"]
+            (seq, from_body(kind, body, extensions)) for seq, kind, body in saved["unacked"]
         )
         return channel
 

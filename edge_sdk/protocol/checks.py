@@ -25,6 +25,9 @@ MAX_INT = 2**63 - 1
 MAX_BASES = 64
 """Base networks that a model may be split into."""
 
+MAX_EXTENSIONS = 16
+"""Extensions that one side may name."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Check = Callable[[object], str | None]
@@ -142,6 +145,33 @@ def names(value: object) -> str | None:
     return None if ok else "a list of at most 1024 names"
 
 
-def checked(check: Check, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with a check. A field with a default may be left out on the wire."""
-    return dataclasses.field(default=default, metadata={"check": check})
+def extensions(value: object) -> str | None:
+    """A list of names of extensions, each once."""
+    ok = (
+        isinstance(value, list)
+        and len(value) <= MAX_EXTENSIONS
+        and all(isinstance(name, str) and 1 <= len(name) <= 64 for name in value)
+        and len(set(value)) == len(value)
+    )
+    return (
+        None
+        if ok
+        else (f"a list of at most {MAX_EXTENSIONS} names of 1 to 64 characters, each once")
+    )
+
+
+def checked(
+    check: Check, default: Any = dataclasses.MISSING, *, extension: str | None = None
+) -> Any:
+    """A dataclass field with a check.
+
+    Args:
+        check: what the field may hold.
+        default: value of the field where it is left out on the wire; without one it is required.
+        extension: the extension that the field belongs to. It travels only where both sides have
+            agreed on that, and needs a default for where they have not.
+    """
+    if extension is not None and default is dataclasses.MISSING:
+        raise TypeError(f"a field of the extension {extension!r} needs a default")
+    metadata = {"check": check, "extension": extension}
+    return dataclasses.field(default=default, metadata=metadata)

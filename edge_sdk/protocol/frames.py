@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +35,19 @@ class Frame:
     ack: int
 
 
-def encode(message: Message, seq: int, ack: int) -> bytes:
-    """The bytes of a frame."""
-    packed: bytes = msgpack.packb([message.TYPE, seq, ack, message.body()], default=_pack)
+def encode(message: Message, seq: int, ack: int, agreed: Collection[str] = ()) -> bytes:
+    """The bytes of a frame.
+
+    Args:
+        message: the message.
+        seq: its number, 0 if it is unreliable.
+        ack: see :class:`Frame`.
+        agreed: the extensions that both sides speak.
+
+    Raises:
+        ProtocolError: the message, or a field of it, belongs to another extension.
+    """
+    packed: bytes = msgpack.packb([message.TYPE, seq, ack, message.body(agreed)], default=_pack)
     return packed
 
 
@@ -46,7 +57,10 @@ def kind_of(frame: bytes) -> str:
 
 
 def decode(
-    data: bytes | str, max_frame: int = DEFAULT_MAX_FRAME, max_values: int = MAX_VALUES
+    data: bytes | str,
+    max_frame: int = DEFAULT_MAX_FRAME,
+    max_values: int = MAX_VALUES,
+    agreed: Collection[str] = (),
 ) -> Frame:
     """Decode and validate one frame.
 
@@ -57,6 +71,7 @@ def decode(
         data: the frame.
         max_frame: largest size, in bytes.
         max_values: largest number of msgpack values in the frame.
+        agreed: the extensions that both sides speak; what belongs to another one is unknown.
 
     Raises:
         ProtocolError: text instead of binary, oversized, truncated or malformed frame, unknown
@@ -92,7 +107,7 @@ def decode(
     for name, value in (("seq", seq), ("ack", ack)):
         if type(value) is not int or not 0 <= value <= MAX_INT:
             raise ProtocolError(ErrorCode.BAD_FRAME, f"{name} must be an integer from 0 on", name)
-    message = from_body(kind, body)
+    message = from_body(kind, body, agreed)
     if message.RELIABLE == (seq == 0):
         rule = "from 1 on" if message.RELIABLE else "0"
         raise ProtocolError(

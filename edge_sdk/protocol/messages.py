@@ -2,42 +2,24 @@
 
 ``docs/protocol.md`` says when each is sent. A message's body is a msgpack map from field name to
 value. A field that is unknown, missing or wrong raises a :class:`ProtocolError` that names it.
+:mod:`edge_sdk.protocol.base` has what all of them share, and says how extensions are declared.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol import checks
+from edge_sdk.protocol.base import Message as Message
 from edge_sdk.protocol.checks import MAX_BASES, checked
 from edge_sdk.protocol.enums import ActivationMode, ErrorCode
 from edge_sdk.protocol.tensors import Array
 
 VERSION = 1
 SUBPROTOCOL = "cutlayer.v1"
-
-
-class Message:
-    """Base of all messages.
-
-    Attributes:
-        TYPE: the name of the message on the wire.
-        RELIABLE: whether it carries a sequence number and is delivered exactly once.
-    """
-
-    TYPE: ClassVar[str]
-    RELIABLE: ClassVar[bool] = True
-
-    def body(self) -> dict[str, Any]:
-        """The map that travels. Fields that have their default are left out."""
-        return {
-            f.name: value
-            for f in _FIELDS[type(self)].values()
-            if (value := getattr(self, f.name)) is not f.default
-        }
 
 
 # --- device -> hub ------------------------------------------------------------------------------
@@ -55,6 +37,7 @@ class Hello(Message):
         session: session to resume; None for a new one.
         last_seq: every number up to this one that came from the hub is settled.
         memory_mb: MB that the device can spare for training; None if it does not say.
+        extensions: names of the extensions that the device speaks; None for none.
     """
 
     TYPE = "hello"
@@ -65,6 +48,7 @@ class Hello(Message):
     session: str | None = checked(checks.optional(checks.text(64)), None)
     last_seq: int = checked(checks.integer(), 0)
     memory_mb: int | None = checked(checks.optional(checks.integer(1)), None)
+    extensions: list[str] | None = checked(checks.optional(checks.extensions), None)
 
 
 @dataclass(frozen=True)
@@ -243,6 +227,8 @@ class Welcome(Message):
         state: sha256 of the tier's present state; None while it is the bundle's initial one.
         bases: sha256 of the present state of each base network by number, best first; None for a
             single model.
+        extensions: the extensions that the session uses: of those in the ``hello`` that began it,
+            the ones that the hub speaks; None for none.
     """
 
     TYPE = "welcome"
@@ -258,6 +244,7 @@ class Welcome(Message):
     max_frame: int = checked(checks.integer(1024))
     state: str | None = checked(checks.optional(checks.sha256), None)
     bases: dict[str, str] | None = checked(checks.optional(checks.states), None)
+    extensions: list[str] | None = checked(checks.optional(checks.extensions), None)
 
 
 @dataclass(frozen=True)
@@ -416,35 +403,19 @@ MESSAGES: dict[str, type[Message]] = {
 }  # fmt: skip
 
 
-_FIELDS = {
-    cls: {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for cls in MESSAGES.values()
-}
-
-
-def from_body(kind: object, body: object) -> Message:
+def from_body(kind: object, body: object, agreed: Collection[str] = ()) -> Message:
     """Build the message of type ``kind`` from its decoded body.
+
+    Args:
+        kind: the type.
+        body: the body.
+        agreed: the extensions that both sides speak. What belongs to another one is unknown.
 
     Raises:
         ProtocolError: unknown type, or a field that is unknown, missing or wrong.
     """
     cls = MESSAGES.get(kind) if isinstance(kind, str) else None
-    if cls is None:
+    if cls is None or not cls.known_with(agreed):
         shown = repr(kind[:64]) if isinstance(kind, str) else f"of type {type(kind).__name__}"
         raise ProtocolError(ErrorCode.UNKNOWN_TYPE, f"unknown message type {shown}")
-    if not isinstance(body, dict):
-        raise ProtocolError(ErrorCode.BAD_MESSAGE, f"the body of {kind} must be a map")
-    fields = _FIELDS[cls]
-    for name in body:
-        if name not in fields:
-            shown = str(name)[:64]
-            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind} has no field {shown!r}", shown)
-    for name, spec in fields.items():
-        if name not in body:
-            if spec.default is dataclasses.MISSING:
-                raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind} lacks the field {name!r}", name)
-            continue
-        wanted = spec.metadata["check"](body[name])
-        if wanted is not None:
-            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind}.{name} must be {wanted}", name)
-    return cls(**body)
+    return cls.from_body(body, agreed)

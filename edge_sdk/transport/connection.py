@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from edge_sdk.errors import BundleError, CutlayerError, HubError, LinkClosed
+from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
@@ -73,6 +74,7 @@ class Connection:
         tier: the tier whose bundle the device can carry; None takes the hub's choice.
         patience_s: seconds to go on trying to (re)connect.
         memory_mb: MB that the device can spare for training; None if it does not say.
+        extensions: extensions that the device offers to speak.
     """
 
     def __init__(
@@ -83,9 +85,11 @@ class Connection:
         tier: str | None,
         patience_s: float,
         memory_mb: int | None = None,
+        extensions: Collection[str] = EXTENSIONS,
     ) -> None:
         self._open_link, self._token, self.tier = open_link, token, tier
         self._patience_s, self._memory_mb = patience_s, memory_mb
+        self._extensions = list(extensions)
         # so that many devices that lost one hub do not all come back at the same moment
         self._jitter = random.Random(token)
         self._state = ConnectionState.DISCONNECTED
@@ -155,6 +159,11 @@ class Connection:
         """The hub's last welcome."""
         assert self._welcome is not None
         return self._welcome
+
+    @property
+    def extensions(self) -> frozenset[str]:
+        """The extensions that the present session has agreed on."""
+        return self._session.extensions if self._session is not None else frozenset()
 
     def raise_failure(self) -> None:
         """Raise the error that ended the connection, if it has ended."""
@@ -285,7 +294,10 @@ class Connection:
             if old is not None:
                 await old.lose("the hub does not know this session any more")
                 self._forget_session()
-            self._session = Session(Channel(answer.window, peer_max_frame=answer.max_frame))
+            agreed = frozenset(answer.extensions or ()).intersection(self._extensions)
+            self._session = Session(
+                Channel(answer.window, peer_max_frame=answer.max_frame, extensions=agreed)
+            )
             self._session_id = answer.session
         session = self._session
         assert session is not None
@@ -308,6 +320,7 @@ class Connection:
             session=self._session_id,
             last_seq=settled,
             memory_mb=self._memory_mb,
+            extensions=self._extensions or None,
         )
         await link.send(encode(hello, 0, 0))
         self._enter(ConnectionEvent.HELLO)
@@ -317,6 +330,9 @@ class Connection:
         except TimeoutError:
             raise LinkClosed("the hub did not answer the hello in 10 s") from None
         if isinstance(answer, Error):
+            if self._extensions and answer.field == "extensions":
+                self._extensions = []  # a hub from before there were any
+                raise LinkClosed("the hub knows no extensions; the next hello offers none")
             raise HubError(answer.code, answer.message, answer.field)
         if not isinstance(answer, Welcome):
             raise HubError(ErrorCode.BAD_MESSAGE, f"the hub answered hello with {answer.TYPE}")

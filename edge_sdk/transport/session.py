@@ -11,7 +11,7 @@ from collections.abc import Callable
 from edge_sdk.errors import CutlayerError, LinkClosed, ProtocolError
 from edge_sdk.protocol.channel import Channel, Delivery, SequenceGap
 from edge_sdk.protocol.enums import ErrorCode
-from edge_sdk.protocol.frames import decode, kind_of
+from edge_sdk.protocol.frames import kind_of
 from edge_sdk.protocol.messages import Ack, Error, Message
 from edge_sdk.protocol.states import SessionState, SessionTracker
 from edge_sdk.transport.flow import FlowControl
@@ -64,6 +64,11 @@ class Session:
     def state(self) -> SessionState:
         """What the device does in this session, by the messages that this end has seen."""
         return self._tracker.state
+
+    @property
+    def extensions(self) -> frozenset[str]:
+        """The extensions that both sides have agreed on, for the life of the session."""
+        return self.channel.extensions
 
     @property
     def linked(self) -> bool:
@@ -176,7 +181,7 @@ class Session:
                 data = await link.receive()
                 if self._link is not link:
                     raise LinkClosed("the peer came back over another link")
-                frame = decode(data, self.channel.max_frame)
+                frame = self.channel.decode(data)
                 self._count(frame.message.TYPE, len(data), 0)
                 delivery = self.channel.accept(frame)
                 await self._notify()

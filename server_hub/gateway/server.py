@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 
 from websockets.asyncio.server import ServerConnection, serve
 
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import ConfigError, CutlayerError, LinkClosed, ProtocolError
+from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
@@ -65,6 +66,7 @@ class Gateway:
             token and its memory in MB; None for the tier of the token.
         connection: called when the connection of a session has broken, or is there again; the
             peer's ``lost_at`` says which.
+        extensions: extensions that the hub speaks, with devices that speak them, too.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class Gateway:
         gone: Callable[[Peer, str], None],
         moved: Callable[[str, str | None, int | None], str | None],
         connection: Callable[[Peer], None],
+        extensions: Collection[str] = EXTENSIONS,
     ) -> None:
+        self._extensions = extensions
         self._limits, self._tokens, self._manifests = limits, tokens, manifests
         self._handle, self._gone, self._moved = handle, gone, moved
         self._connection_changed = connection
@@ -166,6 +170,7 @@ class Gateway:
             manifest=self._manifests[peer.tier],
             window=self._limits.window,
             max_frame=self._limits.max_frame,
+            extensions=sorted(peer.session.extensions) or None,
             **vars(self.blobs.offer(peer.tier)),
         )
         log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
@@ -230,7 +235,7 @@ class Gateway:
                 self.drop(old, str(taken), taken)
             else:
                 self.drop(old, "the device started over")
-        peer = Peer(device, tier, secrets.token_hex(16), self._session(), hello.memory_mb)
+        peer = Peer(device, tier, secrets.token_hex(16), self._session(hello), hello.memory_mb)
         self.peers[device] = peer
         return peer, False
 
@@ -243,14 +248,16 @@ class Gateway:
             raise ProtocolError(ErrorCode.BUSY, "the hub has no connections left; try later")
         self.drop(self.peers[min(away)[1]], "another device needs the place")
 
-    def _session(self) -> Session:
+    def _session(self, hello: Hello) -> Session:
         limits = self._limits
+        agreed = frozenset(hello.extensions or ()).intersection(self._extensions)
         flow = FlowControl(
             Backlog(_OUTGOING, self._waiting),
             Backlog(limits.waiting_mb * 2**20, self._waiting),
             TokenBucket(limits.frames_per_s, 2 * limits.frames_per_s),
         )
-        return Session(Channel(limits.window, limits.max_frame), self.traffic.count, flow)
+        channel = Channel(limits.window, limits.max_frame, extensions=agreed)
+        return Session(channel, self.traffic.count, flow)
 
     def _identify(self, hello: Hello) -> tuple[str, str]:
         """Return the device name and the tier of a ``hello``."""

@@ -18,6 +18,7 @@ from edge_sdk.bundle.index import INDEX, BundleIndex
 from edge_sdk.bundle.manifest import (
     FORMAT,
     GRAPHS,
+    MINOR,
     Bundle,
     Constants,
     Graph,
@@ -176,11 +177,50 @@ def test_states_of_zeros() -> None:
     assert not zeros.any()
 
 
-@pytest.mark.parametrize("number", [FORMAT + 1, 0, "1", None])
-def test_other_formats_are_refused(number: Any) -> None:
-    """The error names the format and says what to do."""
-    with pytest.raises(BundleError, match=rf"has format {number}, this version reads {FORMAT}"):
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (FORMAT + 1, "update cutlayer"),
+        (FORMAT - 1, "export again"),
+        (0, "export again"),
+        (str(FORMAT), "export again"),
+        (float(FORMAT), "export again"),
+        (None, "export again"),
+    ],
+)
+def test_other_formats_are_refused(number: Any, remedy: str) -> None:
+    """The error names the format and says which side to update."""
+    reads = rf"the bundle has format {number}, this version reads {FORMAT}; {remedy}"
+    with pytest.raises(BundleError, match=reads):
         Manifest.from_bytes(changed(format=number))
+
+
+@pytest.mark.parametrize("minor", [MINOR, MINOR + 1, 1000, 2**63])
+def test_additions_of_later_minor_versions_are_ignored(minor: int) -> None:
+    """Keys that are new, at every level, and graphs that are new change nothing."""
+    raw = json.loads(changed(minor=minor, hints={"heat": [1, {"more": None}]}))
+    raw["packed"][0]["note"] = "new"
+    raw["state"][0]["share"] = 0.5
+    for graph in raw["graphs"].values():
+        graph["cost"] = 17
+        graph["inputs"][0]["alias"] = "first"
+    raw["graphs"]["polish"] = raw["graphs"]["train"]
+    read = Manifest.from_bytes(json.dumps(raw).encode())
+    assert read.graphs.pop("polish") == read.graphs["train"]
+    assert read == manifest()
+
+
+def test_a_manifest_without_a_minor_version() -> None:
+    """Bundles that were exported before there was one are as good."""
+    raw = json.loads(manifest().to_bytes())
+    del raw["minor"]
+    assert Manifest.from_bytes(json.dumps(raw).encode()) == manifest()
+
+
+@pytest.mark.parametrize("minor", [-1, 1.0, "1", None, True])
+def test_a_minor_version_is_a_number(minor: Any) -> None:
+    with pytest.raises(BundleError, match=r"the manifest is damaged \(minor"):
+        Manifest.from_bytes(changed(minor=minor))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"not JSON", manifest().to_bytes()[:-1]])
@@ -197,7 +237,9 @@ def test_json_that_is_no_manifest(data: bytes) -> None:
         Manifest.from_bytes(data)
 
 
-@pytest.mark.parametrize("field", sorted(set(json.loads(manifest().to_bytes())) - {"format"}))
+@pytest.mark.parametrize(
+    "field", sorted(set(json.loads(manifest().to_bytes())) - {"format", "minor"})
+)
 def test_missing_fields(field: str) -> None:
     """The error names the missing field."""
     raw = json.loads(manifest().to_bytes())
@@ -517,7 +559,7 @@ def test_index_of_another_format(bundles: BundleIndex, tmp_path: Path) -> None:
     """The index of a later version is refused."""
     raw = json.loads((bundles.folder / INDEX).read_text())
     (tmp_path / INDEX).write_text(json.dumps(raw | {"format": FORMAT + 1}))
-    with pytest.raises(BundleError, match=f"has format {FORMAT + 1}, this reads {FORMAT}"):
+    with pytest.raises(BundleError, match=f"has format {FORMAT + 1}, .*reads {FORMAT}; update"):
         BundleIndex.read(tmp_path)
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import edge_sdk.device
 from edge_sdk import BundleError, ConfigError, Device
 from edge_sdk.bundle.index import INDEX, BundleIndex
-from edge_sdk.bundle.manifest import FORMAT, canonical_json
+from edge_sdk.bundle.manifest import FORMAT, MINOR, Manifest, canonical_json
 from edge_sdk.bundle.signing import (
     CONTEXT,
     PrivateKey,
@@ -203,8 +203,19 @@ def test_what_is_no_manifest(data: bytes) -> None:
 def test_a_newer_format_is_not_signed(unsigned: bytes) -> None:
     """This version does not sign a format that it does not know."""
     newer = canonical_json({**json.loads(unsigned), "format": FORMAT + 1})
-    with pytest.raises(BundleError, match="upgrade cutlayer"):
+    with pytest.raises(BundleError, match="update cutlayer"):
         sign(newer, KEY)
+
+
+def test_additions_of_a_later_minor_version_are_signed(unsigned: bytes) -> None:
+    """They stay in the bytes, and a changed one is noticed by a reader that does not know it."""
+    later = canonical_json({**json.loads(unsigned), "minor": MINOR + 1, "hints": [1]})
+    signed = sign(later, KEY)
+    assert json.loads(signed)["hints"] == [1]
+    assert check(signed, {PUBLIC}) == PUBLIC
+    Manifest.from_bytes(signed)
+    with pytest.raises(BundleError, match="changed after it was signed"):
+        check(signed.replace(b'"hints":[1]', b'"hints":[2]'), {PUBLIC})
 
 
 def test_a_signature_is_for_a_bundle_only(unsigned: bytes) -> None:

@@ -81,6 +81,7 @@ versions = st.integers(0, 1_000_000)
 from_0 = st.integers(0, MAX_INT)
 from_1 = st.integers(1, MAX_INT)
 texts = st.text(max_size=100)
+extensions = st.none() | st.lists(st.text(min_size=1, max_size=64), max_size=16, unique=True)
 bases = st.none() | st.dictionaries(st.integers(0, 63).map(str), hashes, max_size=4)
 base = st.integers(0, 63)
 
@@ -93,6 +94,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         st.none() | st.text(max_size=64),
         from_0,
         st.none() | from_1,
+        extensions,
     ),
     Ready: st.builds(Ready, from_1, st.none() | texts),
     Decline: st.builds(Decline, from_1, texts),
@@ -124,6 +126,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         st.integers(1024, MAX_INT),
         st.none() | hashes,
         bases,
+        extensions,
     ),
     Blob: st.builds(Blob, hashes, from_0, from_0, st.binary(max_size=50)),
     Round: st.builds(
@@ -159,7 +162,7 @@ frames = st.one_of(*STRATEGIES.values()).flatmap(
 )
 
 GOOD: list[Message] = [
-    Hello(1, "secret", "small", "s1", 7, 512),
+    Hello(1, "secret", "small", "s1", 7, 512, ["pieces"]),
     Ready(100, "small"),
     Decline(3, "battery low"),
     BlobGet(HASH, 0),
@@ -168,7 +171,7 @@ GOOD: list[Message] = [
     Update(1, {"stem.weight": FLOAT}, True, 100, {"loss": 0.5}),
     Infer(1, {"h": FLOAT}, "small", 3, 0.5),
     Bye("done"),
-    Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH, {"1": HASH}),
+    Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH, {"1": HASH}, ["a"]),
     Blob(HASH, 0, 3, b"abc"),
     Round(1, HASH, 1, 32, {"lr": 0.05}, "returned", 0, 2, {"1": HASH}),
     Features(1, 0, {"h": FLOAT}),
@@ -426,6 +429,7 @@ WRONG: dict[str, list[object]] = {
     "tier": ["x" * 129, 5],
     "session": ["x" * 65, 5],
     "last_seq": [-1, MAX_INT + 1, 1.5, None, False],
+    "extensions": ["pieces", [1], [""], ["x" * 65], ["x", "x"], {"x": 1}],
     "samples": [0, -1, 2.0, "9", None],
     "round": [0, -1, MAX_INT + 1, True, None],
     "reason": ["x" * (MAX_TEXT + 1), 1, None],

@@ -43,10 +43,13 @@ def test_every_message_and_every_code_of_a_decoder_has_a_vector() -> None:
 
 @pytest.mark.parametrize("vector", named("valid"))
 def test_valid(vector: dict[str, Any]) -> None:
-    data = bytes.fromhex(vector["hex"])
-    assert make["meaning_of"](decode(data)) == vector["meaning"]
+    data, agreed = bytes.fromhex(vector["hex"]), vector.get("extensions", [])
+    assert make["meaning_of"](decode(data, agreed=agreed)) == vector["meaning"]
     frame = make["frame_of"](vector["meaning"])
-    assert encode(frame.message, frame.seq, frame.ack) == data
+    assert encode(frame.message, frame.seq, frame.ack, agreed) == data
+    for missing in agreed:
+        with pytest.raises(ProtocolError):
+            decode(data, agreed=[name for name in agreed if name != missing])
 
 
 @pytest.mark.parametrize("vector", named("accepted"))

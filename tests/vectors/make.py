@@ -22,6 +22,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
@@ -94,14 +96,28 @@ def value_of(meaning: Any) -> Any:
 
 def meaning_of(frame: Frame) -> dict[str, Any]:
     """Return the meaning of a frame."""
-    body = plain(frame.message.body())
+    body = plain(frame.message.body(EXTENSIONS))
     return {"type": frame.message.TYPE, "seq": frame.seq, "ack": frame.ack, "body": body}
 
 
 def frame_of(meaning: dict[str, Any]) -> Frame:
     """Inverse of :func:`meaning_of`."""
-    message = from_body(meaning["type"], value_of(meaning["body"]))
+    message = from_body(meaning["type"], value_of(meaning["body"]), EXTENSIONS)
     return Frame(message, meaning["seq"], meaning["ack"])
+
+
+def needed(message: Message) -> dict[str, list[str]]:
+    """Return the extensions that a message needs, for its vector; nothing if it needs none."""
+
+    def needs(extension: str) -> bool:
+        try:
+            message.body([name for name in EXTENSIONS if name != extension])
+        except ProtocolError:
+            return True
+        return False
+
+    names = [extension for extension in EXTENSIONS if needs(extension)]
+    return {"extensions": names} if names else {}
 
 
 VALID: list[tuple[str, Message, int, int]] = [
@@ -109,6 +125,7 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("hello that resumes", Hello(VERSION, "secret", "small", "5f2a", 17), 0, 0),
     ("hello with text beyond ASCII", Hello(VERSION, "gehéim", "小"), 0, 0),
     ("hello with memory", Hello(VERSION, "secret", memory_mb=512), 0, 0),
+    ("hello with extensions", Hello(VERSION, "secret", extensions=["pieces", "ü"]), 0, 0),
     ("welcome", Welcome(VERSION, "phone-1", "small", "5f2a", False, 0, HASH, 64, 2**26), 0, 0),
     (
         "welcome that resumes",
@@ -125,6 +142,14 @@ VALID: list[tuple[str, Message, int, int]] = [
     (
         "welcome with base networks",
         Welcome(VERSION, "phone-1", "small", "5f2a", False, 0, HASH, 64, 2**26, bases=BASES),
+        0,
+        0,
+    ),
+    (
+        "welcome with extensions",
+        Welcome(
+            VERSION, "phone-1", "small", "5f2a", False, 0, HASH, 64, 2**26, extensions=["pieces"]
+        ),
         0,
         0,
     ),
@@ -268,6 +293,7 @@ def accepted() -> list[tuple[str, bytes]]:
             "defaults spelled out",
             msgpack.packb(["hello", 0, 0, {**hello, "session": None, "last_seq": 0}]),
         ),
+        ("no extensions", msgpack.packb(["hello", 0, 0, {**hello, "extensions": None}])),
         (
             "defaults of a model without base networks spelled out",
             msgpack.packb(["stop", 1, 0, {"reason": "", "state": None, "bases": None}]),
@@ -308,6 +334,7 @@ def invalid() -> list[dict[str, Any]]:
     blob_get = {"hash": HASH, "offset": 0}
     update = {"round": 1, "tensors": {}, "done": True, "samples": 1}
     batch = {"round": 1, "batch": 0, "parts": {}}
+    hello = {"version": 1, "token": "secret"}
     cases: list[tuple[str, bytes, str]] = [
         ("no bytes", b"", "bad_frame"),
         ("not msgpack", b"\xc1", "bad_frame"),
@@ -354,6 +381,17 @@ def invalid() -> list[dict[str, Any]]:
         ("more bases than there can be",
          packed("stop", 1, 0, {"reason": "", "bases": {str(n): HASH for n in range(65)}}),
          "bad_message"),
+        ("extensions in a text", packed("hello", 0, 0, {**hello, "extensions": "pieces"}),
+         "bad_message"),
+        ("an extension named twice", packed("hello", 0, 0, {**hello, "extensions": ["a", "a"]}),
+         "bad_message"),
+        ("an extension without a name", packed("hello", 0, 0, {**hello, "extensions": [""]}),
+         "bad_message"),
+        ("an extension with a long name",
+         packed("hello", 0, 0, {**hello, "extensions": ["x" * 65]}), "bad_message"),
+        ("too many extensions",
+         packed("hello", 0, 0, {**hello, "extensions": [str(n) for n in range(17)]}),
+         "bad_message"),
         ("noise as an integer", packed("activations", 1, 0, {**batch, "noise": 1}), "bad_message"),
         ("present as an array", packed("activations", 1, 0, {**batch, "present": [1, 0]}),
          "bad_message"),
@@ -396,8 +434,9 @@ def build() -> dict[str, Any]:
         "valid": [
             {
                 "name": name,
-                "hex": encode(message, seq, ack).hex(),
+                "hex": encode(message, seq, ack, EXTENSIONS).hex(),
                 "meaning": meaning_of(Frame(message, seq, ack)),
+                **needed(message),
             }
             for name, message, seq, ack in VALID
         ],
