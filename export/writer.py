@@ -251,6 +251,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Raise :class:`ExportError` if an export must not be written to ``out``."""
     if out.exists() and not _replaceable(out, overwrite):
         raise ExportError(f"{out} exists; choose another folder, or overwrite an earlier export")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ExportError(f"{above} is a file; choose another folder than {out}")
 
 
 def _replaceable(out: Path, overwrite: bool) -> bool:

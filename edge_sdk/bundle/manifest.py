@@ -25,8 +25,11 @@ from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 FORMAT = 3
 """Version of the manifest format. A reader refuses any other."""
 
-MINOR = 0
-"""Version of what was added to the format, and what a reader that does not know it can ignore."""
+MINOR = 1
+"""Version of what was added to the format, and what a reader that does not know it can ignore.
+
+1: ``highest``.
+"""
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 

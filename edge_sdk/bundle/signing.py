@@ -56,6 +56,8 @@ def new_key(path: Path) -> str:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
+    if not path.name:
+        raise BundleError("the key needs a file name")
     public = path.with_name(f"{path.name}.pub")
     try:
         for file in (path, public):

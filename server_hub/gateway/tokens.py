@@ -109,8 +109,10 @@ class TokenFile:
             The token, 64 hexadecimal digits.
 
         Raises:
-            ConfigError: the file is invalid.
+            ConfigError: the file is invalid, or a name is empty.
         """
+        if not device or tier == "":
+            raise ConfigError(f"the name of the {'tier' if device else 'device'} is empty")
         with self._lock():
             devices, tiers = self._tables() if self.path.exists() else ({}, {})
             token = secrets.token_hex(32)

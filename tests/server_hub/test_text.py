@@ -204,6 +204,9 @@ def test_labels_are_one_for_each_position_that_was_sent(index: BundleIndex) -> N
 
 def test_texts_and_answers_that_take_too_much_memory_are_refused(index: BundleIndex) -> None:
     manifest = index.manifest("a")
+    with pytest.raises(ProtocolError, match="129 positions; they may have 128"):
+        check_packed(packed(1, 129), manifest)  # the model's table of positions ends there
+    manifest = replace(manifest, limits={})
     check_packed(packed(1, MAX_POSITIONS), manifest)
     with pytest.raises(ProtocolError, match="8192 at most"):
         check_packed(packed(1, MAX_POSITIONS + 1), manifest)
