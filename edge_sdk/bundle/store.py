@@ -41,7 +41,10 @@ class BlobStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise BundleError(f"{folder} is no folder, or lies in a file; choose another") from None
 
     def __contains__(self, name: str) -> bool:
         return (self.folder / name).is_file()

@@ -59,6 +59,8 @@ class FleetTier(Network):
         super().__post_init__()
         if not 1 <= self.clients <= MAX_CLIENTS:
             raise ValueError(f"clients is {self.clients}; it must be from 1 to {MAX_CLIENTS}")
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"budget is {self.budget}; it must be above 0, and at most 1")
         if self.cut < 1:
             raise ValueError(f"cut is {self.cut}; a device holds at least one block")
         for name in ("gflops", "online_s"):

@@ -57,7 +57,7 @@ ZERO = {
     "TiersConfig": {"tiers.a.cut", "lora.dropout", "lora.rank", "lora.alpha", "bases"},
     "Job": {
         "data.seed", "tiers.a.latency_ms", "tiers.a.loss", "tiers.a.offline_s",
-        "tiers.a.budget", "partition.seed", "local.hyper.k", "local.staleness", "trunk.hyper.k",
+        "partition.seed", "local.hyper.k", "local.staleness", "trunk.hyper.k",
         "trunk.mix_rows", "trunk.wait_s", "trunk.threads", "mix.robustness", "mix.attack.low",
         "seed",
     },
@@ -68,7 +68,7 @@ ZERO = {
 NEGATIVE = {
     "HubConfig": {"rounds.seed", "local.hyper.k", "trunk.hyper.k", "mix.attack.low"},
     "TiersConfig": {"tiers.a.cut", "lora.dropout", "lora.rank", "lora.alpha"},
-    "Job": {"tiers.a.budget", "mix.attack.low"},
+    "Job": {"mix.attack.low"},
     "DeviceConfig": set(),
 }
 """Numbers that may be negative, or are checked when the model is there."""
