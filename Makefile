@@ -10,15 +10,14 @@ TORCH := 2.13.0
 
 setup: $(VENV)/.ready
 
-# The CPU build of torch where the index offers it; the ordinary one otherwise.
+# With uv where it is installed; "make setup UV=" takes pip.
+UV ?= $(shell command -v uv)
+
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Cutlayer needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || \
-	  $(BIN)/python -m pip install --quiet "torch==$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(PYTHON) tools/set_up.py --python $(BIN)/python --torch $(TORCH) --uv "$(UV)"
 	touch $@
 
 demo: setup

@@ -62,6 +62,7 @@ ATTACKS: dict[str, Attack] = {
     "zero": Attack(_zero),
     "flip": Attack(flips=True),
     "claim": Attack(claims=Limits.samples),
+    "claim and flip": Attack(flips=True, claims=Limits.samples),
     "activations 1e4": Attack(gain=1e4),
     # its own distances are about the median: it goes as far as the bound lets it
     "below the clip": Attack(scaled(-0.95 * MethodConfig.clip), flips=True),

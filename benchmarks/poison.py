@@ -1,4 +1,4 @@
-"""Devices that try to spoil the model: accuracy lost to ten attacks, on the example fleet.
+"""Devices that try to spoil the model: accuracy lost to their attacks, on the example fleet.
 
     python -m benchmarks.poison --json FILE [--attacks flip,claim] [--docs docs]
 
@@ -39,7 +39,7 @@ NONE = "none"
 SHARE = 0.2
 """Fraction of the devices in the cells with many attackers."""
 
-MANY = ("scale 10", "scale 100", "claim", "flip")
+MANY = ("scale 10", "scale 100", "claim", "flip", "claim and flip")
 """Attacks that are measured with many attackers, too."""
 
 TARGETS: dict[str, tuple[float, float]] = {"one": (2, 4), "many": (4, 8), "many flip": (3, 8)}

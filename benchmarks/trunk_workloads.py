@@ -23,7 +23,7 @@ from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import Array
 from export.lora import Lora, add_lora
 from export.packing import get_codec
-from export.split import SplitModel, channel_axis
+from export.split import WEIGHTS, SplitModel, channel_axis
 
 CODEC = "int8"
 """Codec of the replayed activations."""
@@ -192,7 +192,7 @@ def prepare(workload: Workload, folder: Path, devices: int) -> list[ReplayDevice
         devices: number of devices.
     """
     # Imported here, so that a process that only reads the folder starts faster.
-    from export.writer import WEIGHTS, Tier, make_steps, segment_of, write_tier
+    from export.writer import Tier, make_steps, segment_of, write_tier
     from server_hub.gateway.tokens import TokenFile
 
     model = workload.model()

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_sdk.device import Device, RoundReport, TrainReport
+    from edge_sdk.device import Device
     from edge_sdk.errors import (
         BundleError,
         ConfigError,
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from edge_sdk.inference.mixture import Mixture
     from edge_sdk.inference.policy import Choice, Condition, MixturePolicy, measure_latencies
     from edge_sdk.inference.prediction import Evaluation, Prediction
-    from edge_sdk.training.data import Examples
+    from edge_sdk.training.data import Examples, Source
+    from edge_sdk.training.report import RoundReport, TrainReport
 
 _HOME = {
     "BundleError": "edge_sdk.errors",
@@ -40,8 +41,9 @@ _HOME = {
     "MixturePolicy": "edge_sdk.inference.policy",
     "Prediction": "edge_sdk.inference.prediction",
     "ProtocolError": "edge_sdk.errors",
-    "RoundReport": "edge_sdk.device",
-    "TrainReport": "edge_sdk.device",
+    "RoundReport": "edge_sdk.training.report",
+    "Source": "edge_sdk.training.data",
+    "TrainReport": "edge_sdk.training.report",
     "measure_latencies": "edge_sdk.inference.policy",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "Prediction",
     "ProtocolError",
     "RoundReport",
+    "Source",
     "TrainReport",
     "measure_latencies",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -16,16 +16,18 @@ from edge_sdk.errors import BundleError, DataError, Diverged, HubError
 from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor
-from edge_sdk.protocol.enums import ActivationMode, ErrorCode
+from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import DIVERGED, Decline, Move, Ready, Round, Stop
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.conditions import MayTrain
-from edge_sdk.training.data import Examples
-from edge_sdk.training.exchange import Exchange, send_update
+from edge_sdk.training.data import Source
+from edge_sdk.training.exchange import send_update, train_locally
 from edge_sdk.training.learner import Learner, Precision
 from edge_sdk.training.loader import BundleLoader, LoadRuntime
-from edge_sdk.training.plan import LocalPlan, LocalResult
+from edge_sdk.training.local_data import LocalData
+from edge_sdk.training.plan import Augment
+from edge_sdk.training.report import RoundReport, TrainReport
 from edge_sdk.transport.connection import Connection, OpenLink
 from edge_sdk.transport.download import Downloader
 from edge_sdk.transport.link import open_websocket
@@ -47,36 +49,6 @@ log = logging.getLogger("cutlayer.device")
 DEFAULT_CACHE = Path.home() / ".cache" / "cutlayer"
 
 
-@dataclass(frozen=True)
-class RoundReport:
-    """One round of local training.
-
-    Attributes:
-        round: number of the round.
-        loss: mean loss of the auxiliary heads in the last epoch; None if they were not trained.
-        accuracy: their accuracy, a fraction; None likewise.
-        seconds: time from the ``round`` message to the sent update.
-    """
-
-    round: int
-    loss: float | None
-    accuracy: float | None
-    seconds: float
-
-
-@dataclass
-class TrainReport:
-    """What :meth:`Device.train` did.
-
-    Attributes:
-        reason: why the hub stopped.
-        rounds: the rounds that the device has trained in.
-    """
-
-    reason: str = ""
-    rounds: list[RoundReport] = field(default_factory=list)
-
-
 class Device:
     """A device that has joined a hub. Made by :meth:`connect`, used in ``async with``.
 
@@ -95,7 +67,9 @@ class Device:
         *,
         token: str,
         tier: str | None = None,
-        data: Examples | None = None,
+        data: Source | None = None,
+        keep_back: float = 0.0,
+        augment: Augment | None = None,
         cache: Path = DEFAULT_CACHE,
         trust: Iterable[str | Path] | None = None,
         may_train: MayTrain | None = None,
@@ -103,7 +77,7 @@ class Device:
         memory_mb: int | None = None,
         patience_s: float = 60.0,
     ) -> None:
-        self._may_train = may_train
+        self._may_train, self._augment = may_train, augment
         self._connection = Connection(
             open_link, token=token, tier=tier, patience_s=patience_s, memory_mb=memory_mb
         )
@@ -112,12 +86,13 @@ class Device:
             self._connection,
             self._downloader,
             load,
-            data,
+            None if data is None else LocalData(data, keep_back),
             read_trust(trust),
             threads,
             on_change=lambda: self._bases.forget(),
         )
         self._bases = BaseNetworks(self._connection, self._downloader, self._present_learner)
+        self._announced = 0  # number of rows that the hub knows of
         self._predictor = Predictor(self._present_learner, self._connection.ask, self._bases.fetch)
 
     @classmethod
@@ -126,7 +101,9 @@ class Device:
         url: str,
         *,
         token: str,
-        data: Examples | None = None,
+        data: Source | None = None,
+        keep_back: float = 0.0,
+        augment: Augment | None = None,
         tier: str | None = None,
         cache: str | Path = DEFAULT_CACHE,
         trust: Iterable[str | Path] | None = None,
@@ -140,7 +117,11 @@ class Device:
         Args:
             url: ``ws://`` or ``wss://`` address of the hub.
             token: this device's token, which says who it is.
-            data: local examples; without them the device can only predict.
+            data: local rows, such as ``Examples(x, y)``; without them the device can only
+                predict. A source that grows is read anew at the start of each round.
+            keep_back: expected share of the rows that are never trained on, from 0 to below 1; see
+                :meth:`kept_back`.
+            augment: changes the rows of every batch before a training step.
             tier: the tier whose bundle the device can carry; by default the one that the hub has
                 moved it to, else the one that the token was issued for.
             cache: folder for bundles, so that they are fetched once.
@@ -159,14 +140,17 @@ class Device:
             LinkClosed: the hub could not be reached for ``patience_s``.
             BundleError: the bundle is damaged, not signed by a key in ``trust``, or cannot be run
                 here.
-            ConfigError: ``trust`` is empty, or holds something that is no public key.
-            DataError: the examples do not fit the model.
+            ConfigError: ``trust`` is empty, or holds something that is no public key; or
+                ``keep_back`` is out of range.
+            DataError: there are no rows to train on, or the first ones do not fit the model.
         """
         device = cls(
             lambda: open_websocket(url),
             token=token,
             tier=tier,
             data=data,
+            keep_back=keep_back,
+            augment=augment,
             cache=Path(cache),
             trust=trust,
             may_train=may_train,
@@ -217,21 +201,22 @@ class Device:
             on_round: called after each round of local training.
 
         Raises:
-            DataError: the device was connected without examples.
+            DataError: the device was connected without data, or a row cannot be read or does not
+                fit the model.
             BundleError: the hub came back with another bundle, which cannot be loaded.
             HubError: the hub refused a message and ended the session.
             LinkClosed: the hub was out of reach for longer than ``patience_s``.
         """
         self._present_learner()
         if self._loader.data is None:
-            raise DataError("this device has no examples; pass data= to Device.connect")
+            raise DataError("this device has no data; pass data= to Device.connect")
         report = TrainReport()
         joined = False
         while True:
             try:
                 if not joined:
                     await self._loader.load_welcomed()
-                    await self._connection.send(self._ready())
+                    await self._connection.send(await self._ready())
                     joined = True
                 session, delivery = await self._connection.next_work()
                 if isinstance(delivery.message, Stop):
@@ -258,9 +243,10 @@ class Device:
                 self._connection.raise_failure()
                 joined = False  # the hub forgot us: join again, in a new session
 
-    def _ready(self) -> Ready:
+    async def _ready(self) -> Ready:
         assert self._loader.data is not None
-        return Ready(samples=len(self._loader.data), tier=self.manifest.tier)
+        self._announced = max(await asyncio.to_thread(self._loader.data.count), 1)
+        return Ready(samples=self._announced, tier=self.manifest.tier)
 
     async def _move(self, session: Session, move: Move) -> None:
         """Go on with another bundle, or with the present one if the other cannot be loaded.
@@ -275,7 +261,7 @@ class Device:
             self._connection.tier = move.tier
         except (BundleError, DataError, HubError, OSError) as error:
             log.warning("cannot move to %s (%s): %s", move.tier, move.reason, error)
-        await session.send(self._ready())
+        await session.send(await self._ready())
 
     async def _take_part(self, session: Session, task: Round) -> RoundReport | None:
         """Train in one round and send the update.
@@ -287,10 +273,17 @@ class Device:
             The report; None if the round was declined, training has diverged, or the round was
             over before the device was done.
         """
+        assert self._loader.data is not None
         reason = self._may_train(task.round) if self._may_train is not None else None
+        rows = await asyncio.to_thread(self._loader.data.begin, task.round, task.seed)
+        if reason is None and len(rows) == 0:
+            reason = "there are no rows to train on"
         if reason is not None:
             await session.send(Decline(round=task.round, reason=reason))
             return None
+        if len(rows) != self._announced:
+            self._announced = len(rows)
+            await session.send(Ready(samples=len(rows), tier=self.manifest.tier))
         now = asyncio.get_running_loop().time
         started = now()
         try:
@@ -300,7 +293,9 @@ class Device:
                 raise
             return None  # the round ended during the download
         try:
-            result, compute_s = await self._train_locally(session, task, states)
+            result, compute_s = await train_locally(
+                self._connection, session, task, self._loader.learner, states, rows, self._augment
+            )
         except RoundOver:
             return None  # too slow: the hub went on without this device
         except Diverged as error:
@@ -314,35 +309,6 @@ class Device:
         await send_update(session, task.round, result, self._connection.welcome.max_frame)
         loss, accuracy = (result.metrics.get(name) for name in ("loss", "accuracy"))
         return RoundReport(task.round, loss, accuracy, now() - started)
-
-    async def _train_locally(
-        self, session: Session, task: Round, states: dict[int | None, dict[str, Array]]
-    ) -> tuple[LocalResult, float]:
-        """The local epochs of a round.
-
-        Args:
-            session: the session that the round came over.
-            task: the round.
-            states: the state to start from, by base network; of a single model under None.
-
-        Returns:
-            The result, and the seconds of computing, without those of loading graphs.
-        """
-        learner, data = self._loader.learner, self._loader.data
-        assert data is not None
-        plan = LocalPlan(
-            task.epochs, task.batch_size, task.hyper, task.activations, task.seed, task.staleness
-        )
-        if None in states:
-            training = learner.training(states[None], data, plan)
-        else:
-            bases = {base: state for base, state in states.items() if base is not None}
-            training = learner.training_bases(bases, data, plan)
-        optional = plan.activations is ActivationMode.FUSED
-        exchange = Exchange(self._connection, session, task.round, optional=optional)
-        loaded = learner.runtime.loading_s
-        result, computing = await exchange.run(training)
-        return result, computing - (learner.runtime.loading_s - loaded)
 
     # --- prediction -----------------------------------------------------------------------------
 
@@ -395,11 +361,24 @@ class Device:
         """
         return await self._bases.fetch(bases)
 
-    async def evaluate(self, examples: Examples, batch_size: int = 256) -> Evaluation:
+    def kept_back(self) -> Source:
+        """The rows of the device's data that are kept back and never trained on, as they are now.
+
+        A row is kept back or not for as long as it exists, whatever else comes or goes. Rows are in
+        the dtypes of the loaded bundle.
+
+        Raises:
+            DataError: the device was connected without data.
+        """
+        if self._loader.data is None:
+            raise DataError("this device has no data; pass data= to Device.connect")
+        return self._loader.data.kept_back()
+
+    async def evaluate(self, examples: Source, batch_size: int = 256) -> Evaluation:
         """Measure the three ways to answer: accuracy, or perplexity for a model of tokens.
 
         Args:
-            examples: inputs and labels.
+            examples: inputs and labels, such as ``Examples(x, y)`` or :meth:`kept_back`.
             batch_size: largest number of examples at a time; fewer if logits take much memory.
 
         Raises:

@@ -45,7 +45,7 @@ def export_adapter(
     from edge_sdk.bundle.index import BundleIndex
     from export.build import model_of
     from export.peft_format import load_trained, save_adapter
-    from export.writer import WEIGHTS
+    from export.split import WEIGHTS
 
     index = BundleIndex.read(bundles)
     if weights is None:

@@ -16,7 +16,7 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import ConfigError
 from export.bases import split_width
 from export.lora import Lora, add_lora
-from export.split import SplitModel
+from export.split import WEIGHTS, SplitModel
 from export.whole import without_trunk
 
 
@@ -121,8 +121,6 @@ def model_of_bundles(folder: Path, override: str | None) -> SplitModel:
         ConfigError, ExportError: as :func:`model_of`.
         BundleError: index or weights cannot be read, or the weights do not fit the model.
     """
-    from export.writer import WEIGHTS
-
     index = BundleIndex.read(folder)
     model = model_of(index.model, index.extra, override)
     model.load(folder / WEIGHTS)

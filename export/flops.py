@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from export.lowering.trace import without_onednn
+from export.lowering.onednn import without_onednn
 from export.steps import Step
 
 _ROWS = 2

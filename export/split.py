@@ -19,6 +19,10 @@ Task = Literal["classes", "tokens"]
 """Kind of the labels: the class of an example, or the token at each position of a text."""
 
 
+WEIGHTS = "model.safetensors"
+"""File of the model's weights in a folder of bundles."""
+
+
 class SplitModel(nn.Module):
     """A model that can be cut between any two of its blocks.
 

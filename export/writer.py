@@ -39,12 +39,10 @@ from export.quantize import (
     verify_int8,
 )
 from export.ranges import InputRanges, check_classes, find_ranges
-from export.split import ClientSegment, SplitModel
+from export.split import WEIGHTS, ClientSegment, SplitModel
 from export.step_set import all_steps
 from export.steps import ClientSteps
 from export.whole import WholeBases, save_bases
-
-WEIGHTS = "model.safetensors"
 
 _ANY = InputRanges()
 

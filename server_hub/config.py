@@ -22,6 +22,8 @@ class HubConfig:
         tokens: file written by ``cutlayer token``.
         run: folder for metrics, report and the trained model.
         model: ``module:function`` that builds the model; that of the export if not given.
+        start_from: run folder, checkpoint, folder or file of weights whose model the job goes on
+            with; that of the bundles if not given.
         held_out: ``.npz`` with x and y to evaluate the model on.
         evaluate_every: number of rounds from one evaluation to the next; the last round is always
             evaluated.
@@ -35,6 +37,7 @@ class HubConfig:
     tokens: Path
     run: Path = Path("runs/hub")
     model: str | None = None
+    start_from: Path | None = None
     held_out: Path | None = None
     evaluate_every: int = 1
     schedule: RateSchedule = "cosine"

@@ -31,8 +31,7 @@ from export.build import model_of_bundles
 from export.exact import check_sharing
 from export.optimizers import check_hyper
 from export.ranges import check_classes
-from export.split import SplitModel
-from export.writer import WEIGHTS
+from export.split import WEIGHTS, SplitModel
 from server_hub.concurrency import BackgroundTasks, Changes, Effect
 from server_hub.config import HubConfig
 from server_hub.gateway.peers import Peer
@@ -49,7 +48,9 @@ from server_hub.rounds.round_log import RoundLog
 from server_hub.rounds.rounds import Rounds
 from server_hub.rounds.update_collector import UpdateCollector
 from server_hub.storage.run_folder import RoundRecord, RunFolder
+from server_hub.storage.starting_point import Started, start_from
 from server_hub.trunk.batcher import StepBatcher
+from server_hub.trunk.errors import TrunkRefused
 from server_hub.trunk.interface import EvaluationReport, Trunk
 from server_hub.trunk.process import WorkerTrunk
 from server_hub.trunk.startup import ModelSource
@@ -120,6 +121,11 @@ class Hub:
             self.manifests,
             initial,
         )
+        self.started: Started | None = None
+        """What the job has taken over from an earlier run; None if it starts from the bundles."""
+        if config.start_from is not None:
+            cuts = {tier: manifest.cut for tier, manifest in self.manifests.items()}
+            self.started = start_from(config.start_from, self.method, self.model, cuts)
         self.method.check_bundles(self.manifests, self.model, config.rounds.count)
         local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
@@ -328,9 +334,11 @@ class Hub:
 
     def _ready(self, peer: Peer, message: Ready) -> None:
         self.cut_moves.ready(peer, message)
-        if self.rounds.expects(peer.device, self.rounds.number):
-            self.rounds.drop(peer.device, "it joined anew")
         self._collector.join(peer.device, message.samples)
+        if self.rounds.expects(peer.device, self.rounds.number) and not self._collector.recount(
+            peer.device, message.samples
+        ):
+            self.rounds.drop(peer.device, "it joined anew")
         if self._over:
             self._stop(peer)
         else:  # in the last round, too: its result has to be averaged first
@@ -343,7 +351,13 @@ class Hub:
         self.gateway.drop(peer, reason, error)
 
     def _failed(self, peer: Peer, error: Exception) -> None:
-        """The hub could not do what a device has asked for; the device may ask again."""
+        """The hub could not do what a device has asked for.
+
+        The device may ask again, unless it was the request that the trunk cannot use.
+        """
+        if isinstance(error, TrunkRefused):
+            self._refused(peer, str(error))
+            return
         log.error("a request of %s failed: %s", peer.device, error)
         told = ProtocolError(ErrorCode.INTERNAL, "the hub failed to compute an answer; try later")
         self.gateway.drop(peer, str(told), told)

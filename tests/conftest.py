@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -12,8 +13,7 @@ import pytest
 import torch
 
 from edge_sdk.bundle.index import BundleIndex
-from export.split import SplitModel
-from export.writer import WEIGHTS
+from export.split import WEIGHTS, SplitModel
 from tests.lib.exports import shared_export, small_bundles
 from tests.lib.leftovers import Leftovers
 from tests.lib.models import build
@@ -37,6 +37,12 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setattr(tempfile, "tempdir", folder)
         patch.setitem(os.environ, "TMPDIR", folder)
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Leave what all tests share, torch above all, out of garbage collections."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

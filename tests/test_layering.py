@@ -59,3 +59,14 @@ def test_a_device_never_imports_torch(code: str) -> None:
     check = f"{code}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_hub_imports_no_compilers() -> None:
+    """They take longer to import than all else that a hub needs, and a hub lowers nothing."""
+    check = (
+        "import sys, server_hub.hub\n"
+        "found = {'torch._dynamo', 'onnx', 'onnxscript', 'sympy'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -25,6 +25,7 @@ PUBLIC = {
         "Prediction",
         "ProtocolError",
         "RoundReport",
+        "Source",
         "TrainReport",
         "measure_latencies",
     ],

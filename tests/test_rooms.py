@@ -17,7 +17,7 @@ LEVELS: dict[str, tuple[set[str], ...]] = {
         {"bundle"},
         {"runtime"},
         {"transport"},
-        {"training"},
+        {"training", "sources"},
         {"inference"},
         {"device"},
         {"cli"},

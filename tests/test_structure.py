@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
     """Return the syntax tree of a file."""
     return ast.parse(path.read_text("utf-8"))
@@ -95,6 +97,7 @@ def test_every_test_is_in_the_folder_of_a_package() -> None:
     assert beside == {
         "test_bare_imports.py",
         "test_examples.py",
+        "test_install.py",
         "test_layering.py",
         "test_mutate.py",
         "test_public_names.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import Answer
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training import text
-from edge_sdk.training.data import Examples
+from edge_sdk.training.data import Examples, Source
 from edge_sdk.training.learner import Learner, Precision
 from edge_sdk.transport.connection import Question
 
@@ -148,19 +148,19 @@ class Predictor:
                 by_hub[unsure] = True
         return Prediction(probabilities.argmax(1), probabilities, by_hub)
 
-    async def evaluate(self, examples: Examples, batch_size: int) -> Evaluation:
+    async def evaluate(self, examples: Source, batch_size: int) -> Evaluation:
         """See :meth:`edge_sdk.device.Device.evaluate`."""
         manifest = self._learner().manifest
-        examples = examples.fitted(manifest)
+        examples = (await asyncio.to_thread(examples.fitted, manifest)).snapshot()
         size = min(batch_size, manifest.limits.get("batch", batch_size))
+        batches = examples.batches(size)
         if manifest.task == "tokens":
-            longest = int(text.lengths(examples.y).max())
-            row = 4 * len(manifest.heads) * longest * manifest.classes
-            batches = text.batches(examples, min(size, max(_ROOM // row, 1)))
-        else:
-            batches = examples.batches(size)
+            positions = _ROOM // (4 * len(manifest.heads) * manifest.classes)
+            batches = _divided(text.batches(examples, size), positions)
         tallies = [Tally(manifest.task) for _ in range(3)]
-        for batch in batches:
+        samples = 0
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            samples += len(batch)
             own = await self._own(batch.x)
             paths = [own.logits] * 3
             if not own.manifest.whole:
@@ -168,8 +168,10 @@ class Predictor:
                 paths = [own.logits, hub[-1:], np.concatenate([own.logits, hub])]
             for tally, logits in zip(tallies, paths, strict=True):
                 tally.add(logits, batch.y)
+        if samples == 0:
+            raise DataError("there are no rows with a label to evaluate on")
         alone, through, ensemble = (tally.value for tally in tallies)
-        return Evaluation(alone, through, ensemble, len(examples), metric_of(manifest.task))
+        return Evaluation(alone, through, ensemble, samples, metric_of(manifest.task))
 
     async def generate(
         self, x: Array, tokens: int, temperature: float, seed: int, context: int | None
@@ -268,6 +270,14 @@ class Predictor:
             answers.append(answer.logits)
             done += many
         return np.concatenate(answers, axis=1)
+
+
+def _divided(batches: Iterator[Examples], positions: int) -> Iterator[Examples]:
+    """Batches of texts with so many positions at most, or of a single text."""
+    for batch in batches:
+        size = max(positions // batch.x.shape[1], 1)
+        for start in range(0, len(batch), size):
+            yield batch.read(np.arange(start, min(start + size, len(batch))))
 
 
 def rows_of(parts: Mapping[str, Array], rows: Array, manifest: Manifest) -> dict[str, Array]:

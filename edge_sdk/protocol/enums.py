@@ -64,7 +64,7 @@ class ErrorCode(enum.StrEnum):
     BAD_LABELS = "bad_labels"
     """Labels of the wrong dtype, shape or range."""
     NOT_FINITE = "not_finite"
-    """NaN or infinity in activations or parameters."""
+    """NaN or infinity in activations or parameters, or an input that the trunk cannot use."""
     INTERNAL = "internal"
     """The hub failed through no fault of the device. Temporary."""
 

@@ -53,7 +53,7 @@ class Hello(Message):
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """The bundle is loaded; the device can be picked for rounds.
+    """The bundle is loaded; the device can be picked for rounds. Or: ``samples`` has changed.
 
     Attributes:
         samples: number of local examples.

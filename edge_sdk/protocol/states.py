@@ -115,6 +115,8 @@ SESSION_TRANSITIONS: Final[Mapping[SessionState, Mapping[str, SessionState]]] = 
     },
     SessionState.TRAINING: {
         **_in_any(SessionState.TRAINING),
+        # the number of examples has changed
+        "ready": SessionState.TRAINING,
         "activations": SessionState.TRAINING,
         "features": SessionState.TRAINING,
         "feature_gradient": SessionState.TRAINING,

@@ -1,20 +1,26 @@
-"""What a device exchanges with the hub while it trains: activations up, gradients down."""
+"""A round on the device: what it exchanges with the hub while it trains, and its update."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.messages import (
     Activations,
     Batch,
     FeatureGradient,
     Features,
     Gradient,
+    Round,
     Update,
 )
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.data import Source
+from edge_sdk.training.learner import Learner
 from edge_sdk.training.plan import (
+    Augment,
+    LocalPlan,
     LocalResult,
     NoGradient,
     Outgoing,
@@ -113,6 +119,55 @@ class Exchange:
         except TimeoutError:
             self._gave_up = True
             return NoGradient()
+
+
+async def train_locally(
+    connection: Connection,
+    session: Session,
+    task: Round,
+    learner: Learner,
+    states: dict[int | None, dict[str, Array]],
+    rows: Source,
+    augment: Augment | None,
+) -> tuple[LocalResult, float]:
+    """The local epochs of a round.
+
+    Args:
+        connection: connection to the hub.
+        session: the session that the round came over.
+        task: the round.
+        learner: trains.
+        states: the state to start from, by base network; of a single model under None.
+        rows: the rows to train on.
+        augment: changes every batch; None for no augmentation.
+
+    Returns:
+        The result, and the seconds of computing, without those of loading graphs.
+
+    Raises:
+        DataError: a row cannot be read, or does not fit the model.
+        RoundOver: the hub has begun another round, or the job is over.
+        SessionLost: the session has ended, and the round with it.
+    """
+    plan = LocalPlan(
+        task.epochs,
+        task.batch_size,
+        task.hyper,
+        task.activations,
+        task.seed,
+        task.staleness,
+        augment,
+    )
+    if None in states:
+        training = learner.training(states[None], rows, plan)
+    else:
+        bases = {base: state for base, state in states.items() if base is not None}
+        training = learner.training_bases(bases, rows, plan)
+    optional = plan.activations is ActivationMode.FUSED
+    exchange = Exchange(connection, session, task.round, optional=optional)
+    loaded = learner.runtime.loading_s
+    result, computing = await exchange.run(training)
+    return result, computing - (learner.runtime.loading_s - loaded)
 
 
 async def send_update(session: Session, number: int, result: LocalResult, max_frame: int) -> None:

@@ -11,15 +11,16 @@ from typing import Literal
 import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest, tensor_of
-from edge_sdk.errors import BundleError, Diverged
+from edge_sdk.errors import BundleError, DataError, Diverged
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.messages import Batch, Features, Gradient, HeadGradient
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 from edge_sdk.training import text
 from edge_sdk.training.adversarial import Attack
-from edge_sdk.training.data import Examples
+from edge_sdk.training.data import Examples, Source
 from edge_sdk.training.plan import (
+    Augment,
     LocalPlan,
     LocalResult,
     NoGradient,
@@ -33,6 +34,9 @@ from edge_sdk.training.plan import (
 
 MAX_SEED = 2**31 - 70
 """Dropout seeds are below this number. The prime that masks are computed with is just above it."""
+
+_LABELS = 256
+"""Rows that are read at a time to see which classes there are."""
 
 Precision = Literal["float32", "int8"]
 """Dtype of the weights in a graph for inference."""
@@ -100,7 +104,7 @@ class Learner:
         self.runtime = runtime
 
     def train(
-        self, state: Mapping[str, Array], data: Examples, plan: LocalPlan, emit: Emit
+        self, state: Mapping[str, Array], data: Source, plan: LocalPlan, emit: Emit
     ) -> LocalResult:
         """:meth:`training` from start to end, for plans without returned gradients.
 
@@ -120,7 +124,7 @@ class Learner:
                 emit(step.number, step.batch)
 
     def training_bases(
-        self, states: Mapping[int, Mapping[str, Array]], data: Examples, plan: LocalPlan
+        self, states: Mapping[int, Mapping[str, Array]], data: Source, plan: LocalPlan
     ) -> Training:
         """:meth:`training` of several base networks, one after the other.
 
@@ -145,7 +149,7 @@ class Learner:
         means = {n: float(np.mean([m[n] for m in metrics])) for n in metrics[0]}
         return LocalResult(trained, len(data), means)
 
-    def training(self, state: Mapping[str, Array], data: Examples, plan: LocalPlan) -> Training:
+    def training(self, state: Mapping[str, Array], data: Source, plan: LocalPlan) -> Training:
         """The local epochs of one round, a step at a time.
 
         ``plan.activations`` says when activations are yielded:
@@ -171,7 +175,7 @@ class Learner:
         Args:
             state: parameters and statistics to start from. Optimizer slots start at zero unless
                 they are given; the result has slots if ``state`` has.
-            data: examples that fit the manifest, see :meth:`Examples.fitted`.
+            data: rows that fit the manifest, see :meth:`Source.fitted`.
             plan: epochs, batch size, hyper-parameters.
 
         Raises:
@@ -185,7 +189,7 @@ class Learner:
             self.runtime.set_state(state)
             raise
 
-    def _epochs(self, state: Mapping[str, Array], data: Examples, plan: LocalPlan) -> Training:
+    def _epochs(self, state: Mapping[str, Array], data: Source, plan: LocalPlan) -> Training:
         """:meth:`training` with the state that the runtime holds."""
         runtime, rng = self.runtime, np.random.default_rng(plan.seed)
         hyper = {
@@ -198,7 +202,7 @@ class Learner:
         adversarial = plan.hyper.get("robustness") and "harden" in self.manifest.graphs
         attack = Attack.of(plan.hyper) if adversarial else None
         if plan.activations is ActivationMode.FORWARD:
-            for number, batch in enumerate(self._batches(data, size, rng)):
+            for number, batch in enumerate(self._batches(data, size, plan, rng)):
                 parts = runtime.run("forward", {"x": batch.x})
                 yield Outgoing(number, Batch(parts, batch.y))
         scores = _Scores()
@@ -206,7 +210,7 @@ class Learner:
         sent = 0
         for epoch in range(plan.epochs):
             scores.restart()
-            for number, batch in enumerate(self._batches(data, size, rng)):
+            for number, batch in enumerate(self._batches(data, size, plan, rng)):
                 seed = {"seed": np.asarray(rng.integers(MAX_SEED))} if seeded else {}
                 if plan.activations.returns_gradients:
                     inputs = {"x": batch.x, **seed}
@@ -243,7 +247,7 @@ class Learner:
                 raise Diverged(f"{name} is not finite")
         return LocalResult(result, len(data), scores.metrics())
 
-    def _present(self, data: Examples, plan: LocalPlan) -> dict[str, Array]:
+    def _present(self, data: Source, plan: LocalPlan) -> dict[str, Array]:
         """The class mask, if the graphs take one: the input ``present`` (classes,) float32.
 
         It is 1 for classes that have local examples and 0 for others, which the loss leaves out;
@@ -254,13 +258,35 @@ class Learner:
         if plan.hyper.get("masked") == 0:
             return {"present": np.ones(self.manifest.classes, np.float32)}
         classes = np.zeros(self.manifest.classes, np.float32)
-        classes[np.unique(data.y)] = 1
+        for start in range(0, len(data), _LABELS):
+            rows = np.arange(start, min(start + _LABELS, len(data)))
+            classes[np.unique(data.read(rows).y)] = 1
         return {"present": classes}
 
-    def _batches(self, data: Examples, size: int, rng: np.random.Generator) -> Iterator[Examples]:
-        """Shuffled batches; texts are batched with others of similar length."""
+    def _batches(
+        self, data: Source, size: int, plan: LocalPlan, rng: np.random.Generator
+    ) -> Iterator[Examples]:
+        """The shuffled batches of an epoch; texts are batched with others of similar length.
+
+        Raises:
+            DataError: there is no batch: every row has been deleted, or no text has a label. Or
+                what augmentation returns does not fit the model.
+        """
+        # draws of its own, so that the order of the rows does not depend on the augmentation
+        (noise,) = rng.spawn(1)
         texts = self.manifest.task == "tokens"
-        return text.batches(data, size, rng) if texts else data.batches(size, rng)
+        empty = True
+        for batch in text.batches(data, size, rng) if texts else data.batches(size, rng):
+            empty = False
+            yield batch if plan.augment is None else self._augmented(batch, plan.augment, noise)
+        if empty:
+            raise DataError(f"none of the {len(data)} rows of this round can be trained on")
+
+    def _augmented(self, batch: Examples, augment: Augment, noise: np.random.Generator) -> Examples:
+        try:
+            return augment(batch, noise).fitted(self.manifest)
+        except DataError as error:
+            raise DataError(f"augment returned rows that do not fit: {error}") from error
 
     def _step_back(
         self,

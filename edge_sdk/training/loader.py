@@ -12,8 +12,8 @@ from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import Welcome
 from edge_sdk.runtime import Runtime
-from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
+from edge_sdk.training.local_data import LocalData
 from edge_sdk.transport.connection import Connection
 from edge_sdk.transport.download import Downloader
 
@@ -31,13 +31,13 @@ class BundleLoader:
         connection: connection to the hub.
         downloader: fetches blobs and states.
         load_runtime: makes the runtime.
-        data: local examples; None if there are none. Each bundle is checked against them.
+        data: local rows; None if there are none. They are checked against each bundle.
         trust: public keys, one of which must have signed a bundle; None takes any bundle.
         threads: threads of the runtime.
         on_change: called when another learner is in use.
 
     Attributes:
-        data: the examples in the dtypes of the bundle loaded last.
+        data: local rows, which fit the bundle loaded last.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class BundleLoader:
         connection: Connection,
         downloader: Downloader,
         load_runtime: LoadRuntime,
-        data: Examples | None,
+        data: LocalData | None,
         trust: frozenset[str] | None,
         threads: int,
         on_change: Callable[[], None],
@@ -84,7 +84,7 @@ class BundleLoader:
             raise BundleError(f"the hub sent the bundle of {manifest.tier!r} for tier {tier!r}")
         blobs = {name: await self._downloader.blob(name) for name in manifest.blobs}
         if self.data is not None:
-            self.data = self.data.fitted(manifest)
+            await asyncio.to_thread(self.data.fit, manifest)
         bundle = Bundle.open(manifest, blobs.__getitem__)
         runtime = await asyncio.to_thread(self._load_runtime, bundle, self._threads)
         return Learner(manifest, runtime)

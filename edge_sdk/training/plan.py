@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.messages import Batch, Features, Gradient, HeadGradient
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.data import Examples
+
+Augment = Callable[[Examples, np.random.Generator], Examples]
+"""Changes the rows of a batch before a training step.
+
+It takes rows in the dtypes and shapes of the model and returns such rows, and it draws from the
+generator only, so that a round can be repeated.
+"""
 
 
 @dataclass(frozen=True)
@@ -20,9 +30,11 @@ class LocalPlan:
         batch_size: rows of a batch; the last one of an epoch may have fewer.
         hyper: hyper-parameters by name, as in the ``round`` message.
         activations: when activations are sent, and what comes back for them.
-        seed: seed of the order of the examples, of dropout and of adversarial examples.
+        seed: seed of the order of the examples, of dropout, of adversarial examples and of
+            augmentation.
         staleness: with returned gradients, how many further batches may be in flight while the
             learner waits for a gradient.
+        augment: changes every batch that is trained on; None for no augmentation.
     """
 
     epochs: int
@@ -31,6 +43,7 @@ class LocalPlan:
     activations: ActivationMode
     seed: int
     staleness: int = 0
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "activations", ActivationMode(self.activations))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from edge_sdk.protocol.tensors import Array
-from edge_sdk.training.data import Examples
+from edge_sdk.training.data import Examples, Source
 
 WINDOW = 8
 """Batches within which texts are sorted by length: more means less padding and less shuffling."""
@@ -41,31 +41,29 @@ def trim(x: Array, y: Array) -> tuple[Array, Array]:
     return np.ascontiguousarray(x[:, :longest]), np.ascontiguousarray(y[:, :longest])
 
 
-def batches(
-    data: Examples, size: int, rng: np.random.Generator | None = None
-) -> Iterator[Examples]:
+def batches(data: Source, size: int, rng: np.random.Generator | None = None) -> Iterator[Examples]:
     """Batches of texts of similar length, each cut to its longest text.
 
-    With a generator, texts are shuffled, then sorted by length within windows of :data:`WINDOW`
-    batches, and the batches of a window come in random order: batches differ from epoch to epoch,
-    and there is little padding. Without a generator, all texts are sorted by length. Texts without
-    a label that counts are left out.
+    Texts are read in windows of :data:`WINDOW` batches and sorted by length within each. With a
+    generator, texts are shuffled before, and the batches of a window come in random order: batches
+    differ from epoch to epoch, and there is little padding. Texts without a label that counts are
+    left out.
 
     Args:
         data: texts with labels (examples, positions).
         size: texts in a batch; the last batch of a window may have fewer.
         rng: shuffles the texts; None for no shuffling.
     """
-    ends = lengths(data.y)
-    rows = np.flatnonzero(ends)
-    window = len(rows) if rng is None else WINDOW * size
-    if rng is not None:
-        rows = rng.permutation(rows)
-    for start in range(0, len(rows), max(window, 1)):
-        near = rows[start : start + window]
-        near = near[np.argsort(ends[near], kind="stable")]
-        groups = [near[i : i + size] for i in range(0, len(near), size)]
+    rows = np.arange(len(data)) if rng is None else rng.permutation(len(data))
+    for start in range(0, len(rows), WINDOW * size):
+        near = data.read(rows[start : start + WINDOW * size])
+        if len(near) == 0:
+            continue
+        ends = lengths(near.y)
+        counted = np.flatnonzero(ends)
+        counted = counted[np.argsort(ends[counted], kind="stable")]
+        groups = [counted[i : i + size] for i in range(0, len(counted), size)]
         order = range(len(groups)) if rng is None else rng.permutation(len(groups))
         for number in order:
             group = groups[number]
-            yield Examples(*trim(data.x[group], data.y[group]))
+            yield Examples(*trim(near.x[group], near.y[group]))

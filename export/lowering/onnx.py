@@ -12,9 +12,10 @@ from functools import cache
 from typing import Any
 
 import onnx
-from torch.onnx._internal.exporter import _core, _fx_passes, _registration
+from torch.onnx._internal.exporter import _core, _registration
 
 from export.errors import ExportError, reason
+from export.lowering.promotion import convert_explicitly
 from export.lowering.trace import trace
 from export.steps import Step
 
@@ -60,7 +61,7 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
             # torch.onnx.export would decompose the program again, which takes longer than
             # everything else and changes nothing: tracing has left core operators only
             program = trace(step)
-            _fx_passes.insert_type_promotion_nodes(program.graph_module)
+            convert_explicitly(program.graph_module)
             model = _core._exported_program_to_onnx_program(
                 program, registry=_registry(), lower="at_conversion"
             ).model_proto

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,6 +29,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from edge_sdk.bundle.manifest import Port
 from export.errors import ExportError
 from export.lowering.decompositions import decompositions
+from export.lowering.onednn import without_onednn
 from export.lowering.simplify import simplify
 from export.steps import Step
 
@@ -87,20 +87,6 @@ def trace(step: Step) -> ExportedProgram:
     limits = {symbols[n]: ValueRanges(1, largest[n]) for n in names}
     shapes.var_to_range.update(limits)  # ExecuTorch plans memory by these bounds
     return _program(graph, step.constants, limits)
-
-
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    """Disable oneDNN, so that an LSTM is traced as matrix products: its kernel has no translation.
-
-    ``torch.backends.mkldnn.flags`` would do the same, but warns about settings of GPUs.
-    """
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _program(

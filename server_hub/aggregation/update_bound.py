@@ -70,9 +70,10 @@ class UpdateBound:
     nested widths and ranks compare. An update within ``factor`` times the median of the round's
     copies of the layer stays as it is, bit for bit. A longer one is shortened to this bound; its
     direction stays. With fewer than :data:`FEW` copies, distances of earlier rounds join the
-    median, and the bound is four times as far, because such a median says less. A device's own
-    median bounds it too, at three times the factor. Optimizer slots and running statistics grow
-    with the square of gradients; the square of the factor bounds them.
+    median, and the bound is four times as far, because such a median says less. The other layers of
+    the update then say more: the layer is shortened at least as much as each of those that have
+    enough copies. A device's own median bounds it too, at three times the factor. Optimizer slots
+    and running statistics grow with the square of gradients; the square of the factor bounds them.
 
     Args:
         factor: largest distance, as a multiple of the median; infinity for no bound.
@@ -99,14 +100,24 @@ class UpdateBound:
         starts = _starts(start, updates)
         states = [dict(update.state) for update in updates]
         clipped: dict[str, float] = {}
-        for kind, group in _moved(starts, updates).items():
+        shares = [1.0] * len(updates)  # the smallest part that is left of a layer with many copies
+        kinds = _moved(starts, updates)
+        for kind in sorted(kinds, key=lambda k: (len(kinds[k]) < FEW, not _is_parameters(k))):
+            group = kinds[kind]
             bound = self._bound(kind, [m.distance for m in group])
+            sure, parameters = len(group) >= FEW, _is_parameters(kind)
             kept = []
             for moved in group:
                 device = updates[moved.update].device
                 own = self._devices[f"{device}/{kind}"]
                 limit = min(bound, _own_bound(own, self._factor(kind)))
+                if not sure:
+                    share = shares[moved.update]
+                    limit = min(limit, moved.distance * (share if parameters else share**2))
                 if moved.distance > limit:
+                    if sure and parameters:
+                        share = limit / moved.distance
+                        shares[moved.update] = min(shares[moved.update], share)
                     state = states[moved.update]
                     shrunk = _shrunk(starts[moved.update], state, moved, limit)
                     state.update(shrunk)
@@ -133,7 +144,7 @@ class UpdateBound:
                 kept[name].extend(distances)
 
     def _factor(self, kind: str) -> float:
-        return self.factor if kind.startswith("parameters ") else self.factor**2
+        return self.factor if _is_parameters(kind) else self.factor**2
 
     def _bound(self, kind: str, distances: Sequence[float]) -> float:
         """Return the largest distance for a round's copies of the tensors ``kind``."""
@@ -206,6 +217,10 @@ def _kind_of(name: str) -> str:
     elif is_statistic(own):
         kind = "statistics"
     return f"{kind} {layer_of(own)}" if base is None else f"{kind} {base}.{layer_of(own)}"
+
+
+def _is_parameters(kind: str) -> bool:
+    return kind.startswith("parameters ")
 
 
 def _change(start: Array, end: Array) -> Array:

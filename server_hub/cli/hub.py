@@ -29,6 +29,10 @@ def hub(
     bundles: Annotated[Path | None, typer.Option(help="Folder written by cutlayer export.")] = None,
     tokens: Annotated[Path | None, typer.Option(help="File written by cutlayer token.")] = None,
     run: Annotated[Path | None, typer.Option(help="Folder for metrics, report and model.")] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Run folder, checkpoint or weights whose model the job goes on with."),
+    ] = None,
     held_out: Annotated[
         Path | None, typer.Option(help=".npz with x and y to measure accuracy or perplexity on.")
     ] = None,
@@ -48,7 +52,13 @@ def hub(
 ) -> None:
     """Serve a job: let devices in, train the deep part, average every layer."""
     raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
-    top = {"bundles": bundles, "tokens": tokens, "run": run, "held_out": held_out}
+    top = {
+        "bundles": bundles,
+        "tokens": tokens,
+        "run": run,
+        "start_from": start_from,
+        "held_out": held_out,
+    }
     raw |= {key: str(value) for key, value in top.items() if value is not None}
     if keep_serving:
         raw["keep_serving"] = True
@@ -86,6 +96,9 @@ def hub(
             console.print(line, soft_wrap=True, markup=False)
 
     job = Hub(settings, on_round=on_round)
+    if job.started is not None:
+        emit("started", **dataclasses.asdict(job.started))
+        console.print(str(job.started), soft_wrap=True, markup=False)
 
     def ready(address: str) -> None:
         emit("ready", address=address)
@@ -97,7 +110,8 @@ def hub(
     gc.freeze()
     with Board(tensorboard) as board:
         interrupted = asyncio.run(_serve(job, ready))
-    write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds")
+    started = [] if job.started is None else [f"{job.started}."]
+    write_report(job.run, f"{job.method.name}: {len(job.run.records)} rounds", started)
     traffic = job.gateway.traffic.by_kind()
     emit("done", run=str(settings.run), rounds=len(job.run.records), bytes=traffic)
     console.print(f"model, metrics and report in {settings.run}")

@@ -20,8 +20,8 @@ from edge_sdk.inference.metrics import Metric
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
 from export.build import model_of
-from export.split import SplitModel
-from export.writer import WEIGHTS, Tier, export_bundles
+from export.split import WEIGHTS, SplitModel
+from export.writer import Tier, export_bundles
 from server_hub.demo.processes import (
     CUTLAYER,
     HubProcess,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from edge_sdk.protocol.tensors import State
 from export.split import SplitModel
 from export.whole import without_trunk
-from export.writer import Tier
 from server_hub.aggregation.robust import RuleName
 from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.method import Method
+
+if TYPE_CHECKING:
+    from export.writer import Tier  # loads the compilers of the export, which a hub does not need
 
 
 @dataclass(frozen=True)

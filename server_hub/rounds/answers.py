@@ -72,7 +72,14 @@ class Answers:
             raise ProtocolError(ErrorCode.BAD_MESSAGE, "all of the model is on the device", "tier")
         self._check_options(message)
         check_answer(sizes, len(heads), manifest.classes)
-        query = Query(manifest.cut, manifest.codec, message.parts, message.base, message.robustness)
+        query = Query(
+            manifest.cut,
+            manifest.codec,
+            message.parts,
+            message.base,
+            message.robustness,
+            peer.device,
+        )
         effect = Effect()
         pieces = [
             replace(query, parts=_rows_of(query.parts, manifest, first, first + self._piece_rows))

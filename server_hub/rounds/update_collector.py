@@ -121,6 +121,20 @@ class UpdateCollector:
             for device, samples in claimed.items()
         }
 
+    def recount(self, device: str, samples: int) -> bool:
+        """A member says how many examples it has now, as :meth:`join`; returns whether in time.
+
+        It counts for the round in progress if the member has sent nothing of it yet. Without that,
+        a device could train on more examples than it counts for.
+        """
+        member = self._members[device]
+        if member.rows or member.state:
+            return False
+        claimed = {name: other.samples for name, other in self._members.items()}
+        claimed[device] = member.samples = samples
+        member.counted = counted_samples(claimed, self._limits.samples_over_median)[device]
+        return True
+
     def updates(self) -> list[DeviceUpdate]:
         """The updates of the devices that have delivered, in the order of their names."""
         return [self._updates[device] for device in sorted(self._rounds.delivered)]

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import State
 from server_hub.hub import Hub
 from server_hub.simulation.devices import Meter
-
-FILE = "checkpoint.safetensors"
+from server_hub.storage.starting_point import CHECKPOINT as FILE
+from server_hub.storage.starting_point import NUMBERS, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Checkpoint:
             "missed": self.missed,
             "method": self.method,
         }
-        write_atomically(folder / FILE, save(tensors, {"numbers": json.dumps(numbers)}))
+        write_atomically(folder / FILE, save(tensors, {NUMBERS: json.dumps(numbers)}))
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint | None:
@@ -121,12 +120,7 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            with safe_open(path, "numpy") as file:
-                numbers = json.loads(file.metadata()["numbers"])
-            stores: dict[str, State] = {}
-            for key, tensor in load(path.read_bytes()).items():
-                store, _, name = key.partition("/")
-                stores.setdefault(store, {})[name] = tensor
+            numbers, stores = read_checkpoint(path)
             numbers["meter"] = Meter(**numbers["meter"])
             return cls(stores=stores, **numbers)
         except Exception as error:  # safetensors raises errors of its own

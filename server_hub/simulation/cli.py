@@ -38,6 +38,10 @@ def simulate(
     method: Annotated[
         str | None, typer.Option(help="Training method, instead of the job's.")
     ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Run folder, checkpoint or weights whose model the job goes on with."),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed, instead of the job's.")] = None,
     runtime: RuntimeOption = "torch",
@@ -49,7 +53,14 @@ def simulate(
     ] = False,
 ) -> None:
     """Simulate a job: run its hub and devices in one process, on a virtual clock."""
-    job = read_job(job_file, runtime, method=method, rounds=rounds, seed=seed)
+    job = read_job(
+        job_file,
+        runtime,
+        method=method,
+        rounds=rounds,
+        seed=seed,
+        start_from=None if start_from is None else start_from.absolute(),
+    )
     folder = run or Path("runs") / f"{job_file.stem}-{job.method}-seed-{job.seed}"
     from server_hub.reports.comparison import accuracy_table, cost_table
     from server_hub.reports.progress import rounds_view
@@ -73,7 +84,7 @@ def simulate(
                 board.round(record)
                 show(record)
 
-            simulation.run(on_round)
+            simulation.run(on_round, lambda line: console.print(line, soft_wrap=True, markup=False))
         simulation.report()
     found = summary({(job.method, job.seed): (job, records)})
     console.print(accuracy_table(found).rich())

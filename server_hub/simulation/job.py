@@ -165,6 +165,8 @@ class Job:
         trunk: training of the trunk.
         cuts: whether and how cuts move.
         mix: the base networks of Split-Mix.
+        start_from: run folder, checkpoint, folder or file of weights whose model the job goes on
+            with; the initial model if None.
         hub_gflops: compute of the hub, in 10^9 operations per second; None for no limit.
         schedule: schedule of the learning rates over the rounds.
         evaluate_every: number of rounds from one evaluation to the next; the last round is always
@@ -184,6 +186,7 @@ class Job:
     trunk: TrunkTraining = field(default_factory=TrunkTraining)
     cuts: CutsTable = field(default_factory=CutsTable)
     mix: SplitMixTable = field(default_factory=SplitMixTable)
+    start_from: Path | None = None
     hub_gflops: float | None = None
     schedule: RateSchedule = "cosine"
     evaluate_every: int = 1

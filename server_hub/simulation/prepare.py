@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -225,7 +225,10 @@ def check_values(data: Dataset, ranges: Ranges) -> None:
 
 def describe(job: Job, runtime: DeviceRuntime) -> str:
     """Return job and runtime as JSON, which identifies the job of a run folder."""
-    return json.dumps({"job": asdict(job), "runtime": runtime}, indent=1, default=str) + "\n"
+    fields = asdict(job)
+    if job.start_from is None:  # runs of versions without this key resume, too
+        del fields["start_from"]
+    return json.dumps({"job": fields, "runtime": runtime}, indent=1, default=str) + "\n"
 
 
 def resume(folder: Path, described: str) -> Checkpoint | None:
@@ -244,7 +247,8 @@ def resume(folder: Path, described: str) -> Checkpoint | None:
     if (folder / JOB).exists():
         if (folder / JOB).read_text("utf-8") != described:
             raise ConfigError(
-                f"{folder} holds a run of another job; choose another folder, or remove it"
+                f"{folder} holds a run of another job; choose another folder with --run, and to "
+                f"go on with the model of this one add --start-from {folder}; or remove it"
             )
         last = Checkpoint.read(folder)
         written = len(read_records(folder)) if (folder / METRICS).exists() else 0
@@ -270,3 +274,24 @@ def put_down(folder: Path, described: str) -> None:
         write_atomically(folder / JOB, described.encode())
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+class OpenTokens:
+    """Implements :class:`server_hub.gateway.tokens.Tokens` with tokens that are no secrets.
+
+    The tokens are the same in every run, because the token of a device decides how long the device
+    waits before it connects again.
+    """
+
+    def __init__(self, clients: Iterable[Client]) -> None:
+        self._tiers = {client.name: client.tier for client in clients}
+
+    def token_of(self, device: str) -> str:
+        return f"token of {device}"
+
+    def device_of(self, token: str) -> str | None:
+        device = token.removeprefix("token of ")
+        return device if device in self._tiers else None
+
+    def tier_of(self, device: str) -> str | None:
+        return self._tiers.get(device)

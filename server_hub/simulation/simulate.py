@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,9 +29,10 @@ from export.exact import check_sharing
 from export.flops import flops_per_row
 from export.functional import TorchRuntime
 from export.ranges import find_ranges
+from export.split import WEIGHTS
 from export.step_set import all_steps
 from export.steps import ClientSteps
-from export.writer import WEIGHTS, make_steps, segment_of, write_tier
+from export.writer import make_steps, segment_of, write_tier
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits
 from server_hub.hub import Hub
@@ -55,6 +56,7 @@ from server_hub.simulation.partition import table_of
 from server_hub.simulation.prepare import (
     Client,
     FederatedData,
+    OpenTokens,
     check_cuts,
     check_fit,
     check_values,
@@ -109,7 +111,7 @@ class Simulation:
         self.job, self.folder, self.runtime = job, folder, runtime
         self.recipe = find(job.method, simulated_methods())
         self.meter = Meter()
-        self._behave = behave
+        self._behave, self._base = behave, base
         self._described = describe(job, runtime)
         self._resumed = resume(folder, self._described)
         say("reading data")
@@ -216,34 +218,38 @@ class Simulation:
         draw_partition(
             self.holdings(), self.folder / "partition.png", "examples of each class by client"
         )
-        write_report(
-            run,
-            f"{self.recipe.title}: {len(run.records)} simulated rounds",
-            ["![examples of each class by client](partition.png)"],
-        )
+        sections = ["![examples of each class by client](partition.png)"]
+        if self.job.start_from is not None:
+            sections.insert(0, f"Started from {self.job.start_from}.")
+        write_report(run, f"{self.recipe.title}: {len(run.records)} simulated rounds", sections)
 
     def run(
-        self, on_round: Callable[[RoundRecord], None] = lambda record: None
+        self,
+        on_round: Callable[[RoundRecord], None] = lambda record: None,
+        on_start: Say = lambda line: None,
     ) -> list[RoundRecord]:
         """Run the job, or the rest of an interrupted run, to its end.
 
         Args:
             on_round: called after each round.
+            on_start: called with a line that says what is taken over from an earlier run; not
+                called if nothing is.
 
         Returns:
             All rounds, including those before an interruption.
 
         Raises:
+            ConfigError: the job cannot start from the model that it names; nothing is written.
             CutlayerError: a device or the hub failed, or no device delivers updates.
         """
         last = self._resumed
         if last is not None and last.completed >= self.job.rounds.count:
             return self.records
         start = 0.0 if last is None else last.clock
-        return clock.run(lambda loop: self._run(loop, on_round), start)
+        return clock.run(lambda loop: self._run(loop, on_round, on_start), start)
 
     async def _run(
-        self, loop: VirtualLoop, on_round: Callable[[RoundRecord], None]
+        self, loop: VirtualLoop, on_round: Callable[[RoundRecord], None], on_start: Say
     ) -> list[RoundRecord]:
         last = self._resumed
         began = time.perf_counter() - (last.wall if last is not None else 0.0)
@@ -258,9 +264,11 @@ class Simulation:
             Checkpoint.of(hub, loop.time(), wall, self.meter).write(self.folder)
             on_round(replace(record, metric=self.metric))
 
-        put_down(self.folder, self._described)
-        tokens = _Tokens(self.clients)
+        tokens = OpenTokens(self.clients)
         hub = self._hub(tokens, last, costs, after_round)
+        put_down(self.folder, self._described)
+        if hub.started is not None:
+            on_start(str(hub.started))
         await hub.start()
         hub.round_log.job_began = 0.0
         devices = [self._device(client, tokens, hub, loop) for client in self.clients]
@@ -289,7 +297,7 @@ class Simulation:
 
     def _hub(
         self,
-        tokens: _Tokens,
+        tokens: OpenTokens,
         last: Checkpoint | None,
         costs: Callable[[], dict[str, float]],
         on_round: Callable[[RoundRecord], None],
@@ -310,6 +318,7 @@ class Simulation:
             bundles=self.index.folder,
             tokens=Path(),
             run=self.folder,
+            start_from=self._base / job.start_from if job.start_from and last is None else None,
             schedule=job.schedule,
             evaluate_every=job.evaluate_every,
             rounds=rules,
@@ -349,7 +358,7 @@ class Simulation:
             tokens=tokens,
             evaluate=lambda: self._evaluate(hub, trunk),
             costs=costs,
-            run=RunFolder(self.folder, None if last is None else last.completed, self.metric),
+            run=None if last is None else RunFolder(self.folder, last.completed, self.metric),
             on_round=on_round,
         )
         if last is not None:
@@ -357,7 +366,7 @@ class Simulation:
         return hub
 
     def _device(
-        self, client: Client, tokens: _Tokens, hub: Hub, loop: VirtualLoop
+        self, client: Client, tokens: OpenTokens, hub: Hub, loop: VirtualLoop
     ) -> SimulatedDevice:
         cache = self._scratch_folder / "devices" / client.name
         if self._resumed is not None:  # the device downloaded its bundles before the interruption
@@ -428,24 +437,3 @@ class Simulation:
             for path, tally in tallies.items():
                 tally.add(logits_of(path, heads, above), batch.y)
         return {path: tally.value for path, tally in tallies.items()}
-
-
-class _Tokens:
-    """Implements :class:`server_hub.gateway.tokens.Tokens` with tokens that are no secrets.
-
-    The tokens are the same in every run, because the token of a device decides how long the device
-    waits before it connects again.
-    """
-
-    def __init__(self, clients: Iterable[Client]) -> None:
-        self._tiers = {client.name: client.tier for client in clients}
-
-    def token_of(self, device: str) -> str:
-        return f"token of {device}"
-
-    def device_of(self, token: str) -> str | None:
-        device = token.removeprefix("token of ")
-        return device if device in self._tiers else None
-
-    def tier_of(self, device: str) -> str | None:
-        return self._tiers.get(device)

@@ -17,6 +17,8 @@ from edge_sdk.inference.metrics import Metric as Metric
 from edge_sdk.protocol.tensors import Array
 
 METRICS = "metrics.jsonl"
+PREVIOUS = "previous"
+"""Folder of the model before the last one that was saved, under the same names."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,10 @@ class RunFolder:
             lines = [json.dumps(asdict(record), allow_nan=False) + "\n" for record in self.records]
             write_atomically(folder / METRICS, "".join(lines).encode())
         elif (folder / METRICS).exists():
-            raise ConfigError(f"{folder} holds a run already; choose another folder")
+            raise ConfigError(
+                f"{folder} holds a run already; choose another folder with --run, and to go on "
+                f"with the model of this one add --start-from {folder}"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -134,6 +139,9 @@ class RunFolder:
     def save_model(self, state: Mapping[str, Array], tier: str | None) -> Path:
         """Write a whole model as safetensors, which ``SplitModel.load`` reads.
 
+        The model that was saved before stays in the folder :data:`PREVIOUS`. Each of the two files
+        is whole at any time.
+
         Args:
             state: tensors of the whole model by name.
             tier: name that tells files apart: a tier or a base network; None for a single model.
@@ -142,6 +150,9 @@ class RunFolder:
             Path of the file.
         """
         path = self.folder / ("model.safetensors" if tier is None else f"model.{tier}.safetensors")
+        if path.exists():
+            (self.folder / PREVIOUS).mkdir(exist_ok=True)
+            write_atomically(self.folder / PREVIOUS / path.name, path.read_bytes())
         # safetensors writes the memory of an array, and ignores its order
         whole = {name: np.require(tensor, requirements="C") for name, tensor in state.items()}
         write_atomically(path, save(whole))

@@ -40,6 +40,11 @@ class PendingBatch:
     effect: Effect = field(default_factory=Effect)
 
     @property
+    def device(self) -> str:
+        """Name of the device that has sent the batch."""
+        return self.step_input.device
+
+    @property
     def rows(self) -> int:
         """Number of examples in the batch."""
         return self.step_input.rows
@@ -82,8 +87,9 @@ class RoundTotals:
 class StepBatcher:
     """Merges batches into steps, and makes the steps.
 
-    A device may leave only a window of messages unsettled, so what waits is bounded, and a slow
-    trunk slows the devices down.
+    Devices take turns: a step takes a batch of each device that waits before it takes a second one
+    of any. A device may leave only a window of messages unsettled, so what waits is bounded, and a
+    slow trunk slows the devices down.
 
     Args:
         trunk: makes the steps.

@@ -17,6 +17,10 @@ class TrunkFailed(CutlayerError):
     """The trunk cannot go on, and with it the job."""
 
 
+class WorkerDied(TrunkFailed):
+    """The trunk's process has ended in the middle of a command."""
+
+
 class TrunkRefused(CutlayerError):
     """The trunk cannot use one input; it goes on with the others."""
 

@@ -80,14 +80,17 @@ class Evaluator:
         """
         try:
             h = get_codec(query.codec).unpack(to_device_by_name(query.parts, self._pool.device))
+            finite = torch.isfinite(h).all()
             with robustness(query.robustness):
                 logits = _above(self._served[query.cut, query.base], h, query.cut)
             result: Array = logits.cpu().numpy()
-            return result
         except Exception as error:
             if is_damage(error):
                 raise
             raise TrunkRefused(reason_of(error)) from error
+        if not finite:
+            raise TrunkRefused("the activations are not finite")
+        return result
 
     def evaluate(self, tiers: Mapping[str, tuple[int, str]], paths: Sequence[str]) -> Evaluation:
         """Evaluate the states that are served now on the held-out examples, in slices.
@@ -158,7 +161,7 @@ class Evaluator:
         task = self._pool.template.task
         rows = np.arange(len(self._held_out))
         single = [Tally(task) for _ in models]
-        for batch in batches_to_evaluate(self._held_out.take(rows[rows % 5 == 0]), models[0]):
+        for batch in batches_to_evaluate(self._held_out.read(rows[rows % 5 == 0]), models[0]):
             for model, tally in zip(models, single, strict=True):
                 tally.add(self._logits(model, batch.x)[None].cpu().numpy(), batch.y)
             yield
@@ -166,7 +169,7 @@ class Evaluator:
         better_is_more = task == "classes"
         order = sorted(range(len(models)), key=lambda b: scores[b], reverse=better_is_more)
         mixed = [Tally(task) for _ in models]
-        for batch in batches_to_evaluate(self._held_out.take(rows[rows % 5 != 0]), models[0]):
+        for batch in batches_to_evaluate(self._held_out.read(rows[rows % 5 != 0]), models[0]):
             total = torch.zeros((), device=self._pool.device)
             for i, base in enumerate(order):
                 total = total + self._logits(models[base], batch.x)

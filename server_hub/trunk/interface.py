@@ -69,6 +69,7 @@ class Query:
         parts: the packed tensors by name.
         base: number of the base network that they are of; 0 for a single model.
         robustness: weight of the noise norms in the answer, from 0 to 1.
+        device: name of the device that asks.
     """
 
     cut: int
@@ -76,6 +77,7 @@ class Query:
     parts: Mapping[str, Array]
     base: int = 0
     robustness: float = 0.0
+    device: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class TrunkTraining:
         max_mb: largest size of the packed activations in one merged step, in MiB; a single batch
             may be larger.
         mix_rows: number of rows that wait in a shuffle buffer, so that every step draws batches of
-            many devices; 0 for steps on batches in the order of their arrival.
+            many devices; 0 for steps on batches as they arrive, by turns of the devices.
         wait_s: seconds that a step waits for more rows to merge.
         max_norm: gradients of a step are scaled down to this norm, so that no device can throw
             the trunk far off with activations that are large but finite.

@@ -20,46 +20,24 @@ from torch import Tensor, nn
 from edge_sdk.protocol.tensors import Array, State
 from export.packing import get_codec
 from export.split import SplitModel, channel_axis
-from server_hub.trunk.bounds import ActivationBound
+from server_hub.trunk.bounds import ActivationBound, GradientBound
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss, merged_features
 from server_hub.trunk.errors import TrunkDamaged, TrunkRefused, divided, is_damage, reason_of
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.models import ModelPool, to_device, to_device_by_name
 from server_hub.trunk.replica import Replica
+from server_hub.trunk.step_batches import (
+    Received,
+    Unpacked,
+    counted_labels,
+    is_finite,
+    label_weights,
+    loss_sums,
+    merged_order,
+    rows_by_cut,
+)
 from server_hub.trunk.step_size import StepBounds, StepSize, bucket
 from server_hub.trunk.vmapped import VmappedTrainer
-
-
-@dataclass(frozen=True)
-class _Received:
-    """A batch on the trunk's device, still packed.
-
-    Attributes:
-        source: the batch as it came; its arrays may be overwritten before later passes.
-        parts: packed activations by name.
-        labels: labels; empty where they stay on the device.
-        counted: number of labels that count.
-        head_gradient: packed gradient of the features by name, where labels stay on the device.
-    """
-
-    source: StepInput
-    parts: dict[str, Tensor]
-    labels: Tensor
-    counted: int
-    head_gradient: dict[str, Tensor] | None
-
-
-@dataclass(frozen=True)
-class _Unpacked:
-    """A batch whose activations ``h`` (rows, ...) are unpacked for one pass."""
-
-    received: _Received
-    h: Tensor
-
-    @property
-    def source(self) -> StepInput:
-        """The batch as it came."""
-        return self.received.source
 
 
 @dataclass(frozen=True)
@@ -93,9 +71,10 @@ class TrunkTrainer:
         self._state: State = {}
         self._plan = TrunkPlan("sgd", {})
         self._replicas: dict[str, Replica] = {}
-        self._kept: list[_Received] = []
+        self._kept: list[Received] = []
         self._vmapped: VmappedTrainer | None = None
         self._activations = ActivationBound(self._device)
+        self._gradients = GradientBound(self._device)
 
     def begin(self, state: State, plan: TrunkPlan) -> None:
         """Start a round from ``state``, with no replicas and fresh optimizers."""
@@ -104,6 +83,7 @@ class TrunkTrainer:
         self._kept.clear()
         self._vmapped = None
         self._activations.begin()
+        self._gradients.begin()
         if plan.bases:
             self._vmapped = VmappedTrainer(
                 self._pool.template, state, plan, self._device, self._activations
@@ -113,7 +93,7 @@ class TrunkTrainer:
         """Make one depth-merged step per replica; refuse batches that it cannot be made with."""
         if self._vmapped is not None:
             return self._vmapped.step(inputs)
-        received: list[_Received | None] = [None] * len(inputs)
+        received: list[Received | None] = [None] * len(inputs)
         refused: dict[str, str] = {}
 
         def receive(places: Sequence[int]) -> None:
@@ -181,7 +161,7 @@ class TrunkTrainer:
 
     # --- batches --------------------------------------------------------------------------------
 
-    def _receive(self, inputs: Sequence[StepInput]) -> list[_Received]:
+    def _receive(self, inputs: Sequence[StepInput]) -> list[Received]:
         """Move batches to the trunk's device, all of them in one copy."""
         arrays: list[Array] = []
         for i in inputs:
@@ -200,18 +180,18 @@ class TrunkTrainer:
             if i.head_gradient is not None:
                 gradient = {name: next(moved) for name in i.head_gradient.parts}
                 counted = i.head_gradient.labels
-            received.append(_Received(i, parts, labels, counted, gradient))
+            received.append(Received(i, parts, labels, counted, gradient))
         return received
 
-    def _groups(self, order: Array) -> Iterator[list[_Received]]:
+    def _groups(self, order: Array) -> Iterator[list[Received]]:
         """Batches kept for later passes, in groups of one bucket of lengths, within bounds."""
         plan = self._plan
         bounds = StepBounds(plan.max_rows, plan.max_tokens, plan.max_bytes)
-        buckets: dict[int, list[_Received]] = {}
+        buckets: dict[int, list[Received]] = {}
         for i in order:
             buckets.setdefault(bucket(self._kept[i].source.length), []).append(self._kept[i])
         for batches in buckets.values():
-            group: list[_Received] = []
+            group: list[Received] = []
             size = StepSize()
             for batch in batches:
                 if group and not bounds.allow(size.plus(batch.source)):
@@ -223,7 +203,7 @@ class TrunkTrainer:
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def _train(self, received: Sequence[_Received | None], refused: dict[str, str]) -> StepReport:
+    def _train(self, received: Sequence[Received | None], refused: dict[str, str]) -> StepReport:
         """One step of every replica that a batch is for; None stands for a refused batch."""
         gradients: dict[int, Mapping[str, Array]] = {}
         losses: dict[int, tuple[float, int]] = {}
@@ -232,13 +212,13 @@ class TrunkTrainer:
         for name in dict.fromkeys(r.source.replica for r in given):
             replica = self._replica(name)
 
-            def work(some: Sequence[_Received], replica: Replica = replica) -> None:
+            def work(some: Sequence[Received], replica: Replica = replica) -> None:
                 nonlocal total, rows
                 loss, used = self._train_replica(replica, some, refused, gradients, losses)
                 total += loss
                 rows += used
 
-            def refuse(batch: _Received, reason: str) -> None:
+            def refuse(batch: Received, reason: str) -> None:
                 refused[batch.source.device] = reason
                 gradients.pop(id(batch), None)
 
@@ -252,7 +232,7 @@ class TrunkTrainer:
     def _train_replica(
         self,
         replica: Replica,
-        received: Sequence[_Received],
+        received: Sequence[Received],
         refused: dict[str, str],
         gradients: dict[int, Mapping[str, Array]],
         losses: dict[int, tuple[float, int]],
@@ -280,8 +260,9 @@ class TrunkTrainer:
                 outcome = self._backward(replica, batches)
                 if outcome.finite:
                     if self._plan.returned:
-                        for b in batches:
-                            gradients[id(b.received)] = self._packed_gradient(b, _counted(batches))
+                        weights, labels = label_weights(batches)
+                        for b, weight in zip(batches, weights, strict=True):
+                            gradients[id(b.received)] = self._packed_gradient(b, weight, labels)
                     for b, loss in zip(batches, outcome.losses, strict=True):
                         if b.received.head_gradient is None:
                             losses[id(b.received)] = loss, b.received.counted
@@ -290,14 +271,17 @@ class TrunkTrainer:
                     except Exception as error:  # some parameters may have moved already
                         raise TrunkDamaged(f"the optimizer failed: {reason_of(error)}") from error
                     self._activations.keep()
-                    replica.count(_rows_by_cut(batches))
-                    return sum(outcome.losses), _counted(batches)
+                    self._gradients.keep()
+                    replica.count(rows_by_cut(batches))
+                    return sum(outcome.losses), counted_labels(batches)
                 replica.restore(before)
-                fine = torch.stack([torch.isfinite(b.h).all() for b in batches]).tolist()
+                fine = torch.stack([is_finite(b) for b in batches]).tolist()
                 reason = "the activations are not finite"
                 if all(fine) and replica.has_diverged():
                     replica.diverged = True  # by training, not by these batches
                     break
+                if batches[0].gradient is not None:
+                    reason = "the activations, or the gradients of their features, are not finite"
                 if all(fine):
                     fine = [self._finite_alone(replica, b, before) for b in batches]
                     if all(fine):
@@ -309,23 +293,25 @@ class TrunkTrainer:
                 batches = [b for b, ok in zip(batches, fine, strict=True) if ok]
         return 0.0, 0
 
-    def _unpack(self, received: _Received) -> _Unpacked:
-        h = get_codec(received.source.codec).unpack(received.parts)
-        return _Unpacked(received, h.requires_grad_(self._plan.returned))
+    def _unpack(self, received: Received) -> Unpacked:
+        codec = get_codec(received.source.codec)
+        h = codec.unpack(received.parts).requires_grad_(self._plan.returned)
+        given = received.head_gradient
+        return Unpacked(received, h, None if given is None else codec.unpack(given))
 
     def _finite_alone(
-        self, replica: Replica, batch: _Unpacked, before: Mapping[str, Tensor]
+        self, replica: Replica, batch: Unpacked, before: Mapping[str, Tensor]
     ) -> bool:
         outcome = self._backward(replica, [batch])
         replica.restore(before)
         return outcome.finite
 
-    def _backward(self, replica: Replica, batches: Sequence[_Unpacked]) -> _Outcome:
+    def _backward(self, replica: Replica, batches: Sequence[Unpacked]) -> _Outcome:
         """Backward pass of the merged loss, gradients clipped; the host waits once, at the end."""
         replica.optimizer.zero_grad()
         for b in batches:
             b.h.grad = None
-        if batches[0].received.head_gradient is None:
+        if batches[0].gradient is None:
             loss, row_losses = self._loss(replica, batches)
             loss.backward()  # type: ignore[no-untyped-call]
         else:
@@ -335,16 +321,13 @@ class TrunkTrainer:
         if row_losses is None:
             return _Outcome(bool(finite), [math.nan] * len(batches))
         values = torch.cat([finite[None], row_losses]).cpu().numpy().astype(np.float64)
-        return _Outcome(bool(values[0]), _sums(values[1:], batches))
+        return _Outcome(bool(values[0]), loss_sums(values[1:], batches))
 
-    def _loss(self, replica: Replica, batches: Sequence[_Unpacked]) -> tuple[Tensor, Tensor]:
+    def _loss(self, replica: Replica, batches: Sequence[Unpacked]) -> tuple[Tensor, Tensor]:
         """The merged loss, and the unweighted loss of each row in the merged order (rows,)."""
-        labels = _counted(batches)
+        each, labels = label_weights(batches)
         weights = torch.from_numpy(
-            np.repeat(
-                np.array([b.source.weight / labels for b in batches]),
-                [b.source.rows for b in batches],
-            )
+            np.repeat(np.array([w / labels for w in each]), [b.source.rows for b in batches])
         ).to(self._device, batches[0].h.dtype, non_blocking=True)
         entering: dict[int, list[Entering]] = {}
         own = torch.split(weights, [b.source.rows for b in batches])
@@ -353,24 +336,29 @@ class TrunkTrainer:
         with self._autocast():
             return depth_merged_loss(replica.model, entering, auxiliary=not self._plan.returned)
 
-    def _backward_from_features(self, replica: Replica, batches: Sequence[_Unpacked]) -> None:
+    def _backward_from_features(self, replica: Replica, batches: Sequence[Unpacked]) -> None:
         """Backward pass from the gradients of the features, which the devices have sent."""
         entering: dict[int, list[Tensor]] = {}
         for b, h in zip(batches, self._shortened(batches), strict=True):
             entering.setdefault(b.source.cut, []).append(h)
         merged = self._merged_features(replica, entering)
+        bounded = self._gradients.shortened_gradients(
+            [b.source.device for b in batches],
+            [b.gradient for b in batches if b.gradient is not None],
+            [b.received.counted for b in batches],
+        )
+        weights, labels = label_weights(batches)
         gradient, row = torch.zeros_like(merged), 0
-        for b in (batches[i] for i in _merged_order(batches)):
-            assert b.received.head_gradient is not None
-            own = get_codec(b.source.codec).unpack(b.received.head_gradient)
-            own = own * (b.source.weight * b.received.counted / _counted(batches))
+        for i in merged_order(batches):
+            b = batches[i]
+            own = bounded[i] * (weights[i] * b.received.counted / labels)
             rows = gradient[row : row + b.source.rows]
             # a text may have been padded: no gradient comes back for positions it did not have
             (rows[:, : own.shape[1]] if own.dim() == 3 else rows).copy_(own)
             row += b.source.rows
         merged.backward(gradient)  # type: ignore[no-untyped-call]
 
-    def _shortened(self, batches: Sequence[_Unpacked]) -> list[Tensor]:
+    def _shortened(self, batches: Sequence[Unpacked]) -> list[Tensor]:
         """Activations of the batches, with rows that are far too long shortened."""
         entries = [(b.source.device, b.source.cut, 0) for b in batches]
         return self._activations.shortened(entries, [b.h for b in batches])
@@ -392,10 +380,12 @@ class TrunkTrainer:
         on = self._plan.precision == "bf16"
         return torch.autocast(self._device.type, torch.bfloat16, enabled=on)
 
-    def _packed_gradient(self, batch: _Unpacked, labels: int) -> Mapping[str, Array]:
+    def _packed_gradient(
+        self, batch: Unpacked, weight: float, labels: float
+    ) -> Mapping[str, Array]:
         """Gradient at the cut of the mean over the batch's own labels, not over all ``labels``."""
         assert batch.h.grad is not None
-        own = batch.h.grad * (labels / (batch.received.counted * batch.source.weight))
+        own = batch.h.grad * (labels / (batch.received.counted * weight))
         axis = channel_axis(batch.h, self._pool.template.channels_first)
         parts = get_codec(batch.source.codec).pack(own, axis)
         return {name: part.cpu().numpy() for name, part in parts.items()}
@@ -410,29 +400,3 @@ class TrunkTrainer:
     def _drop_replicas(self) -> None:
         self._pool.give_back([replica.model for replica in self._replicas.values()])
         self._replicas.clear()
-
-
-def _merged_order(batches: Sequence[_Unpacked]) -> list[int]:
-    """The order in which the rows of batches stand behind each other when they are merged."""
-    return sorted(range(len(batches)), key=lambda i: batches[i].source.cut)
-
-
-def _sums(row_losses: Array, batches: Sequence[_Unpacked]) -> list[float]:
-    """Sum of the losses of each batch's rows, given those of all rows in the merged order."""
-    order = _merged_order(batches)
-    ends = np.cumsum([batches[i].source.rows for i in order])
-    parts = dict(zip(order, np.split(row_losses, ends[:-1]), strict=True))
-    return [float(parts[i].sum()) for i in range(len(batches))]
-
-
-def _rows_by_cut(batches: Sequence[_Unpacked]) -> dict[int, int]:
-    """Number of rows that enter at each cut."""
-    rows: dict[int, int] = {}
-    for b in batches:
-        rows[b.source.cut] = rows.get(b.source.cut, 0) + b.source.rows
-    return rows
-
-
-def _counted(batches: Sequence[_Unpacked]) -> int:
-    """Number of labels that count in all batches."""
-    return sum(b.received.counted for b in batches)

@@ -25,7 +25,7 @@ from export.names import layer_of
 from export.optimizers import get_optimizer
 from export.packing import get_codec
 from export.split import SplitModel
-from server_hub.trunk.bounds import ActivationBound
+from server_hub.trunk.bounds import ActivationBound, shares
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.errors import divided
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
@@ -273,14 +273,15 @@ class VmappedTrainer:
             fields["noise"] = h.new_zeros(bases, rows)
         for i, (base, group) in enumerate(at.items()):
             # clean rows weigh nothing where all weight is on adversarial ones, which come later
-            total = sum(b.source.weight * b.counted for b in groups[base]) or 1.0
+            weights = _weights(groups[base])
+            total = sum(weights[b.number] * b.counted for b in groups[base]) or 1.0
             row = 0
             for b in group:
                 place = (i, slice(row, row + b.source.rows))
                 where = (*place, slice(b.h.shape[1])) if texts else place
                 h[where] = b.h
                 fields["labels"][where] = b.labels
-                fields["weights"][place] = b.source.weight / total
+                fields["weights"][place] = weights[b.number] / total
                 if b.present is not None:
                     fields["present"][place] = b.present.to(h.dtype)
                 if self._dual and b.source.batch.noise:
@@ -364,6 +365,13 @@ class _Loss(nn.Module):
     def forward(self, entering: Mapping[int, Sequence[Entering]]) -> tuple[Tensor, Tensor]:
         """See :func:`server_hub.trunk.depth_merge.depth_merged_loss`."""
         return depth_merged_loss(self.model, entering)
+
+
+def _weights(batches: Sequence[_Unpacked]) -> dict[int, float]:
+    """Weight of a label of each batch of one base in the step, by the batch's number."""
+    devices = [b.source.device for b in batches]
+    factors = shares(devices, [b.source.weight * b.counted for b in batches])
+    return {b.number: f * b.source.weight for f, b in zip(factors, batches, strict=True)}
 
 
 def _above(layer: str, cut: int) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from server_hub.trunk import startup, worker
-from server_hub.trunk.errors import TrunkFailed
+from server_hub.trunk.errors import TrunkFailed, WorkerDied
 from server_hub.trunk.interface import EvaluationReport
 from server_hub.trunk.shared_memory import SharedMemoryPipe
 
@@ -39,10 +39,6 @@ LOADING_S = 600.0
 
 _CLOSING_S = 3.0
 """Seconds that the process has to stop, before it is killed."""
-
-
-class WorkerDied(TrunkFailed):
-    """The trunk's process has ended in the middle of a command."""
 
 
 @dataclass
@@ -151,6 +147,19 @@ class WorkerProcess:
         else:
             before.add_done_callback(begin)
         return answer
+
+    async def idle(self) -> None:
+        """Wait until no command is on its way.
+
+        Raises:
+            WorkerDied: one of them has ended the process.
+        """
+        answers = [lane.answer for lane in self._lanes if lane.answer is not None]
+        if answers:
+            await asyncio.wait(answers)
+        for answer in answers:
+            if not answer.cancelled() and isinstance(death := answer.exception(), WorkerDied):
+                raise death
 
     async def next_report(self) -> EvaluationReport:
         """The report of the evaluation that was started last.

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_sdk.bundle.index import BundleIndex
-from export.writer import WEIGHTS
+from export.split import WEIGHTS
 from server_hub.gateway.limits import Limits
 from server_hub.hub import Hub
 from server_hub.rounds.rounds import RoundRules

@@ -514,7 +514,7 @@ async def asks_with_values_that_are_not_finite(attacker: Attacker) -> None:
         parts = {n: np.full_like(p, np.nan) if p.dtype.kind == "f" else p
                  for n, p in question.parts.items()}  # fmt: skip
         await peer.say(replace(question, parts=parts))
-        await asyncio.sleep(0.2)
+        await peer.is_refused("not_finite")
 
 
 # --- rounds ---------------------------------------------------------------------------------------

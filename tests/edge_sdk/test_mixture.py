@@ -32,9 +32,8 @@ from edge_sdk.training.plan import LocalPlan, LocalResult, Outgoing, advance
 from edge_sdk.transport.link import open_websocket
 from export.dual_norm import robustness as noise_norms
 from export.lowering.lowered import lower
-from export.split import SplitModel
+from export.split import WEIGHTS, SplitModel
 from export.step_set import all_steps
-from export.writer import WEIGHTS
 from server_hub.config import HubConfig
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub

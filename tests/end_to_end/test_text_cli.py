@@ -37,7 +37,7 @@ from export.functional import TorchRuntime
 from export.packing import get_codec
 from export.split import SplitModel
 from export.steps import ClientSteps
-from export.writer import Tier, export_bundles, make_steps, segment_of, write_tier
+from export.writer import Tier, export_bundles, make_steps, segment_of
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Listen
 from server_hub.gateway.tokens import TokenFile
@@ -59,6 +59,7 @@ from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.settings import TrunkTraining
 from tests.lib.harness import start_hub
 from tests.lib.models import AttentionBlock, TokenBlock
+from tests.lib.plans import write_without_lowering
 from tests.lib.records import record
 
 WORDS, WIDTH, LENGTH = 11, 8, 9
@@ -520,13 +521,6 @@ def test_operations_of_a_step_on_a_trained_table_are_those_of_eager_training() -
             losses.append(cross_entropy(model.answer(depth, h).flatten(0, 1), x.flatten()))
         sum(losses, torch.zeros(())).backward()
     assert counted == counter.get_total_flops() / 2
-
-
-def write_without_lowering(
-    steps: ClientSteps, name: str, tier: Tier, *args: Any, **settings: Any
-) -> Any:
-    """Do the work of ``write_tier`` without lowering; the operations of a step stay the same."""
-    return write_tier(steps, name, replace(tier, runtime="torch"), *args, **settings)
 
 
 def test_plan_of_a_model_of_tokens(

@@ -28,8 +28,7 @@ from export.adapters import TransformersModel, from_transformers
 from export.build import model_of
 from export.errors import ExportError
 from export.lora import Lora, adapted_modules, add_lora, set_ranks, unify
-from export.split import SplitModel
-from export.writer import WEIGHTS
+from export.split import WEIGHTS, SplitModel
 
 WORDS, LENGTH, DEPTH, WIDTH = 31, 8, 4, 16
 RANK, CUT, CUT_RANK = 4, 2, 2

@@ -108,7 +108,7 @@ def test_split_step_is_the_uncut_step(kind: str, optimizer: str, codec: str) -> 
     if codec == "float32" and optimizer == "adamw":
         runtimes += ["onnx"]
     for name in runtimes:
-        runtime = runtime_of(steps, name)
+        runtime = runtime_of(steps, name, ("activate", "backward"))
         uncut = Uncut(model, optimizer, steps.seeded)
         initial = {n: t.clone() for n, t in uncut.tensors().items()}
         for number, rows in enumerate((8, 3, 5)):
@@ -185,7 +185,9 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
 def test_executorch() -> None:
     """The methods of a .pte file make the steps of the functions, also with dropout."""
     model, steps = steps_of("dropout", get_codec("int8"), "sgd")
-    runtimes = [runtime_of(steps, "executorch"), runtime_of(steps, "torch")]
+    runtimes = [
+        runtime_of(steps, name, ("activate", "backward")) for name in ("executorch", "torch")
+    ]
     for number in range(3):
         y = torch.randint(CLASSES, (3,), generator=torch.Generator().manual_seed(number))
         for runtime in runtimes:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
@@ -103,19 +104,31 @@ def batch_of(x: Tensor, seed: int, optimizer: str, seeded: bool) -> dict[str, Ar
     return {"x": x.numpy(), "y": y, **hyper, **key}
 
 
-def both(
-    model: SplitModel, x: Tensor, folder: Path, optimizer: str = "sgd", codec: str = "fp16"
-) -> tuple[OnnxRuntime, TorchRuntime, ClientSteps]:
-    """Return the same tier in both runtimes."""
-    tiers = {name: Tier(len(model.block) - 1, codec, name) for name in ("onnx", "torch")}
-    index = export_bundles(
-        model, tiers, folder / "out", example=x, classes=CLASSES, optimizer=optimizer,
-        verified=False,
-    )  # fmt: skip
-    segment = ClientSegment(model, tiers["torch"].cut)
-    steps = make_steps(segment, tiers["torch"], x, CLASSES, optimizer)
-    torch_runtime = TorchRuntime(index.manifest("torch"), steps)
-    return OnnxRuntime(open_bundle(index, "onnx")), torch_runtime, steps
+Both = Callable[..., tuple[OnnxRuntime, TorchRuntime, ClientSteps]]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
+    """Gives the same tier of a kind in both runtimes, new ones each time; exports a kind once."""
+    exported: dict[tuple[str, str], BundleIndex] = {}
+
+    def give(kind: str, optimizer: str = "sgd") -> tuple[OnnxRuntime, TorchRuntime, ClientSteps]:
+        build, draw = MODELS[kind]
+        model, x = build(), draw(8, 0)
+        cut = len(model.block) - 1
+        tiers = {name: Tier(cut, "fp16", name) for name in ("onnx", "torch")}
+        if (kind, optimizer) not in exported:
+            exported[kind, optimizer] = export_bundles(
+                build(), tiers, tmp_path_factory.mktemp("both") / "out", example=x,
+                classes=CLASSES, optimizer=optimizer, verified=False,
+            )  # fmt: skip
+        index = exported[kind, optimizer]
+        model.add_heads([cut], x, CLASSES)
+        steps = make_steps(ClientSegment(model, cut), tiers["torch"], x, CLASSES, optimizer)
+        torch_runtime = TorchRuntime(index.manifest("torch"), steps)
+        return OnnxRuntime(open_bundle(index, "onnx")), torch_runtime, steps
+
+    return give
 
 
 def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float = 1e-5) -> None:
@@ -138,10 +151,10 @@ def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float
         ),
     ],
 )
-def test_same_as_onnx(kind: str, optimizer: str, tmp_path: Path) -> None:
+def test_same_as_onnx(kind: str, optimizer: str, both: Both) -> None:
     """States, losses, answers and activations of six steps are equal, for several batch sizes."""
-    build, draw = MODELS[kind]
-    onnx, runtime, steps = both(build(), draw(8, 0), tmp_path, optimizer)
+    _, draw = MODELS[kind]
+    onnx, runtime, steps = both(kind, optimizer)
     assert_close(runtime.get_state(), onnx.get_state(), 0)
     initial = runtime.get_state()
     for step, rows in enumerate((8, 3, 8, 5, 4, 8)):
@@ -264,9 +277,9 @@ def test_no_distillation_no_operators() -> None:
             make_steps(segment, Tier(1, distill=wrong), x, classes, "sgd")
 
 
-def test_momentum_of_zero(tmp_path: Path) -> None:
+def test_momentum_of_zero(both: Both) -> None:
     """Without momentum and weight decay the step is plain gradient descent, as in ONNX."""
-    onnx, runtime, _ = both(conv_model(), example(IMAGE), tmp_path)
+    onnx, runtime, _ = both("conv")
     hyper = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
     plain = {name: np.asarray(value, np.float32) for name, value in hyper.items()}
     for step in range(3):
@@ -275,9 +288,9 @@ def test_momentum_of_zero(tmp_path: Path) -> None:
         assert_close(runtime.get_state(), onnx.get_state())
 
 
-def test_devices_share_a_module(tmp_path: Path) -> None:
+def test_devices_share_a_module(both: Both) -> None:
     """Interleaved devices in threads give the results of single ones; the module stays."""
-    _, first, steps = both(build_batchnorm(), example(IMAGE), tmp_path)
+    _, first, steps = both("batchnorm and dropout")
     segment = steps.segment
     segment.stem.eval()
     modes = [module.training for module in segment.modules()]
@@ -329,9 +342,9 @@ def test_tied_tensors_and_modules() -> None:
     assert all(t is before[n] for n, t in segment.state_dict(keep_vars=True).items())
 
 
-def test_state(tmp_path: Path) -> None:
+def test_state(both: Both) -> None:
     """States are copied in and out, slots start at zero, and a wrong state is refused."""
-    onnx, runtime, _ = both(conv_model(), example(IMAGE), tmp_path)
+    onnx, runtime, _ = both("conv")
     batch = batch_of(example(IMAGE), 0, "sgd", False)
     initial = runtime.get_state()
     for state in runtime.get_state(), initial:
@@ -343,14 +356,14 @@ def test_state(tmp_path: Path) -> None:
         runtime.run("train", batch)
     onnx.run("train", batch)
     assert_close(runtime.get_state(), onnx.get_state())
-    assert_close(TorchRuntime(runtime.manifest, make(tmp_path)).get_state(), initial, 0)
+    assert_close(TorchRuntime(runtime.manifest, make()).get_state(), initial, 0)
     with pytest.raises(BundleError, match=r"stem\.bias is missing, must be \(6,\)"):
         runtime.set_state({n: a for n, a in initial.items() if n != "stem.bias"})
     with pytest.raises(BundleError, match=r"stem\.bias has shape \(5,\), must be \(6,\)"):
         runtime.set_state(initial | {"stem.bias": np.zeros(5, np.float32)})
 
 
-def make(folder: Path) -> ClientSteps:
+def make() -> ClientSteps:
     """Build the steps of the same tier from the same model again."""
     model = conv_model()
     model.add_heads([3], example(IMAGE), CLASSES)
@@ -359,9 +372,9 @@ def make(folder: Path) -> ClientSteps:
     )
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_refusals(both: Both) -> None:
     """Missing or wrong inputs and unknown graphs are refused, and the state does not change."""
-    _, runtime, steps = both(text_model(), words(8), tmp_path)
+    _, runtime, steps = both("words")
     batch = batch_of(words(4), 0, "sgd", False)
     before = runtime.get_state()
     with pytest.raises(DataError, match="the graph 'train' needs the input 'y'"):
@@ -400,9 +413,9 @@ def test_export(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def test_learner(tmp_path: Path) -> None:
+def test_learner(both: Both) -> None:
     """A whole local round gives the result of ONNX Runtime."""
-    onnx, runtime, _ = both(build_batchnorm(), example(IMAGE), tmp_path)
+    onnx, runtime, _ = both("batchnorm and dropout")
     y = torch.randint(CLASSES, (22,), generator=torch.Generator().manual_seed(1)).numpy()
     data = Examples(example(IMAGE, 22, 5).numpy(), y)
     plan = LocalPlan(2, 8, HYPER["sgd"], "train", seed=3)

@@ -29,7 +29,7 @@ from export.plan import Cost, Failure, Plan, Planner, epoch_s
 from export.plan_cli import parse_cuts
 from export.split import SplitModel
 from export.tiers import TierTable
-from export.writer import Tier, export_bundles, write_tier
+from export.writer import Tier, export_bundles
 from tests.lib.models import (
     BUILD,
     CLASSES,
@@ -42,6 +42,7 @@ from tests.lib.models import (
     open_bundle,
     token_model,
 )
+from tests.lib.plans import write_without_lowering
 
 BATCH = 4
 
@@ -79,21 +80,30 @@ def fake_memory() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def unlowered(fake_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the measurement of memory, and lower nothing."""
+    monkeypatch.setattr(plan_module, "write_tier", write_without_lowering)
+
+
 @pytest.fixture(scope="module")
 def planner() -> Iterator[Planner]:
-    """A planner for a model with cuts 1 and 2 on vectors of 6; it keeps its measurements."""
+    """A planner for a model with cuts 1 and 2 on vectors of 6; it keeps its measurements.
+
+    Only tests with ``unlowered`` use it, so its bundles have no step graphs.
+    """
     with Planner(token_model(), example(FEATURES), CLASSES) as planner:
         yield planner
 
 
 @pytest.fixture
 def lowered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The list of cuts that were lowered."""
+    """The list of cuts that would be lowered; nothing is."""
     cuts: list[int] = []
 
     def write(steps: Any, name: str, tier: Tier, *args: Any, **kwargs: Any) -> Any:
         cuts.append(tier.cut)
-        return write_tier(steps, name, tier, *args, **kwargs)
+        return write_without_lowering(steps, name, tier, *args, **kwargs)
 
     monkeypatch.setattr(plan_module, "write_tier", write)
     return cuts
@@ -178,7 +188,7 @@ class Affine(nn.Module):
         return result
 
 
-@pytest.mark.usefixtures("fake_memory")
+@pytest.mark.usefixtures("unlowered")
 def test_flops_of_linear_layers() -> None:
     inputs, width, cuts = 7, 10, 3
     blocks = [Affine(width) for _ in range(cuts + 1)]
@@ -195,7 +205,7 @@ def test_flops_of_linear_layers() -> None:
         assert cost.counts.flops == 6 * weights + 4 * inputs * width
 
 
-@pytest.mark.usefixtures("fake_memory")
+@pytest.mark.usefixtures("unlowered")
 def test_frozen_layers_cost_no_weight_gradient() -> None:
     model = SplitModel(nn.Linear(6, 10), [Affine(10) for _ in range(3)], MeanHead(10, CLASSES))
     for parameter in (*model.stem.parameters(), *model.block[0].parameters()):
@@ -220,7 +230,7 @@ def test_frozen_layers_cost_no_weight_gradient() -> None:
         (99.0, None, "can carry no cut: cut 1 needs 100.0 MB, the tier has 99"),
     ],
 )
-@pytest.mark.usefixtures("fake_memory")
+@pytest.mark.usefixtures("unlowered")
 def test_memory_at_the_limit(
     planner: Planner, memory_mb: float, cut: int | None, reason: str
 ) -> None:
@@ -234,7 +244,7 @@ def test_memory_at_the_limit(
         assert planner.choose(tiers) == {"a": cut}
 
 
-@pytest.mark.usefixtures("fake_memory")
+@pytest.mark.usefixtures("unlowered")
 def test_time_at_the_limit(planner: Planner) -> None:
     deep = costs_of(planner.plan({"a": TierTable(batch=BATCH)}))[-1]
     slow = TierTable(batch=BATCH, gflops=0.001, uplink_mbit=1.0)
@@ -259,7 +269,7 @@ def test_too_slow_is_known_without_lowering(lowered: list[int]) -> None:
     assert lowered == []
 
 
-@pytest.mark.usefixtures("fake_memory")
+@pytest.mark.usefixtures("unlowered")
 def test_seconds_of_an_epoch(planner: Planner) -> None:
     counts = costs_of(planner.plan({"a": TierTable(batch=BATCH)}))[0].counts
     update = counts.update_bytes * 8 / 2e6
@@ -275,7 +285,7 @@ def test_seconds_of_an_epoch(planner: Planner) -> None:
     assert epoch_s(slow, counts) == pytest.approx(50 * counts.flops / 1e3 + update)
 
 
-@pytest.mark.usefixtures("fake_memory")
+@pytest.mark.usefixtures("unlowered")
 def test_the_head_of_a_shallow_tier_counts_for_a_deep_one(planner: Planner) -> None:
     tiers = {
         "deep": TierTable(batch=BATCH, memory_mb=205),
@@ -287,7 +297,7 @@ def test_the_head_of_a_shallow_tier_counts_for_a_deep_one(planner: Planner) -> N
     assert choices["deep"].reason == "cut 2 needs 210.0 MB, the tier has 205"
 
 
-@pytest.mark.usefixtures("fake_memory")
+@pytest.mark.usefixtures("unlowered")
 def test_only_some_cuts(planner: Planner) -> None:
     plan = planner.plan({"a": TierTable(batch=BATCH)}, [1])
     assert [cost.tier.cut for cost in plan.costs] == [1]
@@ -309,7 +319,7 @@ def test_batches_share_a_lowered_bundle(lowered: list[int]) -> None:
     assert lowered == [1, 2]
 
 
-@pytest.mark.usefixtures("fake_memory")
+@pytest.mark.usefixtures("unlowered")
 def test_the_model_stays_as_it_is() -> None:
     model = conv_model().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -321,7 +331,7 @@ def test_the_model_stays_as_it_is() -> None:
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.usefixtures("fake_memory")
+@pytest.mark.usefixtures("unlowered")
 def test_a_block_that_cannot_be_exported() -> None:
     blocks = [ConvBlock(6), nn.Sequential(ConvBlock(6), nn.AlphaDropout(0.1)), ConvBlock(6)]
     model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), blocks, MeanHead(6, CLASSES))
@@ -348,13 +358,14 @@ def test_a_step_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("fake_memory")
-def test_quantized_inference_is_part_of_the_bundle(planner: Planner) -> None:
+def test_quantized_inference_is_part_of_the_bundle() -> None:
     sizes = {}
     precisions: tuple[Literal["float32", "int8"], ...] = ("float32", "int8")
-    for precision in precisions:
-        cost = planner.cost(TierTable(batch=BATCH, precision=precision).at(1), [])
-        assert isinstance(cost, Cost)
-        sizes[precision] = cost.bundle_bytes
+    with Planner(token_model(), example(FEATURES), CLASSES) as planner:
+        for precision in precisions:
+            cost = planner.cost(TierTable(batch=BATCH, precision=precision).at(1), [])
+            assert isinstance(cost, Cost)
+            sizes[precision] = cost.bundle_bytes
     assert sizes["int8"] > sizes["float32"]
 
 
@@ -448,6 +459,7 @@ def test_export_uses_the_plans_choice(tmp_path: Path, capsys: pytest.CaptureFixt
         assert tier["cost"]["parameters"] == exported[name]["parameters"]
 
 
+@pytest.mark.usefixtures("unlowered")
 def test_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "tiers.toml").write_text(
         "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.phone]\nbatch = 4\ngflops = 1\n"

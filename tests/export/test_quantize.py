@@ -44,9 +44,9 @@ from export.quantize import (
     quantize_matrices,
     verify_int8,
 )
-from export.split import ClientSegment, SplitModel
+from export.split import WEIGHTS, ClientSegment, SplitModel
 from export.steps import ClientSteps, Step
-from export.writer import WEIGHTS, Tier, export_bundles
+from export.writer import Tier, export_bundles
 from server_hub.gateway.tokens import TokenFile
 from tests.lib.commands import output, refusal
 from tests.lib.harness import examples, hub_config, running_hub, save_npz
@@ -351,8 +351,7 @@ def test_verified(runtime: RuntimeName) -> None:
 
 def test_onnx_file(tmp_path: Path) -> None:
     """Operators are standard; matrices are int8, which ONNX Runtime converts to float at load."""
-    _, index, _ = exported("text", tmp_path / "out")
-    data = open_bundle(index, "tier").graphs[INT8]
+    data = lowered(steps_of(text_model(), texts()), "onnx")[1].files[INT8]
     model = onnx.load_model_from_string(data)
     onnx.checker.check_model(model)
     own = {(f.domain, f.name) for f in model.functions}  # operators that are made of others
@@ -431,10 +430,16 @@ def test_executorch_bundle(tmp_path: Path) -> None:
     assert 0 < np.abs(exact - rounded_).max() < 0.1
 
 
-def test_does_not_follow_training(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def conv_index(tmp_path_factory: pytest.TempPathFactory) -> BundleIndex:
+    """Bundles of ``conv``, not verified; tests must not change them."""
+    folder = tmp_path_factory.mktemp("conv") / "out"
+    return exported("conv", folder, verified=False, model_path=BUILD)[1]
+
+
+def test_does_not_follow_training(conv_index: BundleIndex) -> None:
     """A new state changes the answers of float32, but not those of int8."""
-    _, index, _ = exported("conv", tmp_path / "out", verified=False)
-    bundle = open_bundle(index, "tier")
+    bundle = open_bundle(conv_index, "tier")
     runtime = load_runtime(bundle)
     learner = Learner(bundle.manifest, runtime)
     x = example(IMAGE, 3).numpy()
@@ -540,18 +545,13 @@ def test_without_the_graph(bundles: BundleIndex) -> None:
         learner.predict(example(IMAGE, 2).numpy(), "int8")
 
 
-def test_device(tmp_path: Path) -> None:
+def test_device(conv_index: BundleIndex, tmp_path: Path) -> None:
     """A device answers with int8, alone and through the hub."""
 
     async def scenario() -> None:
-        tier = {"tier": Tier(2, precision="int8")}
-        index = export_bundles(
-            build(), tier, tmp_path / "out", example=example(IMAGE), classes=CLASSES,
-            model_path=BUILD, int8=LossCheck(examples(20), allow_loss=True), verified=False,
-        )  # fmt: skip
-        config = hub_config(tmp_path, index)
+        config = hub_config(tmp_path, conv_index)
         token = TokenFile(config.tokens).issue("device")
-        bundle = open_bundle(index, "tier")
+        bundle = open_bundle(conv_index, "tier")
         learner = Learner(bundle.manifest, load_runtime(bundle))
         x = examples(6).x
         async with (

@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.training.data import Examples
-from export.writer import WEIGHTS
+from export.split import WEIGHTS
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile

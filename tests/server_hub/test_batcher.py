@@ -90,6 +90,20 @@ def test_as_many_steps_are_under_way_as_the_trunk_takes_at_once_in_their_order()
         run(test(steps_at_once))
 
 
+def test_a_device_with_many_batches_delays_another_one_by_no_step() -> None:
+    async def test() -> None:
+        running = Running(steps_at_once=1)
+        trunk = running.trunk
+        await running.put(*"aaaaaabc")
+        for number in range(3):
+            trunk.end(number)
+            await asyncio.sleep(0.005)
+        assert trunk.begun == [["a", "b"], ["c", "a"], ["a", "a"], ["a", "a"]]
+        await running.stop()
+
+    run(test())
+
+
 def test_rows_are_waited_for_as_long_as_a_step_is_under_way() -> None:
     """A half-filled step would only wait behind the running step."""
 

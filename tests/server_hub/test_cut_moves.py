@@ -46,9 +46,9 @@ from edge_sdk.transport.link import Link, MemoryLink, open_websocket
 from edge_sdk.transport.replies import RoundOver
 from export import packing
 from export.functional import TorchRuntime
-from export.split import SplitModel
+from export.split import WEIGHTS, SplitModel
 from export.steps import ClientSteps
-from export.writer import WEIGHTS, Tier, export_bundles, make_steps, segment_of
+from export.writer import Tier, export_bundles, make_steps, segment_of
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile

@@ -15,8 +15,8 @@ from edge_sdk.cli.main import main
 from edge_sdk.errors import BundleError
 from edge_sdk.inference.mixture import Mixture
 from export.build import model_of
-from export.split import SplitModel
-from export.writer import WEIGHTS, Tier, export_bundles
+from export.split import WEIGHTS, SplitModel
+from export.writer import Tier, export_bundles
 from server_hub.storage.run_folder import RoundRecord, RunFolder
 from tests.lib.commands import refusal
 from tests.lib.mixture_files import MODEL, tiers_toml

@@ -38,6 +38,7 @@ from tests.lib.tasks import run
 from tests.lib.trunk_models import (
     BusyBlock,
     DyingBlock,
+    FragileBlock,
     SleepingBlock,
     arrival_of,
     conv_model,
@@ -45,6 +46,7 @@ from tests.lib.trunk_models import (
     inputs,
     model_with_a_lambda,
     no_model,
+    poisoned,
     slow_model,
     state_of,
 )
@@ -319,6 +321,68 @@ def test_a_batch_that_ends_the_worker_is_refused_and_the_job_goes_on() -> None:
 
 
 @pytest.mark.slow
+def test_a_merged_step_that_ends_the_worker_is_made_without_the_device_to_blame(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nothing of a half that was trained before another one ended the process is missing."""
+
+    async def test() -> None:
+        model = slow_model(FragileBlock())
+        plan = TrunkPlan("sgd", HYPER, returned=True)
+        batches = [arrival_of(model, 3, 2, n, f"device-{n % 3}", codec="fp16") for n in range(4)]
+        batches[2] = poisoned(batches[2])
+        good = [b for b in batches if b.device != "device-2"]
+        question = query_of(model, 3, 2, 50)
+        async with worker(model) as trunk:
+            await trunk.serve({3: state_of(model)})
+            await trunk.begin(state_of(model), plan)
+            report, other, _ = await asyncio.gather(
+                trunk.step(batches), trunk.step(good[:1]), trunk.answer(question)
+            )
+            reason = "the trunk's process ended with exit code 7 in step"
+            assert report.refused == {"device-2": reason}
+            assert report.rows == sum(b.rows for b in good)
+            given = [b.device != "device-2" for b in batches]
+            assert [loss is not None for loss in report.losses] == given
+            assert [gradient is not None for gradient in report.gradients] == given
+            assert (other.refused, other.rows) == ({}, 2)
+
+            # it is not tried again, and nothing has to be started again for that
+            pid = worker_pid()
+            again = await trunk.step(batches)
+            assert (again.refused, again.rows) == (report.refused, report.rows)
+            assert (await trunk.step(batches[2:3])).refused == report.refused
+            with pytest.raises(TrunkRefused, match="exit code 7"):
+                await trunk.answer(dataclasses.replace(question, device="device-2"))
+            assert worker_pid() == pid
+            samples = {copy.layer: copy.samples for copy in await trunk.finish()}
+            # the other step may have been made, and lost, before the search
+            assert samples["block.3"] - 2 * report.rows in (0, other.rows)
+
+    run(test(), 2 * TIMEOUT_S)
+    assert len([m for m in caplog.messages if "it is started again" in m]) == 4
+    assert any("device-2 is to blame" in message for message in caplog.messages)
+
+
+@pytest.mark.slow
+def test_a_question_that_ends_the_worker_is_refused_and_its_device_from_then_on() -> None:
+    async def test() -> None:
+        model = slow_model(FragileBlock())
+        fine = arrival_of(model, 3, 2, 1, codec="fp16")
+        bad = Query(3, "fp16", poisoned(fine).batch.parts, device="killer")
+        async with worker(model) as trunk:
+            await trunk.serve({3: state_of(model)})
+            await trunk.begin(state_of(model), TrunkPlan("sgd", HYPER))
+            for _ in range(3):
+                with pytest.raises(TrunkRefused, match="exit code 7 in answer"):
+                    await trunk.answer(bad)
+            assert (await trunk.step([fine])).rows == 2
+            assert (await trunk.step([dataclasses.replace(fine, device="killer")])).rows == 0
+
+    run(test(), TIMEOUT_S)
+
+
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_ends_the_worker_and_not_the_job() -> None:
     async def test() -> None:
         model = slow_model(DyingBlock(sleeps=True))
@@ -327,7 +391,7 @@ def test_a_step_that_takes_too_long_ends_the_worker_and_not_the_job() -> None:
             report = await trunk.step([arrival_of(model, 1, 7, 1)])
             (reason,) = report.refused.values()
             assert reason == "the trunk's process made no answer in step within 10 s"
-            assert (await trunk.step([arrival_of(model, 1, 2, 1)])).rows == 2
+            assert (await trunk.step([arrival_of(model, 1, 2, 2)])).rows == 2
 
     run(test(), TIMEOUT_S)
 

@@ -9,15 +9,19 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.replay import ReplayDevice, Replayer
 from edge_sdk import Device
 from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.errors import HubError
+from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.messages import (
     Batch,
     BlobGet,
     Decline,
+    Error,
     Infer,
     Ready,
     Round,
@@ -25,12 +29,14 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from server_hub.gateway.tokens import TokenFile
+from server_hub.methods.method import always
 from server_hub.methods.settings import LocalTraining
 from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation import devices
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
 from server_hub.storage.run_folder import RoundRecord
+from server_hub.trunk.errors import TrunkFailed, TrunkRefused
 from server_hub.trunk.interface import StepInput, StepReport
 from server_hub.trunk.settings import TrunkTraining
 from tests.lib.harness import examples, hub_config, running_hub
@@ -284,6 +290,73 @@ def test_a_question_that_the_trunk_cannot_answer_ends_one_session(
                 answer = await device.predict(data.x, confidence=2.0)
                 assert not answer.by_hub.any()
                 assert len((await device.train()).rounds) == 1
+
+    asyncio.run(asyncio.wait_for(job(), 30))
+
+
+REQUESTS = {
+    "refused": (TrunkRefused("the activations are not finite"), "not_finite", "are not finite"),
+    "a failure": (TrunkFailed("the trunk's process has ended"), "internal", "try later"),
+}
+"""What the trunk raises at a request, and the code and text of the error that a device gets."""
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+@pytest.mark.parametrize("request_of", ["a question", "features"])
+def test_a_device_is_told_whether_the_same_request_may_succeed_later(
+    what: str,
+    request_of: str,
+    tmp_path: Path,
+    bundles: BundleIndex,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised, code, text = REQUESTS[what]
+    config = hub_config(tmp_path, bundles, rounds=RoundRules(count=2))
+    token = TokenFile(config.tokens).issue("phone")
+
+    async def fail(request: object) -> None:
+        raise raised
+
+    async def job() -> None:
+        async with running_hub(config) as (hub, url), raw(url) as connection:
+            client = RawClient(connection)
+            if request_of == "features":
+                object.__setattr__(hub.method, "stage", always(ActivationMode.U_SHAPED))
+            monkeypatch.setattr(hub.trunk, "answer", fail)
+            monkeypatch.setattr(hub.trunk, "features", fail)
+            task = await client.join(token)
+            good = good_activations(bundles.manifest("small"), task.round)
+            if request_of == "features":
+                await client.say(replace(good, labels=None))
+            else:
+                await client.say(Infer(request=1, parts=good.parts))
+            error = await client.hear(Error)
+            assert (error.code, error.fatal) == (code, True)
+            assert text in error.message
+            assert HubError(error.code, error.message).is_temporary == (what == "a failure")
+            assert await client.closed()
+
+    asyncio.run(asyncio.wait_for(job(), 30))
+
+
+def test_a_question_that_is_not_finite_is_refused_for_good(
+    tmp_path: Path, bundles: BundleIndex
+) -> None:
+    config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1))
+    token = TokenFile(config.tokens).issue("phone")
+
+    async def job() -> None:
+        async with running_hub(config) as (_, url), raw(url) as connection:
+            client = RawClient(connection)
+            await client.say(replace(GOOD, token=token))
+            await client.hear(Welcome)
+            parts = good_activations(bundles.manifest("small"), 1).parts
+            parts["h.scale"] = np.full_like(parts["h.scale"], np.nan)
+            await client.say(Infer(request=1, parts=parts))
+            error = await client.hear(Error)
+            assert (error.code, error.fatal) == ("not_finite", True)
+            assert error.message == "the activations are not finite"
+            assert await client.closed()
 
     asyncio.run(asyncio.wait_for(job(), 30))
 

@@ -164,3 +164,82 @@ def test_merged_texts_are_bounded_after_padding(
 def test_the_oldest_text_is_never_passed_over() -> None:
     given = texts(1000, *[5] * 40)
     assert groups(given, bounds(8))[0] == given[:1]
+
+
+# --- turns ----------------------------------------------------------------------------------------
+
+
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 8)), max_size=60),
+    max_rows=st.integers(8, 40),
+    data=st.data(),
+)
+def test_devices_take_turns_and_steps_are_full(
+    arrivals: list[tuple[int, int]], max_rows: int, data: st.DataObject
+) -> None:
+    mixer = ShuffleBuffer[Batch](lambda batch: None)
+    mixer.begin(0, seed=1)
+    waiting: dict[int, list[Batch]] = {}
+    passed: Counter[tuple[int, int]] = Counter()
+
+    def step() -> None:
+        group = mixer.take(bounds(max_rows))
+        for batch in group:
+            assert waiting[batch.device].pop(0) == batch, "of a device the oldest batch comes first"
+            for other in waiting:
+                if waiting[other]:
+                    passed[other, batch.device] += 1
+                passed[batch.device, other] = 0
+        # while a batch waits, no other device has two turns
+        assert all(count <= 1 for count in passed.values())
+        left = [batches[0] for batches in waiting.values() if batches]
+        assert len(mixer) == sum(map(len, waiting.values()))
+        if left:
+            used = sum(batch.rows for batch in group)
+            assert used + max(batch.rows for batch in left) > max_rows, "there was room"
+
+    for number, (device, rows) in enumerate(arrivals):
+        batch = Batch(device, number, rows)
+        waiting.setdefault(device, []).append(batch)
+        mixer.put(batch)
+        if data.draw(st.booleans()):
+            step()
+    while len(mixer):
+        step()
+    assert mixer.rows == 0
+
+
+def test_a_device_with_many_batches_does_not_delay_another_one() -> None:
+    mixer = ShuffleBuffer[Batch](lambda batch: None)
+    mixer.begin(0, seed=1)
+    for batch in batches([4] * 100, device=1):
+        mixer.put(batch)
+    assert [b.device for b in mixer.take(bounds(16))] == [1, 1, 1, 1]
+    for device in (2, 3):
+        for batch in batches([4] * 2, device):
+            mixer.put(batch)
+    assert [b.device for b in mixer.take(bounds(16))] == [1, 2, 3, 1]
+    assert [b.device for b in mixer.take(bounds(16))] == [2, 3, 1, 1]
+
+
+def test_a_text_that_is_passed_over_is_in_the_next_step() -> None:
+    mixer = ShuffleBuffer[Batch](lambda batch: None)
+    mixer.begin(0, seed=1)
+    mixer.put(Batch(1, 0, 4, 64))
+    long = Batch(2, 1, 4, 1000)
+    for batch in (long, Batch(2, 2, 4, 64), Batch(3, 3, 4, 64)):
+        mixer.put(batch)
+    assert [b.number for b in mixer.take(bounds(256))] == [0, 2, 3]
+    mixer.put(Batch(1, 4, 4, 64))
+    assert mixer.take(bounds(256)) == [long]
+
+
+def test_devices_enter_the_buffer_by_turns() -> None:
+    entered: list[Batch] = []
+    mixer = ShuffleBuffer[Batch](entered.append)
+    mixer.begin(40, seed=1)
+    for batch in [*batches([10] * 8, device=1), *batches([10] * 2, device=2)]:
+        mixer.put(batch)
+    for _ in range(2):
+        mixer.take(bounds(20))
+    assert [b.device for b in entered] == [1, 1, 1, 1, 1, 2, 1, 2]

@@ -20,20 +20,18 @@ from server_hub.trunk.interface import Query, StepInput, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 from tests.lib.trunk_models import (
     CLASSES,
+    POISON,
     WIDTH,
     DenseBlock,
     PooledHead,
     arrival_of,
+    poisoned,
     state_of,
     step_input,
     tensors_of,
 )
 
 SGD = TrunkPlan("sgd", {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4})
-
-
-POISON = 0.77001953125
-"""A value that float16 holds exactly, and that is not large enough to be shortened."""
 
 
 class Choosy(DenseBlock):
@@ -62,13 +60,6 @@ def choosy_model(raises: Exception, wrong: Callable[[Tensor], bool] = has_poison
     torch.manual_seed(0)
     blocks = [DenseBlock(), DenseBlock(), Choosy(raises, wrong)]
     return SplitModel(nn.Linear(5, WIDTH), blocks, nn.Linear(WIDTH, CLASSES))
-
-
-def poisoned(arrival: StepInput, value: float = POISON) -> StepInput:
-    """Return an arrival in fp16 with one value replaced."""
-    parts = {name: np.array(part) for name, part in arrival.batch.parts.items()}
-    parts["h"].flat[0] = value
-    return replace(arrival, batch=replace(arrival.batch, parts=parts))
 
 
 def begun(model: SplitModel, plan: TrunkPlan = SGD) -> TrunkTrainer:
@@ -147,6 +138,10 @@ def test_a_query_that_raises_fails_alone() -> None:
     fine, bad = some(model, 1)[0], poisoned(some(model, 1)[0])
     with pytest.raises(TrunkRefused, match="IndexError: no such row"):
         evaluator.answer(Query(2, "fp16", bad.batch.parts))
+    for value in (math.nan, math.inf):
+        endless = poisoned(fine, value)
+        with pytest.raises(TrunkRefused, match="the activations are not finite"):
+            evaluator.answer(Query(2, "fp16", endless.batch.parts))
     assert evaluator.answer(Query(2, "fp16", fine.batch.parts)).shape == (1, 2, CLASSES)
 
 

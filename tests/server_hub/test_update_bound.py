@@ -97,6 +97,28 @@ def test_two_devices_bound_each_other_in_the_first_round() -> None:
     assert distances(bounded, "stem.w") == pytest.approx([0.1, 0.6], rel=1e-5)
 
 
+def test_a_layer_with_few_copies_is_shortened_as_much_as_the_rest_of_its_update() -> None:
+    """Heads have the copies of one tier alone; an attacker's other layers give it away."""
+    start = {**START, "aux.1.w": np.zeros(3, np.float32), "square/aux.1.w": np.ones(3, np.float32)}
+    updates = []
+    for i in range(6):
+        state = {"stem.w": START["stem.w"] + np.float32(0.1 if i else 10.0)}
+        if i < 2:  # the attacker's tier
+            by = 0.2 if i else 20.0
+            state["aux.1.w"] = np.array([by, -by, by], np.float32)
+            state["square/aux.1.w"] = np.full(3, 1 + 0.01 * by**2, np.float32)
+        updates.append(DeviceUpdate(f"d{i}", state, 10))
+    clipped, *others = UpdateBound(1.5).apply(Merged(start), updates)
+    # the stem goes from 100 times the median to 1.5 times: so does the head
+    np.testing.assert_allclose(clipped.state["stem.w"], START["stem.w"] + 0.15, rtol=1e-5)
+    np.testing.assert_allclose(clipped.state["aux.1.w"], [0.3, -0.3, 0.3], rtol=1e-5)
+    want = 1 + 0.01 * 20.0**2 * (0.15 / 10) ** 2
+    np.testing.assert_allclose(clipped.state["square/aux.1.w"], want, rtol=1e-5)
+    for before, after in zip(updates[1:], others, strict=True):
+        for name, tensor in before.state.items():
+            np.testing.assert_array_equal(after.state[name], tensor)
+
+
 def test_a_device_is_bounded_by_its_own_history() -> None:
     bound = UpdateBound(3.0)
     others = [moved(f"d{i}", {"stem.w": 1.0}) for i in range(6)]

@@ -9,6 +9,7 @@ shapes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,6 +89,12 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.pow.Tensor_Scalar: pow_scalar,
         aten.squeeze.dims: squeeze_dims,
     }
-    table = {**core_aten_decompositions(), **ours}
+    table = {**_core(), **ours}
     table.pop(aten.squeeze.dim, None)  # torch would decompose it to squeeze.dims
     return table
+
+
+@cache
+def _core() -> dict[Any, Callable[..., Any]]:
+    """Torch's core table, which is the same for every step and takes torch a while to build."""
+    return dict(core_aten_decompositions())

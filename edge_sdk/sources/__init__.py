@@ -1,0 +1,1 @@
+"""Files and folders as sources of rows: arrays, images, tables."""
