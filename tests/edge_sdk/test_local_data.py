@@ -162,7 +162,7 @@ def test_a_bad_row_is_named_when_it_is_read() -> None:
     source.here = [*range(50), 90]
     with pytest.raises(DataError, match="the app's row 90: y is the label 10"):
         trained(data, 2, 0)
-    with pytest.raises(DataError, match="the app's row 90: labels reach"):
+    with pytest.raises(DataError, match="the app's row 90: y is the label"):
         LocalData(source).fit(MANIFEST)
 
 
