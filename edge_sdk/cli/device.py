@@ -32,6 +32,7 @@ class DeviceConfig:
     token: str
     tier: str | None = None
     data: Path | None = None
+    keep_back: float = 0.0
     evaluate: Path | None = None
     cache: Path = DEFAULT_CACHE
     trust: list[str] | None = None
@@ -46,6 +47,8 @@ class DeviceConfig:
             raise ValueError(f"memory_mb is {self.memory_mb}; it must be 1 or more")
         if not self.patience_s >= 0:
             raise ValueError(f"patience_s is {self.patience_s}; it must be 0 or more")
+        if not 0 <= self.keep_back < 1:
+            raise ValueError(f"keep_back is {self.keep_back}; it must be from 0 to below 1")
         for name in ("url", "token", "tier"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} is empty")
@@ -64,6 +67,12 @@ def device(
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help=".npz with x and y to train on; without it, only evaluate.")
+    ] = None,
+    keep_back: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the data that never trains; the device evaluates on it for the hub."
+        ),
     ] = None,
     evaluate: Annotated[
         Path | None, typer.Option(help=".npz with x and y to measure accuracy or perplexity on.")
@@ -87,8 +96,8 @@ def device(
     """Join a hub, train on local data until the job is over, and measure the result."""
     given = {
         "url": url, "token": token, "tier": tier, "data": data,
-        "evaluate": evaluate, "cache": cache, "trust": trust or None, "threads": threads,
-        "memory_mb": memory_mb, "patience_s": patience_s,
+        "keep_back": keep_back, "evaluate": evaluate, "cache": cache, "trust": trust or None,
+        "threads": threads, "memory_mb": memory_mb, "patience_s": patience_s,
     }  # fmt: skip
     raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
     raw |= {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
@@ -121,6 +130,7 @@ async def _run(
         token=settings.token,
         tier=settings.tier,
         data=data,
+        keep_back=settings.keep_back,
         cache=settings.cache,
         trust=settings.trust,
         threads=settings.threads,

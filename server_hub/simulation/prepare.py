@@ -276,7 +276,7 @@ def put_down(folder: Path, described: str) -> None:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
 
 
-class OpenTokens:
+class FleetTokens:
     """Implements :class:`server_hub.gateway.tokens.Tokens` with tokens that are no secrets.
 
     The tokens are the same in every run, because the token of a device decides how long the device
@@ -287,6 +287,7 @@ class OpenTokens:
         self._tiers = {client.name: client.tier for client in clients}
 
     def token_of(self, device: str) -> str:
+        """Return the token of the device of this name."""
         return f"token of {device}"
 
     def device_of(self, token: str) -> str | None:

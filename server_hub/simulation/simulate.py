@@ -56,7 +56,7 @@ from server_hub.simulation.partition import table_of
 from server_hub.simulation.prepare import (
     Client,
     FederatedData,
-    OpenTokens,
+    FleetTokens,
     check_cuts,
     check_fit,
     check_values,
@@ -264,7 +264,7 @@ class Simulation:
             Checkpoint.of(hub, loop.time(), wall, self.meter).write(self.folder)
             on_round(replace(record, metric=self.metric))
 
-        tokens = OpenTokens(self.clients)
+        tokens = FleetTokens(self.clients)
         hub = self._hub(tokens, last, costs, after_round)
         put_down(self.folder, self._described)
         if hub.started is not None:
@@ -297,7 +297,7 @@ class Simulation:
 
     def _hub(
         self,
-        tokens: OpenTokens,
+        tokens: FleetTokens,
         last: Checkpoint | None,
         costs: Callable[[], dict[str, float]],
         on_round: Callable[[RoundRecord], None],
@@ -321,6 +321,7 @@ class Simulation:
             start_from=self._base / job.start_from if job.start_from and last is None else None,
             schedule=job.schedule,
             evaluate_every=job.evaluate_every,
+            evaluation_s=job.rounds.deadline_s,
             rounds=rules,
             local=job.local,
             trunk=job.trunk,
@@ -360,13 +361,14 @@ class Simulation:
             costs=costs,
             run=None if last is None else RunFolder(self.folder, last.completed, self.metric),
             on_round=on_round,
+            in_order=True,  # a checkpoint is of the hub between two rounds
         )
         if last is not None:
             last.apply(hub)
         return hub
 
     def _device(
-        self, client: Client, tokens: OpenTokens, hub: Hub, loop: VirtualLoop
+        self, client: Client, tokens: FleetTokens, hub: Hub, loop: VirtualLoop
     ) -> SimulatedDevice:
         cache = self._scratch_folder / "devices" / client.name
         if self._resumed is not None:  # the device downloaded its bundles before the interruption
@@ -390,6 +392,7 @@ class Simulation:
             load,
             hub.gateway.serve_link,
             self.job.seed,
+            self.job.keep_back,
         )
 
     def _runtime(self, bundle: Bundle, threads: int) -> Runtime:

@@ -50,18 +50,18 @@ OTHER_TYPES: dict[Any, list[Any]] = {
 
 ZERO = {
     "HubConfig": {
-        "leave_s", "listen.port", "rounds.seed", "rounds.grace", "rounds.grace_s",
+        "leave_s", "evaluation_s", "listen.port", "rounds.seed", "rounds.grace", "rounds.grace_s",
         "local.hyper.k", "local.staleness", "trunk.hyper.k", "trunk.mix_rows", "trunk.wait_s",
         "trunk.threads", "mix.robustness", "mix.seed", "mix.attack.low",
     },
     "TiersConfig": {"tiers.a.cut", "lora.dropout", "lora.rank", "lora.alpha", "bases"},
     "Job": {
-        "data.seed", "tiers.a.latency_ms", "tiers.a.loss", "tiers.a.offline_s",
+        "data.seed", "keep_back", "tiers.a.latency_ms", "tiers.a.loss", "tiers.a.offline_s",
         "partition.seed", "local.hyper.k", "local.staleness", "trunk.hyper.k",
         "trunk.mix_rows", "trunk.wait_s", "trunk.threads", "mix.robustness", "mix.attack.low",
         "seed",
     },
-    "DeviceConfig": {"patience_s"},
+    "DeviceConfig": {"patience_s", "keep_back"},
 }  # fmt: skip
 """Numbers that may be 0, or are checked when the model is there."""
 
