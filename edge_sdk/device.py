@@ -12,7 +12,7 @@ from types import TracebackType
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.bundle.signing import read_trust
 from edge_sdk.bundle.store import BlobStore
-from edge_sdk.errors import BundleError, DataError, HubError
+from edge_sdk.errors import BundleError, DataError, Diverged, HubError
 from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.kept_back import KeptBack
 from edge_sdk.inference.mixture import Mixture
@@ -20,7 +20,7 @@ from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction,
 from edge_sdk.protocol.base import EVALUATION, EXTENSIONS
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate
-from edge_sdk.protocol.messages import Decline, Move, Ready, Round, Stop
+from edge_sdk.protocol.messages import DIVERGED, Decline, Move, Ready, Round, Stop
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.conditions import MayTrain
@@ -290,7 +290,8 @@ class Device:
         :class:`SessionLost` ends the round.
 
         Returns:
-            The report; None if the round was declined, or over before the device was done.
+            The report; None if the round was declined, training has diverged, or the round was
+            over before the device was done.
         """
         assert self._loader.data is not None
         reason = self._may_train(task.round) if self._may_train is not None else None
@@ -317,6 +318,12 @@ class Device:
             )
         except RoundOver:
             return None  # too slow: the hub went on without this device
+        except Diverged as error:
+            rate = f" (learning rate {task.hyper['lr']:g})" if "lr" in task.hyper else ""
+            reason = f"{DIVERGED} in round {task.round}{rate}: {error}"
+            log.warning("%s; the device keeps the state that the round began with", reason)
+            await session.send(Decline(round=task.round, reason=reason))
+            return None
         times = {"compute_s": compute_s, "wait_s": now() - started - compute_s}
         result = replace(result, metrics=result.metrics | times)
         await send_update(session, task.round, result, self._connection.welcome.max_frame)
