@@ -433,8 +433,7 @@ class Simulation:
 class _Tokens:
     """Implements :class:`server_hub.gateway.tokens.Tokens` with tokens that are no secrets.
 
-    The tokens are the same in every run, because the token of a device decides how long the device
-    waits before it connects again.
+    They are the same in every run: a device's token seeds the pauses before it connects again.
     """
 
     def __init__(self, clients: Iterable[Client]) -> None:
