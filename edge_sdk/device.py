@@ -14,9 +14,12 @@ from edge_sdk.bundle.signing import read_trust
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError, DataError, HubError
 from edge_sdk.inference.base_networks import BaseNetworks
+from edge_sdk.inference.kept_back import KeptBack
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor
+from edge_sdk.protocol.base import EVALUATION, EXTENSIONS
 from edge_sdk.protocol.enums import ErrorCode
+from edge_sdk.protocol.evaluation import Evaluate
 from edge_sdk.protocol.messages import Decline, Move, Ready, Round, Stop
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
@@ -76,7 +79,12 @@ class Device:
     ) -> None:
         self._may_train, self._augment = may_train, augment
         self._connection = Connection(
-            open_link, token=token, tier=tier, patience_s=patience_s, memory_mb=memory_mb
+            open_link,
+            token=token,
+            tier=tier,
+            patience_s=patience_s,
+            memory_mb=memory_mb,
+            extensions=[e for e in EXTENSIONS if e != EVALUATION or keep_back],
         )
         self._downloader = Downloader(self._connection, BlobStore.cache(cache))
         self._loader = BundleLoader(
@@ -95,6 +103,9 @@ class Device:
             self._connection.ask,
             self._bases.fetch,
             lambda: self._connection.failure,
+        )
+        self._kept_back = KeptBack(
+            self.kept_back, self._loader, self._bases, self._predictor, may_train
         )
 
     @classmethod
@@ -234,6 +245,10 @@ class Device:
                 if isinstance(delivery.message, Move):
                     session.settle(delivery.seq)
                     await self._move(session, delivery.message)
+                    continue
+                if isinstance(delivery.message, Evaluate):
+                    session.settle(delivery.seq)
+                    await self._kept_back.answer(session, delivery.message)
                     continue
                 assert isinstance(delivery.message, Round)
                 # now, not at the end: gradients that come meanwhile are acknowledged after it

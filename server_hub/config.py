@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class HubConfig:
         held_out: ``.npz`` with x and y to evaluate the model on.
         evaluate_every: number of rounds from one evaluation to the next; the last round is always
             evaluated.
+        evaluation_s: seconds that devices have to evaluate a model on what they keep back, when an
+            evaluation is due; 0 does not ask them.
         schedule: how the learning rates of devices and trunk change over the rounds.
         keep_serving: go on answering after the last round, until interrupted.
         leave_s: seconds after the last round that the hub waits for devices to leave; ten times as
@@ -40,6 +43,7 @@ class HubConfig:
     start_from: Path | None = None
     held_out: Path | None = None
     evaluate_every: int = 1
+    evaluation_s: float = 30.0
     schedule: RateSchedule = "cosine"
     keep_serving: bool = False
     leave_s: float = 60.0
@@ -55,6 +59,8 @@ class HubConfig:
     def __post_init__(self) -> None:
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every is {self.evaluate_every}, must be at least 1")
+        if not 0 <= self.evaluation_s < math.inf:
+            raise ValueError(f"evaluation_s is {self.evaluation_s}, must be 0 or more")
         if not self.leave_s >= 0:
             raise ValueError(f"leave_s is {self.leave_s}, must be 0 or more")
         drawn = self.rounds.per_round

@@ -16,6 +16,7 @@ from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.inference.metrics import Metric
 from edge_sdk.protocol.enums import ErrorCode
+from edge_sdk.protocol.evaluation import Evaluated
 from edge_sdk.protocol.messages import (
     Activations,
     Decline,
@@ -41,6 +42,7 @@ from server_hub.methods.composition import compose
 from server_hub.methods.method import Method
 from server_hub.rounds.answers import Answers
 from server_hub.rounds.cut_moves import CutMoves
+from server_hub.rounds.device_evaluations import DeviceEvaluations
 from server_hub.rounds.model_publisher import ModelPublisher
 from server_hub.rounds.round_log import RoundLog
 from server_hub.rounds.rounds import Rounds
@@ -76,6 +78,7 @@ class Hub:
         costs: what a round's record says of costs, in simulations.
         run: folder of the run; a new one, as the configuration says, if not given.
         on_round: called with the record of every round.
+        in_order: whether a round begins only when the record of the one before is written.
 
     Raises:
         ConfigError, BundleError: something that the configuration names is missing or wrong.
@@ -92,6 +95,7 @@ class Hub:
         costs: Callable[[], dict[str, float]] = dict,
         run: RunFolder | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
+        in_order: bool = False,
     ) -> None:
         protect(log)
         self.config = config
@@ -184,6 +188,15 @@ class Hub:
         self.cut_moves = CutMoves(
             config.cuts, self.index, self.manifests, self.gateway, self.rounds.leave
         )
+        self._device_evaluations = DeviceEvaluations(
+            self.manifests,
+            self.model.task,
+            self.method.paths,
+            config.evaluation_s,
+            config.limits,
+            self.gateway.blobs,
+            post,
+        )
         self.round_log = RoundLog(
             self.run,
             self.rounds,
@@ -208,7 +221,9 @@ class Hub:
             cut_moves=self.cut_moves,
             round_log=self.round_log,
             changes=self._changes,
+            device_evaluations=self._device_evaluations,
             start_evaluation=self._evaluate_round,
+            in_order=in_order,
         )
         self._over = False
 
@@ -305,11 +320,17 @@ class Hub:
     # --- evaluation -----------------------------------------------------------------------------
 
     def _evaluate_round(self, completed: int) -> asyncio.Future[EvaluationReport] | None:
-        """Start an evaluation if one is due: every so many rounds, and after the last."""
+        """Start an evaluation if one is due: every so many rounds, and after the last.
+
+        It is on the held-out examples, where there are any, and on devices that keep some back.
+        """
         last = completed >= self.config.rounds.count
-        if self._evaluate is None or (completed % self.config.evaluate_every and not last):
+        if completed % self.config.evaluate_every and not last:
             return None
-        return self._evaluate()
+        ready = [self.gateway.peers[device] for device in sorted(self.rounds.ready)]
+        figures = self._device_evaluations.begin(self.rounds.number, ready)
+        report = self._evaluate() if self._evaluate is not None else None
+        return report if figures is None else asyncio.ensure_future(_joined(report, figures))
 
     def _evaluate_on_trunk(self) -> asyncio.Future[EvaluationReport]:
         tiers = {name: (entry.cut, entry.codec) for name, entry in self.index.tiers.items()}
@@ -326,6 +347,8 @@ class Hub:
             effect = self._collector.feature_gradient(peer, message)
         elif isinstance(message, Infer):
             effect = self._answers.infer(peer, message)
+        elif isinstance(message, Evaluated):
+            self._device_evaluations.take(peer, message)
         elif isinstance(message, Ready):
             self._ready(peer, message)
         elif isinstance(message, Decline):
@@ -378,6 +401,7 @@ class Hub:
         log.info("%s %s", peer.device, reason)
         self.cut_moves.gone(peer.device)
         self.rounds.leave(peer.device, reason)
+        self._device_evaluations.gone(peer.device)
         self._changes.wake()
 
     # --- before the job begins -------------------------------------------------------------------
@@ -396,3 +420,11 @@ class Hub:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         arena = settings.arena_mb * 2**20
         return WorkerTrunk(model, device, held_out, arena, settings.threads, settings.step_s)
+
+
+async def _joined(
+    report: asyncio.Future[EvaluationReport] | None, figures: asyncio.Future[dict[str, Any]]
+) -> EvaluationReport:
+    """What the hub has found on held-out examples, if it has any, and what devices say."""
+    own = EvaluationReport() if report is None else await report
+    return replace(own, on_devices=await figures)

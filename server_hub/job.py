@@ -14,6 +14,7 @@ from server_hub.methods.method import Method
 from server_hub.methods.plan import Participant, RoundContext, RoundPlan
 from server_hub.methods.settings import LocalTraining, RateSchedule, learning_rate_factor
 from server_hub.rounds.cut_moves import CutMoves
+from server_hub.rounds.device_evaluations import DeviceEvaluations
 from server_hub.rounds.model_publisher import ModelPublisher
 from server_hub.rounds.round_log import RoundLog
 from server_hub.rounds.rounds import Phase, Rounds
@@ -35,6 +36,7 @@ class Job:
         schedule: how learning rates change over the rounds.
         start_evaluation: starts an evaluation of the model, given the number of completed rounds;
             None if none is due.
+        in_order: whether a round begins only when the record of the one before is written.
     """
 
     method: Method
@@ -50,7 +52,9 @@ class Job:
     cut_moves: CutMoves
     round_log: RoundLog
     changes: Changes
+    device_evaluations: DeviceEvaluations
     start_evaluation: Callable[[int], asyncio.Future[EvaluationReport] | None]
+    in_order: bool = False
 
     async def run(self) -> None:
         """All rounds that are left; then the files and the evaluation of the last one."""
@@ -135,6 +139,7 @@ class Job:
 
     async def publish(self) -> None:
         """Offer the new model; tell devices whose cut moves to load another bundle."""
+        self.device_evaluations.end()  # questions are answered by the new model from now on
         await self.publisher.publish()
         self.cut_moves.begin()
 
@@ -146,3 +151,5 @@ class Job:
         """Begin to evaluate the model; the round's record is written when that is done."""
         evaluation = self.start_evaluation(self.rounds.completed)
         await self.round_log.add(updates, self.batcher.totals, evaluation)
+        if self.in_order:
+            await self.round_log.evaluated()

@@ -29,6 +29,7 @@ class DeviceConfig:
     token: str
     tier: str | None = None
     data: Path | None = None
+    keep_back: float = 0.0
     evaluate: Path | None = None
     cache: Path | None = None
     trust: list[str] | None = None
@@ -57,6 +58,12 @@ def device(
     data: Annotated[
         Path | None, typer.Option(help=".npz with x and y to train on; without it, only evaluate.")
     ] = None,
+    keep_back: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the data that never trains; the device evaluates on it for the hub."
+        ),
+    ] = None,
     evaluate: Annotated[
         Path | None, typer.Option(help=".npz with x and y to measure accuracy or perplexity on.")
     ] = None,
@@ -81,8 +88,8 @@ def device(
     """Join a hub, train on local data until the job is over, and measure the result."""
     given = {
         "url": url, "token": token, "tier": tier, "data": data,
-        "evaluate": evaluate, "cache": cache, "trust": trust or None, "threads": threads,
-        "memory_mb": memory_mb, "patience_s": patience_s,
+        "keep_back": keep_back, "evaluate": evaluate, "cache": cache, "trust": trust or None,
+        "threads": threads, "memory_mb": memory_mb, "patience_s": patience_s,
     }  # fmt: skip
     raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
     raw |= {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
@@ -115,6 +122,7 @@ async def _run(
         token=settings.token,
         tier=settings.tier,
         data=data,
+        keep_back=settings.keep_back,
         cache=settings.cache,
         trust=settings.trust,
         threads=settings.threads,

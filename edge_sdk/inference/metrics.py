@@ -16,8 +16,8 @@ Metric = Literal["accuracy", "perplexity"]
 Task = Literal["classes", "tokens"]
 """What a label says: the class of an example, or the token at each position of a text."""
 
-_LARGEST_LOG = 700.0
-"""The exponent of the largest perplexity that is reported: beyond it float64 overflows."""
+LARGEST_LOSS = 700.0
+"""Largest mean cross-entropy that is reported: beyond it the perplexity overflows float64."""
 
 _CHUNK = 2**18
 """Logits that are worked on at a time: about a MB, whatever the vocabulary."""
@@ -89,14 +89,23 @@ class Tally:
         self.labels += len(labels)
 
     @property
-    def value(self) -> float:
-        """The metric over everything that was counted.
+    def mean(self) -> float:
+        """Mean over the labels: the accuracy; for tokens the cross-entropy, at most 700.
 
         Raises:
             ZeroDivisionError: no label was counted.
         """
-        mean = self._sum / self.labels
-        return mean if self._task == "classes" else math.exp(min(mean, _LARGEST_LOG))
+        return min(self._sum / self.labels, LARGEST_LOSS)
+
+    @property
+    def value(self) -> float:
+        """The metric over everything that was counted; raises as :attr:`mean` does."""
+        return value_of(self._task, self.mean)
+
+
+def value_of(task: str, mean: float) -> float:
+    """The metric of a :attr:`Tally.mean`: accuracy, or perplexity."""
+    return mean if task == "classes" else math.exp(mean)
 
 
 def _log_probabilities(z_NV: Array, positions: Array, labels: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,9 @@ FetchBases = Callable[[int], Awaitable[Mixture]]
 
 _ROOM = DEFAULT_MAX_FRAME - 2**16
 """Bytes of logits that the hub puts into one answer."""
+
+_PATHS = ("device_alone", "through_hub", "ensemble")
+"""The ways to answer that :class:`Evaluation` has, in its order."""
 
 _HEADS = 32
 """Number of heads that the hub is assumed to have above a cut before its first answer."""
@@ -160,27 +163,57 @@ class Predictor:
     async def evaluate(self, examples: Source, batch_size: int) -> Evaluation:
         """See :meth:`edge_sdk.device.Device.evaluate`."""
         manifest = self._learner().manifest
+        tallies, samples = await self.tally(examples, batch_size, _PATHS)
+        alone, through, ensemble = (tallies[path].value for path in _PATHS)
+        return Evaluation(alone, through, ensemble, samples, metric_of(manifest.task))
+
+    async def tally(
+        self, examples: Source, batch_size: int, paths: Sequence[str]
+    ) -> tuple[dict[str, Tally], int]:
+        """Count the answers to examples, by way to answer.
+
+        Args:
+            examples: inputs and labels.
+            batch_size: largest number of examples at a time; fewer if logits take much memory.
+            paths: ways to answer: ``device_alone``, ``through_hub``, ``ensemble``, or ``mix`` for
+                the last head of all base networks.
+
+        Returns:
+            The tally of each way, and the number of examples.
+
+        Raises:
+            DataError: there are no examples, they do not fit the model, a text is too long for one
+                message, or there is no such way to answer.
+            LinkClosed: the hub is out of reach.
+        """
+        if unknown := set(paths) - {*_PATHS, "mix"}:
+            raise DataError(f"no way to answer is called {', '.join(sorted(unknown))}")
+        manifest = self._learner().manifest
         examples = (await asyncio.to_thread(examples.fitted, manifest)).snapshot()
         size = min(batch_size, manifest.limits.get("batch", batch_size))
         batches = examples.batches(size)
         if manifest.task == "tokens":
             positions = _ROOM // (4 * len(manifest.heads) * manifest.classes)
             batches = _divided(text.batches(examples, size), positions)
-        tallies = [Tally(manifest.task) for _ in range(3)]
+        tallies = {path: Tally(manifest.task) for path in paths}
+        asks = not manifest.whole and any(path != "device_alone" for path in paths)
         samples = 0
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             samples += len(batch)
             own = await self._own(batch.x)
-            paths = [own.logits] * 3
-            if not own.manifest.whole:
-                hub = await self._hub(own, np.arange(len(batch)), batch.x)
-                paths = [own.logits, hub[-1:], np.concatenate([own.logits, hub])]
-            for tally, logits in zip(tallies, paths, strict=True):
-                tally.add(logits, batch.y)
+            hub = await self._hub(own, np.arange(len(batch)), batch.x) if asks else own.logits[:0]
+            every = np.concatenate([own.logits, hub])
+            logits = {
+                "device_alone": own.logits,
+                "through_hub": hub[-1:] if asks else own.logits,
+                "ensemble": every,
+                "mix": every[-1:],
+            }
+            for path, tally in tallies.items():
+                tally.add(logits[path], batch.y)
         if samples == 0:
             raise DataError("there are no rows with a label to evaluate on")
-        alone, through, ensemble = (tally.value for tally in tallies)
-        return Evaluation(alone, through, ensemble, samples, metric_of(manifest.task))
+        return tallies, samples
 
     async def generate(
         self, x: Array, tokens: int, temperature: float, seed: int, context: int | None

@@ -14,7 +14,10 @@ from typing import Any, ClassVar, Self
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.enums import ErrorCode
 
-EXTENSIONS: tuple[str, ...] = ()
+EVALUATION = "evaluation"
+"""The extension by which devices evaluate the model on examples that they keep back."""
+
+EXTENSIONS: tuple[str, ...] = (EVALUATION,)
 """The extensions that this implementation speaks."""
 
 

@@ -16,6 +16,7 @@ from edge_sdk.protocol import checks
 from edge_sdk.protocol.base import Message as Message
 from edge_sdk.protocol.checks import MAX_BASES, checked
 from edge_sdk.protocol.enums import ActivationMode, ErrorCode
+from edge_sdk.protocol.evaluation import Evaluate, Evaluated
 from edge_sdk.protocol.tensors import Array
 
 VERSION = 1
@@ -388,8 +389,8 @@ class Ack(Message):
 MESSAGES: dict[str, type[Message]] = {
     cls.TYPE: cls
     for cls in (
-        Hello, Ready, Decline, BlobGet, Activations, FeatureGradient, Update, Infer, Bye,
-        Welcome, Blob, Round, Features, Gradient, Move, Stop, Answer, Error, Ack,
+        Hello, Ready, Decline, BlobGet, Activations, FeatureGradient, Update, Infer, Evaluated,
+        Bye, Welcome, Blob, Round, Features, Gradient, Evaluate, Move, Stop, Answer, Error, Ack,
     )
 }  # fmt: skip
 

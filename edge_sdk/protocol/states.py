@@ -82,15 +82,18 @@ class SessionState(enum.StrEnum):
 
 FROM_DEVICE: Final = frozenset(
     {
-        "ack", "activations", "blob_get", "bye", "decline", "error", "feature_gradient", "infer",
-        "ready", "update",
+        "ack", "activations", "blob_get", "bye", "decline", "error", "evaluated",
+        "feature_gradient", "infer", "ready", "update",
     }
 )  # fmt: skip
 """Types of the messages that a device sends in a session."""
 
 FROM_HUB: Final = frozenset(
-    {"ack", "answer", "blob", "error", "features", "gradient", "move", "round", "stop"}
-)
+    {
+        "ack", "answer", "blob", "error", "evaluate", "features", "gradient", "move", "round",
+        "stop",
+    }
+)  # fmt: skip
 """Types of the messages that a hub sends in a session."""
 
 
@@ -109,6 +112,8 @@ SESSION_TRANSITIONS: Final[Mapping[SessionState, Mapping[str, SessionState]]] = 
         **_in_any(SessionState.READY),
         "round": SessionState.TRAINING,
         "move": SessionState.MOVING,
+        "evaluate": SessionState.READY,
+        "evaluated": SessionState.READY,
         # late, for a batch that the device went on without
         "features": SessionState.READY,
         "gradient": SessionState.READY,
@@ -123,16 +128,21 @@ SESSION_TRANSITIONS: Final[Mapping[SessionState, Mapping[str, SessionState]]] = 
         "gradient": SessionState.TRAINING,
         "update": SessionState.READY,
         "decline": SessionState.READY,
+        # before the device begins the round, or late
+        "evaluate": SessionState.TRAINING,
+        "evaluated": SessionState.TRAINING,
         # the hub did not wait: the round before is over
         "round": SessionState.TRAINING,
         "move": SessionState.MOVING,
     },
     SessionState.MOVING: {
         **_in_any(SessionState.MOVING),
+        "evaluated": SessionState.MOVING,
         "ready": SessionState.READY,
     },
     SessionState.STOPPED: {
         **_in_any(SessionState.STOPPED),
+        "evaluated": SessionState.STOPPED,
         "ready": SessionState.READY,
     },
     SessionState.ENDED: {},

@@ -118,6 +118,11 @@ class BundleLoader:
                     raise
             welcome = await self._connection.renew()  # rounds passed during the download
 
-    async def load_state(self, name: str) -> None:
-        """Fetch the state with this sha256 and predict with it from now on."""
-        self.learner.runtime.set_state(unpack_tensors(await self._downloader.state(name)))
+    async def load_state(self, name: str, keep: bool = False) -> None:
+        """Fetch the state with this sha256 and predict with it from now on.
+
+        Args:
+            name: sha256 of the state.
+            keep: as in :meth:`Downloader.state`.
+        """
+        self.learner.runtime.set_state(unpack_tensors(await self._downloader.state(name, keep)))

@@ -14,6 +14,7 @@ from edge_sdk.errors import BundleError, CutlayerError, HubError, LinkClosed
 from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
+from edge_sdk.protocol.evaluation import Evaluate
 from edge_sdk.protocol.frames import decode, encode
 from edge_sdk.protocol.messages import (
     VERSION,
@@ -42,7 +43,7 @@ _LONGEST_PAUSE_S = 10.0
 """Longest pause between two attempts to connect. A link that lasted as long has proved good."""
 
 Work = tuple[Session, Delivery]
-"""A ``round``, ``move`` or ``stop``, with the session that it came over and is settled in."""
+"""A ``round``, ``evaluate``, ``move`` or ``stop``, with the session that it came over."""
 
 OpenLink = Callable[[], Awaitable[Link]]
 """Opens a link to the hub, or raises :class:`LinkClosed`."""
@@ -184,7 +185,7 @@ class Connection:
         await self._session.send(message)
 
     async def next_work(self) -> Work:
-        """The next ``round``, ``move`` or ``stop``.
+        """The next ``round``, ``evaluate``, ``move`` or ``stop``.
 
         Raises:
             SessionLost: the hub has forgotten the session; send ``ready`` again.
@@ -350,10 +351,10 @@ class Connection:
 
     def _handle(self, session: Session, delivery: Delivery) -> None:
         message = delivery.message
-        if isinstance(message, Round | Move | Stop):
+        if isinstance(message, Round | Evaluate | Move | Stop):
             if isinstance(message, Round):
                 self.replies.begin_round(message.round)
-            elif isinstance(message, Move):
+            elif isinstance(message, Evaluate | Move):
                 self.replies.end_round()
             else:
                 self.replies.begin_round(math.inf)

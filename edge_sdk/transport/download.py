@@ -28,6 +28,7 @@ class Downloader:
 
     def __init__(self, connection: Connection, store: BlobStore | None) -> None:
         self._connection, self._store = connection, store
+        self._kept: tuple[str, bytes] | None = None
         if store is None:
             log.warning(
                 "the home folder is not known, so that bundles are fetched at every start; name a "
@@ -73,21 +74,33 @@ class Downloader:
         )  # fmt: skip
         self._store = None
 
-    async def state(self, name: str) -> bytes:
+    async def state(self, name: str, keep: bool = False) -> bytes:
         """A state, from the cache or downloaded into memory; raises as :meth:`blob` does.
 
         States are not cached, since every round has another. That of the first round is a blob of
         the bundle.
+
+        Args:
+            name: sha256 of the state.
+            keep: whether to keep it in memory until a state is asked for again: that of an
+                evaluation is mostly that of the next round, too.
         """
+        kept, self._kept = self._kept, None
         if self._store is not None:
             try:
                 if name in self._store:
                     return self._store.read(name)
             except OSError as error:
                 self._give_up(self._store, error)
-        buffer = bytearray()
-        await self._connection.download(name, 0, buffer.extend)
-        return verify_blob(name, bytes(buffer))
+        if kept is not None and kept[0] == name:
+            data = kept[1]
+        else:
+            buffer = bytearray()
+            await self._connection.download(name, 0, buffer.extend)
+            data = verify_blob(name, bytes(buffer))
+        if keep:
+            self._kept = name, data
+        return data
 
     async def start_of(self, task: Round) -> dict[int | None, dict[str, Array]]:
         """The states that a round starts from: by base network, or of a single model under None."""

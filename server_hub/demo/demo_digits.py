@@ -27,6 +27,9 @@ DEVICES_PER_TIER = 2
 ALPHA = 1.0
 """Dirichlet parameter of the partition: devices have unequal amounts and mixes of classes."""
 
+KEEP_BACK = 0.1
+"""Share of its digits that a device keeps back, and evaluates the model on."""
+
 HYPER = {"lr": 0.03}
 BATCH = 16
 MERGED_ROWS = 64
@@ -49,14 +52,15 @@ class DigitsDemo:
         train, held_out = load()
         tiers = [tier for tier in TIERS for _ in range(DEVICES_PER_TIER)]
         run.step(f"data: {len(train)} digits on {len(tiers)} devices, {len(held_out)} held out")
-        evaluate = ("--evaluate", str(run.inputs / "held_out.npz"), "--json")
+        held_out_file = str(run.inputs / "held_out.npz")
+        options = ("--keep-back", str(KEEP_BACK), "--evaluate", held_out_file, "--json")
         shares = digits.partition(train, len(tiers), ALPHA)
         return Setup(
             model=digits.build_for_demo(),
             example=train.x[:64],
             held_out=held_out,
             devices=[
-                DemoDevice(f"{tier}-{i % DEVICES_PER_TIER + 1}", tier, share, evaluate)
+                DemoDevice(f"{tier}-{i % DEVICES_PER_TIER + 1}", tier, share, options)
                 for i, (tier, share) in enumerate(zip(tiers, shares, strict=True))
             ],
             tiers=TIERS,
@@ -101,6 +105,7 @@ class DigitsDemo:
             rounds=RoundsTable(self.rounds),
             local=LocalTraining(batch_size=BATCH, hyper=HYPER),
             evaluate_every=self.rounds,
+            keep_back=KEEP_BACK,
         )
         data = FederatedData(shares, run.setup.held_out, CLASSES)
         with Simulation(job, run.folder / "without-hub", "onnx", data=data) as simulation:

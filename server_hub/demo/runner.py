@@ -33,7 +33,7 @@ from server_hub.demo.processes import (
 from server_hub.gateway.tokens import TokenFile
 from server_hub.reports.progress import rounds_view
 from server_hub.reports.report import write_report
-from server_hub.reports.rounds import traffic_table
+from server_hub.reports.rounds import devices_table, traffic_table
 from server_hub.reports.table import Table
 from server_hub.reports.values import shown
 from server_hub.storage.run_folder import RoundRecord, RunFolder
@@ -290,7 +290,9 @@ def run_demo(
         "seconds": round(time.monotonic() - started, 1),
     }
     tables = demo.tables(result)
-    for table in (*tables, traffic_table(run.traffic)):
+    said = [record for record in run.records if record.on_devices]
+    on_devices = [devices_table(record) for record in said[-1:]]
+    for table in (*tables, *on_devices, traffic_table(run.traffic)):
         console.print(table.rich())
     speed = (
         f"{result['rounds']} rounds in {run.seconds:.0f} s; largest device process: "

@@ -203,20 +203,32 @@ def _draw_tiers(axis: Any, scores: Sequence[Score], metric: Metric) -> None:
 def draw_curves(
     records: Sequence[RoundRecord], path: Path, reference: tuple[str, float] | None = None
 ) -> None:
-    """Accuracy or perplexity per tier and path over the rounds, and traffic, as a picture."""
+    """Accuracy or perplexity per tier and path over the rounds, and traffic, as a picture.
+
+    What devices say is dashed; the band is from the 10 % quantile to that of 90 % over devices, in
+    the last of the ways to answer.
+    """
     from matplotlib.figure import Figure
 
     rounds = [r.round for r in records]
     measured = [r for r in records if r.accuracy]
+    asked = [r for r in records if r.device_means]
     tiers = list(measured[-1].accuracy) if measured else []
-    factor, label_of = scale_of(measured[-1].metric if measured else "accuracy")
+    tiers += dict.fromkeys(t for r in asked for t in r.device_means if t not in tiers)
+    factor, label_of = scale_of(records[-1].metric if records else "accuracy")
     figure = Figure(figsize=(4.2 * (len(tiers) + 1), 3.6), layout="constrained")
     axes = figure.subplots(1, len(tiers) + 1, squeeze=False)[0]
     for axis, tier in zip(axes, tiers, strict=False):
-        for name, label in LABELS.items():
-            if name in measured[-1].accuracy[tier]:
+        for number, (name, label) in enumerate(LABELS.items()):
+            if measured and name in measured[-1].accuracy.get(tier, {}):
                 curve = [factor * r.accuracy[tier][name] for r in measured]
-                axis.plot([r.round for r in measured], curve, label=label)
+                axis.plot([r.round for r in measured], curve, f"C{number}-", label=label)
+            said = [r for r in asked if name in r.device_means.get(tier, {})]
+            if said:
+                curve = [factor * r.device_means[tier][name] for r in said]
+                style, called = f"C{number}--", f"{label}, on devices"
+                axis.plot([r.round for r in said], curve, style, label=called)
+        _draw_band(axis, asked, tier, factor)
         if reference is not None:
             axis.axhline(factor * reference[1], color="grey", linestyle=":", label=reference[0])
         axis.set(title=tier, xlabel="round", ylabel=label_of)
@@ -230,6 +242,18 @@ def draw_curves(
     tidy(traffic)
     traffic.legend(loc="upper left")
     save_figure(figure, path)
+
+
+def _draw_band(axis: Any, asked: Sequence[RoundRecord], tier: str, factor: float) -> None:
+    """The spread over devices of the last way to answer that they have evaluated."""
+    said = [r for r in asked if tier in r.device_means]
+    if not said:
+        return
+    path = [name for name in LABELS if name in said[-1].device_means[tier]][-1]
+    figures = [r.on_devices["tiers"][tier]["paths"][path] for r in said]
+    low, high = ([factor * each[end] for each in figures] for end in ("p10", "p90"))
+    colour = f"C{list(LABELS).index(path)}"
+    axis.fill_between([r.round for r in said], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def draw_cuts(records: Sequence[RoundRecord], path: Path) -> None:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from server_hub.reports.files import write_page
 from server_hub.reports.plots import draw_curves, draw_cuts
-from server_hub.reports.rounds import mixture_table, moves_table, rounds_table, traffic_table
+from server_hub.reports.rounds import (
+    devices_remark,
+    devices_table,
+    mixture_table,
+    moves_table,
+    rounds_table,
+    traffic_table,
+)
 from server_hub.storage.run_folder import RunFolder
 
 
@@ -32,6 +39,9 @@ def write_report(
         if last.mixed:
             order = ", ".join(map(str, last.order))
             parts += [mixture_table(last).markdown(), f"Best first: {order}."]
+    said = [record for record in run.records if record.on_devices]
+    if said:
+        parts += [devices_table(said[-1]).markdown(), devices_remark(said[-1])]
     if any(record.moves for record in run.records):
         draw_cuts(run.records, run.folder / "cuts.png")
         parts += [

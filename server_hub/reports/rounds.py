@@ -18,7 +18,8 @@ def rounds_table(records: Sequence[RoundRecord], last: int | None = None) -> Tab
     """A row per round: time, devices, losses, what was measured, and traffic since the start.
 
     What was measured is the accuracy or perplexity of each tier, of the device alone and in the
-    tier's best way to answer. With base networks it is that of the best 1, 2, 4 and so on. A
+    tier's best way to answer: on the held-out examples, or without these the mean of what devices
+    say. With base networks it is that of the best 1, 2, 4 and so on. A
     column that is empty in every round is left out; the cuts of the devices are shown where
     they have moved.
 
@@ -51,7 +52,7 @@ def _measured(
     records: Sequence[RoundRecord], shown_records: Sequence[RoundRecord]
 ) -> tuple[str, dict[str, list[str]]]:
     """The title of the table of rounds, and its columns with what was measured."""
-    last = next((r for r in reversed(records) if r.accuracy), None)
+    last = next((r for r in reversed(records) if r.accuracy or r.device_means), None)
     if last is None:
         return "Rounds", {}
     metric = "accuracy in %" if last.metric == "accuracy" else last.metric
@@ -63,24 +64,30 @@ def _measured(
             ]
             for count in counts
         }
+    held_out = any(r.accuracy for r in records)
+    figures = [r.accuracy if held_out else r.device_means for r in records]
+    tiers = list(dict.fromkeys(tier for each in figures for tier in each))
     columns = {
-        tier: [_paths(r, tier) if r.accuracy else "" for r in shown_records]
-        for tier in last.accuracy
+        tier: [
+            _paths(each[tier], last.metric) if tier in each else ""
+            for each in figures[len(records) - len(shown_records) :]
+        ]
+        for tier in tiers
     }
-    paths = {path for tier in last.accuracy.values() for path in tier}
+    where = "" if held_out else ", on what devices keep back"
+    paths = {path for each in figures for tier in each.values() for path in tier}
     if len(paths) == 1:
-        return f"Rounds: {metric} by tier, {LABELS[paths.pop()]}", columns
+        return f"Rounds: {metric} by tier, {LABELS[paths.pop()]}{where}", columns
     two = "device alone/best path" if "device_alone" in paths else "best path"
-    return f"Rounds: {metric} by tier, {two}", columns
+    return f"Rounds: {metric} by tier, {two}{where}", columns
 
 
-def _paths(record: RoundRecord, tier: str) -> str:
+def _paths(paths: Mapping[str, float], metric: Metric) -> str:
     """A tier's accuracy or perplexity: of the device alone, and in its best way to answer."""
-    paths = record.accuracy[tier]
-    values = [best(paths.values(), record.metric)]
+    values = [best(paths.values(), metric)]
     if "device_alone" in paths and len(paths) > 1:
         values.insert(0, paths["device_alone"])
-    return "/".join(_cell(value, record.metric) for value in values)
+    return "/".join(_cell(value, metric) for value in values)
 
 
 def _cell(value: float, metric: Metric) -> str:
@@ -114,11 +121,11 @@ def _loss(value: float | None) -> str:
 def round_line(record: RoundRecord) -> str:
     """A round in a line, with each tier's ensemble; its best way to answer if it has none."""
     metric = record.metric
-    values = {
-        tier: paths["ensemble"] if "ensemble" in paths else best(paths.values(), metric)
-        for tier, paths in record.accuracy.items()
-    }
-    measured = "  ".join(f"{tier} {shown(value, metric)}" for tier, value in values.items())
+    measured = "  ".join(
+        f"{tier}{where} {shown(paths.get('ensemble', best(paths.values(), metric)), metric)}"
+        for where, tiers in (("", record.accuracy), (" on devices", record.device_means))
+        for tier, paths in tiers.items()
+    )
     if measured and metric == "perplexity":
         measured = f"perplexity {measured}"
     local = "" if record.local_loss is None else f"  loss {record.local_loss:.3f}"
@@ -150,6 +157,36 @@ def mixture_table(record: RoundRecord) -> Table:
     """The accuracy or perplexity of the best 1, 2, 3 and so on base networks, mixed."""
     row = [record.metric, *(shown(value, record.metric) for value in record.mixed.values())]
     return Table("The best base networks, mixed", ["bases", *record.mixed], [row])
+
+
+def devices_table(record: RoundRecord) -> Table:
+    """What devices say about examples that they keep back: a row per tier and way to answer."""
+    rows = [
+        [
+            tier,
+            LABELS[path],
+            *(shown(figures[name], record.metric) for name in ("mean", "p10", "p50", "p90")),
+            str(said["devices"]),
+            str(said["labels"]),
+        ]
+        for tier, said in record.on_devices["tiers"].items()
+        for path, figures in said["paths"].items()
+    ]
+    title = f"{record.metric.capitalize()} on what devices keep back, as they say"
+    header = ["tier", "path", "mean", "10 %", "median", "90 %", "devices", "labels"]
+    return Table(title, header, rows, 2)
+
+
+def devices_remark(record: RoundRecord) -> str:
+    """How many devices have answered, and how many are left out."""
+    said = record.on_devices
+    return (
+        f"After round {record.round}, {said['answered']} of {said['asked']} devices that were "
+        f"asked have evaluated the model; {said['silent']} did not answer in time. "
+        f"{said['without']} have "
+        "nothing kept back, or cannot evaluate. Means are weighted by labels, within bounds; the "
+        "other columns are quantiles over devices. The hub cannot check these figures."
+    )
 
 
 def traffic_table(traffic: Mapping[str, Mapping[str, int]]) -> Table:

@@ -72,5 +72,11 @@ def scalars(record: RoundRecord) -> dict[str, float]:
     }
     for tier, paths in record.accuracy.items():
         values |= {f"{record.metric}/{tier}/{path}": value for path, value in paths.items()}
+    for tier, said in record.on_devices.get("tiers", {}).items():
+        values |= {
+            f"{record.metric} on devices/{tier}/{path}/{name}": value
+            for path, figures in said["paths"].items()
+            for name, value in figures.items()
+        }
     values |= {f"cut/{device}": cut for device, cut in record.cuts.items()}
     return {name: value for name, value in values.items() if value is not None}

@@ -124,7 +124,7 @@ class RoundLog:
             evaluation: evaluation of the model after the round; None if there is none.
         """
         record = self._record(updates, totals)
-        await self._evaluated()
+        await self.evaluated()
         if evaluation is None:
             self._write(record, EvaluationReport())
         elif evaluation.done():
@@ -137,10 +137,16 @@ class RoundLog:
         if self.unwritten:
             raise JobFailed("; ".join(self.unwritten.values()))
 
+    async def evaluated(self) -> None:
+        """Wait until the record of the last round is written."""
+        evaluating, self._evaluating = self._evaluating, None
+        if evaluating is not None:
+            await evaluating
+
     async def finished(self) -> None:
         """Wait until everything is written."""
         await self._saved()
-        await self._evaluated()
+        await self.evaluated()
 
     async def cancel(self) -> None:
         """Stop waiting for an evaluation; what is being written is written to its end."""
@@ -164,11 +170,6 @@ class RoundLog:
         saving, self._saving = self._saving, None
         if saving is not None:
             await saving
-
-    async def _evaluated(self) -> None:
-        evaluating, self._evaluating = self._evaluating, None
-        if evaluating is not None:
-            await evaluating
 
     async def _write_later(
         self, record: RoundRecord, evaluation: asyncio.Future[EvaluationReport]

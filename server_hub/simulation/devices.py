@@ -17,6 +17,7 @@ from edge_sdk.errors import CutlayerError, LinkClosed
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 from edge_sdk.training.data import Examples
+from edge_sdk.training.local_data import is_kept_back
 from edge_sdk.transport.link import Link
 from server_hub.simulation.clock import VirtualLoop
 from server_hub.simulation.job import FleetTier
@@ -118,6 +119,7 @@ class SimulatedDevice:
         load: loads the runtime of a bundle for a number of threads.
         serve: serves the hub's end of a link, given the device's name.
         seed: seed of the times online and offline.
+        keep_back: expected share of the examples to keep back; 0 if none would be left.
     """
 
     def __init__(
@@ -130,7 +132,10 @@ class SimulatedDevice:
         load: Callable[[Bundle, int], Runtime],
         serve: Callable[[Link, str], Awaitable[None]],
         seed: int,
+        keep_back: float = 0.0,
     ) -> None:
+        all_kept = is_kept_back(data.keys(), keep_back).all()
+        self._keep_back = 0.0 if all_kept else keep_back
         self.name, self._token, self._tier, self._data = name, token, tier, data
         self._cache, self._load, self._serve = cache, load, serve
         self._seed = seed
@@ -178,6 +183,7 @@ class SimulatedDevice:
             self._load,
             token=self._token,
             data=self._data,
+            keep_back=self._keep_back,
             cache=self._cache,
             patience_s=math.inf,
         )

@@ -166,6 +166,8 @@ class Job:
         schedule: schedule of the learning rates over the rounds.
         evaluate_every: number of rounds from one evaluation to the next; the last round is always
             evaluated.
+        keep_back: expected share of its examples that a device keeps back, does not train on, and
+            evaluates the model on.
         seed: seed of the partition, the draw of devices, the order of batches and the times
             offline.
     """
@@ -185,6 +187,7 @@ class Job:
     hub_gflops: float | None = None
     schedule: RateSchedule = "cosine"
     evaluate_every: int = 1
+    keep_back: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -202,6 +205,8 @@ class Job:
                 raise ValueError(f"{name}.hyper: {error}") from error
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every is {self.evaluate_every}; it must be 1 or more")
+        if not 0 <= self.keep_back < 1:
+            raise ValueError(f"keep_back is {self.keep_back}; it must be from 0 to below 1")
         wanted = self.rounds.per_round
         if wanted is not None and wanted > self.clients:
             raise ValueError(f"rounds.per_round is {wanted}; there are only {self.clients} clients")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -250,3 +250,25 @@ def put_down(folder: Path, described: str) -> None:
         write_atomically(folder / JOB, described.encode())
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+class FleetTokens:
+    """Implements :class:`server_hub.gateway.tokens.Tokens` with tokens that are no secrets.
+
+    The tokens are the same in every run, because the token of a device decides how long the device
+    waits before it connects again.
+    """
+
+    def __init__(self, clients: Iterable[Client]) -> None:
+        self._tiers = {client.name: client.tier for client in clients}
+
+    def token_of(self, device: str) -> str:
+        """Return the token of the device of this name."""
+        return f"token of {device}"
+
+    def device_of(self, token: str) -> str | None:
+        device = token.removeprefix("token of ")
+        return device if device in self._tiers else None
+
+    def tier_of(self, device: str) -> str | None:
+        return self._tiers.get(device)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,6 +54,7 @@ from server_hub.simulation.partition import table_of
 from server_hub.simulation.prepare import (
     Client,
     FederatedData,
+    FleetTokens,
     check_cuts,
     check_fit,
     describe,
@@ -254,7 +255,7 @@ class Simulation:
             Checkpoint.of(hub, loop.time(), wall, self.meter).write(self.folder)
             on_round(replace(record, metric=self.metric))
 
-        tokens = _Tokens(self.clients)
+        tokens = FleetTokens(self.clients)
         hub = self._hub(tokens, last, costs, after_round)
         put_down(self.folder, self._described)
         if hub.started is not None:
@@ -288,7 +289,7 @@ class Simulation:
 
     def _hub(
         self,
-        tokens: _Tokens,
+        tokens: FleetTokens,
         last: Checkpoint | None,
         costs: Callable[[], dict[str, float]],
         on_round: Callable[[RoundRecord], None],
@@ -312,6 +313,7 @@ class Simulation:
             start_from=self._base / job.start_from if job.start_from and last is None else None,
             schedule=job.schedule,
             evaluate_every=job.evaluate_every,
+            evaluation_s=job.rounds.deadline_s,
             rounds=rules,
             local=job.local,
             trunk=job.trunk,
@@ -351,13 +353,14 @@ class Simulation:
             costs=costs,
             run=None if last is None else RunFolder(self.folder, last.completed, self.metric),
             on_round=on_round,
+            in_order=True,  # a checkpoint is of the hub between two rounds
         )
         if last is not None:
             last.apply(hub)
         return hub
 
     def _device(
-        self, client: Client, tokens: _Tokens, hub: Hub, loop: VirtualLoop
+        self, client: Client, tokens: FleetTokens, hub: Hub, loop: VirtualLoop
     ) -> SimulatedDevice:
         cache = self._scratch_folder / "devices" / client.name
         if self._resumed is not None:  # the device downloaded its bundles before the interruption
@@ -381,6 +384,7 @@ class Simulation:
             load,
             hub.gateway.serve_link,
             self.job.seed,
+            self.job.keep_back,
         )
 
     def _runtime(self, bundle: Bundle, threads: int) -> Runtime:
@@ -428,23 +432,3 @@ class Simulation:
             for path, tally in tallies.items():
                 tally.add(logits_of(path, heads, above), batch.y)
         return {path: tally.value for path, tally in tallies.items()}
-
-
-class _Tokens:
-    """Implements :class:`server_hub.gateway.tokens.Tokens` with tokens that are no secrets.
-
-    They are the same in every run: a device's token seeds the pauses before it connects again.
-    """
-
-    def __init__(self, clients: Iterable[Client]) -> None:
-        self._tiers = {client.name: client.tier for client in clients}
-
-    def token_of(self, device: str) -> str:
-        return f"token of {device}"
-
-    def device_of(self, token: str) -> str | None:
-        device = token.removeprefix("token of ")
-        return device if device in self._tiers else None
-
-    def tier_of(self, device: str) -> str | None:
-        return self._tiers.get(device)

@@ -50,6 +50,11 @@ class RoundRecord:
         mixed: accuracy of the mixture of the best N base networks, by N; empty without base
             networks.
         order: numbers of the base networks, best first.
+        on_devices: what devices say about examples that they keep back: ``asked``, ``answered``,
+            ``silent`` and ``without`` (numbers of devices), and ``tiers``. For each tier these are
+            ``devices`` and ``labels`` (numbers), and ``paths``: for each way to answer the value of
+            ``metric`` as ``mean``, weighted by labels, and as the quantiles ``p10``, ``p50`` and
+            ``p90`` over devices. Empty if no device was asked.
     """
 
     round: int
@@ -69,6 +74,16 @@ class RoundRecord:
     moves: list[dict[str, Any]] = field(default_factory=list)
     mixed: dict[str, float] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
+    on_devices: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device_means(self) -> dict[str, dict[str, float]]:
+        """The means of what devices say, by tier and path, as in ``accuracy``."""
+        tiers: dict[str, Any] = self.on_devices.get("tiers", {})
+        return {
+            tier: {path: figures["mean"] for path, figures in said["paths"].items()}
+            for tier, said in tiers.items()
+        }
 
     @property
     def up(self) -> int:

@@ -173,17 +173,20 @@ class TrunkPlan:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """How good the global model is on the held-out examples.
+    """How good the global model is, on the held-out examples and on devices.
 
     Attributes:
         accuracy: accuracy, or perplexity for a model of tokens, by tier and path.
         mixed: by number n of base networks, the figure of the best n, mixed; empty for one model.
         order: numbers of the base networks, best first; empty for one model.
+        on_devices: what devices say about examples that they keep back, as a record of a round
+            holds it; empty if none was asked.
     """
 
     accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
     mixed: dict[int, float] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
+    on_devices: dict[str, Any] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
         """Fields of a round's record, as JSON can hold them."""
@@ -191,6 +194,7 @@ class EvaluationReport:
             "accuracy": self.accuracy,
             "mixed": {str(bases): value for bases, value in self.mixed.items()},
             "order": list(self.order),
+            "on_devices": self.on_devices,
         }
 
 

@@ -7,6 +7,7 @@ import math
 import random
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import msgpack
@@ -17,9 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol import frames as wire
+from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT, MAX_TEXT
 from edge_sdk.protocol.enums import ErrorCode
-from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
+from edge_sdk.protocol.evaluation import Evaluate, Evaluated
+from edge_sdk.protocol.frames import Frame, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
     MESSAGES,
     Ack,
@@ -53,6 +57,9 @@ from edge_sdk.protocol.tensors import (
     pack_tensor,
     unpack_tensor,
 )
+
+encode = partial(wire.encode, agreed=EXTENSIONS)
+decode = partial(wire.decode, agreed=EXTENSIONS)
 
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
@@ -112,6 +119,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     FeatureGradient: st.builds(FeatureGradient, from_1, from_0, parts, from_1),
     Update: st.builds(Update, from_1, parts, st.booleans(), from_1, numbers),
     Infer: st.builds(Infer, from_1, parts, st.none() | texts, base, st.floats(0, 1)),
+    Evaluated: st.builds(Evaluated, from_1, from_0, numbers),
     Bye: st.builds(Bye, texts),
     Welcome: st.builds(
         Welcome,
@@ -149,6 +157,14 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         parts,
         st.none() | st.floats(allow_nan=False, allow_infinity=False),
     ),
+    Evaluate: st.builds(
+        Evaluate,
+        from_1,
+        st.lists(names, max_size=3),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.none() | hashes,
+        bases,
+    ),
     Move: st.builds(Move, texts, hashes, texts),
     Stop: st.builds(Stop, texts, st.none() | hashes, bases),
     Answer: st.builds(Answer, from_1, st.lists(names, max_size=3), small_arrays),
@@ -176,6 +192,8 @@ GOOD: list[Message] = [
     Round(1, HASH, 1, 32, {"lr": 0.05}, "returned", 0, 2, {"1": HASH}),
     Features(1, 0, {"h": FLOAT}),
     Gradient(1, 0, {"g": FLOAT}, 0.5),
+    Evaluated(3, 117, {"ensemble": 0.5}),
+    Evaluate(3, ["mix"], 30.0, HASH, {"1": HASH}),
     Move("large", HASH, "there is time for it"),
     Stop("finished", HASH, {"1": HASH}),
     Answer(1, ["head"], FLOAT),
@@ -187,7 +205,7 @@ GOOD: list[Message] = [
 
 def raw(message: Message) -> dict[str, Any]:
     """Return the body of a message, for a test to change."""
-    return dict(message.body())
+    return dict(message.body(EXTENSIONS))
 
 
 def frame_bytes(kind: object, body: object, seq: object = 1, ack: object = 0) -> bytes:
@@ -369,7 +387,7 @@ def test_a_spec_knows_its_size(array: np.ndarray) -> None:
 
 def test_every_message_is_covered_here() -> None:
     assert set(STRATEGIES) == set(MESSAGES.values()) == {type(message) for message in GOOD}
-    assert all(len(m.body()) == len(dataclasses.fields(m)) for m in GOOD)  # type: ignore[arg-type]
+    assert all(len(m.body(EXTENSIONS)) == len(dataclasses.fields(m)) for m in GOOD)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", STRATEGIES, ids=lambda kind: kind.TYPE)
@@ -382,7 +400,7 @@ def test_a_frame_comes_back_as_it_was(kind: type[Message], data: st.DataObject) 
     frame = decode(encode(message, seq, ack))
     assert (frame.seq, frame.ack) == (seq, ack)
     assert same_message(frame.message, message)
-    assert same_message(from_body(kind.TYPE, message.body()), message)
+    assert same_message(from_body(kind.TYPE, message.body(EXTENSIONS), EXTENSIONS), message)
 
 
 @given(order=st.permutations(range(12)))
@@ -431,6 +449,10 @@ WRONG: dict[str, list[object]] = {
     "last_seq": [-1, MAX_INT + 1, 1.5, None, False],
     "extensions": ["pieces", [1], [""], ["x" * 65], ["x", "x"], {"x": 1}],
     "samples": [0, -1, 2.0, "9", None],
+    "number": [0, -1, 1.0, None],
+    "paths": ["mix", [1], ["x" * 513], None],
+    "within_s": [math.inf, math.nan, "1", None],
+    "results": [{"mix": math.nan}, {"mix": "1"}, [1.0], None],
     "round": [0, -1, MAX_INT + 1, True, None],
     "reason": ["x" * (MAX_TEXT + 1), 1, None],
     "hash": ["0" * 63, "0" * 65, "A" * 64, HASH + "\n", bytes(32), None],
@@ -490,7 +512,7 @@ WRONG: dict[str, list[object]] = {
 
 @pytest.mark.parametrize("message", GOOD, ids=lambda message: message.TYPE)
 def test_a_wrong_field_is_named(message: Message) -> None:
-    for name in message.body():
+    for name in message.body(EXTENSIONS):
         assert WRONG[name]
         for value in WRONG[name]:
             data = frame_bytes(message.TYPE, {**raw(message), name: value}, int(message.RELIABLE))
@@ -511,7 +533,7 @@ def test_limits_are_inclusive() -> None:
         "metrics": metrics,
         "round": MAX_INT,
     }
-    assert decode(frame_bytes("update", update)).message.body()["metrics"] == metrics
+    assert decode(frame_bytes("update", update)).message.body(EXTENSIONS)["metrics"] == metrics
     answer = decode(
         frame_bytes(
             "answer", {**raw(next(m for m in GOOD if isinstance(m, Answer))), "heads": ["h"] * 1024}

@@ -32,6 +32,8 @@ def test_all_parts_of_the_demo_fit_together(tmp_path: Path) -> None:
     for kind, way in (("activations", "up"), ("update", "up"), ("blob", "down"), ("infer", "up")):
         assert result["bytes"][kind][way] > 0
     assert "Accuracy on held-out digits" in shown.getvalue()
+    assert "Accuracy on what devices keep back" in shown.getvalue()
+    assert "6 of 6 devices that were asked" in (tmp_path / "run" / "report.md").read_text("utf-8")
     for name in ("report.md", "metrics.jsonl", "curves.png", "model.safetensors"):
         assert (tmp_path / "run" / name).stat().st_size > 500
 

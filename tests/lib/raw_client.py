@@ -48,9 +48,9 @@ class RawClient:
                     return message
                 assert not isinstance(message, Error), message
 
-    async def join(self, token: str, samples: int = 32) -> Round:
+    async def join(self, token: str, samples: int = 32, hello: Hello = GOOD) -> Round:
         """Say hello and ready, and wait for a round."""
-        await self.say(replace(GOOD, token=token))
+        await self.say(replace(hello, token=token))
         await self.hear(Welcome)
         await self.say(Ready(samples=samples))
         task: Round = await self.hear(Round)
@@ -84,9 +84,13 @@ def good_activations(manifest: Manifest, number: int, rows: int = 8) -> Activati
     return Activations(round=number, batch=0, parts=parts, labels=np.zeros(rows, np.int64))
 
 
-def good_update(manifest: Manifest, number: int) -> Update:
+def good_update(manifest: Manifest, number: int, samples: int = 32) -> Update:
     """An update of zeros that fits a manifest."""
     tensors = {s.name: np.zeros(s.shape, s.dtype) for s in manifest.exchanged()}  # type: ignore[arg-type]
     return Update(
-        round=number, tensors=tensors, done=True, samples=32, metrics={"loss": 1.0, "accuracy": 0.5}
+        round=number,
+        tensors=tensors,
+        done=True,
+        samples=samples,
+        metrics={"loss": 1.0, "accuracy": 0.5},
     )

@@ -26,6 +26,7 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT
 from edge_sdk.protocol.enums import ErrorCode
+from edge_sdk.protocol.evaluation import Evaluate, Evaluated
 from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
 from edge_sdk.protocol.messages import (
     VERSION,
@@ -246,6 +247,20 @@ VALID: list[tuple[str, Message, int, int]] = [
         3,
         5,
     ),
+    (
+        "evaluate",
+        Evaluate(3, ["device_alone", "through_hub", "ensemble"], 30, HASH),
+        6,
+        5,
+    ),
+    ("evaluate of base networks", Evaluate(4, ["mix"], 0.5, None, BASES), 7, 5),
+    (
+        "evaluated",
+        Evaluated(3, 117, {"device_alone": 0.75, "through_hub": 1, "ensemble": 0.875}),
+        7,
+        6,
+    ),
+    ("evaluated nothing", Evaluated(4, 0, {}), 8, 7),
     ("stop", Stop("all rounds are done"), 4, 5),
     ("stop with a final state", Stop("all rounds are done", HASH), 4, 5),
     ("stop with base networks", Stop("all rounds are done", None, BASES), 4, 5),
