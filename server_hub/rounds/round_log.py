@@ -132,16 +132,16 @@ class RoundLog:
         else:
             self._evaluating = asyncio.create_task(self._write_later(record, evaluation))
 
-    def check_written(self) -> None:
-        """Raise :class:`JobFailed` if the last model, or the record of a round, is not on disk."""
-        if self.unwritten:
-            raise JobFailed("; ".join(self.unwritten.values()))
-
     async def evaluated(self) -> None:
         """Wait until the record of the last round is written."""
         evaluating, self._evaluating = self._evaluating, None
         if evaluating is not None:
             await evaluating
+
+    def check_written(self) -> None:
+        """Raise :class:`JobFailed` if the last model, or the record of a round, is not on disk."""
+        if self.unwritten:
+            raise JobFailed("; ".join(self.unwritten.values()))
 
     async def finished(self) -> None:
         """Wait until everything is written."""
