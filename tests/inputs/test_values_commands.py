@@ -49,8 +49,8 @@ ROWS: list[tuple[list[str], str]] = [
     (["bundle", "key", ""], "needs a file name"),
     (["bundle", "key", "none/key"], "cannot be written"),
     # token
-    (["token", "new", "", "--tokens", "new.toml"], "the name of the device is empty"),
-    (["token", "new", "x", "--tier", "", "--tokens", "new.toml"], "the name of the tier is empty"),
+    (["token", "new", "", "--tokens", "new.toml"], "device name '' must have"),
+    (["token", "new", "x", "--tier", "", "--tokens", "new.toml"], "tier name '' must have"),
     (["token", "new", "x", "--tokens", "note.txt"], "note.txt is not valid TOML"),
     (["token", "new", "x", "--tokens", "folder"], "folder cannot be read"),
     (["token", "new", "x", "--tokens", "empty"], "empty needs a table [devices]"),
