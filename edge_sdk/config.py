@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -36,7 +37,7 @@ def build(cls: type[T], raw: dict[str, Any], where: str) -> T:
         where: what to call the table in errors.
 
     Raises:
-        ConfigError: an unknown key, a missing key, or a value of the wrong type.
+        ConfigError: an unknown key, a missing key, or a value of the wrong type or out of range.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -76,14 +77,20 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"{where} must be a list")
         return [_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple:
+        return tuple(_value(list[args[0]], value, where))  # type: ignore[valid-type]
     if origin is typing.Literal:
         if value not in args:
             raise ConfigError(f"{where} is {value!r}, must be one of {', '.join(map(str, args))}")
         return value
     if hint is Path and isinstance(value, str):
+        if not value:
+            raise ConfigError(f"{where} is empty, must be a path")
         return expanded(value)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{where} is {value!r}, must be of type {hint.__name__}")
+    if hint is float and math.isnan(value):
+        raise ConfigError(f"{where} is nan, must be a number")
     return value

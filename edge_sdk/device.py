@@ -12,7 +12,7 @@ from types import TracebackType
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.bundle.signing import read_trust
 from edge_sdk.bundle.store import BlobStore
-from edge_sdk.errors import BundleError, DataError, HubError
+from edge_sdk.errors import BundleError, DataError, Diverged, HubError
 from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.kept_back import KeptBack
 from edge_sdk.inference.mixture import Mixture
@@ -20,7 +20,7 @@ from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction,
 from edge_sdk.protocol.base import EVALUATION, EXTENSIONS, RECOUNT
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate
-from edge_sdk.protocol.messages import Decline, Move, Ready, Round, Stop
+from edge_sdk.protocol.messages import DIVERGED, Decline, Move, Ready, Round, Stop
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.conditions import MayTrain
@@ -224,8 +224,7 @@ class Device:
             LinkClosed: the hub was out of reach for longer than ``patience_s``.
         """
         self._present_learner()
-        if self._loader.data is None:
-            raise DataError("this device has no data; pass data= to Device.connect")
+        self._data()
         report = TrainReport()
         joined = False
         while True:
@@ -264,8 +263,7 @@ class Device:
                 joined = False  # the hub forgot us: join again, in a new session
 
     async def _ready(self) -> Ready:
-        assert self._loader.data is not None
-        self._announced = max(await asyncio.to_thread(self._loader.data.join), 1)
+        self._announced = max(await asyncio.to_thread(self._data().join), 1)
         return Ready(samples=self._announced, tier=self.manifest.tier)
 
     async def _move(self, session: Session, move: Move) -> None:
@@ -290,12 +288,12 @@ class Device:
         :class:`SessionLost` ends the round.
 
         Returns:
-            The report; None if the round was declined, or over before the device was done.
+            The report; None if the round was declined, training has diverged, or the round was
+            over before the device was done.
         """
-        assert self._loader.data is not None
         reason = self._may_train(task.round) if self._may_train is not None else None
         recount = RECOUNT in session.extensions
-        rows = await asyncio.to_thread(self._loader.data.begin, task.round, task.seed, recount)
+        rows = await asyncio.to_thread(self._data().begin, task.round, task.seed, recount)
         if reason is None and len(rows) == 0:
             reason = "there are no rows to train on"
         if reason is not None:
@@ -318,6 +316,12 @@ class Device:
             )
         except RoundOver:
             return None  # too slow: the hub went on without this device
+        except Diverged as error:
+            rate = f" (learning rate {task.hyper['lr']:g})" if "lr" in task.hyper else ""
+            reason = f"{DIVERGED} in round {task.round}{rate}: {error}"
+            log.warning("%s; the device keeps the state that the round began with", reason)
+            await session.send(Decline(round=task.round, reason=reason))
+            return None
         times = {"compute_s": compute_s, "wait_s": now() - started - compute_s}
         result = replace(result, metrics=result.metrics | times)
         await send_update(session, task.round, result, self._connection.welcome.max_frame)
@@ -380,15 +384,15 @@ class Device:
     def kept_back(self) -> Source:
         """The rows of the device's data that are kept back and never trained on, as they are now.
 
-        A row is kept back or not for as long as it exists, whatever else comes or goes. Rows are in
-        the dtypes of the loaded bundle.
-
-        Raises:
-            DataError: the device was connected without data.
+        A row is kept back or not for as long as it exists, whatever else comes or goes. Raises
+        :class:`DataError` if the device was connected without data.
         """
+        return self._data().kept_back()
+
+    def _data(self) -> LocalData:
         if self._loader.data is None:
             raise DataError("this device has no data; pass data= to Device.connect")
-        return self._loader.data.kept_back()
+        return self._loader.data
 
     async def evaluate(self, examples: Source, batch_size: int = 256) -> Evaluation:
         """Measure the three ways to answer: accuracy, or perplexity for a model of tokens.

@@ -17,6 +17,10 @@ class DataError(CutlayerError):
     """Local examples do not fit the model: wrong shape, dtype, label or no examples at all."""
 
 
+class Diverged(CutlayerError):
+    """Training has made the loss or a parameter infinite or not a number."""
+
+
 class BundleError(CutlayerError):
     """A bundle is missing, damaged, tampered with or from a newer format."""
 

@@ -17,6 +17,7 @@ from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec
 from export.dropout import SeededDropout
 from export.errors import ExportError, reason
+from export.names import layer_of
 from export.split import ClientSegment, SplitModel, statistics
 from export.steps import Step
 
@@ -88,6 +89,42 @@ def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
                 "parameters and the statistics of batch norms; make it a parameter, or do not "
                 "change it"
             )
+
+
+def check_sharing(model: SplitModel, cut: int) -> None:
+    """Raise :class:`ExportError` if both sides of a cut would train the same tensor.
+
+    Each side trains a copy of its own, and nothing would make the copies equal again. A table that
+    only stem and head share is not meant: methods say which side trains it.
+    """
+    on_device = set(model.client_layers(cut))
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = [*module.named_parameters(path, recurse=False)]
+        own = [(n, p) for n, p in own if p.requires_grad]
+        for name, tensor in (*own, *_own_statistics(module, path)):
+            owners.setdefault(id(tensor), []).append(name)
+    for names in owners.values():
+        layers = {layer_of(name) for name in names}
+        if layers & on_device and layers - on_device and layers != {"stem", "head"}:
+            device = next(name for name in names if layer_of(name) in on_device)
+            hub = next(name for name in names if layer_of(name) not in on_device)
+            raise ExportError(
+                f"{device} on the device and {hub} on the hub are the same tensor at cut {cut}, "
+                "and each side would train its own copy; cut where no layers share parameters, "
+                "freeze it, or give each block parameters of its own (copy.deepcopy)"
+            )
+
+
+def _own_statistics(module: nn.Module, path: str) -> list[tuple[str, Tensor]]:
+    """The running statistics of a batch norm itself, not of modules inside, by full name."""
+    if not isinstance(module, _NormBase) or module.running_mean is None:
+        return []
+    assert module.running_var is not None
+    return [
+        (f"{path}.running_mean", module.running_mean),
+        (f"{path}.running_var", module.running_var),
+    ]
 
 
 def _run_stages(stages: Mapping[str, nn.Module], example: Tensor) -> None:

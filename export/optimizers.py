@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -136,10 +137,15 @@ def check_hyper(name: str, given: dict[str, float]) -> dict[str, float]:
     """Hyper-parameters of an optimizer: the defaults, replaced by ``given``.
 
     Raises:
-        ExportError: there is no such optimizer or hyper-parameter.
+        ExportError: there is no such optimizer or hyper-parameter, or a value is out of range.
     """
     known = get_optimizer(name).hyper
     for key in given:
         if key not in known:
             raise ExportError(f"{name} has no hyper-parameter {key!r}; it has {', '.join(known)}")
+    for key, value in given.items():
+        below = 1.0 if key in ("momentum", "beta1", "beta2") else math.inf
+        if not 0 <= value < below:
+            rule = "0 or more" if below == math.inf else "from 0 to below 1"
+            raise ExportError(f"{key} of {name} is {value}; it must be {rule}")
     return {**known, **given}

@@ -23,8 +23,9 @@ from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import BundleError
 from edge_sdk.runtime.measure import Measurement, measure_apart
 from export.errors import ExportError
-from export.exact import check_parameters, check_stages
+from export.exact import check_parameters, check_sharing, check_stages
 from export.flops import flops_per_row
+from export.ranges import check_classes, find_ranges
 from export.split import ClientSegment, SplitModel
 from export.steps import ClientSteps
 from export.tiers import TierTable
@@ -186,6 +187,9 @@ class Planner:
         classes: number of classes; for tokens the size of the vocabulary.
         optimizer: ``sgd`` or ``adamw``.
         report: receives the progress.
+
+    Raises:
+        ExportError: the model's head has another number of classes.
     """
 
     def __init__(
@@ -208,6 +212,9 @@ class Planner:
         self._checked = 0
         with suppress(ExportError):  # if the check fails, each cut is checked by itself
             self._check(model.depth - 1)
+        if self._checked:
+            check_classes(model, self.example, classes)
+        self._ranges = find_ranges(model, self.example)
 
     def __enter__(self) -> Planner:
         return self
@@ -390,11 +397,12 @@ class Planner:
         )
         view.aux.update({str(d): self._heads[str(d)] for d in depths if str(d) in self._heads})
         self._check(cut)
+        check_sharing(model, cut)
         view.add_heads(depths, self.example, self.classes)
         self._heads.update(view.aux.items())
         segment = ClientSegment(view, cut)
         check_parameters(segment, self.example)
-        return make_steps(segment, tier, self.example, self.classes, self.optimizer)
+        return make_steps(segment, tier, self.example, self.classes, self.optimizer, self._ranges)
 
     def _check(self, cut: int) -> None:
         if cut > self._checked:

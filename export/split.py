@@ -102,7 +102,7 @@ class SplitModel(nn.Module):
         for cut in sorted(set(cuts)):
             self.check_cut(cut)
             if str(cut) not in self.aux:
-                with torch.no_grad(), _evaluating(self):
+                with torch.no_grad(), evaluating(self):
                     h = self.segment(example, cut)
                 width = h.shape[channel_axis(h, self.channels_first)]
                 with torch.random.fork_rng(devices=[]):
@@ -142,7 +142,7 @@ class SplitModel(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Features: the output of the last block, in evaluation mode."""
-        with _evaluating(self):
+        with evaluating(self):
             return self.segment(x, self.depth)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ def channel_axis(h: Tensor, channels_first: bool = False) -> int:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Set evaluation mode inside the context, and restore the mode of every submodule."""
     modes = {m: m.training for m in module.modules()}
     module.eval()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from edge_sdk.bundle.manifest import Port, StateSpec
+from edge_sdk.bundle.ranges import MAX_POSITIONS, Ranges
 from edge_sdk.protocol.tensors import TensorSpec
 from export.dropout import SeededDropout
 from export.dual_norm import has_dual_norms, noise_tensors, robustness
@@ -72,6 +73,7 @@ class ClientSteps:
             ``mix_N``, and the class mask ``present`` (classes,) as an input of training graphs.
         adversarial: whether the device trains on adversarial examples, through the noise norms if
             the segment has dual norms: adds ``attack`` and ``harden``.
+        highest: largest values of an integer ``x``, see :class:`edge_sdk.bundle.ranges.Ranges`.
 
     Raises:
         ExportError: ``distill`` is not a number from 0 up; or gradients are returned and every
@@ -92,13 +94,14 @@ class ClientSteps:
         distill: float = 0.0,
         bases: int = 0,
         adversarial: bool = False,
+        highest: tuple[int, ...] = (),
     ) -> None:
         if not 0 <= distill < math.inf:
             raise ExportError(f"distill is {distill}; the weight must be 0 or more")
         self.segment, self.optimizer, self.codec = segment, optimizer, codec
         self.classes, self.limits = classes, dict(limits or {})
         self.returned, self.fused, self.distill = returned, fused, distill
-        self.bases, self.adversarial = bases, adversarial
+        self.bases, self.adversarial, self.highest = bases, adversarial, highest
         self.dual = has_dual_norms(segment)
         self.parameters = {
             n: p.detach().clone() for n, p in segment.named_parameters() if p.requires_grad
@@ -169,6 +172,12 @@ class ClientSteps:
             ("slot", self.slots),
         )
         return tuple(StateSpec(_spec(n, t), kind) for kind, ts in kinds for n, t in ts.items())
+
+    @property
+    def ranges(self) -> Ranges:
+        """What examples may hold."""
+        longest = self.limits.get("seq", MAX_POSITIONS)
+        return Ranges(self.x, self.segment.task, self.classes, self.highest, longest)
 
     @property
     def initial(self) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_sdk import config
+from edge_sdk.bundle.ranges import MAX_POSITIONS
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import check_file_names
 from edge_sdk.protocol.checks import MAX_BASES
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from export.writer import Tier
 
 _LENGTH = 64
+
+_MOST = 2**26
+"""Largest number of values of one input: the export draws several inputs."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,10 @@ class LoraTable:
     targets: list[str] = field(default_factory=list)
     cut_rank: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.cut_rank is not None and self.cut_rank < 1:
+            raise ValueError(f"cut_rank is {self.cut_rank}; it must be 1 or more")
+
 
 @dataclass(frozen=True)
 class TiersConfig:
@@ -94,7 +103,7 @@ class TiersConfig:
 
     Attributes:
         tiers: tiers by name.
-        classes: number of classes; known for a transformers model.
+        classes: number of logits of the model's head, which the model gives itself.
         input_shape: shape of one input without the batch; known for a transformers model.
         input_dtype: ``float32``, or ``int64`` for token ids.
         input_high: exclusive upper bound of token ids.
@@ -127,8 +136,16 @@ class TiersConfig:
         if not self.tiers:
             raise ValueError("there are no tiers; add [tiers.NAME]")
         check_file_names(self.tiers, "tier")
-        if self.input_shape is not None and not all(n > 0 for n in self.input_shape):
-            raise ValueError("input_shape must be a list of positive integers")
+        shape = self.input_shape
+        if shape is not None and not (shape and min(shape) > 0 and math.prod(shape) <= _MOST):
+            raise ValueError(
+                f"input_shape is {shape}; it must be a list of positive integers, for at most "
+                f"{_MOST:,} values"
+            )
+        if self.classes is not None and self.classes < 1:
+            raise ValueError(f"classes is {self.classes}; it must be 1 or more")
+        if self.input_high < 1:
+            raise ValueError(f"input_high is {self.input_high}; it must be 1 or more")
         if not 0 <= self.bases <= MAX_BASES:
             raise ValueError(f"bases is {self.bases}; it must be from 1 to {MAX_BASES}, or 0")
         adversarial = [name for name, tier in self.tiers.items() if tier.adversarial]
@@ -146,8 +163,8 @@ class TiersConfig:
                 f"tier {int8[0]!r} has the precision int8, whose weights are those of the export, "
                 "and bases are trained from the start; leave out precision"
             )
-        if self.length < 2:
-            raise ValueError(f"length is {self.length}; a text has 2 tokens or more")
+        if not 2 <= self.length <= MAX_POSITIONS:
+            raise ValueError(f"length is {self.length}; it must be from 2 to {MAX_POSITIONS}")
 
     @classmethod
     def read(cls, path: Path) -> TiersConfig:
@@ -203,18 +220,22 @@ class TiersConfig:
         """Random inputs (batch, ...) for the model, and the number of classes.
 
         Raises:
-            ConfigError: neither the file nor the model gives the shape, or the number of classes.
+            ConfigError: neither the file nor the model gives the shape.
+            ExportError: the model fails on such inputs.
         """
         from export.build import draw_inputs
+        from export.ranges import outputs
 
         known = _known(model, self.length)
         shape = self.input_shape if self.input_shape is not None else known.get("shape")
-        classes = self.classes if self.classes is not None else known.get("classes")
-        if shape is None or classes is None:
-            missing = "input_shape" if shape is None else "classes"
-            raise ConfigError(f"tiers.toml must say {missing}: this model does not")
+        if shape is None:
+            raise ConfigError("tiers.toml must say input_shape: this model does not")
         high = known.get("high", self.input_high if self.input_dtype == "int64" else None)
-        return draw_inputs(shape, high), classes
+        example = draw_inputs(shape, high)
+        classes = outputs(model, example) if self.classes is None else self.classes
+        if classes is None:
+            raise ConfigError("tiers.toml must say classes: the model has no head")
+        return example, classes
 
     def exported(
         self, model: SplitModel, choose: Callable[[Mapping[str, TierTable]], dict[str, int]]
@@ -248,7 +269,7 @@ class TiersConfig:
 
 
 def _known(model: SplitModel, length: int) -> dict[str, Any]:
-    """Shape, bound of token ids and number of classes, as far as the model gives them."""
+    """Shape and bound of token ids, as far as the model gives them."""
     from torch import nn
 
     origin = getattr(model, "origin", None)
@@ -257,13 +278,12 @@ def _known(model: SplitModel, length: int) -> dict[str, Any]:
             table = model.stem.embedding
             assert isinstance(table, nn.Embedding)
             words = table.num_embeddings
-            return {"shape": [length], "high": words, "classes": words}
+            return {"shape": [length], "high": words}
         return {}
     known = origin.config
     if hasattr(known, "vocab_size"):
         longest = getattr(known, "max_position_embeddings", length)
-        classes = known.vocab_size if model.task == "tokens" else known.num_labels
-        return {"shape": [min(length, longest)], "high": known.vocab_size, "classes": classes}
+        return {"shape": [min(length, longest)], "high": known.vocab_size}
     size = getattr(known, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return {"shape": [known.num_channels, height, width], "classes": known.num_labels}
+    return {"shape": [known.num_channels, height, width]}

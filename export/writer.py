@@ -22,7 +22,7 @@ from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import DTYPES, TensorSpec
 from edge_sdk.training.learner import Precision
 from export.errors import ExportError
-from export.exact import check_parameters, check_stages, find_culprit
+from export.exact import check_parameters, check_sharing, check_stages, find_culprit
 from export.lora import lower_ranks
 from export.lowering.lowered import Lowered, RuntimeName, lower
 from export.lowering.onnx import Place
@@ -39,10 +39,13 @@ from export.quantize import (
     quantize_matrices,
     verify_int8,
 )
+from export.ranges import InputRanges, check_classes, find_ranges
 from export.split import WEIGHTS, ClientSegment, SplitModel
 from export.step_set import all_steps
 from export.steps import ClientSteps
 from export.whole import WholeBases, save_bases
+
+_ANY = InputRanges()
 
 Progress = Callable[[str], None]
 
@@ -117,7 +120,8 @@ def export_bundles(
         tiers: settings by name of the tier.
         out: folder to write.
         example: inputs (batch, ...) like those on the devices, at least 2 rows.
-        classes: number of classes; for a model of tokens the size of its vocabulary.
+        classes: number of logits of the model's head; for a model of tokens the size of its
+            vocabulary.
         optimizer: ``sgd`` or ``adamw``, in the training graphs.
         model_path: source of the model for the hub, see :func:`export.build.build_model`.
         extra: further entries of the index, see :func:`export.build.model_of`.
@@ -160,6 +164,10 @@ def export_bundles(
     _check_precisions(tiers, int8)
     get_optimizer(optimizer)
     check_stages(model, max(tier.cut for tier in tiers.values()), example)
+    for tier in tiers.values():
+        check_sharing(model, tier.cut)
+    check_classes(model, example, classes)
+    ranges = find_ranges(model, example)
     if bases is None:
         model.add_heads([tier.cut for tier in tiers.values()], example, classes)
     with folder_for(out) as folder, modes_kept(model):
@@ -171,7 +179,9 @@ def export_bundles(
                 whole = bases is not None and tier.cut == model.depth - 1
                 segment = segment_of(bases.whole if bases is not None and whole else model, tier)
                 check_parameters(segment, example)
-                steps = make_steps(segment, tier, example, classes, optimizer)
+                steps = make_steps(segment, tier, example, classes, optimizer, ranges)
+                if int8 is not None and tier.precision == "int8":
+                    steps.ranges.fit(int8.examples.x, int8.examples.y)
                 written[tier] = write_tier(
                     steps, name, tier, blobs, example, progress, verified=verified
                 )
@@ -243,6 +253,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Raise :class:`ExportError` if an export must not be written to ``out``."""
     if out.exists() and not _replaceable(out, overwrite):
         raise ExportError(f"{out} exists; choose another folder, or overwrite an earlier export")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ExportError(f"{above} is a file; choose another folder than {out}")
 
 
 def _replaceable(out: Path, overwrite: bool) -> bool:
@@ -283,10 +296,15 @@ def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:
 
 
 def make_steps(
-    segment: ClientSegment, tier: Tier, example: Tensor, classes: int, optimizer: str
+    segment: ClientSegment,
+    tier: Tier,
+    example: Tensor,
+    classes: int,
+    optimizer: str,
+    ranges: InputRanges = _ANY,
 ) -> ClientSteps:
-    """The steps of a tier, with the limits of its runtime."""
-    limits = {}
+    """The steps of a tier, with the limits of its runtime and of the model."""
+    limits = {} if ranges.longest is None else {"seq": ranges.longest}
     if tier.runtime == "executorch":
         limits["batch"] = tier.batch
         if not example.is_floating_point() and example.dim() == 2:
@@ -303,6 +321,7 @@ def make_steps(
         distill=tier.distill,
         bases=tier.bases,
         adversarial=tier.adversarial,
+        highest=ranges.highest,
     )
 
 
@@ -382,6 +401,7 @@ def write_tier(
         blobs=sizes,
         bases=tier.bases,
         whole=steps.segment.whole,
+        highest=steps.highest,
     )
 
 

@@ -57,6 +57,8 @@ class HubConfig:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        if self.model == "":
+            raise ValueError("model is empty; leave it out to take the model of the export")
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every is {self.evaluate_every}, must be at least 1")
         if not 0 <= self.evaluation_s < math.inf:

@@ -13,7 +13,7 @@ import torch
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
-from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.errors import ConfigError, DataError, ProtocolError
 from edge_sdk.inference.metrics import Metric
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluated
@@ -29,7 +29,9 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.training.data import Examples
 from export.build import model_of_bundles
+from export.exact import check_sharing
 from export.optimizers import check_hyper
+from export.ranges import check_classes
 from export.split import WEIGHTS, SplitModel
 from server_hub.concurrency import BackgroundTasks, Changes, Effect
 from server_hub.config import HubConfig
@@ -112,6 +114,8 @@ class Hub:
         else:
             self.model = model
             self.model.load(config.bundles / WEIGHTS)
+        for entry in self.index.tiers.values():
+            check_sharing(self.model, entry.cut)
         initial = {n: t.detach().cpu().numpy() for n, t in self.model.trained().items()}
         self.method = method or compose(
             config.method,
@@ -362,7 +366,7 @@ class Hub:
             self._ready(peer, message)
         elif isinstance(message, Decline):
             if self.rounds.expects(peer.device, message.round):
-                self.rounds.decline(peer.device, plain(message.reason))
+                self.rounds.decline(peer.device, plain(message.reason), message.diverged)
         elif isinstance(message, Update):
             self._collector.update(peer, message)
         else:
@@ -420,7 +424,12 @@ class Hub:
         if self.config.held_out is None:
             return None
         manifest = next(iter(self.manifests.values()))
-        examples = Examples.from_npz(self.config.held_out).fitted(manifest)
+        examples = Examples.from_npz(self.config.held_out)
+        try:
+            examples = examples.fitted(manifest)
+        except DataError as error:
+            raise DataError(f"{self.config.held_out}: {error}") from error
+        check_classes(self.model, torch.from_numpy(examples.x[:1]), self.index.classes)
         return examples.x, examples.y
 
     def _worker(self, model: ModelSource, held_out: tuple[Any, Any] | None) -> WorkerTrunk:

@@ -72,6 +72,7 @@ class Job:
         plan = self.plan()
         await self.broadcast(plan)
         updates, copies = await self.collect()
+        copies = self.round_log.useful(copies, plan.trunk.hyper["lr"])
         if not updates:
             return
         await self.average(plan, updates, copies)
@@ -113,7 +114,7 @@ class Job:
         await self.trunk.begin(plan.state, plan.trunk)
 
     async def collect(self) -> tuple[Sequence[DeviceUpdate], Sequence[TrunkCopy]]:
-        """Wait for the updates of devices, and for the trunk's steps; nothing if nobody delivers.
+        """Wait for the updates of devices, and for the trunk's steps.
 
         Raises:
             JobFailed: nobody has delivered in too many rounds in a row.
@@ -126,7 +127,7 @@ class Job:
         useful = self.rounds.finish()
         self.round_log.tell_losses()
         copies = await self.trunk.finish()
-        return (self.collector.updates(), copies) if useful else ([], [])
+        return (self.collector.updates() if useful else []), copies
 
     async def average(
         self, plan: RoundPlan, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]

@@ -16,15 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from edge_sdk.bundle.ranges import MAX_POSITIONS, Ranges
 from edge_sdk.errors import BundleError, DataError, ProtocolError
+from edge_sdk.protocol.checks import MAX_BASES
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 
 FORMAT = 3
 """Version of the manifest format. A reader refuses any other."""
 
-MINOR = 0
-"""Version of what was added to the format, and what a reader that does not know it can ignore."""
+MINOR = 1
+"""Version of what was added to the format, and what a reader that does not know it can ignore.
+
+1: ``highest``.
+"""
 
 MAX_MANIFEST = 64 * 2**20
 """Largest size of a manifest, in bytes."""
@@ -155,7 +160,8 @@ class Manifest:
         runtime: the runtime of the graphs: ``onnx`` or ``executorch``; ``torch`` in a simulation.
         task: ``classes`` (a label per example) or ``tokens`` (a label per position; -1 for none).
         classes: number of classes, or of tokens; labels are ``0..classes-1``.
-        limits: largest ``batch`` and ``seq`` that the graphs accept, if there is one.
+        limits: largest ``batch`` and ``seq`` that the graphs accept, if there is one; ``seq`` is
+            that of the whole model.
         heads: auxiliary heads that the device holds, shallowest first.
         optimizer: ``sgd`` or ``adamw``.
         codec: name of the codec of the activations.
@@ -169,6 +175,7 @@ class Manifest:
         whole: whether all of the model is on the device, and nothing on the hub.
         base_states: blobs with the states of trained base networks, best first; empty in bundles
             that a hub serves for training, where the hub names the states.
+        highest: largest values of an integer ``x``, see :class:`Ranges`; empty if not known.
     """
 
     tier: str
@@ -189,6 +196,7 @@ class Manifest:
     bases: int = 0
     whole: bool = False
     base_states: tuple[str, ...] = ()
+    highest: tuple[int, ...] = ()
 
     def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
         """The state tensors that travel: parameters and statistics, with ``slots`` also slots."""
@@ -219,6 +227,12 @@ class Manifest:
     def x(self) -> TensorSpec:
         """Name, dtype and shape of the inputs ``x``."""
         return next(port.spec for port in self.graphs["predict"].inputs if port.spec.name == "x")
+
+    @property
+    def ranges(self) -> Ranges:
+        """What examples may hold."""
+        longest = min(self.limits.get("seq", MAX_POSITIONS), MAX_POSITIONS)
+        return Ranges(self.x, self.task, self.classes, self.highest, longest)
 
     def check_robustness(self, robustness: float) -> None:
         """Check that the bundle can answer with a weight of the noise norms.
@@ -295,7 +309,9 @@ class Manifest:
                 bases=int(raw["bases"]),
                 whole=bool(raw["whole"]),
                 base_states=tuple(map(str, raw["base_states"])),
+                highest=tuple(map(int, raw.get("highest", ()))),
             )
+            _check_sizes(manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is damaged ({error}); export again") from error
         for name in manifest.blobs:
@@ -309,6 +325,23 @@ class Manifest:
             if name not in manifest.graphs:
                 raise BundleError(f"the bundle lacks the graph {name!r}; export again")
         return manifest
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """Raise ValueError for a number that is out of range."""
+    least = {"cut": (manifest.cut, 1), "classes": (manifest.classes, 1)}
+    least |= {f"limit of {name}": (size, 1) for name, size in manifest.limits.items()}
+    least |= {f"size of blob {name[:80]}": (size, 0) for name, size in manifest.blobs.items()}
+    least |= {f"highest {i}": (value, 0) for i, value in enumerate(manifest.highest)}
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ValueError(f"{name} is {value}")
+    if not 0 <= manifest.bases <= MAX_BASES:
+        raise ValueError(f"bases is {manifest.bases}")
+    x = manifest.graphs["predict"].inputs if "predict" in manifest.graphs else ()
+    wide = [port.spec.shape[-1] for port in x if port.spec.name == "x" and port.spec.shape]
+    if len(manifest.highest) > 1 and wide != [len(manifest.highest)]:
+        raise ValueError(f"{len(manifest.highest)} largest values for an x of other columns")
 
 
 def _spec(raw: dict[str, Any]) -> TensorSpec:

@@ -59,6 +59,8 @@ def new_key(path: Path) -> str:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
+    if not path.name:
+        raise BundleError("the key needs a file name")
     public = path.with_name(f"{path.name}.pub")
     pair = ((path, private, 0o600), (public, f"{public_key(key)}\n".encode(), 0o666))
     made: list[Path] = []

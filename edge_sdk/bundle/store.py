@@ -51,9 +51,16 @@ class BlobStore:
         """Return the cache of a device: a folder, or ``~/.cache/cutlayer``.
 
         None is returned if no folder is given and the home folder is not known.
+
+        Raises:
+            BundleError: the folder is a file, or lies in one.
         """
         if folder is not None:
-            return cls(expanded(folder))
+            given = expanded(folder)
+            there = next(path for path in (given, *given.parents) if path.exists())
+            if not there.is_dir():
+                raise BundleError(f"{given} is no folder, or lies in a file; choose another")
+            return cls(given)
         home = home_folder()
         return None if home is None else cls(home / ".cache" / "cutlayer")
 

@@ -134,7 +134,8 @@ def measure(
     steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = STEPS,
     threads: Annotated[int, typer.Option(min=1, help="Threads within one operator.")] = 1,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a text; the bundle's limit, else 64.")
+        int | None,
+        typer.Option(min=1, help="Tokens of a text; 64, or the bundle's limit if less."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -15,11 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_sdk import config
+from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.device import Device, RoundReport, TrainReport
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.inference.prediction import Evaluation
+from edge_sdk.runtime import MAX_THREADS
 from edge_sdk.sources.opened import open_source
 from edge_sdk.sources.recent import Recent
+from edge_sdk.training.data import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,21 @@ class DeviceConfig:
         for name in ("url", "token"):  # a file that one came from may have ended its line
             object.__setattr__(self, name, getattr(self, name).strip())
             if not getattr(self, name):
-                raise ValueError(f"the {name} is empty")
+                raise ValueError(f"{name} is empty")
+        if not 1 <= self.threads <= MAX_THREADS:
+            raise ValueError(f"threads is {self.threads}; it must be from 1 to {MAX_THREADS}")
+        if self.memory_mb is not None and self.memory_mb < 1:
+            raise ValueError(f"memory_mb is {self.memory_mb}; it must be 1 or more")
+        if not self.patience_s >= 0:
+            raise ValueError(f"patience_s is {self.patience_s}; it must be 0 or more")
+        if not 0 <= self.keep_back < 1:
+            raise ValueError(f"keep_back is {self.keep_back}; it must be from 0 to below 1")
+        if self.newest is not None and self.newest < 1:
+            raise ValueError(f"newest is {self.newest}; it must be 1 or more")
+        if self.max_age_s is not None and not self.max_age_s > 0:
+            raise ValueError(f"max_age_s is {self.max_age_s}; it must be above 0")
+        if self.tier == "":
+            raise ValueError("tier is empty")
 
 
 def device(
@@ -160,7 +177,7 @@ async def _run(
             soft_wrap=True,
         )
         if held_out is not None:  # not after hours of training
-            held_out.fitted(manifest)
+            held_out = _fitted(held_out, manifest, settings.evaluate)
         training = await joined.train(show) if data is not None else None
         if training is not None:
             console.print(f"stopped: {training.reason}", soft_wrap=True)
@@ -171,6 +188,16 @@ async def _run(
                 held_out = None
         evaluation = await joined.evaluate(held_out) if held_out is not None else None
     return joined.name, joined.manifest.tier, training, evaluation
+
+
+def _fitted(source: Source, manifest: Manifest, path: Path | None) -> Source:
+    """The rows as the model takes them; :class:`DataError` names the file."""
+    try:
+        return source.fitted(manifest)
+    except DataError as error:
+        if str(path) in str(error):
+            raise
+        raise DataError(f"{path}: {error}") from error
 
 
 def _summary(

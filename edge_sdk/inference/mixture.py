@@ -168,9 +168,10 @@ class Mixture:
             robustness: weight of the noise norms, from 0 to 1.
 
         Raises:
-            DataError: there are fewer bases, one of them is not here, or ``robustness`` is out of
-                range or not available.
+            DataError: the inputs do not fit the model, there are fewer bases, one of them is not
+                here, or ``robustness`` is out of range or not available.
         """
+        x = self._manifest.ranges.fit_x(x)
         self._manifest.check_robustness(robustness)
         absent = self.missing(bases)
         if absent:

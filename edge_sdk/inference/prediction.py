@@ -141,8 +141,9 @@ class Predictor:
         self, x: Array, confidence: float, timeout_s: float, options: AnswerOptions
     ) -> Prediction:
         """See :meth:`edge_sdk.device.Device.predict`."""
-        limit = self._learner().manifest.limits.get("batch", len(x))
-        if len(x) > limit:
+        limit = self._learner().manifest.limits.get("batch", math.inf)
+        if x.ndim and len(x) > limit:
+            limit = int(limit)
             answers = [
                 await self.predict(x[start : start + limit], confidence, timeout_s, options)
                 for start in range(0, len(x), limit)
@@ -256,8 +257,7 @@ class Predictor:
         """The device's half of an answer, by :meth:`Learner.predict` or :meth:`Mixture.answer`."""
         learner = self._learner()  # a move may replace it while this answer is computed
         manifest = learner.manifest
-        shape = x.shape if manifest.task == "tokens" else x.shape[:1]
-        x = Examples(x, np.zeros(shape, np.int64)).fitted(manifest).x
+        x = manifest.ranges.fit_x(x)
         if not manifest.bases and options.bases is not None:
             raise DataError(
                 f"{options.bases} bases are to be mixed, and the model has none; leave out bases, "

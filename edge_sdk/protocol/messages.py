@@ -70,13 +70,22 @@ class Ready(Message):
     from_round: int | None = checked(checks.optional(checks.integer(1)), None, extension=RECOUNT)
 
 
+DIVERGED = "training diverged"
+"""How the reason of a :class:`Decline` begins if training has diverged on the device."""
+
+
 @dataclass(frozen=True)
 class Decline(Message):
-    """The device does not take part in this round."""
+    """The device does not take part in this round, or not to its end."""
 
     TYPE = "decline"
     round: int = checked(checks.integer(1))
     reason: str = checked(checks.text())
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training has diverged on the device."""
+        return self.reason.startswith(DIVERGED)
 
 
 @dataclass(frozen=True)

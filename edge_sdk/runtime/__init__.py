@@ -9,6 +9,9 @@ from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.errors import BundleError
 from edge_sdk.protocol.tensors import Array
 
+MAX_THREADS = 1024
+"""Largest number of threads that a setting may ask for."""
+
 
 class Runtime(Protocol):
     """Runs the step graphs of one bundle and owns its state.

@@ -138,7 +138,7 @@ def _feeds(manifest: Manifest, batch: int | None, length: int | None) -> dict[st
     """
     sizes = {
         "batch": batch if batch is not None else manifest.limits.get("batch", BATCH),
-        "seq": length if length is not None else manifest.limits.get("seq", LENGTH),
+        "seq": length if length is not None else min(manifest.limits.get("seq", LENGTH), LENGTH),
     }
     rng = np.random.default_rng(0)
     feeds: dict[str, Array] = {}
@@ -152,9 +152,10 @@ def _feeds(manifest: Manifest, batch: int | None, length: int | None) -> dict[st
         elif port.role == "batch" and spec.dtype == "float32":
             feeds[spec.name] = rng.standard_normal(shape, np.float32)
         elif port.role == "batch":
-            # labels, or tokens; a manifest knows the vocabulary only if labels are tokens
-            tokens = spec.name == "x" and manifest.task != "tokens"
-            high = 2 if tokens else manifest.classes
+            bounds: tuple[int, ...] = (manifest.classes - 1,)
+            if spec.name == "x":
+                bounds = manifest.highest or (1,)
+            high = np.asarray(bounds) + 1
             feeds[spec.name] = rng.integers(high, size=shape).astype(DTYPES[spec.dtype])
     return feeds
 

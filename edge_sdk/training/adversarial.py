@@ -22,6 +22,9 @@ _WIRE_NAMES = {
 }
 """Names of the fields in graphs, and after ``attack_`` in ``round.hyper``."""
 
+MAX_STEPS = 1000
+"""Largest number of steps of an attack; each takes a device as long as a training step."""
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -48,8 +51,8 @@ class Attack:
         for name in ("epsilon", "step_size"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be 1 or more")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps is {self.steps}; it must be from 1 to {MAX_STEPS}")
         if not self.low < self.high:
             raise ValueError(f"low is {self.low} and high {self.high}; low must be below high")
 

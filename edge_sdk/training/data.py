@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import DataError
-from edge_sdk.protocol.tensors import DTYPES, Array
+from edge_sdk.protocol.tensors import Array
 from edge_sdk.sources.arrays import check_rows, read_arrays
 
 _FIRST = 64
@@ -131,37 +131,9 @@ class Examples(Source):
         """The same examples in the dtypes of the step graphs.
 
         Raises:
-            DataError: no examples, or shape, dtype or labels that do not fit the model.
+            DataError: no examples, or a shape, dtype, value or label that does not fit the model.
         """
-        spec = manifest.x
-        if len(self.x) == 0 or not _matches(self.x.shape[1:], spec.shape[1:]):
-            raise DataError(f"x has shape {list(self.x.shape)}, the model takes {list(spec.shape)}")
-        longest = manifest.limits.get("seq")
-        if longest is not None and self.x.shape[1] > longest:
-            raise DataError(
-                f"texts of {self.x.shape[1]} tokens; the bundle takes {longest} at most"
-            )
-        shape = self.x.shape if manifest.task == "tokens" else self.x.shape[:1]
-        if self.y.shape != shape or self.y.dtype.kind not in "iu":
-            raise DataError(
-                f"y has shape {list(self.y.shape)} and dtype {self.y.dtype}; "
-                f"it must hold integer labels of shape {list(shape)}"
-            )
-        lowest = -1 if manifest.task == "tokens" else 0
-        if self.y.min() < lowest or self.y.max() >= manifest.classes:
-            raise DataError(
-                f"labels reach from {self.y.min()} to {self.y.max()}, "
-                f"the model has the classes 0 to {manifest.classes - 1}"
-            )
-        if self.labels == 0:
-            raise DataError("no position has a label: all of y is -1")
-        dtype = DTYPES[spec.dtype]
-        if self.x.dtype != dtype and not np.can_cast(self.x.dtype, dtype, "same_kind"):
-            raise DataError(f"x is {self.x.dtype}, the model takes {spec.dtype}")
-        x = np.ascontiguousarray(self.x, dtype)
-        if dtype.kind == "f" and not np.isfinite(x).all():
-            raise DataError("x holds values that are not finite (NaN or infinity)")
-        return Examples(x, np.ascontiguousarray(self.y, np.int64))
+        return Examples(*manifest.ranges.fit(self.x, self.y))
 
 
 class _Fitted(Source):
@@ -221,7 +193,7 @@ class _Fitted(Source):
                 if len(one):
                     one.fitted(self._manifest)
             except DataError as own:
-                return DataError(f"{self.where(int(row))}: {own}")
+                return DataError(f"{self.where(int(row))}: {str(own).removeprefix('row 0 of ')}")
         return error
 
 
@@ -252,10 +224,3 @@ class Selection(Source):
 
     def where(self, row: int) -> str:
         return self._source.where(int(self._rows[row]))
-
-
-def _matches(shape: tuple[int, ...], want: tuple[int | str, ...]) -> bool:
-    """Whether a shape matches; a symbol stands for any size above zero."""
-    return len(shape) == len(want) and all(
-        size > 0 if isinstance(n, str) else size == n for size, n in zip(shape, want, strict=True)
-    )

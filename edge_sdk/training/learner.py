@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest, tensor_of
-from edge_sdk.errors import BundleError, DataError
+from edge_sdk.errors import BundleError, DataError, Diverged
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.messages import Batch, Features, Gradient, HeadGradient
 from edge_sdk.protocol.tensors import Array
@@ -76,6 +77,8 @@ class _Scores:
     def add(self, outputs: dict[str, Array], examples: Examples) -> dict[str, Array]:
         """Count a step. Returns its outputs without loss and number of correct answers."""
         self.last = float(outputs.pop("loss"))
+        if not math.isfinite(self.last):
+            raise Diverged(f"the loss is {self.last}")
         self.loss += self.last * examples.labels
         self.correct += float(outputs.pop("correct"))
         self.labels += examples.labels
@@ -174,9 +177,21 @@ class Learner:
                 they are given; the result has slots if ``state`` has.
             data: rows that fit the manifest, see :meth:`Source.fitted`.
             plan: epochs, batch size, hyper-parameters.
+
+        Raises:
+            Diverged: the loss or a parameter is not finite any more; the runtime then holds
+                ``state`` again.
         """
+        self.runtime.set_state(state)
+        try:
+            return (yield from self._epochs(state, data, plan))
+        except Diverged:
+            self.runtime.set_state(state)
+            raise
+
+    def _epochs(self, state: Mapping[str, Array], data: Source, plan: LocalPlan) -> Training:
+        """:meth:`training` with the state that the runtime holds."""
         runtime, rng = self.runtime, np.random.default_rng(plan.seed)
-        runtime.set_state(state)
         hyper = {
             n: np.asarray(v, np.float32) for n, v in plan.hyper.items()
             if n not in ("own", "masked") and not n.startswith("attack_")
@@ -200,7 +215,10 @@ class Learner:
                 if plan.activations.returns_gradients:
                     inputs = {"x": batch.x, **seed}
                     labels = None if plan.activations is ActivationMode.U_SHAPED else batch.y
-                    yield Outgoing(sent, Batch(runtime.run("activate", inputs), labels))
+                    parts = runtime.run("activate", inputs)
+                    if not all(np.isfinite(part).all() for part in parts.values()):
+                        raise Diverged("the activations are not finite")
+                    yield Outgoing(sent, Batch(parts, labels))
                     in_flight.append(_BatchInFlight(sent, inputs, batch))
                     sent += 1
                     yield from self._step_back(in_flight, plan, hyper, scores, most=plan.staleness)
@@ -224,6 +242,9 @@ class Learner:
         yield from self._step_back(in_flight, plan, hyper, scores, most=0)
         slots = any(e.kind == "slot" and e.spec.name in state for e in self.manifest.state)
         result = runtime.get_state(slots)
+        for name, tensor in result.items():
+            if not np.isfinite(tensor).all():
+                raise Diverged(f"{name} is not finite")
         return LocalResult(result, len(data), scores.metrics())
 
     def _present(self, data: Source, plan: LocalPlan) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass
 
 from edge_sdk.protocol.pieces import PIECE
@@ -94,7 +95,16 @@ class Limits:
     def __post_init__(self) -> None:
         if self.window < 2 or self.max_frame < 2 * self.blob_piece:
             raise ValueError("window must be at least 2, max_frame at least twice blob_piece")
-        for name in ("connections", "strangers", "strangers_per_address", "waiting_mb"):
+        for name in ("session_s", "hello_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be above 0 and finite")
+        for name in (
+            "connections",
+            "strangers",
+            "strangers_per_address",
+            "waiting_mb",
+            "blob_piece",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.frames_per_s <= 0:

@@ -113,6 +113,8 @@ class TokenFile:
             ConfigError: the file is invalid, or the name cannot be shown or sent.
         """
         check_name(device, "device")
+        if tier is not None:
+            check_name(tier, "tier")
         with self._lock():
             devices, tiers = self._tables() if self.path.exists() else ({}, {})
             token = secrets.token_hex(32)

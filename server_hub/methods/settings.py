@@ -125,6 +125,14 @@ class SplitMixConfig(BaseLoss):
             seed=self.seed,
         )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
+        for tier, budget in self.budgets.items():
+            if not 0 < budget <= 1:
+                raise ValueError(f"budgets.{tier} is {budget}; it must be above 0, at most 1")
+
 
 def learning_rate_factor(schedule: RateSchedule, number: int, count: int) -> float:
     """Return the factor of the learning rates in round ``number`` of ``count``.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from edge_sdk.inference.metrics import Metric
+from edge_sdk.protocol.messages import DIVERGED
 from server_hub.reports.table import Table
 from server_hub.reports.values import LABELS, bases, best, megabytes, percent, shown
 from server_hub.storage.run_folder import RoundRecord
@@ -130,9 +131,11 @@ def round_line(record: RoundRecord) -> str:
         measured = f"perplexity {measured}"
     local = "" if record.local_loss is None else f"  loss {record.local_loss:.3f}"
     trunk = "" if record.trunk_loss is None else f"  trunk loss {record.trunk_loss:.3f}"
+    many = sum(DIVERGED in reason for reason in record.dropped.values())
+    diverged = f"  {DIVERGED} on {many}" if many else ""
     return (
         f"round {record.round:3d}  {record.devices} devices{local}"
-        f"{trunk}  {measured}  {record.seconds:.1f} s"
+        f"{diverged}{trunk}  {measured}  {record.seconds:.1f} s"
     )
 
 

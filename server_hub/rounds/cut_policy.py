@@ -227,3 +227,6 @@ class Cuts:
     def __post_init__(self) -> None:
         if self.wait_s <= 0:
             raise ValueError(f"wait_s is {self.wait_s}, must be above 0")
+        for device, memory in self.memory_mb.items():
+            if not memory > 0:
+                raise ValueError(f"memory_mb of {device!r} is {memory}, must be above 0")

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.bundle.ranges import MAX_POSITIONS
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.pieces import MAX_MESSAGE
 from edge_sdk.protocol.tensors import TensorSpec
 from server_hub.gateway.limits import Limits
-from server_hub.rounds.validation import MAX_POSITIONS
 
 log = logging.getLogger("cutlayer.hub")
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from edge_sdk.errors import CutlayerError
 from edge_sdk.files import why
 from edge_sdk.inference.metrics import mean_metric
+from edge_sdk.protocol.messages import DIVERGED
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.gateway.traffic import Traffic
 from server_hub.methods.method import Method
@@ -24,9 +25,13 @@ from server_hub.rounds.model_publisher import ModelPublisher
 from server_hub.rounds.rounds import Rounds
 from server_hub.storage.run_folder import RoundRecord, RunFolder
 from server_hub.trunk.batcher import RoundTotals
-from server_hub.trunk.interface import EvaluationReport
+from server_hub.trunk.interface import EvaluationReport, TrunkCopy
 
 log = logging.getLogger("cutlayer.hub")
+
+
+_DIVERGED = 5
+"""Rounds in a row in which training of the trunk diverges, after which the job is given up."""
 
 
 class JobFailed(CutlayerError):
@@ -64,6 +69,7 @@ class RoundLog:
         self.job_began = 0.0
         """Seconds on the loop's clock when the job began."""
         self._round_began = 0.0
+        self._diverging = 0  # rounds in a row in which training of the trunk has diverged
         self._saving: asyncio.Task[None] | None = None
         self._evaluating: asyncio.Task[None] | None = None
         self.unwritten: dict[str, str] = {}
@@ -81,7 +87,8 @@ class RoundLog:
         """Log which members have not delivered in the round that has ended.
 
         Raises:
-            JobFailed: nobody has delivered in too many rounds in a row.
+            JobFailed: nobody has delivered in too many rounds in a row, or training has diverged
+                on every device.
         """
         rounds = self._rounds
         for device, reason in rounds.dropped.items():
@@ -89,11 +96,42 @@ class RoundLog:
         if rounds.delivered:
             return
         log.warning("nobody delivered in round %d; it does not count", rounds.number)
+        if rounds.diverged:
+            raise JobFailed(
+                f"training has diverged on every device in {rounds.diverging} rounds in a row; "
+                f"lower lr in [local]: {next(iter(rounds.dropped.values()))}"
+            )
         if rounds.given_up:
             reasons = sorted(set(rounds.dropped.values()))
             raise JobFailed(
                 f"nobody delivered in {rounds.fruitless} rounds in a row: {'; '.join(reasons[:3])}"
             )
+
+    def useful(self, copies: Sequence[TrunkCopy], rate: float) -> list[TrunkCopy]:
+        """Log whether training of the trunk has diverged; return the copies that count.
+
+        Args:
+            copies: layers that the trunk has trained in the round.
+            rate: learning rate of the trunk.
+
+        Raises:
+            JobFailed: it has diverged in too many rounds in a row.
+        """
+        good = [copy for copy in copies if not copy.diverged]
+        if len(good) == len(copies):
+            self._diverging = 0 if copies else self._diverging
+            return good
+        self._diverging += 1
+        found = (
+            f"{DIVERGED} on the trunk in round {self._rounds.number} (learning rate {rate:g}); "
+            "what it has trained in this round does not count"
+        )
+        log.warning("%s", found)
+        if self._diverging >= _DIVERGED:
+            raise JobFailed(
+                f"{found}, for the {self._diverging}th time in a row; lower lr in [trunk]"
+            )
+        return good
 
     async def save(self) -> None:
         """Begin to write the model; the model of the round before is written first.

@@ -25,6 +25,9 @@ _STRIKES = 3
 _RAREST = 8
 """A device that misses every round is drawn in one of so many rounds."""
 
+_DIVERGED = 5
+"""Rounds in a row that diverge on every member, after which the job is given up."""
+
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 """Shortest time between the starts of two rounds after one without any update. It doubles."""
 
@@ -125,7 +128,12 @@ class Rounds:
     not_before: float = -math.inf
     lost: dict[str, float] = field(default_factory=dict)
     missed: dict[str, int] = field(default_factory=dict)
+    diverging: int = 0
+    """Number of rounds in a row in which training has diverged on every member."""
     _declined: set[str] = field(default_factory=set)
+    _diverged: set[str] = field(default_factory=set)
+    _proven: set[str] = field(default_factory=set)  # devices that have delivered in this job
+    _hopeless: set[str] = field(default_factory=set)  # devices of the rounds in ``diverging``
 
     @property
     def delivered(self) -> set[str]:
@@ -162,10 +170,12 @@ class Rounds:
             self.arrivals.pop(device, None)
             self.dropped[device] = reason
 
-    def decline(self, device: str, reason: str) -> None:
-        """A member does not take part in this round."""
+    def decline(self, device: str, reason: str, diverged: bool = False) -> None:
+        """A member does not take part in this round, perhaps as its training has diverged."""
         if device in self.owed:
             self._declined.add(device)
+            if diverged:
+                self._diverged.add(device)
             self.drop(device, f"declined: {reason}")
 
     def deliver(self, device: str, now: float) -> None:
@@ -218,7 +228,17 @@ class Rounds:
         self.arrivals = {}
         self.dropped = {}
         self._declined = set()
+        self._diverged = set()
         self.began, self.deadline = now, now + self.rules.deadline_s
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training has diverged on every member for too many rounds in a row.
+
+        Devices that have delivered before must be among them: a few devices that say so cannot end
+        a job that goes well on others.
+        """
+        return self.diverging >= _DIVERGED and self._proven <= self._hopeless
 
     @property
     def given_up(self) -> bool:
@@ -287,6 +307,12 @@ class Rounds:
             elif device not in self._declined:
                 self.missed[device] = self.missed.get(device, 0) + 1
         useful = bool(self.arrivals)
+        self._proven.update(self.arrivals)
+        if self.members and self._diverged == self.members:
+            self.diverging += 1
+            self._hopeless |= self._diverged
+        else:
+            self.diverging, self._hopeless = 0, set()
         self.completed += useful
         self.fruitless = 0 if useful else self.fruitless + 1
         if self.fruitless:

@@ -242,6 +242,7 @@ class UpdateCollector:
             step_input,
             reply=lambda gradient: self._post(peer, gradient),
             refuse=lambda reason: self._refused(peer, reason),
+            give_up=lambda reason: self._rounds.drop(peer.device, reason),
         )
 
     def update(self, peer: Peer, message: Update) -> None:

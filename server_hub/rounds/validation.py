@@ -26,15 +26,12 @@ _BESIDE = 2**16
 _LARGEST_METRIC = 1e12
 """Largest absolute value of a metric that counts; sums over devices stay finite."""
 
-MAX_POSITIONS = 8192
-"""Largest number of positions of a text: attention needs memory for their square."""
-
 
 def check_packed(parts: Mapping[str, Array], manifest: Manifest) -> dict[str, int]:
     """Packed activations are as the manifest says; returns the sizes ``batch`` and ``seq``."""
     symbols: dict[str, int] = {}
     check_tensors(dict(parts), manifest.packed, symbols)
-    longest = min(manifest.limits.get("seq", MAX_POSITIONS), MAX_POSITIONS)
+    longest = manifest.ranges.longest
     if symbols.get("seq", 0) > longest:
         raise ProtocolError(
             ErrorCode.BAD_TENSOR,
@@ -91,16 +88,9 @@ def check_labels(
             f"labels are {labels.dtype} {list(labels.shape)}, must be int64 {list(shape)}",
             "labels",
         )
-    lowest, highest = (-1 if tokens else 0), manifest.classes - 1
-    if labels.min() < lowest or labels.max() > highest:
-        raise ProtocolError(
-            ErrorCode.BAD_LABELS,
-            f"labels reach from {labels.min()} to {labels.max()}, "
-            f"must be from {lowest} to {highest}",
-            "labels",
-        )
-    if labels.max() < 0:
-        raise ProtocolError(ErrorCode.BAD_LABELS, "no label counts: all are -1", "labels")
+    fault = manifest.ranges.label_fault(labels)
+    if fault is not None:
+        raise ProtocolError(ErrorCode.BAD_LABELS, fault, "labels")
 
 
 def check_base_network(batch: Batch, plan: DevicePlan, manifest: Manifest) -> None:

@@ -166,6 +166,8 @@ def compare(
     if target is not None and target > 1 and read_data(job, job_file.parent).task == "classes":
         raise ConfigError(f"--target is {target:g}; accuracy is a fraction, from 0 to 1")
     folder = run or Path("runs") / f"compare-{job_file.stem}"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose a folder for the runs")
     console = Console(stderr=as_json, highlight=False, markup=False)
     console.print(fleet_table(job).rich())
     runs = run_comparison(

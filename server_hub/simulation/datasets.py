@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from edge_sdk.bundle.ranges import MAX_POSITIONS
 from edge_sdk.errors import DataError
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
@@ -88,8 +89,8 @@ class DataTable:
         for name, size in (("train", self.train), ("test", self.test)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1")
-        if self.length < 2:
-            raise ValueError(f"length is {self.length}; it must be at least 2")
+        if not 2 <= self.length <= MAX_POSITIONS:
+            raise ValueError(f"length is {self.length}; it must be from 2 to {MAX_POSITIONS}")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
 

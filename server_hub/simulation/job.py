@@ -23,6 +23,9 @@ from server_hub.simulation.network import Network
 from server_hub.simulation.partition import PartitionTable
 from server_hub.trunk.settings import TrunkTraining
 
+MAX_CLIENTS = 100_000
+"""Largest number of devices of a tier."""
+
 DeviceRuntime = Literal["torch", "onnx", "executorch"]
 """Runtime of the devices' steps: the functional step in torch, or the exported graph."""
 
@@ -54,8 +57,10 @@ class FleetTier(Network):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clients < 1:
-            raise ValueError(f"clients is {self.clients}; a tier has at least one client")
+        if not 1 <= self.clients <= MAX_CLIENTS:
+            raise ValueError(f"clients is {self.clients}; it must be from 1 to {MAX_CLIENTS}")
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"budget is {self.budget}; it must be above 0, and at most 1")
         if self.cut < 1:
             raise ValueError(f"cut is {self.cut}; a device holds at least one block")
         for name in ("gflops", "online_s"):
@@ -203,6 +208,8 @@ class Job:
                 )
             except ExportError as error:
                 raise ValueError(f"{name}.hyper: {error}") from error
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every is {self.evaluate_every}; it must be 1 or more")
         if not 0 <= self.keep_back < 1:

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edge_sdk.bundle.ranges import Ranges
 from edge_sdk.bundle.store import write_atomically
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
+from export.ranges import find_ranges
 from export.split import SplitModel
 from export.writer import Tier
 from server_hub.methods.fleet import Fleet
@@ -136,7 +138,7 @@ def fleet_of(
         model: the model.
         tiers: what is exported for each tier, by name.
         example: some inputs, (rows, …).
-        classes: number of classes of the data.
+        classes: number of classes of the model.
     """
     return Fleet(
         model,
@@ -160,13 +162,19 @@ def check_cuts(job: Job, model: SplitModel) -> None:
             model.check_cut(cut)
 
 
-def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:
-    """Raise :class:`ConfigError` unless the model accepts the data and has all of their classes.
+def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> int:
+    """Check that the model accepts the data and has all of their classes.
 
     Args:
         model: the model.
         example: some inputs, (rows, …) float32; for texts, tokens (rows, positions) int64.
         classes: number of classes of the data; for texts, the size of the vocabulary.
+
+    Returns:
+        Number of classes of the model, which may have more than the data.
+
+    Raises:
+        ConfigError: the model does not fit the data.
     """
     shape = list(example.shape[1:])
     texts = not example.is_floating_point()
@@ -185,6 +193,12 @@ def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:
                 f"the data have {classes} tokens, the model knows {vocabulary(model)}; take the "
                 "tokenizer of the model, or a model with a larger vocabulary"
             )
+        longest = find_ranges(model, example[:, :2]).longest
+        if longest is not None and longest < shape[0]:
+            raise ConfigError(
+                f"the texts have {shape[0]} tokens, and the model takes {longest} at most; set "
+                f"length in [data] to {longest}"
+            )
     try:
         with torch.no_grad():
             answers = model.eval()(example)
@@ -197,6 +211,16 @@ def check_fit(model: SplitModel, example: torch.Tensor, classes: int) -> None:
             f"the model's answers have shape {list(answers.shape[1:])}, and the data have "
             f"{classes} classes; take a model with at least as many classes"
         )
+    return int(answers.shape[-1])
+
+
+def check_values(data: Dataset, ranges: Ranges) -> None:
+    """Raise :class:`DataError` for a value or label of the data that the model does not take."""
+    for name, part in (("training data", data.train), ("held-out data", data.held_out)):
+        try:
+            ranges.fit(part.x, part.y)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
 
 
 def describe(job: Job, runtime: DeviceRuntime) -> str:

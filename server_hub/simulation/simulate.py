@@ -25,8 +25,10 @@ from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
 from export.build import build_model
+from export.exact import check_sharing
 from export.flops import flops_per_row
 from export.functional import TorchRuntime
+from export.ranges import find_ranges
 from export.split import WEIGHTS
 from export.step_set import all_steps
 from export.steps import ClientSteps
@@ -57,6 +59,7 @@ from server_hub.simulation.prepare import (
     FleetTokens,
     check_cuts,
     check_fit,
+    check_values,
     describe,
     fleet_of,
     put_down,
@@ -154,13 +157,13 @@ class Simulation:
         model = build_model(job.model)
         check_cuts(job, model)
         example = torch.from_numpy(self.data.train.x[:8])
-        check_fit(model, example, self.data.classes)
+        classes = check_fit(model, example, self.data.classes)
         hardens = job.method == "splitmix" and job.mix.robustness > 0
         tiers = {
             name: tier.exported(self.runtime, job.local.batch_size, hardens)
             for name, tier in self.tiers.items()
         }
-        return self.recipe.arrange(fleet_of(job, model, tiers, example, self.data.classes))
+        return self.recipe.arrange(fleet_of(job, model, tiers, example, classes))
 
     def _export(self, say: Say) -> BundleIndex:
         """Write the bundles that devices download."""
@@ -171,9 +174,15 @@ class Simulation:
         if not fleet.bases:  # base networks have their heads already, each with its own weights
             for model in {id(m): m for m in (fleet.model, *fleet.models.values())}.values():
                 model.add_heads(cuts, fleet.example, fleet.classes)
+        ranges = find_ranges(fleet.model, fleet.example)
         for name, tier in fleet.tiers.items():
+            check_sharing(fleet.model_of(name), tier.cut)
             segment = segment_of(fleet.model_of(name), tier)
-            steps = make_steps(segment, tier, fleet.example, fleet.classes, self.job.optimizer)
+            steps = make_steps(
+                segment, tier, fleet.example, fleet.classes, self.job.optimizer, ranges
+            )
+            if not self._steps:  # all tiers take the same examples
+                check_values(self.data, steps.ranges)
             exact = tier.runtime != "torch"  # the functional step itself needs no check
             manifest = write_tier(steps, name, tier, blobs, fleet.example, say, verified=exact)
             entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(manifest.to_bytes()))

@@ -97,9 +97,22 @@ class RoundRecord:
 
 
 def read_records(folder: Path) -> list[RoundRecord]:
-    """Read the rounds of a run from its ``metrics.jsonl``, without an incomplete last line."""
+    """Read the rounds of a run from its ``metrics.jsonl``, without an incomplete last line.
+
+    Raises:
+        ConfigError: a line is no record of a round.
+    """
     lines = read_text(folder / METRICS).split("\n")[:-1]
-    return [RoundRecord(**json.loads(line)) for line in lines]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(RoundRecord(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{folder / METRICS}, line {number}, is no record of a round: it was changed or "
+                "damaged, or another version has written it"
+            ) from error
+    return records
 
 
 class RunFolder:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from edge_sdk.protocol.messages import Gradient
+from edge_sdk.protocol.messages import DIVERGED, Gradient
 from server_hub.concurrency import Changes, Effect
 from server_hub.trunk.interface import StepInput, StepReport, Trunk
 from server_hub.trunk.settings import TrunkTraining
@@ -26,6 +26,8 @@ class PendingBatch:
         step_input: the batch.
         reply: sends the batch's gradient to the device, in rounds with returned gradients.
         refuse: called with the reason if the trunk cannot use the batch.
+        give_up: called with the reason if the batch's gradient will never come, by no fault of the
+            device.
         effect: complete once the batch is sure to be trained on.
     """
 
@@ -34,6 +36,7 @@ class PendingBatch:
     step_input: StepInput
     reply: Callable[[Gradient], None]
     refuse: Callable[[str], None]
+    give_up: Callable[[str], None]
     effect: Effect = field(default_factory=Effect)
 
     @property
@@ -190,6 +193,10 @@ class StepBatcher:
             batch.effect.complete()
         for device, reason in report.refused.items():
             next(b for b in group if b.step_input.device == device).refuse(reason)
+        for device in report.diverged if report.gradients else ():
+            next(b for b in group if b.step_input.device == device).give_up(
+                f"{DIVERGED} on the trunk, which gives no gradients"
+            )
 
     def _count(self, group: list[PendingBatch], report: StepReport) -> None:
         totals = self.totals

@@ -93,6 +93,7 @@ class StepReport:
             loss over the batch's labels that count. None for a batch that was refused.
         losses: for each batch: sum of the loss over its labels that count, and their number. None
             for a batch that was refused, or whose labels stay on the device.
+        diverged: devices whose batches were not used, as training of their replica has diverged.
     """
 
     loss: float
@@ -100,6 +101,7 @@ class StepReport:
     refused: dict[str, str]
     gradients: Sequence[Mapping[str, Array] | None] = ()
     losses: Sequence[tuple[float, int] | None] = ()
+    diverged: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class TrunkCopy:
         samples: rows that passed through the layer. An example counts once, however many
             passes devices and trunk make over it.
         base: number of the base network that the layer is of; 0 for a single model.
+        diverged: whether training of the replica has diverged. There are no tensors then.
     """
 
     replica: str
@@ -120,6 +123,7 @@ class TrunkCopy:
     tensors: State
     samples: int
     base: int = 0
+    diverged: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ _GROWTH = 1e6
 """A batch statistic may grow in a round to so many times the largest of its norm, or of 1."""
 
 
+_EXPLODED = 1e4
+"""A root mean square of parameters that no training reaches unless it diverges."""
+
+
 class Replica:
     """A copy of the trunk and its optimizer.
 
@@ -46,6 +50,8 @@ class Replica:
         self.optimizer = rule.reference(list(self.trained), dict(plan.hyper))
         """Updates the parameters."""
         self._samples: dict[str, int] = {}
+        self.diverged = False
+        """Whether a step has found that training has diverged; no further steps are made."""
         if plan.keeps_slots:
             for slots, slot, name in self._slot_names():
                 slots[slot] = torch.from_numpy(np.array(state[name]))
@@ -88,6 +94,13 @@ class Replica:
         tensors = list(self._statistics.values())
         return torch.stack(torch._foreach_norm(tensors, math.inf)).float()
 
+    @torch.no_grad()
+    def has_diverged(self) -> bool:
+        """Whether a parameter is not finite, or so large that training has diverged."""
+        norms = torch.stack(torch._foreach_norm(list[Tensor](self.trained))).float()
+        sizes = torch.tensor([p.numel() for p in self.trained], device=norms.device)
+        return not bool((norms <= _EXPLODED * sizes.sqrt()).all())  # false for NaN
+
     def set_rate(self, factor: float) -> None:
         """Set the learning rate to the plan's, times ``factor``."""
         for group in self.optimizer.param_groups:
@@ -110,6 +123,7 @@ class Replica:
 
     def copies(self, name: str) -> list[TrunkCopy]:
         """Every layer that was trained, as copies of the replica called ``name``."""
+        self.diverged = self.diverged or (bool(self.trained) and self.has_diverged())
         trained = self.model.trained()
         if self._plan.keeps_slots:
             trained |= {n: slots[slot] for slots, slot, n in self._slot_names()}
@@ -123,7 +137,9 @@ class Replica:
             if tensors:  # a layer whose tensors are all frozen has none
                 # an example counts once, however many passes devices and trunk make
                 passes = self._plan.epochs * self._plan.passes
-                copies.append(TrunkCopy(name, layer, tensors, rows // passes))
+                diverged = self.diverged
+                tensors = {} if diverged else tensors
+                copies.append(TrunkCopy(name, layer, tensors, rows // passes, diverged=diverged))
         return copies
 
     def _slot_names(self) -> Iterator[tuple[dict[str, Tensor], str, str]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from edge_sdk.runtime import MAX_THREADS
 
 Precision = Literal["fp32", "bf16"]
 """Arithmetic of a step: float32, or bfloat16 where autocast allows it; weights are float32."""
@@ -52,6 +55,12 @@ class TrunkTraining:
     def __post_init__(self) -> None:
         if self.mix_rows < 0:
             raise ValueError(f"mix_rows is {self.mix_rows}, must be 0 or more")
+        if not 0 <= self.wait_s < math.inf:
+            raise ValueError(f"wait_s is {self.wait_s}, must be 0 or more, and finite")
+        if not self.max_norm > 0:
+            raise ValueError(f"max_norm is {self.max_norm}, must be above 0, or inf for no bound")
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise ValueError(f"threads is {self.threads}, must be from 0 to {MAX_THREADS}")
         for name in ("max_rows", "max_tokens", "max_mb", "arena_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")

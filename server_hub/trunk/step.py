@@ -225,7 +225,9 @@ class TrunkTrainer:
             divided(work, [r for r in given if r.source.replica == name], refuse)
         returned = [gradients.get(id(r)) for r in received] if self._plan.returned else []
         each = [losses.get(id(r)) for r in received]
-        return StepReport(total / rows if rows else math.nan, rows, refused, returned, each)
+        diverged = [r.source.device for r in given if self._replica(r.source.replica).diverged]
+        mean = total / rows if rows else math.nan
+        return StepReport(mean, rows, refused, returned, each, diverged)
 
     def _train_replica(
         self,
@@ -239,7 +241,8 @@ class TrunkTrainer:
 
         When loss or gradients are not finite, or batch statistics out of bounds, nothing is
         changed: each batch is tried alone to find the ones to blame, and the step is repeated with
-        the others. Nothing is changed either when an exception is raised.
+        the others. Nothing is changed either when an exception is raised. A replica whose
+        parameters have grown out of all bounds is to blame itself, and makes no further steps.
 
         Args:
             replica: the replica.
@@ -253,7 +256,7 @@ class TrunkTrainer:
         """
         with replica.attempt() as before:
             batches = [self._unpack(r) for r in received]
-            while batches:
+            while batches and not replica.diverged:
                 outcome = self._backward(replica, batches)
                 if outcome.finite:
                     if self._plan.returned:
@@ -274,6 +277,9 @@ class TrunkTrainer:
                 replica.restore(before)
                 fine = torch.stack([is_finite(b) for b in batches]).tolist()
                 reason = "the activations are not finite"
+                if all(fine) and replica.has_diverged():
+                    replica.diverged = True  # by training, not by these batches
+                    break
                 if batches[0].gradient is not None:
                     reason = "the activations, or the gradients of their features, are not finite"
                 if all(fine):

@@ -171,9 +171,9 @@ def test_a_bad_row_is_named_when_it_is_read() -> None:
     data.fit(MANIFEST)
     trained(data, 1, 0)
     source.here = [*range(50), 90]
-    with pytest.raises(DataError, match="the app's row 90: labels reach from 10 to 10"):
+    with pytest.raises(DataError, match="the app's row 90: y is the label 10"):
         trained(data, 2, 0)
-    with pytest.raises(DataError, match="the app's row 90: labels reach"):
+    with pytest.raises(DataError, match="the app's row 90: y is the label"):
         LocalData(source).fit(MANIFEST)
 
 

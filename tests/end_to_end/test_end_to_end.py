@@ -440,7 +440,7 @@ def test_wrong_data_is_refused_before_training(tmp_path: Path, bundles: BundleIn
         wrong = {
             "the model has the classes": replace(good, y=good.y + 5),
             "x has shape": replace(good, x=good.x[:, :, :4]),
-            "not finite": replace(good, x=np.full_like(good.x, np.nan)),
+            "must be finite": replace(good, x=np.full_like(good.x, np.nan)),
             "integer labels": replace(good, y=good.y.astype(np.float32)),
             "x has shape [0": replace(good, x=good.x[:0], y=good.y[:0]),
         }

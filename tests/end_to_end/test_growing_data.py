@@ -155,7 +155,8 @@ def test_the_command_reads_any_format_and_measures_on_what_is_kept_back(
     [
         (["--data", "a.npz"], "a.npz has no array x, y"),
         (["--data", "a.csv"], "a.csv, line 3 has 1 cells, the first line names 3 columns"),
-        (["--data", "b.npz", "--keep-back", "1"], "keep_back is 1; it must be from 0 to below 1"),
+        (["--data", "b.npz", "--keep-back", "1"], "keep_back is 1.0; it must be from 0 to below 1"),
+        (["--data", "b.npz", "--max-age-s", "0"], "max_age_s is 0.0; it must be above 0"),
         (["--data", "b.npz", "--max-age-s", "5"], "have no time, so they have no age"),
         (["--evaluate", "b.npz", "--newest", "5"], "--newest and --max-age-s need --data"),
         (["--data", "c.bin"], "the format of c.bin is not known"),

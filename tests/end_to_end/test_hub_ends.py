@@ -96,7 +96,7 @@ def test_a_hub_that_is_asked_to_end_tells_its_devices(
     last = err.strip().splitlines()[-1]
     assert last.startswith("cutlayer: ended by SIGTERM after ")
     assert last.endswith(" of 1000 rounds")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
         "metrics.jsonl", "model.safetensors", "report.md", "curves.png",
     }  # fmt: skip
 

@@ -55,7 +55,9 @@ class Apply(nn.Module):
 
 def vectors(*blocks: nn.Module) -> SplitModel:
     """Return a model on (B, C) with these blocks and one more after the cut."""
-    return SplitModel(nn.Linear(*FEATURES, WIDTH), [*blocks, nn.Identity()], nn.Identity())
+    return SplitModel(
+        nn.Linear(*FEATURES, WIDTH), [*blocks, nn.Identity()], nn.Linear(WIDTH, CLASSES)
+    )
 
 
 def images(*blocks: nn.Module) -> SplitModel:

@@ -16,6 +16,7 @@ from edge_sdk import Device
 from edge_sdk.bundle import signing
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.store import BlobStore
+from edge_sdk.errors import BundleError
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
 from server_hub.storage.run_folder import read_records
@@ -206,10 +207,11 @@ def test_a_device_goes_on_without_its_cache(
     assert len(said) == (failing != "write")  # a download that has finished writes no other way
 
 
-@pytest.mark.parametrize("cache", ["/proc/x", "/dev/null", "/dev/null/x"])
-def test_a_cache_that_is_no_folder(
-    tmp_path: Path, bundles: BundleIndex, caplog: pytest.LogCaptureFixture, cache: str
+def test_a_cache_that_cannot_be_made(
+    tmp_path: Path, bundles: BundleIndex, caplog: pytest.LogCaptureFixture
 ) -> None:
+    cache = "/proc/x"
+
     async def job() -> None:
         config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1))
         token = TokenFile(config.tokens).issue("phone")
@@ -223,6 +225,13 @@ def test_a_cache_that_is_no_folder(
 
     asyncio.run(job())
     assert sum(f"the cache {cache} cannot be used" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("cache", ["/dev/null", "/dev/null/x"])
+def test_a_file_is_no_cache(cache: str) -> None:
+    """This is a mistake in the path, and no state of a disk."""
+    with pytest.raises(BundleError, match=f"{cache} is no folder, or lies in a file"):
+        BlobStore.cache(cache)
 
 
 # --- commands -----------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_a_token_from_a_file_may_end_its_line(
     data = str(save_npz(tmp_path / "d.npz", examples(4)))
     given = ["device", "--url", "ws://127.0.0.1:1", "--data", data, "--patience-s", "0.1"]
     monkeypatch.setenv("CUTLAYER_TOKEN", " \r\n")
-    expect_refusal(capsys, given, "the token is empty")
+    expect_refusal(capsys, given, "token is empty")
     monkeypatch.setenv("CUTLAYER_TOKEN", "t\r\n")
     expect_refusal(capsys, given, "cannot connect", code=1)
 

@@ -42,7 +42,11 @@ def batch(device: str) -> PendingBatch:
     """Return a batch of a device, in round 1."""
     labels = np.zeros(ROWS, np.int64)
     step_input = StepInput(device, "trunk", 1, "fp16", Batch(parts={}, labels=labels))
-    return PendingBatch(1, 0, step_input, reply=lambda gradient: None, refuse=lambda reason: None)
+
+    def nothing(_: object) -> None:
+        return
+
+    return PendingBatch(1, 0, step_input, reply=nothing, refuse=nothing, give_up=nothing)
 
 
 class Running:

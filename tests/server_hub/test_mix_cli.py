@@ -116,9 +116,9 @@ def test_what_is_no_run_of_these_bundles_is_refused(
         return line
 
     assert "it has no metrics.jsonl" in said(tmp_path / "nowhere")
-    RunFolder(tmp_path / "plain").append(
-        RoundRecord(1, 0.0, 0.0, 1, {}, None, None, None, 0, {}, {})
-    )
+    plain = RunFolder(tmp_path / "plain")
+    plain.add(RoundRecord(1, 0.0, 0.0, 1, {}, None, None, None, 0, {}, {}))
+    plain.write()
     assert "has no base networks" in said(tmp_path / "plain")
     write_run(tmp_path / "fewer", bundles, [1, 0])
     assert "has 2 bases, and the bundle of tier 'small' is for 4" in said(tmp_path / "fewer")

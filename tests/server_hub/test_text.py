@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.bundle.ranges import MAX_POSITIONS
 from edge_sdk.errors import ConfigError, DataError, ProtocolError
 from edge_sdk.inference.metrics import Tally
 from edge_sdk.protocol.enums import ErrorCode
@@ -31,7 +32,7 @@ from server_hub.hub import Hub
 from server_hub.methods.settings import LocalTraining
 from server_hub.reports.comparison import accuracy_table, cost_table
 from server_hub.reports.report import write_report
-from server_hub.rounds.validation import MAX_POSITIONS, check_answer, check_labels, check_packed
+from server_hub.rounds.validation import check_answer, check_labels, check_packed
 from server_hub.simulation.datasets import DataTable, load_dataset
 from server_hub.simulation.job import DeviceRuntime, FleetTier, Job, RoundsTable
 from server_hub.simulation.results import (
@@ -191,9 +192,9 @@ def test_labels_are_one_for_each_position_that_was_sent(index: BundleIndex) -> N
         (y[:, :4], r"\[3, 4\], must be int64 \[3, 5\]"),
         (y[0], r"must be int64 \[3, 5\]"),
         (y.astype(np.int32), "int32"),
-        (np.full((3, 5), -1), "no label counts"),
-        (np.full((3, 5), -2), "from -1 to 257"),
-        (np.full((3, 5), WORDS), "from -1 to 257"),
+        (np.full((3, 5), -1), "no position has a label"),
+        (np.full((3, 5), -2), "the label -2; the model has the classes 0 to 257; -1 marks"),
+        (np.full((3, 5), WORDS), "the label 258; the model has the classes 0 to 257"),
     ]
     for labels, says in wrong:
         with pytest.raises(ProtocolError, match=says) as error:
@@ -203,6 +204,9 @@ def test_labels_are_one_for_each_position_that_was_sent(index: BundleIndex) -> N
 
 def test_texts_and_answers_that_take_too_much_memory_are_refused(index: BundleIndex) -> None:
     manifest = index.manifest("a")
+    with pytest.raises(ProtocolError, match="129 positions; they may have 128"):
+        check_packed(packed(1, 129), manifest)  # the model's table of positions ends there
+    manifest = replace(manifest, limits={})
     check_packed(packed(1, MAX_POSITIONS), manifest)
     with pytest.raises(ProtocolError, match="8192 at most"):
         check_packed(packed(1, MAX_POSITIONS + 1), manifest)
