@@ -17,7 +17,7 @@ from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.kept_back import KeptBack
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor
-from edge_sdk.protocol.base import EVALUATION, EXTENSIONS
+from edge_sdk.protocol.base import EVALUATION, EXTENSIONS, RECOUNT
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate
 from edge_sdk.protocol.messages import DIVERGED, Decline, Move, Ready, Round, Stop
@@ -37,14 +37,7 @@ from edge_sdk.transport.link import open_websocket
 from edge_sdk.transport.replies import RoundOver
 from edge_sdk.transport.session import Session, SessionLost
 
-__all__ = [
-    "Device",
-    "Evaluation",
-    "MayTrain",
-    "Prediction",
-    "RoundReport",
-    "TrainReport",
-]
+__all__ = ["Device", "Evaluation", "MayTrain", "Prediction", "RoundReport", "TrainReport"]
 
 log = logging.getLogger("cutlayer.device")
 
@@ -265,7 +258,7 @@ class Device:
 
     async def _ready(self) -> Ready:
         assert self._loader.data is not None
-        self._announced = max(await asyncio.to_thread(self._loader.data.count), 1)
+        self._announced = max(await asyncio.to_thread(self._loader.data.join), 1)
         return Ready(samples=self._announced, tier=self.manifest.tier)
 
     async def _move(self, session: Session, move: Move) -> None:
@@ -295,7 +288,8 @@ class Device:
         """
         assert self._loader.data is not None
         reason = self._may_train(task.round) if self._may_train is not None else None
-        rows = await asyncio.to_thread(self._loader.data.begin, task.round, task.seed)
+        recount = RECOUNT in session.extensions
+        rows = await asyncio.to_thread(self._loader.data.begin, task.round, task.seed, recount)
         if reason is None and len(rows) == 0:
             reason = "there are no rows to train on"
         if reason is not None:
@@ -303,7 +297,7 @@ class Device:
             return None
         if len(rows) != self._announced:
             self._announced = len(rows)
-            await session.send(Ready(samples=len(rows), tier=self.manifest.tier))
+            await session.send(Ready(samples=len(rows), from_round=task.round))
         now = asyncio.get_running_loop().time
         started = now()
         try:
@@ -328,7 +322,7 @@ class Device:
         result = replace(result, metrics=result.metrics | times)
         await send_update(session, task.round, result, self._connection.welcome.max_frame)
         loss, accuracy = (result.metrics.get(name) for name in ("loss", "accuracy"))
-        return RoundReport(task.round, loss, accuracy, now() - started)
+        return RoundReport(task.round, loss, accuracy, now() - started, len(rows))
 
     # --- prediction -----------------------------------------------------------------------------
 

@@ -375,12 +375,13 @@ class Hub:
         return effect
 
     def _ready(self, peer: Peer, message: Ready) -> None:
+        if message.from_round is not None:
+            self._collector.recount(peer.device, message.from_round, message.samples)
+            return
         self.cut_moves.ready(peer, message)
-        self._collector.join(peer.device, message.samples)
-        if self.rounds.expects(peer.device, self.rounds.number) and not self._collector.recount(
-            peer.device, message.samples
-        ):
+        if self.rounds.expects(peer.device, self.rounds.number):
             self.rounds.drop(peer.device, "it joined anew")
+        self._collector.join(peer.device, message.samples)
         if self._over:
             self._stop(peer)
         else:  # in the last round, too: its result has to be averaged first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_sdk import config
-from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.device import Device, RoundReport, TrainReport
-from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.errors import ConfigError
 from edge_sdk.inference.prediction import Evaluation
 from edge_sdk.runtime import MAX_THREADS
-from edge_sdk.training.data import Examples
+from edge_sdk.sources.opened import open_source
+from edge_sdk.sources.recent import Recent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class DeviceConfig:
     tier: str | None = None
     data: Path | None = None
     keep_back: float = 0.0
+    newest: int | None = None
+    max_age_s: float | None = None
     evaluate: Path | None = None
     cache: Path | None = None
     trust: list[str] | None = None
@@ -52,6 +55,10 @@ class DeviceConfig:
             raise ValueError(f"patience_s is {self.patience_s}; it must be 0 or more")
         if not 0 <= self.keep_back < 1:
             raise ValueError(f"keep_back is {self.keep_back}; it must be from 0 to below 1")
+        if self.newest is not None and self.newest < 1:
+            raise ValueError(f"newest is {self.newest}; it must be 1 or more")
+        if self.max_age_s is not None and not 0 < self.max_age_s < math.inf:
+            raise ValueError(f"max_age_s is {self.max_age_s}; it must be above 0")
         if self.tier == "":
             raise ValueError("tier is empty")
 
@@ -68,16 +75,29 @@ def device(
         str | None, typer.Option(help="Tier whose bundle the device carries  [default: token's]")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help=".npz with x and y to train on; without it, only evaluate.")
+        Path | None,
+        typer.Option(
+            help="What to train on: .npz with x and y, x.npy beside y.npy, .csv, .jsonl, .sqlite, "
+            "or a folder of images; without it, only evaluate."
+        ),
     ] = None,
     keep_back: Annotated[
         float | None,
         typer.Option(
-            help="Share of the data that never trains; the device evaluates on it for the hub."
+            help="Share of the data that is never trained on; the device evaluates on it for the "
+            "hub, and at the end unless --evaluate is given  [default: 0]"
         ),
     ] = None,
+    newest: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many rows at most, the newest.")
+    ] = None,
+    max_age_s: Annotated[
+        float | None,
+        typer.Option(help="Train on rows of at most so many seconds of age, by their time."),
+    ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option(help=".npz with x and y to measure accuracy or perplexity on.")
+        Path | None,
+        typer.Option(help="What to measure accuracy or perplexity on; formats as for --data."),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps bundles  [default: ~/.cache/cutlayer]")
@@ -100,14 +120,19 @@ def device(
     """Join a hub, train on local data until the job is over, and measure the result."""
     given = {
         "url": url, "token": token, "tier": tier, "data": data,
-        "keep_back": keep_back, "evaluate": evaluate, "cache": cache, "trust": trust or None,
-        "threads": threads, "memory_mb": memory_mb, "patience_s": patience_s,
+        "keep_back": keep_back, "newest": newest, "max_age_s": max_age_s, "evaluate": evaluate,
+        "cache": cache, "trust": trust or None, "threads": threads, "memory_mb": memory_mb,
+        "patience_s": patience_s,
     }  # fmt: skip
     raw: dict[str, Any] = config.read_toml(config_file) if config_file is not None else {}
     raw |= {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
     settings = config.build(DeviceConfig, raw, str(config_file or "options of cutlayer device"))
     if settings.data is None and settings.evaluate is None:
         raise ConfigError("nothing to do: give --data to train on, --evaluate to measure, or both")
+    if settings.data is None and (
+        settings.keep_back or settings.newest is not None or settings.max_age_s is not None
+    ):
+        raise ConfigError("--keep-back, --newest and --max-age-s need --data")
     console = Console(stderr=as_json, highlight=False, markup=False)
     name, tier, training, evaluation = asyncio.run(_run(settings, console))
     if as_json:
@@ -120,8 +145,10 @@ async def _run(
     settings: DeviceConfig, console: Console
 ) -> tuple[str, str, TrainReport | None, Evaluation | None]:
     """The device's name and tier, what training did, and the accuracy."""
-    data = Examples.from_npz(settings.data) if settings.data is not None else None
-    held_out = Examples.from_npz(settings.evaluate) if settings.evaluate is not None else None
+    data = open_source(settings.data) if settings.data is not None else None
+    if data is not None and (settings.newest is not None or settings.max_age_s is not None):
+        data = Recent(data, settings.newest, settings.max_age_s)
+    held_out = open_source(settings.evaluate) if settings.evaluate is not None else None
 
     def show(report: RoundReport) -> None:
         heads = ""
@@ -149,20 +176,17 @@ async def _run(
             soft_wrap=True,
         )
         if held_out is not None:  # not after hours of training
-            held_out = _fitted(held_out, manifest, settings.evaluate)
+            held_out.fitted(manifest)
         training = await joined.train(show) if data is not None else None
         if training is not None:
             console.print(f"stopped: {training.reason}", soft_wrap=True)
+        if held_out is None and settings.keep_back:
+            held_out = joined.kept_back()
+            if len(held_out) == 0:
+                console.print("no row is kept back, so there is nothing to measure the result on")
+                held_out = None
         evaluation = await joined.evaluate(held_out) if held_out is not None else None
     return joined.name, joined.manifest.tier, training, evaluation
-
-
-def _fitted(examples: Examples, manifest: Manifest, path: Path | None) -> Examples:
-    """The examples as the model takes them; :class:`DataError` names the file."""
-    try:
-        return examples.fitted(manifest)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _summary(

@@ -17,7 +17,10 @@ from edge_sdk.protocol.enums import ErrorCode
 EVALUATION = "evaluation"
 """The extension by which devices evaluate the model on examples that they keep back."""
 
-EXTENSIONS: tuple[str, ...] = (EVALUATION, "pieces")
+RECOUNT = "recount"
+"""The extension by which a device says that the number of its examples has changed."""
+
+EXTENSIONS: tuple[str, ...] = (EVALUATION, "pieces", RECOUNT)
 """The extensions that this implementation speaks."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol import checks
+from edge_sdk.protocol.base import RECOUNT
 from edge_sdk.protocol.base import Message as Message
 from edge_sdk.protocol.checks import MAX_BASES, checked
 from edge_sdk.protocol.enums import ActivationMode, ErrorCode
@@ -59,11 +60,14 @@ class Ready(Message):
     Attributes:
         samples: number of local examples.
         tier: tier of the loaded bundle; None for the one that ``welcome`` named.
+        from_round: the round that the device begins with another number of examples; None if it
+            joins, or has moved.
     """
 
     TYPE = "ready"
     samples: int = checked(checks.integer(1))
     tier: str | None = checked(checks.optional(checks.text(128)), None)
+    from_round: int | None = checked(checks.optional(checks.integer(1)), None, extension=RECOUNT)
 
 
 DIVERGED = "training diverged"

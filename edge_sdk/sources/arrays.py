@@ -101,3 +101,12 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
 def _array(read: object) -> Array:
     assert isinstance(read, np.ndarray)
     return read
+
+
+def check_rows(x: Array, y: Array, where: str) -> None:
+    """Check that two arrays have as many rows; :class:`DataError` names ``where``."""
+    for name, array in (("x", x), ("y", y)):
+        if array.ndim == 0:
+            raise DataError(f"{where}: {name} is a single value; it must be an array with rows")
+    if len(x) != len(y):
+        raise DataError(f"{where}: x has {len(x)} rows, and y has {len(y)}")

@@ -18,7 +18,7 @@ import numpy as np
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import DataError
 from edge_sdk.protocol.tensors import Array
-from edge_sdk.sources.arrays import read_arrays
+from edge_sdk.sources.arrays import check_rows, read_arrays
 
 _FIRST = 64
 """Rows of a source that are checked against the model before training begins."""
@@ -120,6 +120,7 @@ class Examples(Source):
     def from_npz(cls, path: str | Path) -> Examples:
         """Read ``x`` and ``y`` from an ``.npz`` file; :class:`DataError` if that fails."""
         arrays = read_arrays(Path(path))
+        check_rows(arrays["x"], arrays["y"], str(path))
         return cls(np.array(arrays["x"]), np.array(arrays["y"]))
 
     def read(self, rows: Array) -> Examples:

@@ -36,7 +36,8 @@ class LocalData:
         self._source, self._share = source, keep_back
         self._fitted = source
         self._round: tuple[int, int] | None = None
-        self._rows: Source | None = None
+        self._rows: Source | None = None  # of that round
+        self._joined: Source | None = None
 
     def fit(self, manifest: Manifest) -> None:
         """Give rows in the dtypes of a bundle's graphs from now on.
@@ -50,11 +51,12 @@ class LocalData:
             raise DataError(f"all {len(rows)} rows are kept back; none is left to train on")
         self._fitted, self._round = fitted, None
 
-    def count(self) -> int:
-        """Number of rows to train on, as the source is now."""
-        return len(self._side(self._fitted.snapshot(), kept=False))
+    def join(self) -> int:
+        """Look at the source; returns the number of rows to train on, which a hub is told."""
+        self._joined = self._side(self._fitted.snapshot(), kept=False)
+        return len(self._joined)
 
-    def begin(self, number: int, seed: int) -> Source:
+    def begin(self, number: int, seed: int, recount: bool = True) -> Source:
         """The rows to train on in a round, as the source is now.
 
         The same round begun again, in this process, has the rows that it had.
@@ -62,7 +64,12 @@ class LocalData:
         Args:
             number: number of the round.
             seed: seed of the round.
+            recount: whether the hub can be told another number of rows; otherwise the rows are
+                those of the last :meth:`join`.
         """
+        if not recount:
+            assert self._joined is not None
+            return self._joined
         if self._rows is None or self._round != (number, seed):
             self._rows = self._side(self._fitted.snapshot(), kept=False)
             self._round = number, seed

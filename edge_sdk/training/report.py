@@ -14,12 +14,14 @@ class RoundReport:
         loss: mean loss of the auxiliary heads in the last epoch; None if they were not trained.
         accuracy: their accuracy, a fraction; None likewise.
         seconds: time from the ``round`` message to the sent update.
+        samples: number of rows that it was trained on.
     """
 
     round: int
     loss: float | None
     accuracy: float | None
     seconds: float
+    samples: int
 
 
 @dataclass

@@ -121,19 +121,33 @@ class UpdateCollector:
             for device, samples in claimed.items()
         }
 
-    def recount(self, device: str, samples: int) -> bool:
-        """A member says how many examples it has now, as :meth:`join`; returns whether in time.
+    def recount(self, device: str, number: int, samples: int) -> None:
+        """A device begins a round with another number of examples than it has said.
 
-        It counts for the round in progress if the member has sent nothing of it yet. Without that,
-        a device could train on more examples than it counts for.
+        It counts from this round on; from the next one if the round is over.
+
+        Args:
+            device: name of the device.
+            number: number of the round.
+            samples: number of its local examples now.
+
+        Raises:
+            ProtocolError: it says that it has more than the operator allows; or it has sent
+                something else of the round before, which was held against the former number.
         """
+        self.join(device, samples)
+        if not self._rounds.expects(device, number):
+            return
         member = self._members[device]
         if member.rows or member.state:
-            return False
+            raise ProtocolError(
+                ErrorCode.BAD_MESSAGE,
+                f"round {number} has begun with {member.samples} examples",
+                "from_round",
+            )
         claimed = {name: other.samples for name, other in self._members.items()}
         claimed[device] = member.samples = samples
         member.counted = counted_samples(claimed, self._limits.samples_over_median)[device]
-        return True
 
     def updates(self) -> list[DeviceUpdate]:
         """The updates of the devices that have delivered, in the order of their names."""

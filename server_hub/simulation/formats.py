@@ -5,8 +5,6 @@ from __future__ import annotations
 import codecs
 import pickle
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,10 @@ import numpy as np
 
 from edge_sdk.errors import DataError
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.sources.arrays import array_names, read_arrays
+from edge_sdk.sources.images import PICTURES, image_header, read_image
 from edge_sdk.training.data import Examples
 
-PICTURES = {".png", ".jpg", ".jpeg"}
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 CIFAR_FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin")
@@ -46,23 +45,17 @@ def read_npz(path: Path) -> Source:
     Raises:
         DataError: the file is not an ``.npz`` file, is damaged, or lacks an array.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-        split = "x_train" in names
-        needed = ("x_train", "y_train", "x_test", "y_test") if split else ("x", "y")
-        missing = [name for name in needed if name not in names]
-        if missing:
-            raise DataError(
-                f"{path} has no array {', '.join(missing)}; it needs x and y, "
-                "or x_train, y_train, x_test and y_test"
-            )
-        domain = "domain_train" if split else "domain"
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*needed, domain) if name in names}
-    # RuntimeError: the file is encrypted, or compressed with a method that Python does not support.
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as .npz: {error}") from error
+    names = array_names(path)
+    split = "x_train" in names
+    needed = ("x_train", "y_train", "x_test", "y_test") if split else ("x", "y")
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise DataError(
+            f"{path} has no array {', '.join(missing)}; it needs x and y, "
+            "or x_train, y_train, x_test and y_test"
+        )
+    domain = "domain_train" if split else "domain"
+    arrays = read_arrays(path, [name for name in (*needed, domain) if name in names])
     parts = [Examples(arrays[needed[i]], arrays[needed[i + 1]]) for i in range(0, len(needed), 2)]
     return Source(parts[0], parts[1] if split else None, arrays.get(domain))
 
@@ -257,36 +250,23 @@ def _decode(folder: Path, groups: Sequence[dict[str, list[Path]]]) -> list[Examp
 
     All headers are read before any pixels, so that a wrong size is found before the long work.
     """
-    from PIL import Image
-
     numbers = {name: i for i, name in enumerate(sorted(set().union(*groups)))}
     first: tuple[Path, tuple[int, int]] | None = None
     grey = True
-    current = folder
-    try:
-        for current in (file for group in groups for files in group.values() for file in files):
-            with Image.open(current) as image:
-                size, mode = image.size, image.mode
-            if mode.startswith(("I", "F")):
-                raise DataError(f"{current} has more than 8 bits per channel; convert it to 8")
-            first = first or (current, size)
-            if size != first[1]:
-                raise DataError(
-                    f"{current} has {size[0]} x {size[1]} pixels, {first[0]} has "
-                    f"{first[1][0]} x {first[1][1]}; all images must have the same size"
-                )
-            grey = grey and mode in ("1", "L")
-        parts = []
-        for group in groups:
-            images, labels = [], []
-            for name, files in group.items():
-                for current in files:
-                    with Image.open(current) as image:
-                        images.append(np.asarray(image.convert("L" if grey else "RGB")))
-                    labels.append(numbers[name])
-            parts.append(Examples(np.stack(images), np.array(labels, np.int64)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{current} cannot be read as an image: {error}") from error
+    for file in (file for group in groups for files in group.values() for file in files):
+        size, is_grey = image_header(file)
+        first = first or (file, size)
+        if size != first[1]:
+            raise DataError(
+                f"{file} has {size[0]} x {size[1]} pixels, {first[0]} has "
+                f"{first[1][0]} x {first[1][1]}; all images must have the same size"
+            )
+        grey = grey and is_grey
+    parts = []
+    for group in groups:
+        images = [read_image(file, grey) for files in group.values() for file in files]
+        labels = [numbers[name] for name, files in group.items() for _ in files]
+        parts.append(Examples(np.stack(images), np.array(labels, np.int64)))
     return parts
 
 

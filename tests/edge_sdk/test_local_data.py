@@ -110,6 +110,17 @@ def test_a_round_can_be_repeated_and_never_trains_on_what_is_kept_back(
     assert_same(first, trained(again, 1, seed, augment))
 
 
+def test_a_hub_that_cannot_count_anew_gets_the_rows_that_it_was_told_of() -> None:
+    source = Collected(pool(20), range(9))
+    data = LocalData(source)
+    data.fit(MANIFEST)
+    assert data.join() == 9
+    source.here = list(range(20))
+    assert len(data.begin(1, 0, recount=False)) == 9
+    assert len(data.begin(2, 0)) == 20
+    assert data.join() == 20
+
+
 def test_augmentation_draws_on_its_own() -> None:
     """It does not change the order of the rows, and differs from batch to batch and by epoch."""
     data = LocalData(pool(8))

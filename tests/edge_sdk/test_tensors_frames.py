@@ -109,7 +109,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         st.none() | from_1,
         extensions,
     ),
-    Ready: st.builds(Ready, from_1, st.none() | texts),
+    Ready: st.builds(Ready, from_1, st.none() | texts, st.none() | from_1),
     Decline: st.builds(Decline, from_1, texts),
     BlobGet: st.builds(BlobGet, hashes, from_0),
     Activations: st.builds(
@@ -187,7 +187,7 @@ frames = st.one_of(*STRATEGIES.values()).flatmap(
 
 GOOD: list[Message] = [
     Hello(1, "secret", "small", "s1", 7, 512, ["pieces"]),
-    Ready(100, "small"),
+    Ready(100, "small", 3),
     Decline(3, "battery low"),
     BlobGet(HASH, 0),
     Activations(1, 0, {"h": FLOAT}, np.array([1, 2]), 3, True, FLOAT),
@@ -457,6 +457,7 @@ WRONG: dict[str, list[object]] = {
     "session": ["x" * 65, 5],
     "last_seq": [-1, MAX_INT + 1, 1.5, None, False],
     "extensions": ["pieces", [1], [""], ["x" * 65], ["x", "x"], {"x": 1}],
+    "from_round": [0, -1, 1.0, "1", True],
     "samples": [0, -1, 2.0, "9", None],
     "number": [0, -1, 1.0, None],
     "paths": ["mix", [1], ["x" * 513], None],

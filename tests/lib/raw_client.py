@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -30,27 +31,29 @@ GOOD = Hello(version=1, token="", tier="small")
 class RawClient:
     """A client that sends single frames, also those that a Device never sends."""
 
-    def __init__(self, connection: ClientConnection) -> None:
-        self.connection = connection
+    def __init__(self, connection: ClientConnection, extensions: Collection[str] = ()) -> None:
+        self.connection, self.extensions = connection, extensions
         self.seq = 0
 
     async def say(self, message: Message) -> None:
         """Send a message, numbered if it is reliable."""
         self.seq += message.RELIABLE
-        await self.connection.send(encode(message, self.seq if message.RELIABLE else 0, 0))
+        seq = self.seq if message.RELIABLE else 0
+        await self.connection.send(encode(message, seq, 0, self.extensions))
 
     async def hear(self, kind: type[Message]) -> Any:
         """The next message of a kind; others are skipped, unless they are errors."""
         async with asyncio.timeout(20):
             while True:
-                message = decode(await self.connection.recv()).message
+                message = decode(await self.connection.recv(), agreed=self.extensions).message
                 if isinstance(message, kind):
                     return message
                 assert not isinstance(message, Error), message
 
     async def join(self, token: str, samples: int = 32, hello: Hello = GOOD) -> Round:
         """Say hello and ready, and wait for a round."""
-        await self.say(replace(hello, token=token))
+        extensions = list(self.extensions) or hello.extensions
+        await self.say(replace(hello, token=token, extensions=extensions))
         await self.hear(Welcome)
         await self.say(Ready(samples=samples))
         task: Round = await self.hear(Round)

@@ -233,7 +233,10 @@ X, Y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
         ({"x": X, "y": Y, "domain": Y[:3]}, r"domains have shape \[3\] .* each of 4 rows"),
         ({"x": X, "y": Y, "domain": Y / 2}, "domains have shape .* dtype float64"),
         ({"x": X[:1], "y": Y[:1]}, "1 is too few"),
-        ({"x": np.array([{}, {}, {}, {}]), "y": Y}, "cannot be read as .npz: Object arrays"),
+        (
+            {"x": np.array([{}, {}, {}, {}]), "y": Y},
+            "as .npz: x holds Python objects",
+        ),
         (
             {"x_train": X, "y_train": Y, "x_test": X[:, :1], "y_test": Y},
             r"a test row is float32 \[1\], a training row is float32 \[2\]",

@@ -181,6 +181,7 @@ VALID: list[tuple[str, Message, int, int]] = [
     ("blob of nothing", Blob(HASH, 4, 4, b""), 0, 0),
     ("ready", Ready(1000), 1, 0),
     ("ready with another bundle", Ready(1000, "large"), 3, 2),
+    ("ready with more examples", Ready(1200, from_round=4), 9, 6),
     ("move", Move("large", HASH, "there is time for it"), 2, 1),
     (
         "round",
