@@ -37,14 +37,7 @@ from edge_sdk.transport.link import open_websocket
 from edge_sdk.transport.replies import RoundOver
 from edge_sdk.transport.session import Session, SessionLost
 
-__all__ = [
-    "Device",
-    "Evaluation",
-    "MayTrain",
-    "Prediction",
-    "RoundReport",
-    "TrainReport",
-]
+__all__ = ["Device", "Evaluation", "MayTrain", "Prediction", "RoundReport", "TrainReport"]
 
 log = logging.getLogger("cutlayer.device")
 

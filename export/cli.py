@@ -54,9 +54,10 @@ def export(
     from edge_sdk.bundle.signing import read_private_key
     from edge_sdk.training.data import Examples
     from export.build import build_model
+    from export.out_folder import check_out
     from export.plan import Planner
     from export.quantize import LossCheck
-    from export.writer import check_out, export_bundles
+    from export.writer import export_bundles
 
     check_out(out, overwrite)
     key = None if sign is None else read_private_key(sign)

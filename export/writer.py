@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,11 +11,11 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from edge_sdk.bundle.index import INDEX, BundleIndex, TierEntry
+from edge_sdk.bundle.index import BundleIndex, TierEntry
 from edge_sdk.bundle.manifest import Constants, Graph, Manifest
 from edge_sdk.bundle.signing import PrivateKey, sign
 from edge_sdk.bundle.store import BlobStore
-from edge_sdk.files import check_file_names, naming
+from edge_sdk.files import check_file_names
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import DTYPES, TensorSpec
 from edge_sdk.training.learner import Precision
@@ -29,6 +27,7 @@ from export.lowering.onnx import Place
 from export.lowering.verify import verify
 from export.names import layer_of
 from export.optimizers import get_optimizer
+from export.out_folder import check_out, folder_for, put
 from export.packing import get_codec
 from export.quantize import (
     INT8,
@@ -226,19 +225,6 @@ def _check_precisions(tiers: Mapping[str, Tier], int8: LossCheck | None) -> None
 
 
 @contextmanager
-def folder_for(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out``, which is removed if the block raises."""
-    with naming(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-@contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Restore the mode of every module, training or evaluation, at the end of the block."""
     modes = {module: module.training for module in model.modules()}
@@ -247,37 +233,6 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raise :class:`ExportError` if an export must not be written to ``out``."""
-    if out.exists() and not _replaceable(out, overwrite):
-        raise ExportError(f"{out} exists; choose another folder, or overwrite an earlier export")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ExportError(f"{above} is a file; choose another folder than {out}")
-
-
-def _replaceable(out: Path, overwrite: bool) -> bool:
-    """Whether ``out`` is an empty folder, or with ``overwrite`` an earlier export."""
-    if not out.is_dir():
-        return False
-    return not any(out.iterdir()) or (overwrite and (out / INDEX).is_file())
-
-
-def put(folder: Path, out: Path) -> None:
-    """Rename ``folder`` to ``out``, and then remove an earlier export at ``out``."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    earlier = folder.with_name(f"{folder.name}-earlier")
-    out.rename(earlier)
-    try:
-        folder.rename(out)
-    except BaseException:
-        earlier.rename(out)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:

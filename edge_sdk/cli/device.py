@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,14 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_sdk import config
-from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.device import Device, RoundReport, TrainReport
-from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.errors import ConfigError
 from edge_sdk.inference.prediction import Evaluation
 from edge_sdk.runtime import MAX_THREADS
 from edge_sdk.sources.opened import open_source
 from edge_sdk.sources.recent import Recent
-from edge_sdk.training.data import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class DeviceConfig:
             raise ValueError(f"keep_back is {self.keep_back}; it must be from 0 to below 1")
         if self.newest is not None and self.newest < 1:
             raise ValueError(f"newest is {self.newest}; it must be 1 or more")
-        if self.max_age_s is not None and not self.max_age_s > 0:
+        if self.max_age_s is not None and not 0 < self.max_age_s < math.inf:
             raise ValueError(f"max_age_s is {self.max_age_s}; it must be above 0")
         if self.tier == "":
             raise ValueError("tier is empty")
@@ -177,7 +176,7 @@ async def _run(
             soft_wrap=True,
         )
         if held_out is not None:  # not after hours of training
-            held_out = _fitted(held_out, manifest, settings.evaluate)
+            held_out.fitted(manifest)
         training = await joined.train(show) if data is not None else None
         if training is not None:
             console.print(f"stopped: {training.reason}", soft_wrap=True)
@@ -188,16 +187,6 @@ async def _run(
                 held_out = None
         evaluation = await joined.evaluate(held_out) if held_out is not None else None
     return joined.name, joined.manifest.tier, training, evaluation
-
-
-def _fitted(source: Source, manifest: Manifest, path: Path | None) -> Source:
-    """The rows as the model takes them; :class:`DataError` names the file."""
-    try:
-        return source.fitted(manifest)
-    except DataError as error:
-        if str(path) in str(error):
-            raise
-        raise DataError(f"{path}: {error}") from error
 
 
 def _summary(

@@ -54,7 +54,7 @@ def bundle_bases(run: Path, bundles: Path, out: Path, overwrite: bool = False) -
         ConfigError: ``run`` holds no run of Split-Mix, or its bases do not fit the bundles.
         ExportError: ``out`` exists; it is unchanged.
     """
-    from export.writer import check_out, folder_for, put
+    from export.out_folder import check_out, folder_for, put
 
     check_out(out, overwrite)
     index = BundleIndex.read(bundles)

@@ -133,7 +133,7 @@ def test_the_paper_s_settings_are_the_defaults() -> None:
         ({"epsilon": float("inf")}, "epsilon is inf; it must be above 0 and finite"),
         ({"step_size": 0.0}, "step_size is 0.0; it must be above 0 and finite"),
         ({"step_size": float("nan")}, "step_size is nan; it must be above 0 and finite"),
-        ({"steps": 0}, "steps is 0; it must be 1 or more"),
+        ({"steps": 0}, "steps is 0; it must be from 1 to 1000"),
         ({"low": 1.0}, "low is 1.0 and high 1.0; low must be below high"),
         ({"high": float("nan")}, "low must be below high"),
     ],

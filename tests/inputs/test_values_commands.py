@@ -89,7 +89,6 @@ ROWS: list[tuple[list[str], str]] = [
     # device
     ([*DEVICE], "nothing to do"),
     ([*DEVICE, "--data", "none"], "no data at none"),
-    ([*DEVICE, "--data", "folder"], "folder"),
     ([*DEVICE, "--data", "right.npz", "--threads", "0"], "--threads"),
     ([*DEVICE, "--data", "right.npz", "--threads", "1000000"], "threads is 1000000"),
     ([*DEVICE, "--data", "right.npz", "--memory-mb", "0"], "--memory-mb"),

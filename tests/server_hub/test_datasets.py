@@ -66,7 +66,7 @@ def test_the_table_is_built_from_toml() -> None:
         ({"source": "digits", "held_out": 1}, "held_out is 1.0"),
         ({"source": "digits", "train": 0}, "train is 0; it must be at least 1"),
         ({"source": "digits", "test": -3}, "test is -3"),
-        ({"source": "digits", "length": 1}, "length is 1; it must be at least 2"),
+        ({"source": "digits", "length": 1}, "length is 1; it must be from 2 to 8192"),
         ({"source": "digits", "seed": -1}, "seed is -1"),
     ],
 )
