@@ -17,9 +17,9 @@ from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.kept_back import KeptBack
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor
-from edge_sdk.protocol.base import EVALUATION, EXTENSIONS, RECOUNT
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate
+from edge_sdk.protocol.message import EVALUATION, EXTENSIONS, RECOUNT
 from edge_sdk.protocol.messages import DIVERGED, Decline, Move, Ready, Round, Stop
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime

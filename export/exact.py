@@ -95,7 +95,7 @@ def check_sharing(model: SplitModel, cut: int) -> None:
     """Raise :class:`ExportError` if both sides of a cut would train the same tensor.
 
     Each side trains a copy of its own, and nothing would make the copies equal again. A table that
-    only stem and head share is not meant: methods say which side trains it.
+    only the stem and heads share is not meant: methods say which side trains it.
     """
     on_device = set(model.client_layers(cut))
     owners: dict[int, list[str]] = {}
@@ -106,7 +106,8 @@ def check_sharing(model: SplitModel, cut: int) -> None:
             owners.setdefault(id(tensor), []).append(name)
     for names in owners.values():
         layers = {layer_of(name) for name in names}
-        if layers & on_device and layers - on_device and layers != {"stem", "head"}:
+        tied = all(layer in ("stem", "head") or layer.startswith("aux.") for layer in layers)
+        if layers & on_device and layers - on_device and not tied:
             device = next(name for name in names if layer_of(name) in on_device)
             hub = next(name for name in names if layer_of(name) not in on_device)
             raise ExportError(

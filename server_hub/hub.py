@@ -219,6 +219,7 @@ class Hub:
             self.gateway.traffic,
             costs,
             on_round,
+            in_order,
         )
         self._job = Job(
             method=self.method,
@@ -236,7 +237,6 @@ class Hub:
             changes=self._changes,
             device_evaluations=self._device_evaluations,
             start_evaluation=self._evaluate_round,
-            in_order=in_order,
         )
         self._over = False
 

@@ -36,7 +36,6 @@ class Job:
         schedule: how learning rates change over the rounds.
         start_evaluation: starts an evaluation of the model, given the number of completed rounds;
             None if none is due.
-        in_order: whether a round begins only when the record of the one before is written.
     """
 
     method: Method
@@ -54,7 +53,6 @@ class Job:
     changes: Changes
     device_evaluations: DeviceEvaluations
     start_evaluation: Callable[[int], asyncio.Future[EvaluationReport] | None]
-    in_order: bool = False
 
     async def run(self) -> None:
         """All rounds that are left; then the files and the evaluation of the last one."""
@@ -73,12 +71,11 @@ class Job:
         await self.broadcast(plan)
         updates, copies = await self.collect()
         copies = self.round_log.useful(copies, plan.trunk.hyper["lr"])
-        if not updates:
-            return
-        await self.average(plan, updates, copies)
-        await self.publish()
-        await self.save()
-        await self.evaluate(updates)
+        if updates:
+            await self.average(plan, updates, copies)
+            await self.publish()
+            await self.save()
+            await self.evaluate(updates)
 
     def plan(self) -> RoundPlan:
         """What the method wants of this round."""
@@ -106,7 +103,6 @@ class Job:
         self.rounds.start(asyncio.get_running_loop().time(), members)
         self.batcher.begin(self.rounds.number, plan.trunk.shuffles)
         self.collector.begin(plan)
-        log.debug("round %d with %d devices", self.rounds.number, len(self.rounds.members))
         for device in sorted(self.rounds.members):
             offer = self.gateway.blobs.offer(peers[device].tier)
             message = plan.devices[device].message(self.rounds.number, offer)
@@ -126,8 +122,7 @@ class Job:
         await self.batcher.drain()  # the trunk may refuse what somebody who delivered has sent
         useful = self.rounds.finish()
         self.round_log.tell_losses()
-        copies = await self.trunk.finish()
-        return (self.collector.updates() if useful else []), copies
+        return (self.collector.updates() if useful else []), await self.trunk.finish()
 
     async def average(
         self, plan: RoundPlan, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]
@@ -152,5 +147,3 @@ class Job:
         """Begin to evaluate the model; the round's record is written when that is done."""
         evaluation = self.start_evaluation(self.rounds.completed)
         await self.round_log.add(updates, self.batcher.totals, evaluation)
-        if self.in_order:
-            await self.round_log.evaluated()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_sdk.protocol import checks
-from edge_sdk.protocol.base import EVALUATION, Message
 from edge_sdk.protocol.checks import checked
+from edge_sdk.protocol.message import EVALUATION, Message
 
 
 @dataclass(frozen=True)

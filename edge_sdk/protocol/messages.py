@@ -2,7 +2,7 @@
 
 ``docs/protocol.md`` says when each is sent. A message's body is a msgpack map from field name to
 value. A field that is unknown, missing or wrong raises a :class:`ProtocolError` that names it.
-:mod:`edge_sdk.protocol.base` has what all of them share, and says how extensions are declared.
+:mod:`edge_sdk.protocol.message` has what all of them share, and says how extensions are declared.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol import checks
-from edge_sdk.protocol.base import RECOUNT
-from edge_sdk.protocol.base import Message as Message
 from edge_sdk.protocol.checks import MAX_BASES, checked
 from edge_sdk.protocol.enums import ActivationMode, ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate, Evaluated
+from edge_sdk.protocol.message import RECOUNT
+from edge_sdk.protocol.message import Message as Message
 from edge_sdk.protocol.tensors import Array
 
 VERSION = 1

@@ -38,6 +38,9 @@ MAX_SEED = 2**31 - 70
 _LABELS = 256
 """Rows that are read at a time to see which classes there are."""
 
+_LARGEST = float(np.finfo(np.float32).max) / 256
+"""Size from which on a scale of packed activations gives values that are no float32."""
+
 Precision = Literal["float32", "int8"]
 """Dtype of the weights in a graph for inference."""
 
@@ -60,6 +63,13 @@ class _BatchInFlight:
     inputs: Mapping[str, Array]
     examples: Examples
     head_stepped: bool = False
+
+
+def _check_finite(parts: Mapping[str, Array]) -> None:
+    """Raise :class:`Diverged` if packed activations, by name, are not finite once unpacked."""
+    for part in parts.values():
+        if part.dtype.kind == "f" and not (np.abs(part.astype(np.float32)) < _LARGEST).all():
+            raise Diverged("the activations are not finite")
 
 
 class _Scores:
@@ -216,8 +226,7 @@ class Learner:
                     inputs = {"x": batch.x, **seed}
                     labels = None if plan.activations is ActivationMode.U_SHAPED else batch.y
                     parts = runtime.run("activate", inputs)
-                    if not all(np.isfinite(part).all() for part in parts.values()):
-                        raise Diverged("the activations are not finite")
+                    _check_finite(parts)
                     yield Outgoing(sent, Batch(parts, labels))
                     in_flight.append(_BatchInFlight(sent, inputs, batch))
                     sent += 1
@@ -233,6 +242,7 @@ class Learner:
                 if epoch > 0 or plan.activations is not ActivationMode.TRAIN:
                     yield None
                     continue
+                _check_finite(outputs)
                 noise = {n: outputs.pop(n) for n in list(outputs) if n.startswith("noise.")}
                 there = present.get("present")
                 yield Outgoing(number, Batch(outputs, batch.y, present=there))

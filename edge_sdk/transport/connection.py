@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_sdk.errors import CutlayerError, HubError, LinkClosed
-from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate
 from edge_sdk.protocol.frames import decode, encode
+from edge_sdk.protocol.message import EXTENSIONS
 from edge_sdk.protocol.messages import (
     VERSION,
     Answer,

@@ -13,10 +13,10 @@ from websockets.asyncio.server import ServerConnection, serve
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import ConfigError, CutlayerError, LinkClosed, ProtocolError
 from edge_sdk.files import why
-from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
+from edge_sdk.protocol.message import EXTENSIONS
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
     VERSION,

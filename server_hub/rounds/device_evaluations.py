@@ -16,9 +16,9 @@ import numpy as np
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.inference.metrics import LARGEST_LOSS, value_of
-from edge_sdk.protocol.base import EVALUATION
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate, Evaluated
+from edge_sdk.protocol.message import EVALUATION
 from edge_sdk.protocol.messages import Message
 from server_hub.gateway.blobs import BlobServer
 from server_hub.gateway.limits import Limits

@@ -50,6 +50,7 @@ class RoundLog:
         traffic: bytes since the start.
         costs: what a record says of costs, in simulations.
         on_round: called with every record that was written.
+        in_order: whether :meth:`add` waits until the record is written.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class RoundLog:
         traffic: Traffic,
         costs: Callable[[], dict[str, float]],
         on_round: Callable[[RoundRecord], None] | None,
+        in_order: bool,
     ) -> None:
         self._run, self._rounds, self._method = run, rounds, method
         self._publisher, self._cut_moves, self._traffic = publisher, cut_moves, traffic
-        self._costs, self._on_round = costs, on_round
+        self._costs, self._on_round, self._in_order = costs, on_round, in_order
         self.job_began = 0.0
         """Seconds on the loop's clock when the job began."""
         self._round_began = 0.0
@@ -162,15 +164,17 @@ class RoundLog:
             evaluation: evaluation of the model after the round; None if there is none.
         """
         record = self._record(updates, totals)
-        await self.evaluated()
+        await self._evaluated()
         if evaluation is None:
             self._write(record, EvaluationReport())
         elif evaluation.done():
             self._write(record, evaluation.result())
         else:
             self._evaluating = asyncio.create_task(self._write_later(record, evaluation))
+        if self._in_order:
+            await self._evaluated()
 
-    async def evaluated(self) -> None:
+    async def _evaluated(self) -> None:
         """Wait until the record of the last round is written."""
         evaluating, self._evaluating = self._evaluating, None
         if evaluating is not None:
@@ -184,7 +188,7 @@ class RoundLog:
     async def finished(self) -> None:
         """Wait until everything is written."""
         await self._saved()
-        await self.evaluated()
+        await self._evaluated()
 
     async def cancel(self) -> None:
         """Stop waiting for an evaluation; what is being written is written to its end."""

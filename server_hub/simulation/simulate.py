@@ -19,6 +19,7 @@ from edge_sdk.bundle.index import BundleIndex, TierEntry
 from edge_sdk.bundle.manifest import Bundle, Manifest
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.inference.metrics import Metric, Tally
+from edge_sdk.protocol.messages import DIVERGED
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
@@ -40,6 +41,7 @@ from server_hub.methods.fleet import Fleet, JobOutline
 from server_hub.methods.registry import find, simulated_methods
 from server_hub.reports.plots import draw_partition
 from server_hub.reports.report import write_report
+from server_hub.rounds.round_log import JobFailed
 from server_hub.rounds.rounds import RoundRules
 from server_hub.simulation import clock
 from server_hub.simulation.checkpoint import Checkpoint
@@ -69,6 +71,7 @@ from server_hub.simulation.prepare import (
 )
 from server_hub.simulation.trunk import TimedTrunk, flop_above
 from server_hub.storage.run_folder import RoundRecord, RunFolder, read_records
+from server_hub.trunk.errors import TrunkRefused
 from server_hub.trunk.evaluator import batches_to_evaluate, logits_of
 from server_hub.trunk.interface import EvaluationReport, Query
 
@@ -420,7 +423,11 @@ class Simulation:
             manifest = hub.manifests[tier]
             key = (id(self.fleet.model_of(tier)), manifest.cut, manifest.codec)
             if key not in measured:  # tiers with the same model, cut and codec answer the same
-                measured[key] = self._measure(hub, trunk, manifest)
+                try:
+                    measured[key] = self._measure(hub, trunk, manifest)
+                except TrunkRefused as error:
+                    found = f"{DIVERGED} in round {hub.rounds.number}"
+                    raise JobFailed(f"{found}: {error}; lower lr in [local]") from error
             figures[tier] = measured[key]
         report: asyncio.Future[EvaluationReport] = asyncio.get_running_loop().create_future()
         report.set_result(EvaluationReport(figures))

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import LinkClosed, ProtocolError
 from edge_sdk.protocol import checks
-from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import Channel
 from edge_sdk.protocol.checks import checked
 from edge_sdk.protocol.frames import decode, encode
+from edge_sdk.protocol.message import EXTENSIONS
 from edge_sdk.protocol.messages import MESSAGES, VERSION, Error, Hello, Message, Welcome
 from edge_sdk.transport.connection import Connection
 from edge_sdk.transport.link import Link, MemoryLink

@@ -21,11 +21,11 @@ from hypothesis.extra import numpy as hnp
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol import frames as wire
 from edge_sdk.protocol import messages
-from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT, MAX_TEXT
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate, Evaluated
 from edge_sdk.protocol.frames import Frame, pack_tensors, unpack_tensors
+from edge_sdk.protocol.message import EXTENSIONS
 from edge_sdk.protocol.messages import (
     MESSAGES,
     Ack,

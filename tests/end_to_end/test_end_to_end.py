@@ -19,8 +19,8 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.bundle.store import sha256
 from edge_sdk.inference.metrics import softmax
-from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.frames import decode
+from edge_sdk.protocol.message import EXTENSIONS
 from edge_sdk.protocol.messages import BlobGet, Error
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.transport.link import open_websocket

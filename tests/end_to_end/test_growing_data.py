@@ -13,7 +13,7 @@ import pytest
 
 from edge_sdk import Device
 from edge_sdk.bundle.index import BundleIndex
-from edge_sdk.protocol.base import RECOUNT
+from edge_sdk.protocol.message import RECOUNT
 from edge_sdk.protocol.messages import Error, Ready, Stop
 from edge_sdk.training.local_data import is_kept_back
 from server_hub.gateway.tokens import TokenFile

@@ -82,6 +82,7 @@ ROOMS = {
     "edge_sdk/runtime": RoomTests(
         ("export/test_steps.py",), ("export/test_executorch.py", "export/test_plan.py")
     ),
+    "edge_sdk/sources": RoomTests(("edge_sdk/test_sources.py",), ("server_hub/test_datasets.py",)),
     "edge_sdk/training": RoomTests(
         ("edge_sdk/test_adversarial.py", "server_hub/test_text.py"),
         ("server_hub/test_splitft.py", "server_hub/test_fused.py", "export/test_steps.py"),

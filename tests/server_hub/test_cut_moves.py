@@ -25,9 +25,9 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, ConfigError, HubError, LinkClosed
-from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.channel import Channel
 from edge_sdk.protocol.frames import decode, encode
+from edge_sdk.protocol.message import EXTENSIONS
 from edge_sdk.protocol.messages import (
     VERSION,
     Ack,

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from edge_sdk import Device
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import ProtocolError
-from edge_sdk.protocol.base import EVALUATION
 from edge_sdk.protocol.channel import Channel
 from edge_sdk.protocol.evaluation import Evaluate, Evaluated
 from edge_sdk.protocol.frames import decode
+from edge_sdk.protocol.message import EVALUATION
 from edge_sdk.protocol.messages import Message, Round, Stop
 from edge_sdk.transport.session import Session
 from server_hub.gateway.blobs import BlobServer

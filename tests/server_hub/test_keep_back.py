@@ -146,7 +146,8 @@ def test_reports_show_what_devices_say(tmp_path: Path) -> None:
     for name, records in (("beside", [beside]), ("alone", [alone]), ("both", [beside, alone])):
         run = RunFolder(tmp_path / name, metric="perplexity")
         for each in records:
-            run.append(each)
+            run.add(each)
+        run.write()
         write_report(run, "SplitFT")
         text = (tmp_path / name / "report.md").read_text("utf-8")
         assert "Perplexity on what devices keep back, as they say" in text

@@ -599,8 +599,6 @@ def test_heterofl_trains_nested_widths_by_budget(tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"tiers": {"poor": FleetTier(clients=1, cut=DEPTH, budget=0.1)}}, "'poor' has a budget"),
-        ({"tiers": {"poor": FleetTier(clients=1, cut=DEPTH, budget=0.0)}}, "'poor' has a budget"),
-        ({"tiers": {"rich": FleetTier(clients=1, cut=DEPTH, budget=2.0)}}, "'rich' has a budget"),
         ({"mix": SplitMixTable(bases=3)}, "3"),
         ({"tiers": {"deep": FleetTier(clients=1, cut=DEPTH + 1)}}, f"cut {DEPTH + 1}"),
     ],

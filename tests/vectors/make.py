@@ -23,11 +23,11 @@ import msgpack
 import numpy as np
 
 from edge_sdk.errors import ProtocolError
-from edge_sdk.protocol.base import EXTENSIONS
 from edge_sdk.protocol.checks import MAX_INT
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate, Evaluated
 from edge_sdk.protocol.frames import Frame, decode, encode, pack_tensors, unpack_tensors
+from edge_sdk.protocol.message import EXTENSIONS
 from edge_sdk.protocol.messages import (
     VERSION,
     Ack,
