@@ -101,6 +101,7 @@ def test_a_hub_that_is_asked_to_end_tells_its_devices(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_hub_that_only_serves_is_ended_in_good_order(
     tmp_path: Path, bundles: BundleIndex
 ) -> None:

@@ -381,6 +381,7 @@ def test_xnnpack_is_left_as_it_was(conv: tuple[ClientSteps, bytes]) -> None:
     assert xnnpack_preprocess.XNNPACKPassManager is _passes.XNNPACKPassManager
 
 
+@pytest.mark.slow
 def test_same_bytes(conv: tuple[ClientSteps, bytes]) -> None:
     """Lowering twice gives the same file."""
     from export.lowering.executorch import lower

@@ -15,7 +15,7 @@ from tests.lib.operators import CASES, Case, check, steps_of, table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operators.md"
 
-EXECUTORCH = {"recurrent: LSTM"}
+EXECUTORCH = {"norm: GroupNorm, InstanceNorm2d"}
 """Cases that ``make test`` lowers for ExecuTorch, in addition to ``test_executorch.py``."""
 
 SLOW_ONNX = {

@@ -109,11 +109,13 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return cuts
 
 
+@pytest.mark.slow
 def test_every_cut_and_variant_has_a_row(conv_plan: Plan) -> None:
     rows = [(c.tier.cut, c.tier.codec, c.heads) for c in costs_of(conv_plan)]
     assert rows == [(cut, codec, (cut,)) for cut in (1, 2, 3) for codec in ("int8", "fp16")]
 
 
+@pytest.mark.slow
 def test_parameters_and_update_are_those_of_the_layers(conv_plan: Plan) -> None:
     width = 6
     stem, block, down = 9 * width + width, 9 * width**2 + 2 * width, 9 * width**2 + 3 * width
@@ -127,6 +129,7 @@ def test_parameters_and_update_are_those_of_the_layers(conv_plan: Plan) -> None:
         assert cost.counts.frozen == 0
 
 
+@pytest.mark.slow
 def test_costs_grow_with_the_cut(conv_plan: Plan) -> None:
     for codec in ("int8", "fp16"):
         rows = [c for c in costs_of(conv_plan) if c.tier.codec == codec]
@@ -140,6 +143,7 @@ def test_costs_grow_with_the_cut(conv_plan: Plan) -> None:
         assert cost.measured.step_s > 0
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_export(conv_plan: Plan, tmp_path: Path) -> None:
     tiers = {
         f"{cost.tier.codec}": replace(cost.tier)
@@ -160,6 +164,7 @@ def test_bytes_are_those_of_the_export(conv_plan: Plan, tmp_path: Path) -> None:
             assert cost.counts.activation_bytes == sent / BATCH
 
 
+@pytest.mark.slow
 def test_a_given_cut_stays_and_is_said_to_be_over(conv_plan: Plan) -> None:
     choice = conv_plan.choices["given"]
     assert (choice.cut, choice.given, choice.fits) == (2, True, False)
@@ -167,6 +172,7 @@ def test_a_given_cut_stays_and_is_said_to_be_over(conv_plan: Plan) -> None:
     assert choice.reason.endswith(" MB, the tier has 0.001")
 
 
+@pytest.mark.slow
 def test_a_deeper_tier_holds_the_heads_of_others(conv_plan: Plan) -> None:
     for name in ("onnx", "half"):
         choice = conv_plan.choices[name]

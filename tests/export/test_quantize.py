@@ -311,8 +311,18 @@ def lowered(steps: ClientSteps, runtime: RuntimeName) -> tuple[Step, Lowered]:
     return step, lower(runtime, [step], {})
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "runtime"),
+    [
+        pytest.param(
+            kind,
+            runtime,
+            marks=pytest.mark.slow if runtime == "executorch" and kind != "conv" else (),
+        )
+        for kind in KINDS
+        for runtime in RUNTIMES
+    ],
+)
 def test_graph(kind: str, runtime: RuntimeName) -> None:
     """The graph takes only x and equals eager PyTorch with rounded matrices."""
     model, chosen = KINDS[kind].build(), KINDS[kind]
@@ -402,6 +412,7 @@ def test_same_bundle(tmp_path: Path) -> None:
     assert len({index.tiers["tier"].manifest for index in indices}) == 1
 
 
+@pytest.mark.slow
 def test_executorch_bundle(tmp_path: Path) -> None:
     """There are two files, and a device runs the methods of both."""
     pytest.importorskip("executorch")
@@ -573,6 +584,7 @@ def test_device(conv_index: BundleIndex, tmp_path: Path) -> None:
 # the command
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command takes weights and data and prints figures; without data it asks for them."""
     tiers = tmp_path / "tiers.toml"

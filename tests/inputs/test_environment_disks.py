@@ -55,6 +55,7 @@ def full(*arguments: object, **options: object) -> NoReturn:
 
 
 @may_mount
+@pytest.mark.slow
 def test_a_hub_goes_on_when_its_disk_is_full_and_its_output_closed(
     tmp_path: Path, bundles: BundleIndex
 ) -> None:
@@ -285,6 +286,7 @@ def test_a_place_that_cannot_be_written(
     assert place in refusal(capsys, *filled, code=code)
 
 
+@pytest.mark.slow
 def test_an_export_to_a_full_disk_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -348,6 +348,7 @@ def test_an_interrupted_comparison_goes_on_to_the_rows_of_runs_on_their_own(
     assert again.told == [(8, 8, [])]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
     # No device is online for long enough to deliver an update.
     gone = {"small": FleetTier(clients=4, cut=1, gflops=1e-6, online_s=0.5, offline_s=0.5)}

@@ -520,7 +520,13 @@ SCRIPTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", [*SCRIPTS, "a notebook"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(what, marks=() if "no guard" in what else pytest.mark.slow)
+        for what in (*SCRIPTS, "a notebook")
+    ],
+)
 def test_a_script_works_or_says_what_to_do(tmp_path: Path, what: str) -> None:
     """A user's module with a name of the standard library is no obstacle either."""
     notebook = what == "a notebook"
