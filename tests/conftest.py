@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import torch
 
 from edge_sdk.bundle.index import BundleIndex
 from export.split import WEIGHTS, SplitModel
+from server_hub.logs import PlainLines, protect
 from tests.lib.exports import shared_export, small_bundles
 from tests.lib.leftovers import Leftovers
 from tests.lib.models import build
@@ -66,6 +68,15 @@ def pytest_terminal_summary(
         terminalreporter.section("files left in the temporary folder", red=True)
         for path in found:
             terminalreporter.line(str(path))
+
+
+@pytest.fixture(autouse=True)
+def bound_of_log_lines() -> None:
+    """The hub's log counts lines of a kind from the start of each test, not of the run."""
+    logger = logging.getLogger("cutlayer.hub")
+    if any(isinstance(found, PlainLines) for found in logger.filters):
+        logger.filters.clear()
+        protect(logger)
 
 
 @pytest.fixture(scope="session")
