@@ -412,7 +412,6 @@ class Hub:
             self._changes.wake()
 
     def _gone(self, peer: Peer, reason: str) -> None:
-        log.info("%s %s", peer.device, reason)
         self.cut_moves.gone(peer.device)
         self.rounds.leave(peer.device, reason)
         self._device_evaluations.gone(peer.device)
