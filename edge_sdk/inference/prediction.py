@@ -195,7 +195,8 @@ class Predictor:
         if unknown := set(paths) - {*_PATHS, "mix"}:
             raise DataError(f"no way to answer is called {', '.join(sorted(unknown))}")
         manifest = self._learner().manifest
-        examples = (await asyncio.to_thread(examples.fitted, manifest)).snapshot()
+        fitted = await asyncio.to_thread(examples.fitted, manifest)
+        examples = await asyncio.to_thread(fitted.snapshot)  # a source may block
         size = min(batch_size, manifest.limits.get("batch", batch_size))
         batches = examples.batches(size)
         if manifest.task == "tokens":
@@ -294,21 +295,14 @@ class Predictor:
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._hub(own, rows, x)
-        except (TimeoutError, LinkClosed):
-            self._tell_of_the_end()
-            return None
-        except CutlayerError as error:
-            if error is not self._failure():
+        except (TimeoutError, CutlayerError) as error:
+            failure = self._failure()
+            if not isinstance(error, TimeoutError | LinkClosed) and error is not failure:
                 raise
-            self._tell_of_the_end()
+            if failure is not None and not self._told:
+                self._told = True
+                log.warning("the hub answers no more, the device answers alone: %s", failure)
             return None
-
-    def _tell_of_the_end(self) -> None:
-        """Say once why the hub finishes no answer any more, if its connection has ended."""
-        failure = self._failure()
-        if failure is not None and not self._told:
-            self._told = True
-            log.warning("the hub answers no more, the device answers alone: %s", failure)
 
     async def _hub(self, own: _DeviceAnswer, rows: Array, x: Array) -> Array:
         """Logits of the hub's heads for some rows, mean over the base networks.

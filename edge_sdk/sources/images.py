@@ -1,4 +1,4 @@
-"""Images: decoding, and folders of them as a source."""
+"""Images: size and pixels of a file, and pixels as a model takes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def image_header(path: Path) -> tuple[tuple[int, int], bool]:
     """Width and height of an image, and whether it is grey.
 
     Raises:
-        DataError: the file is no image of 8 bits per channel, or Pillow is needed and missing.
+        DataError: the file cannot be read, is no image of 8 bits per channel, or Pillow is needed
+            and missing.
     """
     with _reading(path):
         if path.suffix.lower() in NETPBM:
@@ -67,12 +68,12 @@ def decode_bytes(data: bytes, where: str) -> Array:
             array = npy.read_array(io.BytesIO(data), allow_pickle=False)
             assert isinstance(array, np.ndarray)
             return array
-        return scaled(_pixels(data, where, None))
+        return _scaled(_pixels(data, where, None))
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise DataError(f"{where} is neither an image nor an .npy array: {error}") from error
 
 
-def scaled(pixels: Array) -> Array:
+def _scaled(pixels: Array) -> Array:
     """Pixels (height, width[, channels]) as (channels, height, width) float32 from 0 to 1."""
     channels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(channels, np.float32) / np.float32(255)
@@ -103,7 +104,7 @@ def _pixels(data: bytes, where: str, grey: bool | None) -> Array:
 def _opened(file: Path | io.BytesIO, where: str) -> Iterator[Any]:
     """An image of Pillow, which is no dependency of a device."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise DataError(
             f"{where} needs Pillow to be read; install 'cutlayer[images]', or convert images to "
@@ -114,6 +115,8 @@ def _opened(file: Path | io.BytesIO, where: str) -> Iterator[Any]:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{where} has more than 8 bits per channel; convert it to 8")
             yield image
+    except UnidentifiedImageError:  # it names an object where the image is not in a file
+        raise ValueError("its format is not known") from None
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
 
@@ -131,7 +134,5 @@ def _reading(path: Path) -> Iterator[None]:
     """Turns what a decoder raises into a :class:`DataError` in one sentence."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error

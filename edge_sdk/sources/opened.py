@@ -15,7 +15,7 @@ FORMATS = (
     ".npz with x and y; a folder with x.npy and y.npy; .csv; .jsonl; .sqlite (.sqlite3, .db); "
     "a folder of images, CLASS/*.png or with labels.csv"
 )
-"""What :func:`open_source` reads, for error messages and help."""
+"""What :func:`open_source` reads, for error messages."""
 
 _BY_SUFFIX = {
     ".npz": ArrayFiles.from_npz,

@@ -39,7 +39,7 @@ _LABELS = 256
 """Rows that are read at a time to see which classes there are."""
 
 _LARGEST = float(np.finfo(np.float32).max) / 256
-"""Size from which on a scale of packed activations gives values that are no float32."""
+"""Bound on scales of packed activations: times a code, at most 127, they are still float32."""
 
 Precision = Literal["float32", "int8"]
 """Dtype of the weights in a graph for inference."""
@@ -189,8 +189,8 @@ class Learner:
             plan: epochs, batch size, hyper-parameters.
 
         Raises:
-            Diverged: the loss or a parameter is not finite any more; the runtime then holds
-                ``state`` again.
+            Diverged: the loss, a parameter or packed activations are not finite any more; the
+                runtime then holds ``state`` again.
         """
         self.runtime.set_state(state)
         try:
@@ -214,6 +214,7 @@ class Learner:
         if plan.activations is ActivationMode.FORWARD:
             for number, batch in enumerate(self._batches(data, size, plan, rng)):
                 parts = runtime.run("forward", {"x": batch.x})
+                _check_finite(parts)
                 yield Outgoing(number, Batch(parts, batch.y))
         scores = _Scores()
         in_flight: deque[_BatchInFlight] = deque()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_sdk.bundle.ranges import MAX_POSITIONS
 from edge_sdk.errors import ProtocolError
 from edge_sdk.inference.metrics import LARGEST_LOSS, value_of
 from edge_sdk.protocol.enums import ErrorCode
@@ -29,9 +30,6 @@ log = logging.getLogger("cutlayer.hub")
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 """The quantiles over devices, by the name that they have in records."""
-
-_LABELS = 8192
-"""Labels that an example may have: the positions of a text."""
 
 
 @dataclass
@@ -150,7 +148,7 @@ class DeviceEvaluations:
             asked.figures.set_result(self._summary(asked))
 
     def _check(self, message: Evaluated) -> None:
-        most = self._limits.samples * (1 if self._task == "classes" else _LABELS)
+        most = self._limits.samples * (1 if self._task == "classes" else MAX_POSITIONS)
         if message.labels > most:
             raise ProtocolError(
                 ErrorCode.BAD_MESSAGE,
@@ -196,5 +194,8 @@ class DeviceEvaluations:
             values = [value_of(self._task, mean) for mean in means]
             mean = value_of(self._task, float(np.average(means, weights=weights)))
             quantiles = np.quantile(values, list(QUANTILES.values()))
-            paths[path] = {"mean": mean, **dict(zip(QUANTILES, map(float, quantiles), strict=True))}
+            paths[path] = {
+                "mean": mean,
+                **dict(zip(QUANTILES, map(float, quantiles), strict=True)),
+            }
         return {"devices": len(claims), "labels": sum(labels.values()), "paths": paths}

@@ -212,13 +212,13 @@ def read_pictures(folder: Path) -> Source:
         unknown = sorted(groups[1].keys() - groups[0].keys())
         if unknown:
             raise DataError(f"{folder}: test has the class {unknown[0]!r}, train does not have it")
-        train, test = _decode(folder, groups)
+        train, test = _decode(groups)
         return Source(train, test)
     domains = [inner for inner in _folders(folder) if _folders(inner)]
     if not domains:
-        return Source(_decode(folder, [_classes(folder)])[0])
+        return Source(_decode([_classes(folder)])[0])
     groups = [_classes(domain) for domain in _folders(folder)]
-    parts = _decode(folder, groups)
+    parts = _decode(groups)
     return Source(
         Examples(np.concatenate([p.x for p in parts]), np.concatenate([p.y for p in parts])),
         domains=np.repeat(np.arange(len(parts)), [len(p) for p in parts]),
@@ -245,7 +245,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _decode(folder: Path, groups: Sequence[dict[str, list[Path]]]) -> list[Examples]:
+def _decode(groups: Sequence[dict[str, list[Path]]]) -> list[Examples]:
     """Decode the images of each group: (n, h, w, 3) uint8, or (n, h, w) if all images are grey.
 
     All headers are read before any pixels, so that a wrong size is found before the long work.

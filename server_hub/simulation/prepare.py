@@ -226,8 +226,9 @@ def check_values(data: Dataset, ranges: Ranges) -> None:
 def describe(job: Job, runtime: DeviceRuntime) -> str:
     """Return job and runtime as JSON, which identifies the job of a run folder."""
     fields = asdict(job)
-    if job.start_from is None:  # runs of versions without this key resume, too
-        del fields["start_from"]
+    for name in ("start_from", "keep_back"):  # runs of versions without these keys resume, too
+        if not fields[name]:
+            del fields[name]
     return json.dumps({"job": fields, "runtime": runtime}, indent=1, default=str) + "\n"
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.bundle.manifest import Graph, Manifest, Port
-from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.errors import ConfigError, DataError, Diverged
+from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from edge_sdk.runtime import Runtime
 from edge_sdk.training.data import Examples
@@ -61,6 +62,17 @@ def trained(data: LocalData, number: int, seed: int, augment: Augment | None = N
     result = Learner(MANIFEST, runtime).train({}, rows, plan, lambda *_: None)
     assert result.samples == len(rows)
     return runtime.batches
+
+
+class Overflowing(Noting):
+    """Packs activations with a scale that is too large; the loss of its heads is finite."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = np.full((1, 3), scale, np.float32)
+
+    def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
+        return super().run(graph, batch) | {"h.scale": self.scale}
 
 
 def assert_same(some: list[Array], others: list[Array]) -> None:
@@ -180,6 +192,41 @@ def test_a_bad_row_is_named_when_it_is_read() -> None:
 def test_without_rows_nothing_begins() -> None:
     with pytest.raises(DataError, match="the data has no rows"):
         LocalData(Collected(pool(5), [])).fit(MANIFEST)
+
+
+def test_flat_rows_of_a_source_take_the_shape_of_the_inputs() -> None:
+    """Arrays in memory have to be right as they are."""
+    port = Port(replace(X, shape=("batch", 1, 3)), "batch")
+    manifest = replace(
+        MANIFEST, graphs={name: Graph(name, (port,), ()) for name in MANIFEST.graphs}
+    )
+    data = LocalData(Collected(pool(8), range(8)))
+    data.fit(manifest)
+    rows = np.array([5, 2])
+    x = data.begin(1, 0).read(rows).x
+    np.testing.assert_array_equal(x, pool(8).x[rows].reshape(2, 1, 3))
+    with pytest.raises(DataError, match=r"x has shape \[8, 3\], the model takes"):
+        LocalData(pool(8)).fit(manifest)
+
+
+def test_a_text_without_a_label_is_left_out() -> None:
+    port = Port(TensorSpec("x", "int64", ("batch", "seq")), "batch")
+    graphs = {name: Graph(name, (port,), ()) for name in MANIFEST.graphs}
+    texts = Examples(np.array([[1, 2], [3, 4], [5, 6]]), np.array([[2, -1], [-1, -1], [6, 7]]))
+    data = LocalData(Collected(texts, range(3)))
+    data.fit(replace(MANIFEST, task="tokens", graphs=graphs))
+    assert data.begin(1, 0).read(np.arange(3)).x.tolist() == [[1, 2], [5, 6]]
+
+
+@pytest.mark.parametrize("mode", ["forward", "train", "returned", "u_shaped"])
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 3e38])
+def test_activations_that_are_not_finite_are_not_sent(mode: ActivationMode, scale: float) -> None:
+    """Nor are those whose scale makes them so once they are unpacked."""
+    learner, sent = Learner(MANIFEST, Overflowing(scale)), list[int]()
+    plan = LocalPlan(1, 4, {}, mode, 0)
+    with pytest.raises(Diverged, match="the activations are not finite"):
+        learner.train({}, pool(8), plan, lambda number, _: sent.append(number))
+    assert not sent
 
 
 class Vanishing(Collected):

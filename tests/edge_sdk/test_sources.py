@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_without_pillow_the_error_says_what_to_install(
 ) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "a.png").write_bytes(b"\x89PNG")
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(DataError, match=r"a\.png needs Pillow .* install 'cutlayer\[images\]'"):
         open_source(tmp_path).read(np.array([0]))
 
@@ -143,29 +144,33 @@ def rows_of(source: Source) -> list[int]:
     return source.read(np.arange(len(source))).y.tolist() if len(source) else []
 
 
+FILES = {"sqlite": "a.sqlite", "csv": "a.csv", "jsonl": "a.jsonl", "images": "labels.csv"}
+"""The file that says what rows there are, by format."""
+
+
 class App:
     """An app that collects rows, each with a label of its own, in one of the formats that grow."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self.kind = folder, kind
+        self.folder, self.kind, self.file = folder, kind, folder / FILES[kind]
         self.rows: list[int] = []
         if kind == "sqlite":
-            with closing(sqlite3.connect(folder / "a.sqlite")) as database:
+            with closing(sqlite3.connect(self.file)) as database:
                 database.execute("PRAGMA journal_mode=WAL")
                 database.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, y, x, time)")
         elif kind == "csv":
-            (folder / "a.csv").write_text("x1,time,y\n")
+            self.file.write_text("x1,time,y\n")
         elif kind == "jsonl":
-            (folder / "a.jsonl").write_text('{"id": "first", "x": [0], "y": 0, "time": 0}\n')
+            self.file.write_text('{"id": "first", "x": [0], "y": 0, "time": 0}\n')
             self.rows.append(0)
         else:
-            (folder / "labels.csv").write_text("file,y\n")
+            self.file.write_text("file,y\n")
 
     def add(self, row: int) -> None:
         """Add a row that came at second ``row``."""
         self.rows.append(row)
         if self.kind == "sqlite":
-            with closing(sqlite3.connect(self.folder / "a.sqlite")) as database:
+            with closing(sqlite3.connect(self.file)) as database:
                 cells = row, npy_bytes(np.array([row])), row
                 database.execute("INSERT INTO t (y, x, time) VALUES (?, ?, ?)", cells)
                 database.commit()
@@ -179,37 +184,31 @@ class App:
             "jsonl": json.dumps({"id": f"n{row}", "x": [row], "y": row, "time": row}),
             "images": f"{row:03}.pgm,{row}",
         }[self.kind]
-        name = {"csv": "a.csv", "jsonl": "a.jsonl", "images": "labels.csv"}[self.kind]
-        with (self.folder / name).open("a") as file:
+        with self.file.open("a") as file:
             file.write(line + "\n")
 
     def drop(self, row: int) -> None:
         """Delete a row, as an app does: in place in a database, else with a new file."""
         self.rows.remove(row)
         if self.kind == "sqlite":
-            with closing(sqlite3.connect(self.folder / "a.sqlite")) as database:
+            with closing(sqlite3.connect(self.file)) as database:
                 database.execute("DELETE FROM t WHERE y = ?", [row])
                 database.commit()
             return
-        name = {"csv": "a.csv", "jsonl": "a.jsonl", "images": "labels.csv"}[self.kind]
-        lines = (self.folder / name).read_text().splitlines(keepends=True)
+        lines = self.file.read_text().splitlines(keepends=True)
         marks = {"csv": f",{row},{row}\n", "jsonl": f'"id": "n{row}"', "images": f"{row:03}.pgm"}
         kept = [line for line in lines if marks[self.kind] not in line]
         (self.folder / "new").write_text("".join(kept))
-        (self.folder / "new").replace(self.folder / name)
+        (self.folder / "new").replace(self.file)
         if self.kind == "images":
             (self.folder / f"{row:03}.pgm").unlink()
 
     def open(self) -> Source:
         """Return the source."""
-        names = {"sqlite": "a.sqlite", "csv": "a.csv", "jsonl": "a.jsonl", "images": "."}
-        return open_source(self.folder / names[self.kind])
+        return open_source(self.folder if self.kind == "images" else self.file)
 
 
-KINDS = ["sqlite", "csv", "jsonl", "images"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FILES)
 def test_a_snapshot_has_the_rows_of_its_moment(tmp_path: Path, kind: str) -> None:
     app = App(tmp_path, kind)
     for row in (3, 1, 2):
@@ -234,7 +233,7 @@ def test_a_snapshot_has_the_rows_of_its_moment(tmp_path: Path, kind: str) -> Non
     assert rows_of(second) == [row for row in side if row not in deleted]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FILES)
 def test_what_is_kept_back_stays_so_while_rows_come_and_go(tmp_path: Path, kind: str) -> None:
     app = App(tmp_path, kind)
     for row in range(1, 60):
@@ -253,7 +252,7 @@ def test_what_is_kept_back_stays_so_while_rows_come_and_go(tmp_path: Path, kind:
     assert later | set(rows_of(local.begin(2, 0))) == set(app.rows)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FILES)
 def test_bounds_by_number_and_age(tmp_path: Path, kind: str) -> None:
     app = App(tmp_path, kind)
     for row in range(1, 11):
@@ -464,7 +463,7 @@ BAD: list[tuple[Callable[[Path], Path], str]] = [
     ),
     (
         database("CREATE TABLE a (y, x)", "INSERT INTO a VALUES (1, x'0102')"),
-        "rowid 1: x is neither an image nor an .npy array",
+        "rowid 1: x is neither an image nor an .npy array: its format is not known",
     ),
     (
         database("CREATE TABLE a (id TEXT PRIMARY KEY, y, f) WITHOUT ROWID"),

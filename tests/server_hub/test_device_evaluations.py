@@ -49,7 +49,7 @@ def peer(device: str, tier: str = "small", able: bool = True) -> Peer:
 class Asking:
     """Evaluations of a model of classes or of tokens, and what they have sent."""
 
-    def __init__(self, folder: Path, task: str = "classes", within_s: float = 5) -> None:
+    def __init__(self, task: str = "classes", within_s: float = 5) -> None:
         self.sent: list[tuple[str, Message]] = []
         blobs = BlobServer(None, 1)  # type: ignore[arg-type]
         blobs.publish({"small": ModelOffer(HASH), "mixed": ModelOffer(bases={"1": HASH})}, {})
@@ -69,16 +69,16 @@ class Asking:
         self.evaluations.take(peer, Evaluated(number=number, labels=labels, results=results))
 
 
-def asking(test: Callable[[Asking], Any], folder: Path, **options: Any) -> None:
+def asking(test: Callable[[Asking], Any], **options: Any) -> None:
     """Run a test on the virtual clock."""
 
     async def main() -> None:
-        await test(Asking(folder, **options))
+        await test(Asking(**options))
 
     clock.run(lambda loop: main(), 0.0)
 
 
-def test_devices_are_asked_for_their_tier_s_model(tmp_path: Path) -> None:
+def test_devices_are_asked_for_their_tier_s_model() -> None:
     async def test(hub: Asking) -> None:
         one, other, old = peer("a"), peer("b", "mixed"), peer("c", able=False)
         assert hub.evaluations.begin(3, [one, other, old]) is not None
@@ -89,11 +89,11 @@ def test_devices_are_asked_for_their_tier_s_model(tmp_path: Path) -> None:
             "b": Evaluate(3, paths, 5, None, {"1": HASH}),
         }
 
-    asking(test, tmp_path)
+    asking(test)
 
 
 @pytest.mark.parametrize("within_s", [0.0, 5.0])
-def test_nobody_is_asked_where_nobody_keeps_examples_back(tmp_path: Path, within_s: float) -> None:
+def test_nobody_is_asked_where_nobody_keeps_examples_back(within_s: float) -> None:
     """Or where the operator wants no evaluation."""
 
     async def test(hub: Asking) -> None:
@@ -101,10 +101,10 @@ def test_nobody_is_asked_where_nobody_keeps_examples_back(tmp_path: Path, within
         hub.says(peer("a"), 1, 10, 0.5, 0.5)
         assert not hub.sent
 
-    asking(test, tmp_path, within_s=within_s)
+    asking(test, within_s=within_s)
 
 
-def test_the_mean_is_weighted_within_bounds_and_quantiles_are_over_devices(tmp_path: Path) -> None:
+def test_the_mean_is_weighted_within_bounds_and_quantiles_are_over_devices() -> None:
     """A device that claims much more than the others counts as twice the lower median."""
 
     async def test(hub: Asking) -> None:
@@ -134,7 +134,7 @@ def test_the_mean_is_weighted_within_bounds_and_quantiles_are_over_devices(tmp_p
         assert alone["p10"] == pytest.approx(0.1 + 0.3 * 0.3)  # at place 0.3 of 0, 1, 2, 3
         assert alone["p90"] == pytest.approx(0.6 + 0.7 * 0.4)
 
-    asking(test, tmp_path)
+    asking(test)
 
 
 @given(
@@ -167,10 +167,10 @@ def test_the_summary_is_that_of_an_independent_computation(
                 low, high = values[math.floor(at)], values[math.ceil(at)]
                 assert found[name] == pytest.approx(low + (at - math.floor(at)) * (high - low))
 
-    asking(test, Path(), task="tokens" if tokens else "classes")
+    asking(test, task="tokens" if tokens else "classes")
 
 
-def test_a_silent_device_costs_the_deadline_and_no_more(tmp_path: Path) -> None:
+def test_a_silent_device_costs_the_deadline_and_no_more() -> None:
     async def test(hub: Asking) -> None:
         now = asyncio.get_running_loop().time
         one, silent = peer("a"), peer("b")
@@ -184,10 +184,10 @@ def test_a_silent_device_costs_the_deadline_and_no_more(tmp_path: Path) -> None:
         hub.says(silent, 1, 10, 1.0, 1.0)  # late: ignored
         assert found["tiers"]["small"]["devices"] == 1
 
-    asking(test, tmp_path)
+    asking(test)
 
 
-def test_a_device_that_leaves_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_device_that_leaves_is_not_waited_for() -> None:
     async def test(hub: Asking) -> None:
         figures = hub.evaluations.begin(1, [peer("a")])
         assert figures is not None
@@ -196,10 +196,10 @@ def test_a_device_that_leaves_is_not_waited_for(tmp_path: Path) -> None:
         hub.evaluations.gone("a")
         assert (await figures)["silent"] == 1
 
-    asking(test, tmp_path)
+    asking(test)
 
 
-def test_what_comes_late_twice_or_unasked_does_not_count(tmp_path: Path) -> None:
+def test_what_comes_late_twice_or_unasked_does_not_count() -> None:
     async def test(hub: Asking) -> None:
         one, two = peer("a"), peer("b")
         first = hub.evaluations.begin(1, [one, two])
@@ -215,7 +215,7 @@ def test_what_comes_late_twice_or_unasked_does_not_count(tmp_path: Path) -> None
         hub.evaluations.end()
         assert (await second)["tiers"]["small"]["paths"]["ensemble"]["mean"] == 0.75
 
-    asking(test, tmp_path)
+    asking(test)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_what_comes_late_twice_or_unasked_does_not_count(tmp_path: Path) -> None
     ],
 )
 def test_claims_beyond_bounds_are_refused(
-    tmp_path: Path, task: str, labels: int, results: dict[str, float], field: str
+    task: str, labels: int, results: dict[str, float], field: str
 ) -> None:
     async def test(hub: Asking) -> None:
         one = peer("a")
@@ -242,7 +242,7 @@ def test_claims_beyond_bounds_are_refused(
             hub.evaluations.take(one, Evaluated(number=1, labels=labels, results=results))
         assert (caught.value.code, caught.value.field) == ("bad_message", field)
 
-    asking(test, tmp_path, task=task)
+    asking(test, task=task)
 
 
 # --- real devices -------------------------------------------------------------------------------
