@@ -8,6 +8,7 @@ Encoder and decoder get the extensions that a session has agreed on, and stop wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from typing import Any, ClassVar, Self
 
@@ -17,10 +18,13 @@ from edge_sdk.protocol.enums import ErrorCode
 EVALUATION = "evaluation"
 """The extension by which devices evaluate the model on examples that they keep back."""
 
+PIECES = "pieces"
+"""The extension by which long messages travel as a series of short ones."""
+
 RECOUNT = "recount"
 """The extension by which a device says that the number of its examples has changed."""
 
-EXTENSIONS: tuple[str, ...] = (EVALUATION, "pieces", RECOUNT)
+EXTENSIONS: tuple[str, ...] = (EVALUATION, PIECES, RECOUNT)
 """The extensions that this implementation speaks."""
 
 
@@ -97,6 +101,7 @@ class Message:
         return _speaks(cls.EXTENSION, agreed)
 
 
+@functools.cache
 def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
     """The fields of a message class, by name."""
     return {f.name: f for f in dataclasses.fields(cls)}
