@@ -78,7 +78,7 @@ class Watched(Connection):
         self._waiting = waiting
 
     def _look_later(self) -> None:
-        # a part of the time between pings, since a ping is sent only when this looks
+        # more often than pings are due, since one is sent only when this looks
         self._look = self.loop.call_later(PING_S / 3, self._check)
 
     def _check(self) -> None:
