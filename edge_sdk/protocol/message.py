@@ -8,7 +8,6 @@ Encoder and decoder get the extensions that a session has agreed on, and stop wh
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Collection
 from typing import Any, ClassVar, Self
 
@@ -101,7 +100,6 @@ class Message:
         return _speaks(cls.EXTENSION, agreed)
 
 
-@functools.cache
 def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
     """The fields of a message class, by name."""
     return {f.name: f for f in dataclasses.fields(cls)}
