@@ -442,11 +442,7 @@ def from_body(kind: object, body: object, agreed: Collection[str] = ()) -> Messa
 
 
 def class_of(kind: object, agreed: Collection[str] = ()) -> type[Message]:
-    """The class of the messages of type ``kind``; see :func:`from_body`.
-
-    Raises:
-        ProtocolError: unknown type.
-    """
+    """The class of the messages of type ``kind``; raises :class:`ProtocolError` if unknown."""
     cls = MESSAGES.get(kind) if isinstance(kind, str) else None
     if cls is None or not cls.known_with(agreed):
         shown = repr(kind[:64]) if isinstance(kind, str) else f"of type {type(kind).__name__}"
