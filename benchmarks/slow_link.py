@@ -17,8 +17,6 @@ Columns:
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,7 +27,6 @@ from typing import Annotated, cast
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from benchmarks.trunk_hub import NullTrunk
@@ -47,11 +44,17 @@ from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
+from server_hub.reports.files import write_rows
+from server_hub.reports.table import Table
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.interface import Trunk
+from tests.lib.harness import served
 from tests.lib.proxy import Relay, relay
 
 WIDTH = 32
+
+DIRECTIONS = {"update": "up", "download": "down"}
+"""What may be measured, and the direction in which its bytes go."""
 
 DEFAULT_LIMITS = Limits()
 
@@ -140,13 +143,11 @@ async def joined(
         leave_s=0.1,
     )
     hub = Hub(config, model, cast(Trunk, NullTrunk()))
-    address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(hub.serve(address.set_result))
-    await asyncio.wait([address, serving], return_when=asyncio.FIRST_COMPLETED)
-    if serving.done():
-        serving.result()
-    up, down = (case.bytes_per_s if case.what == what else math.inf for what in CASE_KINDS)
-    async with relay(await address, up, down, case.round_trip_s / 2) as network:
+    rates = {DIRECTIONS[case.what]: case.bytes_per_s}
+    async with (
+        served(hub) as address,
+        relay(address, **rates, latency=case.round_trip_s / 2) as network,
+    ):
         connection = Connection(
             lambda: open_websocket(network.url), token=token, tier=None, patience_s=60
         )
@@ -155,11 +156,6 @@ async def joined(
             yield connection, network, hub.manifests["thin"]
         finally:
             await connection.close("done")
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-
-
-CASE_KINDS = ("update", "download")
 
 
 async def measure(folder: Path, model: SplitModel, case: Case, limits: Limits) -> Result:
@@ -188,7 +184,7 @@ async def measure(folder: Path, model: SplitModel, case: Case, limits: Limits) -
             assert isinstance(delivery.message, Round)
             number = delivery.message.round
             session.settle(delivery.seq)
-        direction = "up" if case.what == "update" else "down"
+        direction = DIRECTIONS[case.what]
         began, before = now(), network.passed[direction]
         breaking = asyncio.create_task(_break(network, needed, case.breaks))
         await (update() if case.what == "update" else download())
@@ -220,23 +216,11 @@ def run(mb: float, cases: tuple[Case, ...], limits: Limits = DEFAULT_LIMITS) -> 
         return [asyncio.run(measure(folder, model, case, limits)) for case in cases]
 
 
-def show(results: list[Result], console: Console) -> None:
-    """Print the results as a table."""
-    table = Table(title="Long messages on slow links")
-    for column in (
-        "what",
-        "MB",
-        "kB/s",
-        "round trip",
-        "breaks",
-        "needed",
-        "taken",
-        "share",
-        "sent",
-    ):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    for r in results:
-        table.add_row(
+def table(results: list[Result]) -> Table:
+    """The results as a table."""
+    header = ("what", "MB", "kB/s", "round trip", "breaks", "needed", "taken", "share", "sent")
+    rows = [
+        (
             r.what,
             f"{r.bytes / 1e6:.1f}",
             f"{r.bytes_per_s / 1e3:.0f}",
@@ -247,7 +231,9 @@ def show(results: list[Result], console: Console) -> None:
             f"{100 * r.share:.0f} %",
             f"{100 * r.sent:.1f} %",
         )
-    console.print(table)
+        for r in results
+    ]
+    return Table("Long messages on slow links", header, rows)
 
 
 def main(
@@ -258,9 +244,9 @@ def main(
 ) -> None:
     """Measure long messages on slow links."""
     results = run(mb, CASES)
-    show(results, Console())
+    Console(highlight=False).print(table(results).rich())
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+        write_rows(json_file, [asdict(result) for result in results])
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from typing import Any
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME, Frame, decode, encode, encode_message
+from edge_sdk.protocol.message import PIECES
 from edge_sdk.protocol.messages import Message, Piece, from_body
-from edge_sdk.protocol.pieces import MAX_MESSAGE, OVERTAKING, PIECES, Assembly, Waiting, is_long
+from edge_sdk.protocol.pieces import MAX_MESSAGE, OVERTAKING, Assembly, Waiting, is_long
 
 
 class SequenceGap(ProtocolError):
@@ -104,7 +105,7 @@ class Channel:
                 does not speak; nothing has changed.
         """
         if message.RELIABLE and PIECES in self.extensions:
-            if is_long(message, self.extensions):
+            if is_long(message):
                 self._send_long(message)
                 return None
             if len(self._waiting) and not isinstance(message, OVERTAKING):

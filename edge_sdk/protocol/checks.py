@@ -153,11 +153,8 @@ def extensions(value: object) -> str | None:
         and all(isinstance(name, str) and 1 <= len(name) <= 64 for name in value)
         and len(set(value)) == len(value)
     )
-    return (
-        None
-        if ok
-        else (f"a list of at most {MAX_EXTENSIONS} names of 1 to 64 characters, each once")
-    )
+    wanted = f"a list of at most {MAX_EXTENSIONS} names of 1 to 64 characters, each once"
+    return None if ok else wanted
 
 
 def checked(

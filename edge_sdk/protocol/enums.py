@@ -56,7 +56,7 @@ class ErrorCode(enum.StrEnum):
     UNKNOWN_TIER = "unknown_tier"
     """There is no bundle for the tier, or neither ``welcome`` nor ``move`` named it."""
     BUSY = "busy"
-    """The hub has no connections left, or it ends or restarts. Temporary."""
+    """The hub has no connections or no memory left, or it ends or restarts. Temporary."""
     REPLACED = "replaced"
     """Another connection came with the same token."""
     UNKNOWN_BLOB = "unknown_blob"

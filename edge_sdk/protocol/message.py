@@ -17,10 +17,13 @@ from edge_sdk.protocol.enums import ErrorCode
 EVALUATION = "evaluation"
 """The extension by which devices evaluate the model on examples that they keep back."""
 
+PIECES = "pieces"
+"""The extension by which long messages travel as a series of short ones."""
+
 RECOUNT = "recount"
 """The extension by which a device says that the number of its examples has changed."""
 
-EXTENSIONS: tuple[str, ...] = (EVALUATION, "pieces", RECOUNT)
+EXTENSIONS: tuple[str, ...] = (EVALUATION, PIECES, RECOUNT)
 """The extensions that this implementation speaks."""
 
 

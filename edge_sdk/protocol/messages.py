@@ -16,7 +16,7 @@ from edge_sdk.protocol import checks
 from edge_sdk.protocol.checks import MAX_BASES, checked
 from edge_sdk.protocol.enums import ActivationMode, ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate, Evaluated
-from edge_sdk.protocol.message import RECOUNT
+from edge_sdk.protocol.message import PIECES, RECOUNT
 from edge_sdk.protocol.message import Message as Message
 from edge_sdk.protocol.tensors import Array
 
@@ -252,9 +252,7 @@ class Welcome(Message):
     state: str | None = checked(checks.optional(checks.sha256), None)
     bases: dict[str, str] | None = checked(checks.optional(checks.states), None)
     extensions: list[str] | None = checked(checks.optional(checks.extensions), None)
-    max_message: int | None = checked(
-        checks.optional(checks.integer(1024)), None, extension="pieces"
-    )
+    max_message: int | None = checked(checks.optional(checks.integer(1024)), None, extension=PIECES)
 
 
 @dataclass(frozen=True)
@@ -414,7 +412,7 @@ class Piece(Message):
     """
 
     TYPE = "piece"
-    EXTENSION = "pieces"
+    EXTENSION = PIECES
     data: bytes = checked(checks.data)
     last: bool = checked(checks.flag, False)
 
@@ -440,8 +438,13 @@ def from_body(kind: object, body: object, agreed: Collection[str] = ()) -> Messa
     Raises:
         ProtocolError: unknown type, or a field that is unknown, missing or wrong.
     """
+    return class_of(kind, agreed).from_body(body, agreed)
+
+
+def class_of(kind: object, agreed: Collection[str] = ()) -> type[Message]:
+    """The class of the messages of type ``kind``; raises :class:`ProtocolError` if unknown."""
     cls = MESSAGES.get(kind) if isinstance(kind, str) else None
     if cls is None or not cls.known_with(agreed):
         shown = repr(kind[:64]) if isinstance(kind, str) else f"of type {type(kind).__name__}"
         raise ProtocolError(ErrorCode.UNKNOWN_TYPE, f"unknown message type {shown}")
-    return cls.from_body(body, agreed)
+    return cls

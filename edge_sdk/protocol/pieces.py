@@ -16,10 +16,7 @@ import numpy as np
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME, decode_message
-from edge_sdk.protocol.messages import MESSAGES, Answer, Infer, Message, Piece, from_body
-
-PIECES = Piece.EXTENSION
-"""Name of the extension."""
+from edge_sdk.protocol.messages import Answer, Infer, Message, Piece, class_of, from_body
 
 PIECE = 64 * 1024
 """Bytes in every piece but the last. At 100 kB/s a question waits less than a second for a piece;
@@ -32,9 +29,9 @@ OVERTAKING = (Infer, Answer)
 """Messages that may be sent before the rest of an earlier one: nothing depends on their order."""
 
 
-def is_long(message: Message, agreed: Collection[str]) -> bool:
+def is_long(message: Message) -> bool:
     """Whether a message travels in pieces, by the bytes of its tensors."""
-    return sum(map(_size, message.body(agreed).values())) > PIECE
+    return sum(map(_size, vars(message).values())) > PIECE
 
 
 def _size(value: Any) -> int:
@@ -177,9 +174,7 @@ def _kind(start: bytes, agreed: Collection[str]) -> str:
         raise ProtocolError(
             ErrorCode.BAD_FRAME, "a message in pieces is an array [type, body]"
         ) from error
-    message = MESSAGES.get(kind) if isinstance(kind, str) else None
-    if message is None or not message.known_with(agreed):
-        raise ProtocolError(ErrorCode.UNKNOWN_TYPE, f"unknown message type {str(kind)[:64]!r}")
+    message = class_of(kind, agreed)
     if not message.RELIABLE or message is Piece:
         raise ProtocolError(ErrorCode.BAD_MESSAGE, f"{kind} does not travel in pieces")
     return message.TYPE

@@ -15,7 +15,7 @@ from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate
 from edge_sdk.protocol.frames import decode, encode
-from edge_sdk.protocol.message import EXTENSIONS
+from edge_sdk.protocol.message import EXTENSIONS, PIECES
 from edge_sdk.protocol.messages import (
     VERSION,
     Answer,
@@ -32,7 +32,6 @@ from edge_sdk.protocol.messages import (
     Stop,
     Welcome,
 )
-from edge_sdk.protocol.pieces import PIECES
 from edge_sdk.protocol.states import ConnectionEvent, ConnectionState, next_connection_state
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.transport.blob_requests import BlobRequests, Download

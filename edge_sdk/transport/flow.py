@@ -9,11 +9,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-STALLED_S = 10.0
-"""Seconds in which a session that others wait for has to bring something."""
+from edge_sdk.protocol.pieces import PIECE
 
-_SOMETHING = 64 * 1024
-"""Bytes that are something."""
+STALLED_S = 10.0
+"""Seconds in which a session that others wait for has to bring a piece."""
 
 
 class Backlog:
@@ -21,12 +20,12 @@ class Backlog:
 
     A message that arrives in pieces takes memory until it is complete. When there is no room left
     for all sessions together, the one whose message began first reads on, so that some message gets
-    complete. If it brings nothing while others wait, it is given up.
+    complete. If it brings less than a piece in :data:`STALLED_S` while others wait, it is given up.
 
     Args:
         limit: number of bytes above which the backlog is full.
         whole: backlog of all sessions together; None for a backlog of its own.
-        give_up: called when others wait for this session, and nothing comes.
+        give_up: called when others wait for this session, and it brings too little.
     """
 
     def __init__(
@@ -117,11 +116,11 @@ class Backlog:
                     self._whole._look_at_first(asyncio.get_running_loop().time())
 
     def _look_at_first(self, now: float) -> None:
-        """Give up the session that goes first if it has brought nothing for long."""
+        """Give up the session that goes first if it has brought too little for long."""
         first, seen = self.first, self._first_seen
         if first is None:
             return
-        if seen is None or seen[0] is not first or first._added - seen[1] >= _SOMETHING:
+        if seen is None or seen[0] is not first or first._added - seen[1] >= PIECE:
             self._first_seen = first, first._added, now
         elif now - seen[2] >= STALLED_S:
             first._give_up()

@@ -78,7 +78,8 @@ class Watched(Connection):
         self._waiting = waiting
 
     def _look_later(self) -> None:
-        self._look = self.loop.call_later(min(PING_S, DEAD_S / 4), self._check)
+        # more often than pings are due, since one is sent only when this looks
+        self._look = self.loop.call_later(PING_S / 3, self._check)
 
     def _check(self) -> None:
         self._notice()

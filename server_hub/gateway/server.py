@@ -16,7 +16,7 @@ from edge_sdk.files import why
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
-from edge_sdk.protocol.message import EXTENSIONS
+from edge_sdk.protocol.message import EXTENSIONS, PIECES
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
     VERSION,
@@ -27,7 +27,6 @@ from edge_sdk.protocol.messages import (
     Message,
     Welcome,
 )
-from edge_sdk.protocol.pieces import PIECES
 from edge_sdk.protocol.states import ConnectionState
 from edge_sdk.protocol.structure import HELLO_VALUES
 from edge_sdk.transport.flow import Backlog, FlowControl, TokenBucket

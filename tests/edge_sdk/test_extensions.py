@@ -123,32 +123,6 @@ def test_a_channel_keeps_what_was_agreed_over_a_break_and_a_restart() -> None:
     restored.send(Probe(2))
 
 
-@given(names)
-def test_names_in_a_hello(offered: list[str]) -> None:
-    hello = Hello(VERSION, "secret", extensions=offered)
-    assert decode(encode(hello, 0, 0)).message == hello
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        "probe",
-        {"probe": 1},
-        [1],
-        [b"probe"],
-        [""],
-        ["a" * 65],
-        ["a", "a"],
-        [str(i) for i in range(17)],
-    ],
-)
-def test_lists_that_are_none(bad: Any) -> None:
-    hello = msgpack.packb(["hello", 0, 0, {"version": 1, "token": "t", "extensions": bad}])
-    with pytest.raises(ProtocolError) as caught:
-        decode(hello)
-    assert (caught.value.code, caught.value.field) == ("bad_message", "extensions")
-
-
 # --- a device and a hub -------------------------------------------------------------------------
 
 

@@ -7,11 +7,13 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
 
 from edge_sdk.errors import LinkClosed
 from edge_sdk.protocol.messages import SUBPROTOCOL
@@ -41,7 +43,7 @@ class Ends:
 
 @asynccontextmanager
 async def ends(
-    up: float = 1e9, down: float = 1e9, watched_device: bool = True
+    up: float = 1e9, down: float = 1e9, device_end: type[ClientConnection] = liveness.WatchedClient
 ) -> AsyncIterator[Ends]:
     """Connect a device to a hub's door. An unwatched device sends no pings, like a browser."""
     hubs: asyncio.Queue[ServerConnection] = asyncio.Queue()
@@ -70,7 +72,7 @@ async def ends(
             max_size=None,
             ping_interval=None,
             close_timeout=0.1,
-            create_connection=liveness.WatchedClient if watched_device else ClientConnection,
+            create_connection=device_end,
         ) as device,
     ):
         yield Ends(device, await hubs.get(), network)
@@ -81,12 +83,14 @@ async def send(connection: ClientConnection, sizes: list[int]) -> None:
         await connection.send(bytes(size))
 
 
-@pytest.mark.parametrize("watched", [True, False])
-def test_one_frame_that_takes_longer_than_the_time_arrives(watched: bool) -> None:
+@pytest.mark.parametrize("device_end", [liveness.WatchedClient, ClientConnection])
+def test_one_frame_that_takes_longer_than_the_time_arrives(
+    device_end: type[ClientConnection],
+) -> None:
     """Old devices send a message as one frame; pings and pongs wait behind it."""
 
     async def test() -> None:
-        async with ends(up=300_000, watched_device=watched) as both:
+        async with ends(up=300_000, device_end=device_end) as both:
             frame = bytes(700_000)
             began = time.monotonic()
             await both.device.send(frame)
@@ -96,10 +100,12 @@ def test_one_frame_that_takes_longer_than_the_time_arrives(watched: bool) -> Non
     run(test())
 
 
-@pytest.mark.parametrize("watched", [True, False])
-def test_one_frame_of_the_hub_that_takes_longer_than_the_time_arrives(watched: bool) -> None:
+@pytest.mark.parametrize("device_end", [liveness.WatchedClient, ClientConnection])
+def test_one_frame_of_the_hub_that_takes_longer_than_the_time_arrives(
+    device_end: type[ClientConnection],
+) -> None:
     async def test() -> None:
-        async with ends(down=300_000, watched_device=watched) as both:
+        async with ends(down=300_000, device_end=device_end) as both:
             frame = bytes(700_000)
             await both.hub.send(frame)
             assert await both.device.recv() == frame
@@ -115,6 +121,27 @@ def test_a_connection_on_which_nothing_happens_stays() -> None:
             assert await both.hub.recv() == b"still here"
 
     run(test())
+
+
+def test_pings_are_as_far_apart_as_they_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if they are a third of the time after which a connection is dead, as by default."""
+    monkeypatch.setattr(liveness, "PING_S", 0.4)
+    monkeypatch.setattr(liveness, "DEAD_S", 1.2)
+    pings: list[float] = []
+
+    class Noting(ClientConnection):
+        def process_event(self, event: Any) -> None:
+            if isinstance(event, Frame) and event.opcode is Opcode.PING:
+                pings.append(time.monotonic())
+            super().process_event(event)
+
+    async def test() -> None:
+        async with ends(device_end=Noting):
+            while len(pings) < 4:
+                await asyncio.sleep(0.05)
+
+    run(test())
+    assert pings[3] - pings[0] < 3 * 0.55
 
 
 @pytest.mark.parametrize("sending", [False, True])

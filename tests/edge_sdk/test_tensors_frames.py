@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import random
 import tracemalloc
@@ -60,17 +59,14 @@ from edge_sdk.protocol.tensors import (
     unpack_tensor,
 )
 
-encode = partial(wire.encode, agreed=EXTENSIONS)
-decode = partial(wire.decode, agreed=EXTENSIONS)
-
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 T = TypeVar("T")
 
-encode = functools.partial(wire.encode, agreed=EXTENSIONS)
-decode = functools.partial(wire.decode, agreed=EXTENSIONS)
-from_body = functools.partial(messages.from_body, agreed=EXTENSIONS)
+encode = partial(wire.encode, agreed=EXTENSIONS)
+decode = partial(wire.decode, agreed=EXTENSIONS)
+from_body = partial(messages.from_body, agreed=EXTENSIONS)
 
 FLOAT = np.arange(6, dtype=np.float32).reshape(2, 3)
 HASH = "0123456789abcdef" * 4
@@ -456,7 +452,16 @@ WRONG: dict[str, list[object]] = {
     "tier": ["x" * 129, 5],
     "session": ["x" * 65, 5],
     "last_seq": [-1, MAX_INT + 1, 1.5, None, False],
-    "extensions": ["pieces", [1], [""], ["x" * 65], ["x", "x"], {"x": 1}],
+    "extensions": [
+        "pieces",
+        {"x": 1},
+        [1],
+        [b"x"],
+        [""],
+        ["x" * 65],
+        ["x", "x"],
+        [str(n) for n in range(17)],
+    ],
     "from_round": [0, -1, 1.0, "1", True],
     "samples": [0, -1, 2.0, "9", None],
     "number": [0, -1, 1.0, None],

@@ -50,11 +50,16 @@ class RawClient:
                     return message
                 assert not isinstance(message, Error), message
 
-    async def join(self, token: str, samples: int = 32, hello: Hello = GOOD) -> Round:
-        """Say hello and ready, and wait for a round."""
+    async def greet(self, token: str, hello: Hello = GOOD) -> Welcome:
+        """Say hello, and wait for the welcome."""
         extensions = list(self.extensions) or hello.extensions
         await self.say(replace(hello, token=token, extensions=extensions))
-        await self.hear(Welcome)
+        welcome: Welcome = await self.hear(Welcome)
+        return welcome
+
+    async def join(self, token: str, samples: int = 32, hello: Hello = GOOD) -> Round:
+        """Say hello and ready, and wait for a round."""
+        await self.greet(token, hello)
         await self.say(Ready(samples=samples))
         task: Round = await self.hear(Round)
         return task

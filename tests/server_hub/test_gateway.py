@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from edge_sdk.bundle.index import BundleIndex
-from edge_sdk.protocol.frames import decode, encode, encode_message
+from edge_sdk.protocol.frames import decode, encode_message
+from edge_sdk.protocol.message import PIECES
 from edge_sdk.protocol.messages import Bye, Error, Piece, Ready, Round, Update, Welcome
 from edge_sdk.protocol.pieces import PIECE
 from edge_sdk.transport import flow
@@ -25,6 +27,7 @@ from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
 from tests.lib.harness import hub_config, running_hub
 from tests.lib.raw_client import GOOD, RawClient, raw
+from tests.lib.tasks import run
 
 Scenario = Callable[[str, HubConfig], Awaitable[None]]
 
@@ -37,7 +40,7 @@ def with_hub(folder: Path, bundles: BundleIndex, scenario: Scenario, **changes: 
         async with running_hub(config) as (_, url):
             await scenario(url, config)
 
-    asyncio.run(asyncio.wait_for(job(), 30))
+    run(job(), 30)
 
 
 async def refusal(client: RawClient, token: str) -> Error:
@@ -55,8 +58,7 @@ async def let_in(url: str, token: str) -> bool:
     async with raw(url) as connection:
         client = RawClient(connection)
         try:
-            await client.say(replace(GOOD, token=token))
-            return (await client.hear(Welcome)).device == "other"
+            return (await client.greet(token)).device == "other"
         except (ConnectionClosed, AssertionError):  # the hub refused
             return False
 
@@ -69,8 +71,7 @@ def test_a_hub_without_connections_left_says_so(tmp_path: Path, bundles: BundleI
         one, other = tokens.issue("one"), tokens.issue("other")
         async with raw(url) as first:
             client = RawClient(first)
-            await client.say(replace(GOOD, token=one))
-            await client.hear(Welcome)
+            await client.greet(one)
             async with raw(url) as second:
                 error = await refusal(RawClient(second), other)
                 assert (error.code, "no connections left" in error.message) == ("busy", True)
@@ -96,9 +97,7 @@ def test_a_token_file_that_breaks_keeps_devices_out_and_the_hub_up(
             assert str(config.tokens) not in error.message
         config.tokens.write_text(good)
         async with raw(url) as connection:
-            client = RawClient(connection)
-            await client.say(replace(GOOD, token=token))
-            assert (await client.hear(Welcome)).device == "phone"
+            assert (await RawClient(connection).greet(token)).device == "phone"
 
     with_hub(tmp_path, bundles, scenario)
     (logged,) = (r.getMessage() for r in caplog.records if "cannot be used" in r.getMessage())
@@ -115,10 +114,8 @@ def test_a_second_connection_with_a_token_takes_the_place_of_the_first(
         token, other = tokens.issue("phone"), tokens.issue("other")
         async with raw(url) as old, raw(url) as new, raw(url) as third:
             first, second = RawClient(old), RawClient(new)
-            await first.say(replace(GOOD, token=token))
-            await first.hear(Welcome)
-            await second.say(replace(GOOD, token=token))
-            welcome = await second.hear(Welcome)
+            await first.greet(token)
+            welcome = await second.greet(token)
             assert (welcome.device, welcome.resumed) == ("phone", False)
             error = await first.hear(Error)
             assert (error.code, error.fatal) == ("replaced", True)
@@ -140,8 +137,7 @@ def test_an_error_that_a_device_reports_is_logged(
         tokens = TokenFile(config.tokens)
         async with raw(url) as one, raw(url) as other:
             client = RawClient(one)
-            await client.say(replace(GOOD, token=tokens.issue("phone")))
-            await client.hear(Welcome)
+            await client.greet(tokens.issue("phone"))
             await client.say(Error(code="internal", message="the disk is full", fatal=False))
             await client.say(Ready(samples=8))
             await RawClient(other).join(tokens.issue("other"))
@@ -159,8 +155,7 @@ def test_what_a_device_says_after_bye_has_no_effect(tmp_path: Path, bundles: Bun
         secrets = [tokens.issue(name) for name in ("gone", "one", "two")]
         async with raw(url) as first, raw(url) as second, raw(url) as third:
             left = RawClient(first)
-            await left.say(replace(GOOD, token=secrets[0]))
-            await left.hear(Welcome)
+            await left.greet(secrets[0])
             await left.say(Bye(reason="done"))
             await left.say(Ready(samples=8))
             clients = [RawClient(second), RawClient(third)]
@@ -175,22 +170,29 @@ def test_what_a_device_says_after_bye_has_no_effect(tmp_path: Path, bundles: Bun
 class PieceClient(RawClient):
     """A client that sends messages in pieces."""
 
-    async def join_in_pieces(self, token: str) -> Welcome:
-        await self.say(replace(GOOD, token=token, extensions=["pieces"]))
-        welcome: Welcome = decode(await self.connection.recv(), agreed=["pieces"]).message  # type: ignore[assignment]
-        return welcome
+    def __init__(self, connection: ClientConnection) -> None:
+        super().__init__(connection, [PIECES])
 
     async def acknowledged(self) -> int:
         """The acknowledgement of the next frame."""
-        return decode(await self.connection.recv(), agreed=["pieces"]).ack
+        return decode(await self.connection.recv(), agreed=self.extensions).ack
 
     async def send_pieces(self, data: bytes, until: int | None = None) -> None:
         """Send the bytes of a message, without the end if ``until`` says where to stop."""
-        for start in range(0, len(data if until is None else data[:until]), PIECE):
-            self.seq += 1
+        for start in range(0, until or len(data), PIECE):
             part = data[start : start + PIECE]
-            piece = Piece(data=part, last=start + PIECE >= len(data))
-            await self.connection.send(encode(piece, self.seq, 0, ["pieces"]))
+            await self.say(Piece(data=part, last=start + PIECE >= len(data)))
+
+
+@asynccontextmanager
+async def in_pieces(
+    url: str, config: HubConfig, name: str = "phone"
+) -> AsyncIterator[tuple[PieceClient, Welcome]]:
+    """Connect a device that offers to send messages in pieces; yields it with its welcome."""
+    token = TokenFile(config.tokens).issue(name)
+    async with raw(url) as connection:
+        client = PieceClient(connection)
+        yield client, await client.greet(token)
 
 
 def long_update(size: int) -> bytes:
@@ -206,13 +208,14 @@ def test_messages_that_never_end_take_bounded_memory_and_stop_nobody(
     limits = Limits(waiting_mb=1, total_waiting_mb=1, max_message=2**20, session_s=5.0, hello_s=2.0)
 
     async def scenario(url: str, config: HubConfig) -> None:
-        tokens = TokenFile(config.tokens)
         message = long_update(1_000_000)
-        async with raw(url) as a, raw(url) as b, raw(url) as c:
-            lazy, lazier, honest = PieceClient(a), PieceClient(b), PieceClient(c)
-            for name, client in (("lazy", lazy), ("lazier", lazier), ("honest", honest)):
-                welcome = await client.join_in_pieces(tokens.issue(name))
-                assert (welcome.extensions, welcome.max_message) == (["pieces"], 2**20)
+        async with (
+            in_pieces(url, config, "lazy") as (lazy, first),
+            in_pieces(url, config, "lazier") as (lazier, second),
+            in_pieces(url, config, "honest") as (honest, third),
+        ):
+            for welcome in (first, second, third):
+                assert (welcome.extensions, welcome.max_message) == ([PIECES], 2**20)
             await lazy.send_pieces(message, 900_000)
             await lazier.send_pieces(message, 500_000)
             sending = asyncio.create_task(honest.send_pieces(message))
@@ -229,10 +232,7 @@ def test_a_message_in_pieces_over_the_limit_ends_the_session(
     tmp_path: Path, bundles: BundleIndex
 ) -> None:
     async def scenario(url: str, config: HubConfig) -> None:
-        token = TokenFile(config.tokens).issue("phone")
-        async with raw(url) as connection:
-            client = PieceClient(connection)
-            await client.join_in_pieces(token)
+        async with in_pieces(url, config) as (client, _):
             await client.send_pieces(long_update(300_000))
             assert (await client.hear(Error)).code == "frame_too_big"
             assert await client.closed()
@@ -244,9 +244,7 @@ def test_a_hub_whose_frames_are_too_small_for_pieces_does_not_offer_them(
     tmp_path: Path, bundles: BundleIndex
 ) -> None:
     async def scenario(url: str, config: HubConfig) -> None:
-        token = TokenFile(config.tokens).issue("phone")
-        async with raw(url) as connection:
-            welcome = await PieceClient(connection).join_in_pieces(token)
+        async with in_pieces(url, config) as (_, welcome):
             assert (welcome.extensions, welcome.max_message) == (None, None)
 
     with_hub(tmp_path, bundles, scenario, limits=Limits(max_frame=100_000, blob_piece=50_000))

@@ -1,8 +1,8 @@
 """Writes ``device_v1_0.json``: the frames of a device in a small job, and what it received.
 
 The file was written once, by the implementation that knew no extensions, and stays as it is: it
-stands for apps that were shipped then. The test of extensions plays it to the hub of today, through
-``tests/lib/recorded_device.py``. To record the device of today: ``python
+stands for apps that were shipped then. ``tests/end_to_end/test_recorded_device.py`` plays it to the
+hub of today, through ``tests/lib/recorded_device.py``. To record the device of today: ``python
 tests/vectors/record_device.py FILE``.
 
 A frame is ``{"from": "device" | "hub", "type", "base64"}`` in the order of its passing; the data of
@@ -21,6 +21,7 @@ from typing import Any
 
 from edge_sdk import Device
 from edge_sdk.protocol.frames import decode
+from edge_sdk.protocol.message import EXTENSIONS
 from edge_sdk.protocol.messages import Blob
 from tests.lib.proxy import proxy
 from tests.lib.recorded_job import data, hub_of_the_job
@@ -31,7 +32,7 @@ async def record() -> list[dict[str, Any]]:
     frames: list[dict[str, Any]] = []
 
     def keep(sender: str, frame: bytes) -> bytes:
-        message = decode(frame).message
+        message = decode(frame, agreed=EXTENSIONS).message
         entry: dict[str, Any] = {"from": sender, "type": message.TYPE}
         if isinstance(message, Blob):
             entry["bytes"] = len(message.data)
