@@ -175,7 +175,7 @@ def test_a_simulation_whose_devices_diverge_says_so(tmp_path: Path) -> None:
 
 def test_a_trunk_that_diverges_refuses_no_batch_and_gives_no_tensors() -> None:
     model = dense_model()
-    hyper = check_hyper("sgd", {"lr": 1e36})
+    hyper = check_hyper("sgd", {"lr": 1e36, "weight_decay": 1e36})
     trainer = TrunkTrainer(model, "cpu")
     trainer.begin(state_of(model), TrunkPlan("sgd", hyper, returned=True))
     batches = [arrival_of(model, 1 + n, 4, n) for n in range(3)]
