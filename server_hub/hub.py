@@ -245,8 +245,7 @@ class Hub:
 
         Raises:
             ConfigError: the port is taken.
-            JobFailed: nobody has delivered, or training has diverged on every device or on the
-                trunk, in too many rounds in a row.
+            JobFailed: too many rounds in a row had no update, or training has diverged in them.
             TrunkFailed: the trunk's process has ended.
         """
         try:
@@ -412,12 +411,9 @@ class Hub:
         """The method can train with these bundles, and all that it sends fits into messages."""
         method, config, count = self.method, self.config, self.config.rounds.count
         method.check_bundles(self.manifests, self.model, count)
+        modes = {method.stage(n, count).activations for n in range(1, count + 1)}
         check_message_sizes(
-            self.manifests,
-            config.limits,
-            config.local.batch_size,
-            {method.stage(n, count).activations for n in range(1, count + 1)},
-            method.keeps_slots,
+            self.manifests, config.limits, config.local.batch_size, modes, method.keeps_slots
         )
         if method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
             raise ConfigError(
