@@ -131,22 +131,9 @@ class Hub:
         if config.start_from is not None:
             cuts = {tier: manifest.cut for tier, manifest in self.manifests.items()}
             self.started = start_from(config.start_from, self.method, self.model, cuts)
-        self.method.check_bundles(self.manifests, self.model, config.rounds.count)
-        count = config.rounds.count
-        check_message_sizes(
-            self.manifests,
-            config.limits,
-            config.local.batch_size,
-            {self.method.stage(n, count).activations for n in range(1, count + 1)},
-            self.method.keeps_slots,
-        )
+        self._check_method()
         local_hyper = check_hyper(self.index.optimizer, config.local.hyper)
         trunk_hyper = check_hyper(config.trunk.optimizer, config.trunk.hyper)
-        if self.method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
-            raise ConfigError(
-                f"{self.method.name} hands optimizer state on between devices and hub; the devices "
-                f"have {self.index.optimizer}, set trunk.optimizer to it"
-            )
         held_out = self._held_out()
         self.trunk = trunk if trunk is not None else self._worker(source, held_out)
         if evaluate is None and held_out is not None:
@@ -258,7 +245,7 @@ class Hub:
 
         Raises:
             ConfigError: the port is taken.
-            JobFailed: nobody has delivered in too many rounds in a row.
+            JobFailed: too many rounds in a row had no update, or training has diverged in them.
             TrunkFailed: the trunk's process has ended.
         """
         try:
@@ -418,6 +405,20 @@ class Hub:
         self._changes.wake()
 
     # --- before the job begins -------------------------------------------------------------------
+
+    def _check_method(self) -> None:
+        """The method can train with these bundles, and all that it sends fits into messages."""
+        method, config, count = self.method, self.config, self.config.rounds.count
+        method.check_bundles(self.manifests, self.model, count)
+        modes = {method.stage(n, count).activations for n in range(1, count + 1)}
+        check_message_sizes(
+            self.manifests, config.limits, config.local.batch_size, modes, method.keeps_slots
+        )
+        if method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
+            raise ConfigError(
+                f"{method.name} hands optimizer state on between devices and hub; the devices "
+                f"have {self.index.optimizer}, set trunk.optimizer to it"
+            )
 
     def _held_out(self) -> tuple[Any, Any] | None:
         if self.config.held_out is None:

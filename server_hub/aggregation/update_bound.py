@@ -100,7 +100,7 @@ class UpdateBound:
         starts = _starts(start, updates)
         states = [dict(update.state) for update in updates]
         clipped: dict[str, float] = {}
-        shares = [1.0] * len(updates)  # the smallest part that is left of a layer with many copies
+        scales = [1.0] * len(updates)  # by update, the smallest factor of layers with enough copies
         kinds = _moved(starts, updates)
         for kind in sorted(kinds, key=lambda k: (len(kinds[k]) < FEW, not _is_parameters(k))):
             group = kinds[kind]
@@ -111,13 +111,12 @@ class UpdateBound:
                 device = updates[moved.update].device
                 own = self._devices[f"{device}/{kind}"]
                 limit = min(bound, _own_bound(own, self._factor(kind)))
+                scale = scales[moved.update]
                 if not sure:
-                    share = shares[moved.update]
-                    limit = min(limit, moved.distance * (share if parameters else share**2))
+                    limit = min(limit, moved.distance * (scale if parameters else scale**2))
+                elif parameters and moved.distance > limit:
+                    scales[moved.update] = min(scale, limit / moved.distance)
                 if moved.distance > limit:
-                    if sure and parameters:
-                        share = limit / moved.distance
-                        shares[moved.update] = min(shares[moved.update], share)
                     state = states[moved.update]
                     shrunk = _shrunk(starts[moved.update], state, moved, limit)
                     state.update(shrunk)

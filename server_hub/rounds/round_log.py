@@ -22,16 +22,12 @@ from server_hub.gateway.traffic import Traffic
 from server_hub.methods.method import Method
 from server_hub.rounds.cut_moves import CutMoves
 from server_hub.rounds.model_publisher import ModelPublisher
-from server_hub.rounds.rounds import Rounds
+from server_hub.rounds.rounds import DIVERGED_ROUNDS, Rounds
 from server_hub.storage.run_folder import RoundRecord, RunFolder
 from server_hub.trunk.batcher import RoundTotals
 from server_hub.trunk.interface import EvaluationReport, TrunkCopy
 
 log = logging.getLogger("cutlayer.hub")
-
-
-_DIVERGED = 5
-"""Rounds in a row in which training of the trunk diverges, after which the job is given up."""
 
 
 class JobFailed(CutlayerError):
@@ -89,8 +85,8 @@ class RoundLog:
         """Log which members have not delivered in the round that has ended.
 
         Raises:
-            JobFailed: nobody has delivered in too many rounds in a row, or training has diverged
-                on every device.
+            JobFailed: nobody has delivered, or training has diverged on every device, in too many
+                rounds in a row.
         """
         rounds = self._rounds
         for device, reason in rounds.dropped.items():
@@ -121,7 +117,8 @@ class RoundLog:
         """
         good = [copy for copy in copies if not copy.diverged]
         if len(good) == len(copies):
-            self._diverging = 0 if copies else self._diverging
+            if copies:
+                self._diverging = 0
             return good
         self._diverging += 1
         found = (
@@ -129,7 +126,7 @@ class RoundLog:
             "what it has trained in this round does not count"
         )
         log.warning("%s", found)
-        if self._diverging >= _DIVERGED:
+        if self._diverging >= DIVERGED_ROUNDS:
             raise JobFailed(
                 f"{found}, for the {self._diverging}th time in a row; lower lr in [trunk]"
             )

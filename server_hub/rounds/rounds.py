@@ -25,8 +25,8 @@ _STRIKES = 3
 _RAREST = 8
 """A device that misses every round is drawn in one of so many rounds."""
 
-_DIVERGED = 5
-"""Rounds in a row that diverge on every member, after which the job is given up."""
+DIVERGED_ROUNDS = 5
+"""Rounds in a row in which training diverges, on every member or on the trunk, that end a job."""
 
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 """Shortest time between the starts of two rounds after one without any update. It doubles."""
@@ -111,6 +111,7 @@ class Rounds:
         lost: by device that has a session and no connection, since when.
         missed: by device, the number of rounds in a row that it took part in and did not deliver
             for. A round that a device has declined is not counted.
+        diverging: number of rounds in a row in which training has diverged on every member.
     """
 
     rules: RoundRules
@@ -129,7 +130,6 @@ class Rounds:
     lost: dict[str, float] = field(default_factory=dict)
     missed: dict[str, int] = field(default_factory=dict)
     diverging: int = 0
-    """Number of rounds in a row in which training has diverged on every member."""
     _declined: set[str] = field(default_factory=set)
     _diverged: set[str] = field(default_factory=set)
     _proven: set[str] = field(default_factory=set)  # devices that have delivered in this job
@@ -238,7 +238,7 @@ class Rounds:
         Devices that have delivered before must be among them: a few devices that say so cannot end
         a job that goes well on others.
         """
-        return self.diverging >= _DIVERGED and self._proven <= self._hopeless
+        return self.diverging >= DIVERGED_ROUNDS and self._proven <= self._hopeless
 
     @property
     def given_up(self) -> bool:

@@ -192,9 +192,9 @@ class StepBatcher:
                 batch.reply(Gradient(batch.round, batch.number, dict(parts), mean))
             batch.effect.complete()
         for device, reason in report.refused.items():
-            next(b for b in group if b.step_input.device == device).refuse(reason)
+            next(b for b in group if b.device == device).refuse(reason)
         for device in report.diverged if report.gradients else ():
-            next(b for b in group if b.step_input.device == device).give_up(
+            next(b for b in group if b.device == device).give_up(
                 f"{DIVERGED} on the trunk, which gives no gradients"
             )
 
@@ -206,6 +206,5 @@ class StepBatcher:
             totals.rows += report.rows
         for batch, loss in zip_longest(group, report.losses):
             if loss is not None:
-                device = batch.step_input.device
-                total, labels = totals.device_losses.get(device, (0.0, 0))
-                totals.device_losses[device] = total + loss[0], labels + loss[1]
+                total, labels = totals.device_losses.get(batch.device, (0.0, 0))
+                totals.device_losses[batch.device] = total + loss[0], labels + loss[1]

@@ -69,11 +69,11 @@ class ActivationBound:
         for cut, base in dict.fromkeys(entry[1:] for entry in entries):
             mine = [i for i, entry in enumerate(entries) if entry[1:] == (cut, base)]
             places = [self._places[entries[i][0]] for i in mine]
-            factors = self._factors((cut, base), places, [h[i] for i in mine])
+            factors = self._factors_at((cut, base), places, [h[i] for i in mine])
             found.update(zip(mine, factors, strict=True))
         return [found[i] for i in range(len(h))]
 
-    def _factors(
+    def _factors_at(
         self, entry: tuple[int, int], places: Sequence[int], h: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         """Return the factors (rows,) of the rows of each batch at one entry."""

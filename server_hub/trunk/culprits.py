@@ -74,8 +74,10 @@ def joined(
     gradients: list[Mapping[str, Array] | None] = [None] * count
     losses: list[tuple[float, int] | None] = [None] * count
     reasons: dict[str, str] = {}
+    diverged: list[str] = []
     for places, report in parts:
         reasons |= report.refused
+        diverged += report.diverged
         for i, place in enumerate(places):
             if report.gradients:
                 gradients[place] = report.gradients[i]
@@ -87,4 +89,5 @@ def joined(
         reasons | dict(refused),
         gradients if any(report.gradients for report in reports) else (),
         losses,
+        diverged,
     )

@@ -290,9 +290,10 @@ class WorkerTrunk:
         await dead.close()
         while True:
             self._deaths, self._blamed = self._deaths + (not blames), self._blamed + blames
-            if self._deaths > _RESTARTS or self._blamed > _BLAMED:
-                times = self._blamed if blames else self._deaths
-                whose = " because of batches of devices" if blames else ""
+            often = self._blamed > _BLAMED
+            if often or self._deaths > _RESTARTS:
+                times = self._blamed if often else self._deaths
+                whose = " because of batches of devices" if often else ""
                 raise TrunkFailed(
                     f"{death}; that was {times} times{whose} without a complete round in between"
                 ) from death

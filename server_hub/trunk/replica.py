@@ -20,7 +20,6 @@ from server_hub.trunk.interface import TrunkCopy, TrunkPlan
 _GROWTH = 1e6
 """A batch statistic may grow in a round to so many times the largest of its norm, or of 1."""
 
-
 _EXPLODED = 1e4
 """A root mean square of parameters that no training reaches unless it diverges."""
 
@@ -123,7 +122,7 @@ class Replica:
 
     def copies(self, name: str) -> list[TrunkCopy]:
         """Every layer that was trained, as copies of the replica called ``name``."""
-        self.diverged = self.diverged or (bool(self.trained) and self.has_diverged())
+        diverged = self.diverged or (bool(self.trained) and self.has_diverged())
         trained = self.model.trained()
         if self._plan.keeps_slots:
             trained |= {n: slots[slot] for slots, slot, n in self._slot_names()}
@@ -137,7 +136,6 @@ class Replica:
             if tensors:  # a layer whose tensors are all frozen has none
                 # an example counts once, however many passes devices and trunk make
                 passes = self._plan.epochs * self._plan.passes
-                diverged = self.diverged
                 tensors = {} if diverged else tensors
                 copies.append(TrunkCopy(name, layer, tensors, rows // passes, diverged=diverged))
         return copies

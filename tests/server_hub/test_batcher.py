@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,6 +161,34 @@ def test_time_with_two_steps_under_way_counts_once() -> None:
         await running.batcher.drain()
         spent = asyncio.get_running_loop().time() - began
         assert 0.2 <= running.batcher.totals.seconds <= spent + 0.05
+        await running.stop()
+
+    run(test())
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_devices_do_not_wait_for_gradients_of_a_trunk_that_has_diverged(returned: bool) -> None:
+    """They are given up, and not to blame; without returned gradients nobody waits."""
+
+    async def diverged(inputs: Sequence[StepInput]) -> StepReport:
+        each = [None] * len(inputs)
+        devices = [i.device for i in inputs]
+        return StepReport(math.nan, 0, {}, each if returned else (), each, devices)
+
+    async def test() -> None:
+        running = Running()
+        running.trunk.step = diverged  # type: ignore[method-assign]
+        refused: list[str] = []
+        given_up: list[str] = []
+        for device in ("a", "b"):
+            running.batcher.put(
+                replace(batch(device), refuse=refused.append, give_up=given_up.append)
+            )
+        await running.batcher.drain()
+        assert refused == []
+        assert given_up == ["training diverged on the trunk, which gives no gradients"] * (
+            2 if returned else 0
+        )
         await running.stop()
 
     run(test())

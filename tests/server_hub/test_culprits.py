@@ -103,9 +103,9 @@ def test_one_of_256_batches_is_found_in_eight_restarts() -> None:
     assert report.rows == 255
 
 
-def test_what_a_half_refuses_itself_is_refused_in_the_whole_report() -> None:
+def test_what_a_half_says_of_devices_is_in_the_whole_report() -> None:
     one = StepReport(2.0, 4, {"a": "not finite"}, (), [None, (8.0, 4)])
-    other = StepReport(math.nan, 0, {"c": "too large"}, (), [None])
+    other = StepReport(math.nan, 0, {"c": "too large"}, (), [None], ["e"])
     whole = joined(4, [([2, 0], one), ([1], other)], {"d": "to blame"})
     assert whole == StepReport(
         2.0,
@@ -113,6 +113,7 @@ def test_what_a_half_refuses_itself_is_refused_in_the_whole_report() -> None:
         {"a": "not finite", "c": "too large", "d": "to blame"},
         (),
         [(8.0, 4), None, None, None],
+        ["e"],
     )
 
 

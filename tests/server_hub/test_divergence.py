@@ -26,9 +26,13 @@ from server_hub.rounds.round_log import JobFailed
 from server_hub.rounds.rounds import RoundRules, Rounds
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
+from server_hub.storage.run_folder import RoundRecord
+from server_hub.trunk.interface import TrunkPlan
 from server_hub.trunk.settings import TrunkTraining
+from server_hub.trunk.step import TrunkTrainer
 from tests.lib.harness import examples, hub_config, running_hub
 from tests.lib.simulations import simulate
+from tests.lib.trunk_models import arrival_of, dense_model, state_of
 
 
 class Diverging:
@@ -169,12 +173,31 @@ def test_a_simulation_whose_devices_diverge_says_so(tmp_path: Path) -> None:
     assert "(learning rate 1e+36)" in str(caught.value)
 
 
+def test_a_trunk_that_diverges_refuses_no_batch_and_gives_no_tensors() -> None:
+    model = dense_model()
+    hyper = check_hyper("sgd", {"lr": 1e36, "weight_decay": 1e36})
+    trainer = TrunkTrainer(model, "cpu")
+    trainer.begin(state_of(model), TrunkPlan("sgd", hyper, returned=True))
+    batches = [arrival_of(model, 1 + n, 4, n) for n in range(3)]
+    assert trainer.step(batches).diverged == []
+    for _ in range(2):
+        report = trainer.step(batches)
+        assert (report.rows, report.refused) == (0, {})
+        assert report.diverged == [batch.device for batch in batches]
+        assert report.gradients == report.losses == [None] * 3
+    copies = trainer.finish()
+    assert copies
+    assert all(copy.diverged and not copy.tensors for copy in copies)
+
+
 def test_a_simulation_whose_trunk_diverges_says_so(tmp_path: Path) -> None:
     """No device is blamed."""
+    records: list[RoundRecord] = []
     trunk = TrunkTraining(device="cpu", hyper={"lr": 1e36})
     with pytest.raises(JobFailed, match="diverged on the trunk in round 5") as caught:
-        simulate(job_with(trunk=trunk), tmp_path / "run")
+        simulate(job_with(trunk=trunk), tmp_path / "run", on_round=records.append)
     assert "lower lr in [trunk]" in str(caught.value)
+    assert [(record.devices, record.dropped) for record in records] == [(2, {})] * 4
 
 
 @pytest.mark.parametrize(
