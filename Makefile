@@ -11,7 +11,7 @@ TORCH := 2.13.0
 setup: $(VENV)/.ready
 
 # With uv where it is installed; "make setup UV=" takes pip.
-UV ?= $(shell command -v uv)
+UV ?= $(shell command -v uv 2>/dev/null)
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

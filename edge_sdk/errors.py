@@ -22,7 +22,7 @@ class Diverged(CutlayerError):
 
 
 class BundleError(CutlayerError):
-    """A bundle is missing, damaged, tampered with or from a newer format."""
+    """A bundle is missing, damaged, tampered with or of another format."""
 
 
 class LinkClosed(CutlayerError):

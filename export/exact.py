@@ -18,7 +18,7 @@ from edge_sdk.protocol.tensors import TensorSpec
 from export.dropout import SeededDropout
 from export.errors import ExportError, reason
 from export.names import layer_of
-from export.split import ClientSegment, SplitModel, statistics
+from export.split import ClientSegment, SplitModel, modes_kept, statistics
 from export.steps import Step
 
 _ALPHA = "there is no exact translation of its random numbers; use nn.Dropout"
@@ -73,15 +73,13 @@ def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
         check_modules(stage, name)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     trained = statistics(model)
-    modes = {module: module.training for module in model.modules()}
     try:
-        _run_stages(stages, example)
+        with modes_kept(model):
+            _run_stages(stages, example)
     finally:
         changed = [n for n, b in model.named_buffers() if not torch.equal(b, buffers[n])]
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-        for module, training in modes.items():
-            module.training = training
     for name in changed:
         if name not in trained and not name.endswith("num_batches_tracked"):
             raise ExportError(
@@ -100,9 +98,11 @@ def check_sharing(model: SplitModel, cut: int) -> None:
     on_device = set(model.client_layers(cut))
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        own = [*module.named_parameters(path, recurse=False)]
-        own = [(n, p) for n, p in own if p.requires_grad]
-        for name, tensor in (*own, *_own_statistics(module, path)):
+        own = module.named_parameters(path, recurse=False)
+        trained: dict[str, Tensor] = {n: p for n, p in own if p.requires_grad}
+        if isinstance(module, _NormBase):
+            trained |= statistics(module, path)
+        for name, tensor in trained.items():
             owners.setdefault(id(tensor), []).append(name)
     for names in owners.values():
         layers = {layer_of(name) for name in names}
@@ -115,17 +115,6 @@ def check_sharing(model: SplitModel, cut: int) -> None:
                 "and each side would train its own copy; cut where no layers share parameters, "
                 "freeze it, or give each block parameters of its own (copy.deepcopy)"
             )
-
-
-def _own_statistics(module: nn.Module, path: str) -> list[tuple[str, Tensor]]:
-    """The running statistics of a batch norm itself, not of modules inside, by full name."""
-    if not isinstance(module, _NormBase) or module.running_mean is None:
-        return []
-    assert module.running_var is not None
-    return [
-        (f"{path}.running_mean", module.running_mean),
-        (f"{path}.running_var", module.running_var),
-    ]
 
 
 def _run_stages(stages: Mapping[str, nn.Module], example: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The folder of an export: it appears completely or not at all."""
+"""Folders that are written: they appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def folder_for(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
+        folder.chmod(0o755)  # as other folders; that of mkdtemp is for its owner only
         yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -55,3 +56,17 @@ def put(folder: Path, out: Path) -> None:
         earlier.rename(out)
         raise
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to ``out`` if the block ends without an error.
+
+    Raises:
+        ExportError: ``out`` exists and is not an empty folder.
+    """
+    if out.exists() and not _replaceable(out, overwrite=False):
+        raise ExportError(f"{out} exists; choose another folder")
+    with folder_for(out) as folder:
+        yield folder
+        folder.replace(out)

@@ -19,9 +19,9 @@ from torch import Tensor
 from edge_sdk.errors import BundleError
 from edge_sdk.files import read_text
 from export.adapters import TransformersModel, from_transformers
-from export.adapters.weights import new_folder
 from export.errors import ExportError, reason
 from export.lora import ADAPTER, adapted_modules, fit_ranks, put_adapter
+from export.out_folder import new_folder
 from export.split import SplitModel
 from export.tensor_files import save_tensors
 

@@ -26,10 +26,10 @@ from export.errors import ExportError
 from export.exact import check_parameters, check_sharing, check_stages
 from export.flops import flops_per_row
 from export.ranges import check_classes, find_ranges
-from export.split import ClientSegment, SplitModel
+from export.split import ClientSegment, SplitModel, modes_kept
 from export.steps import ClientSteps
 from export.tiers import TierTable
-from export.writer import Tier, make_steps, modes_kept, write_tier
+from export.writer import Tier, make_steps, write_tier
 
 _NAME = "measured"
 _STEPS = 2

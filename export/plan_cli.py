@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import why
 from export.cli import MODEL_HELP
 from export.tiers import TiersConfig, TierTable
 
@@ -274,4 +275,4 @@ def draw(plan: Plan, path: Path) -> None:
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot write {path}: {why(error)}") from error

@@ -318,12 +318,19 @@ def channel_axis(h: Tensor, channels_first: bool = False) -> int:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Set evaluation mode inside the context, and restore the mode of every submodule."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the mode of every module, training or evaluation, at the end of the block."""
+    modes = {module: module.training for module in model.modules()}
     try:
         yield
     finally:
-        for m, training in modes.items():
-            m.training = training
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode inside the block, and restore the mode of every module."""
+    with modes_kept(model):
+        model.eval()
+        yield

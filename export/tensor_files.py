@@ -29,7 +29,7 @@ def save_tensors(
         save_file(dict(tensors), temporary, metadata)
         mask = os.umask(0)  # the only way to read it
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # safetensors lets nobody else read the file
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors lets nobody else read the file
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_sdk.bundle.index import BundleIndex, TierEntry
 from edge_sdk.bundle.manifest import Constants, Graph, Manifest
@@ -39,7 +38,7 @@ from export.quantize import (
     verify_int8,
 )
 from export.ranges import InputRanges, check_classes, find_ranges
-from export.split import WEIGHTS, ClientSegment, SplitModel
+from export.split import WEIGHTS, ClientSegment, SplitModel, modes_kept
 from export.step_set import all_steps
 from export.steps import ClientSteps
 from export.whole import WholeBases, save_bases
@@ -197,7 +196,6 @@ def export_bundles(
             save_bases(bases.states, folder)
         index = BundleIndex(folder, model_path, classes, optimizer, entries, dict(extra or {}))
         index.write()
-        folder.chmod(0o755)
         put(folder, out)
     return replace(index, folder=out)
 
@@ -222,17 +220,6 @@ def _check_precisions(tiers: Mapping[str, Tier], int8: LossCheck | None) -> None
             "there is nothing to compare on these examples: no tier has the precision int8; set "
             'precision = "int8" or leave out --data'
         )
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the mode of every module, training or evaluation, at the end of the block."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:

@@ -208,6 +208,15 @@ def test_pip_says_what_it_fetches(tmp_path: Path, cpu: str, build: str) -> None:
     assert lines[-2:] == ["INSTALL TORCH", "INSTALL REST"]
 
 
+def test_an_installer_that_is_not_there_is_no_traceback(tmp_path: Path) -> None:
+    """``make setup UV=elsewhere`` names what it cannot run."""
+    python = script(tmp_path / "python", "#!/bin/sh\n")
+    code, lines = set_up(tmp_path, "--python", python, "--uv", tmp_path / "elsewhere")
+    assert code == 1
+    assert str(tmp_path / "elsewhere") in lines[0]
+    assert "Traceback" not in "".join(lines)
+
+
 def test_a_failure_is_no_traceback(tmp_path: Path) -> None:
     """What the installer says is shown, and nothing is installed."""
     python = script(tmp_path / "python", "#!/bin/sh\necho no index >&2\nexit 1\n")

@@ -168,7 +168,8 @@ def output(command: Sequence[str], given: str | None = None) -> str:
     """
     done = subprocess.run(command, input=given, capture_output=True, text=True)
     if done.returncode:
-        raise CannotFetch(done.stderr.strip() or done.stdout.strip())
+        said = done.stderr.strip() or done.stdout.strip()
+        raise CannotFetch(said or f"{' '.join(command)} has failed")
     return done.stdout
 
 
@@ -263,7 +264,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         set_up(given.python, given.torch, given.uv)
-    except CannotFetch as error:
+    except (CannotFetch, OSError) as error:
         print(error, file=sys.stderr)
         hint = "; make setup UV= installs with pip" if given.uv else ""
         print(f"make setup has failed; the lines above say why{hint}", file=sys.stderr)

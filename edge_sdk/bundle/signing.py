@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +50,16 @@ def new_key(path: Path) -> str:
         The public key, 64 hexadecimal digits.
 
     Raises:
-        ConfigError: one of the files exists, or cannot be written.
+        ConfigError: ``path`` names no file, one of the files exists, or cannot be written.
     """
+    if not path.name:
+        raise ConfigError("the key needs a file name")
     key = PrivateKey.generate()
     private = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    if not path.name:
-        raise BundleError("the key needs a file name")
     public = path.with_name(f"{path.name}.pub")
     pair = ((path, private, 0o600), (public, f"{public_key(key)}\n".encode(), 0o666))
     made: list[Path] = []
@@ -69,7 +68,7 @@ def new_key(path: Path) -> str:
             if os.path.lexists(file):
                 raise ConfigError(f"{file} exists, and a key is never overwritten; name another")
         for file, data, mode in pair:
-            with open(file, "xb", opener=partial(os.open, mode=mode)) as stream:
+            with open(file, "xb", opener=functools.partial(os.open, mode=mode)) as stream:
                 made.append(file)
                 stream.write(data)
     except OSError as error:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from edge_sdk.files import read_text
 from export.adapters.families import FAMILIES, Family, Parts
-from export.adapters.weights import Checkpoint, new_folder
+from export.adapters.weights import Checkpoint
 from export.errors import ExportError, reason
+from export.out_folder import new_folder
 from export.split import SplitModel
 
 if TYPE_CHECKING:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edge_sdk.files import naming, read_text
+from edge_sdk.files import read_text
 from export.errors import ExportError
 from export.tensor_files import save_tensors
 
@@ -144,24 +142,3 @@ def _stored(key: str, value: Tensor, before: Tensor) -> Tensor:
     if not torch.equal(after.isfinite(), value.isfinite()):
         raise ExportError(f"{key} has become too large for {before.dtype}, as which it is stored")
     return after
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to ``out`` if the block ends without an error.
-
-    Raises:
-        ExportError: ``out`` exists and is not an empty folder.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} exists; choose another folder")
-    with naming(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.replace(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -105,7 +105,7 @@ def hub(
         try:
             emit("round", **dataclasses.asdict(record))
             for line in (round_line(record), *move_lines(record)):
-                console.print(line, soft_wrap=True, markup=False)
+                console.print(line, soft_wrap=True)
             board.round(record)
         except OSError as error:  # a full disk, or nobody reads any more: the job goes on
             log.warning("round %d cannot be printed or drawn: %s", record.round, why(error))
@@ -113,7 +113,7 @@ def hub(
     job = Hub(settings, on_round=on_round)
     if job.started is not None:
         emit("started", **dataclasses.asdict(job.started))
-        console.print(str(job.started), soft_wrap=True, markup=False)
+        console.print(str(job.started), soft_wrap=True)
 
     def ready(address: str) -> None:
         emit("ready", address=address)
@@ -135,7 +135,7 @@ def hub(
         raise CutlayerError("; ".join(unwritten))
     traffic = job.gateway.traffic.by_kind()
     emit("done", run=str(settings.run), rounds=len(job.run.records), bytes=traffic)
-    console.print(f"model, metrics and report in {settings.run}", soft_wrap=True, markup=False)
+    console.print(f"model, metrics and report in {settings.run}", soft_wrap=True)
     if ended_by is not None and not job.finished:
         done = f"{len(job.run.records)} of {settings.rounds.count} rounds"
         print(f"cutlayer: ended by {ended_by.name} after {done}", file=sys.stderr)

@@ -66,7 +66,6 @@ def bundle_bases(run: Path, bundles: Path, out: Path, overwrite: bool = False) -
             manifest = _with_bases(index, tier, states, blobs)
             entries[tier] = TierEntry(entry.cut, entry.codec, blobs.write(manifest.to_bytes()))
         replace(index, folder=folder, tiers=entries).write()
-        folder.chmod(0o755)
         put(folder, out)
     return replace(index, folder=out, tiers=entries)
 
@@ -76,7 +75,7 @@ def _trained(run: Path) -> list[State]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    from server_hub.storage.run_folder import METRICS, read_records
+    from server_hub.storage.run_folder import METRICS, model_file, read_records
 
     if not (run / METRICS).is_file():
         raise ConfigError(f"there is no run in {run}: it has no {METRICS}")
@@ -85,7 +84,7 @@ def _trained(run: Path) -> list[State]:
         raise ConfigError(f"the run in {run} has no base networks; it was not one of Split-Mix")
     states = []
     for base in records[-1].order:
-        path = run / f"model.base-{base}.safetensors"
+        path = run / model_file(f"base-{base}")
         try:
             states.append(load(path.read_bytes()))
         except (OSError, SafetensorError) as error:

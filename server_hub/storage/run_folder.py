@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
-from edge_sdk.files import naming, read_text
+from edge_sdk.files import naming, read_text, why
 from edge_sdk.inference.metrics import Metric as Metric
 from edge_sdk.protocol.tensors import Array
 
@@ -96,6 +96,11 @@ class RoundRecord:
         return sum(kind["down"] for kind in self.bytes.values())
 
 
+def model_file(name: str | None) -> str:
+    """Name of the file of a model: of a tier or a base network, or of a single model (None)."""
+    return "model.safetensors" if name is None else f"model.{name}.safetensors"
+
+
 def read_records(folder: Path) -> list[RoundRecord]:
     """Read the rounds of a run from its ``metrics.jsonl``, without an incomplete last line.
 
@@ -145,7 +150,7 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+            raise ConfigError(f"cannot write to {folder}: {why(error)}") from error
 
     def add(self, record: RoundRecord) -> RoundRecord:
         """Add a round, which :meth:`write` writes; return its record with the run's metric."""
@@ -185,7 +190,7 @@ class RunFolder:
         Returns:
             Path of the file.
         """
-        path = self.folder / ("model.safetensors" if tier is None else f"model.{tier}.safetensors")
+        path = self.folder / model_file(tier)
         if path.exists():
             (self.folder / PREVIOUS).mkdir(exist_ok=True)
             write_atomically(self.folder / PREVIOUS / path.name, path.read_bytes())

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.files import read_text
 from edge_sdk.protocol.tensors import Array, State
 from export.low_rank import adapter_pairs
 from export.names import is_slot, layer_of
@@ -23,7 +22,7 @@ from export.whole import BASES
 from server_hub.aggregation.adapters import MergedAdapters
 from server_hub.aggregation.layer_store import NotFinite, check_finite
 from server_hub.methods.method import Method
-from server_hub.storage.run_folder import METRICS
+from server_hub.storage.run_folder import METRICS, model_file, read_records
 
 CHECKPOINT = "checkpoint.safetensors"
 NUMBERS = "numbers"
@@ -109,9 +108,10 @@ class StartingPoint:
             return cls(path / BASES, stores)
         if not models:
             raise ConfigError(
-                f"there is no model in {path}: it has no {CHECKPOINT} and no {_model_file(None)}"
+                f"there is no model in {path}: it has no {CHECKPOINT} and no {model_file(None)}"
             )
-        return cls(path, models=models, order=_last_order(path))
+        # of a single model nothing but its file counts
+        return cls(path, models=models, order=() if None in models else _last_order(path))
 
     @classmethod
     def _of_checkpoint(cls, path: Path) -> StartingPoint:
@@ -327,27 +327,20 @@ def _load(path: Path) -> State:
         ) from error
 
 
-def _model_file(name: str | None) -> str:
-    return "model.safetensors" if name is None else f"model.{name}.safetensors"
-
-
 def _models(folder: Path, tiers: Collection[str]) -> dict[str | None, State]:
     """Read the models of a run folder: a single one, one per base network, or one per tier."""
-    if (folder / _model_file(None)).exists():
-        return {None: _load(folder / _model_file(None))}
-    bases = [p.name for p in folder.glob(_model_file("base-*"))]
+    if (folder / model_file(None)).exists():
+        return {None: _load(folder / model_file(None))}
+    bases = [p.name for p in folder.glob(model_file("base-*"))]
     names = [n.split(".")[1] for n in bases if re.fullmatch(r"model\.base-\d+\.safetensors", n)]
-    names = names or [tier for tier in tiers if (folder / _model_file(tier)).exists()]
-    return {name: _load(folder / _model_file(name)) for name in sorted(names)}
+    names = names or [tier for tier in tiers if (folder / model_file(tier)).exists()]
+    return {name: _load(folder / model_file(name)) for name in sorted(names)}
 
 
 def _last_order(folder: Path) -> Sequence[int]:
     """Read the order of base networks after the last round of a run; empty if there is none."""
-    if not (folder / METRICS).exists():
-        return ()
-    lines = read_text(folder / METRICS).split("\n")[:-1]
-    order: Sequence[int] = json.loads(lines[-1]).get("order", ()) if lines else ()
-    return order
+    records = read_records(folder) if (folder / METRICS).exists() else []
+    return records[-1].order if records else ()
 
 
 def _listed(names: Collection[str]) -> str:

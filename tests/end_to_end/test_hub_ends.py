@@ -14,7 +14,15 @@ from edge_sdk.bundle.index import BundleIndex
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
-from tests.lib.harness import cutlayer, examples, finish, hub_config, next_event, running_hub
+from tests.lib.harness import (
+    cutlayer,
+    examples,
+    finish,
+    hub_config,
+    next_event,
+    running_hub,
+    take_part,
+)
 from tests.lib.hub_files import write_hub_toml
 
 
@@ -33,18 +41,13 @@ def test_devices_get_into_a_full_hub_when_there_is_room(
         )
         tokens = TokenFile(config.tokens)
         async with running_hub(config) as (hub, url):
-
-            async def one(name: str) -> str:
-                async with await Device.connect(
-                    url, token=tokens.issue(name), tier="small", data=examples(24),
-                    cache=tmp_path / "cache",
-                ) as device:  # fmt: skip
-                    return (await device.train()).reason
-
             first = await Device.connect(
                 url, token=tokens.issue("first"), tier="small", cache=tmp_path / "cache"
             )
-            others = [asyncio.create_task(one(name)) for name in ("second", "third")]
+            others = [
+                asyncio.create_task(take_part(url, tokens.issue(name), tmp_path / "cache"))
+                for name in ("second", "third")
+            ]
             async with asyncio.timeout(20):
                 while sum("no connections left" in line for line in caplog.messages) < 4:
                     await asyncio.sleep(0.02)
@@ -53,7 +56,7 @@ def test_devices_get_into_a_full_hub_when_there_is_room(
             assert answer.by_hub.all()  # who is in notices nothing
             await first.close()
             async with asyncio.timeout(60):
-                assert await asyncio.gather(*others) == ["the job is finished"] * 2
+                await asyncio.gather(*others)
 
     asyncio.run(job())
 
@@ -110,14 +113,7 @@ def test_a_hub_that_only_serves_is_ended_in_good_order(
     toml = write_hub_toml(tmp_path, bundles, rounds=1, devices=1)
     hub = cutlayer("hub", "--config", str(toml), "--json", "--keep-serving")
     url = next_event(hub, "ready")["address"]
-
-    async def job() -> None:
-        async with await Device.connect(
-            url, token=token, tier="small", data=examples(24), cache=tmp_path / "cache"
-        ) as device:
-            assert (await device.train()).reason == "the job is finished"
-
-    asyncio.run(job())
+    asyncio.run(take_part(url, token, tmp_path / "cache"))
     hub.send_signal(signal.SIGINT)
     code, _, err = finish(hub)
     assert code == 0, err

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import pytest
 
-from edge_sdk import Device
 from edge_sdk.bundle import signing
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.store import BlobStore
@@ -21,8 +20,9 @@ from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
 from server_hub.storage.run_folder import read_records
 from tests.lib.commands import expect_refusal, refusal
-from tests.lib.harness import examples, finish, hub_config, next_event, running_hub
+from tests.lib.harness import finish, hub_config, next_event, running_hub, take_part
 from tests.lib.hub_files import write_hub_toml
+from tests.lib.models import BUILD, TIERS_TOML
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "edge_sdk.cli.main"]
@@ -69,16 +69,8 @@ def test_a_hub_goes_on_when_its_disk_is_full_and_its_output_closed(
     url = next_event(hub, "ready")["address"]
     assert hub.stdout is not None
     hub.stdout.close()
-
-    async def job() -> None:
-        async with await Device.connect(
-            url, token=token, tier="small", data=examples(24), cache=tmp_path / "cache"
-        ) as device:
-            report = await device.train()
-            assert report.reason == "the job is finished"
-            assert len(report.rounds) == 3
-
-    asyncio.run(job())
+    report = asyncio.run(take_part(url, token, tmp_path / "cache"))
+    assert len(report.rounds) == 3
     assert hub.stderr is not None
     err = hub.stderr.read()
     assert hub.wait(60) == 1, err
@@ -155,14 +147,7 @@ def test_a_job_runs_in_little_shared_memory(tmp_path: Path, bundles: BundleIndex
     toml.write_text(toml.read_text().replace("[trunk]", "[trunk]\narena_mb = 48"))
     hub = with_disk(Path("/dev/shm"), "64m", "hub", "--config", str(toml), "--json")
     url = next_event(hub, "ready")["address"]
-
-    async def job() -> None:
-        async with await Device.connect(
-            url, token=token, tier="small", data=examples(200), cache=tmp_path / "cache"
-        ) as device:
-            assert (await device.train()).reason == "the job is finished"
-
-    asyncio.run(job())
+    asyncio.run(take_part(url, token, tmp_path / "cache", rows=200))
     code, _, err = finish(hub)
     assert code == 0, err
 
@@ -184,13 +169,6 @@ def test_a_device_goes_on_without_its_cache(
         config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1))
         token = TokenFile(config.tokens).issue("phone")
         async with running_hub(config) as (_, url):
-
-            async def train() -> None:
-                async with await Device.connect(
-                    url, token=token, tier="small", data=examples(24), cache=tmp_path / "cache"
-                ) as device:
-                    assert (await device.train()).reason == "the job is finished"
-
             if failing == "read":
                 (tmp_path / "cache").mkdir()
                 for blob in bundles.blobs().folder.iterdir():
@@ -201,7 +179,7 @@ def test_a_device_goes_on_without_its_cache(
                 return (full if store.folder.name == "cache" else original)(store, *arguments)
 
             monkeypatch.setattr(BlobStore, failing, fail)
-            await train()
+            await take_part(url, token, tmp_path / "cache")
 
     asyncio.run(job())
     said = [line for line in caplog.messages if "cache cannot be used: No space left" in line]
@@ -216,13 +194,8 @@ def test_a_cache_that_cannot_be_made(
     async def job() -> None:
         config = hub_config(tmp_path, bundles, rounds=RoundRules(count=1))
         token = TokenFile(config.tokens).issue("phone")
-        async with (
-            running_hub(config) as (_, url),
-            await Device.connect(
-                url, token=token, tier="small", data=examples(24), cache=cache
-            ) as device,
-        ):
-            assert (await device.train()).reason == "the job is finished"
+        async with running_hub(config) as (_, url):
+            await take_part(url, token, cache)
 
     asyncio.run(job())
     assert sum(f"the cache {cache} cannot be used" in line for line in caplog.messages) == 1
@@ -243,7 +216,7 @@ PLACES = {
     "token, a file": (["token", "new", "a", "--tokens", "/dev/null/x"], 1),
     "key": (["bundle", "key", "/proc/x"], 2),
     "key, a file": (["bundle", "key", "/dev/null/x"], 2),
-    "export": (["export", "tests.lib.models:build", "--tiers", "{tiers}", "--out", "/proc/x"], 1),
+    "export": (["export", BUILD, "--tiers", "{tiers}", "--out", "/proc/x"], 1),
     "simulate": (["simulate", "{job}", "--run", "/dev/null/x"], 2),
     "hub": (["hub", "--bundles", "{bundles}", "--tokens", "{tokens}", "--run", "/proc/x"], 2),
     "tensorboard": (
@@ -272,7 +245,7 @@ def test_a_place_that_cannot_be_written(
 ) -> None:
     """One sentence names it."""
     tiers, job, tokens = tmp_path / "tiers.toml", tmp_path / "job.toml", tmp_path / "tokens.toml"
-    tiers.write_text("classes = 10\ninput_shape = [1, 8, 8]\n[tiers.small]\ncut = 1\n")
+    tiers.write_text(TIERS_TOML)
     job.write_text((ROOT / "examples" / "fleet" / "digits.toml").read_text())
     TokenFile(tokens).issue("phone")
     filled = [
@@ -294,8 +267,8 @@ def test_an_export_to_a_full_disk_leaves_nothing(
     import safetensors.torch
 
     tiers, out = tmp_path / "tiers.toml", tmp_path / "new" / "out"
-    tiers.write_text("classes = 10\ninput_shape = [1, 8, 8]\n[tiers.small]\ncut = 1\n")
-    given = ["export", "tests.lib.models:build", "--tiers", str(tiers), "--out", str(out)]
+    tiers.write_text(TIERS_TOML)
+    given = ["export", BUILD, "--tiers", str(tiers), "--out", str(out)]
 
     def weights(*arguments: object) -> NoReturn:
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")

@@ -17,7 +17,7 @@ from server_hub.gateway.limits import Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
 from tests.lib.commands import expect_refusal
-from tests.lib.harness import examples, hub_config, running_hub, save_npz
+from tests.lib.harness import examples, hub_config, running_hub, save_npz, take_part
 
 PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "WS_PROXY", "WSS_PROXY", "NO_PROXY")
 
@@ -69,10 +69,7 @@ def test_a_hub_listens_on_ipv6(tmp_path: Path, bundles: BundleIndex, host: str) 
         token = TokenFile(config.tokens).issue("phone")
         async with running_hub(config) as (_, url):
             assert url.startswith("ws://[::1]:")
-            async with await Device.connect(
-                url, token=token, tier="small", data=examples(24), cache=tmp_path / "cache"
-            ) as device:
-                assert (await device.train()).reason == "the job is finished"
+            await take_part(url, token, tmp_path / "cache")
 
     asyncio.run(job())
 

@@ -17,6 +17,7 @@ from edge_sdk.cli.main import main
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
 from tests.lib.harness import examples, hub_config, running_hub, save_npz
+from tests.lib.models import BUILD, TIERS_TOML
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,10 +118,10 @@ print(peak_rss_mb())
 def test_all_commands_of_an_unknown_user(tmp_path: Path) -> None:
     """From the export to a simulation."""
     tiers = tmp_path / "tiers.toml"
-    tiers.write_text("classes = 10\ninput_shape = [1, 8, 8]\n[tiers.small]\ncut = 1\n")
+    tiers.write_text(TIERS_TOML)
     job = tmp_path / "job.toml"
     job.write_text((ROOT / "examples" / "fleet" / "digits.toml").read_text())
-    model, out = "tests.lib.models:build", str(tmp_path / "out")
+    model, out = BUILD, str(tmp_path / "out")
     for given in (
         ["export", model, "--tiers", str(tiers), "--out", out],
         ["bundle", "show", out],

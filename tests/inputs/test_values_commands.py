@@ -14,9 +14,8 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.cli.main import main
 from server_hub.gateway.tokens import TokenFile
 from tests.lib.harness import examples
+from tests.lib.models import BUILD, TIERS_TOML
 
-BUILD = "tests.lib.models:build"
-TIERS = "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.small]\ncut = 1\n"
 JOB = """model = "server_hub.demo.digits:build"
 [data]
 source = "{source}"
@@ -154,8 +153,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with files of every kind, right and wrong."""
     folder = tmp_path_factory.mktemp("values")
     texts = {
-        "note.txt": "not a table", "empty": "", "tiers.toml": TIERS,
-        "seven.toml": TIERS.replace("10", "7"), "int8.toml": f'{TIERS}precision = "int8"\n',
+        "note.txt": "not a table", "empty": "", "tiers.toml": TIERS_TOML,
+        "seven.toml": TIERS_TOML.replace("10", "7"),
+        "int8.toml": f'{TIERS_TOML}precision = "int8"\n',
         "method.toml": '[method]\nname = "nonsense"\n',
         "rate.toml": "[trunk]\nhyper = { lr = -1.0 }\n",
         "job.toml": JOB.format(source="digits"),

@@ -16,8 +16,9 @@ from server_hub.simulation.prepare import FederatedData
 from server_hub.simulation.simulate import Simulation
 from server_hub.trunk.settings import TrunkTraining
 from tests.lib.harness import examples, save_npz
+from tests.lib.models import BUILD
 
-IMAGES, TEXTS = "tests.lib.models:build", "tests.inputs.test_values_data:text"
+TEXTS = f"{__name__}:text"
 
 
 def text() -> object:
@@ -56,7 +57,7 @@ def job(model: str, source: str = "none") -> Job:
 def test_data_may_have_fewer_classes_than_the_model(tmp_path: Path) -> None:
     """Every way to answer is evaluated: all heads have as many logits as the model's."""
     save_npz(tmp_path / "seven.npz", examples(40, classes=7))
-    with Simulation(job(IMAGES, "seven.npz"), tmp_path / "run", base=tmp_path) as simulation:
+    with Simulation(job(BUILD, "seven.npz"), tmp_path / "run", base=tmp_path) as simulation:
         assert simulation.index.manifest("a").classes == 10
         (record,) = simulation.run()
         simulation.report()
@@ -67,7 +68,7 @@ def test_data_may_not_have_more(tmp_path: Path) -> None:
     """One sentence, and no run folder."""
     save_npz(tmp_path / "many.npz", examples(80, classes=13))
     with pytest.raises(ConfigError, match="the data have 13 classes; take a model with at least"):
-        Simulation(job(IMAGES, "many.npz"), tmp_path / "run", base=tmp_path)
+        Simulation(job(BUILD, "many.npz"), tmp_path / "run", base=tmp_path)
     assert not (tmp_path / "run").exists()
 
 

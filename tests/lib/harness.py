@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from edge_sdk import Device
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.training.data import Examples
+from edge_sdk.training.report import TrainReport
 from export.split import WEIGHTS
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits, Listen
@@ -98,6 +100,16 @@ async def running_hub(config: HubConfig) -> AsyncIterator[tuple[Hub, str]]:
     hub = Hub(config, model, trunk, evaluate=lambda: trunk.evaluate(cuts, ALL_PATHS))
     async with served(hub) as url:
         yield hub, url
+
+
+async def take_part(url: str, token: str, cache: Path | str, rows: int = 24) -> TrainReport:
+    """Have a device of the tier ``small`` train until the job is finished; returns its report."""
+    async with await Device.connect(
+        url, token=token, tier="small", data=examples(rows), cache=cache
+    ) as device:
+        report = await device.train()
+    assert report.reason == "the job is finished"
+    return report
 
 
 def cutlayer(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:

@@ -17,6 +17,9 @@ FEATURES = (6,)
 BUILD = "tests.lib.models:build"
 """The import path of :func:`build`."""
 
+TIERS_TOML = "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.small]\ncut = 1\n"
+"""The smallest ``tiers.toml`` for :func:`build`."""
+
 
 class ConvBlock(nn.Module):
     """Residual: convolution, GroupNorm, ReLU."""

@@ -38,8 +38,8 @@ from server_hub.simulation.checkpoint import Checkpoint
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable, SplitMixTable
 from server_hub.simulation.simulate import Simulation
-from server_hub.storage.run_folder import read_records
-from server_hub.storage.starting_point import CHECKPOINT, start_from
+from server_hub.storage.run_folder import RoundRecord, RunFolder, read_records
+from server_hub.storage.starting_point import CHECKPOINT, StartingPoint, start_from
 from server_hub.trunk.settings import TrunkTraining
 from tests.lib import adapted_gpt2
 from tests.lib.commands import refusal
@@ -445,6 +445,22 @@ def test_a_damaged_source_is_refused(tmp_path: Path, damage: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="there is no model in"):
         start_from(tmp_path / "empty", composed("fedsplitx", model), model, {"small": 1})
+
+
+def test_the_order_of_bases_is_read_from_a_record_of_a_round(tmp_path: Path) -> None:
+    """One that is damaged is refused in a sentence; a single model needs none."""
+    for name in ("base-0", "base-1"):
+        saved(shaken(with_heads([1])), tmp_path / f"model.{name}.safetensors")
+    record = RoundRecord(1, 0.0, 0.0, 1, {}, None, None, None, 0, {}, {}, order=[1, 0])
+    run_folder = RunFolder(tmp_path)
+    run_folder.add(record)
+    run_folder.write()
+    assert StartingPoint.read(tmp_path, []).order == [1, 0]
+    (tmp_path / "metrics.jsonl").write_text("garbage\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1, is no record of a round"):
+        StartingPoint.read(tmp_path, [])
+    saved(shaken(with_heads([1])), tmp_path / "model.safetensors")
+    assert StartingPoint.read(tmp_path, []).models.keys() == {None}
 
 
 def test_the_papers_form_is_a_setting_of_the_hub(tmp_path: Path, bundles: BundleIndex) -> None:
