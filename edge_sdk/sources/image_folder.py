@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_sdk.errors import DataError
+from edge_sdk.files import why
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.sources.columns import LABELS, key_of
 from edge_sdk.sources.images import PICTURES, decode_bytes
@@ -69,7 +70,7 @@ class ImageFolder(Source):
             except FileNotFoundError:
                 continue  # it has been deleted
             except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}") from error
+                raise DataError(f"{path} cannot be read: {why(error)}") from error
             if x and image.shape != x[0].shape:
                 raise DataError(
                     f"{path} has shape {list(image.shape)}, {self.where(there[0])} has "

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from edge_sdk.errors import DataError
+from edge_sdk.files import why
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.sources.columns import Columns, Row, key_of
 from edge_sdk.training.data import Examples, Source
@@ -130,7 +131,7 @@ class LineFile(Source):
         try:
             status = os.stat(self._path)
         except OSError as error:
-            raise DataError(f"{self._path} cannot be read: {error.strerror}") from error
+            raise DataError(f"{self._path} cannot be read: {why(error)}") from error
         same = (status.st_dev, status.st_ino) == self._handle.file
         if same and status.st_size >= self._index.end > 0:
             later._look(status.st_size)
@@ -154,7 +155,7 @@ class LineFile(Source):
         except FileNotFoundError:
             raise DataError(f"no data at {self._path}") from None
         except OSError as error:
-            raise DataError(f"{self._path} cannot be read: {error.strerror}") from error
+            raise DataError(f"{self._path} cannot be read: {why(error)}") from error
         self._index, self._known = _NOTHING, False
         self._look(size)
         if not self._known:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import why
 from server_hub.storage.run_folder import RoundRecord
 
 
@@ -34,7 +35,7 @@ class Board:
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = SummaryWriter(str(folder))
         except OSError as error:
-            raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+            raise ConfigError(f"cannot write to {folder}: {why(error)}") from error
 
     def __enter__(self) -> Board:
         return self

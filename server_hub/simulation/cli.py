@@ -91,7 +91,7 @@ def simulate(
                 board.round(record)
                 show(record)
 
-            simulation.run(on_round, lambda line: console.print(line, soft_wrap=True, markup=False))
+            simulation.run(on_round, lambda line: console.print(line, soft_wrap=True))
         simulation.report()
     found = summary({(job.method, job.seed): (job, records)})
     console.print(accuracy_table(found).rich())

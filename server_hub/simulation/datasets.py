@@ -11,6 +11,7 @@ import numpy as np
 
 from edge_sdk.bundle.ranges import MAX_POSITIONS
 from edge_sdk.errors import DataError
+from edge_sdk.files import why
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
 from server_hub.simulation.formats import (
@@ -125,7 +126,7 @@ def load_dataset(table: DataTable, base: Path = Path()) -> Dataset:
     try:
         source = _checked(_read(table.source, path), table.source)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {why(error)}") from error
     train, test, domains = source.train, source.test, source.domains
     strata = train.y if domains is None else domains * (1 + train.y.max()) + train.y
     rows = np.arange(len(train))
@@ -210,7 +211,7 @@ def _is_text(path: Path) -> bool:
     try:
         path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {why(error)}") from error
     except UnicodeDecodeError:
         return path.suffix in TEXTS
     return True

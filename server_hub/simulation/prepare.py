@@ -13,6 +13,7 @@ import torch
 from edge_sdk.bundle.ranges import Ranges
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.files import why
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
 from export.ranges import find_ranges
@@ -274,7 +275,7 @@ def put_down(folder: Path, described: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / JOB, described.encode())
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+        raise ConfigError(f"cannot write to {folder}: {why(error)}") from error
 
 
 class FleetTokens:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.files import why
 from edge_sdk.inference.metrics import Metric
 from server_hub.methods.registry import simulated_methods
 from server_hub.reports.comparison import (
@@ -286,4 +287,4 @@ def write_comparison(folder: Path, runs: Runs, target: float | None = None) -> N
         draw_comparison(found, folder / "comparison.png", list(simulated_methods()))
         write_page(folder / "report.md", parts)
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
+        raise ConfigError(f"cannot write to {folder}: {why(error)}") from error
