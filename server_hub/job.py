@@ -113,8 +113,7 @@ class Job:
         """Wait for the updates of devices, and for the trunk's steps.
 
         Raises:
-            JobFailed: nobody has delivered, or training has diverged on every device, in too many
-                rounds in a row.
+            JobFailed: too many rounds in a row had no update that can be used.
         """
         now = asyncio.get_running_loop().time
         while not self.rounds.is_over(now()):
