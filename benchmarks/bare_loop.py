@@ -21,9 +21,9 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.messages import Batch
 from edge_sdk.protocol.tensors import Array
-from export.optimizers import check_hyper, get_optimizer
-from export.packing import get_codec
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
+from export.packing.codecs import get_codec
+from export.steps.optimizers import check_hyper, get_optimizer
 
 
 @dataclass(frozen=True)

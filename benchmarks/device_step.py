@@ -159,7 +159,7 @@ def _child(*arguments: str) -> dict[str, Any]:
 
 def _export(name: str, runtime: str, folder: str) -> dict[str, Any]:
     from benchmarks.families import FAMILIES
-    from export.writer import Tier, export_bundles
+    from export.bundles.writer import Tier, export_bundles
 
     family = FAMILIES[name]
     tier = Tier(family.cut, "int8", runtime, batch=len(family.x))  # type: ignore[arg-type]
@@ -270,9 +270,9 @@ def _eager(name: str) -> tuple[Callable[[], Any], float]:
     from torch.nn.functional import cross_entropy
 
     from benchmarks.families import FAMILIES
-    from export.optimizers import get_optimizer
-    from export.packing import get_codec
-    from export.split import ClientSegment, channel_axis
+    from export.cutting.split_model import ClientSegment, channel_axis
+    from export.packing.codecs import get_codec
+    from export.steps.optimizers import get_optimizer
 
     family = FAMILIES[name]
     segment = ClientSegment(family.model(), family.cut).train()

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from export.adapters import from_transformers
-from export.lora import Lora, add_lora
-from export.split import SplitModel
+from export.adapters_lora.lora import Lora, add_lora
+from export.cutting.pretrained import from_transformers
+from export.cutting.split_model import SplitModel
 
 
 @dataclass(frozen=True)

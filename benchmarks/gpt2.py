@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.training import text
-from export.adapters import from_transformers, save_original
-from export.build import build_model
-from export.lora import Lora
-from export.split import SplitModel
+from export.adapters_lora.lora import Lora
+from export.bundles.model_source import build_model
+from export.cutting.pretrained import from_transformers, save_original
+from export.cutting.split_model import SplitModel
 from server_hub.simulation.datasets import BYTES, DataTable, load_dataset
 
 BASE = "CUTLAYER_BENCHMARK_BASE"

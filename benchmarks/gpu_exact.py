@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.gpu_models import CODEC, Shape, packed_batch, step_input, unpacked
 from edge_sdk.protocol.tensors import Array
-from export.packing import get_codec
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
+from export.packing.codecs import get_codec
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.interface import StepInput, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer

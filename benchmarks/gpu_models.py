@@ -14,8 +14,8 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from benchmarks.bare_loop import BareBatch
 from benchmarks.resnet import build as build_resnet
 from edge_sdk.protocol.messages import Batch
-from export.packing import get_codec
-from export.split import SplitModel, channel_axis
+from export.cutting.split_model import SplitModel, channel_axis
+from export.packing.codecs import get_codec
 from server_hub.trunk.interface import StepInput
 
 CODEC = "int8"

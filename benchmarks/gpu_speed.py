@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.bare_loop import BareLoop
 from benchmarks.gpu_exact import state_of
 from benchmarks.gpu_models import MergedStep, Shape, merged_step
-from export.optimizers import check_hyper
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
+from export.steps.optimizers import check_hyper
 from server_hub.trunk.interface import TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 

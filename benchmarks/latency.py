@@ -27,10 +27,10 @@ from rich.console import Console
 
 from edge_sdk.device import Device
 from edge_sdk.training.data import Examples
-from export.adapters import from_transformers
-from export.lora import Lora, add_lora
-from export.split import SplitModel
-from export.writer import Tier, export_bundles
+from export.adapters_lora.lora import Lora, add_lora
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.pretrained import from_transformers
+from export.cutting.split_model import SplitModel
 from server_hub.demo.processes import hub_process
 from server_hub.gateway.tokens import TokenFile
 from server_hub.reports.files import write_rows

@@ -27,10 +27,10 @@ from rich.console import Console
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.protocol.messages import Batch
 from edge_sdk.runtime import load_runtime
-from export.bases import split_width
-from export.packing import get_codec
-from export.whole import WholeBases, whole_bases
-from export.writer import Tier, export_bundles
+from export.bases.exported import WholeBases, whole_bases
+from export.bases.split_width import split_width
+from export.bundles.writer import Tier, export_bundles
+from export.packing.codecs import get_codec
 from server_hub.demo.mix_model import BASES, build
 from server_hub.reports.files import write_rows
 from server_hub.reports.table import Table

@@ -38,8 +38,8 @@ from edge_sdk.training.exchange import send_update
 from edge_sdk.training.plan import LocalResult
 from edge_sdk.transport.connection import Connection
 from edge_sdk.transport.link import open_websocket
-from export.split import WEIGHTS, SplitModel
-from export.writer import Tier, make_steps, segment_of, write_tier
+from export.bundles.writer import Tier, make_steps, segment_of, write_tier
+from export.cutting.split_model import WEIGHTS, SplitModel
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile

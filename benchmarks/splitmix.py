@@ -49,8 +49,8 @@ from edge_sdk import config
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError, CutlayerError
 from edge_sdk.training.adversarial import Attack
-from export.build import build_model
-from export.split import SplitModel
+from export.bundles.model_source import build_model
+from export.cutting.split_model import SplitModel
 from server_hub.reports.files import write_rows
 from server_hub.simulation.job import Job, SplitMixTable
 from server_hub.simulation.partition import PartitionTable

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 
 GROUP = 4
 """Channels of a group, the same at every width, so that narrower versions have the same groups."""

@@ -24,7 +24,7 @@ from benchmarks.bare_process import MAX_NORM, RATE, Composition
 from benchmarks.replay import read_batches, read_devices
 from benchmarks.trunk_workloads import TOKENS, get_workload
 from edge_sdk.protocol.tensors import State
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.hub import Hub

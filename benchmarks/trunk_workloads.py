@@ -21,9 +21,9 @@ from edge_sdk.bundle.store import BlobStore
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import Array
-from export.lora import Lora, add_lora
-from export.packing import get_codec
-from export.split import WEIGHTS, SplitModel, channel_axis
+from export.adapters_lora.lora import Lora, add_lora
+from export.cutting.split_model import WEIGHTS, SplitModel, channel_axis
+from export.packing.codecs import get_codec
 
 CODEC = "int8"
 """Codec of the replayed activations."""
@@ -113,7 +113,7 @@ def _resnet18() -> SplitModel:
 def _gpt2(width: int, depth: int, vocabulary: int, length: int) -> SplitModel:
     import transformers
 
-    from export.adapters import from_transformers
+    from export.cutting.pretrained import from_transformers
 
     torch.manual_seed(0)
     config = transformers.GPT2Config(
@@ -192,7 +192,7 @@ def prepare(workload: Workload, folder: Path, devices: int) -> list[ReplayDevice
         devices: number of devices.
     """
     # Imported here, so that a process that only reads the folder starts faster.
-    from export.writer import Tier, make_steps, segment_of, write_tier
+    from export.bundles.writer import Tier, make_steps, segment_of, write_tier
     from server_hub.gateway.tokens import TokenFile
 
     model = workload.model()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_sdk.bundle.index import BundleIndex
-    from export.adapters.pretrained import from_transformers
+    from export.bundles.writer import Tier, export_bundles
+    from export.cutting.pretrained.models import from_transformers
+    from export.cutting.split_model import SplitModel
     from export.errors import ExportError
-    from export.split import SplitModel
-    from export.writer import Tier, export_bundles
 
 __all__ = [
     "BundleIndex",
@@ -26,11 +26,11 @@ __all__ = [
 
 _HOME = {
     "ExportError": "export.errors",
-    "SplitModel": "export.split",
+    "SplitModel": "export.cutting.split_model",
     "BundleIndex": "edge_sdk.bundle.index",
-    "Tier": "export.writer",
-    "export_bundles": "export.writer",
-    "from_transformers": "export.adapters",
+    "Tier": "export.bundles.writer",
+    "export_bundles": "export.bundles.writer",
+    "from_transformers": "export.cutting.pretrained",
 }
 
 

@@ -28,11 +28,11 @@ from edge_sdk.protocol.messages import (
     Update,
 )
 from edge_sdk.training.data import Examples
-from export.build import model_of_bundles
-from export.exact import check_sharing
-from export.optimizers import check_hyper
-from export.ranges import check_classes
-from export.split import WEIGHTS, SplitModel
+from export.bundles.model_source import model_of_bundles
+from export.cutting.checks import check_sharing
+from export.cutting.input_ranges import check_classes
+from export.cutting.split_model import WEIGHTS, SplitModel
+from export.steps.optimizers import check_hyper
 from server_hub.concurrency import BackgroundTasks, Changes, Effect
 from server_hub.config import HubConfig
 from server_hub.gateway.peers import Peer

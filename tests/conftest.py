@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from edge_sdk.bundle.index import BundleIndex
-from export.split import WEIGHTS, SplitModel
+from export.cutting.split_model import WEIGHTS, SplitModel
 from server_hub.logs import PlainLines, protect
 from tests.lib.exports import shared_export, small_bundles
 from tests.lib.leftovers import Leftovers

@@ -56,7 +56,7 @@ def test_the_trunk_can_be_imported() -> None:
         for path in (ROOT / folder).glob("*.py")
     )
     assert "server_hub.trunk.step" in modules
-    wanted = [*modules, "export.packing", "export.split"]
+    wanted = [*modules, "export.packing.codecs", "export.cutting.split_model"]
     done = run_bare("\n".join(f"import {module}" for module in wanted))
     assert done.returncode == 0, done.stderr
 

@@ -17,7 +17,7 @@ from torch.onnx._internal.exporter import _core, _registration
 from export.errors import ExportError, reason
 from export.lowering.promotion import convert_explicitly
 from export.lowering.trace import trace
-from export.steps import Step
+from export.steps.client_steps import Step
 
 for _part in ("_registration", "_core"):
     logging.getLogger(f"torch.onnx._internal.exporter.{_part}").setLevel(logging.ERROR)
@@ -53,7 +53,7 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
     Raises:
         ExportError: the step fixes the batch size, cannot be traced, or has an operator without a
             translation. The message continues the name of the module that
-            :func:`export.exact.find_culprit` finds.
+            :func:`export.lowering.culprit.find_culprit` finds.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

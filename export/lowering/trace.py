@@ -31,7 +31,7 @@ from export.errors import ExportError
 from export.lowering.decompositions import decompositions
 from export.lowering.onednn import without_onednn
 from export.lowering.simplify import simplify
-from export.steps import Step
+from export.steps.client_steps import Step
 
 _HINTS = (7, 5, 3)
 """Sizes of symbolic dimensions during tracing."""

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from edge_sdk.protocol.tensors import Array, TensorSpec
-from export.dropout import PRIME, SeededDropout
-from export.dual_norm import robustness
+from export.bases.dual_norms import robustness
+from export.cutting.seeded_random import PRIME, SeededDropout
+from export.cutting.split_model import ClientSegment, statistics
 from export.errors import ExportError, reason
-from export.losses import NO_LABEL
 from export.lowering import verify_mix
-from export.lowering.lowered import Run
-from export.names import layer_of
-from export.optimizers import get_optimizer
-from export.split import ClientSegment, statistics
-from export.steps import ClientSteps, Step
+from export.lowering.graph_files import Run
+from export.steps.client_steps import ClientSteps, Step
+from export.steps.losses import NO_LABEL
+from export.steps.optimizers import get_optimizer
+from export.tensor_names import layer_of
 
 BATCHES = (1, 3, 8)
 SEEDS = (0, 1)

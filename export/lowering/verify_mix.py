@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.tensors import Array
-from export.dual_norm import noise_tensors, robustness
-from export.losses import NO_LABEL
-from export.lowering.lowered import Run
-from export.split import ClientSegment
-from export.steps import ClientSteps, Step
+from export.bases.dual_norms import noise_tensors, robustness
+from export.cutting.split_model import ClientSegment
+from export.lowering.graph_files import Run
+from export.steps.client_steps import ClientSteps, Step
+from export.steps.losses import NO_LABEL
 
 ROBUSTNESS = 0.3
 """Robustness of all compared graphs."""

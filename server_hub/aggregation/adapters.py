@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
-from export.low_rank import AdapterCopy, adapter_pairs, average, reduce
-from export.names import is_slot, is_statistic, layer_of
-from export.optimizers import get_optimizer
-from export.split import SplitModel
+from export.adapters_lora.low_rank import AdapterCopy, adapter_pairs, average, reduce
+from export.cutting.split_model import SplitModel
+from export.steps.optimizers import get_optimizer
+from export.tensor_names import is_slot, is_statistic, layer_of
 from server_hub.aggregation.layer_store import LayerCopy, LayerStore, weighted_mean
 from server_hub.aggregation.merged import Merged
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_sdk.protocol.tensors import State, TensorSpec
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.trunk.interface import TrunkCopy
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_sdk.errors import CutlayerError
 from edge_sdk.protocol.tensors import Array, State
-from export.names import layer_of
+from export.tensor_names import layer_of
 
 
 class NotFinite(CutlayerError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from edge_sdk.protocol.tensors import State, TensorSpec
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.layer_store import LayerCopy, LayerStore, split_by_layer
 from server_hub.aggregation.robust import RuleName, rule_of

@@ -8,7 +8,7 @@ import numpy as np
 
 from edge_sdk.bundle.manifest import tensor_of
 from edge_sdk.protocol.tensors import State, TensorSpec
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.layer_store import (
     LayerCopy,

@@ -18,7 +18,7 @@ import numpy as np
 
 from edge_sdk.bundle.manifest import tensor_of
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
-from export.names import is_slot, is_statistic, layer_of
+from export.tensor_names import is_slot, is_statistic, layer_of
 from server_hub.aggregation.interface import DeviceUpdate
 
 log = logging.getLogger("cutlayer.hub")

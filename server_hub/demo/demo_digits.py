@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from edge_sdk.inference.metrics import Metric
-from export.writer import Tier
+from export.bundles.writer import Tier
 from server_hub.demo import digits
 from server_hub.demo.runner import DemoDevice, DemoRun, Setup, check_saved_model
 from server_hub.methods.settings import LocalTraining

@@ -11,10 +11,10 @@ import torch
 
 from edge_sdk.inference.metrics import Metric
 from edge_sdk.training.adversarial import Attack
-from export.bases import split_width
-from export.build import draw_inputs
-from export.whole import whole_bases
-from export.writer import Tier
+from export.bases.exported import whole_bases
+from export.bases.split_width import split_width
+from export.bundles.model_source import draw_inputs
+from export.bundles.writer import Tier
 from server_hub.demo import digits
 from server_hub.demo.mix_model import BASES, MODEL, build
 from server_hub.demo.processes import check_device, check_no_torch, json_lines

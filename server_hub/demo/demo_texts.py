@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 from rich.text import Text
 
 from edge_sdk.inference.metrics import Metric
-from export.build import build_model
-from export.lora import Lora
-from export.optimizers import check_hyper
-from export.writer import Tier
+from export.adapters_lora.lora import Lora
+from export.bundles.model_source import build_model
+from export.bundles.writer import Tier
+from export.steps.optimizers import check_hyper
 from server_hub.demo import texts
 from server_hub.demo.runner import DemoDevice, DemoRun, Setup, check_saved_model
 from server_hub.demo.texts import TOPICS, Pretraining, Shape, Texts

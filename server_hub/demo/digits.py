@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.training.data import Examples
-from export.heads import AuxiliaryHead
-from export.split import SplitModel
+from export.cutting.heads import AuxiliaryHead
+from export.cutting.split_model import SplitModel
 from server_hub.simulation.digits import CLASSES
 from server_hub.simulation.partition import dirichlet
 

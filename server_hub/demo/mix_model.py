@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.demo.digits import PooledHead
 from server_hub.simulation.digits import CLASSES
 

@@ -19,9 +19,9 @@ from edge_sdk.errors import CutlayerError
 from edge_sdk.inference.metrics import Metric
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
-from export.build import model_of
-from export.split import WEIGHTS, SplitModel
-from export.writer import Tier, export_bundles
+from export.bundles.model_source import model_of
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.split_model import WEIGHTS, SplitModel
 from server_hub.demo.processes import (
     CUTLAYER,
     HubProcess,
@@ -74,7 +74,7 @@ class Setup:
         held_out: examples to measure on.
         devices: the devices.
         tiers: what is exported for each tier.
-        export: further arguments of :func:`export.writer.export_bundles`.
+        export: further arguments of :func:`export.bundles.writer.export_bundles`.
         hub: tables of ``hub.toml``; the runner adds paths, port, and number of rounds and devices.
         found: what was measured before training, for the results.
     """

@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy
 from edge_sdk.inference.metrics import Tally
 from edge_sdk.training import text
 from edge_sdk.training.data import Examples
-from export.adapters import from_transformers, save_original
-from export.losses import NO_LABEL
-from export.optimizers import get_optimizer
-from export.split import SplitModel
+from export.cutting.pretrained import from_transformers, save_original
+from export.cutting.split_model import SplitModel
+from export.steps.losses import NO_LABEL
+from export.steps.optimizers import get_optimizer
 from server_hub.methods.settings import learning_rate_factor
 from server_hub.simulation.datasets import BYTES
 from server_hub.simulation.formats import cut_text

@@ -9,7 +9,7 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import State
-from export.whole import load_bases
+from export.bases.exported import load_bases
 from server_hub.aggregation.update_bound import UpdateBound
 from server_hub.methods.fleet import JobOutline
 from server_hub.methods.method import Method

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from edge_sdk.protocol.tensors import State
-from export.split import SplitModel
-from export.whole import without_trunk
+from export.bases.exported import without_trunk
+from export.cutting.split_model import SplitModel
 from server_hub.aggregation.robust import RuleName
 from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.method import Method
 
 if TYPE_CHECKING:
-    from export.writer import Tier  # loads the compilers of the export, which a hub does not need
+    from export.bundles.writer import (
+        Tier,  # loads the compilers of the export, which a hub does not need
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.enums import ActivationMode
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.aggregation.interface import Aggregation, DeviceUpdate
 from server_hub.aggregation.layer_store import NotFinite, check_finite
 from server_hub.aggregation.update_bound import UpdateBound

@@ -9,7 +9,7 @@ from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.messages import Batch, Round
 from edge_sdk.protocol.tensors import State
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.methods.settings import LocalTraining
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan

@@ -23,10 +23,10 @@ from edge_sdk.bundle.manifest import Manifest, tensor_of
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import State
-from export.bases import split_width
-from export.dual_norm import noise_tensors
-from export.split import SplitModel, statistics
-from export.whole import whole_bases
+from export.bases.dual_norms import noise_tensors
+from export.bases.exported import whole_bases
+from export.bases.split_width import split_width
+from export.cutting.split_model import SplitModel, statistics
 from server_hub.aggregation.per_base import PerBase
 from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.fleet import Fleet, JobOutline, Recipe

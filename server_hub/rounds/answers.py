@@ -12,7 +12,7 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Answer, Infer
 from edge_sdk.protocol.tensors import Array, State
-from export.split import NoHead, SplitModel
+from export.cutting.split_model import NoHead, SplitModel
 from server_hub.concurrency import BackgroundTasks, Effect, Turns
 from server_hub.gateway.peers import Peer
 from server_hub.methods.method import Method

@@ -10,8 +10,8 @@ from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.bundle.store import sha256
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import State
-from export.names import is_slot
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
+from export.tensor_names import is_slot
 from server_hub.gateway.blobs import BlobServer
 from server_hub.methods.method import Method
 from server_hub.methods.plan import ModelOffer

@@ -16,7 +16,7 @@ from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
 from edge_sdk.protocol.messages import Batch, Update
 from edge_sdk.protocol.tensors import Array, State, TensorSpec, check_tensors
-from export.names import is_variance
+from export.tensor_names import is_variance
 from server_hub.aggregation.layer_store import NotFinite, check_finite
 from server_hub.methods.plan import DevicePlan
 

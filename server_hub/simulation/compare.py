@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from edge_sdk.errors import ConfigError
-from export.build import build_model
+from export.bundles.model_source import build_model
 from export.errors import ExportError
 from server_hub.methods.registry import find, simulated_methods
 from server_hub.simulation.job import DeviceRuntime, Job

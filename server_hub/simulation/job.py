@@ -10,9 +10,9 @@ from typing import Literal
 from edge_sdk import config
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.checks import MAX_BASES
+from export.bundles.writer import Tier
 from export.errors import ExportError
-from export.optimizers import check_hyper
-from export.writer import Tier
+from export.steps.optimizers import check_hyper
 from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.registry import find, simulated_methods
 from server_hub.methods.settings import BaseLoss, LocalTraining, RateSchedule

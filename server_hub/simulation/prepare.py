@@ -16,9 +16,9 @@ from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.files import why
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
-from export.ranges import find_ranges
-from export.split import SplitModel
-from export.writer import Tier
+from export.bundles.writer import Tier
+from export.cutting.input_ranges import find_ranges
+from export.cutting.split_model import SplitModel
 from server_hub.methods.fleet import Fleet
 from server_hub.methods.registry import find, simulated_methods
 from server_hub.simulation.checkpoint import Checkpoint

@@ -25,15 +25,15 @@ from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
-from export.build import build_model
-from export.exact import check_sharing
-from export.flops import flops_per_row
-from export.functional import TorchRuntime
-from export.ranges import find_ranges
-from export.split import WEIGHTS
-from export.step_set import all_steps
-from export.steps import ClientSteps
-from export.writer import make_steps, segment_of, write_tier
+from export.bundles.model_source import build_model
+from export.bundles.writer import make_steps, segment_of, write_tier
+from export.cutting.checks import check_sharing
+from export.cutting.input_ranges import find_ranges
+from export.cutting.split_model import WEIGHTS
+from export.planning.flops import flops_per_row
+from export.steps.client_steps import ClientSteps
+from export.steps.graph_set import all_steps
+from export.steps.torch_runtime import TorchRuntime
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits
 from server_hub.hub import Hub

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_sdk.protocol.tensors import Array, State
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.simulation.devices import Meter
 from server_hub.trunk.interface import StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.local import LocalTrunk

@@ -15,10 +15,10 @@ from safetensors.numpy import load
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import Array, State
-from export.low_rank import adapter_pairs
-from export.names import is_slot, layer_of
-from export.split import SplitModel
-from export.whole import BASES
+from export.adapters_lora.low_rank import adapter_pairs
+from export.bases.exported import BASES
+from export.cutting.split_model import SplitModel
+from export.tensor_names import is_slot, layer_of
 from server_hub.aggregation.adapters import MergedAdapters
 from server_hub.aggregation.layer_store import NotFinite, check_finite
 from server_hub.methods.method import Method

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.training.adversarial import Attack
-from export.dual_norm import robustness
-from export.split import SplitModel
+from export.bases.dual_norms import robustness
+from export.cutting.split_model import SplitModel
 from server_hub.trunk.evaluator import whole_answer
 
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from export.dual_norm import robustness
-from export.losses import NO_LABEL, masked
-from export.split import NoHead, SplitModel
+from export.bases.dual_norms import robustness
+from export.cutting.split_model import NoHead, SplitModel
+from export.steps.losses import NO_LABEL, masked
 
 
 class Entering(NamedTuple):

@@ -12,9 +12,9 @@ from edge_sdk.inference.metrics import Tally
 from edge_sdk.protocol.tensors import Array, State
 from edge_sdk.training import text
 from edge_sdk.training.data import Examples
-from export.dual_norm import robustness
-from export.packing import get_codec
-from export.split import NoHead, SplitModel, channel_axis
+from export.bases.dual_norms import robustness
+from export.cutting.split_model import NoHead, SplitModel, channel_axis
+from export.packing.codecs import get_codec
 from server_hub.trunk.errors import TrunkRefused, is_damage, reason_of
 from server_hub.trunk.interface import EvaluationReport, Query
 from server_hub.trunk.models import ModelPool, to_device, to_device_by_name

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from edge_sdk.protocol.tensors import Array, State
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.trunk.evaluator import Evaluator, finished
 from server_hub.trunk.interface import (
     EvaluationReport,

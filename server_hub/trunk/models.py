@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.protocol.tensors import Array, State
-from export.lora import fit_ranks
-from export.names import is_slot
-from export.split import SplitModel
+from export.adapters_lora.lora import fit_ranks
+from export.cutting.split_model import SplitModel
+from export.tensor_names import is_slot
 
 
 class ModelPool:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from edge_sdk.protocol.tensors import State
-from export.names import layer_of
-from export.optimizers import get_optimizer
-from export.split import SplitModel, statistics
+from export.cutting.split_model import SplitModel, statistics
+from export.steps.optimizers import get_optimizer
+from export.tensor_names import layer_of
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan
 
 _GROWTH = 1e6

@@ -15,7 +15,7 @@ from typing import Any
 
 from edge_sdk.errors import CutlayerError
 from edge_sdk.protocol.tensors import Array
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.trunk.errors import TrunkFailed
 
 ModelSource = SplitModel | Callable[[], SplitModel]

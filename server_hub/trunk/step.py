@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.protocol.tensors import Array, State
-from export.packing import get_codec
-from export.split import SplitModel, channel_axis
+from export.cutting.split_model import SplitModel, channel_axis
+from export.packing.codecs import get_codec
 from server_hub.trunk.bounds import ActivationBound, GradientBound
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss, merged_features
 from server_hub.trunk.errors import TrunkDamaged, TrunkRefused, divided, is_damage, reason_of

@@ -19,12 +19,12 @@ from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edge_sdk.protocol.tensors import Array, State
-from export.dual_norm import has_dual_norms, noise_tensors
-from export.losses import NO_LABEL
-from export.names import layer_of
-from export.optimizers import get_optimizer
-from export.packing import get_codec
-from export.split import SplitModel
+from export.bases.dual_norms import has_dual_norms, noise_tensors
+from export.cutting.split_model import SplitModel
+from export.packing.codecs import get_codec
+from export.steps.losses import NO_LABEL
+from export.steps.optimizers import get_optimizer
+from export.tensor_names import layer_of
 from server_hub.trunk.bounds import ActivationBound, shares
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.errors import divided

@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_sdk.errors import CutlayerError
 from edge_sdk.protocol.tensors import Array
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.trunk import startup
 from server_hub.trunk.errors import TrunkFailed, TrunkRefused, is_damage
 from server_hub.trunk.evaluator import Evaluation, Evaluator

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_sdk.bundle.index import BundleIndex
-from export.split import WEIGHTS
+from export.cutting.split_model import WEIGHTS
 from server_hub.gateway.limits import Limits
 from server_hub.hub import Hub
 from server_hub.rounds.rounds import RoundRules

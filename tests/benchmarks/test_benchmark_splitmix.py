@@ -14,9 +14,9 @@ from benchmarks import splitmix_report as report
 from benchmarks.splitmix_runs import DUAL, FEDAVG, HETEROFL, SPLITMIX, Point, Run, Setting
 from edge_sdk import config
 from edge_sdk.training.adversarial import Attack
-from export.bases import split_width
-from export.build import build_model
-from export.width import narrow
+from export.bases.narrow import narrow
+from export.bases.split_width import split_width
+from export.bundles.model_source import build_model
 from server_hub.storage.run_folder import RoundRecord
 
 PLAN = config.load(splitmix.Plan, splitmix.PLAN)

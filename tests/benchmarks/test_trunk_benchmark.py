@@ -24,7 +24,7 @@ from benchmarks.trunk_workloads import (
 )
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import ConfigError
-from export.optimizers import check_hyper
+from export.steps.optimizers import check_hyper
 from server_hub.rounds.validation import check_packed
 from server_hub.trunk.interface import StepInput, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer

@@ -31,8 +31,8 @@ from edge_sdk.errors import BundleError
 from edge_sdk.protocol.frames import pack_tensors, unpack_tensors
 from edge_sdk.protocol.tensors import TensorSpec
 from edge_sdk.runtime import load_runtime
-from export.split import ClientSegment, SplitModel
-from export.writer import Tier, export_bundles
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.split_model import ClientSegment, SplitModel
 from tests.lib.models import BUILD, CLASSES, IMAGE, build, example, open_bundle
 
 

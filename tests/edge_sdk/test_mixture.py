@@ -30,10 +30,10 @@ from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
 from edge_sdk.training.plan import LocalPlan, LocalResult, Outgoing, advance
 from edge_sdk.transport.link import open_websocket
-from export.dual_norm import robustness as noise_norms
-from export.lowering.lowered import lower
-from export.split import WEIGHTS, SplitModel
-from export.step_set import all_steps
+from export.bases.dual_norms import robustness as noise_norms
+from export.cutting.split_model import WEIGHTS, SplitModel
+from export.lowering.graph_files import lower
+from export.steps.graph_set import all_steps
 from server_hub.config import HubConfig
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub

@@ -24,7 +24,7 @@ from edge_sdk.protocol.message import EXTENSIONS
 from edge_sdk.protocol.messages import BlobGet, Error
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.transport.link import open_websocket
-from export.packing import get_codec
+from export.packing.codecs import get_codec
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile
 from server_hub.methods.plan import ModelOffer

@@ -12,7 +12,7 @@ import pytest
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.protocol.messages import Error
-from export.writer import Tier, export_bundles
+from export.bundles.writer import Tier, export_bundles
 from server_hub.gateway.tokens import TokenFile
 from server_hub.rounds.rounds import RoundRules
 from tests.lib.commands import expect_one_sentence, refusal

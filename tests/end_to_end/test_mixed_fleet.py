@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from edge_sdk.bundle.index import BundleIndex
-from export.writer import Tier, export_bundles
+from export.bundles.writer import Tier, export_bundles
 from server_hub.gateway.tokens import TokenFile
 from tests.lib.harness import cutlayer, examples, finish, next_event, save_npz
 from tests.lib.hub_files import write_hub_toml

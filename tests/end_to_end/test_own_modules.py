@@ -29,7 +29,7 @@ def build():
 
 ASK = """
 from edge_sdk.errors import ConfigError
-from export.build import build_model
+from export.bundles.model_source import build_model
 for name in ("export:build", "secrets:build", "mine:plain", "mine:nothing", "package.mine:build"):
     try:
         print(type(build_model(name)).__name__)

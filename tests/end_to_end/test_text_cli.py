@@ -31,13 +31,13 @@ from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
 from edge_sdk.transport.connection import Question
 from edge_sdk.transport.link import open_websocket
-from export import plan as plan_module
-from export.flops import flops_per_row
-from export.functional import TorchRuntime
-from export.packing import get_codec
-from export.split import SplitModel
-from export.steps import ClientSteps
-from export.writer import Tier, export_bundles, make_steps, segment_of
+from export.bundles.writer import Tier, export_bundles, make_steps, segment_of
+from export.cutting.split_model import SplitModel
+from export.packing.codecs import get_codec
+from export.planning import plan as plan_module
+from export.planning.flops import flops_per_row
+from export.steps.client_steps import ClientSteps
+from export.steps.torch_runtime import TorchRuntime
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Listen
 from server_hub.gateway.tokens import TokenFile

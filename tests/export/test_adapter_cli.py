@@ -24,11 +24,11 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.cli import main
 from edge_sdk.runtime.onnx import OnnxRuntime
-from export.adapters import TransformersModel, from_transformers
-from export.build import model_of
+from export.adapters_lora.lora import Lora, adapted_modules, add_lora, set_ranks, unify
+from export.bundles.model_source import model_of
+from export.cutting.pretrained import TransformersModel, from_transformers
+from export.cutting.split_model import WEIGHTS, SplitModel
 from export.errors import ExportError
-from export.lora import Lora, adapted_modules, add_lora, set_ranks, unify
-from export.split import WEIGHTS, SplitModel
 
 WORDS, LENGTH, DEPTH, WIDTH = 31, 8, 4, 16
 RANK, CUT, CUT_RANK = 4, 2, 2

@@ -20,10 +20,11 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from export.adapters import from_layers, from_module, from_transformers, save_original
-from export.adapters.pretrained import TransformersModel
+from export.cutting.from_module import from_layers, from_module
+from export.cutting.pretrained import from_transformers, save_original
+from export.cutting.pretrained.models import TransformersModel
+from export.cutting.split_model import SplitModel
 from export.errors import ExportError
-from export.split import SplitModel
 
 WORDS = 50
 PAD = 0

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
-from export.adapters import from_transformers
-from export.dropout import SeededDropout
+from export.adapters_lora.lora import Lora, add_lora
+from export.bundles.writer import Tier, export_bundles, make_steps
+from export.cutting.pretrained import from_transformers
+from export.cutting.seeded_random import SeededDropout
+from export.cutting.split_model import ClientSegment, SplitModel
 from export.errors import ExportError
-from export.lora import Lora, add_lora
-from export.lowering.lowered import RuntimeName, lower
+from export.lowering.graph_files import RuntimeName, lower
 from export.lowering.verify import verify
-from export.optimizers import get_optimizer
-from export.packing import Codec, get_codec
-from export.returned_steps import activate, backward
-from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps
-from export.writer import Tier, export_bundles, make_steps
+from export.packing.codecs import Codec, get_codec
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
+from export.steps.returned import activate, backward
 from tests.lib.codecs import Exact
 from tests.lib.models import (
     CLASSES,

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from export.adapters import from_transformers, save_original
-from export.bases import Bases, Rescaling, split_width
-from export.dual_norm import robustness
+from export.bases.dual_norms import robustness
+from export.bases.split_width import Bases, Rescaling, split_width
+from export.cutting.pretrained import from_transformers, save_original
+from export.cutting.split_model import ClientSegment, SplitModel
 from export.errors import ExportError
 from export.lowering.trace import trace
-from export.optimizers import get_optimizer
-from export.packing import get_codec
-from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps
+from export.packing.codecs import get_codec
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
 from tests.lib.models import CLASSES, IMAGE, MeanHead, conv_model, example, text_model
 from tests.lib.transformers_models import WORDS, bert, gpt2, llama, opt, vit
 

@@ -19,7 +19,7 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import MAX_SEED, Learner
 from edge_sdk.training.plan import LocalPlan
-from export.dropout import PRIME, SeededDropout
+from export.cutting.seeded_random import PRIME, SeededDropout
 
 COUNT = 100_000
 Z = 5.0

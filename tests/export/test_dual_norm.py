@@ -15,14 +15,20 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
 
-from export.adapters import from_transformers
-from export.dual_norm import DualNorm, has_dual_norms, noise_tensors, robustness, with_dual_norms
+from export.bases.dual_norms import (
+    DualNorm,
+    has_dual_norms,
+    noise_tensors,
+    robustness,
+    with_dual_norms,
+)
+from export.cutting.pretrained import from_transformers
+from export.cutting.split_model import ClientSegment, SplitModel, statistics
 from export.errors import ExportError
 from export.lowering.trace import trace
-from export.optimizers import get_optimizer
-from export.packing import get_codec
-from export.split import ClientSegment, SplitModel, statistics
-from export.steps import ClientSteps
+from export.packing.codecs import get_codec
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
 from tests.lib.models import (
     CLASSES,
     IMAGE,

@@ -19,13 +19,13 @@ from torch.export import Dim, ExportedProgram, export
 from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import Array
+from export.cutting.split_model import ClientSegment, SplitModel
 from export.lowering.rewrites import rewrite
 from export.lowering.trace import trace
-from export.optimizers import get_optimizer
-from export.packing import get_codec
-from export.split import ClientSegment, SplitModel
-from export.step_set import all_steps
-from export.steps import ClientSteps
+from export.packing.codecs import get_codec
+from export.steps.client_steps import ClientSteps
+from export.steps.graph_set import all_steps
+from export.steps.optimizers import get_optimizer
 from tests.lib.models import CLASSES, IMAGE, conv_model, example, text_model
 
 aten = torch.ops.aten

@@ -15,18 +15,20 @@ from torch import Tensor, nn
 from edge_sdk.bundle.index import INDEX, BundleIndex
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.protocol.tensors import Array
-from export import exact, writer
+from export.bundles import writer
+from export.bundles.writer import Tier, export_bundles
+from export.cutting import checks as exact
+from export.cutting.split_model import WEIGHTS, ClientSegment, SplitModel
 from export.errors import ExportError
 from export.lowering import decompositions
 from export.lowering import onnx as lower_onnx
-from export.lowering.lowered import Lowered, Run, lower
+from export.lowering.culprit import find_culprit
+from export.lowering.graph_files import Lowered, Run, lower
 from export.lowering.verify import verify
-from export.optimizers import check_hyper, get_optimizer
-from export.packing import get_codec
-from export.split import WEIGHTS, ClientSegment, SplitModel
-from export.step_set import all_steps
-from export.steps import ClientSteps, Step
-from export.writer import Tier, export_bundles
+from export.packing.codecs import get_codec
+from export.steps.client_steps import ClientSteps, Step
+from export.steps.graph_set import all_steps
+from export.steps.optimizers import check_hyper, get_optimizer
 from tests.lib.models import (
     CLASSES,
     FEATURES,
@@ -607,7 +609,7 @@ def segment_of(model: SplitModel) -> tuple[ClientSegment, Tensor]:
 def test_nobody_is_to_blame() -> None:
     """Every module of an exportable segment can be lowered alone."""
     segment, x = segment_of(vectors(nn.Sequential(nn.Identity(), nn.GELU())))
-    assert exact.find_culprit(segment, x, lower_onnx.lower) is None
+    assert find_culprit(segment, x, lower_onnx.lower) is None
 
 
 def test_the_first_to_fail_is_to_blame() -> None:
@@ -625,7 +627,7 @@ def test_the_first_to_fail_is_to_blame() -> None:
                 raise ExportError("for a test")
             return b""
 
-        return exact.find_culprit(segment, x, lower)
+        return find_culprit(segment, x, lower)
 
     found = [culprit(number) for number in range(1, 7)]
     assert found[1] == "block.0 is a Tanh"

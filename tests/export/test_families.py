@@ -16,13 +16,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.tensors import Array
-from export import packing
-from export.build import build_model
-from export.functional import TorchRuntime
-from export.lora import Lora, adapted_modules
-from export.optimizers import get_optimizer
-from export.split import ClientSegment
-from export.steps import ClientSteps
+from export.adapters_lora.lora import Lora, adapted_modules
+from export.bundles.model_source import build_model
+from export.cutting.split_model import ClientSegment
+from export.packing import codecs as packing
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
+from export.steps.torch_runtime import TorchRuntime
 from server_hub.trunk.interface import TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 from tests.lib.codecs import Exact

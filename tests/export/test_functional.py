@@ -23,14 +23,14 @@ from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
 from edge_sdk.training.plan import LocalPlan
+from export.bundles.writer import Tier, export_bundles, make_steps
+from export.cutting.split_model import ClientSegment, SplitModel
 from export.errors import ExportError
-from export.functional import TorchRuntime
-from export.losses import local_loss
-from export.lowering.lowered import RuntimeName, lower
+from export.lowering.graph_files import RuntimeName, lower
 from export.lowering.verify import verify
-from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps
-from export.writer import Tier, export_bundles, make_steps
+from export.steps.client_steps import ClientSteps
+from export.steps.losses import local_loss
+from export.steps.torch_runtime import TorchRuntime
 from tests.lib.models import (
     CLASSES,
     IMAGE,

@@ -16,12 +16,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from export.adapters import TransformersModel, from_transformers
+from export.adapters_lora.lora import Lora, adapted_modules, add_lora, set_ranks
+from export.adapters_lora.low_rank import adapter_pairs, average
+from export.adapters_lora.peft_format import load_adapter, save_adapter
+from export.cutting.pretrained import TransformersModel, from_transformers
+from export.cutting.split_model import SplitModel
 from export.errors import ExportError
-from export.lora import Lora, adapted_modules, add_lora, set_ranks
-from export.low_rank import adapter_pairs, average
-from export.peft_format import load_adapter, save_adapter
-from export.split import SplitModel
 from tests.lib.models import conv_model
 
 WORDS = 50

@@ -21,18 +21,18 @@ from torch import Tensor, nn
 
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
-from export.bases import split_width
-from export.dual_norm import noise_tensors, with_dual_norms
+from export.bases.dual_norms import noise_tensors, with_dual_norms
+from export.bases.exported import without_trunk
+from export.bases.split_width import split_width
+from export.bundles.writer import Tier, export_bundles, make_steps
+from export.cutting.split_model import ClientSegment, SplitModel, statistics
 from export.errors import ExportError
-from export.functional import TorchRuntime
-from export.losses import local_loss, masked
-from export.lowering.lowered import RuntimeName, lower
+from export.lowering.graph_files import RuntimeName, lower
 from export.lowering.verify import verify
-from export.split import ClientSegment, SplitModel, statistics
-from export.step_set import all_steps, mixed_at_once
-from export.steps import ClientSteps, Step
-from export.whole import without_trunk
-from export.writer import Tier, export_bundles, make_steps
+from export.steps.client_steps import ClientSteps, Step
+from export.steps.graph_set import all_steps, mixed_at_once
+from export.steps.losses import local_loss, masked
+from export.steps.torch_runtime import TorchRuntime
 from tests.lib.dual_norms import only, shaken, torch_runtime
 from tests.lib.models import (
     CLASSES,

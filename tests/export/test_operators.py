@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from export.errors import ExportError
-from export.lowering.lowered import RuntimeName
+from export.lowering.graph_files import RuntimeName
 from tests.lib.operators import CASES, Case, check, steps_of, table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operators.md"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edge_sdk.protocol.tensors import check_tensors
+from export.cutting.split_model import channel_axis
 from export.errors import ExportError
-from export.packing import CODECS, get_codec
-from export.split import channel_axis
+from export.packing.codecs import CODECS, get_codec
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 4), st.integers(1, 6)),

@@ -23,13 +23,13 @@ from edge_sdk.cli.main import main
 from edge_sdk.errors import BundleError, ConfigError
 from edge_sdk.runtime import load_runtime
 from edge_sdk.runtime.measure import Measurement, measure_apart
-from export import plan as plan_module
+from export.bundles.tier_table import TierTable
+from export.bundles.writer import Tier, export_bundles
+from export.cli.plan import parse_cuts
+from export.cutting.split_model import SplitModel
 from export.errors import ExportError
-from export.plan import Cost, Failure, Plan, Planner, epoch_s
-from export.plan_cli import parse_cuts
-from export.split import SplitModel
-from export.tiers import TierTable
-from export.writer import Tier, export_bundles
+from export.planning import plan as plan_module
+from export.planning.plan import Cost, Failure, Plan, Planner, epoch_s
 from tests.lib.models import (
     BUILD,
     CLASSES,

@@ -29,11 +29,7 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner, Precision
-from export.errors import ExportError
-from export.lowering.lowered import Lowered, RuntimeName, lower
-from export.optimizers import get_optimizer
-from export.packing import get_codec
-from export.quantize import (
+from export.bundles.quantized import (
     INT8,
     Comparison,
     Figures,
@@ -44,9 +40,13 @@ from export.quantize import (
     quantize_matrices,
     verify_int8,
 )
-from export.split import WEIGHTS, ClientSegment, SplitModel
-from export.steps import ClientSteps, Step
-from export.writer import Tier, export_bundles
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.split_model import WEIGHTS, ClientSegment, SplitModel
+from export.errors import ExportError
+from export.lowering.graph_files import Lowered, RuntimeName, lower
+from export.packing.codecs import get_codec
+from export.steps.client_steps import ClientSteps, Step
+from export.steps.optimizers import get_optimizer
 from server_hub.gateway.tokens import TokenFile
 from tests.lib.commands import output, refusal
 from tests.lib.harness import examples, hub_config, running_hub, save_npz

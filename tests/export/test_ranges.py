@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from edge_sdk.errors import DataError
 from edge_sdk.training.data import Examples
+from export.bundles.quantized import LossCheck
+from export.bundles.tier_table import TierTable
+from export.bundles.writer import Tier, export_bundles, make_steps, segment_of
+from export.cutting.checks import check_sharing
+from export.cutting.input_ranges import InputRanges, find_ranges
+from export.cutting.split_model import SplitModel
 from export.errors import ExportError
-from export.exact import check_sharing
-from export.plan import Failure, Planner
-from export.quantize import LossCheck
-from export.ranges import InputRanges, find_ranges
-from export.split import SplitModel
-from export.tiers import TierTable
-from export.writer import Tier, export_bundles, make_steps, segment_of
+from export.planning.plan import Failure, Planner
 from tests.lib.models import (
     CLASSES,
     FEATURES,

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edge_sdk.errors import BundleError
+from export.cutting.split_model import ClientSegment, SplitModel
 from export.errors import ExportError
-from export.names import layer_of
-from export.split import ClientSegment, SplitModel
+from export.tensor_names import layer_of
 from tests.lib.models import CLASSES, FEATURES, IMAGE, TOKENS, conv_model, example, token_model
 
 

@@ -16,10 +16,10 @@ from torch.func import functional_call
 
 from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec
-from export.lowering.lowered import lower
-from export.split import SplitModel
-from export.stacked import over_bases
-from export.steps import Step
+from export.bases.vmapped import over_bases
+from export.cutting.split_model import SplitModel
+from export.lowering.graph_files import lower
+from export.steps.client_steps import Step
 from tests.lib.models import CLASSES, AttentionBlock, MeanHead, TokenBlock, conv_model, text_model
 from tests.lib.transformers_models import bert, gpt2, llama, opt, vit
 

@@ -30,16 +30,16 @@ from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
 from edge_sdk.training.plan import LocalPlan
-from export.lowering.lowered import lower as lower_all
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.split_model import ClientSegment, SplitModel
+from export.lowering.graph_files import lower as lower_all
 from export.lowering.onnx import lower
 from export.lowering.verify import verify
-from export.names import layer_of
-from export.optimizers import get_optimizer
-from export.packing import Codec, Shape, get_codec
-from export.split import ClientSegment, SplitModel
-from export.step_set import all_steps
-from export.steps import ClientSteps
-from export.writer import Tier, export_bundles
+from export.packing.codecs import Codec, Shape, get_codec
+from export.steps.client_steps import ClientSteps
+from export.steps.graph_set import all_steps
+from export.steps.optimizers import get_optimizer
+from export.tensor_names import layer_of
 from tests.lib.models import (
     CLASSES,
     FEATURES,

@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy, dropout
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_sdk.runtime.onnx import OnnxRuntime
-from export.dropout import PRIME, SeededDropout
+from export.bases.narrow import narrow, ordered_dropout, step_flops, widths_within
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.seeded_random import PRIME, SeededDropout
+from export.cutting.split_model import ClientSegment, SplitModel, statistics
 from export.errors import ExportError
-from export.split import ClientSegment, SplitModel, statistics
-from export.width import narrow, ordered_dropout, step_flops, widths_within
-from export.writer import Tier, export_bundles
 from server_hub.demo import digits
 from tests.lib.models import (
     AttentionBlock,

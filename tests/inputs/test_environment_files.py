@@ -259,7 +259,7 @@ def test_links_and_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_names_are_checked_where_bundles_are_written(tmp_path: Path) -> None:
     """A program that exports gets the same error."""
-    from export.writer import Tier, export_bundles
+    from export.bundles.writer import Tier, export_bundles
     from tests.lib.models import CLASSES, IMAGE, build, example
 
     with pytest.raises(ConfigError, match="tier name 'a/b'"):

@@ -26,7 +26,7 @@ def text() -> object:
     import torch
     from torch import nn
 
-    from export.split import SplitModel
+    from export.cutting.split_model import SplitModel
     from tests.lib.models import TokenBlock
 
     class Stem(nn.Module):

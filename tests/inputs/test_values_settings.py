@@ -20,7 +20,7 @@ import pytest
 from edge_sdk import config
 from edge_sdk.cli.device import DeviceConfig
 from edge_sdk.errors import ConfigError
-from export.tiers import TiersConfig
+from export.bundles.tier_table import TiersConfig
 from server_hub.config import HubConfig
 from server_hub.simulation.job import Job
 

@@ -6,9 +6,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from export.adapters import from_transformers
-from export.lora import Lora, add_lora
-from export.split import SplitModel
+from export.adapters_lora.lora import Lora, add_lora
+from export.cutting.pretrained import from_transformers
+from export.cutting.split_model import SplitModel
 
 WORDS, LENGTH, DEPTH = 23, 7, 4
 

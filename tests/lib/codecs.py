@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from edge_sdk.protocol.tensors import TensorSpec
-from export.packing import Shape
+from export.packing.codecs import Shape
 
 
 class Exact:

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from export.dual_norm import DualNorm
-from export.functional import TorchRuntime
-from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps
-from export.writer import Tier, export_bundles, make_steps
+from export.bases.dual_norms import DualNorm
+from export.bundles.writer import Tier, export_bundles, make_steps
+from export.cutting.split_model import ClientSegment, SplitModel
+from export.steps.client_steps import ClientSteps
+from export.steps.torch_runtime import TorchRuntime
 
 
 def shaken(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from export.writer import Tier, export_bundles
+from export.bundles.writer import Tier, export_bundles
 from tests.lib.models import BUILD, CLASSES, IMAGE, build, example
 
 TIERS = {"small": Tier(1, "int8"), "medium": Tier(2, "fp16"), "large": Tier(3, "int8")}

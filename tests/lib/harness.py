@@ -19,7 +19,7 @@ from edge_sdk import Device
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.training.data import Examples
 from edge_sdk.training.report import TrainReport
-from export.split import WEIGHTS
+from export.cutting.split_model import WEIGHTS
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile

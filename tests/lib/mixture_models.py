@@ -16,12 +16,12 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
-from export.bases import split_width
-from export.functional import TorchRuntime
-from export.split import SplitModel
-from export.steps import ClientSteps
-from export.whole import WholeBases, whole_bases
-from export.writer import Tier, export_bundles, make_steps, segment_of
+from export.bases.exported import WholeBases, whole_bases
+from export.bases.split_width import split_width
+from export.bundles.writer import Tier, export_bundles, make_steps, segment_of
+from export.cutting.split_model import SplitModel
+from export.steps.client_steps import ClientSteps
+from export.steps.torch_runtime import TorchRuntime
 
 FEATURES, CLASSES, DEPTH, WIDTH = 6, 3, 2, 4
 """Size of inputs, number of classes, number of blocks, and units of a base in a layer."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 
 CLASSES = 10
 IMAGE = (1, 8, 8)

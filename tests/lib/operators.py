@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.exact import check_modules, check_parameters
-from export.lowering.lowered import RuntimeName, lower
+from export.cutting.checks import check_modules, check_parameters
+from export.cutting.split_model import ClientSegment, SplitModel, Task
+from export.lowering.graph_files import RuntimeName, lower
 from export.lowering.verify import verify
-from export.optimizers import get_optimizer
-from export.packing import get_codec
-from export.split import ClientSegment, SplitModel, Task
-from export.steps import ClientSteps
+from export.packing.codecs import get_codec
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
 from tests.lib.models import TokenBlock
 
 CLASSES = 5

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from export.steps import ClientSteps
-from export.writer import Tier, write_tier
+from export.bundles.writer import Tier, write_tier
+from export.steps.client_steps import ClientSteps
 
 
 def write_without_lowering(

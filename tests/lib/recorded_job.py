@@ -12,8 +12,8 @@ from torch import nn
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.training.data import Examples
-from export.split import WEIGHTS, SplitModel
-from export.writer import Tier, export_bundles
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.split_model import WEIGHTS, SplitModel
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.trunk.local import LocalTrunk

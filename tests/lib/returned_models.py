@@ -8,12 +8,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from export.adapters import from_transformers
-from export.lora import Lora, add_lora
-from export.optimizers import get_optimizer
-from export.packing import Codec
-from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps
+from export.adapters_lora.lora import Lora, add_lora
+from export.cutting.pretrained import from_transformers
+from export.cutting.split_model import ClientSegment, SplitModel
+from export.packing.codecs import Codec
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
 from tests.lib.models import (
     CLASSES,
     IMAGE,

@@ -8,10 +8,10 @@ from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.runtime import Runtime
 from edge_sdk.runtime.executorch import ExecutorchRuntime
 from edge_sdk.runtime.onnx import OnnxRuntime
-from export.functional import TorchRuntime
-from export.lowering.lowered import RuntimeName, lower
-from export.step_set import all_steps
-from export.steps import ClientSteps, Step
+from export.lowering.graph_files import RuntimeName, lower
+from export.steps.client_steps import ClientSteps, Step
+from export.steps.graph_set import all_steps
+from export.steps.torch_runtime import TorchRuntime
 
 
 def manifest_of(steps: ClientSteps, runtime: str, chosen: Sequence[Step] | None = None) -> Manifest:

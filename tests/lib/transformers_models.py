@@ -6,8 +6,8 @@ from typing import Any
 
 import transformers
 
-from export.adapters import from_transformers
-from export.split import SplitModel
+from export.cutting.pretrained import from_transformers
+from export.cutting.split_model import SplitModel
 
 WORDS = 12
 

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import Batch, HeadGradient
 from edge_sdk.protocol.tensors import Array
-from export.packing import get_codec
-from export.split import SplitModel, channel_axis
+from export.cutting.split_model import SplitModel, channel_axis
+from export.packing.codecs import get_codec
 from server_hub.trunk.interface import StepInput, TrunkCopy
 
 DEPTH = 4

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from tests.lib.models import AttentionBlock, TokenBlock
 
 VOCABULARY = 11

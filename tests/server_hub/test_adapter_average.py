@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.protocol.tensors import Array
-from export.low_rank import AdapterCopy, adapter_pairs, average, reduce
+from export.adapters_lora.low_rank import AdapterCopy, adapter_pairs, average, reduce
 
 
 def drawn(

@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from edge_sdk.training.data import Examples
-from export.losses import local_loss
-from export.packing import get_codec
-from export.split import SplitModel
-from export.whole import without_trunk
-from export.width import narrow
+from export.bases.exported import without_trunk
+from export.bases.narrow import narrow
+from export.cutting.split_model import SplitModel
+from export.packing.codecs import get_codec
+from export.steps.losses import local_loss
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.nested import Nested
 from server_hub.methods.settings import LocalTraining

@@ -45,11 +45,11 @@ from edge_sdk.training.data import Examples
 from edge_sdk.transport.connection import Connection, Question
 from edge_sdk.transport.link import Link, MemoryLink, open_websocket
 from edge_sdk.transport.replies import RoundOver
-from export import packing
-from export.functional import TorchRuntime
-from export.split import WEIGHTS, SplitModel
-from export.steps import ClientSteps
-from export.writer import Tier, export_bundles, make_steps, segment_of
+from export.bundles.writer import Tier, export_bundles, make_steps, segment_of
+from export.cutting.split_model import WEIGHTS, SplitModel
+from export.packing import codecs as packing
+from export.steps.client_steps import ClientSteps
+from export.steps.torch_runtime import TorchRuntime
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits, Listen
 from server_hub.gateway.tokens import TokenFile

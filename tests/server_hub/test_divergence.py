@@ -19,7 +19,7 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.transport.link import open_websocket
 from export.errors import ExportError
-from export.optimizers import check_hyper
+from export.steps.optimizers import check_hyper
 from server_hub.gateway.tokens import TokenFile
 from server_hub.methods.settings import LocalTraining
 from server_hub.rounds.round_log import JobFailed

@@ -31,16 +31,16 @@ from edge_sdk.training.plan import (
     advance,
 )
 from edge_sdk.transport.link import Link, open_websocket
+from export.bundles.writer import Tier, export_bundles, make_steps, segment_of
+from export.cutting.split_model import ClientSegment
 from export.errors import ExportError
-from export.functional import TorchRuntime
-from export.lowering.lowered import RuntimeName, lower
+from export.lowering.graph_files import RuntimeName, lower
 from export.lowering.verify import verify
-from export.optimizers import get_optimizer
-from export.packing import get_codec
-from export.returned_steps import fuse
-from export.split import ClientSegment
-from export.steps import ClientSteps
-from export.writer import Tier, export_bundles, make_steps, segment_of
+from export.packing.codecs import get_codec
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
+from export.steps.returned import fuse
+from export.steps.torch_runtime import TorchRuntime
 from server_hub.gateway.tokens import TokenFile
 from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules

@@ -18,7 +18,7 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import State
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.merged import Merged
 from server_hub.gateway.tokens import TokenFile

@@ -11,7 +11,7 @@ import pytest
 
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
-from export.names import layer_of
+from export.tensor_names import layer_of
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.layer_store import NotFinite
 from server_hub.aggregation.merged import Merged

@@ -14,9 +14,9 @@ from edge_sdk.bundle.signing import new_key, read_private_key, sign_folder
 from edge_sdk.cli.main import main
 from edge_sdk.errors import BundleError
 from edge_sdk.inference.mixture import Mixture
-from export.build import model_of
-from export.split import WEIGHTS, SplitModel
-from export.writer import Tier, export_bundles
+from export.bundles.model_source import model_of
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.split_model import WEIGHTS, SplitModel
 from server_hub.storage.run_folder import RoundRecord, RunFolder
 from tests.lib.commands import refusal
 from tests.lib.mixture_files import MODEL, tiers_toml

@@ -26,7 +26,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.sync.client import connect
 
 from edge_sdk.errors import ConfigError
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.methods.method import ALL_PATHS
 from server_hub.trunk.errors import TrunkFailed, TrunkRefused
 from server_hub.trunk.evaluator import Evaluator
@@ -489,7 +489,7 @@ def model_of_script():
 MAIN = """
 import asyncio
 from torch import nn
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.trunk.interface import TrunkPlan
 from server_hub.trunk.process import WorkerTrunk
 from tests.lib.trunk_models import CLASSES, WIDTH, DenseBlock, dense_model, state_of

@@ -17,8 +17,8 @@ from torch import nn
 from edge_sdk.cli.main import main
 from edge_sdk.errors import ConfigError, CutlayerError, DataError
 from edge_sdk.protocol.tensors import Array
+from export.cutting.split_model import SplitModel
 from export.errors import ExportError
-from export.split import SplitModel
 from server_hub.methods.registry import simulated_methods
 from server_hub.methods.settings import LocalTraining
 from server_hub.simulation.checkpoint import FILE, Checkpoint

@@ -22,14 +22,14 @@ from edge_sdk.protocol.tensors import Array, TensorSpec
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
 from edge_sdk.training.plan import LocalPlan, LocalResult, Outgoing, ReplyRequest, advance
-from export import packing
-from export.adapters import from_transformers
-from export.functional import TorchRuntime
-from export.lora import Lora, add_lora, set_ranks
-from export.optimizers import get_optimizer
-from export.returned_steps import activate, backward
-from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps
+from export.adapters_lora.lora import Lora, add_lora, set_ranks
+from export.cutting.pretrained import from_transformers
+from export.cutting.split_model import ClientSegment, SplitModel
+from export.packing import codecs as packing
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
+from export.steps.returned import activate, backward
+from export.steps.torch_runtime import TorchRuntime
 from server_hub.aggregation.adapters import MergedAdapters, at_ranks
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.methods.settings import LocalTraining

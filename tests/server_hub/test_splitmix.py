@@ -24,12 +24,12 @@ from edge_sdk.errors import ConfigError, CutlayerError
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.adversarial import Attack
-from export.adapters import from_transformers
-from export.bases import split_width
-from export.dual_norm import noise_tensors, robustness, with_dual_norms
-from export.split import SplitModel
-from export.whole import whole_bases, without_trunk
-from export.writer import Tier
+from export.bases.dual_norms import noise_tensors, robustness, with_dual_norms
+from export.bases.exported import whole_bases, without_trunk
+from export.bases.split_width import split_width
+from export.bundles.writer import Tier
+from export.cutting.pretrained import from_transformers
+from export.cutting.split_model import SplitModel
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.per_base import PerBase
 from server_hub.methods.base_assignment import BaseAssignment

@@ -23,10 +23,10 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import Blob, BlobGet
 from edge_sdk.protocol.tensors import Array, State
-from export.adapters import from_transformers
-from export.lora import Lora, add_lora
-from export.names import is_slot
-from export.split import WEIGHTS, SplitModel
+from export.adapters_lora.lora import Lora, add_lora
+from export.cutting.pretrained import from_transformers
+from export.cutting.split_model import WEIGHTS, SplitModel
+from export.tensor_names import is_slot
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.methods.fleet import JobOutline

@@ -25,8 +25,8 @@ from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training import text
 from edge_sdk.training.data import Examples
-from export.split import SplitModel
-from export.writer import Tier, export_bundles
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.split_model import SplitModel
 from server_hub.config import HubConfig
 from server_hub.hub import Hub
 from server_hub.methods.settings import LocalTraining
@@ -53,7 +53,7 @@ def build() -> SplitModel:
     """Return a GPT-2 of three layers, width 32, with a vocabulary of 258 tokens."""
     from transformers import GPT2Config
 
-    from export.adapters import from_transformers
+    from export.cutting.pretrained import from_transformers
 
     config = GPT2Config(
         vocab_size=WORDS, n_positions=128, n_embd=32, n_layer=3, n_head=2,

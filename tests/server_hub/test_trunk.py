@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edge_sdk.protocol.tensors import Array
-from export.optimizers import OPTIMIZERS
-from export.packing import CODECS, get_codec
-from export.split import SplitModel, channel_axis
+from export.cutting.split_model import SplitModel, channel_axis
+from export.packing.codecs import CODECS, get_codec
+from export.steps.optimizers import OPTIMIZERS
 from server_hub.methods.method import ALL_PATHS
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.evaluator import Evaluator, finished

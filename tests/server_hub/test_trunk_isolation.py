@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edge_sdk.protocol.messages import HeadGradient
 from edge_sdk.protocol.tensors import Array
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
 from server_hub.trunk.errors import TrunkRefused
 from server_hub.trunk.evaluator import Evaluator
 from server_hub.trunk.interface import Query, StepInput, TrunkPlan

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edge_sdk.protocol.messages import HeadGradient
-from export import packing
-from export.split import SplitModel
+from export.cutting.split_model import SplitModel
+from export.packing import codecs as packing
 from server_hub.trunk import bounds
 from server_hub.trunk.bounds import FACTOR, GradientBound, shares
 from server_hub.trunk.interface import StepInput, TrunkPlan

@@ -16,17 +16,17 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.messages import HeadGradient
 from edge_sdk.protocol.tensors import Array
-from export import packing
+from export.bundles.writer import Tier, export_bundles
+from export.cutting.split_model import ClientSegment, SplitModel
 from export.errors import ExportError
-from export.functional import TorchRuntime
-from export.lowering.lowered import RuntimeName, lower
+from export.lowering.graph_files import RuntimeName, lower
 from export.lowering.verify import verify
-from export.optimizers import get_optimizer
-from export.packing import get_codec
-from export.returned_steps import activate, backward, finish
-from export.split import ClientSegment, SplitModel
-from export.steps import ClientSteps
-from export.writer import Tier, export_bundles
+from export.packing import codecs as packing
+from export.packing.codecs import get_codec
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
+from export.steps.returned import activate, backward, finish
+from export.steps.torch_runtime import TorchRuntime
 from server_hub.methods.settings import LocalTraining
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable

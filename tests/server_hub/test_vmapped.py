@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.protocol.tensors import Array
-from export.dual_norm import has_dual_norms, noise_tensors, with_dual_norms
-from export.packing import CODECS
-from export.split import SplitModel
-from export.whole import without_trunk
+from export.bases.dual_norms import has_dual_norms, noise_tensors, with_dual_norms
+from export.bases.exported import without_trunk
+from export.cutting.split_model import SplitModel
+from export.packing.codecs import CODECS
 from server_hub.trunk.interface import StepInput, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 from server_hub.trunk.vmapped import VmappedTrainer

@@ -1,0 +1,1 @@
+"""Low-rank adapters: their modules, ranks, and PEFT's files."""

@@ -1,0 +1,441 @@
+"""Splits a wide model by width into narrow base networks (Split-Mix).
+
+Split-Mix (Hong et al., ICLR 2022, https://arxiv.org/abs/2203.09747) divides a network into ``K``
+base networks of one structure that share no parameters. A device trains as many as its budget
+allows, and answers with the mean of the logits of any number of them.
+
+In a base, each inner layer of a convolutional network or MLP has ``1/K`` of the channels. A
+transformer keeps the width of its residual stream; each attention has ``1/K`` of the heads, and
+each MLP ``1/K`` of the hidden units.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from export.bases.dual_norms import DualNorm, is_norm, with_dual_norms
+from export.bases.narrow import answers_of, called, find_layers, narrow
+from export.cutting.heads import TokenHead
+from export.cutting.pretrained import TransformersModel
+from export.cutting.seeded_random import CONVOLUTIONS
+from export.cutting.split_model import SplitModel
+from export.errors import ExportError
+from export.tensor_names import is_statistic
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The base networks of a model.
+
+    Attributes:
+        model: one base network, rescaling included, with the initial weights of the first base.
+        states: initial tensors of each base, with the names of ``model.trained()``.
+    """
+
+    model: SplitModel
+    states: list[dict[str, Tensor]]
+
+    def with_dual_norms(self) -> Bases:
+        """The same bases with dual norms; both copies of a norm start as the norm.
+
+        Raises:
+            ExportError: as :func:`export.bases.dual_norms.with_dual_norms`.
+        """
+        model = with_dual_norms(self.model)
+        norms = [n for n, m in model.named_modules() if isinstance(m, DualNorm)]
+        names = {
+            f"{norm}.{copied}.{own}": f"{norm}.{own}"
+            for norm in norms
+            for copied in ("clean", "noise")
+            for own in dict(model.get_submodule(f"{norm}.clean").state_dict())
+        }
+        states = [
+            {name: state[names.get(name, name)].clone() for name in model.trained()}
+            for state in self.states
+        ]
+        return Bases(model, states)
+
+
+def split_width(model: SplitModel, bases: int, example: Tensor, *, seed: int = 0) -> Bases:
+    """Split a model by width into independent base networks, newly initialised.
+
+    The base networks keep the model's embeddings, positions, class tokens, and
+    :class:`~export.cutting.heads.TokenHead`, and the leading slices of its frozen parameters.
+    Weights of convolutions and linear layers are drawn uniformly within ``1 / sqrt(fan_in)``, as in
+    torch, with the fan-in of the *wide* layer. Biases start at 0, norms as the identity.
+
+    The output of a layer that lost inputs, bias included, is multiplied by ``bases``. The
+    classifier is not rescaled, nor a layer whose output only enters a norm, where a factor cancels.
+
+    Add auxiliary heads to the base afterwards: heads of the model become narrower as well.
+
+    Args:
+        model: a model that :func:`export.bases.narrow.narrow` takes, or a transformer of
+            :func:`export.cutting.pretrained.from_transformers`.
+        bases: number of base networks, ``K``.
+        example: inputs (batch, ...) like those on the devices.
+        seed: seed of the initialisation, 0 or more; each base draws from the seed and its number.
+
+    Raises:
+        ExportError: ``bases`` is not a positive integer; channels, heads or hidden units of a
+            layer are not divisible by it; or a module is of a kind that cannot be split.
+    """
+    if not isinstance(bases, int) or isinstance(bases, bool) or bases < 1:
+        raise ExportError(f"the number of bases is {bases!r}; it must be a whole number, 1 or more")
+    transformer = any(_is_attention(module) for module in model.block.modules())
+    if transformer:
+        units = _find_units(model, bases)
+        _check(model, units, bases, example)
+        base = _divide(model, units, bases)
+        classifiers: set[str] = set()  # the classifier of a transformer loses no inputs
+    else:
+        try:
+            base = narrow(model, 1 / bases, example)
+        except ExportError as error:
+            raise ExportError(f"the model cannot be split into {bases} bases: {error}") from error
+        classifiers = {n.name for n in find_layers(base, example) if n.keeps_output}
+    if isinstance(base, TransformersModel):
+        base = _without_origin(base)
+    wide = {n: _fan_in(m) for n, m in model.named_modules() if _is_weight(m)}
+    rescaled = [
+        name
+        for name, fan_in in wide.items()
+        if _fan_in(base.get_submodule(name)) < fan_in and name not in classifiers
+    ]
+    for name in sorted(set(rescaled) - _under_norms(base, rescaled, example)):
+        base.get_submodule(name).register_forward_hook(Rescaling(bases))
+    bounds = {name: fan_in**-0.5 for name, fan_in in wide.items()}  # torch's bounds if bases is 1
+    states = [_start(base, bounds, _generator(seed, number)) for number in range(bases)]
+    with torch.no_grad():
+        for name, tensor in base.trained().items():
+            tensor.copy_(states[0][name])
+        for name, counter in base.named_buffers():
+            if name.endswith(".num_batches_tracked"):
+                counter.zero_()
+    return Bases(base, states)
+
+
+class Rescaling:
+    """Forward hook that multiplies the output of a layer that lost inputs.
+
+    It multiplies in training and in evaluation, so that the network that answers is the network
+    that was trained. The paper's code multiplies in training only and relies on norms.
+
+    Args:
+        factor: number of inputs of the wide layer divided by that of this layer.
+    """
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __call__(self, module: nn.Module, args: Any, h: Tensor) -> Tensor:
+        """``factor * h``."""
+        return h * self.factor
+
+
+def _without_origin(model: TransformersModel) -> SplitModel:
+    """The same layers as a plain SplitModel: no transformers model has these sizes to save as."""
+    result = SplitModel(model.stem, list(model.block), model.head, model.task)
+    result.aux, result.training = model.aux, model.training
+    return result
+
+
+# -- initialisation
+
+
+def _generator(seed: int, base: int) -> torch.Generator:
+    drawn = np.random.SeedSequence([seed, base]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(drawn[0]))
+
+
+def _start(
+    base: SplitModel, bounds: Mapping[str, float], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Initial values of the trained tensors of one base network.
+
+    Args:
+        base: a base network.
+        bounds: largest magnitude of an initial weight, by name of the layer.
+        generator: source of the weights.
+    """
+    kept = {
+        p
+        for module in base.modules()
+        if isinstance(module, (nn.Embedding, TokenHead))  # a classifier may be tied to the table
+        for p in module.parameters()
+    }
+    fresh: dict[Tensor, Tensor] = {}
+    for name, module in base.named_modules():
+        for own, p in module.named_parameters(recurse=False):
+            if p in kept or p in fresh:
+                continue
+            if name in bounds and own == "weight":
+                drawn = torch.empty(p.shape, dtype=p.dtype)
+                drawn.uniform_(-bounds[name], bounds[name], generator=generator)
+                fresh[p] = drawn.to(p.device)
+            elif name in bounds or (is_norm(module) and own == "bias"):
+                fresh[p] = torch.zeros_like(p)
+            elif is_norm(module):
+                fresh[p] = torch.ones_like(p)
+    return {
+        name: torch.full_like(tensor, float(name.endswith("var")))
+        if is_statistic(name)
+        else fresh.get(tensor, tensor).detach().clone()
+        for name, tensor in base.trained().items()
+    }
+
+
+# -- rescaling
+
+
+def _under_norms(model: SplitModel, names: list[str], example: Tensor) -> set[str]:
+    """Names of the given layers whose output enters a norm and nothing else.
+
+    The data flow is read from autograd's graph of the logits: the node of such an output is one
+    that a norm receives, unchanged, and exactly one node reads it. The output of a block counts as
+    read once more, because a head may be added there.
+    """
+    model = copy.deepcopy(model).cpu().double().eval().requires_grad_(True)
+    made: dict[str, list[Any]] = {name: [] for name in names}
+    received: set[Any] = set()
+    readers: Counter[Any] = Counter()
+
+    def on(module: nn.Module, note: Callable[[Any], None]) -> None:
+        module.register_forward_hook(lambda module, args, h: note(h.grad_fn))
+
+    for name, nodes in made.items():
+        on(model.get_submodule(name), nodes.append)
+    for stage in (model.stem, *model.block):
+        on(stage, lambda node: readers.update([node]))
+    for module in model.modules():
+        if is_norm(module):
+            module.register_forward_pre_hook(lambda module, args: received.add(args[0].grad_fn))
+    x = example[:2].detach().cpu()
+    with torch.enable_grad():
+        answers = answers_of(
+            model,
+            x.double() if x.is_floating_point() else x,
+            "on the example",
+            "give some inputs as devices have them",
+        )
+    todo, seen = [logits.grad_fn for logits in answers], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        before = [n for n, _ in node.next_functions if n is not None]
+        readers.update(before)
+        todo.extend(before)
+    return {
+        name
+        for name, nodes in made.items()
+        if all(node in received and readers[node] == 1 for node in nodes)
+    }
+
+
+# -- transformers
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Names of the linear layers in an attention or an MLP.
+
+    Attributes:
+        inner: layers whose outputs are divided among the bases.
+        outer: layer whose inputs are divided, because it reads those outputs.
+        fused: number of matrices of equal size that one inner layer joins.
+    """
+
+    inner: tuple[str, ...]
+    outer: str
+    fused: int = 1
+
+
+_ATTENTIONS = (
+    _Layout(("q_proj", "k_proj", "v_proj"), "o_proj"),
+    _Layout(("q_proj", "k_proj", "v_proj"), "out_proj"),
+    _Layout(("c_attn",), "c_proj", fused=3),
+    _Layout(("self.query", "self.key", "self.value"), "output.dense"),
+)
+_MLPS = (
+    _Layout(("fc1",), "fc2"),
+    _Layout(("c_fc",), "c_proj"),
+    _Layout(("gate_proj", "up_proj"), "down_proj"),
+    _Layout(("intermediate.dense",), "output.dense"),
+)
+_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "all_head_size", "split_size")
+"""Attributes in which attentions of transformers keep sizes that are divided."""
+
+_SUPPORTED = (
+    "there are rules for attention of q_proj, k_proj, v_proj and o_proj or out_proj; of c_attn and "
+    "c_proj; of self.query, self.key, self.value and output.dense; for MLPs of fc1 and fc2, c_fc "
+    "and c_proj, gate_proj, up_proj and down_proj, intermediate.dense and output.dense; and norms"
+)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """An attention or an MLP of a model, by name, with its layout."""
+
+    name: str
+    layout: _Layout
+
+    @property
+    def inner(self) -> list[str]:
+        """Names of the layers whose outputs are divided."""
+        return [f"{self.name}.{layer}" for layer in self.layout.inner]
+
+    @property
+    def outer(self) -> str:
+        """Name of the layer whose inputs are divided."""
+        return f"{self.name}.{self.layout.outer}"
+
+
+def _is_attention(module: nn.Module) -> bool:
+    known = any(_fits(module, layout) for layout in _ATTENTIONS)
+    return known or isinstance(module, nn.MultiheadAttention)
+
+
+def _fits(module: nn.Module, layout: _Layout) -> bool:
+    try:
+        for name in (*layout.inner, layout.outer):
+            module.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is a ``Conv1D`` of transformers: linear, with weights (in, out)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _is_weight(module: nn.Module) -> bool:
+    return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or _is_transposed(module)
+
+
+def _fan_in(module: nn.Module) -> int:
+    weight = module.get_parameter("weight")
+    return len(weight) if _is_transposed(module) else weight[0].numel()
+
+
+def _find_units(model: SplitModel, bases: int) -> list[_Unit]:
+    """Attentions and MLPs of the blocks.
+
+    Raises:
+        ExportError: a layer belongs to none, or its heads or hidden units are not divisible by
+            ``bases``.
+    """
+    units: list[_Unit] = []
+    known: set[str] = set()
+    blocks = [(f"block.{n}", m) for n, m in model.block.named_modules() if n]
+    for name, module in blocks:
+        for layout in (*_ATTENTIONS, *_MLPS):
+            if _fits(module, layout):
+                units.append(_Unit(name, layout))
+                known.update(units[-1].inner, [units[-1].outer])
+    for name, module in blocks:
+        wanted = not is_norm(module) and next(module.parameters(recurse=False), None) is not None
+        splits = name in known and (isinstance(module, nn.Linear) or _is_transposed(module))
+        if wanted and not splits:
+            raise ExportError(f"{called(name, module)}, which cannot be split: {_SUPPORTED}")
+    for unit in units:
+        module = model.get_submodule(unit.name)
+        for layer, count in zip(unit.inner, _sizes(model, unit), strict=True):
+            if count % bases:
+                what = "heads" if unit.layout in _ATTENTIONS else "hidden units"
+                raise ExportError(
+                    f"{called(unit.name, module)} whose {layer.removeprefix(f'{unit.name}.')} "
+                    f"has {count} {what}, which do not divide by {bases}; take another number of "
+                    "bases"
+                )
+    return units
+
+
+def _outputs(layer: nn.Module) -> int:
+    return layer.get_parameter("weight").shape[1 if _is_transposed(layer) else 0]
+
+
+def _sizes(model: SplitModel, unit: _Unit) -> list[int]:
+    """Number of heads, or of hidden units, of each inner layer."""
+    outputs = [_outputs(model.get_submodule(n)) // unit.layout.fused for n in unit.inner]
+    if unit.layout not in _ATTENTIONS:
+        return outputs
+    holder = model.get_submodule(unit.inner[0].rpartition(".")[0])
+    for name in ("head_dim", "attention_head_size"):
+        if isinstance(size := getattr(holder, name, None), int):
+            return [n // size for n in outputs]
+    for name in ("num_heads", "num_attention_heads"):
+        if isinstance(heads := getattr(holder, name, None), int):
+            return [n // (outputs[0] // heads) for n in outputs]
+    raise ExportError(
+        f"{called(unit.name, holder)} whose number of heads is not known; give it an attribute "
+        "num_heads or head_dim"
+    )
+
+
+def _divide(model: SplitModel, units: list[_Unit], bases: int) -> SplitModel:
+    """A copy of the model with the leading ``1 / bases`` of its heads and hidden units."""
+    result = copy.deepcopy(model)
+    for unit in units:
+        for name in unit.inner:
+            layer = result.get_submodule(name)
+            rows = torch.arange(_outputs(layer)).reshape(unit.layout.fused, -1)
+            kept = rows[:, : rows.shape[1] // bases].flatten()
+            _keep(layer, kept, 1 if _is_transposed(layer) else 0)
+        outer = result.get_submodule(unit.outer)
+        _keep(outer, torch.arange(_fan_in(outer) // bases), 0 if _is_transposed(outer) else 1)
+        holder = result.get_submodule(unit.inner[0].rpartition(".")[0])
+        for name in _COUNTS if unit.layout in _ATTENTIONS else ():
+            if isinstance(count := getattr(holder, name, None), int):
+                setattr(holder, name, count // bases)
+    return result
+
+
+def _keep(layer: nn.Module, kept: Tensor, axis: int) -> None:
+    """Reduce a linear layer in place to the outputs, or inputs, with the indices ``kept``."""
+    outputs = axis == (1 if _is_transposed(layer) else 0)
+    for name, p in list(layer.named_parameters(recurse=False)):
+        if name == "weight" or outputs:
+            part = p.detach().index_select(min(axis, p.dim() - 1), kept.to(p.device))
+            setattr(layer, name, nn.Parameter(part, p.requires_grad))
+    sizes = ("nf", "nx") if _is_transposed(layer) else ("out_features", "in_features")
+    setattr(layer, sizes[0 if outputs else 1], len(kept))
+
+
+def _check(model: SplitModel, units: list[_Unit], bases: int, example: Tensor) -> None:
+    """Compare a base with the wide model whose other heads and units are zero, at random weights.
+
+    Both compute in float32: some layers of transformers do so for inputs of any dtype.
+    """
+    wide = copy.deepcopy(model).cpu().float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in wide.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel(), 1) ** 0.5)
+        for unit in units:
+            outer = wide.get_submodule(unit.outer)
+            weight = outer.get_parameter("weight")
+            inputs = weight if _is_transposed(outer) else weight.t()
+            inputs[len(inputs) // bases :] = 0
+        base = _divide(wide, units, bases)
+        advice = "its code must not hold sizes that are divided"
+        x = example[:2].detach().cpu()
+        wanted = answers_of(wide, x, "on the example", "give some inputs as devices have them")
+        found = answers_of(base, x, f"with 1/{bases} of the heads and hidden units", advice)
+    for want, got in zip(wanted, found, strict=True):
+        if want.shape != got.shape or (want - got).abs().max() > 1e-3 * want.abs().max():
+            raise ExportError(
+                f"with 1/{bases} of the heads and hidden units the model does not give what it "
+                "gives when all others are zero: its code mixes heads or hidden units, or holds "
+                "their number; " + _SUPPORTED
+            )

@@ -1,0 +1,1 @@
+"""Bundles: tiers, the writer, and inference with 8-bit weights."""

@@ -1,0 +1,398 @@
+"""Writes bundles: one per tier, content-addressed, completely or not at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+
+from edge_sdk.bundle.index import BundleIndex, TierEntry
+from edge_sdk.bundle.manifest import Constants, Graph, Manifest
+from edge_sdk.bundle.signing import PrivateKey, sign
+from edge_sdk.bundle.store import BlobStore
+from edge_sdk.files import check_file_names
+from edge_sdk.protocol.frames import pack_tensors
+from edge_sdk.protocol.tensors import DTYPES, TensorSpec
+from edge_sdk.training.learner import Precision
+from export.adapters_lora.lora import lower_ranks
+from export.bases.exported import WholeBases, save_bases
+from export.bundles.quantized import (
+    INT8,
+    Comparison,
+    LossCheck,
+    compare,
+    predict_int8,
+    quantize_matrices,
+    verify_int8,
+)
+from export.cutting.checks import check_parameters, check_sharing, check_stages
+from export.cutting.input_ranges import InputRanges, check_classes, find_ranges
+from export.cutting.split_model import WEIGHTS, ClientSegment, SplitModel, modes_kept
+from export.errors import ExportError
+from export.lowering.culprit import find_culprit
+from export.lowering.graph_files import Lowered, RuntimeName, lower
+from export.lowering.onnx import Place
+from export.lowering.verify import verify
+from export.out_folder import check_out, folder_for, put
+from export.packing.codecs import get_codec
+from export.steps.client_steps import ClientSteps
+from export.steps.graph_set import all_steps
+from export.steps.optimizers import get_optimizer
+from export.tensor_names import layer_of
+
+_ANY = InputRanges()
+
+Progress = Callable[[str], None]
+
+Compared = Callable[[str, Comparison], None]
+"""Receives the name of a tier and the comparison of its int8 graph with float32."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Settings of the export for a class of devices.
+
+    Attributes:
+        cut: cut layer: number of blocks on the devices.
+        codec: codec of the activations, ``int8`` or ``fp16``.
+        runtime: runtime of the step graphs, ``onnx`` or ``executorch``; or ``torch`` in a
+            simulation, where nothing is lowered (:class:`export.steps.torch_runtime.TorchRuntime`).
+        batch: largest batch, for which ExecuTorch plans its memory; ONNX Runtime takes any batch.
+        precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.bundles.quantized`.
+        returned: the hub returns gradients: adds the graphs ``activate`` and ``backward``.
+        u_shaped: the devices hold the model's head, so that labels stay on them: adds the graph
+            ``finish``; needs ``returned``.
+        fused: returned gradients are fused with those of the heads: adds the graphs ``activate``
+            and ``fuse``.
+        distill: weight of the distillation between heads, in ``train`` and ``fuse``.
+        cut_rank: rank of the adapters in the last block before the cut, as in SplitFT
+            (https://arxiv.org/abs/2604.26388); None for the rank of all blocks.
+        bases: number of base networks, of which the model is one, as in Split-Mix
+            (https://arxiv.org/abs/2203.09747): adds the graphs ``mix_N``; 0 for an ordinary model.
+        adversarial: the devices also train on adversarial examples: adds the graphs ``attack``
+            and ``harden``.
+    """
+
+    cut: int
+    codec: str = "int8"
+    runtime: RuntimeName = "onnx"
+    batch: int = 32
+    precision: Precision = "float32"
+    returned: bool = False
+    u_shaped: bool = False
+    fused: bool = False
+    distill: float = 0.0
+    cut_rank: int | None = None
+    bases: int = 0
+    adversarial: bool = False
+
+
+def export_bundles(
+    model: SplitModel,
+    tiers: Mapping[str, Tier],
+    out: str | Path,
+    *,
+    example: Tensor,
+    classes: int,
+    optimizer: str = "sgd",
+    model_path: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    key: PrivateKey | None = None,
+    overwrite: bool = False,
+    int8: LossCheck | None = None,
+    compared: Compared = lambda tier, comparison: None,
+    verified: bool = True,
+    bases: WholeBases | None = None,
+    progress: Progress = lambda line: None,
+) -> BundleIndex:
+    """Export one bundle per tier, with an auxiliary head at every tier's cut.
+
+    Every step graph is first run in its runtime and compared with eager PyTorch. The folder
+    appears only when everything is written. The same model gives the same bytes.
+
+    Args:
+        model: model to export; missing auxiliary heads are added to it.
+        tiers: settings by name of the tier.
+        out: folder to write.
+        example: inputs (batch, ...) like those on the devices, at least 2 rows.
+        classes: number of logits of the model's head; for a model of tokens the size of its
+            vocabulary.
+        optimizer: ``sgd`` or ``adamw``, in the training graphs.
+        model_path: source of the model for the hub, see
+            :func:`export.bundles.model_source.build_model`.
+        extra: further entries of the index, see :func:`export.bundles.model_source.model_of`.
+        key: private key that signs the bundles.
+        overwrite: whether an earlier export in ``out`` is replaced.
+        int8: limit for the loss of int8 graphs, and the examples on which it is measured; needed
+            if a tier has the precision ``int8``.
+        compared: receives the comparison of each int8 graph with float32.
+        verified: whether graphs are compared with eager PyTorch; only simulations skip this.
+        bases: base networks to export. ``model`` is then ``bases.hub``, and tiers that are cut
+            behind its last block get ``bases.whole``.
+        progress: receives a line per stage of the export.
+
+    Returns:
+        Index of the written bundles.
+
+    Raises:
+        ExportError: a cut is outside the model, a module has no exact translation, a graph differs
+            from eager PyTorch, an int8 graph loses too much, or ``out`` exists. Nothing is
+            written.
+        ConfigError: a name of a tier cannot be part of a file name everywhere.
+        DataError: the examples do not fit the model. Nothing is written.
+    """
+    out = Path(out)
+    if not tiers:
+        raise ExportError("there are no tiers to export for")
+    check_file_names(tiers, "tier")
+    check_out(out, overwrite)
+    if len(example) < 2:
+        raise ExportError("the example needs at least 2 rows, to see what inputs look like")
+    if str(example.dtype).removeprefix("torch.") not in DTYPES:
+        raise ExportError(f"the example is {example.dtype}; inputs are one of {', '.join(DTYPES)}")
+    model = model.cpu()
+    for tier in tiers.values():
+        model.check_cut(tier.cut)
+        get_codec(tier.codec)
+        if tier.runtime not in get_args(RuntimeName):
+            known = ", ".join(get_args(RuntimeName))
+            raise ExportError(f"unknown runtime {tier.runtime!r}; there are {known}")
+    _check_precisions(tiers, int8)
+    get_optimizer(optimizer)
+    check_stages(model, max(tier.cut for tier in tiers.values()), example)
+    for tier in tiers.values():
+        check_sharing(model, tier.cut)
+    check_classes(model, example, classes)
+    ranges = find_ranges(model, example)
+    if bases is None:
+        model.add_heads([tier.cut for tier in tiers.values()], example, classes)
+    with folder_for(out) as folder, modes_kept(model):
+        blobs = BlobStore(folder / "blobs")
+        entries = {}
+        written: dict[Tier, Manifest] = {}  # tiers with equal settings share their graphs
+        for name, tier in tiers.items():
+            if tier not in written:
+                whole = bases is not None and tier.cut == model.depth - 1
+                segment = segment_of(bases.whole if bases is not None and whole else model, tier)
+                check_parameters(segment, example)
+                steps = make_steps(segment, tier, example, classes, optimizer, ranges)
+                if int8 is not None and tier.precision == "int8":
+                    steps.ranges.fit(int8.examples.x, int8.examples.y)
+                written[tier] = write_tier(
+                    steps, name, tier, blobs, example, progress, verified=verified
+                )
+            manifest = replace(written[tier], tier=name)
+            if int8 is not None and tier.precision == "int8":
+                progress(f"{name}: cut {tier.cut}, comparing int8 with float32")
+                comparison = compare(manifest, blobs.read, int8.examples)
+                compared(name, comparison)
+                int8.judge(name, comparison)
+            data = manifest.to_bytes() if key is None else sign(manifest.to_bytes(), key)
+            entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(data))
+        model.save(folder / WEIGHTS)
+        if bases is not None:
+            save_bases(bases.states, folder)
+        index = BundleIndex(folder, model_path, classes, optimizer, entries, dict(extra or {}))
+        index.write()
+        put(folder, out)
+    return replace(index, folder=out)
+
+
+def _check_precisions(tiers: Mapping[str, Tier], int8: LossCheck | None) -> None:
+    for name, tier in tiers.items():
+        if tier.precision not in get_args(Precision):
+            known = ", ".join(get_args(Precision))
+            raise ExportError(f"unknown precision {tier.precision!r}; there are {known}")
+        if tier.precision == "int8" and int8 is None:
+            raise ExportError(
+                f"tier {name!r} has the precision int8: give examples to compare it with float32 "
+                "on, --data FILE.npz with x and y"
+            )
+        if tier.precision == "int8" and tier.runtime == "torch":
+            raise ExportError(
+                f"tier {name!r} has the precision int8 and the runtime torch, which runs float32 "
+                "only; export it for onnx or executorch"
+            )
+    if int8 is not None and all(tier.precision != "int8" for tier in tiers.values()):
+        raise ExportError(
+            "there is nothing to compare on these examples: no tier has the precision int8; set "
+            'precision = "int8" or leave out --data'
+        )
+
+
+def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:
+    """The client segment of a tier.
+
+    With ``cut_rank`` it is a segment of a copy of the model, which shares the frozen parameters.
+
+    Raises:
+        ExportError: the cut is outside the model, or the rank does not fit it.
+    """
+    if tier.cut_rank is not None:
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        model = copy.deepcopy(model, dict(frozen))
+        lower_ranks(model, {tier.cut - 1: tier.cut_rank})
+    return ClientSegment(model, tier.cut, u_shaped=tier.u_shaped)
+
+
+def make_steps(
+    segment: ClientSegment,
+    tier: Tier,
+    example: Tensor,
+    classes: int,
+    optimizer: str,
+    ranges: InputRanges = _ANY,
+) -> ClientSteps:
+    """The steps of a tier, with the limits of its runtime and of the model."""
+    limits = {} if ranges.longest is None else {"seq": ranges.longest}
+    if tier.runtime == "executorch":
+        limits["batch"] = tier.batch
+        if not example.is_floating_point() and example.dim() == 2:
+            limits["seq"] = example.shape[1]
+    return ClientSteps(
+        segment,
+        get_optimizer(optimizer),
+        get_codec(tier.codec),
+        example,
+        classes,
+        limits,
+        returned=tier.returned,
+        fused=tier.fused,
+        distill=tier.distill,
+        bases=tier.bases,
+        adversarial=tier.adversarial,
+        highest=ranges.highest,
+    )
+
+
+def write_tier(
+    steps: ClientSteps,
+    name: str,
+    tier: Tier,
+    blobs: BlobStore,
+    example: Tensor,
+    progress: Progress,
+    *,
+    verified: bool = True,
+) -> Manifest:
+    """Lower the steps of a tier, verify every graph and write the blobs.
+
+    Args:
+        steps: steps of the tier.
+        name: name of the tier.
+        tier: settings of the export.
+        blobs: store to write to.
+        example: inputs (batch, ...) like those on the devices.
+        progress: receives a line per stage.
+        verified: whether graphs are compared with eager PyTorch; bundles that are only measured
+            skip this.
+
+    Returns:
+        Manifest of the bundle, not signed.
+
+    Raises:
+        ExportError: a graph cannot be lowered, or differs from eager PyTorch.
+    """
+    sizes: dict[str, int] = {}
+
+    def store(data: bytes) -> str:
+        blob = blobs.write(data)
+        sizes[blob] = len(data)
+        return blob
+
+    constants: list[Constants] = []
+    places: dict[str, Place] = {}
+    if tier.runtime == "onnx":  # a .pte file contains its constants
+        constants, places = _store_constants(steps, store)
+    found = all_steps(steps)
+    progress(f"{name}: cut {tier.cut}, {tier.runtime}")
+    lowered = _lower(steps, tier, places, example)
+    for step in found if verified else ():
+        progress(f"{name}: cut {tier.cut}, checking {step.name} against PyTorch")
+        verify(steps, step, lowered.run, example)
+    graphs = {
+        step.name: Graph(
+            store(lowered.files[step.name]),
+            step.inputs,
+            step.outputs,
+            lowered.constants[step.name],
+        )
+        for step in found
+    }
+    if tier.precision == "int8":
+        progress(f"{name}: cut {tier.cut}, {INT8}")
+        graphs[INT8] = _int8_graph(steps, tier, store, example)
+    initial = store(pack_tensors({n: t.contiguous().numpy() for n, t in steps.initial.items()}))
+    return Manifest(
+        tier=name,
+        cut=tier.cut,
+        runtime=tier.runtime,
+        task=steps.segment.task,
+        classes=steps.classes,
+        limits=steps.limits,
+        heads=tuple(steps.segment.heads),
+        optimizer=steps.optimizer.name,
+        codec=tier.codec,
+        packed=steps.packed,
+        state=steps.state,
+        graphs=graphs,
+        initial_state=initial,
+        constants=tuple(constants),
+        blobs=sizes,
+        bases=tier.bases,
+        whole=steps.segment.whole,
+        highest=steps.highest,
+    )
+
+
+def _int8_graph(
+    steps: ClientSteps, tier: Tier, store: Callable[[bytes], str], example: Tensor
+) -> Graph:
+    """Lower and verify ``predict_int8``, whose file refers to no constants."""
+    matrices = quantize_matrices(steps, tier.runtime)
+    step = predict_int8(steps, matrices)
+    lowered = lower(tier.runtime, [step], {})
+    verify_int8(steps, matrices, step, lowered.run, example)
+    return Graph(store(lowered.files[INT8]), step.inputs, step.outputs)
+
+
+_SMALLEST = 1024
+"""Smallest size in bytes of a constant that is stored outside of the graphs."""
+
+_ALIGNMENT = 64
+
+
+def _store_constants(
+    steps: ClientSteps, store: Callable[[bytes], str]
+) -> tuple[list[Constants], dict[str, Place]]:
+    """Store the frozen tensors, one blob per layer, so that tiers share the blobs of layers."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in steps.constants.items():
+        if tensor.nbytes >= _SMALLEST and str(tensor.dtype).removeprefix("torch.") in DTYPES:
+            layers.setdefault(layer_of(name), {})[name] = tensor
+    constants, places = [], {}
+    for tensors in layers.values():
+        data, specs, offsets = bytearray(), [], []
+        for name, tensor in tensors.items():
+            data += bytes(-len(data) % _ALIGNMENT)
+            offsets.append(len(data))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
+            data += tensor.contiguous().numpy().tobytes()
+        blob = store(bytes(data))
+        constants.append(Constants(blob, tuple(specs), tuple(offsets)))
+        for spec, offset in zip(specs, offsets, strict=True):
+            places[spec.name] = Place(blob, offset, spec.nbytes())
+    return constants, places
+
+
+def _lower(steps: ClientSteps, tier: Tier, places: Mapping[str, Place], example: Tensor) -> Lowered:
+    try:
+        return lower(tier.runtime, all_steps(steps), places)
+    except ExportError as error:
+        culprit = find_culprit(steps.segment, example, lambda s: lower(tier.runtime, [s], {}))
+        raise ExportError(f"{culprit or 'the training step'}: {error}") from error

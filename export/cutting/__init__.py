@@ -1,0 +1,1 @@
+"""From a PyTorch module to stem, blocks and head, and to the segment of a device."""

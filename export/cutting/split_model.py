@@ -1,0 +1,336 @@
+"""SplitModel, a model of stem, blocks and head, and ClientSegment, its part on a device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from edge_sdk.errors import BundleError
+from export.cutting.heads import AuxiliaryHead, TokenHead, grid_and_width, grid_of
+from export.errors import ExportError
+from export.tensor_files import save_tensors
+
+Task = Literal["classes", "tokens"]
+"""Kind of the labels: the class of an example, or the token at each position of a text."""
+
+
+WEIGHTS = "model.safetensors"
+"""File of the model's weights in a folder of bundles."""
+
+
+class SplitModel(nn.Module):
+    """A model that can be cut between any two of its blocks.
+
+    With cut layer ``k`` a device holds the stem and blocks ``0..k-1``; the hub holds blocks
+    ``k..N-1`` and the head. The auxiliary head at depth ``k`` reads the output of block ``k-1``.
+    Tensors are named by layer: ``stem.*``, ``block.3.*``, ``aux.2.*``, ``head.*``.
+
+    Args:
+        stem: module before the first block. For ``tokens`` its ``embedding`` is the
+            ``nn.Embedding`` of the tokens.
+        blocks: the blocks, in order; each takes one tensor and returns one.
+        head: module from the output of the last block to logits: (batch, classes), or (batch,
+            positions, vocabulary) for ``tokens``.
+        task: kind of the labels.
+        channels_first: whether activations of three dimensions are (batch, channels, length), as
+            after a Conv1d, instead of (batch, positions, channels).
+
+    Raises:
+        ExportError: there are fewer than 2 blocks, the task is unknown, or the stem of a model of
+            tokens has no ``embedding``.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        head: nn.Module,
+        task: Task = "classes",
+        *,
+        channels_first: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(blocks) < 2:
+            raise ExportError(f"a model needs at least 2 blocks to be cut, this has {len(blocks)}")
+        if task not in get_args(Task):
+            raise ExportError(f"unknown task {task!r}; there are {', '.join(get_args(Task))}")
+        if task == "tokens" and not isinstance(getattr(stem, "embedding", None), nn.Embedding):
+            raise ExportError("a model of tokens needs a stem whose .embedding is an nn.Embedding")
+        self.stem = stem
+        self.block = nn.ModuleList(blocks)
+        self.aux = nn.ModuleDict()
+        self.head = head
+        self.task = task
+        self.channels_first = channels_first
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.block)
+
+    @property
+    def head_depths(self) -> list[int]:
+        """Depths of the auxiliary heads, shallowest first."""
+        return sorted(int(depth) for depth in self.aux)
+
+    def check_cut(self, cut: int) -> None:
+        """Raise :class:`ExportError` unless both sides of ``cut`` hold at least one block."""
+        if not 1 <= cut < self.depth:
+            raise ExportError(
+                f"cut {cut} is outside the model: it has {self.depth} blocks, "
+                f"so a cut is from 1 to {self.depth - 1}"
+            )
+
+    def add_heads(self, cuts: Iterable[int], example: Tensor, classes: int) -> None:
+        """Add an auxiliary head at every cut that has none yet, initialised from a fixed seed.
+
+        Args:
+            cuts: depths of the heads.
+            example: inputs (batch, ...), from which the width at each depth is found.
+            classes: number of classes; for ``tokens`` the size of the vocabulary.
+
+        Raises:
+            ExportError: a cut is outside the model, or ``classes`` or the width at a cut does not
+                fit the stem's table (``tokens``).
+        """
+        for cut in sorted(set(cuts)):
+            self.check_cut(cut)
+            if str(cut) not in self.aux:
+                with torch.no_grad(), evaluating(self):
+                    h = self.segment(example, cut)
+                width = h.shape[channel_axis(h, self.channels_first)]
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(cut)  # so that the same model gives the same bundles
+                    self.aux[str(cut)] = self._head(width, classes, grid_of(h))
+
+    def _head(self, width: int, classes: int, grid: int) -> nn.Module:
+        if self.task == "classes":
+            return AuxiliaryHead(width, classes, self.channels_first, grid)
+        table = self.stem.embedding
+        assert isinstance(table, nn.Embedding)
+        if (classes, width) != (table.num_embeddings, table.embedding_dim):
+            raise ExportError(
+                f"the head of a model of tokens reads the stem's table ({table.num_embeddings} x "
+                f"{table.embedding_dim}); it cannot give {classes} tokens from a width of {width}"
+            )
+        return TokenHead(width)
+
+    def answer(self, depth: int, h: Tensor) -> Tensor:
+        """Logits of the auxiliary head at ``depth`` from the activations at that depth."""
+        return answer(self.aux[str(depth)], self.stem, h)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that devices and hub exchange, by name.
+
+        These are the trained parameters and the running statistics of batch norms.
+        """
+        parameters = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        return parameters | statistics(self)
+
+    def segment(self, x: Tensor, cut: int) -> Tensor:
+        """Activations at ``cut``: the output of the stem and blocks ``0..cut-1``."""
+        h: Tensor = self.stem(x)
+        for block in self.block[:cut]:
+            h = block(h)
+        return h
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features: the output of the last block, in evaluation mode."""
+        with evaluating(self):
+            return self.segment(x, self.depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the model's head: (batch, classes), or (batch, positions, vocabulary)."""
+        logits: Tensor = self.head(self.segment(x, self.depth))
+        return logits
+
+    def client_layers(self, cut: int) -> list[str]:
+        """Names of the layers on a device with this cut, its auxiliary heads included."""
+        heads = [f"aux.{depth}" for depth in self.head_depths if depth <= cut]
+        return ["stem", *(f"block.{i}" for i in range(cut)), *heads]
+
+    def layers(self) -> list[str]:
+        """Names of all layers."""
+        return [*self.client_layers(self.depth), "head"]
+
+    def save(self, path: Path) -> None:
+        """Write the weights as safetensors, auxiliary heads included.
+
+        Raises:
+            ExportError: the file cannot be written.
+        """
+        save_tensors({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, path)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; tied tensors appear under their first name only."""
+        first: dict[int, str] = {}
+        state = self.state_dict(keep_vars=True)
+        return {n: t for n, t in state.items() if first.setdefault(id(t), n) == n}
+
+    def load(self, path: Path) -> None:
+        """Read weights written by :meth:`save`; adds auxiliary heads that only the file has.
+
+        Raises:
+            BundleError: the file cannot be read, or its tensors do not fit the model.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            with open(path, "rb"):  # safetensors calls every failure a missing file
+                pass
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise BundleError(f"cannot read the weights {path}: {error}") from error
+        for name in tensors:
+            head = re.fullmatch(r"aux\.([1-9]\d*)\.norm\.weight", name)
+            if head and head[1] not in self.aux:
+                self._add_head_like(head[1], tensors)
+        own = self.tensors()
+        wrong = [
+            f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing in the file'}"
+            f" against {tuple(own[name].shape) if name in own else 'nothing in the model'}"
+            for name in sorted(own.keys() | tensors.keys())
+            if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+        ]
+        if wrong:
+            raise BundleError(f"{path} does not fit the model: {'; '.join(wrong[:3])}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    def _add_head_like(self, depth: str, tensors: dict[str, Tensor]) -> None:
+        """Add a head of the size that the tensors of a file have."""
+        if self.task == "tokens":
+            self.aux[depth] = TokenHead(len(tensors[f"aux.{depth}.norm.weight"]))
+        elif {f"aux.{depth}.hidden.weight", f"aux.{depth}.out.bias"} <= tensors.keys():
+            hidden, inputs = tensors[f"aux.{depth}.hidden.weight"].shape
+            grid, width = grid_and_width(inputs, hidden)
+            classes = len(tensors[f"aux.{depth}.out.bias"])
+            self.aux[depth] = AuxiliaryHead(width, classes, self.channels_first, grid)
+
+
+class ClientSegment(nn.Module):
+    """The client segment at a cut: the stem, the first blocks, and the heads up to the cut.
+
+    It shares the parameters of the :class:`SplitModel`, and their names.
+
+    Args:
+        model: model to cut.
+        cut: cut layer.
+        u_shaped: whether the device also holds the model's head, so that labels stay on it.
+
+    Raises:
+        ExportError: the cut is outside the model, or there is no auxiliary head up to it.
+    """
+
+    def __init__(self, model: SplitModel, cut: int, *, u_shaped: bool = False) -> None:
+        super().__init__()
+        model.check_cut(cut)
+        self.cut = cut
+        self.whole = isinstance(model.head, NoHead) and cut == model.depth - 1
+        """Whether all blocks are on the device, so that the hub computes nothing."""
+        self.task = model.task
+        self.stem = model.stem
+        self.block = model.block[:cut]
+        self.aux = nn.ModuleDict({str(d): model.aux[str(d)] for d in model.head_depths if d <= cut})
+        self.channels_first = model.channels_first
+        self.features: Callable[[Tensor], Tensor] | None = None
+        """Maps inputs to features; None if the device does not hold the model's head."""
+        if u_shaped:
+            self.head = model.head
+            self.features = model.features
+        if not self.aux:
+            raise ExportError(f"there is no auxiliary head at or before cut {cut}; add one")
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of the auxiliary heads, shallowest first."""
+        return [f"aux.{depth}" for depth in sorted(map(int, self.aux))]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations at the cut, and logits (heads, batch, classes).
+
+        For ``tokens`` logits are (heads, batch, positions, vocabulary).
+        """
+        h = self.stem(x)
+        read = []
+        for depth, block in enumerate(self.block, start=1):
+            h = block(h)
+            if str(depth) in self.aux:
+                read.append((self.aux[str(depth)], h))
+        # heads run last: so dropouts of the blocks draw the same masks without them
+        return h, torch.stack([answer(head, self.stem, at) for head, at in read])
+
+
+class NoHead(nn.Module):
+    """Placeholder for the head of a model that answers with its last auxiliary head."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return ``h``."""
+        return h
+
+
+def answer(head: nn.Module, stem: nn.Module, h: Tensor) -> Tensor:
+    """Logits of an auxiliary head; a head for tokens also reads the stem's token table."""
+    tables = (stem.embedding.weight,) if isinstance(head, TokenHead) else ()  # type: ignore[union-attr]
+    logits: Tensor = head(h, *tables)
+    return logits
+
+
+def statistics(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Running statistics of the batch norms in a module, by name.
+
+    Args:
+        module: module to search.
+        prefix: prefix of the names.
+    """
+    return {
+        f"{name}.{key}" if name else key: getattr(norm, key)
+        for name, norm in module.named_modules(prefix=prefix)
+        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.track_running_stats
+        for key in ("running_mean", "running_var")
+    }
+
+
+def channel_axis(h: Tensor, channels_first: bool = False) -> int:
+    """Axis of the channels: 1 for (B, C) and (B, C, H, W), 2 for (B, T, C).
+
+    Args:
+        h: activations.
+        channels_first: whether three dimensions are (B, C, L), whose channels are axis 1.
+
+    Raises:
+        ExportError: the activations do not have 2, 3 or 4 dimensions.
+    """
+    if h.dim() not in (2, 3, 4):
+        raise ExportError(
+            f"activations of shape {list(h.shape)} at a cut; they must be (batch, channels), "
+            "(batch, positions, channels) or (batch, channels, height, width)"
+        )
+    return 2 if h.dim() == 3 and not channels_first else 1
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the mode of every module, training or evaluation, at the end of the block."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode inside the block, and restore the mode of every module."""
+    with modes_kept(model):
+        model.eval()
+        yield

@@ -1,0 +1,87 @@
+"""Finds the module that makes the export of a segment fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from edge_sdk.bundle.manifest import Port
+from edge_sdk.protocol.tensors import TensorSpec
+from export.cutting.calls import called, copied_buffers, recorded
+from export.cutting.split_model import ClientSegment
+from export.errors import ExportError
+from export.steps.client_steps import Step
+
+
+def find_culprit(
+    segment: ClientSegment, example: Tensor, lower: Callable[[Step], object]
+) -> str | None:
+    """The first module whose training step cannot be lowered alone, as ``block.2.pool is a Pool``.
+
+    Modules are tried in the order in which their calls return, so inner modules come first.
+
+    Args:
+        segment: segment whose export failed.
+        example: inputs (batch, ...) of the segment.
+        lower: lowers a step, or raises :class:`ExportError`.
+
+    Returns:
+        Name and class of the module; None if every module can be lowered alone.
+    """
+    with torch.no_grad(), recorded(segment) as calls:
+        functional_call(segment, copied_buffers(segment), (example,))
+    for name in calls.finished:
+        module, arguments = calls.entered[name]
+        if name:
+            try:
+                lower(_alone(module, arguments, len(example)))
+            except ExportError:
+                return called(name, module)
+    return None
+
+
+def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) -> Step:
+    """A step that runs one module forward and backward on inputs like its recorded arguments."""
+    leaves, layout = tree_flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    parameters = dict(module.named_parameters())
+
+    def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        tensors = tuple(
+            t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors
+        )
+        given = list(leaves)
+        for place, tensor in zip(places, tensors[len(parameters) :], strict=True):
+            given[place] = tensor
+        args, kwargs = tree_unflatten(given, layout)
+        result = functional_call(
+            module, dict(zip(parameters, tensors, strict=False)), tuple(args), kwargs
+        )
+        results = [
+            torch.view_as_real(t) if t.is_complex() else t
+            for t in tree_flatten(result)[0]
+            if isinstance(t, Tensor)
+        ]
+        loss = torch.stack([(t * t).sum() for t in results]).sum()
+        wanted = [t for t in tensors if t.requires_grad]
+        if not loss.requires_grad or not wanted:
+            return (loss,)
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        return (loss.detach(), *(g for g in gradients if g is not None))
+
+    def port(number: int, tensor: Tensor, shape: tuple[int | str, ...]) -> Port:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return Port(TensorSpec(f"t{number}", dtype, shape), "batch")
+
+    inputs = [port(i, p, tuple(p.shape)) for i, p in enumerate(parameters.values())]
+    for place in places:
+        leaf = leaves[place]
+        batched = leaf.dim() > 0 and leaf.shape[0] == rows
+        shape = ("batch", *leaf.shape[1:]) if batched else tuple(leaf.shape)
+        inputs.append(port(len(inputs), leaf, shape))
+    return Step("module", function, tuple(inputs), ())

@@ -1,0 +1,1 @@
+"""Codecs of activations as graph operations, and their inverse for the hub."""

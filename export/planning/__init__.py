@@ -1,0 +1,1 @@
+"""The cost of every cut on devices and links."""
