@@ -72,9 +72,10 @@ def ordered_dropout(model: SplitModel, widths: Sequence[float], example: Tensor)
 
     In training mode with a :class:`~export.cutting.seeded_random.SeededDropout`, each step
     draws one width for all layers, and the outputs of convolutions, linear layers and norms beyond
-    it are zero. A LayerNorm is computed over the remaining channels. So loss and gradients are those of
-    :func:`narrow` at this width, and the gradients beyond it are zero. Only the running statistics
-    of remaining channels are updated. In evaluation mode, and without a seed, nothing is dropped.
+    it are zero. A LayerNorm is computed over the remaining channels. So loss and gradients are
+    those of :func:`narrow` at this width, and the gradients beyond it are zero. Only the running
+    statistics of remaining channels are updated. In evaluation mode, and without a seed, nothing is
+    dropped.
 
     Weight decay and momentum still change weights whose gradient is zero, as in every
     implementation with masks. A step takes as long as at full width. The model gets forward hooks
