@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from export.bases.dual_norms import DualNorm, is_norm, with_dual_norms
-from export.bases.narrow import answers_of, called, find_layers, narrow
+from export.bases.narrow import CONVOLUTIONS, answers_of, called, find_layers, narrow
 from export.cutting.heads import TokenHead
 from export.cutting.pretrained import TransformersModel
-from export.cutting.seeded_random import CONVOLUTIONS
 from export.cutting.split_model import SplitModel
 from export.errors import ExportError
 from export.tensor_names import is_statistic
