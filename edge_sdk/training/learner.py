@@ -209,10 +209,9 @@ class Learner:
         seeded = any(port.role == "seed" for port in self.manifest.graphs["train"].inputs)
         size = min(plan.batch_size, self.manifest.limits.get("batch", plan.batch_size))
         present = self._present(data, plan)
-        trains = (
-            self.manifest.adversarial_graph if plan.hyper.get("robustness") else None
-        ) or "train"
-        attack = None if trains == "train" else Attack.of(plan.hyper)
+        adversarial = self.manifest.adversarial_graph if plan.hyper.get("robustness") else None
+        attack = None if adversarial is None else Attack.of(plan.hyper)
+        graph = adversarial or "train"
         if plan.activations is ActivationMode.FORWARD:
             for number, batch in enumerate(self._batches(data, size, plan, rng)):
                 parts = runtime.run("forward", {"x": batch.x})
