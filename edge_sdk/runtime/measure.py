@@ -72,7 +72,7 @@ def graphs_of_a_step(known: Collection[str]) -> tuple[str, ...]:
         ("activate", "finish", "backward"),
         ("activate", "fuse"),
         ("activate", "backward"),
-        (*["attack"] * _ATTACK, "harden"),
+        (*["attack"] * _ATTACK, "adversarial_train"),
     )
     return next((kind for kind in kinds if set(kind) <= set(known)), ("train",))
 

@@ -181,7 +181,7 @@ def sent(manifest: Manifest, length: int, batch: int = 4) -> float:
     if manifest.whole:
         return 0
     parts = list(manifest.packed) + list(manifest.features)
-    times = 2 if "harden" in manifest.graphs else 1
+    times = 2 if "adversarial_train" in manifest.graphs else 1
     total = sum(spec.nbytes(batch=batch, seq=length) for spec in parts)
     return times * total / (batch * length)
 
@@ -195,7 +195,10 @@ def test_the_graphs_of_a_step() -> None:
         ("activate", "fuse"): ("activate", "fuse"),
         ("activate", "fuse", "backward"): ("activate", "fuse"),
         ("finish", "activate", "backward"): ("activate", "finish", "backward"),
-        ("attack", "harden", "mix_1"): (*["attack"] * Attack().steps, "harden"),
+        ("attack", "adversarial_train", "mix_1"): (
+            *["attack"] * Attack().steps,
+            "adversarial_train",
+        ),
     }
     for added, wanted in cases.items():
         assert graphs_of_a_step({*base, *added}) == wanted

@@ -20,6 +20,7 @@ from export.packing.codecs import get_codec
 from export.planning.flops import flops_per_row
 from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
+from export.steps.train import train
 from server_hub.aggregation.nested import Nested
 from server_hub.methods.baselines.ordered_dropout import ordered_dropout
 from server_hub.methods.baselines.widths import widths_within
@@ -78,7 +79,7 @@ def _budgets(fleet: Fleet) -> dict[str, float]:
             fleet.example,
             fleet.classes,
         )
-        budgets[name] = flops_per_row(steps.train())
+        budgets[name] = flops_per_row(train(steps))
     return budgets
 
 
