@@ -35,7 +35,9 @@ def plan(
 ) -> None:
     """Measure the cost of every cut of a model, and find the deepest cut for each tier.
 
-    The training step of each cut is lowered and run, which takes seconds to a minute per cut.
+    For each cut it writes the bundle that cutlayer export would write with the same tiers.toml,
+    without comparing it with PyTorch, and runs its training step. This takes seconds to a minute
+    per cut. Tiers without a cut get the deepest one within memory_mb and max_epoch_s.
     """
     settings = TiersConfig.read(tiers)
     wanted = None if cuts is None else parse_cuts(cuts)
@@ -46,7 +48,7 @@ def plan(
     from export.bundles.model_source import build_model
     from export.planning.picture import draw
     from export.planning.planner import Planner
-    from export.planning.table import cuts_table, steps_table, tiers_table
+    from export.planning.table import cuts_table, failures, steps_table, tiers_table
 
     columns = (
         SpinnerColumn(),
@@ -72,6 +74,8 @@ def plan(
         return
     console = Console(highlight=False, markup=False)
     console.print(cuts_table(result))
+    for line in failures(result):
+        console.print(line, soft_wrap=True)
     console.print(steps_table(result))
     console.print(tiers_table(result))
     if picture is not None:

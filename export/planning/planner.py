@@ -185,14 +185,16 @@ class Planner:
 
     def _judge(self, name: str, cut: int | None, reason: str, heads: Iterable[int]) -> Choice:
         """Judge whether a settled cut, with all settled heads, is within the tier's limits."""
-        given = self.settings.tiers[name].cut is not None
+        table = self.settings.tiers[name]
+        given = table.cut is not None
         if cut is None:
             return Choice(None, given, False, f"can carry no cut: {reason}", None)
         cost = self.cost(self.settings.at(name, cut), heads)
         problem = self._shortfall(name, cut, heads)
         if problem is not None:
             return Choice(cut, given, False, f"over its limits: cut {cut} {problem}", cost)
-        within = ", within its limits" if name in self._settled else ""
+        limited = table.memory_mb is not None or table.max_epoch_s is not None
+        within = ", within its limits" if name in self._settled and limited else ""
         return Choice(cut, given, True, reason + within, cost)
 
     def _shortfall(self, name: str, cut: int, heads: Iterable[int]) -> str | None:

@@ -47,19 +47,28 @@ def cuts_table(plan: Plan) -> Table:
 
 
 def steps_table(plan: Plan) -> Table:
-    """Table of the memory of a training step and the seconds of an epoch, by cut and tier."""
+    """Table of the memory of a training step and the seconds of an epoch, by cut and tier.
+
+    Seconds are left out if no tier gives the speeds that they follow from.
+    """
     rows = plan.to_json()["cuts"]
+    timed = _timed(plan)
     table = Table(title="what a tier needs for a cut, by itself", title_justify="left")
+    kinds = dict.fromkeys(", ".join(row["graphs"]) for row in rows if "error" not in row)
+    table.caption = "a step runs " + " or ".join(kinds) if kinds else None
+    table.caption_justify = "left"
     table.add_column("cut", justify="right")
     for name in plan.settings.tiers:
-        table.add_column(f"{name}\nMB", justify="right")
-        table.add_column("\nepoch s", justify="right")
+        table.add_column(f"{name}\nstep MB", justify="right")
+        if timed:
+            table.add_column("\nepoch s", justify="right")
     for cut in dict.fromkeys(row["cut"] for row in rows):
         cells = [str(cut)]
         for name in plan.settings.tiers:
             mine = [row for row in rows if row["cut"] == cut and name in row["epoch_s"]]
             cells.append(_number(mine[0]["memory_bytes"] / 1e6 if mine else None))
-            cells.append(_number(mine[0]["epoch_s"][name] if mine else None))
+            if timed:
+                cells.append(_number(mine[0]["epoch_s"][name] if mine else None))
         table.add_row(*cells)
     return table
 
@@ -68,7 +77,8 @@ def tiers_table(plan: Plan) -> Table:
     """Table of the cut of every tier, with its cost and the reason."""
     table = Table(title="cuts of the tiers, with the heads of shallower ones", title_justify="left")
     table.add_column("tier")
-    for header in ("cut", "heads at", "step MB", "epoch s"):
+    timed = _timed(plan)
+    for header in ("cut", "heads at", "step MB", *(["epoch s"] if timed else [])):
         table.add_column(header, justify="right")
     table.add_column("why", overflow="fold")
     for name, tier in plan.to_json()["tiers"].items():
@@ -79,10 +89,25 @@ def tiers_table(plan: Plan) -> Table:
             "-" if tier["cut"] is None else str(tier["cut"]),
             ", ".join(map(str, cost.get("heads", ["-"]))),
             _number(None if memory is None else memory / 1e6),
-            _number(tier["epoch_s"]),
+            *([_number(tier["epoch_s"])] if timed else []),
             tier["reason"],
         )
     return table
+
+
+def failures(plan: Plan) -> list[str]:
+    """A line for every cut that cannot be exported or measured, with the reason."""
+    rows = [row for row in plan.to_json()["cuts"] if "error" in row]
+    lines = [
+        f"cut {row['cut']}, {_exported_as(row)}, is impossible: {row['error']}" for row in rows
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def _timed(plan: Plan) -> bool:
+    """Whether a tier gives a speed."""
+    tiers = plan.settings.tiers.values()
+    return any(t.gflops is not None or t.uplink_mbit is not None for t in tiers)
 
 
 def _exported_as(row: dict[str, Any]) -> str:

@@ -345,8 +345,7 @@ def test_the_model_stays_as_it_is() -> None:
 
 @pytest.mark.usefixtures("unlowered")
 def test_a_block_that_cannot_be_exported() -> None:
-    blocks = [ConvBlock(6), nn.Sequential(ConvBlock(6), nn.AlphaDropout(0.1)), ConvBlock(6)]
-    model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), blocks, MeanHead(6, CLASSES))
+    model = build_with_alpha_dropout()
     tiers = {"a": TierTable(batch=BATCH)}
     with planner_for(tiers, model, example(IMAGE)) as planner:
         plan = planner.plan()
@@ -478,6 +477,29 @@ def test_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "asked about" in words
 
 
+@pytest.mark.usefixtures("unlowered")
+def test_the_table_says_why_a_cut_is_impossible(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiers = tmp_path / "tiers.toml"
+    tiers.write_text(
+        "input_shape = [1, 8, 8]\n[tiers.a]\ncut = 1\n[tiers.b]\ncut = 2\n[tiers.c]\ncut = 1\n"
+    )
+    run(["plan", f"{__name__}:build_with_alpha_dropout", "--tiers", str(tiers)])
+    out = capsys.readouterr().out
+    assert out.count("cut 2, onnx int8, is impossible: block.1.1 is a AlphaDropout") == 1
+    assert "epoch s" not in out
+    assert "a step runs train" in out
+    why = " ".join(out.replace("│", " ").split())
+    assert "within its limits" not in why, "there are none"
+
+
+def build_with_alpha_dropout() -> SplitModel:
+    """Return a model whose second block cannot be exported."""
+    blocks = [ConvBlock(6), nn.Sequential(ConvBlock(6), nn.AlphaDropout(0.1)), ConvBlock(6)]
+    return SplitModel(nn.Conv2d(1, 6, 3, padding=1), blocks, MeanHead(6, CLASSES))
+
+
 def run(arguments: list[str]) -> None:
     """Run ``cutlayer``, which must succeed."""
     with pytest.raises(SystemExit) as end:
@@ -505,6 +527,7 @@ GOOD = "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.a]\n"
         (GOOD + "memory = 3", [], "unknown key 'memory'"),
         (GOOD + "memory_mb = 0", [], "memory_mb is 0.0; it must be above 0"),
         (GOOD + "max_epoch_s = 9", [], "max_epoch_s has no effect without gflops or uplink_mbit"),
+        ("u_shaped = true\n" + GOOD, [], "u_shaped has no effect without returned"),
         (GOOD + "cut = 9", [], "tier 'a': cut 9 is outside the model: it has 4 blocks"),
         ("classes = 10\n[tiers.a]", [], "tiers.toml must say input_shape"),
         ("classes = 10\n[tiers]", [], "there are no tiers"),
