@@ -25,13 +25,16 @@ from export.lowering.graph_files import Run
 from export.steps.client_steps import ClientSteps, Step
 from export.steps.losses import NO_LABEL
 from export.steps.optimizers import get_optimizer
-from export.tensor_names import layer_of
+from export.tensor_names import WAITING, is_waiting, layer_of
 
 BATCHES = (1, 3, 8)
 SEEDS = (0, 1)
 DRAWS = 16
 LENGTHS = {1: 2, 3: 5, 8: 3}
 """Lengths of texts by batch size for the first seed; other seeds use the example's length."""
+
+_WAITING = 0.01
+"""Gradient that waits in the slots of tied tensors before the first step."""
 
 _OWN = 0.3
 """Weight of the heads' gradient in ``fuse``."""
@@ -132,6 +135,8 @@ def _compare_training(
     if step.name == "fuse":
         scalars["own"] = np.asarray(_OWN, np.float32)
     state |= {n: _numpy(t) for n, t in _resting(steps, step.name).items()}
+    if _trains(step.name, f"{WAITING}/"):
+        state |= {n: np.full_like(state[n], _WAITING) for n in steps.waiting.values()}
     for eager in _TRAINING[step.name](steps, x, seed):
         feeds = eager.feeds if step.name == "finish" else {"x": _numpy(x), **eager.feeds}
         got = run(step, {**state, **scalars, **feeds})
@@ -286,6 +291,8 @@ def _finish_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
     assert steps.segment.features is not None
     with torch.no_grad():
         like = steps.segment.features(x)
+    tied = {slot: reference.get_parameter(n) for n, slot in steps.waiting.items()}
+    waiting = {slot: torch.full_like(p, _WAITING) for slot, p in tied.items()}
     done = []
     for _ in range(2):
         y = _labels(steps, x, generator)
@@ -296,14 +303,14 @@ def _finish_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
         with SeededDropout(key):
             logits = reference.head(h).unsqueeze(0)
         loss = _loss(logits, y, 0.0)
-        for p in parameters.values():
-            p.grad = None
+        reference.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        waiting = {slot: waiting[slot] + p.grad for slot, p in tied.items() if p.grad is not None}
         if optimizer is not None:
             optimizer.step()
         answers = logits[0].detach().argmax(-1)
         wanted = {"loss": loss.detach(), "correct": (answers == y).double().sum()}
-        values = parameters | moved | resting
+        values = parameters | moved | resting | waiting
         if optimizer is not None:
             values |= dict(_slots(name, parameters, optimizer))
         wanted |= {f"next/{n}": t.detach().clone() for n, t in values.items()}
@@ -337,6 +344,7 @@ def _return_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
     trained, resting = _split(steps, reference, "backward")
     moved = statistics(reference)
     optimizer = steps.optimizer.reference(list(trained.values()), _VERIFY_HYPER[name])
+    waiting = dict.fromkeys(steps.waiting.values(), _WAITING)
     done = []
     for _ in range(2):
         key = torch.randint(PRIME, (), generator=generator)
@@ -345,8 +353,11 @@ def _return_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
         parts = steps.codec.pack(torch.randn(h.shape, generator=generator), steps.axis)
         optimizer.zero_grad()
         h.backward(steps.codec.unpack(parts).double())  # type: ignore[no-untyped-call]
+        for tied, slot in steps.waiting.items():
+            trained[tied].grad += waiting.pop(slot, 0.0)  # type: ignore[operator]
         optimizer.step()
         values = trained | moved | resting | dict(_slots(name, trained, optimizer))
+        values |= {s: torch.zeros_like(trained[n]) for n, s in steps.waiting.items()}
         wanted = {f"next/{n}": t.detach().clone() for n, t in values.items()}
         feeds = {f"grad.{n}": _numpy(part) for n, part in parts.items()} | _seeds(steps, key)
         done.append(_Eager(feeds, None, wanted, old))
@@ -354,7 +365,9 @@ def _return_eagerly(steps: ClientSteps, x: Tensor, seed: int) -> list[_Eager]:
 
 
 def _trains(graph: str, name: str) -> bool:
-    """Whether a graph trains a parameter, or the parameter that a slot belongs to."""
+    """Whether a graph trains a parameter, or changes a slot."""
+    if is_waiting(name):
+        return graph in ("finish", "backward")
     layer = layer_of(name)
     if graph == "finish":
         return layer == "head"

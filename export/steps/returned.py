@@ -45,7 +45,8 @@ def backward(steps: ClientSteps) -> Step:
     The gradient is that of a loss on the hub with respect to the activations, packed like these:
     ``grad.NAME`` is the gradient of ``NAME``. The graph recomputes the forward pass in training
     mode, with the seed of ``activate``. The heads do not contribute to that loss, so their
-    parameters and slots stay.
+    parameters and slots stay. A tied tensor is also updated with the part of its gradient that
+    :func:`finish` has left in its slot.
     """
     hyper_names = list(steps.optimizer.hyper)
 
@@ -62,6 +63,9 @@ def backward(steps: ClientSteps) -> Step:
             h = steps.activations({**constants, **parameters, **moved}, x)
         gradients = torch.autograd.grad(h, list(trained.values()), gradient)
         found = dict(zip(trained, gradients, strict=True))
+        for name, slot in steps.waiting.items():
+            found[name] = found[name] + slots[slot]
+            slots[slot] = torch.zeros_like(slots[slot])
         return steps.stepped(parameters, found, moved, slots, hyper)
 
     inputs = steps.training_inputs(*_gradient_ports(steps))
@@ -115,7 +119,8 @@ def finish(steps: ClientSteps) -> Step:
 
     A step of the model's head on the device, where the labels stay. ``features.NAME`` are the
     packed outputs of the last block on the hub; ``grad.NAME`` is the gradient of the mean loss
-    with respect to them.
+    with respect to them. The gradient of a tensor that is tied to the stem waits in a slot, so that
+    :func:`backward` makes one step with its whole gradient.
     """
     hyper_names = list(steps.optimizer.hyper)
     head = steps.head
@@ -127,6 +132,8 @@ def finish(steps: ClientSteps) -> Step:
         moved = {n: next(given).clone() for n in steps.statistics}
         slots = {n: next(given) for n in steps.slots}
         trained = {n: p.requires_grad_() for n, p in parameters.items() if in_head(n)}
+        for name in steps.waiting:
+            parameters[name].requires_grad_()
         features = steps.codec.unpack({spec.name: next(given) for spec in steps.features})
         features = features.detach().requires_grad_()
         y = next(given)
@@ -135,8 +142,11 @@ def finish(steps: ClientSteps) -> Step:
             tensors_ = {**constants, **parameters, **moved}
             logits = steps.apply(head, True, tensors_, features).unsqueeze(0)
         loss = local_loss(logits, y)
-        gradients = torch.autograd.grad(loss, [features, *trained.values()])
-        found = dict(zip(trained, gradients[1:], strict=True))
+        tied = [tensors_[name] for name in steps.waiting]
+        gradients = torch.autograd.grad(loss, [features, *trained.values(), *tied])
+        found = dict(zip(trained, gradients[1:], strict=False))
+        for slot, part in zip(steps.waiting.values(), gradients[1 + len(trained) :], strict=True):
+            slots[slot] = slots[slot] + part
         state = steps.stepped(parameters, found, moved, slots, hyper)
         packed = steps.codec.pack(gradients[0], steps.features_axis)
         back = (packed[spec.name] for spec in steps.features)
