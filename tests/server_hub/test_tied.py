@@ -18,9 +18,13 @@ from export.adapters_lora.lora import Lora, add_lora
 from export.cutting.split_model import ClientSegment, SplitModel
 from export.cutting.tied import tied_tensors, tied_to_head
 from export.packing import codecs as packing
-from export.steps.client_steps import ClientSteps, Step
+from export.steps.client_steps import ClientSteps
+from export.steps.fused import fuse
 from export.steps.optimizers import get_optimizer
-from export.steps.returned import activate, backward, finish, fuse
+from export.steps.returned import activate, backward
+from export.steps.step import Step
+from export.steps.train import train
+from export.steps.u_shaped import finish
 from server_hub.aggregation.adapters import MergedAdapters
 from server_hub.aggregation.interface import Aggregation, DeviceUpdate
 from server_hub.aggregation.merged import Merged
@@ -105,9 +109,9 @@ class Device:
 
     def run(self, step: Step, **given: Tensor) -> dict[str, Tensor]:
         """Run a graph; its state outputs become the state."""
-        inputs = {**self.state, **self.hyper, **given}
-        found = step.function(dict(step.constants), *(inputs[p.spec.name] for p in step.inputs))
-        outputs = {p.spec.name: t for p, t in zip(step.outputs, found, strict=True)}
+        outputs: dict[str, Tensor] = step.function(
+            dict(step.constants), {**self.state, **self.hyper, **given}
+        )
         for name, tensor in outputs.items():
             if name.startswith("next/"):
                 self.state[name.removeprefix("next/")] = tensor
@@ -130,6 +134,11 @@ class Device:
 def trained(model: SplitModel) -> State:
     """Copies of the trained tensors."""
     return {n: t.detach().numpy().copy() for n, t in model.trained().items()}
+
+
+def table_of(model: SplitModel) -> Tensor:
+    """The table of tokens."""
+    return model.get_parameter(TABLE)
 
 
 def without_heads(model: SplitModel) -> list[Tensor]:
@@ -199,7 +208,7 @@ def test_returned_gradients_and_the_hubs_part_are_steps_of_the_uncut_model(
     """In float64; slots of both sides are kept over rounds of one step."""
     model = built(family)
     uncut = copy.deepcopy(model)
-    reference = torch.optim.SGD(without_heads(uncut), **hyper)
+    reference = get_optimizer("sgd").reference(without_heads(uncut), hyper)
     aggregation = MergedAdapters(trained(model), "sgd", tied=tied_to_head(model))
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     plan = TrunkPlan("sgd", hyper, returned=True, keeps_slots=True)
@@ -224,7 +233,7 @@ def test_parts_of_devices_at_several_cuts_are_one_gradient(family: str) -> None:
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     round_of(devices, data, trunk, aggregation, TrunkPlan("sgd", HEAVY, returned=True))
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
-    reference = torch.optim.SGD(without_heads(uncut), **HEAVY)
+    reference = get_optimizer("sgd").reference(without_heads(uncut), HEAVY)
     want = stepped(uncut, loss_of(uncut(x), y), reference)
     assert_equal(aggregation, model, {TABLE: want[TABLE]})
 
@@ -239,7 +248,7 @@ def test_a_fused_step_adds_the_hubs_part() -> None:
     x, y = texts(3, 0)
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     round_of([device], [(x, y)], trunk, aggregation, TrunkPlan("sgd", PLAIN, returned=True))
-    table = uncut.stem.embedding.weight
+    table = table_of(uncut)
     h = uncut.segment(x, cut)
     below = h.detach().requires_grad_()
     (above,) = torch.autograd.grad(loss_of(deep(uncut, below, cut), y), [below], retain_graph=True)
@@ -277,14 +286,14 @@ def test_heads_of_devices_and_of_the_hub_train_the_table_together(
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     device.start(aggregation, slots=False)
     trunk.begin(aggregation.trunk_state(), TrunkPlan("sgd", hyper))
-    trunk.step([device.batch(device.run(device.steps.train(), x=x, y=y)["h"], y)])
+    trunk.step([device.batch(device.run(train(device.steps), x=x, y=y)["h"], y)])
     aggregation.commit([device.update(3)], trunk.finish())
     h = uncut.segment(x, cut)
     below = uncut.answer(cut, h)
     deeper = uncut.block[cut](h.detach())
     above = uncut.answer(cut + 1, deeper), deep(uncut, deeper, cut + 1)
     loss = sum((loss_of(logits, y) for logits in above), loss_of(below, y))
-    reference = torch.optim.SGD(uncut.parameters(), **hyper)
+    reference = get_optimizer("sgd").reference(list(uncut.parameters()), hyper)
     want = stepped(uncut, loss, reference)
     assert_equal(aggregation, model, want)
     np.testing.assert_allclose(aggregation.trunk_state()[TABLE], want[TABLE], rtol=1e-9)
@@ -356,7 +365,7 @@ def test_a_frozen_table_stays_as_it_is_bit_for_bit(returned: bool) -> None:
     model.add_heads(CUTS, torch.zeros(1, 4, dtype=torch.int64), WORDS)
     model = model.double()
     assert tied_tensors(model) == {}
-    table = model.stem.embedding.weight.detach().clone()
+    table = table_of(model).detach().clone()
     trunk = TrunkTrainer(model, "cpu")
     trunk.begin(trained(model), TrunkPlan("sgd", PLAIN, returned=returned))
     h = np.random.default_rng(0).standard_normal((2, 4, 16))
@@ -365,7 +374,7 @@ def test_a_frozen_table_stays_as_it_is_bit_for_bit(returned: bool) -> None:
     copies = trunk.finish()
     assert copies
     assert not any(c.part or c.layer in ("stem", "tied") for c in copies)
-    assert torch.equal(model.stem.embedding.weight, table)
+    assert torch.equal(table_of(model), table)
 
 
 def test_a_head_with_a_table_of_its_own_leaves_the_stem_to_the_devices() -> None:

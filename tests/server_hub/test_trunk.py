@@ -734,7 +734,7 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
     report = core.step(arrivals)
     counts = [int((a.batch.labels >= 0).sum()) for a in arrivals]
     reference.stem.requires_grad_(False)
-    table = reference.stem.embedding.weight.requires_grad_()  # type: ignore[union-attr, operator]
+    table = reference.get_parameter("stem.embedding.weight").requires_grad_()
     losses = []
     for arrival, gradient, count in zip(arrivals, report.gradients, counts, strict=True):
         h, labels = unpacked(arrival)

@@ -145,7 +145,7 @@ class Eager:
             )
         )
         if self.tied:
-            table = self.model.stem.embedding.weight.requires_grad_()  # type: ignore[union-attr, operator]
+            table = self.model.get_parameter("stem.embedding.weight").requires_grad_()
             self.optimizer.add_param_group({"params": [table], "weight_decay": 0.0})
         self.max_norm, self.dual = plan.max_norm, has_dual_norms(template)
         self.samples: dict[str, int] = {}
