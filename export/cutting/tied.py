@@ -16,13 +16,14 @@ def tied_tensors(model: SplitModel) -> dict[str, list[str]]:
     For example ``{"stem.embedding.weight": ["aux.2", "head"]}``.
     """
     heads = {**{f"aux.{d}": model.aux[str(d)] for d in model.head_depths}, "head": model.head}
+    table = getattr(model.stem, "embedding", None)
     tied: dict[str, list[str]] = {}
     for name, tensor in model.stem.named_parameters("stem"):
         readers = [
             layer
             for layer, head in heads.items()
             if any(tensor is own for own in head.parameters())
-            or (isinstance(head, TokenHead) and tensor is model.stem.embedding.weight)
+            or (isinstance(head, TokenHead) and table is not None and tensor is table.weight)
         ]
         if readers and tensor.requires_grad:
             tied[name] = readers

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -29,7 +32,12 @@ from server_hub.aggregation.adapters import MergedAdapters
 from server_hub.aggregation.interface import Aggregation, DeviceUpdate
 from server_hub.aggregation.merged import Merged
 from server_hub.aggregation.separate import Separate
+from server_hub.methods.settings import LocalTraining
+from server_hub.simulation.datasets import DataTable
+from server_hub.simulation.job import FleetTier, Job, RoundsTable
+from server_hub.simulation.simulate import Simulation
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan
+from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkTrainer
 from tests.lib.codecs import Double
 from tests.lib.transformers_models import WORDS, gpt2, llama, opt
@@ -392,3 +400,88 @@ def test_a_head_with_a_table_of_its_own_leaves_the_stem_to_the_devices() -> None
         copies = trunk.finish()
         assert [name for c in copies if c.part for name in c.tensors] == parts
         assert "head" in {c.layer for c in copies}
+
+
+# --- through hub and devices ----------------------------------------------------------------------
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from it\n\n" * 6
+
+
+def build_bytes() -> SplitModel:
+    """A GPT-2 of three small blocks for bytes, trained in full."""
+    torch.manual_seed(0)
+    return gpt2(n_embd=32, n_layer=3, vocab_size=258, n_positions=32)
+
+
+def build_llama() -> SplitModel:
+    """A Llama of three small blocks for bytes, trained in full, with one table."""
+    torch.manual_seed(0)
+    return llama(
+        hidden_size=32, num_hidden_layers=3, vocab_size=258, max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def build_adapted() -> SplitModel:
+    """:func:`build_bytes` with adapters: the head is frozen, and trains nothing on a device."""
+    model = add_lora(build_bytes(), Lora(rank=2), "gpt2")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "build"),
+    [
+        ("splitft", "build_bytes"),
+        pytest.param("splitft", "build_llama", marks=pytest.mark.slow),
+        ("splitft-u", "build_bytes"),
+        ("splitft-u", "build_adapted"),
+    ],
+)
+def test_a_job_makes_the_steps_of_the_uncut_model_and_goes_on(
+    method: str, build: str, tmp_path: Path
+) -> None:
+    """Two rounds of one step, and another in a job that starts from them, with momentum.
+
+    Activations and gradients are packed as fp16, which has 11 bits.
+    """
+    (tmp_path / "some.txt").write_text(TEXT)
+    hyper = {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.01}
+    data = DataTable(str(tmp_path / "some.txt"), train=4, test=2, length=24)
+    job = Job(
+        model=f"tests.server_hub.test_tied:{build}",
+        data=data,
+        tiers={"a": FleetTier(clients=1, cut=1, codec="fp16")},
+        method=method,
+        optimizer="sgd",
+        rounds=RoundsTable(2),
+        local=LocalTraining(1, 8, hyper),
+        trunk=TrunkTraining(optimizer="sgd", hyper=hyper),
+        schedule="constant",
+    )
+    uncut: SplitModel = globals()[build]()
+    start, table = trained(uncut), table_of(uncut).detach().clone()
+    parameters = [p for p in uncut.parameters() if p.requires_grad]
+    reference = get_optimizer("sgd").reference(parameters, hyper)
+    for folder, task, steps in (
+        ("first", job, 2),
+        ("second", replace(job, rounds=RoundsTable(1), start_from=str(tmp_path / "first")), 1),
+    ):
+        with Simulation(task, tmp_path / folder) as simulation:
+            simulation.run()
+            examples = simulation.data.train
+        got = load_file(tmp_path / folder / "model.safetensors")
+        assert not [n for n in got if n == "head.output.weight" or "/" in n or "tied" in n]
+        for _ in range(steps):
+            x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
+            want = stepped(uncut, loss_of(uncut(x), y), reference)
+        for name, tensor in want.items():
+            moved, wrong = (np.linalg.norm(v - tensor) for v in (start[name], got[name]))
+            assert moved > 0
+            if "k_proj.bias" not in name:
+                assert wrong < 2e-3 * moved, name
+        if TABLE not in start:
+            np.testing.assert_array_equal(got[TABLE], table)
