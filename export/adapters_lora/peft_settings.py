@@ -58,7 +58,7 @@ STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Values of ``init_lora_weights``, or their beginnings, with which PEFT changes the base."""
 
-_UNSET = (None, False, "none", [], {}, "")
+_UNSET: tuple[object, ...] = (None, False, "none", [], {}, "")
 
 
 def check_settings(path: Path, config: Mapping[str, Any]) -> None:

@@ -99,8 +99,9 @@ def test_a_frozen_head_gives_its_gradient_and_stays(optimizer: str) -> None:
     steps = steps_of(built("gpt2", adapted=True), optimizer)
     runtime = TorchRuntime(manifest_of(steps, "torch"), steps)
     before = runtime.get_state(slots=True)
+    sizes = {"batch": 8, "seq": 6}
     features = {
-        spec.name: np.ones([8 if n == "batch" else 6 if n == "seq" else n for n in spec.shape])
+        spec.name: np.ones([sizes[n] if isinstance(n, str) else n for n in spec.shape])
         for spec in steps.features
     }
     outputs = runtime.run(
@@ -126,6 +127,6 @@ def test_what_stem_and_heads_share_may_be_cut_and_what_heads_share_may_not() -> 
     assert tied_tensors(built("gpt2", adapted=True)) == {}
     shared = token_model()
     shared.add_heads([1], example(FEATURES), CLASSES)
-    shared.aux["1"].out = shared.head.out  # type: ignore[union-attr]
+    shared.aux["1"].out = shared.head.out
     with pytest.raises(ExportError, match="are the same tensor at cut 1"):
         check_sharing(shared, 1)

@@ -464,11 +464,11 @@ def test_a_job_makes_the_steps_of_the_uncut_model_and_goes_on(
     )
     uncut: SplitModel = globals()[build]()
     start, table = trained(uncut), table_of(uncut).detach().clone()
-    parameters = [p for p in uncut.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in uncut.parameters() if p.requires_grad]
     reference = get_optimizer("sgd").reference(parameters, hyper)
     for folder, task, steps in (
         ("first", job, 2),
-        ("second", replace(job, rounds=RoundsTable(1), start_from=str(tmp_path / "first")), 1),
+        ("second", replace(job, rounds=RoundsTable(1), start_from=tmp_path / "first"), 1),
     ):
         with Simulation(task, tmp_path / folder) as simulation:
             simulation.run()
