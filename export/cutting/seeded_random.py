@@ -22,14 +22,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
+
+from export.torch_internals import NormBase, forward_hooks
 
 PRIME = 2_147_483_579
 """Largest prime ``p`` below 2^31 with ``p mod 3 = 2``, for which ``x -> x^3`` is a permutation."""
 
 _ROUND_KEYS = (0, 1_103_515_245, 824_287_391)
 _STRIDE = 1_299_709_357
+
+_ATTENTION = F.scaled_dot_product_attention
+"""Torch's attention. The name in ``F`` is another function inside of ``nn.MultiheadAttention``."""
 
 _CHOICE = PRIME - 1
 """Key of choices, which are drawn once per step: the last key, far from those of masks."""
@@ -139,7 +143,7 @@ class SeededDropout(TorchFunctionMode):
     ) -> Tensor:
         """Attention as torch documents it, in operations whose dropout this mode computes."""
         if dropout_p == 0:
-            result: Tensor = torch._C._nn.scaled_dot_product_attention(
+            result: Tensor = _ATTENTION(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
             return result
@@ -245,12 +249,12 @@ class OrderedDropout:
         Restoring the statistics afterwards does not work: autograd refuses tensors that were
         changed after the forward pass.
         """
-        if isinstance(module, _NormBase) and self._width(module) is not None:
+        if isinstance(module, NormBase) and self._width(module) is not None:
             for name in ("running_mean", "running_var"):
                 tensor = getattr(module, name)
                 if tensor is not None:
                     self._statistics[name] = tensor
-                    module._buffers[name] = tensor.clone()
+                    setattr(module, name, tensor.clone())
 
     def _after(self, module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
         width = self._width(module)
@@ -260,7 +264,7 @@ class OrderedDropout:
             with torch.no_grad():
                 moved = getattr(module, name)
                 tensor.copy_(torch.where(_leading(len(tensor), width), moved, tensor))
-            module._buffers[name] = tensor
+            setattr(module, name, tensor)
         self._statistics = {}
         return mask_channels(module, args[0], h, width)
 
@@ -272,7 +276,7 @@ class OrderedDropout:
 def remove_ordered_dropout(model: nn.Module) -> None:
     """Remove the hooks of :class:`OrderedDropout` from all modules."""
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for hooks in forward_hooks(module):
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), OrderedDropout):
                     del hooks[key]

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 
 from edge_sdk.protocol.tensors import Array
-from edge_sdk.runtime.executorch import load_binding, quiet
+from edge_sdk.runtime.executorch_binding import load_binding, quiet
 from export.lowering import onnx
 from export.lowering.trace import trace
 from export.steps.client_steps import Step
@@ -64,7 +64,7 @@ def lower(runtime: RuntimeName, steps: Sequence[Step], places: Mapping[str, onnx
     data = executorch.lower({step.name: trace(step) for step in steps})
     names = [step.name for step in steps]
     with quiet():
-        module = load_binding()[1]._load_for_executorch_from_buffer(data)
+        module = load_binding().open(data)
     return Lowered(dict.fromkeys(names, data), dict.fromkeys(names, ()), partial(_run_pte, module))
 
 

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import onnx
-from torch.onnx._internal.exporter import _core, _registration
 
 from export.errors import ExportError, reason
-from export.lowering.promotion import convert_explicitly
+from export.lowering.onnx_internals import to_onnx, untranslated
 from export.lowering.trace import trace
 from export.steps.client_steps import Step
-
-for _part in ("_registration", "_core"):
-    logging.getLogger(f"torch.onnx._internal.exporter.{_part}").setLevel(logging.ERROR)
-
-_MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
 @dataclass(frozen=True)
@@ -58,18 +48,12 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            # torch.onnx.export would decompose the program again, which takes longer than
-            # everything else and changes nothing: tracing has left core operators only
-            program = trace(step)
-            convert_explicitly(program.graph_module)
-            model = _core._exported_program_to_onnx_program(
-                program, registry=_registry(), lower="at_conversion"
-            ).model_proto
+            model = to_onnx(trace(step))
         except ExportError:
             raise
         except Exception as error:  # the traced code of a model raises errors of any class
-            missing = _MISSING.search(reason(error))
-            why = f"{missing[1]} has none" if missing else reason(error)
+            missing = untranslated(reason(error))
+            why = f"{missing} has none" if missing else reason(error)
             raise ExportError(
                 f"no ONNX translation for its training step ({why}); replace it by convolutions, "
                 "linear layers, norms, attention and elementwise functions, or cut before it"
@@ -89,11 +73,6 @@ def referred(data: bytes) -> list[str]:
     """Names of the constants that an ONNX file refers to."""
     graph = onnx.load_model_from_string(data).graph
     return [t.name for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-
-
-@cache
-def _registry() -> Any:
-    return _registration.ONNXRegistry.from_torchlib()
 
 
 def _rename(graph: onnx.GraphProto, step: Step) -> None:

@@ -19,13 +19,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
+
+from export.torch_internals import GraphShapes, flatten, unflatten, with_graph
 
 aten = torch.ops.aten
 
@@ -326,24 +324,23 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
     """A copy of ``program`` with all rewrites applied; inputs, outputs and constants stay."""
     module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     graph = module.graph
-    mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
-    assert isinstance(mode, FakeTensorMode)
+    shapes = GraphShapes(graph)
     constants = _constants(program)
     _drop_copies(graph)
-    _use_linear(graph, mode)
+    _use_linear(graph, shapes)
     for node in list(graph.nodes):
         _fill(node)
-        _use_masks(node, graph, mode)
-        _round_late(node, graph, mode)
+        _use_masks(node, graph, shapes)
+        _round_late(node, graph, shapes)
     for node in list(graph.nodes):
         rule = _RULES.get(node.target) if node.op == "call_function" else None
         if rule is not None and not _native(node, constants):
-            _replace(node, rule, node.args, node.kwargs, graph, mode)
+            _replace(node, rule, node.args, node.kwargs, graph, shapes)
     _use_views(graph)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
-    return program._update(module, _signature(program, graph))
+    return with_graph(program, module, _signature(program, graph))
 
 
 def _signature(program: ExportedProgram, graph: fx.Graph) -> ExportGraphSignature:
@@ -380,10 +377,10 @@ def _replace(
     args: Any,
     kwargs: Any,
     graph: fx.Graph,
-    mode: FakeTensorMode,
+    shapes: GraphShapes,
 ) -> None:
     """Replace ``node`` by the operators that ``function`` runs, unless it declines."""
-    leaves, layout = torch.utils._pytree.tree_flatten((args, kwargs))
+    leaves, layout = flatten((args, kwargs))
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
 
@@ -391,13 +388,11 @@ def _replace(
         given = list(leaves)
         for place, value in zip(places, values, strict=True):
             given[place] = value
-        a, k = torch.utils._pytree.tree_unflatten(given, layout)
+        a, k = unflatten(given, layout)
         return function(*a, **k)
 
     try:
-        # before dispatch, where linear and reshape are still operators
-        with mode, enable_python_dispatcher(), torch.no_grad():
-            traced = make_fx(run, pre_dispatch=True)(*(node.meta["val"] for node in nodes))
+        traced = shapes.trace(run, [node.meta["val"] for node in nodes])
     except Declined:
         return
     values: dict[fx.Node, Any] = {}
@@ -436,7 +431,7 @@ def _drop_copies(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(source)
 
 
-def _use_linear(graph: fx.Graph, mode: FakeTensorMode) -> None:
+def _use_linear(graph: fx.Graph, shapes: GraphShapes) -> None:
     """Replace ``mm`` and ``addmm`` with a transposed second factor by ``linear``."""
     for node in list(graph.nodes):
         if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
@@ -444,7 +439,7 @@ def _use_linear(graph: fx.Graph, mode: FakeTensorMode) -> None:
         *bias, a, b = node.args
         vector = all(n.meta["val"].shape == node.meta["val"].shape[1:] for n in bias)
         if vector and b.target is aten.permute.default and list(b.args[1]) == [1, 0]:
-            _replace(node, aten.linear.default, (a, b.args[0], *bias), {}, graph, mode)
+            _replace(node, aten.linear.default, (a, b.args[0], *bias), {}, graph, shapes)
 
 
 def _fill(node: fx.Node) -> None:
@@ -454,7 +449,7 @@ def _fill(node: fx.Node) -> None:
         node.target, node.args, node.kwargs = aten.full.default, (node.args[1], 0), {"dtype": dtype}
 
 
-def _use_masks(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
+def _use_masks(node: fx.Node, graph: fx.Graph, shapes: GraphShapes) -> None:
     """Replace the gradient of ReLU, ``where(x <= 0, 0, g)``, by ``g`` times a mask of 0 and 1."""
     if node.target is not aten.where.self:
         return
@@ -467,14 +462,14 @@ def _use_masks(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
     def masked(x: Tensor, g: Tensor) -> Tensor:
         return g * x.ceil().clamp(0.0, 1.0)
 
-    _replace(node, masked, (condition.args[0], gradient), {}, graph, mode)
+    _replace(node, masked, (condition.args[0], gradient), {}, graph, shapes)
 
 
 _MAGIC = 1.5 * 2**23
 """Adding this number to a small float32 and subtracting it again rounds half to even."""
 
 
-def _round_late(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
+def _round_late(node: fx.Node, graph: fx.Graph, shapes: GraphShapes) -> None:
     """Replace ``clamp(round(x), -n, n)``, for a small integer n: clamp, then round by addition."""
     if node.target is not aten.clamp.default:
         return
@@ -488,7 +483,7 @@ def _round_late(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
     def rounded(x: Tensor) -> Tensor:
         return x.clamp(float(bounds[0]), float(bounds[1])) + _MAGIC - _MAGIC  # type: ignore[arg-type]
 
-    _replace(node, rounded, (inner.args[0],), {}, graph, mode)
+    _replace(node, rounded, (inner.args[0],), {}, graph, shapes)
 
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
