@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Classes of modules. The public classes are their subclasses, and so are those of models; a tuple
 # of the public ones would miss the latter.
@@ -221,14 +222,30 @@ def without_repetition(graph: fx.Graph) -> fx.Graph:
     return fx_graph_cse(graph)
 
 
+OperatorMode = TorchDispatchMode
+"""Base of modes that replace operators. The public ``TorchFunctionMode`` replaces functions, and
+sees none of the operators that autograd runs."""
+
+
+def schema(operator: Any) -> torch.FunctionSchema:
+    """The arguments and results of an operator, and which of them share memory."""
+    found: torch.FunctionSchema = operator._schema
+    return found
+
+
 def mutates(node: fx.Node) -> bool:
     """Whether a node is an operator that changes one of its inputs."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.OpOverload) and schema(node.target).is_mutable
 
 
 def flatten(values: Any) -> tuple[list[Any], Any]:
     """The leaves of nested tuples, lists and dictionaries, and their layout."""
     return _pytree.tree_flatten(values)
+
+
+def map_leaves(function: Callable[[Any], Any], values: Any) -> Any:
+    """The same layout, with the results of a function in place of the leaves."""
+    return _pytree.tree_map(function, values)
 
 
 def unflatten(leaves: Sequence[Any], layout: Any) -> Any:

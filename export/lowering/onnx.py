@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import onnx
+from torch.export import ExportedProgram
 
 from export.errors import ExportError, reason
-from export.lowering.onnx_internals import to_onnx, untranslated
+from export.lowering.onnx_internals import convert_explicitly, to_onnx, untranslated
 from export.lowering.trace import trace
-from export.steps.client_steps import Step
+from export.steps.step import Step
 
 
 @dataclass(frozen=True)
@@ -30,34 +32,35 @@ class Place:
     length: int
 
 
-def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
+def traced(step: Step) -> ExportedProgram:
+    """The traced program of a step, with the conversions of dtypes that ONNX needs.
+
+    Raises:
+        ExportError: the step fixes the batch size, or cannot be traced.
+    """
+    with _explained():
+        program = trace(step)
+        convert_explicitly(program.graph_module)
+        return program
+
+
+def lower(step: Step, program: ExportedProgram, places: Mapping[str, Place] | None = None) -> bytes:
     """Lower a step to an ONNX file of standard operators with the step's ports.
 
     Args:
         step: step to lower.
+        program: its traced program, of :func:`traced`.
         places: storage of constants that become external data of the file.
 
     Returns:
         Content of the file.
 
     Raises:
-        ExportError: the step fixes the batch size, cannot be traced, or has an operator without a
-            translation. The message continues the name of the module that
-            :func:`export.lowering.culprit.find_culprit` finds.
+        ExportError: the step has an operator without a translation. The message continues the
+            name of the module that :func:`export.lowering.culprit.find_culprit` finds.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model = to_onnx(trace(step))
-        except ExportError:
-            raise
-        except Exception as error:  # the traced code of a model raises errors of any class
-            missing = untranslated(reason(error))
-            why = f"{missing} has none" if missing else reason(error)
-            raise ExportError(
-                f"no ONNX translation for its training step ({why}); replace it by convolutions, "
-                "linear layers, norms, attention and elementwise functions, or cut before it"
-            ) from error
+    with _explained():
+        model = to_onnx(program)
     _rename(model.graph, step)
     _read_as_stored(model.graph)
     _prune(model.graph)
@@ -67,6 +70,24 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
             _refer(tensor, places[tensor.name])
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn the errors of tracing and translation into one that names the operator."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except ExportError:
+            raise
+        except Exception as error:  # the traced code of a model raises errors of any class
+            missing = untranslated(reason(error))
+            why = f"{missing} has none" if missing else reason(error)
+            raise ExportError(
+                f"no ONNX translation for its training step ({why}); replace it by convolutions, "
+                "linear layers, norms, attention and elementwise functions, or cut before it"
+            ) from error
 
 
 def referred(data: bytes) -> list[str]:

@@ -30,12 +30,11 @@ _MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
 def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
-    """Translate a program of core operators to ONNX; conversions between dtypes become explicit.
+    """Translate a program of core operators, after :func:`convert_explicitly`, to ONNX.
 
     Raises:
         Exception: an operator has no translation (:func:`untranslated`), or a translation fails.
     """
-    _convert_explicitly(program.graph_module)
     translated = _core._exported_program_to_onnx_program(
         program, registry=_registry(), lower="at_conversion"
     )
@@ -53,7 +52,7 @@ def _registry() -> _registration.ONNXRegistry:
     return _registration.ONNXRegistry.from_torchlib()
 
 
-def _convert_explicitly(module: GraphModule) -> None:
+def convert_explicitly(module: GraphModule) -> None:
     """Insert conversions where the inputs of an operator have different dtypes.
 
     ONNX operators do not convert by themselves. Torch's pass would run every node of the graph;

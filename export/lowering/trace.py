@@ -22,7 +22,7 @@ from edge_sdk.bundle.manifest import Port
 from export.errors import ExportError
 from export.lowering.decompositions import decompositions
 from export.lowering.simplify import simplify
-from export.steps.client_steps import Step
+from export.steps.step import Step
 from export.torch_internals import (
     SymbolicSizes,
     make_program,
@@ -54,10 +54,13 @@ def trace(step: Step) -> ExportedProgram:
         {n: min(hint, largest[n]) for n, hint in zip(names, _HINTS, strict=False)}
     )
     names_of_constants = list(step.constants)
+    names_of_outputs = [port.spec.name for port in step.outputs]  # none: all outputs
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         constants = dict(zip(names_of_constants, tensors, strict=False))
-        return step.function(constants, *tensors[len(constants) :])
+        given = zip(step.inputs, tensors[len(constants) :], strict=True)
+        outputs = step.function(constants, {port.spec.name: t for port, t in given})
+        return tuple(outputs[name] for name in names_of_outputs or outputs)
 
     def inputs() -> list[Tensor]:
         constants = [torch.empty_like(tensor) for tensor in step.constants.values()]

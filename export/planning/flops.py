@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from export.steps.client_steps import Step
+from export.steps.step import Step, Tensors
 from export.torch_internals import ShapesOnly, without_onednn
 
 _ROWS = 2
@@ -37,17 +37,17 @@ def flops_per_row(step: Step, length: int = 1) -> float:
     """
     sizes = {"batch": _ROWS, "seq": length}
     with ShapesOnly() as shapes:
-        constants = {n: shapes.like(t) for n, t in step.constants.items()}
-        inputs = [
-            torch.zeros(
+        constants: Tensors = {n: shapes.like(t) for n, t in step.constants.items()}
+        inputs = {
+            port.spec.name: torch.zeros(
                 [sizes[n] if isinstance(n, str) else n for n in port.spec.shape],
                 dtype=getattr(torch, port.spec.dtype),
             )
             for port in step.inputs
-        ]
+        }
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = _Total()  # type: ignore[assignment]
         # exported graphs have no fused LSTM, and its operations would not be counted
         with without_onednn(), counter:
-            step.function(constants, *inputs)
+            step.function(constants, inputs)
     return counter.get_total_flops() / _ROWS
