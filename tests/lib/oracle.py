@@ -1,6 +1,6 @@
-"""The oracle of the operator matrix: eager PyTorch in float64, independent of the exporter's check.
+"""The oracle of the operator matrix: eager PyTorch in float64, apart from the exporter's check.
 
-It shares no code with :mod:`export.lowering.verification` or with the references of steps. It copies
+It shares no code with :mod:`export.lowering.verification` or the references of steps. It copies
 the segment in float64 at a random state, runs two steps of autograd and ``torch.optim.SGD``, and
 compares what a device would see: loss, correct answers, logits, the change of every tensor, and the
 unpacked activations. Its bounds are for float32, relative to the change of each channel.
@@ -27,7 +27,7 @@ _REPEATS = 2
 """Further draws for a step: rounding may carry an activation over a kink."""
 
 _CHANGE, _VALUE, _FLOOR = 2e-3, 2e-6, 2e-5
-"""Bounds: part of a channel's largest change, of its largest value, of the graph's largest change."""
+"""Bounds: parts of a channel's largest change, its largest value, and the graph's largest change."""
 
 
 class Wrong(AssertionError):
