@@ -27,7 +27,7 @@ _REPEATS = 2
 """Further draws for a step: rounding may carry an activation over a kink."""
 
 _CHANGE, _VALUE, _FLOOR = 2e-3, 2e-6, 2e-5
-"""Bounds: parts of a channel's largest change, its largest value, and the graph's largest change."""
+"""Bounds: parts of a channel's largest change and value, and of the graph's largest change."""
 
 
 class Wrong(AssertionError):
