@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from edge_sdk.protocol.tensors import State
 from export.cutting.split_model import SplitModel, statistics
 from export.steps.optimizers import get_optimizer
+from export.steps.weight_decay import decayed_names
 from export.tensor_names import layer_of
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan
 
@@ -46,7 +47,13 @@ class Replica:
         self._statistics = statistics(model)
         self._largest = self._norms().clamp(min=1.0) * _GROWTH if self._statistics else None
         rule = get_optimizer(plan.optimizer)
-        self.optimizer = rule.reference(list(self.trained), dict(plan.hyper))
+        decayed = decayed_names(model, plan.decay)
+        trained = [(n in decayed, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = rule.reference(
+            [p for decays, p in trained if decays],
+            dict(plan.hyper),
+            [p for decays, p in trained if not decays],
+        )
         """Updates the parameters."""
         self._samples: dict[str, int] = {}
         self.diverged = False

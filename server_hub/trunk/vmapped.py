@@ -24,6 +24,7 @@ from export.cutting.split_model import SplitModel
 from export.packing.codecs import get_codec
 from export.steps.losses import NO_LABEL
 from export.steps.optimizers import get_optimizer
+from export.steps.weight_decay import decayed_names
 from export.tensor_names import layer_of
 from server_hub.trunk.bounds import ActivationBound, shares
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
@@ -103,6 +104,7 @@ class VmappedTrainer:
         self._others = {n: t for n, t in tensors.items() if n not in own}
         self._noise = noise & own
         self._rule = get_optimizer(plan.optimizer)
+        self._decayed = decayed_names(model, plan.decay)
         single = self._rule.slots({n: t[0] for n, t in self._parameters.items()})
         self._slots = {n: s.expand(plan.bases, *s.shape).clone() for n, s in single.items()}
         self._hyper = {n: torch.tensor(v, device=device) for n, v in plan.hyper.items()}
@@ -228,7 +230,9 @@ class VmappedTrainer:
             norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
             scale = (self._plan.max_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = {n: g * scale for n, g in gradients.items()}
-            stepped, moved = self._rule.step(parameters, gradients, slots, self._hyper)
+            stepped, moved = self._rule.step(
+                parameters, gradients, slots, self._hyper, self._decayed
+            )
             return stepped, moved, row_losses, torch.isfinite(loss) & torch.isfinite(norm)
 
         batched = torch.vmap(one, randomness="different")
