@@ -24,6 +24,7 @@ from export.packing.codecs import CODECS
 from server_hub.trunk.interface import StepInput, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 from server_hub.trunk.vmapped import VmappedTrainer
+from tests.lib.decay import optimizer_of
 from tests.lib.dual_norms import only
 from tests.lib.models import CLASSES, FEATURES, IMAGE, conv_model, example, token_model
 from tests.lib.trunk_models import dense_model, inputs, step_input
@@ -126,23 +127,7 @@ class Eager:
         assert not self.model.load_state_dict(own, strict=False).unexpected_keys
         self.model.stem.requires_grad_(False)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        hyper = plan.hyper
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(
-                trained,
-                lr=hyper["lr"],
-                momentum=hyper["momentum"],
-                weight_decay=hyper["weight_decay"],
-            )
-            if plan.optimizer == "sgd"
-            else torch.optim.AdamW(
-                trained,
-                lr=hyper["lr"],
-                betas=(hyper["beta1"], hyper["beta2"]),
-                eps=hyper["eps"],
-                weight_decay=hyper["weight_decay"],
-            )
-        )
+        self.optimizer = optimizer_of(self.model, plan.hyper, trained)
         self.max_norm, self.dual = plan.max_norm, has_dual_norms(template)
         self.samples: dict[str, int] = {}
 
