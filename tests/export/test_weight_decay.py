@@ -152,9 +152,9 @@ def test_a_block_decays_alike_on_device_and_hub(optimizer: str, decay: Any) -> N
     device.run("backward", {"x": x.numpy(), **back, **scalars(hyper)})
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     trunk.begin(start, TrunkPlan(optimizer, hyper, returned=True, u_shaped=True, decay=decay))
-    h = {"h": model.stem(x).detach().numpy()}
+    h = {"h": model.stem(x).detach().half().numpy()}
     nothing = HeadGradient({"h": np.zeros_like(h["h"])}, 3)
-    trunk.step([step_input("d", "all", 0, "float32", h, None, shape=(3,), head_gradient=nothing)])
+    trunk.step([step_input("d", "all", 0, "fp16", h, None, shape=(3,), head_gradient=nothing)])
     on_hub = {n: t for c in trunk.finish() for n, t in c.tensors.items()}
     on_device = device.get_state()
     both = [n for n in on_device if n.startswith("block.")]
