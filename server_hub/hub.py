@@ -33,6 +33,7 @@ from export.bundles.model_source import model_of_bundles
 from export.cutting.checks import check_sharing
 from export.cutting.input_ranges import check_classes
 from export.cutting.split_model import WEIGHTS, SplitModel
+from export.cutting.tied import tied_to_head
 from export.steps.optimizers import check_hyper
 from export.steps.weight_decay import decay_of_bundles
 from server_hub.concurrency import BackgroundTasks, Changes, Effect
@@ -127,6 +128,7 @@ class Hub:
             self.index,
             self.manifests,
             initial,
+            tied_to_head(self.model),
         )
         self.started: Started | None = None
         """What the job has taken over from an earlier run; None if it starts from the bundles."""

@@ -150,6 +150,8 @@ class _FastSgd(Sgd):
         hyper: Tensors,
         decayed: Collection[str],
     ) -> tuple[Tensors, Tensors]:
+        if not parameters:
+            return {}, {}  # torch._foreach_add takes no empty lists
         h = {name: value.item() for name, value in hyper.items()}
         old, given = list(parameters.values()), dict(gradients)
         if some := [n for n in parameters if n in decayed]:
@@ -180,6 +182,8 @@ class _FastAdamW(AdamW):
         hyper: Tensors,
         decayed: Collection[str],
     ) -> tuple[Tensors, Tensors]:
+        if not parameters:
+            return {}, {}
         h = {name: value.item() for name, value in hyper.items()}
         g = [gradients[n] for n in parameters]
         layers = [layer_of(name) for name in parameters]

@@ -1,7 +1,6 @@
 """Optimizers of torch.optim whose weight decay leaves norms, biases and embeddings alone.
 
-The rule is the opposite of the exporter's: a parameter decays if its module is known to multiply
-by a matrix.
+Norms and embeddings are recognised by the names of their classes alone.
 """
 
 from __future__ import annotations
@@ -12,20 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MATRICES = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose2d,
-    nn.RNNBase,
-    nn.MultiheadAttention,
-)
-_NAMES = ("Conv1D", "LoraLinear", "LoraConv2d", "Adapter")
+_ALONE = ("Norm", "Embedding")
 
 
 def decays(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter of the module decays: it is a matrix, and in no other module's use."""
+    """Whether a parameter of the module decays: it is a matrix of no norm and of no embedding."""
     owners = [
         (part, name)
         for part in module.modules()
@@ -33,9 +23,8 @@ def decays(module: nn.Module, parameter: Tensor) -> bool:
         if own is parameter
     ]
     assert owners
-    return all(
-        "bias" not in name
-        and (isinstance(part, _MATRICES) or type(part).__name__ in _NAMES or "lora" in name.lower())
+    return parameter.dim() > 1 and all(
+        "bias" not in name and not any(kind in type(part).__name__ for kind in _ALONE)
         for part, name in owners
     )
 
