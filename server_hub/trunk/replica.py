@@ -14,6 +14,7 @@ from torch import Tensor
 from edge_sdk.protocol.tensors import State
 from export.cutting.split_model import SplitModel, statistics
 from export.steps.optimizers import get_optimizer
+from export.steps.weight_decay import decayed_names
 from export.tensor_names import TIED, layer_of
 from export.torch_internals import DropoutBase, foreach_norm
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan
@@ -58,13 +59,14 @@ class Replica:
         self._statistics = statistics(model)
         self._largest = self._norms().clamp(min=1.0) * _GROWTH if self._statistics else None
         rule = get_optimizer(plan.optimizer)
-        self.optimizer = rule.reference(list(self.trained), dict(plan.hyper))
+        decayed = decayed_names(model, plan.decay) - set(self._tied)  # those decay on the devices
+        trained = [(n in decayed, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = rule.reference(
+            [p for decays, p in trained if decays],
+            dict(plan.hyper),
+            [p for decays, p in trained if not decays],
+        )
         """Updates the parameters."""
-        if parts := [model.get_parameter(name) for name in self._tied]:
-            (group,) = self.optimizer.param_groups
-            group["params"] = [p for p in self.trained if all(p is not part for part in parts)]
-            # tied tensors decay on the devices
-            self.optimizer.add_param_group({"params": parts, "weight_decay": 0.0})
         self._samples: dict[str, int] = {}
         self.diverged = False
         """Whether a step has found that training has diverged; no further steps are made."""

@@ -343,8 +343,8 @@ def _optimizer(kind: Any, wrong: Callable[..., Any]) -> Patch:
     """Replace the step of an optimizer; ``wrong`` gets the right step first."""
     right = kind.step
 
-    def step(self: Any, *args: Any) -> Any:
-        return wrong(lambda *a: right(self, *a), *args)
+    def step(self: Any, p: Any, g: Any, slots: Any, hyper: Any, decayed: Any) -> Any:
+        return wrong(lambda *a: right(self, *a, decayed), p, g, slots, hyper)
 
     return lambda: patch.object(kind, "step", step)
 
