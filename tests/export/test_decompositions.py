@@ -217,7 +217,8 @@ def test_table_keeps_torchs_core_decompositions() -> None:
 
     table = decompositions.decompositions()
     aten = torch.ops.aten
-    assert set(core_aten_decompositions()) - set(table) == {aten.squeeze.dim}
+    missing = set(core_aten_decompositions()) - set(table)  # other packages register theirs later
+    assert {op for op in missing if op.namespace == "aten"} == {aten.squeeze.dim}
     assert table[aten.convolution_backward.default] is decompositions.convolution_backward
     assert table[aten.native_group_norm.default] is decompositions.native_group_norm
 
@@ -498,7 +499,7 @@ def traced(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Gra
     return graph
 
 
-FORBIDDEN = re.compile(r"_backward|batch_norm|_(scatter|strided)|scatter_|\w_\.")
+FORBIDDEN = re.compile(r"_backward|batch_norm|_(scatter|strided)|index_put|\w_\.")
 """Operators that runtimes lack. In-place operators are not allowed either."""
 
 IMAGES, SEQUENCE, ROW = (4, 8, 7), (3, 4), (6,)

@@ -18,7 +18,9 @@ from torch._decomp import core_aten_decompositions
 from export.lowering.decompositions.convolution import convolution_backward
 from export.lowering.decompositions.indexing import (
     embedding_dense_backward,
+    index_put,
     pow_scalar,
+    put,
     select_backward,
     slice_backward,
     squeeze_dims,
@@ -86,6 +88,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.unfold_backward.default: unfold_backward,
         aten.select_backward.default: select_backward,
         aten.embedding_dense_backward.default: embedding_dense_backward,
+        aten.index_put.default: index_put,
+        aten.put.default: put,
         aten.pow.Tensor_Scalar: pow_scalar,
         aten.squeeze.dims: squeeze_dims,
     }
