@@ -21,14 +21,16 @@ from torch.export.graph_signature import (
 )
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_structure
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from edge_sdk.bundle.manifest import Port
+from export.cutting.seeded_random import check_operator
 from export.errors import ExportError
 from export.lowering.decompositions import decompositions
+from export.lowering.guards import Shapes
 from export.lowering.onednn import without_onednn
 from export.lowering.simplify import simplify
 from export.steps.client_steps import Step
@@ -48,9 +50,10 @@ def trace(step: Step) -> ExportedProgram:
     ``constant_1``, ... of the program, in their order.
 
     Raises:
-        ExportError: the step needs a fixed size of a symbolic dimension.
+        ExportError: the step needs a fixed size of a symbolic dimension, decides on one, or has
+            random numbers that are not drawn from the seed.
     """
-    shapes = ShapeEnv()
+    shapes = Shapes()
     names = sorted({n for port in step.inputs for n in port.spec.shape if isinstance(n, str)})
     # torch specialises sizes of 1 and 2 in some places
     largest = {name: max(step.limits.get(name, MAX_SIZE), 3) for name in names}
@@ -60,6 +63,8 @@ def trace(step: Step) -> ExportedProgram:
         symbols[name] = shapes.create_symbol(
             hint, source=ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
         )
+        # torch starts at 2, and would answer a question about a size of 1 without being asked
+        shapes.var_to_range[symbols[name]] = ValueRanges(1, largest[name])
         sizes[name] = shapes.create_symintnode(symbols[name], hint=hint)
     names_of_constants = list(step.constants)
 
@@ -83,6 +88,10 @@ def trace(step: Step) -> ExportedProgram:
     for name, symbol in symbols.items():
         if symbol in shapes.replacements:
             raise ExportError(_FIXED[name])
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            check_operator(node.target)
+    shapes.check_decisions({symbol: name for name, symbol in symbols.items()}, largest)
     simplify(graph)
     limits = {symbols[n]: ValueRanges(1, largest[n]) for n in names}
     shapes.var_to_range.update(limits)  # ExecuTorch plans memory by these bounds

@@ -22,6 +22,7 @@ from edge_sdk.bundle.ranges import MAX_POSITIONS, Ranges
 from edge_sdk.protocol.tensors import TensorSpec
 from export.bases.dual_norms import has_dual_norms, noise_tensors, robustness
 from export.cutting.seeded_random import SeededDropout
+from export.cutting.checks import is_recurrent
 from export.cutting.split_model import ClientSegment, channel_axis, statistics
 from export.errors import ExportError
 from export.packing.codecs import Codec
@@ -150,6 +151,8 @@ class ClientSteps:
     def _takes_any_length(self, example: Tensor) -> bool:
         """Whether inputs are texts, and the segment also accepts shorter ones."""
         if example.is_floating_point() or example.dim() != 2 or example.shape[1] < 2:
+            return False
+        if is_recurrent(self.segment):  # a graph has a copy of the cell for each position
             return False
         tensors = {**self.constants, **self.initial}
         try:
