@@ -166,6 +166,8 @@ def _run_stage(name: str, stage: nn.Module, h: Tensor, fewer: bool = False) -> T
         except ExportError as error:
             raise ExportError(f"{calls.unfinished()}: {error}") from error
         except Exception as error:
+            if rows == 1 and "Expected more than 1 value per channel" in str(error):
+                return _evaluated(stage, h)
             fails = f"{calls.unfinished()} and fails on a batch of {rows}: {reason(error)}"
             if fewer:
                 fails += "; it must take any batch: use x.shape[0] in place of a number"
@@ -185,6 +187,13 @@ def _run_stage(name: str, stage: nn.Module, h: Tensor, fewer: bool = False) -> T
             f"{called(name, stage)} and returns {found} for a batch of {rows}; it must "
             f"return one float32 tensor of shape [{rows}, ...]"
         )
+    return result
+
+
+def _evaluated(stage: nn.Module, h: Tensor) -> Tensor:
+    """Output in evaluation mode: batch norms have no variance of a single value in training."""
+    with torch.no_grad():
+        result: Tensor = stage.eval()(h)
     return result
 
 

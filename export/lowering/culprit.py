@@ -16,7 +16,7 @@ from export.cutting.calls import called, copied_buffers, recorded
 from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment
 from export.errors import ExportError
-from export.steps.client_steps import Step
+from export.steps.step import Step, Tensors
 
 
 def find_culprit(
@@ -63,10 +63,10 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
     parameters = dict(module.named_parameters())
     buffers = copied_buffers(module)
 
-    def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def function(constants: Tensors, inputs: Tensors) -> Tensors:
         own = {name: tensor.clone() for name, tensor in constants.items()}  # statistics change
         tensors = tuple(
-            t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors
+            t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs.values()
         )
         given = list(leaves)
         for place, tensor in zip(places, tensors[len(parameters) :], strict=True):
@@ -83,9 +83,11 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
         loss = torch.stack([(t * t).sum() for t in results]).sum()
         wanted = [t for t in tensors if t.requires_grad]
         if not loss.requires_grad or not wanted:
-            return (loss,)
+            return {"loss": loss}
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        return (loss.detach(), *(g for g in gradients if g is not None))
+        return {"loss": loss.detach()} | {
+            f"gradient{i}": g for i, g in enumerate(gradients) if g is not None
+        }
 
     def port(number: int, tensor: Tensor, shape: tuple[int | str, ...]) -> Port:
         dtype = str(tensor.dtype).removeprefix("torch.")

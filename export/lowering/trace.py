@@ -33,7 +33,7 @@ from export.lowering.decompositions import decompositions
 from export.lowering.guards import Shapes
 from export.lowering.onednn import without_onednn
 from export.lowering.simplify import simplify
-from export.steps.client_steps import Step
+from export.steps.step import Step
 
 _HINTS = (7, 5, 3)
 """Sizes of symbolic dimensions during tracing."""
@@ -67,10 +67,13 @@ def trace(step: Step) -> ExportedProgram:
         shapes.var_to_range[symbols[name]] = ValueRanges(1, largest[name])
         sizes[name] = shapes.create_symintnode(symbols[name], hint=hint)
     names_of_constants = list(step.constants)
+    names_of_outputs = [port.spec.name for port in step.outputs]  # none: all outputs
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         constants = dict(zip(names_of_constants, tensors, strict=False))
-        return step.function(constants, *tensors[len(constants) :])
+        given = zip(step.inputs, tensors[len(constants) :], strict=True)
+        outputs = step.function(constants, {port.spec.name: t for port, t in given})
+        return tuple(outputs[name] for name in names_of_outputs or outputs)
 
     def inputs() -> list[Tensor]:
         constants = [torch.empty_like(tensor) for tensor in step.constants.values()]
@@ -153,7 +156,9 @@ def _mutates(node: torch.fx.Node) -> bool:
 
 _FIXED = {
     "batch": "it fixes the batch size; use x.shape[0], not a number, len(x) or int(x.shape[0])",
-    "seq": "it fixes the length of the text; use x.shape[1], not a number or int(x.shape[1])",
+    "seq": "it fixes the length of the text; use x.shape[1], not a number or int(x.shape[1]); "
+    "h.amax(2) or nn.AdaptiveMaxPool1d(1) in place of a pooling over the whole length; and no "
+    "loop over the positions",
 }
 
 

@@ -103,6 +103,11 @@ def index_put(
     return total.permute([(given + others).index(i) for i in range(x.dim())])
 
 
+def empty_permuted(size: list[int], layout: list[int], **options: Any) -> Tensor:
+    """Zeros in place of uninitialised memory: graphs have no strides."""
+    return torch.zeros(size, dtype=options.get("dtype"), device=options.get("device"))
+
+
 def put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
     """``x`` with ``source`` written, or added, at places of the flattened tensor."""
     flat, place = x.reshape(-1), index.reshape(-1)
