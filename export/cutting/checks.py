@@ -83,7 +83,8 @@ def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
 
     Raises:
         ExportError: a module has no exact translation, fails, fixes the batch size, changes a
-            buffer, or draws random numbers that do not come from the step's seed; or a stage does not return one float32 tensor with a row for each example.
+            buffer, or draws random numbers that do not come from the step's seed; or a stage does
+            not return one float32 tensor with a row for each example.
     """
     stages = {"stem": model.stem, **{f"block.{i}": b for i, b in enumerate(model.block[:cut])}}
     if model.task == "tokens":
@@ -172,15 +173,21 @@ def _run_stage(name: str, stage: nn.Module, h: Tensor, fewer: bool = False) -> T
             if fewer:
                 fails += "; it must take any batch: use x.shape[0] in place of a number"
             raise ExportError(fails) from error
+    # the state of NumPy ends with a position that every draw changes
     if str(drawn) != str((random.getstate(), np.random.get_state()[1:])):
         raise ExportError(
             f"{called(name, stage)}: it draws random numbers of Python or NumPy, which a graph "
             "would keep for every step; use torch.rand or dropout, which take theirs from the "
             "step's seed"
         )
-    if not isinstance(result, Tensor) or result.dtype != torch.float32 or result.shape[:1] != (rows,):
+    if (
+        not isinstance(result, Tensor)
+        or result.dtype != torch.float32
+        or result.shape[:1] != (rows,)
+    ):
         found = (
-            f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor)
+            f"{result.dtype} {list(result.shape)}"
+            if isinstance(result, Tensor)
             else type(result).__name__
         )
         raise ExportError(

@@ -240,7 +240,7 @@ def _fractions(drawn: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def unseeded() -> Iterator[None]:
-    """Raise :class:`ExportError` inside the block for an operator with random numbers of its own."""
+    """Refuse operators with random numbers of their own inside the block."""
     with _Refusing():
         yield
 

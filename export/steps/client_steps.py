@@ -22,8 +22,8 @@ from edge_sdk.bundle.manifest import Port, StateSpec
 from edge_sdk.bundle.ranges import MAX_POSITIONS, Ranges
 from edge_sdk.protocol.tensors import TensorSpec
 from export.bases.dual_norms import has_dual_norms, noise_tensors, robustness
-from export.cutting.seeded_random import SeededDropout
 from export.cutting.checks import is_recurrent
+from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment, channel_axis, statistics
 from export.errors import ExportError
 from export.packing.codecs import Codec

@@ -103,7 +103,7 @@ def index_put(
     return total.permute([(given + others).index(i) for i in range(x.dim())])
 
 
-def empty_permuted(size: list[int], layout: list[int], **options: Any) -> Tensor:
+def empty_permuted(size: list[int], physical_layout: list[int], **options: Any) -> Tensor:
     """Zeros in place of uninitialised memory: graphs have no strides."""
     return torch.zeros(size, dtype=options.get("dtype"), device=options.get("device"))
 
