@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from export.bundles.tier_table import TiersConfig, TierTable
+from export.bundles.tier_table import TiersConfig
 
 if TYPE_CHECKING:
     from edge_sdk.bundle.index import BundleIndex
@@ -36,7 +36,8 @@ def export(
         Path | None, typer.Option(help="Weights to start from, .safetensors of a run.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help=".npz with x and y on which int8 is compared with float32.")
+        Path | None,
+        typer.Option(help=".npz with x and y: graphs are verified on its rows, int8 is measured."),
     ] = None,
     max_loss: Annotated[
         float, typer.Option(help="Largest loss of accuracy, or growth of perplexity, by int8.")
@@ -58,7 +59,7 @@ def export(
     from export.bundles.writer import export_bundles
     from export.lowering.verification.verify import Report
     from export.out_folder import check_out
-    from export.planning.plan import Planner
+    from export.planning.planner import Planner
 
     check_out(out, overwrite)
     key = None if sign is None else read_private_key(sign)
@@ -74,12 +75,12 @@ def export(
             split.load(weights)
         example, classes = settings.example(split)
 
-        def choose(tiers: Mapping[str, TierTable]) -> dict[str, int]:
+        def choose() -> dict[str, int]:
             def report(text: str, share: float | None) -> None:
                 status.update(Text(f"looking for cuts: {text}"))
 
-            with Planner(split, example, classes, settings.optimizer, report) as planner:
-                return planner.choose(tiers)
+            with Planner(settings, split, example, classes, report) as planner:
+                return planner.choose()
 
         chosen = settings.exported(split, choose)
         extra: dict[str, Any] = {} if lora is None else {"lora": vars(lora)}

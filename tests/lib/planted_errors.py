@@ -425,7 +425,7 @@ def _fixed_seed(right: Any, given: Any, after: int = 0) -> Any:
 
 _plant(
     "batchnorm", "train", "training: the segment is in evaluation mode",
-    _method(ClientSteps, "call", lambda right, training, *a: right(False, *a)),
+    _method(ClientSteps, "call", lambda right, training, *a, **k: right(False, *a, **k)),
 )  # fmt: skip
 _plant(
     "batchnorm", "activate", "dropout: the seed is ignored",
@@ -433,7 +433,7 @@ _plant(
 )  # fmt: skip
 _plant(
     "batchnorm", "fuse", "dropout: evaluation instead of training",
-    _method(ClientSteps, "call", lambda right, training, *a: right(False, *a)),
+    _method(ClientSteps, "call", lambda right, training, *a, **k: right(False, *a, **k)),
 )  # fmt: skip
 _plant(
     "conv", "backward", "returned gradient: scaled by the batch's size",
