@@ -426,5 +426,7 @@ def _lower(
     try:
         return lower(tier.runtime, found, places)
     except ExportError as error:
-        culprit = find_culprit(steps.segment, example, lambda s: lower(tier.runtime, [s], {}))
-        raise ExportError(f"{culprit or 'the training step'}: {error}") from error
+        culprit = find_culprit(
+            steps.segment, example, lambda step: lower(tier.runtime, [step], {}), error
+        )
+        raise ExportError(culprit or f"the training step: {error}") from error
