@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
+from export.torch_internals import forward_hooks
+
 
 @dataclass
 class Calls:
@@ -68,7 +70,7 @@ def forget_computed_weights(module: nn.Module) -> None:
     They keep the graph of the last call, and a module with such a tensor cannot be copied.
     """
     for part in module.modules():
-        for hook in part._forward_pre_hooks.values():
+        for hook in (hook for hooks in forward_hooks(part) for hook in hooks.values()):
             if isinstance(hook, WeightNorm):
                 setattr(part, hook.name, getattr(part, f"{hook.name}_v").detach())
 

@@ -78,7 +78,7 @@ class Shapes(ShapeEnv):
 
 def _is_about_one(condition: sympy.Basic) -> bool:
     """Whether a condition asks if a size is 0 or 1: ``size != 1``, ``size >= 2``."""
-    if not isinstance(condition, sympy.Ne | sympy.core.relational._Inequality):
+    if not isinstance(condition, sympy.Ne | sympy.Gt | sympy.Ge | sympy.Lt | sympy.Le):
         return False
     return any(side.is_Integer and 0 <= side <= 2 for side in condition.args)
 
