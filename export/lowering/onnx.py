@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import onnx
+from onnxscript import ir
 from torch.onnx._internal.exporter import _core, _registration
 
 from export.errors import ExportError, reason
@@ -62,9 +63,11 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
             # everything else and changes nothing: tracing has left core operators only
             program = trace(step)
             convert_explicitly(program.graph_module)
-            model = _core._exported_program_to_onnx_program(
+            converted = _core._exported_program_to_onnx_program(
                 program, registry=_registry(), lower="at_conversion"
-            ).model_proto
+            ).model
+            _refer(converted.graph, step, places or {})
+            model = ir.to_proto(converted)
         except ExportError:
             raise
         except Exception as error:  # the traced code of a model raises errors of any class
@@ -78,9 +81,6 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
     _read_as_stored(model.graph)
     _prune(model.graph)
     _strip(model)
-    for tensor in model.graph.initializer:
-        if places and tensor.name in places:
-            _refer(tensor, places[tensor.name])
     data: bytes = model.SerializeToString(deterministic=True)
     return data
 
@@ -182,9 +182,16 @@ def _strip(model: onnx.ModelProto) -> None:
         part.ClearField("doc_string")
 
 
-def _refer(tensor: onnx.TensorProto, place: Place) -> None:
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in vars(place).items():
-        key = "location" if key == "blob" else key
-        tensor.external_data.add(key=key, value=str(value))
+def _refer(graph: ir.Graph, step: Step, places: Mapping[str, Place]) -> None:
+    """Replace constants by references, before serialization: nothing then reads their bytes.
+
+    A file that held them would be copied several times, and protobuf ends at 2 GB.
+    """
+    for number, name in enumerate(step.constants):
+        value = graph.initializers.get(f"constant_{number}")
+        if value is not None and value.const_value is not None and name in places:
+            place, held = places[name], value.const_value
+            value.const_value = ir.ExternalTensor(
+                place.blob, place.offset, place.length, held.dtype,
+                shape=ir.Shape(held.shape), name=value.name or name,
+            )  # fmt: skip
