@@ -35,6 +35,9 @@ class Codec(Protocol):
     def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
         """Names, dtypes and shapes of the packed tensors of activations (batch, ...)."""
 
+    def unrounded(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        """The packed tensors of finite ``h`` before rounding, for verification, in its dtype."""
+
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
         """Largest error of ``unpack(pack(h))`` in exact arithmetic; broadcasts with ``h``."""
 
@@ -63,6 +66,14 @@ class Int8PerChannel:
         scales = tuple(n if i == channel_axis else 1 for i, n in enumerate(shape))
         return TensorSpec("h.q", "int8", shape), TensorSpec("h.scale", "float32", scales)
 
+    def unrounded(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        rows = h.movedim(channel_axis, 0).flatten(1)
+        largest = torch.maximum(rows.amax(1), -rows.amin(1))
+        shape = [1] * h.dim()
+        shape[channel_axis] = -1
+        scale = torch.where(largest < self._TINY, self._TINY, largest).reshape(shape) / 127
+        return {"h.q": h / scale, "h.scale": scale}
+
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
         return parts["h.scale"] / 2
 
@@ -81,6 +92,10 @@ class Fp16:
 
     def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
         return (TensorSpec("h", "float16", shape),)
+
+    def unrounded(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        limit = torch.full_like(h, self._MAX)
+        return {"h": torch.minimum(torch.maximum(h, -limit), limit)}
 
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
         return parts["h"].to(torch.float32).abs() * 2**-11 + 2**-25
