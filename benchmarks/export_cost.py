@@ -2,10 +2,10 @@
 
     python -m benchmarks.export_cost [--case NAME]... [--no-verify] [--json FILE]
 
-Each case is exported in a process of its own, with LoRA of rank 8 and returned gradients, from random
-weights. Memory is resident memory, memory-mapped files included; the kernel's own mark of the peak is
-read and reset wherever a stage begins or ends, so a peak is that of the stage alone. Linux only.
-A stage that runs inside another is not counted in the outer one.
+Each case is exported in a process of its own, with LoRA of rank 8 and returned gradients, from
+random weights. Memory is resident memory, memory-mapped files included; the kernel's own mark of
+the peak is read and reset wherever a stage begins or ends, so a peak is that of the stage alone.
+Linux only. A stage that runs inside another is not counted in the outer one.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ STAGES = {
     ],
     "ranges": [("export.bundles.writer", "find_ranges")],
     "steps": [("export.bundles.writer", "make_steps")],
-    "constants": [("export.bundles.writer", "_store_constants")],
-    "trace": [("export.lowering.onnx", "trace")],
+    "constants": [("export.bundles.writer", "store_constants")],
+    "trace": [("export.lowering.onnx", "traced")],
     "lower": [("export.bundles.writer", "lower")],
-    "verify": [("export.bundles.writer", "verify")],
+    "verify": [("export.lowering.verification.verify.Verifier", "verify")],
     "save": [("export.cutting.split_model.SplitModel", "save")],
 }
 """Functions whose calls make up each stage, as module (or class) and name."""
@@ -145,9 +145,7 @@ class Stages:
 
 def _take_peak_mb() -> float:
     """Peak resident memory since the last call, in 10^6 bytes."""
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-    )
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident
     return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
 
