@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.gpu_models import CODEC, Shape, packed_batch, step_input, unpacked
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import SplitModel
+from export.cutting.tied import tied_tensors
 from export.packing.codecs import get_codec
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.interface import StepInput, TrunkCopy, TrunkPlan
@@ -131,9 +132,13 @@ def reference_steps(
     ``weighted_mean``, as for base networks, it is divided by the sum of the labels' weights.
     """
     model = copy.deepcopy(case.model).to(device, dtype).train()
+    tied = [model.get_parameter(name) for name in tied_tensors(model)]
     model.stem.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, **HYPER)
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(own, **HYPER)
+    if tied:  # weights of tables that heads read decay on the devices
+        optimizer.add_param_group({"params": [p.requires_grad_() for p in tied], "weight_decay": 0})
+    trained = [*own, *tied]
     for step in inputs:
         optimizer.zero_grad()
         total = sum(counted(i) * (i.weight if weighted_mean else 1.0) for i in step)

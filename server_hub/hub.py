@@ -32,6 +32,7 @@ from export.bundles.model_source import model_of_bundles
 from export.cutting.checks import check_sharing
 from export.cutting.input_ranges import check_classes
 from export.cutting.split_model import WEIGHTS, SplitModel
+from export.cutting.tied import tied_to_head
 from export.steps.optimizers import check_hyper
 from server_hub.concurrency import BackgroundTasks, Changes, Effect
 from server_hub.config import HubConfig
@@ -125,6 +126,7 @@ class Hub:
             self.index,
             self.manifests,
             initial,
+            tied_to_head(self.model),
         )
         self.started: Started | None = None
         """What the job has taken over from an earlier run; None if it starts from the bundles."""

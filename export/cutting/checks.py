@@ -13,7 +13,7 @@ from export.cutting.calls import called, copied_buffers, recorded
 from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment, SplitModel, modes_kept, statistics
 from export.errors import ExportError, reason
-from export.tensor_names import layer_of
+from export.tensor_names import is_statistic, layer_of
 
 _ALPHA = "there is no exact translation of its random numbers; use nn.Dropout"
 
@@ -86,8 +86,9 @@ def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
 def check_sharing(model: SplitModel, cut: int) -> None:
     """Raise :class:`ExportError` if both sides of a cut would train the same tensor.
 
-    Each side trains a copy of its own, and nothing would make the copies equal again. A table that
-    only the stem and heads share is not meant: methods say which side trains it.
+    Each side trains a copy of its own, and nothing would make the copies equal again. A parameter
+    that only the stem and heads share is not meant: each side computes its part of the gradient,
+    and the hub adds what both have changed (:mod:`export.cutting.tied`).
     """
     on_device = set(model.client_layers(cut))
     owners: dict[int, list[str]] = {}
@@ -100,7 +101,10 @@ def check_sharing(model: SplitModel, cut: int) -> None:
             owners.setdefault(id(tensor), []).append(name)
     for names in owners.values():
         layers = {layer_of(name) for name in names}
-        tied = all(layer in ("stem", "head") or layer.startswith("aux.") for layer in layers)
+        tied = "stem" in layers and not any(map(is_statistic, names))
+        tied = tied and all(
+            layer in ("stem", "head") or layer.startswith("aux.") for layer in layers
+        )
         if layers & on_device and layers - on_device and not tied:
             device = next(name for name in names if layer_of(name) in on_device)
             hub = next(name for name in names if layer_of(name) not in on_device)

@@ -28,7 +28,7 @@ from export.errors import ExportError
 from export.packing.codecs import Codec
 from export.steps.optimizers import Optimizer
 from export.steps.step import Step, Tensors
-from export.tensor_names import is_below_heads
+from export.tensor_names import WAITING, is_below_heads
 
 ROBUSTNESS = Port(TensorSpec("robustness", "float32", ()), "hyper")
 """Weight of the noise norms, from 0 to 1."""
@@ -88,7 +88,12 @@ class ClientSteps:
         }
         self.statistics = {n: b.detach().clone() for n, b in statistics(segment).items()}
         self.noise = {n for n in self.parameters if n in noise_tensors(segment)}
-        self.slots = optimizer.slots(self.parameters)
+        self.waiting = _waiting(segment) if returned else {}
+        """For each tensor that the stem and the head on the device share, the slot in which the
+        head's part of its gradient waits for the part of the stem."""
+        self.slots = optimizer.slots(self.parameters) | {
+            slot: torch.zeros_like(self.parameters[n]) for n, slot in self.waiting.items()
+        }
         if (returned or fused) and not any(is_below_heads(name) for name in self.parameters):
             raise ExportError(
                 "returned gradients have nothing to train: every parameter before cut "
@@ -381,6 +386,15 @@ def _tied(module: nn.Module) -> dict[str, str]:
         for name, tensor in own(path, recurse=False, remove_duplicate=False)
     }
     return {name: other for name, other in names.items() if name != other}
+
+
+def _waiting(segment: ClientSegment) -> dict[str, str]:
+    """Names of slots by the names of trained tensors of the stem that the model's head reads."""
+    if segment.features is None:
+        return {}
+    read = {id(p) for p in segment.head.parameters() if p.requires_grad}
+    own = segment.stem.named_parameters("stem")
+    return {name: f"{WAITING}/{name}" for name, p in own if id(p) in read}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -144,6 +144,8 @@ class _FastSgd(Sgd):
     def step(
         self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
     ) -> tuple[Tensors, Tensors]:
+        if not parameters:
+            return {}, {}  # torch._foreach_add takes no empty lists
         h = {name: value.item() for name, value in hyper.items()}
         old, given = list(parameters.values()), [gradients[n] for n in parameters]
         g = torch._foreach_add(given, old, alpha=h["weight_decay"])
@@ -160,6 +162,8 @@ class _FastAdamW(AdamW):
     def step(
         self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
     ) -> tuple[Tensors, Tensors]:
+        if not parameters:
+            return {}, {}
         h = {name: value.item() for name, value in hyper.items()}
         g = [gradients[n] for n in parameters]
         layers = [layer_of(name) for name in parameters]

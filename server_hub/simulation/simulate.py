@@ -30,6 +30,7 @@ from export.bundles.writer import make_steps, segment_of, write_tier
 from export.cutting.checks import check_sharing
 from export.cutting.input_ranges import find_ranges
 from export.cutting.split_model import WEIGHTS
+from export.cutting.tied import tied_to_head
 from export.planning.flops import flops_per_row
 from export.steps.client_steps import ClientSteps
 from export.steps.graph_set import all_steps
@@ -348,6 +349,7 @@ class Simulation:
             job.cuts.rank,
             fleet.assignment,
             split=any(not fleet.models.get(name) for name in fleet.tiers),
+            tied=tied_to_head(model),
         )
         method = self.recipe.compose(initial, outline)
         heads = not method.stage(1, job.rounds.count).activations.returns_gradients

@@ -116,6 +116,8 @@ class TrunkCopy:
             passes devices and trunk make over it.
         base: number of the base network that the layer is of; 0 for a single model.
         diverged: whether training of the replica has diverged. There are no tensors then.
+        part: whether these are tied tensors, which the replica has trained with its part of their
+            gradient alone. What it has changed is added to what devices have changed.
     """
 
     replica: str
@@ -124,6 +126,7 @@ class TrunkCopy:
     samples: int
     base: int = 0
     diverged: bool = False
+    part: bool = False
 
 
 @dataclass(frozen=True)

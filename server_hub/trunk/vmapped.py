@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from edge_sdk.protocol.tensors import Array, State
 from export.bases.dual_norms import has_dual_norms, noise_tensors
 from export.cutting.split_model import SplitModel
+from export.cutting.tied import tied_tensors
 from export.packing.codecs import get_codec
 from export.steps.losses import NO_LABEL
 from export.steps.optimizers import get_optimizer
@@ -97,8 +98,12 @@ class VmappedTrainer:
         self._dual = has_dual_norms(model)
         noise = noise_tensors(model)
         tensors = {n: torch.from_numpy(np.array(t)).to(device) for n, t in state.items()}
-        # the stem is trained on the devices
-        own = {n for n, p in model.named_parameters() if p.requires_grad and layer_of(n) != "stem"}
+        self._tied = tied_tensors(model)
+        # the rest of the stem is trained on the devices
+        own = {
+            n for n, p in model.named_parameters()
+            if p.requires_grad and (n in self._tied or layer_of(n) != "stem")
+        }  # fmt: skip
         self._parameters = {n: t for n, t in tensors.items() if n in own}
         self._others = {n: t for n, t in tensors.items() if n not in own}
         self._noise = noise & own
@@ -147,6 +152,7 @@ class VmappedTrainer:
         """Every layer that was trained, of every base."""
         copies = []
         for (base, layer), samples in self._samples.items():
+            part = layer == "stem"
             trained = base in self._noise_trained
             tensors = {
                 n: t[base].to("cpu", copy=True).numpy()
@@ -154,7 +160,7 @@ class VmappedTrainer:
                 if layer_of(n) == layer and (n not in self._noise or trained)
             }
             if tensors:
-                copies.append(TrunkCopy("bases", layer, tensors, samples, base))
+                copies.append(TrunkCopy("bases", layer, tensors, samples, base, part=part))
         return copies
 
     def _unpack(self, inputs: Sequence[tuple[int, StepInput]]) -> list[_Unpacked]:
@@ -228,7 +234,7 @@ class VmappedTrainer:
             norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
             scale = (self._plan.max_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = {n: g * scale for n, g in gradients.items()}
-            stepped, moved = self._rule.step(parameters, gradients, slots, self._hyper)
+            stepped, moved = self._update(parameters, gradients, slots)
             return stepped, moved, row_losses, torch.isfinite(loss) & torch.isfinite(norm)
 
         batched = torch.vmap(one, randomness="different")
@@ -245,6 +251,17 @@ class VmappedTrainer:
         # the host waits once, for both
         read = torch.cat([finite[:, None].double(), row_losses.double()], 1).cpu().numpy()
         return _Step(parameters, slots, read[:, 1:], [bool(v) for v in read[:, 0]])
+
+    def _update(
+        self, parameters: dict[str, Tensor], gradients: dict[str, Tensor], slots: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """New parameters and slots of one base; tied tensors decay on the devices."""
+        parts = {n: p for n, p in parameters.items() if n in self._tied}
+        others = {n: p for n, p in parameters.items() if n not in parts}
+        stepped, moved = self._rule.step(others, gradients, slots, self._hyper)
+        undecayed = self._hyper | {"weight_decay": torch.zeros((), device=self._device)}
+        also_stepped, also_moved = self._rule.step(parts, gradients, slots, undecayed)
+        return stepped | also_stepped, moved | also_moved
 
     def _stack(self, groups: Mapping[int, Sequence[_Unpacked]]) -> dict[int, dict[str, Tensor]]:
         """Fields of :class:`Entering` by cut, (bases, rows, ...), filled up with weight zero."""
@@ -303,7 +320,8 @@ class VmappedTrainer:
                 bases = [
                     base
                     for base in fine
-                    if _above(layer_of(name), entered[base]) and (not of_noise or base in noisy)
+                    if layer_of(name) in self._layers_above(entered[base])
+                    and (not of_noise or base in noisy)
                 ]
                 if bases:
                     mine[name][bases] = tensor[[order.index(base) for base in bases]]
@@ -318,7 +336,13 @@ class VmappedTrainer:
                     self._samples[base, layer] = self._samples.get((base, layer), 0) + b.source.rows
 
     def _layers_above(self, cut: int) -> list[str]:
-        return [layer for layer in self._model.layers() if _above(layer, cut)]
+        """Layers that a row which enters at a cut trains; "stem" for tied tensors."""
+        above = [layer for layer in self._model.layers() if _above(layer, cut)]
+        return [*above, "stem"] if self._trains_stem(cut) else above
+
+    def _trains_stem(self, cut: int) -> bool:
+        """Whether a head above a cut reads a tied tensor."""
+        return any(_above(head, cut) for heads in self._tied.values() for head in heads)
 
     def _note_losses(
         self,

@@ -734,6 +734,7 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
     report = core.step(arrivals)
     counts = [int((a.batch.labels >= 0).sum()) for a in arrivals]
     reference.stem.requires_grad_(False)
+    table = reference.get_parameter("stem.embedding.weight").requires_grad_()
     losses = []
     for arrival, gradient, count in zip(arrivals, report.gradients, counts, strict=True):
         h, labels = unpacked(arrival)
@@ -747,13 +748,17 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
         np.testing.assert_allclose(gradient["h"], want, 2e-3, 1e-5)
     assert report.rows == sum(counts)
     assert report.loss == pytest.approx(np.average(losses, weights=counts), rel=1e-5)
-    trained = [p for p in reference.parameters() if p.grad is not None]
+    trained = [p for p in reference.parameters() if p.grad is not None and p is not table]
     OPTIMIZERS["sgd"].reference(trained, dict(SGD.hyper)).step()
+    undecayed = dict(SGD.hyper) | {"weight_decay": 0.0}  # the table decays on the devices
+    OPTIMIZERS["sgd"].reference([table], undecayed).step()
     copies = core.finish()
     assert_close(tensors_of(copies), {n: state_of(reference)[n] for n in tensors_of(copies)})
     assert {c.layer: c.samples for c in copies}["block.1"] == 2
     assert {c.layer: c.samples for c in copies}["head"] == 6
-    assert not any(name.startswith("stem.") for name in tensors_of(copies))
+    (part,) = [c for c in copies if c.part]
+    assert (part.layer, part.samples) == ("stem", 6)
+    assert part.tensors.keys() == {"stem.embedding.weight"}
 
 
 def test_evaluation_of_texts_is_perplexity() -> None:

@@ -125,7 +125,8 @@ class Eager:
         own = {n: torch.from_numpy(t[base].copy()) for n, t in state.items()}
         assert not self.model.load_state_dict(own, strict=False).unexpected_keys
         self.model.stem.requires_grad_(False)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        self.tied = self.model.task == "tokens"  # heads read the table, which decays on devices
         hyper = plan.hyper
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(
@@ -143,6 +144,9 @@ class Eager:
                 weight_decay=hyper["weight_decay"],
             )
         )
+        if self.tied:
+            table = self.model.get_parameter("stem.embedding.weight").requires_grad_()
+            self.optimizer.add_param_group({"params": [table], "weight_decay": 0.0})
         self.max_norm, self.dual = plan.max_norm, has_dual_norms(template)
         self.samples: dict[str, int] = {}
 
@@ -186,7 +190,9 @@ class Eager:
         for name, p in self.model.named_parameters():
             if not any(a.batch.noise for a in arrivals) and name in noise:
                 p.grad = None
-            elif name.startswith(tuple(f"{layer}." for layer in self.passed(lowest))):
+            elif p.requires_grad and name.startswith(
+                tuple(f"{layer}." for layer in self.passed(lowest))
+            ):
                 # clean rows do not reach the noise copy, nor noise rows the clean one
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
@@ -200,13 +206,14 @@ class Eager:
         """Return the layers above a cut that have trained tensors."""
         depth = self.model.depth - 1  # the block behind the last one does nothing
         blocks = {f"block.{i}" for i in range(cut, depth)}
-        return blocks | {f"aux.{d}" for d in range(cut + 1, depth + 1)}
+        heads = {f"aux.{d}" for d in range(cut + 1, depth + 1)}
+        return blocks | heads | ({"stem"} if self.tied else set())
 
     def tensors(self, layers: Sequence[str]) -> dict[str, Array]:
         """Return the tensors of some layers."""
         return {
             name: p.detach().numpy() for name, p in self.model.named_parameters()
-            if name.startswith(tuple(f"{layer}." for layer in layers))
+            if name.startswith(tuple(f"{layer}." for layer in layers)) and p.requires_grad
         }  # fmt: skip
 
 
@@ -256,6 +263,7 @@ def check(
     for base, reference in enumerate(alone):
         found = {c.layer: c.samples for c in copies if c.base == base}
         assert found == reference.samples
+        assert all(c.part is (c.layer == "stem") for c in copies)
         tensors = reference.tensors(list(found)) if found else {}
         if base not in hardened:
             tensors = {n: t for n, t in tensors.items() if n not in noise}
