@@ -177,7 +177,7 @@ def measure(case: str, verified: bool) -> Row:
         example, classes = tiers.example(model)
         writer.export_bundles(
             model,
-            tiers.exported(model, lambda _: {}),
+            tiers.exported(model, dict),
             Path(folder) / "bundles",
             example=example,
             classes=classes,

@@ -212,5 +212,5 @@ def _refer(graph: ir.Graph, step: Step, places: Mapping[str, Place]) -> None:
             place, held = places[name], value.const_value
             value.const_value = ir.ExternalTensor(
                 place.blob, place.offset, place.length, held.dtype,
-                shape=ir.Shape(held.shape), name=value.name or name,
+                shape=ir.Shape(held.shape.numpy()), name=value.name or name,
             )  # fmt: skip
