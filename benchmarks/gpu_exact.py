@@ -177,7 +177,7 @@ def merged_error(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> fl
     start = state_of(case.model)
     model = copy.deepcopy(case.model).to(dtype)
     trainer = TrunkTrainer(model, device)
-    trainer.begin(state_of(model), TrunkPlan("sgd", HYPER, max_norm=case.max_norm))
+    trainer.begin(state_of(model), TrunkPlan("sgd", HYPER, max_norm=case.max_norm, decay="all"))
     for step in case.steps:
         report = trainer.step([in_dtype(i, dtype) for i in step])
         if report.refused:
@@ -241,7 +241,7 @@ def returned_error(shape: Shape, seed: int, device: str) -> float:
     """
     case = draw(shape, seed, steps=1)
     trainer = TrunkTrainer(copy.deepcopy(case.model), device)
-    plan = TrunkPlan("sgd", HYPER, max_norm=case.max_norm, returned=True)
+    plan = TrunkPlan("sgd", HYPER, max_norm=case.max_norm, decay="all", returned=True)
     trainer.begin(state_of(case.model), plan)
     inputs = [in_dtype(i, torch.float64) for i in case.steps[0]]
     report = trainer.step(inputs)
@@ -270,7 +270,9 @@ def vmapped_error(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> f
     wanted_dtype = np.float64 if dtype == torch.float64 else np.float32
     stacked = {n: np.stack([s[n] for s in states]).astype(wanted_dtype) for n in states[0]}
     trainer = TrunkTrainer(copy.deepcopy(case.model).to(dtype), device)
-    trainer.begin(stacked, TrunkPlan("sgd", HYPER, max_norm=case.max_norm, bases=bases))
+    trainer.begin(
+        stacked, TrunkPlan("sgd", HYPER, max_norm=case.max_norm, decay="all", bases=bases)
+    )
     for step in case.steps:
         trainer.step([in_dtype(i, dtype) for i in step])
     copies = trainer.finish()

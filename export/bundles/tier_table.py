@@ -102,6 +102,8 @@ class TiersConfig:
         input_high: exclusive upper bound of token ids.
         length: number of tokens in a text.
         optimizer: optimizer of the training graphs.
+        decay: parameters that weight decay applies to, in the graphs and in the trunk: ``matrices``
+            leaves norms, biases and embeddings alone.
         returned: add graphs for gradients that the hub returns.
         u_shaped: devices hold the model's head, so that labels stay on them; needs ``returned``.
         fused: add the graph that fuses returned gradients with those of the heads.
@@ -118,6 +120,7 @@ class TiersConfig:
     input_high: int = 2
     length: int = _LENGTH
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    decay: Literal["matrices", "all"] = "matrices"
     returned: bool = False
     u_shaped: bool = False
     fused: bool = False

@@ -100,6 +100,7 @@ def export(
             example=example,
             classes=classes,
             optimizer=settings.optimizer,
+            decay=settings.decay,
             model_path=model,
             extra=extra,
             bases=bases,

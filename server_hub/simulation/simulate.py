@@ -183,7 +183,13 @@ class Simulation:
             check_sharing(fleet.model_of(name), tier.cut)
             segment = segment_of(fleet.model_of(name), tier)
             steps = make_steps(
-                segment, tier, fleet.example, fleet.classes, self.job.optimizer, ranges
+                segment,
+                tier,
+                fleet.example,
+                fleet.classes,
+                self.job.optimizer,
+                ranges,
+                decay=self.job.decay,
             )
             if not self._steps:  # all tiers take the same examples
                 check_values(self.data, steps.ranges)
@@ -195,7 +201,8 @@ class Simulation:
                 s.name: flops_per_row(s, self._length or 1) for s in all_steps(steps)
             }
         fleet.model.save(folder / WEIGHTS)
-        index = BundleIndex(folder, None, fleet.classes, self.job.optimizer, entries, {})
+        noted = {"decay": self.job.decay}
+        index = BundleIndex(folder, None, fleet.classes, self.job.optimizer, entries, noted)
         index.write()
         return index
 

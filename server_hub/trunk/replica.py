@@ -10,12 +10,13 @@ from types import MappingProxyType
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 
 from edge_sdk.protocol.tensors import State
 from export.cutting.split_model import SplitModel, statistics
 from export.steps.optimizers import get_optimizer
+from export.steps.weight_decay import decayed_names
 from export.tensor_names import TIED, layer_of
+from export.torch_internals import DropoutBase, foreach_norm
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan
 
 _GROWTH = 1e6
@@ -51,20 +52,21 @@ class Replica:
         for name, parameter in model.stem.named_parameters("stem"):
             parameter.requires_grad_(name in self._tied)
         for module in model.modules() if plan.u_shaped else ():
-            if isinstance(module, _DropoutNd):
+            if isinstance(module, DropoutBase):
                 module.eval()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         """The parameters that are trained."""
         self._statistics = statistics(model)
         self._largest = self._norms().clamp(min=1.0) * _GROWTH if self._statistics else None
         rule = get_optimizer(plan.optimizer)
-        self.optimizer = rule.reference(list(self.trained), dict(plan.hyper))
+        decayed = decayed_names(model, plan.decay) - set(self._tied)  # those decay on the devices
+        trained = [(n in decayed, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = rule.reference(
+            [p for decays, p in trained if decays],
+            dict(plan.hyper),
+            [p for decays, p in trained if not decays],
+        )
         """Updates the parameters."""
-        if parts := [model.get_parameter(name) for name in self._tied]:
-            (group,) = self.optimizer.param_groups
-            group["params"] = [p for p in self.trained if all(p is not part for part in parts)]
-            # tied tensors decay on the devices
-            self.optimizer.add_param_group({"params": parts, "weight_decay": 0.0})
         self._samples: dict[str, int] = {}
         self.diverged = False
         """Whether a step has found that training has diverged; no further steps are made."""
@@ -108,12 +110,12 @@ class Replica:
     def _norms(self) -> Tensor:
         """Largest absolute value of each statistic (statistics,)."""
         tensors = list(self._statistics.values())
-        return torch.stack(torch._foreach_norm(tensors, math.inf)).float()
+        return torch.stack(foreach_norm(tensors, math.inf)).float()
 
     @torch.no_grad()
     def has_diverged(self) -> bool:
         """Whether a parameter is not finite, or so large that training has diverged."""
-        norms = torch.stack(torch._foreach_norm(list[Tensor](self.trained))).float()
+        norms = torch.stack(foreach_norm(list[Tensor](self.trained))).float()
         sizes = torch.tensor([p.numel() for p in self.trained], device=norms.device)
         return not bool((norms <= _EXPLODED * sizes.sqrt()).all())  # false for NaN
 

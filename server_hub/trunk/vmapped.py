@@ -25,6 +25,7 @@ from export.cutting.tied import tied_tensors
 from export.packing.codecs import get_codec
 from export.steps.losses import NO_LABEL
 from export.steps.optimizers import get_optimizer
+from export.steps.weight_decay import decayed_names
 from export.tensor_names import layer_of
 from server_hub.trunk.bounds import ActivationBound, shares
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
@@ -108,6 +109,7 @@ class VmappedTrainer:
         self._others = {n: t for n, t in tensors.items() if n not in own}
         self._noise = noise & own
         self._rule = get_optimizer(plan.optimizer)
+        self._decayed = decayed_names(model, plan.decay) - set(self._tied)  # they decay on devices
         single = self._rule.slots({n: t[0] for n, t in self._parameters.items()})
         self._slots = {n: s.expand(plan.bases, *s.shape).clone() for n, s in single.items()}
         self._hyper = {n: torch.tensor(v, device=device) for n, v in plan.hyper.items()}
@@ -234,7 +236,9 @@ class VmappedTrainer:
             norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
             scale = (self._plan.max_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = {n: g * scale for n, g in gradients.items()}
-            stepped, moved = self._update(parameters, gradients, slots)
+            stepped, moved = self._rule.step(
+                parameters, gradients, slots, self._hyper, self._decayed
+            )
             return stepped, moved, row_losses, torch.isfinite(loss) & torch.isfinite(norm)
 
         batched = torch.vmap(one, randomness="different")
@@ -251,17 +255,6 @@ class VmappedTrainer:
         # the host waits once, for both
         read = torch.cat([finite[:, None].double(), row_losses.double()], 1).cpu().numpy()
         return _Step(parameters, slots, read[:, 1:], [bool(v) for v in read[:, 0]])
-
-    def _update(
-        self, parameters: dict[str, Tensor], gradients: dict[str, Tensor], slots: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """New parameters and slots of one base; tied tensors decay on the devices."""
-        parts = {n: p for n, p in parameters.items() if n in self._tied}
-        others = {n: p for n, p in parameters.items() if n not in parts}
-        stepped, moved = self._rule.step(others, gradients, slots, self._hyper)
-        undecayed = self._hyper | {"weight_decay": torch.zeros((), device=self._device)}
-        also_stepped, also_moved = self._rule.step(parts, gradients, slots, undecayed)
-        return stepped | also_stepped, moved | also_moved
 
     def _stack(self, groups: Mapping[int, Sequence[_Unpacked]]) -> dict[int, dict[str, Tensor]]:
         """Fields of :class:`Entering` by cut, (bases, rows, ...), filled up with weight zero."""

@@ -40,13 +40,14 @@ from server_hub.trunk.interface import TrunkCopy, TrunkPlan
 from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkTrainer
 from tests.lib.codecs import Double
+from tests.lib.decay import optimizer_of
 from tests.lib.transformers_models import WORDS, gpt2, llama, opt
 from tests.lib.trunk_models import step_input
 
 TABLE = "stem.embedding.weight"
-PLAIN = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
-HEAVY = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
-ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
+PLAIN = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
+HEAVY = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "max_norm": 0.0}
+ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "max_norm": 0.0}
 CUTS = (1, 2)
 
 
@@ -103,7 +104,7 @@ class Device:
             {"seq": 8}, returned=not fused, fused=fused,
         )  # fmt: skip
         self.state = {**self.steps.initial, **self.steps.slots}
-        self.hyper = {name: torch.tensor(hyper[name], dtype=torch.float64) for name in rule.hyper}
+        self.hyper = {name: torch.tensor(hyper[name], dtype=torch.float64) for name in hyper}
 
     def start(self, aggregation: Aggregation, slots: bool) -> None:
         """Take the state of a round."""
@@ -216,7 +217,7 @@ def test_returned_gradients_and_the_hubs_part_are_steps_of_the_uncut_model(
     """In float64; slots of both sides are kept over rounds of one step."""
     model = built(family)
     uncut = copy.deepcopy(model)
-    reference = get_optimizer("sgd").reference(without_heads(uncut), hyper)
+    reference = optimizer_of(uncut, hyper, without_heads(uncut))
     aggregation = MergedAdapters(trained(model), "sgd", tied=tied_to_head(model))
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     plan = TrunkPlan("sgd", hyper, returned=True, keeps_slots=True)
@@ -241,7 +242,7 @@ def test_parts_of_devices_at_several_cuts_are_one_gradient(family: str) -> None:
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     round_of(devices, data, trunk, aggregation, TrunkPlan("sgd", HEAVY, returned=True))
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
-    reference = get_optimizer("sgd").reference(without_heads(uncut), HEAVY)
+    reference = optimizer_of(uncut, HEAVY, without_heads(uncut))
     want = stepped(uncut, loss_of(uncut(x), y), reference)
     assert_equal(aggregation, model, {TABLE: want[TABLE]})
 
@@ -301,7 +302,7 @@ def test_heads_of_devices_and_of_the_hub_train_the_table_together(
     deeper = uncut.block[cut](h.detach())
     above = uncut.answer(cut + 1, deeper), deep(uncut, deeper, cut + 1)
     loss = sum((loss_of(logits, y) for logits in above), loss_of(below, y))
-    reference = get_optimizer("sgd").reference(list(uncut.parameters()), hyper)
+    reference = optimizer_of(uncut, hyper, list(uncut.parameters()))
     want = stepped(uncut, loss, reference)
     assert_equal(aggregation, model, want)
     np.testing.assert_allclose(aggregation.trunk_state()[TABLE], want[TABLE], rtol=1e-9)
@@ -333,8 +334,7 @@ def test_a_device_with_the_head_steps_with_the_whole_gradient(
     """Several steps of a round; with AdamW, too, since both parts meet before the step."""
     model, cut = built(family), 1
     uncut = copy.deepcopy(model)
-    rule = get_optimizer(optimizer)
-    reference = rule.reference(without_heads(uncut), hyper)
+    reference = optimizer_of(uncut, hyper, without_heads(uncut))
     aggregation = MergedAdapters(trained(model), optimizer)
     device = Device(model, cut, optimizer, hyper, u_shaped=True)
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
@@ -465,7 +465,7 @@ def test_a_job_makes_the_steps_of_the_uncut_model_and_goes_on(
     uncut: SplitModel = globals()[build]()
     start, table = trained(uncut), table_of(uncut).detach().clone()
     parameters: list[Tensor] = [p for p in uncut.parameters() if p.requires_grad]
-    reference = get_optimizer("sgd").reference(parameters, hyper)
+    reference = optimizer_of(uncut, hyper, parameters)
     for folder, task, steps in (
         ("first", job, 2),
         ("second", replace(job, rounds=RoundsTable(1), start_from=tmp_path / "first"), 1),

@@ -18,12 +18,12 @@ from torch import Tensor
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import SplitModel, channel_axis
 from export.packing.codecs import CODECS, get_codec
-from export.steps.optimizers import OPTIMIZERS
 from server_hub.methods.method import ALL_PATHS
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.evaluator import Evaluator, finished
 from server_hub.trunk.interface import Query, StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
+from tests.lib.decay import optimizer_of
 from tests.lib.trunk_models import (
     CLASSES,
     DEPTH,
@@ -206,22 +206,7 @@ def steps_of(model: SplitModel, codec: str = "int8") -> list[list[StepInput]]:
 def test_steps_are_those_of_an_eager_loop(kind: str, codec: str, plan: TrunkPlan) -> None:
     model = MODELS[kind]()
     core, reference = core_of(model, plan), MODELS[kind]()
-    optimizer = (
-        torch.optim.SGD(
-            reference.parameters(),
-            lr=plan.hyper["lr"],
-            momentum=plan.hyper["momentum"],
-            weight_decay=plan.hyper["weight_decay"],
-        )
-        if plan.optimizer == "sgd"
-        else torch.optim.AdamW(
-            reference.parameters(),
-            lr=plan.hyper["lr"],
-            betas=(plan.hyper["beta1"], plan.hyper["beta2"]),
-            eps=plan.hyper["eps"],
-            weight_decay=plan.hyper["weight_decay"],
-        )
-    )
+    optimizer = optimizer_of(reference, plan.hyper)
     samples: dict[str, int] = {}
     for arrivals in steps_of(model, codec):
         report = core.step(arrivals)
@@ -446,7 +431,7 @@ def test_later_passes_merge_all_arrivals_up_to_max_rows() -> None:
     model, reference = dense_model(), dense_model()
     steps = steps_of(model)
     everything = [arrival for arrivals in steps for arrival in arrivals]
-    optimizer = OPTIMIZERS["sgd"].reference(list(reference.parameters()), dict(SGD.hyper))
+    optimizer = optimizer_of(reference, SGD.hyper)
     for arrivals in steps:
         plain_step(reference, optimizer, arrivals)
     for _ in range(2):
@@ -464,7 +449,7 @@ def test_later_passes_take_each_arrival_once_in_some_order(seed: int) -> None:
     matches = []
     for order in itertools.permutations(arrivals):
         reference = dense_model()
-        optimizer = OPTIMIZERS["sgd"].reference(list(reference.parameters()), dict(SGD.hyper))
+        optimizer = optimizer_of(reference, SGD.hyper)
         for arrival in (*arrivals, *order):
             plain_step(reference, optimizer, [arrival])
         want = state_of(reference)
@@ -734,7 +719,7 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
     report = core.step(arrivals)
     counts = [int((a.batch.labels >= 0).sum()) for a in arrivals]
     reference.stem.requires_grad_(False)
-    table = reference.get_parameter("stem.embedding.weight").requires_grad_()
+    reference.get_parameter("stem.embedding.weight").requires_grad_()
     losses = []
     for arrival, gradient, count in zip(arrivals, report.gradients, counts, strict=True):
         h, labels = unpacked(arrival)
@@ -748,10 +733,8 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
         np.testing.assert_allclose(gradient["h"], want, 2e-3, 1e-5)
     assert report.rows == sum(counts)
     assert report.loss == pytest.approx(np.average(losses, weights=counts), rel=1e-5)
-    trained = [p for p in reference.parameters() if p.grad is not None and p is not table]
-    OPTIMIZERS["sgd"].reference(trained, dict(SGD.hyper)).step()
-    undecayed = dict(SGD.hyper) | {"weight_decay": 0.0}  # the table decays on the devices
-    OPTIMIZERS["sgd"].reference([table], undecayed).step()
+    trained = [p for p in reference.parameters() if p.grad is not None]
+    optimizer_of(reference, SGD.hyper, trained).step()
     copies = core.finish()
     assert_close(tensors_of(copies), {n: state_of(reference)[n] for n in tensors_of(copies)})
     assert {c.layer: c.samples for c in copies}["block.1"] == 2

@@ -24,6 +24,7 @@ from export.packing.codecs import CODECS
 from server_hub.trunk.interface import StepInput, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 from server_hub.trunk.vmapped import VmappedTrainer
+from tests.lib.decay import optimizer_of
 from tests.lib.dual_norms import only
 from tests.lib.models import CLASSES, FEATURES, IMAGE, conv_model, example, token_model
 from tests.lib.trunk_models import dense_model, inputs, step_input
@@ -125,28 +126,10 @@ class Eager:
         own = {n: torch.from_numpy(t[base].copy()) for n, t in state.items()}
         assert not self.model.load_state_dict(own, strict=False).unexpected_keys
         self.model.stem.requires_grad_(False)
-        trained: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        self.tied = self.model.task == "tokens"  # heads read the table, which decays on devices
-        hyper = plan.hyper
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(
-                trained,
-                lr=hyper["lr"],
-                momentum=hyper["momentum"],
-                weight_decay=hyper["weight_decay"],
-            )
-            if plan.optimizer == "sgd"
-            else torch.optim.AdamW(
-                trained,
-                lr=hyper["lr"],
-                betas=(hyper["beta1"], hyper["beta2"]),
-                eps=hyper["eps"],
-                weight_decay=hyper["weight_decay"],
-            )
-        )
+        self.tied = self.model.task == "tokens"  # heads read the table
         if self.tied:
-            table = self.model.get_parameter("stem.embedding.weight").requires_grad_()
-            self.optimizer.add_param_group({"params": [table], "weight_decay": 0.0})
+            self.model.get_parameter("stem.embedding.weight").requires_grad_()
+        self.optimizer = optimizer_of(self.model, plan.hyper)
         self.max_norm, self.dual = plan.max_norm, has_dual_norms(template)
         self.samples: dict[str, int] = {}
 
