@@ -19,8 +19,8 @@ from export.errors import ExportError
 
 Shape = tuple[int | str, ...]
 
-_POSITIONS = 32
-"""Smallest number of positions of a row for which each channel has a scale of its own."""
+_GROUP = 32
+"""Smallest number of values of a row that a scale is spent on: it takes an eighth of their bytes."""
 
 
 class Codec(Protocol):
@@ -56,13 +56,11 @@ class Codec(Protocol):
 class Int8:
     """8-bit integers with a scale for each group of values of a row: ``h ~ q * scale``.
 
-    ``scale = max|h| / 127`` over the group, in a shape that broadcasts with the codes. A group is
-
-    - a channel of a row, where channels come first and have at least 32 positions;
-    - a row, where channels come first and have fewer positions: scales per channel would take as
-      many bytes as an eighth of the codes, or more;
-    - the channels at one position of a row, where channels come last. So a position of a text
-      depends neither on later ones nor on padding.
+    ``scale = max|h| / 127`` over the group, in a shape that broadcasts with the codes. Where
+    channels come last, a group is the channels at one position of a row: then a position of a text
+    depends neither on later ones nor on padding. Where they come first, it is a channel of a row
+    if a row has at least 32 positions; else the channels at one position if there are at least 32;
+    else the row.
 
     A group of zeros has the smallest scale, 1e-12 / 127, and codes of zero. The scale of a group
     with a value that is not finite is not finite; its codes mean nothing.
@@ -102,12 +100,14 @@ class Int8:
 
 def _group(shape: Sequence[int | str], channel_axis: int) -> list[int]:
     """Axes of the values that share a scale, see :class:`Int8`."""
-    last = len(shape) - 1
-    if channel_axis == last:
-        return [last]
-    places = [axis for axis in range(1, last + 1) if axis != channel_axis]
-    positions = math.prod(n for axis in places if isinstance(n := shape[axis], int))
-    return places if positions >= _POSITIONS else list(range(1, last + 1))
+    inner = range(1, len(shape))
+    positions = [axis for axis in inner if axis != channel_axis]
+    if channel_axis == inner[-1]:
+        return [channel_axis]
+    if math.prod(n for axis in positions if isinstance(n := shape[axis], int)) >= _GROUP:
+        return positions
+    channels = shape[channel_axis]
+    return [channel_axis] if isinstance(channels, int) and channels >= _GROUP else list(inner)
 
 
 class Fp16:
