@@ -21,8 +21,9 @@ from edge_sdk.bundle.manifest import Port, StateSpec
 from edge_sdk.bundle.ranges import MAX_POSITIONS, Ranges
 from edge_sdk.protocol.tensors import TensorSpec
 from export.bases.dual_norms import has_dual_norms, noise_tensors, robustness
+from export.cutting.channels import channel_axis
 from export.cutting.seeded_random import SeededDropout
-from export.cutting.split_model import ClientSegment, channel_axis, statistics
+from export.cutting.split_model import ClientSegment, statistics
 from export.errors import ExportError
 from export.packing.codecs import Codec
 from export.steps.losses import correct, local_loss, masked
@@ -138,13 +139,13 @@ class ClientSteps:
                 x=example,
             )
         self.seeded = dropout.calls > 0
-        self.axis = channel_axis(h, segment.channels_first)
+        self.axis = channel_axis(h, segment.channels)
         self.packed = codec.specs(self._symbolic(h, example), self.axis)
         self.features: tuple[TensorSpec, ...] = ()
         if segment.features is not None:
             with torch.no_grad():
                 deep = segment.features(example)
-            self.features_axis = channel_axis(deep, segment.channels_first)
+            self.features_axis = channel_axis(deep, segment.feature_channels)
             self.features = codec.specs(self._symbolic(deep, example), self.features_axis)
 
     def _takes_any_length(self, example: Tensor) -> bool:

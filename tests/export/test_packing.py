@@ -13,7 +13,6 @@ from torch import Tensor
 
 from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec, check_tensors
-from export.cutting.split_model import channel_axis
 from export.errors import ExportError
 from export.lowering.graph_files import RuntimeName, lower
 from export.packing.codecs import CODECS, Codec, get_codec
@@ -26,10 +25,15 @@ SHAPES = st.one_of(
 )
 
 
+def axis_of(shape: tuple[int, ...]) -> int:
+    """The axis of the channels as most models have it: the last of texts, the second of images."""
+    return 2 if len(shape) == 3 else 1
+
+
 def activations(shape: tuple[int, ...], seed: int, spread: int) -> Tensor:
     """Return activations whose channels differ in size by up to ``10**spread``; some are zero."""
     generator = torch.Generator().manual_seed(seed)
-    axis = channel_axis(torch.empty(shape))
+    axis = axis_of(shape)
     powers = torch.rand(shape[axis], generator=generator) * spread
     zero = torch.rand(shape[axis], generator=generator) < 0.2
     sizes = torch.where(zero, 0.0, 10.0**powers)
@@ -52,7 +56,7 @@ def test_int8_error_is_at_most_half_a_code_of_the_group(
     """An error depends on the largest value of its own group, not on the others."""
     h = activations(shape, seed, spread)
     codec = get_codec("int8")
-    parts = codec.pack(h, channel_axis(h))
+    parts = codec.pack(h, axis_of(shape))
     error = (codec.unpack(parts).double() - h.double()).abs()
     assert (error <= groups(h, parts) / 127 / 2 * (1 + 1e-4) + 1e-14).all(), error
     bound = codec.error_bound(parts).expand(shape).double()
@@ -87,7 +91,7 @@ def test_fp16_error_is_that_of_rounding(shape: tuple[int, ...], seed: int, sprea
     """Within the range of half precision, the error is half a unit in the last place."""
     h = activations(shape, seed, spread).clamp(-65504, 65504)
     codec = get_codec("fp16")
-    parts = codec.pack(h, channel_axis(h))
+    parts = codec.pack(h, axis_of(shape))
     error = (codec.unpack(parts) - h).abs()
     assert (error <= codec.error_bound(parts)).all()
     assert (error <= h.abs() * 2**-11 + 2**-25).all()

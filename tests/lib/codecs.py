@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,10 @@ class Exact:
     def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
         """Pack the detached activations."""
         return {"h": h.detach() + 0.0}
+
+    def pack_as(self, h: Tensor, shapes: Mapping[str, Sequence[int | str]]) -> dict[str, Tensor]:
+        """Pack the detached activations, whose shape there is no choice of."""
+        return self.pack(h, 1)
 
     def unpack(self, parts: dict[str, Tensor]) -> Tensor:
         """Return the packed activations."""
