@@ -25,10 +25,11 @@ from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 FORMAT = 3
 """Version of the manifest format. A reader refuses any other."""
 
-MINOR = 1
+MINOR = 2
 """Version of what was added to the format, and what a reader that does not know it can ignore.
 
-1: ``highest``.
+1: ``highest``. 2: ``harden`` is called ``adversarial_train``; a reader that does not know the name
+trains on clean examples only.
 """
 
 MAX_MANIFEST = 64 * 2**20
@@ -201,6 +202,14 @@ class Manifest:
     def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
         """The state tensors that travel: parameters and statistics, with ``slots`` also slots."""
         return tuple(entry.spec for entry in self.state if slots or entry.kind != "slot")
+
+    @property
+    def adversarial_graph(self) -> str | None:
+        """Name of the graph that trains on adversarial examples; None if there is none.
+
+        Bundles of minor versions up to 1 call it ``harden``.
+        """
+        return next((n for n in ("adversarial_train", "harden") if n in self.graphs), None)
 
     @property
     def state_bytes(self) -> int:

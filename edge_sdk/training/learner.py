@@ -209,8 +209,9 @@ class Learner:
         seeded = any(port.role == "seed" for port in self.manifest.graphs["train"].inputs)
         size = min(plan.batch_size, self.manifest.limits.get("batch", plan.batch_size))
         present = self._present(data, plan)
-        adversarial = plan.hyper.get("robustness") and "harden" in self.manifest.graphs
-        attack = Attack.of(plan.hyper) if adversarial else None
+        adversarial = self.manifest.adversarial_graph if plan.hyper.get("robustness") else None
+        attack = None if adversarial is None else Attack.of(plan.hyper)
+        graph = adversarial or "train"
         if plan.activations is ActivationMode.FORWARD:
             for number, batch in enumerate(self._batches(data, size, plan, rng)):
                 parts = runtime.run("forward", {"x": batch.x})
@@ -235,10 +236,10 @@ class Learner:
                     continue
                 given = {"x": batch.x, "y": batch.y, **present}
                 if attack is None:
-                    outputs = runtime.run("train", {**given, **hyper, **seed})
+                    outputs = runtime.run(graph, {**given, **hyper, **seed})
                 else:
                     x_adv = {"x_adv": attack.on(runtime, given, rng)}
-                    outputs = runtime.run("harden", {**given, **x_adv, **hyper, **seed})
+                    outputs = runtime.run(graph, {**given, **x_adv, **hyper, **seed})
                 outputs = scores.add(outputs, batch)
                 if epoch > 0 or plan.activations is not ActivationMode.TRAIN:
                     yield None

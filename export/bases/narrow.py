@@ -33,7 +33,7 @@ from export.cutting.seeded_random import (
 from export.cutting.split_model import SplitModel, answer
 from export.errors import ExportError, reason
 from export.planning.flops import flops_per_row
-from export.steps.client_steps import Step
+from export.steps.step import Step, Tensors
 
 _WEIGHTS = (*CONVOLUTIONS, nn.Linear)
 _NORMS = (nn.GroupNorm, nn.LayerNorm, _NormBase)
@@ -144,10 +144,11 @@ def step_flops(model: SplitModel, example: Tensor) -> float:
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     model = copy.deepcopy(model).train()
 
-    def function(constants: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    def function(constants: Tensors, given: Tensors) -> Tensors:
         trained = {n: constants[n].detach().requires_grad_() for n in names}
-        logits = functional_call(model, {**constants, **trained}, (x,))
-        return torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+        logits = functional_call(model, {**constants, **trained}, (given["x"],))
+        torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+        return {}
 
     dtype = str(example.dtype).removeprefix("torch.")
     x = Port(TensorSpec("x", dtype, ("batch", *example.shape[1:])), "batch")

@@ -12,11 +12,10 @@ call. Rows of an embedding are looked up as codes, so that the table stays int8 
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -33,9 +32,10 @@ from edge_sdk.runtime import load_runtime
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner, Precision
 from export.errors import ExportError
-from export.lowering.graph_files import Run, RuntimeName
-from export.lowering.verify import verify
-from export.steps.client_steps import ClientSteps, Step
+from export.lowering.graph_files import RuntimeName
+from export.steps.client_steps import ClientSteps
+from export.steps.predict import predict
+from export.steps.step import Step, Tensors
 
 INT8 = "predict_int8"
 """Name of the graph."""
@@ -140,57 +140,37 @@ def predict_int8(steps: ClientSteps, matrices: Mapping[str, Quantized]) -> Step:
         steps: steps of the segment.
         matrices: quantized matrices by name.
     """
-    predict = steps.predict()
+    predict_step = predict(steps)
     tensors = {**steps.initial, **steps.constants}
     constants = {n: t for n, t in tensors.items() if n not in matrices}
     for name, matrix in matrices.items():
         constants |= {f"{name}/codes": matrix.codes, f"{name}/scale": matrix.scale}
 
-    def function(given: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
-        values, tables = dict(given), {}
+    def function(quantized: Tensors, given: Tensors) -> Tensors:
+        values, tables = dict(quantized), {}
         for name in matrices:
             matrix = Quantized(values.pop(f"{name}/codes"), values.pop(f"{name}/scale"))
             values[name] = matrix.dequantize()
             tables[id(values[name])] = matrix
-        state = [values.pop(name) for name in steps.initial]
         with _LookUp(tables):
-            return predict.function(values, *state, x)
+            return predict_step.function(values, {**values, **given})
 
-    inputs = tuple(port for port in predict.inputs if port.role != "state")
-    return Step(INT8, function, inputs, predict.outputs, constants, predict.limits)
+    def reference(given: Tensors) -> Tensors:
+        assert predict_step.reference is not None
+        weights = {n: m.dequantize() for n, m in matrices.items()}
+        return predict_step.reference({**steps.initial, **weights, **given})
 
-
-def verify_int8(
-    steps: ClientSteps, matrices: Mapping[str, Quantized], step: Step, run: Run, example: Tensor
-) -> None:
-    """Compare the lowered graph with eager PyTorch in float64, with the dequantized weights.
-
-    Args:
-        steps: steps of the segment.
-        matrices: quantized matrices by name.
-        step: step of ``predict_int8``.
-        run: runs the lowered graph.
-        example: inputs (batch, ...) like those on the devices.
-
-    Raises:
-        ExportError: the graph fails or differs by more than rounding.
-    """
-    reference = copy.copy(steps)
-    reference.segment = copy.deepcopy(steps.segment)
-    weights = {name: matrix.dequantize() for name, matrix in matrices.items()}
-    with torch.no_grad():
-        for name, parameter in reference.segment.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
-    try:
-        verify(
-            reference,
-            replace(step, name="predict"),
-            lambda _, feeds: run(step, {"x": feeds["x"]}),
-            example,
-        )
-    except ExportError as error:
-        raise ExportError(f"{INT8}, with the weights that it has: {error}") from error
+    inputs = tuple(port for port in predict_step.inputs if port.role != "state")
+    return Step(
+        INT8,
+        function,
+        inputs,
+        predict_step.outputs,
+        constants,
+        predict_step.limits,
+        reference,
+        predict_step.verified_at,
+    )
 
 
 @dataclass(frozen=True)

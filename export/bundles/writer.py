@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -11,12 +11,14 @@ from typing import Any, get_args
 from torch import Tensor
 
 from edge_sdk.bundle.index import BundleIndex, TierEntry
-from edge_sdk.bundle.manifest import Constants, Graph, Manifest
+from edge_sdk.bundle.manifest import Bundle, Constants, Graph, Manifest
 from edge_sdk.bundle.signing import PrivateKey, sign
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.files import check_file_names
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import DTYPES, TensorSpec
+from edge_sdk.runtime import Runtime, load_runtime
+from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Precision
 from export.adapters_lora.lora import lower_ranks
 from export.bases.exported import WholeBases, save_bases
@@ -27,21 +29,24 @@ from export.bundles.quantized import (
     compare,
     predict_int8,
     quantize_matrices,
-    verify_int8,
 )
 from export.cutting.checks import check_parameters, check_sharing, check_stages
 from export.cutting.input_ranges import InputRanges, check_classes, find_ranges
 from export.cutting.split_model import WEIGHTS, ClientSegment, SplitModel, modes_kept
 from export.errors import ExportError
 from export.lowering.culprit import find_culprit
-from export.lowering.graph_files import Lowered, RuntimeName, lower
+from export.lowering.graph_files import GraphFiles, RuntimeName, lower
 from export.lowering.onnx import Place
-from export.lowering.verify import verify
+from export.lowering.trace import trace
+from export.lowering.verification.draws import Like, Rows
+from export.lowering.verification.verify import Report, Verifier
 from export.out_folder import check_out, folder_for, put
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.graph_set import all_steps
 from export.steps.optimizers import get_optimizer
+from export.steps.step import Step
+from export.steps.torch_runtime import TorchRuntime
 from export.tensor_names import layer_of
 
 _ANY = InputRanges()
@@ -74,7 +79,7 @@ class Tier:
         bases: number of base networks, of which the model is one, as in Split-Mix
             (https://arxiv.org/abs/2203.09747): adds the graphs ``mix_N``; 0 for an ordinary model.
         adversarial: the devices also train on adversarial examples: adds the graphs ``attack``
-            and ``harden``.
+            and ``adversarial_train``.
     """
 
     cut: int
@@ -106,6 +111,8 @@ def export_bundles(
     int8: LossCheck | None = None,
     compared: Compared = lambda tier, comparison: None,
     verified: bool = True,
+    data: Examples | None = None,
+    report: Report | None = None,
     bases: WholeBases | None = None,
     progress: Progress = lambda line: None,
 ) -> BundleIndex:
@@ -131,6 +138,9 @@ def export_bundles(
             if a tier has the precision ``int8``.
         compared: receives the comparison of each int8 graph with float32.
         verified: whether graphs are compared with eager PyTorch; only simulations skip this.
+        data: labelled examples on which graphs are verified; None for random inputs like
+            ``example``.
+        report: counts what was verified.
         bases: base networks to export. ``model`` is then ``bases.hub``, and tiers that are cut
             behind its last block get ``bases.whole``.
         progress: receives a line per stage of the export.
@@ -180,10 +190,19 @@ def export_bundles(
                 segment = segment_of(bases.whole if bases is not None and whole else model, tier)
                 check_parameters(segment, example)
                 steps = make_steps(segment, tier, example, classes, optimizer, ranges)
-                if int8 is not None and tier.precision == "int8":
-                    steps.ranges.fit(int8.examples.x, int8.examples.y)
+                for examples in (data, None if int8 is None else int8.examples):
+                    if examples is not None:
+                        steps.ranges.fit(examples.x, examples.y)
                 written[tier] = write_tier(
-                    steps, name, tier, blobs, example, progress, verified=verified
+                    steps,
+                    name,
+                    tier,
+                    blobs,
+                    example,
+                    progress,
+                    verified=verified,
+                    data=data,
+                    report=report,
                 )
             manifest = replace(written[tier], tier=name)
             if int8 is not None and tier.precision == "int8":
@@ -191,8 +210,8 @@ def export_bundles(
                 comparison = compare(manifest, blobs.read, int8.examples)
                 compared(name, comparison)
                 int8.judge(name, comparison)
-            data = manifest.to_bytes() if key is None else sign(manifest.to_bytes(), key)
-            entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(data))
+            signed = manifest.to_bytes() if key is None else sign(manifest.to_bytes(), key)
+            entries[name] = TierEntry(tier.cut, tier.codec, blobs.write(signed))
         model.save(folder / WEIGHTS)
         if bases is not None:
             save_bases(bases.states, folder)
@@ -217,11 +236,6 @@ def _check_precisions(tiers: Mapping[str, Tier], int8: LossCheck | None) -> None
                 f"tier {name!r} has the precision int8 and the runtime torch, which runs float32 "
                 "only; export it for onnx or executorch"
             )
-    if int8 is not None and all(tier.precision != "int8" for tier in tiers.values()):
-        raise ExportError(
-            "there is nothing to compare on these examples: no tier has the precision int8; set "
-            'precision = "int8" or leave out --data'
-        )
 
 
 def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:
@@ -278,6 +292,8 @@ def write_tier(
     progress: Progress,
     *,
     verified: bool = True,
+    data: Examples | None = None,
+    report: Report | None = None,
 ) -> Manifest:
     """Lower the steps of a tier, verify every graph and write the blobs.
 
@@ -290,6 +306,9 @@ def write_tier(
         progress: receives a line per stage.
         verified: whether graphs are compared with eager PyTorch; bundles that are only measured
             skip this.
+        data: labelled examples on which graphs are verified; None for random inputs like
+            ``example``.
+        report: counts what was verified.
 
     Returns:
         Manifest of the bundle, not signed.
@@ -308,26 +327,18 @@ def write_tier(
     places: dict[str, Place] = {}
     if tier.runtime == "onnx":  # a .pte file contains its constants
         constants, places = _store_constants(steps, store)
-    found = all_steps(steps)
     progress(f"{name}: cut {tier.cut}, {tier.runtime}")
-    lowered = _lower(steps, tier, places, example)
-    for step in found if verified else ():
-        progress(f"{name}: cut {tier.cut}, checking {step.name} against PyTorch")
-        verify(steps, step, lowered.run, example)
-    graphs = {
-        step.name: Graph(
-            store(lowered.files[step.name]),
-            step.inputs,
-            step.outputs,
-            lowered.constants[step.name],
-        )
-        for step in found
-    }
+    found = all_steps(steps)
+    lowered = [_lower(steps, found, tier, places, example)]
     if tier.precision == "int8":
         progress(f"{name}: cut {tier.cut}, {INT8}")
-        graphs[INT8] = _int8_graph(steps, tier, store, example)
-    initial = store(pack_tensors({n: t.contiguous().numpy() for n, t in steps.initial.items()}))
-    return Manifest(
+        int8 = predict_int8(steps, quantize_matrices(steps, tier.runtime))
+        found.append(int8)
+        lowered.append(lower(tier.runtime, [int8], {}))
+    files = {graph: file for part in lowered for graph, file in part.files.items()}
+    refers = {graph: names for part in lowered for graph, names in part.constants.items()}
+    initial = {n: t.contiguous().numpy() for n, t in steps.initial.items()}
+    manifest = Manifest(
         tier=name,
         cut=tier.cut,
         runtime=tier.runtime,
@@ -339,25 +350,33 @@ def write_tier(
         codec=tier.codec,
         packed=steps.packed,
         state=steps.state,
-        graphs=graphs,
-        initial_state=initial,
+        graphs={
+            step.name: Graph(store(files[step.name]), step.inputs, step.outputs, refers[step.name])
+            for step in found
+        },
+        initial_state=store(pack_tensors(initial)),
         constants=tuple(constants),
         blobs=sizes,
         bases=tier.bases,
         whole=steps.segment.whole,
         highest=steps.highest,
     )
+    if verified:
+        frozen = {n: steps.constants[n].contiguous().numpy() for n in places}
+        bundle = Bundle(manifest, files, initial, frozen)
+        programs = {graph: p for part in lowered for graph, p in part.programs.items()}
 
+        def open_runtime(threads: int) -> Runtime:
+            if tier.runtime == "torch":
+                return TorchRuntime(manifest, steps)
+            return load_runtime(bundle, threads)
 
-def _int8_graph(
-    steps: ClientSteps, tier: Tier, store: Callable[[bytes], str], example: Tensor
-) -> Graph:
-    """Lower and verify ``predict_int8``, whose file refers to no constants."""
-    matrices = quantize_matrices(steps, tier.runtime)
-    step = predict_int8(steps, matrices)
-    lowered = lower(tier.runtime, [step], {})
-    verify_int8(steps, matrices, step, lowered.run, example)
-    return Graph(store(lowered.files[INT8]), step.inputs, step.outputs)
+        source = Like(example) if data is None else Rows.of(data)
+        verifier = Verifier(steps, source, Report() if report is None else report)
+        for step in found:
+            progress(f"{name}: cut {tier.cut}, checking {step.name} against PyTorch")
+            verifier.verify(step, programs.get(step.name) or trace(step), open_runtime)
+    return manifest
 
 
 _SMALLEST = 1024
@@ -390,9 +409,15 @@ def _store_constants(
     return constants, places
 
 
-def _lower(steps: ClientSteps, tier: Tier, places: Mapping[str, Place], example: Tensor) -> Lowered:
+def _lower(
+    steps: ClientSteps,
+    found: Sequence[Step],
+    tier: Tier,
+    places: Mapping[str, Place],
+    example: Tensor,
+) -> GraphFiles:
     try:
-        return lower(tier.runtime, all_steps(steps), places)
+        return lower(tier.runtime, found, places)
     except ExportError as error:
         culprit = find_culprit(steps.segment, example, lambda s: lower(tier.runtime, [s], {}))
         raise ExportError(f"{culprit or 'the training step'}: {error}") from error

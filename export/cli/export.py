@@ -56,12 +56,15 @@ def export(
     from export.bundles.model_source import build_model
     from export.bundles.quantized import LossCheck
     from export.bundles.writer import export_bundles
+    from export.lowering.verification.verify import Report
     from export.out_folder import check_out
     from export.planning.plan import Planner
 
     check_out(out, overwrite)
     key = None if sign is None else read_private_key(sign)
-    check = None if data is None else LossCheck(Examples.from_npz(data), max_loss, allow_loss)
+    examples = None if data is None else Examples.from_npz(data)
+    check = None if examples is None else LossCheck(examples, max_loss, allow_loss)
+    report = Report()
     comparisons: dict[str, Comparison] = {}
     console = Console(stderr=as_json, highlight=False, markup=False)
     with console.status("building the model") as status:
@@ -103,6 +106,8 @@ def export(
             overwrite=overwrite,
             int8=check,
             compared=comparisons.__setitem__,
+            data=examples,
+            report=report,
             progress=lambda line: status.update(Text(f"exporting {line}")),
         )
     if as_json:
@@ -112,6 +117,7 @@ def export(
         print(json.dumps(described))
     else:
         console.print(table(index))
+        console.print(str(report))
         if comparisons:
             console.print(inference_table(comparisons))
         console.print(f"written to {out}", soft_wrap=True)

@@ -40,15 +40,16 @@ class SeededDropout(TorchFunctionMode):
 
     Args:
         seed: int64 scalar, ``0 <= seed < PRIME``.
+        after: number of masks that others have drawn from the seed, which are not drawn again.
 
     Attributes:
-        calls: number of masks and choices drawn so far.
+        calls: number of masks and choices drawn so far, those of others included.
     """
 
-    def __init__(self, seed: Tensor) -> None:
+    def __init__(self, seed: Tensor, after: int = 0) -> None:
         super().__init__()
         self.seed = seed
-        self.calls = 0
+        self.calls = after
         self._choices: dict[tuple[float, ...], Tensor] = {}
 
     @staticmethod

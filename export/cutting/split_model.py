@@ -155,7 +155,7 @@ class SplitModel(nn.Module):
 
     def known_channels(self, depth: int) -> Channels | None:
         """Where activations at a depth have their channels, if that was given or found."""
-        head = self.aux[str(depth)] if str(depth) in self.aux else None
+        head = dict(self.aux).get(str(depth))
         return self.channels or (
             head.channels if isinstance(head, AuxiliaryHead) else self.layout.get(depth)
         )

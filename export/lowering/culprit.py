@@ -15,7 +15,7 @@ from edge_sdk.protocol.tensors import TensorSpec
 from export.cutting.calls import called, copied_buffers, recorded
 from export.cutting.split_model import ClientSegment
 from export.errors import ExportError
-from export.steps.client_steps import Step
+from export.steps.step import Step, Tensors
 
 
 def find_culprit(
@@ -51,9 +51,9 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     parameters = dict(module.named_parameters())
 
-    def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def function(constants: Tensors, inputs: Tensors) -> Tensors:
         tensors = tuple(
-            t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors
+            t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs.values()
         )
         given = list(leaves)
         for place, tensor in zip(places, tensors[len(parameters) :], strict=True):
@@ -70,9 +70,11 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
         loss = torch.stack([(t * t).sum() for t in results]).sum()
         wanted = [t for t in tensors if t.requires_grad]
         if not loss.requires_grad or not wanted:
-            return (loss,)
+            return {"loss": loss}
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        return (loss.detach(), *(g for g in gradients if g is not None))
+        return {"loss": loss.detach()} | {
+            f"gradient{i}": g for i, g in enumerate(gradients) if g is not None
+        }
 
     def port(number: int, tensor: Tensor, shape: tuple[int | str, ...]) -> Port:
         dtype = str(tensor.dtype).removeprefix("torch.")

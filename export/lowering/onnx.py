@@ -6,18 +6,20 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import onnx
+from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _core, _registration
 
 from export.errors import ExportError, reason
 from export.lowering.promotion import convert_explicitly
 from export.lowering.trace import trace
-from export.steps.client_steps import Step
+from export.steps.step import Step
 
 for _part in ("_registration", "_core"):
     logging.getLogger(f"torch.onnx._internal.exporter.{_part}").setLevel(logging.ERROR)
@@ -40,40 +42,39 @@ class Place:
     length: int
 
 
-def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
+def traced(step: Step) -> ExportedProgram:
+    """The traced program of a step, with the conversions of dtypes that ONNX needs.
+
+    Raises:
+        ExportError: the step fixes the batch size, or cannot be traced.
+    """
+    with _explained():
+        program = trace(step)
+        convert_explicitly(program.graph_module)
+        return program
+
+
+def lower(step: Step, program: ExportedProgram, places: Mapping[str, Place] | None = None) -> bytes:
     """Lower a step to an ONNX file of standard operators with the step's ports.
 
     Args:
         step: step to lower.
+        program: its traced program, of :func:`traced`.
         places: storage of constants that become external data of the file.
 
     Returns:
         Content of the file.
 
     Raises:
-        ExportError: the step fixes the batch size, cannot be traced, or has an operator without a
-            translation. The message continues the name of the module that
-            :func:`export.lowering.culprit.find_culprit` finds.
+        ExportError: the step has an operator without a translation. The message continues the
+            name of the module that :func:`export.lowering.culprit.find_culprit` finds.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            # torch.onnx.export would decompose the program again, which takes longer than
-            # everything else and changes nothing: tracing has left core operators only
-            program = trace(step)
-            convert_explicitly(program.graph_module)
-            model = _core._exported_program_to_onnx_program(
-                program, registry=_registry(), lower="at_conversion"
-            ).model_proto
-        except ExportError:
-            raise
-        except Exception as error:  # the traced code of a model raises errors of any class
-            missing = _MISSING.search(reason(error))
-            why = f"{missing[1]} has none" if missing else reason(error)
-            raise ExportError(
-                f"no ONNX translation for its training step ({why}); replace it by convolutions, "
-                "linear layers, norms, attention and elementwise functions, or cut before it"
-            ) from error
+    with _explained():
+        # torch.onnx.export would decompose the program again, which takes longer than
+        # everything else and changes nothing: tracing has left core operators only
+        model = _core._exported_program_to_onnx_program(
+            program, registry=_registry(), lower="at_conversion"
+        ).model_proto
     _rename(model.graph, step)
     _read_as_stored(model.graph)
     _prune(model.graph)
@@ -83,6 +84,24 @@ def lower(step: Step, places: Mapping[str, Place] | None = None) -> bytes:
             _refer(tensor, places[tensor.name])
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn the errors of tracing and translation into one that names the operator."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except ExportError:
+            raise
+        except Exception as error:  # the traced code of a model raises errors of any class
+            missing = _MISSING.search(reason(error))
+            why = f"{missing[1]} has none" if missing else reason(error)
+            raise ExportError(
+                f"no ONNX translation for its training step ({why}); replace it by convolutions, "
+                "linear layers, norms, attention and elementwise functions, or cut before it"
+            ) from error
 
 
 def referred(data: bytes) -> list[str]:

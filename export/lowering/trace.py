@@ -31,7 +31,7 @@ from export.errors import ExportError
 from export.lowering.decompositions import decompositions
 from export.lowering.onednn import without_onednn
 from export.lowering.simplify import simplify
-from export.steps.client_steps import Step
+from export.steps.step import Step
 
 _HINTS = (7, 5, 3)
 """Sizes of symbolic dimensions during tracing."""
@@ -62,10 +62,13 @@ def trace(step: Step) -> ExportedProgram:
         )
         sizes[name] = shapes.create_symintnode(symbols[name], hint=hint)
     names_of_constants = list(step.constants)
+    names_of_outputs = [port.spec.name for port in step.outputs]  # none: all outputs
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         constants = dict(zip(names_of_constants, tensors, strict=False))
-        return step.function(constants, *tensors[len(constants) :])
+        given = zip(step.inputs, tensors[len(constants) :], strict=True)
+        outputs = step.function(constants, {port.spec.name: t for port, t in given})
+        return tuple(outputs[name] for name in names_of_outputs or outputs)
 
     def inputs() -> list[Tensor]:
         constants = [torch.empty_like(tensor) for tensor in step.constants.values()]

@@ -20,7 +20,7 @@ from export.errors import ExportError
 Shape = tuple[int | str, ...]
 
 _GROUP = 32
-"""Smallest number of values of a row that a scale is spent on: it takes an eighth of their bytes."""
+"""Smallest number of values that get a scale of their own: it takes an eighth of their bytes."""
 
 
 class Codec(Protocol):
@@ -48,6 +48,9 @@ class Codec(Protocol):
 
     def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
         """Names, dtypes and shapes of the packed tensors of activations (batch, ...)."""
+
+    def unrounded(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        """The packed tensors of finite ``h`` before rounding, for verification, in its dtype."""
 
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
         """Largest error of ``unpack(pack(h))`` in exact arithmetic; broadcasts with ``h``."""
@@ -94,6 +97,12 @@ class Int8:
         scales = tuple(1 if axis in group else n for axis, n in enumerate(shape))
         return TensorSpec("h.q", "int8", shape), TensorSpec("h.scale", "float32", scales)
 
+    def unrounded(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        group = _group(h.shape, channel_axis)
+        largest = torch.maximum(h.amax(group, keepdim=True), -h.amin(group, keepdim=True))
+        scale = torch.where(largest < self._TINY, self._TINY, largest) / 127
+        return {"h.q": h / scale, "h.scale": scale}
+
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
         return parts["h.scale"] / 2
 
@@ -129,6 +138,10 @@ class Fp16:
 
     def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
         return (TensorSpec("h", "float16", shape),)
+
+    def unrounded(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        limit = torch.full_like(h, self._MAX)
+        return {"h": torch.minimum(torch.maximum(h, -limit), limit)}
 
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
         return parts["h"].to(torch.float32).abs() * 2**-11 + 2**-25

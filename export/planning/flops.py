@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.lowering.onednn import without_onednn
-from export.steps.client_steps import Step
+from export.steps.step import Step, Tensors
 
 _ROWS = 2
 """Rows of the counted batch; a batch norm in training mode needs more than one."""
@@ -38,17 +38,17 @@ def flops_per_row(step: Step, length: int = 1) -> float:
     """
     sizes = {"batch": _ROWS, "seq": length}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        constants = {n: fake.from_tensor(t) for n, t in step.constants.items()}
-        inputs = [
-            torch.zeros(
+        constants: Tensors = {n: fake.from_tensor(t) for n, t in step.constants.items()}
+        inputs = {
+            port.spec.name: torch.zeros(
                 [sizes[n] if isinstance(n, str) else n for n in port.spec.shape],
                 dtype=getattr(torch, port.spec.dtype),
             )
             for port in step.inputs
-        ]
+        }
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = _Total()  # type: ignore[assignment]
         # exported graphs have no fused LSTM, and its operations would not be counted
         with without_onednn(), counter:
-            step.function(constants, *inputs)
+            step.function(constants, inputs)
     return counter.get_total_flops() / _ROWS

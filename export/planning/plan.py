@@ -30,6 +30,7 @@ from export.cutting.split_model import ClientSegment, SplitModel, modes_kept
 from export.errors import ExportError
 from export.planning.flops import flops_per_row
 from export.steps.client_steps import ClientSteps
+from export.steps.train import train
 
 _NAME = "measured"
 _STEPS = 2
@@ -417,7 +418,7 @@ class Planner:
         return Counts(
             parameters=sum(t.numel() for t in steps.parameters.values()),
             frozen=sum(steps.constants[n].numel() for n in frozen),
-            flops=int(flops_per_row(steps.train(), self._length)),
+            flops=int(flops_per_row(train(steps), self._length)),
             tokens=tokens,
             activation_bytes=packed / (tier.batch * tokens),
             update_bytes=sum(t.nbytes for t in steps.initial.values()),

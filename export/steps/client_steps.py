@@ -1,16 +1,17 @@
-"""Functional steps: training and inference of a client segment as pure, traceable functions.
+"""What the steps of a client segment have in common: its tensors, its ports and its calls.
 
-Loss, gradients and optimizer update become one function
+Loss, gradients and optimizer update of a device become one function of tensors,
 ``(state, x, y, hyper) -> (state', loss, correct, packed activations)``. It keeps nothing between
-calls, so an inference runtime can run it.
+calls, so an inference runtime can run it. The families of graphs are the other modules of this
+package.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,38 +27,17 @@ from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment, statistics
 from export.errors import ExportError
 from export.packing.codecs import Codec
-from export.steps.losses import correct, local_loss, masked
 from export.steps.optimizers import Optimizer
-from export.tensor_names import in_head, is_below_heads
+from export.steps.shapes import find_shapes
+from export.steps.step import Step, Tensors
+from export.tensor_names import is_below_heads
 
 ROBUSTNESS = Port(TensorSpec("robustness", "float32", ()), "hyper")
 """Weight of the noise norms, from 0 to 1."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """A traceable step.
-
-    Attributes:
-        name: name of the graph.
-        function: takes the constants by name, then tensors in the order of ``inputs``; returns
-            tensors in the order of ``outputs``.
-        inputs: ports, state first.
-        outputs: ports, state first; a state output is called ``next/NAME``.
-        constants: tensors that are the same in every call, such as frozen weights.
-        limits: upper bounds of symbolic dimensions by name, if there are any.
-    """
-
-    name: str
-    function: Callable[..., tuple[Tensor, ...]]
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    constants: Mapping[str, Tensor] = field(default_factory=dict)
-    limits: Mapping[str, int] = field(default_factory=dict)
-
-
 class ClientSteps:
-    """The steps of one client segment.
+    """The common part of the steps of one client segment.
 
     Args:
         segment: the segment with its heads.
@@ -74,7 +54,7 @@ class ClientSteps:
         bases: number of base networks, of which the segment is one; 0 for an ordinary model. Adds
             ``mix_N``, and the class mask ``present`` (classes,) as an input of training graphs.
         adversarial: whether the device trains on adversarial examples, through the noise norms if
-            the segment has dual norms: adds ``attack`` and ``harden``.
+            the segment has dual norms: adds ``attack`` and ``adversarial_train``.
         highest: largest values of an integer ``x``, see :class:`edge_sdk.bundle.ranges.Ranges`.
 
     Raises:
@@ -124,46 +104,35 @@ class ClientSteps:
         }
         self._counters = [n for n in everything if _counts(n)]
         self._blocks = _Blocks(segment)
-        self.head = _Head(segment) if segment.features is not None else None
         self._modules = list(segment.modules())
         self._tied = _tied(segment)
-        shape: tuple[int | str, ...] = ("batch", *example.shape[1:])
-        if segment.task == "tokens" or self._takes_any_length(example):
-            shape = ("batch", "seq")
-        self.x = TensorSpec("x", _dtype(example), shape)
-        self.y = TensorSpec("y", "int64", shape if segment.task == "tokens" else ("batch",))
+        shapes = find_shapes(self._outputs, example, segment.task)
+        self.x = TensorSpec("x", _dtype(example), shapes.x)
+        self.example_length = example.shape[1] if example.dim() > 1 else 1
+        self.y = TensorSpec("y", "int64", shapes.x if segment.task == "tokens" else ("batch",))
         with torch.no_grad(), SeededDropout(torch.zeros((), dtype=torch.int64)) as dropout:
             h, _ = self.call(
                 training=True,
                 tensors={**self.constants, **self.parameters, **_copies(self.statistics)},
                 x=example,
             )
-        self.seeded = dropout.calls > 0
+        self.random_calls = dropout.calls
+        """Number of random masks that a training step of the segment draws."""
         self.axis = channel_axis(h, segment.channels)
-        self.packed = codec.specs(self._symbolic(h, example), self.axis)
+        self.packed = codec.specs(shapes.outputs[0], self.axis)
         self.features: tuple[TensorSpec, ...] = ()
         if segment.features is not None:
             with torch.no_grad():
-                deep = segment.features(example)
+                deep = segment.features(example[:1])
             self.features_axis = channel_axis(deep, segment.feature_channels)
-            self.features = codec.specs(self._symbolic(deep, example), self.features_axis)
+            self.features = codec.specs(shapes.outputs[1], self.features_axis)
 
-    def _takes_any_length(self, example: Tensor) -> bool:
-        """Whether inputs are texts, and the segment also accepts shorter ones."""
-        if example.is_floating_point() or example.dim() != 2 or example.shape[1] < 2:
-            return False
-        tensors = {**self.constants, **self.initial}
-        try:
-            with torch.no_grad():
-                self.call(False, tensors, example[:, :-1])
-        except (RuntimeError, ValueError, IndexError):
-            return False
-        return True
+    def _outputs(self, x: Tensor) -> list[Tensor]:
+        """Activations at the cut, and features where the model's head is on the device."""
+        h, _ = self.call(False, {**self.constants, **self.initial}, x)
+        return [h, *([] if self.segment.features is None else [self.segment.features(x)])]
 
-    def _symbolic(self, h: Tensor, example: Tensor) -> tuple[int | str, ...]:
-        """The shape of activations with the symbolic dimensions of ``x``."""
-        seq = ["seq"] if self.x.shape[1:2] == ("seq",) and h.shape[1] == example.shape[1] else []
-        return ("batch", *seq, *h.shape[1 + len(seq) :])
+    # the state
 
     @property
     def state(self) -> tuple[StateSpec, ...]:
@@ -182,121 +151,65 @@ class ClientSteps:
         return Ranges(self.x, self.segment.task, self.classes, self.highest, longest)
 
     @property
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self) -> Tensors:
         """Initial parameters and statistics by name."""
         return {**self.parameters, **self.statistics}
 
-    def predict(self) -> Step:
-        """``(parameters, statistics, x) -> logits, packed activations``, in evaluation mode.
+    # calls of the segment, for functions that are traced
 
-        Logits are (heads, batch, classes), or (heads, batch, positions, vocabulary) for tokens.
-        """
+    def inference_tensors(self, constants: Tensors, given: Tensors) -> Tensors:
+        """Constants, parameters and statistics by name."""
+        return {**constants, **{n: given[n] for n in self.initial}}
 
-        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            given = iter(tensors)
-            named = {n: next(given) for n in self.initial}
-            x = next(given)
-            with self.robust(given):
-                h, logits = self.call(False, {**constants, **named}, x)
-            return logits, *self.pack(h)
-
-        inputs = (*self.inputs(), *self.robustness_port())
-        return self.step("predict", function, inputs, (self.logits_port(), *self.packed_ports()))
-
-    def forward(self) -> Step:
-        """``(parameters, statistics, x) -> packed activations``, in evaluation mode."""
-
-        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            *values, x = tensors
-            named = dict(zip(self.initial, values, strict=True))
-            h, _ = self.call(False, {**constants, **named}, x)
-            return self.pack(h)
-
-        return self.step("forward", function, self.inputs(), self.packed_ports())
-
-    def train(self) -> Step:
-        """``(state, x, y, hyper) -> state', loss, correct, packed activations``: one local step.
-
-        The segment runs in training mode: batch norms use the batch and update their running
-        statistics, and dropouts draw their masks from the input ``seed``. ``correct`` is the
-        number of labels that the mean of the heads' softmax predicts.
-        """
-        hyper_names = list(self.optimizer.hyper)
-
-        def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            given = iter(tensors)
-            parameters = {n: next(given).detach().requires_grad_() for n in self.parameters}
-            moved = {n: next(given).clone() for n in self.statistics}
-            slots = {n: next(given) for n in self.slots}
-            x, y = next(given), next(given)
-            present = [next(given) for _ in self.present_port()]
-            hyper = {n: next(given) for n in hyper_names}
-            with self.seeded_by(given):
-                h, logits = self.call(True, {**constants, **parameters, **moved}, x)
-            logits = masked(logits, *present)
-            loss = local_loss(logits, y, self.distill)
-            trained = [n for n in parameters if not in_head(n) and n not in self.noise]
-            gradients = torch.autograd.grad(loss, [parameters[n] for n in trained])
-            found = dict(zip(trained, gradients, strict=True))
-            state = self.stepped(parameters, found, moved, slots, hyper)
-            return *state, loss.detach(), correct(logits, y), *self.pack(h)
-
-        inputs = self.training_inputs(Port(self.y, "batch"), *self.present_port())
-        outputs = (
-            *self.next_state(),
-            *self.results(),
-            *self.packed_ports(),
-        )
-        return self.step("train", function, inputs, outputs)
-
-    def stepped(
-        self,
-        parameters: dict[str, Tensor],
-        gradients: dict[str, Tensor],
-        moved: dict[str, Tensor],
-        slots: dict[str, Tensor],
-        hyper: dict[str, Tensor],
-    ) -> tuple[Tensor, ...]:
-        """The state after an optimizer step, in graph order.
+    def training_tensors(
+        self, constants: Tensors, given: Tensors, trained: Iterable[str]
+    ) -> tuple[Tensors, Tensors]:
+        """The tensors of a training step: all tensors by name, and those that the step changes.
 
         Args:
-            parameters: all parameters by name.
+            constants: constants by name.
+            given: inputs of the step by name.
+            trained: names of the parameters that need a gradient.
+
+        Returns:
+            Constants, parameters and statistics; and the parameters and statistics alone. The
+            statistics are copies, which the forward pass changes.
+        """
+        wanted = set(trained)
+        own = {n: given[n].detach().requires_grad_(n in wanted) for n in self.parameters}
+        own |= {n: given[n].clone() for n in self.statistics}
+        return {**constants, **own}, own
+
+    def stepped(self, own: Tensors, gradients: Tensors, given: Tensors) -> Tensors:
+        """The outputs ``next/NAME``: the state after an optimizer step.
+
+        Args:
+            own: parameters before the step, and new statistics, by name.
             gradients: gradients by name; parameters without one stay.
-            moved: new running statistics.
-            slots: optimizer slots before the step.
-            hyper: hyper-parameters of the optimizer.
+            given: inputs of the step by name, with slots and hyper-parameters.
         """
         with torch.no_grad():
-            new_parameters, new_slots = self.optimizer.step(
-                {n: parameters[n].detach() for n in gradients}, gradients, slots, hyper
+            parameters, slots = self.optimizer.step(
+                {n: own[n].detach() for n in gradients},
+                gradients,
+                {n: given[n] for n in self.slots},
+                {n: given[n] for n in self.optimizer.hyper},
             )
-            results = {n: p.detach() for n, p in parameters.items()} | new_parameters
-            results |= moved | slots | new_slots
-            return tuple(results[entry.spec.name] for entry in self.state)
+        after = {n: given[n] for n in self.slots} | {n: t.detach() for n, t in own.items()}
+        after |= parameters | slots
+        return {f"next/{entry.spec.name}": after[entry.spec.name] for entry in self.state}
 
-    def step(
-        self,
-        name: str,
-        function: Callable[..., tuple[Tensor, ...]],
-        inputs: tuple[Port, ...],
-        outputs: tuple[Port, ...],
-    ) -> Step:
-        """A step with the constants and limits of the segment."""
-        return Step(name, function, inputs, outputs, self.constants, self.limits)
-
-    def call(self, training: bool, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    def call(self, training: bool, tensors: Tensors, x: Tensor) -> tuple[Tensor, Tensor]:
         """Activations and logits of the segment with the given tensors."""
         result: tuple[Tensor, Tensor] = self.apply(self.segment, training, tensors, x)
         return result
 
-    def activations(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    def activations(self, tensors: Tensors, x: Tensor) -> Tensor:
         """Activations at the cut in training mode, without the heads."""
         h: Tensor = self.apply(self._blocks, True, tensors, x)
         return h
 
-    def apply(
-        self, module: nn.Module, training: bool, tensors: dict[str, Tensor], x: Tensor
-    ) -> Any:
+    def apply(self, module: nn.Module, training: bool, tensors: Tensors, x: Tensor) -> Any:
         """Call a module with the given tensors; its own tensors and its mode stay.
 
         Args:
@@ -317,73 +230,113 @@ class ClientSteps:
             for part, mode in modes:
                 part.training = mode
 
-    def seeded_by(self, given: Iterator[Tensor]) -> AbstractContextManager[object]:
-        """Context in which dropouts draw their masks from the next input, if there are any."""
-        return SeededDropout(next(given)) if self.seeded else nullcontext()
+    @contextmanager
+    def random(self, given: Tensors, after: int = 0) -> Iterator[None]:
+        """Context in which random masks are drawn from the input ``seed``, if there is one.
 
-    def pack(self, h: Tensor) -> tuple[Tensor, ...]:
-        """Packed activations, in the order of ``packed``."""
-        parts = self.codec.pack(h, self.axis)
-        return tuple(parts[spec.name] for spec in self.packed)
+        Args:
+            given: inputs of the step by name.
+            after: number of masks that other graphs have drawn from the same seed.
+        """
+        if not self.random_calls:
+            yield
+            return
+        with SeededDropout(given["seed"], after):
+            yield
 
-    def inputs(self) -> tuple[Port, ...]:
+    def robust(self, given: Tensors) -> AbstractContextManager[None]:
+        """Context with the input ``robustness``, if there are dual norms."""
+        return robustness(given["robustness"]) if self.dual else nullcontext()
+
+    def pack(self, h: Tensor, prefix: str = "") -> Tensors:
+        """Packed activations by name, with a prefix."""
+        return {f"{prefix}{n}": part for n, part in self.codec.pack(h, self.axis).items()}
+
+    def unpack(self, given: Tensors, prefix: str, specs: Sequence[TensorSpec]) -> Tensor:
+        """Unpack the inputs that are called ``prefix`` and the name of a spec."""
+        return self.codec.unpack({spec.name: given[f"{prefix}{spec.name}"] for spec in specs})
+
+    # ports
+
+    def step(
+        self,
+        name: str,
+        function: Callable[[Tensors, Tensors], Tensors],
+        inputs: Iterable[Port],
+        outputs: Iterable[Port],
+        reference: Callable[[Tensors], Tensors],
+        verified_at: Mapping[str, float] | None = None,
+    ) -> Step:
+        """A step with the constants and limits of the segment."""
+        return Step(
+            name,
+            function,
+            tuple(inputs),
+            tuple(outputs),
+            self.constants,
+            self.limits,
+            reference,
+            verified_at or {},
+        )
+
+    def inference_ports(self) -> list[Port]:
         """Ports of parameters, statistics and ``x``."""
-        state = (Port(_spec(n, t), "state") for n, t in self.initial.items())
-        return (*state, Port(self.x, "batch"))
+        return [
+            *(Port(_spec(n, t), "state") for n, t in self.initial.items()),
+            Port(self.x, "batch"),
+        ]
 
-    def training_inputs(
-        self, *given: Port, own: tuple[str, ...] = (), x: bool = True
-    ) -> tuple[Port, ...]:
+    def training_ports(self, *given: Port, hyper: Sequence[str] = (), x: bool = True) -> list[Port]:
         """Ports of state, ``x``, further inputs, hyper-parameters and seed.
 
         Args:
             given: ports between ``x`` and the hyper-parameters.
-            own: names of hyper-parameters besides those of the optimizer.
+            hyper: names of hyper-parameters besides those of the optimizer.
             x: whether the step takes ``x``.
         """
-        hyper = [*self.optimizer.hyper, *own]
-        return (
+        return [
             *(Port(entry.spec, "state") for entry in self.state),
-            *((Port(self.x, "batch"),) if x else ()),
+            *([Port(self.x, "batch")] if x else []),
             *given,
-            *(Port(TensorSpec(n, "float32", ()), "hyper") for n in hyper),
+            *(Port(TensorSpec(n, "float32", ()), "hyper") for n in (*self.optimizer.hyper, *hyper)),
             *self.seed_port(),
-        )
+        ]
 
     def logits_port(self) -> Port:
         """Port of the logits (heads, batch, classes), or (heads, batch, positions, vocabulary)."""
         shape = (len(self.segment.heads), *self.y.shape, self.classes)
         return Port(TensorSpec("logits", "float32", shape), "result")
 
-    def results(self) -> tuple[Port, ...]:
+    def result_ports(self) -> list[Port]:
         """Ports of ``loss`` and ``correct``."""
-        return tuple(Port(TensorSpec(n, "float32", ()), "result") for n in ("loss", "correct"))
+        return [Port(TensorSpec(n, "float32", ()), "result") for n in ("loss", "correct")]
 
-    def present_port(self) -> tuple[Port, ...]:
+    def present_port(self) -> list[Port]:
         """Port of the class mask; empty if training graphs take none."""
         masks = self.bases > 0 and self.segment.task == "classes"
-        return (Port(TensorSpec("present", "float32", (self.classes,)), "batch"),) if masks else ()
+        return [Port(TensorSpec("present", "float32", (self.classes,)), "batch")] if masks else []
 
-    def robustness_port(self) -> tuple[Port, ...]:
+    def robustness_port(self) -> list[Port]:
         """Port of the robustness; empty without dual norms."""
-        return (ROBUSTNESS,) if self.dual else ()
+        return [ROBUSTNESS] if self.dual else []
 
-    def robust(self, given: Iterator[Tensor]) -> AbstractContextManager[None]:
-        """Context in which the next input is the robustness, if there are dual norms."""
-        return robustness(next(given)) if self.dual else nullcontext()
+    def seed_port(self) -> list[Port]:
+        """Port of the seed; empty if nothing is random."""
+        return [Port(TensorSpec("seed", "int64", ()), "seed")] if self.random_calls else []
 
-    def seed_port(self) -> tuple[Port, ...]:
-        """Port of the seed; empty without dropout."""
-        return (Port(TensorSpec("seed", "int64", ()), "seed"),) if self.seeded else ()
-
-    def next_state(self) -> tuple[Port, ...]:
+    def next_state_ports(self) -> list[Port]:
         """Ports of the new state, ``next/NAME``."""
         specs = (entry.spec for entry in self.state)
-        return tuple(Port(replace(s, name=f"next/{s.name}"), "state") for s in specs)
+        return [Port(replace(s, name=f"next/{s.name}"), "state") for s in specs]
 
-    def packed_ports(self) -> tuple[Port, ...]:
-        """Ports of the packed activations."""
-        return tuple(Port(spec, "packed") for spec in self.packed)
+    def packed_ports(self, prefix: str = "") -> list[Port]:
+        """Ports of packed activations, or of what is packed like them, with a prefix."""
+        return packed_ports(self.packed, prefix)
+
+
+def packed_ports(specs: Sequence[TensorSpec], prefix: str) -> list[Port]:
+    """Ports of packed tensors, whose names get a prefix."""
+    return [Port(replace(spec, name=f"{prefix}{spec.name}"), "packed") for spec in specs]
 
 
 class _Blocks(nn.Module):
@@ -399,19 +352,6 @@ class _Blocks(nn.Module):
         for block in self.block:
             h = block(h)
         return h
-
-
-class _Head(nn.Module):
-    """The model's head on a U-shaped segment, under the same names."""
-
-    def __init__(self, segment: ClientSegment) -> None:
-        super().__init__()
-        self.head = segment.head
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Logits."""
-        logits: Tensor = self.head(h)
-        return logits
 
 
 def _counts(name: str) -> bool:
@@ -431,7 +371,7 @@ def _tied(module: nn.Module) -> dict[str, str]:
     return {name: other for name, other in names.items() if name != other}
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copies(tensors: Mapping[str, Tensor]) -> Tensors:
     return {n: t.clone() for n, t in tensors.items()}
 
 

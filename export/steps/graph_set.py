@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from export.steps import mixtures as mix_steps
-from export.steps import returned as returned_steps
-from export.steps.client_steps import ClientSteps, Step
+from export.steps.adversarial import adversarial_train, attack
+from export.steps.client_steps import ClientSteps
+from export.steps.fused import fuse
+from export.steps.mixtures import mix, mixed_at_once
+from export.steps.predict import forward, predict
+from export.steps.returned import activate, backward
+from export.steps.step import Step
+from export.steps.train import train
+from export.steps.u_shaped import finish
 
 
 def all_steps(steps: ClientSteps) -> list[Step]:
     """Every step of a tier's bundle."""
-    found = [steps.predict(), steps.train(), steps.forward()]
+    found = [predict(steps), train(steps), forward(steps)]
     if steps.returned or steps.fused:
-        found.append(returned_steps.activate(steps))
+        found.append(activate(steps))
     if steps.returned:
-        found.append(returned_steps.backward(steps))
+        found.append(backward(steps))
     if steps.fused:
-        found.append(returned_steps.fuse(steps))
+        found.append(fuse(steps))
     if steps.features:
-        found.append(returned_steps.finish(steps))
+        found.append(finish(steps))
     if steps.adversarial:
-        found += [mix_steps.attack(steps), mix_steps.harden(steps)]
-    return [*found, *(mix_steps.mix(steps, bases) for bases in mixed_at_once(steps.bases))]
-
-
-def mixed_at_once(bases: int) -> list[int]:
-    """Numbers of base networks that one graph mixes: powers of two, and all ``bases``.
-
-    Other numbers are sums of these. Empty for 0 bases: a single model.
-    """
-    powers = [2**i for i in range(bases.bit_length()) if 2**i <= bases]
-    return sorted({*powers, bases}) if bases else []
+        found += [attack(steps), adversarial_train(steps)]
+    return [*found, *(mix(steps, bases) for bases in mixed_at_once(steps.bases))]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 NO_LABEL = -1
 """Label of a position that the loss leaves out, such as padding."""
@@ -96,3 +97,31 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
     """Number of labels that the mean of the heads' softmax predicts; see :func:`local_loss`."""
     scores = torch.softmax(logits, -1).mean(0) if len(logits) > 1 else logits[0]
     return (scores.argmax(-1) == y).to(torch.float32).sum()
+
+
+def reference_loss(
+    logits: Tensor, y: Tensor, distill: float = 0.0, present: Tensor | None = None
+) -> Tensor:
+    """:func:`local_loss` of :func:`masked` logits with torch's losses, summed term by term."""
+    y = y.reshape(-1)
+    heads = [z.reshape(-1, z.shape[-1]) for z in logits]
+    if present is not None:
+        classes = present.nonzero().flatten()
+        heads, y = [z[:, classes] for z in heads], torch.searchsorted(classes, y)
+    losses = [cross_entropy(z, y, ignore_index=NO_LABEL) for z in heads]
+    for own in heads if distill > 0 else ():
+        for other in heads:
+            if other is not own:
+                target = log_softmax(other[y != NO_LABEL], 1).detach()
+                answer = log_softmax(own[y != NO_LABEL], 1)
+                apart = kl_div(answer, target, reduction="batchmean", log_target=True)
+                losses.append(distill / (len(heads) - 1) * apart)
+    return torch.stack(losses).sum()
+
+
+def reference_correct(logits: Tensor, y: Tensor, present: Tensor | None = None) -> Tensor:
+    """:func:`correct` of :func:`masked` logits, from the sum of the probabilities."""
+    logits = logits.detach()
+    if present is not None:
+        logits = logits.masked_fill(present == 0, -torch.inf)
+    return (logits.softmax(-1).sum(0).argmax(-1) == y).double().sum()

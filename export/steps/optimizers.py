@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from export.errors import ExportError
+from export.steps.step import Tensors
 from export.tensor_names import layer_of
-
-Tensors = dict[str, Tensor]
 
 
 class Optimizer(Protocol):
@@ -21,11 +20,13 @@ class Optimizer(Protocol):
         name: name in ``tiers.toml`` and in the manifest.
         hyper: defaults of the hyper-parameters, which are scalar inputs of the graph.
         torch_names: name of a slot in torch.optim by its name here.
+        shared: slots that all parameters of a layer share.
     """
 
     name: str
     hyper: dict[str, float]
     torch_names: dict[str, str]
+    shared: frozenset[str]
 
     def slots(self, parameters: Tensors) -> Tensors:
         """Slots before the first step; all zeros.
@@ -49,6 +50,7 @@ class Sgd:
     name = "sgd"
     hyper: dict[str, float] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
     torch_names = {"momentum": "momentum_buffer"}
+    shared: frozenset[str] = frozenset()
 
     def slots(self, parameters: Tensors) -> Tensors:
         return {f"momentum/{n}": torch.zeros_like(p) for n, p in parameters.items()}
@@ -81,6 +83,7 @@ class AdamW:
         "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01,
     }  # fmt: skip
     torch_names = {"mean": "exp_avg", "square": "exp_avg_sq", "steps": "step"}
+    shared = frozenset({"steps"})
 
     def slots(self, parameters: Tensors) -> Tensors:
         slots = {f"steps/{layer_of(name)}": torch.zeros(()) for name in parameters}

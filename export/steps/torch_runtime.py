@@ -17,7 +17,8 @@ from edge_sdk.protocol.tensors import DTYPES, Array
 from export.errors import reason
 from export.steps.client_steps import ClientSteps
 from export.steps.graph_set import all_steps
-from export.steps.optimizers import AdamW, Optimizer, Sgd, Tensors
+from export.steps.optimizers import AdamW, Optimizer, Sgd
+from export.steps.step import Tensors
 from export.tensor_names import layer_of
 
 _TURN = threading.Lock()
@@ -98,25 +99,26 @@ class TorchRuntime:
             if port.role != "state"
         }
         with self._turn:
-            inputs = [
-                (self._state if port.role == "state" else given)[port.spec.name]
+            inputs = given | {
+                port.spec.name: self._state[port.spec.name]
                 for port in step.inputs
-            ]
+                if port.role == "state"
+            }
             try:
                 with _TURN, torch.enable_grad():
-                    outputs = step.function(self._constants, *inputs)
+                    outputs = step.function(self._constants, inputs)
             except (RuntimeError, IndexError, ValueError) as error:  # an index beyond its table
                 raise BundleError(
                     f"PyTorch cannot run the graph {graph!r} ({reason(error)}); check that the "
                     "inputs are like those that the bundle was exported with"
                 ) from error
             results: dict[str, Array] = {}
-            states = iter(self.manifest.state)
-            for port, output in zip(step.outputs, outputs, strict=True):
+            for port in step.outputs:
+                name = port.spec.name
                 if port.role == "state":
-                    self._state[next(states).spec.name] = output
+                    self._state[name.removeprefix("next/")] = outputs[name]
                 else:
-                    results[port.spec.name] = output.numpy()
+                    results[name] = outputs[name].numpy()
             return results
 
 

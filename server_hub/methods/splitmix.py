@@ -97,7 +97,10 @@ class SplitMix(Method):
         untrained = set() if adversarial else {tensor_of(b, n) for b in bases for n in noise}
         return replace(
             plan,
-            hyper={**plan.hyper, **assignment.hyper(adversarial="harden" in manifest.graphs)},
+            hyper={
+                **plan.hyper,
+                **assignment.hyper(adversarial=manifest.adversarial_graph is not None),
+            },
             bases=tuple(bases),
             passes=len(bases) * (2 if adversarial else 1),
             adversarial=assignment.robustness if adversarial else None,
@@ -138,7 +141,7 @@ class SplitMix(Method):
                     "the trunk trains all bases in one batch; use GroupNorm, or cut behind the "
                     "last block"
                 )
-        if assignment.robustness and all("harden" not in m.graphs for m in manifests.values()):
+        if assignment.robustness and all(m.adversarial_graph is None for m in manifests.values()):
             raise ConfigError(
                 f"robustness is {assignment.robustness:g} in [mix], and no tier makes adversarial "
                 "examples; export some with adversarial = true, or leave robustness out"
@@ -147,7 +150,7 @@ class SplitMix(Method):
 
 def _trains_adversarially(assignment: BaseAssignment, manifest: Manifest) -> bool:
     """Return whether devices with this manifest train on adversarial examples."""
-    return assignment.robustness > 0 and "harden" in manifest.graphs
+    return assignment.robustness > 0 and manifest.adversarial_graph is not None
 
 
 def splitmix(initial: State, outline: JobOutline) -> Method:

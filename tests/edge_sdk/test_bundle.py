@@ -74,7 +74,9 @@ def manifest() -> Manifest:
             StateSpec(mean, "statistic"),
             StateSpec(weight, "slot"),
         ),
-        graphs=dict.fromkeys((*GRAPHS, "mix_4", "mix_1", "mix_2", "mix_6", "harden"), graph),
+        graphs=dict.fromkeys(
+            (*GRAPHS, "mix_4", "mix_1", "mix_2", "mix_6", "adversarial_train"), graph
+        ),
         initial_state="cd" * 32,
         constants=(
             Constants(

@@ -336,7 +336,7 @@ def test_the_plan_says_how_examples_are_made_hard() -> None:
     learner = Learner(export.index.manifest("whole"), counting)
     hyper = {"robustness": 0.5, **ATTACK.to_hyper()}
     trained(learner.training(export.states("whole")[0], data, plan(hyper, 1)))
-    assert counting.graphs == ["attack", "attack", "attack", "harden"] * 3
+    assert counting.graphs == ["attack", "attack", "attack", "adversarial_train"] * 3
     x_adv: Array | None = None
     for graph, given_ in counting.calls:
         if graph == "attack":

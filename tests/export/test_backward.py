@@ -20,13 +20,14 @@ from export.cutting.pretrained import from_transformers
 from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment, SplitModel
 from export.errors import ExportError
-from export.lowering.graph_files import RuntimeName, lower
-from export.lowering.verify import verify
+from export.lowering.graph_files import RuntimeName
 from export.packing.codecs import Codec, get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
+from export.steps.predict import forward
 from export.steps.returned import activate, backward
 from tests.lib.codecs import Exact
+from tests.lib.graph_runs import run_of, verify
 from tests.lib.models import (
     CLASSES,
     conv_model,
@@ -210,7 +211,7 @@ def test_frozen_layers_before_the_cut() -> None:
     model.block[0].requires_grad_(False)
     segment = ClientSegment(model, CUT)
     steps = make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
-    verify(steps, backward(steps), lower("torch", [backward(steps)], {}).run, images(8))
+    verify(steps, backward(steps), run_of("torch", [backward(steps)]), images(8))
     model.block[1].requires_grad_(False)
     with pytest.raises(ExportError, match="every parameter before cut 2 is frozen"):
         make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
@@ -242,7 +243,7 @@ def test_a_wrong_backward_is_refused(name: str) -> None:
     """The error names a tensor that should change but does not, or the reverse."""
     _, steps = steps_of("batchnorm", get_codec("int8"), "sgd")
     step = backward(steps)
-    run = lower("torch", [step], {}).run
+    run = run_of("torch", [step])
     verify(steps, step, run, images(8))
     with pytest.raises(ExportError, match=f"'backward' differs from eager PyTorch in next/{name}"):
         verify(steps, step, wrong(name, run), images(8))
@@ -251,10 +252,10 @@ def test_a_wrong_backward_is_refused(name: str) -> None:
 def test_a_wrong_activate_is_refused() -> None:
     """In evaluation mode the activations differ, so the graph is refused."""
     _, steps = steps_of("batchnorm", get_codec("fp16"), "sgd")
-    with pytest.raises(ExportError, match="'activate' differs from eager PyTorch in packed"):
+    with pytest.raises(ExportError, match="'activate' differs from eager PyTorch in h"):
         verify(
-            steps, activate(steps), lambda _, feeds: lower("torch", [], {}).run(
-                steps.forward(), feeds
+            steps, activate(steps), lambda _, feeds: run_of("torch", [])(
+                forward(steps), feeds
             ), images(8),
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ from export.lowering.trace import trace
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
+from export.steps.train import train
 from tests.lib.models import CLASSES, IMAGE, MeanHead, conv_model, example, text_model
 from tests.lib.transformers_models import WORDS, bert, gpt2, llama, opt, vit
 
@@ -374,13 +375,14 @@ def test_a_step_of_a_base_can_be_traced(name: str) -> None:
     shake(base)
     segment = ClientSegment(base, 1)
     steps = ClientSteps(segment, get_optimizer("sgd"), get_codec("fp16"), x, classes)
-    step, hyper = steps.train(), [torch.tensor(v) for v in (0.1, 0.9, 0.01)]
+    step, hyper = train(steps), {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     y = torch.arange(3) if name == "resnet" else TEXT
-    inputs = [*steps.initial.values(), *steps.slots.values(), x, y, *hyper]
-    wanted = step.function(dict(steps.constants), *inputs)
-    found = trace(step).module()(*inputs)
-    for got, want in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    given = {**steps.initial, **steps.slots, "x": x, "y": y}
+    given |= {n: torch.tensor(v) for n, v in hyper.items()}
+    wanted = step.function(dict(steps.constants), given)
+    found = trace(step).module()(*(given[port.spec.name] for port in step.inputs))
+    for port, got in zip(step.outputs, found, strict=True):
+        torch.testing.assert_close(got, wanted[port.spec.name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["resnet", "llama"])

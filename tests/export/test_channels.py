@@ -45,7 +45,9 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention, self.shift = WindowAttention(width), shift
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, h_BHWC: Tensor) -> Tensor:
         mixed = self.norm1(h_BHWC)
@@ -211,7 +213,7 @@ def test_what_nothing_shows_is_asked_for() -> None:
         model.add_heads([1], example((4, 5)), 3)
         assert model.aux["1"].hidden.in_features == width
     both = [nn.Identity(), nn.Conv1d(4, 4, 1), nn.Linear(4, 4), nn.Flatten()]
-    with pytest.raises(ExportError, match="at cut 1.* read axis 1 and the last axis"):
+    with pytest.raises(ExportError, match=r"at cut 1.* read axis 1 and the last axis"):
         from_layers(both).add_heads([1], example((4, 4)), 3)
     with pytest.raises(ExportError, match="channels is 'left'; it must be"):
         from_layers(parts, channels="left")  # type: ignore[arg-type]
@@ -261,9 +263,7 @@ def test_a_file_says_where_the_channels_of_its_heads_are(tmp_path: Path) -> None
             assert torch.equal(other.answer(1, h), model.answer(1, h))
 
 
-def eager_step(
-    model: SplitModel, cut: int, x: Tensor, y: Tensor, rate: float
-) -> dict[str, Tensor]:
+def eager_step(model: SplitModel, cut: int, x: Tensor, y: Tensor, rate: float) -> dict[str, Tensor]:
     """Parameters of the device's part after one step of SGD on the summed loss of its heads."""
     segment = ClientSegment(model, cut).double()
     optimizer = torch.optim.SGD(segment.parameters(), rate)

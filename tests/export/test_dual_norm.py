@@ -29,6 +29,7 @@ from export.lowering.trace import trace
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
+from export.steps.train import train
 from tests.lib.models import (
     CLASSES,
     IMAGE,
@@ -318,22 +319,24 @@ def test_a_training_step_leaves_the_noise_copy() -> None:
     shake(model, 0)
     segment = ClientSegment(model, 1)
     steps = ClientSteps(segment, get_optimizer("sgd"), get_codec("fp16"), x, CLASSES)
-    step = steps.train()
-    constants, hyper = dict(steps.constants), [torch.tensor(v) for v in (0.5, 0.0, 0.0)]
-    inputs = [*steps.initial.values(), *steps.slots.values(), x, y, *hyper]
-    outputs = step.function(constants, *inputs)
+    step = train(steps)
+    hyper = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0}
+    given = {**steps.initial, **steps.slots, "x": x, "y": y}
+    given |= {n: torch.tensor(v) for n, v in hyper.items()}
+    after = step.function(dict(steps.constants), given)
+    inputs = [given[port.spec.name] for port in step.inputs]
     reference = copy.deepcopy(segment).train()
     cross_entropy(reference(x)[1][0], y).backward()
     wanted = statistics(reference)
     for name, p in reference.named_parameters():
         wanted[name] = p.detach() - 0.5 * p.grad
-    after = dict(zip((port.spec.name for port in step.outputs), outputs, strict=True))
     for name, tensor in steps.initial.items():
         torch.testing.assert_close(after[f"next/{name}"], wanted[name], msg=name)
         assert torch.equal(after[f"next/{name}"], tensor) is (".noise." in name)
     traced = trace(step).module()(*inputs)
-    for name, (found, want) in zip(after, zip(traced, outputs, strict=True), strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5, msg=name)
+    for port, found in zip(step.outputs, traced, strict=True):
+        name = port.spec.name
+        torch.testing.assert_close(found, after[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_names_of_noise_tensors() -> None:

@@ -26,6 +26,7 @@ from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.graph_set import all_steps
 from export.steps.optimizers import get_optimizer
+from export.steps.predict import forward
 from tests.lib.models import CLASSES, IMAGE, conv_model, example, text_model
 
 aten = torch.ops.aten
@@ -344,10 +345,8 @@ def test_steps(kind: str, request: pytest.FixtureRequest) -> None:
     for seed, rows in enumerate((MAX_BATCH, 1, 3)):
         batch = draw(steps, rows, seed)
         got = runtime.run("train", batch)
-        given = [torch.from_numpy(np.asarray(v)) for v in batch.values()]
-        step = graphs["train"]
-        outputs = step.function(dict(steps.constants), *state.values(), *given)
-        want = dict(zip([p.spec.name for p in step.outputs], outputs, strict=True))
+        given = {n: torch.from_numpy(np.asarray(v)) for n, v in batch.items()}
+        want = graphs["train"].function(dict(steps.constants), {**state, **given})
         state = {name: want[f"next/{name}"].detach() for name in state}
         compare(got, want)
     after = runtime.get_state()
@@ -357,12 +356,8 @@ def test_steps(kind: str, request: pytest.FixtureRequest) -> None:
     for name in ("predict", "forward"):
         step = graphs[name]
         x = draw(steps, 2, 9)["x"]
-        values = [state[n] for n in steps.initial]
-        outputs = step.function(dict(steps.constants), *values, torch.from_numpy(x))
-        compare(
-            runtime.run(name, {"x": x}),
-            dict(zip([p.spec.name for p in step.outputs], outputs, strict=True)),
-        )
+        wanted = step.function(dict(steps.constants), {**state, "x": torch.from_numpy(x)})
+        compare(runtime.run(name, {"x": x}), wanted)
 
 
 def compare(got: dict[str, Array], want: dict[str, Tensor]) -> None:
@@ -387,7 +382,7 @@ def test_same_bytes(conv: tuple[ClientSteps, bytes]) -> None:
     from export.lowering.executorch import lower
 
     steps, _ = conv
-    assert len({lower({"forward": trace(steps.forward())}) for _ in range(2)}) == 1
+    assert len({lower({"forward": trace(forward(steps))}) for _ in range(2)}) == 1
 
 
 def test_constants_are_stored_once(conv: tuple[ClientSteps, bytes]) -> None:

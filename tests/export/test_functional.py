@@ -27,10 +27,12 @@ from export.bundles.writer import Tier, export_bundles, make_steps
 from export.cutting.split_model import ClientSegment, SplitModel
 from export.errors import ExportError
 from export.lowering.graph_files import RuntimeName, lower
-from export.lowering.verify import verify
 from export.steps.client_steps import ClientSteps
 from export.steps.losses import local_loss
+from export.steps.predict import predict
 from export.steps.torch_runtime import TorchRuntime
+from export.steps.train import train
+from tests.lib.graph_runs import run_files, verify
 from tests.lib.models import (
     CLASSES,
     IMAGE,
@@ -218,12 +220,12 @@ def test_distillation_is_exported(kind: str, runtime: RuntimeName) -> None:
     model, x, classes = distilled(kind)
     tier = Tier(3, "fp16", runtime, 8, distill=2.0)
     steps = make_steps(ClientSegment(model, 3), tier, x, classes, "sgd")
-    step = steps.train()
+    step = train(steps)
     lowered = lower(runtime, [step], {})
-    verify(steps, step, lowered.run, x)
+    verify(steps, step, run_files(runtime, lowered), x)
     other = make_steps(steps.segment, replace(tier, distill=1.9), x, classes, "sgd")
     with pytest.raises(ExportError, match="'train' differs from eager PyTorch in loss"):
-        verify(other, step, lowered.run, x)
+        verify(other, step, run_files(runtime, lowered), x)
 
 
 def distilled(kind: str) -> tuple[SplitModel, Tensor, int]:
@@ -262,7 +264,7 @@ def test_no_distillation_no_operators() -> None:
     for name, cut, distill in (("none", 3, None), ("zero", 3, 0.0), ("some", 3, 0.5)):
         tier = Tier(cut) if distill is None else Tier(cut, distill=distill)
         steps = make_steps(ClientSegment(model, cut), tier, x, classes, "sgd")
-        graphs[name] = lower("onnx", [steps.train()], {}).files["train"]
+        graphs[name] = lower("onnx", [train(steps)], {}).files["train"]
     assert graphs["none"] == graphs["zero"] != graphs["some"]
     single = conv_model()
     single.add_heads([1], x, classes)
@@ -332,7 +334,7 @@ def test_tied_tensors_and_modules() -> None:
     before = dict(segment.state_dict(keep_vars=True))
     steps = make_steps(segment, Tier(2), x, CLASSES, "sgd")
     doubled = {n: 2 * t for n, t in steps.initial.items()}
-    logits = steps.predict().function(dict(steps.constants), *doubled.values(), x)[0]
+    logits = predict(steps).function(dict(steps.constants), {**doubled, "x": x})["logits"]
     reference = copy.deepcopy(segment)
     with torch.no_grad():
         for parameter in reference.parameters():

@@ -28,12 +28,15 @@ from export.bundles.writer import Tier, export_bundles, make_steps
 from export.cutting.split_model import ClientSegment, SplitModel, statistics
 from export.errors import ExportError
 from export.lowering.graph_files import RuntimeName, lower
-from export.lowering.verify import verify
-from export.steps.client_steps import ClientSteps, Step
-from export.steps.graph_set import all_steps, mixed_at_once
+from export.steps.client_steps import ClientSteps
+from export.steps.graph_set import all_steps
 from export.steps.losses import local_loss, masked
+from export.steps.mixtures import mixed_at_once
+from export.steps.step import Step
 from export.steps.torch_runtime import TorchRuntime
+from export.steps.train import train
 from tests.lib.dual_norms import only, shaken, torch_runtime
+from tests.lib.graph_runs import run_eagerly, run_files, verify
 from tests.lib.models import (
     CLASSES,
     FEATURES,
@@ -118,11 +121,10 @@ def steps_of(
 
 def run(step: Step, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run a step in float64."""
-    outputs = step.function(
+    return step.function(
         {n: wide(t) for n, t in step.constants.items()},
-        *(wide(feeds[port.spec.name]) for port in step.inputs),
+        {port.spec.name: wide(feeds[port.spec.name]) for port in step.inputs},
     )
-    return dict(zip((port.spec.name for port in step.outputs), outputs, strict=True))
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -133,6 +135,9 @@ def wide(tensor: Tensor) -> Tensor:
 def scalars(values: Mapping[str, float]) -> dict[str, Tensor]:
     """Return hyper-parameters as a step takes them."""
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+ADVERSARIAL = "adversarial_train"
 
 
 def by_name(steps: ClientSteps, name: str) -> Step:
@@ -239,14 +244,14 @@ def test_training_goes_by_the_classes_that_are_there(
     hyper = HYPER[optimizer]
     reference = Reference(steps, hyper, set(steps.parameters) - noise)
     state = {n: t.double() for n, t in (steps.initial | steps.slots).items()}
-    train = steps.train()
+    step = train(steps)
     for seed, rows in enumerate((5, 2, 8)):
         x, (present, there) = draw(rows, seed), some_classes(seed)
         y = labels_of(there, rows, seed)
         logits = reference.logits(x)
         loss = cross_entropy(logits, y, there)
         reference.step(loss)
-        got = run(train, {**state, "x": x, "y": y, "present": present, **scalars(hyper)})
+        got = run(step, {**state, "x": x, "y": y, "present": present, **scalars(hyper)})
         torch.testing.assert_close(got["loss"], loss.detach())
         mean = logits.detach()[..., there].softmax(-1).mean(0)
         answers = torch.tensor(there)[mean.argmax(1)]
@@ -269,7 +274,7 @@ def test_rows_of_absent_classes_stay(name: str) -> None:
     hyper = scalars({"lr": 0.5, "momentum": 0.9, "weight_decay": 0.0})
     for seed in range(3):
         y = labels_of(there, 6, seed)
-        got = run(steps.train(), {**state, "x": draw(6, seed), "y": y, "present": present, **hyper})
+        got = run(train(steps), {**state, "x": draw(6, seed), "y": y, "present": present, **hyper})
         state = {n: got[f"next/{n}"] for n in state}
     for tensor in (weight, bias):
         assert torch.equal(state[tensor][absent], steps.initial[tensor][absent].double())
@@ -291,7 +296,7 @@ def test_training_leaves_noise_copies_and_their_slots(name: str, optimizer: str)
     resting = noise | {n for n in steps.slots if n.partition("/")[2] in noise}
     assert len(resting) > len(noise)
     feeds = {"x": draw(6, 0), "y": torch.arange(6), "present": torch.ones(CLASSES)}
-    got = run(steps.train(), {**state, **feeds, **scalars(HYPER[optimizer])})
+    got = run(train(steps), {**state, **feeds, **scalars(HYPER[optimizer])})
     for n, t in state.items():
         assert torch.equal(got[f"next/{n}"], t.double()) == (n in resting), n
 
@@ -305,7 +310,7 @@ def test_hardening_is_training_on_both_losses(name: str, whole: bool, optimizer:
     hyper = HYPER[optimizer]
     reference = Reference(steps, hyper, set(steps.parameters))
     state = {n: t.double() for n, t in (steps.initial | steps.slots).items()}
-    harden = by_name(steps, "harden")
+    harden = by_name(steps, ADVERSARIAL)
     for seed, (rows, weight) in enumerate(((5, 0.3), (2, 0.8), (8, 0.5))):
         x, x_adv = draw(rows, seed), 2 + 3 * draw(rows, 100 + seed)
         present, there = some_classes(seed)
@@ -341,7 +346,7 @@ def test_hardening_without_dual_norms_is_plain_adversarial_training(name: str) -
         loss = loss + weight * cross_entropy(reference.logits(x_adv), y, everything)
         reference.step(loss)
         feeds = {"x": x, "y": y, "x_adv": x_adv, **scalars(SGD | {"robustness": weight})}
-        got = run(by_name(steps, "harden"), {**state, **feeds})
+        got = run(by_name(steps, ADVERSARIAL), {**state, **feeds})
         torch.testing.assert_close(got["loss"], loss.detach())
         state = {n: got[f"next/{n}"] for n in state}
         reference.assert_state(state)
@@ -355,7 +360,7 @@ def test_hardening_packs_what_both_passes_give() -> None:
     feeds = {"x": x, "y": torch.arange(5), "x_adv": x_adv, "present": torch.ones(CLASSES)}
     state = steps.initial | steps.slots
     got = run(
-        by_name(steps, "harden"), {**state, **feeds, **scalars(SGD | {"robustness": 0.5})}
+        by_name(steps, ADVERSARIAL), {**state, **feeds, **scalars(SGD | {"robustness": 0.5})}
     )  # fmt: skip
     for prefix, copied, given_ in (("", "clean", x), ("noise.", "noise", x_adv)):
         with only(reference.segment, copied), torch.no_grad():
@@ -371,7 +376,8 @@ def test_statistics_are_each_of_their_own_inputs() -> None:
         feeds = {"x": x, "y": torch.arange(6), "x_adv": x_adv, "present": torch.ones(CLASSES)}
         state = steps.initial | steps.slots
         got = run(
-            by_name(steps, "harden"), {**state, **feeds, **scalars(PLAIN | {"robustness": weight})}
+            by_name(steps, ADVERSARIAL),
+            {**state, **feeds, **scalars(PLAIN | {"robustness": weight})},
         )
         first = copy.deepcopy(steps.segment).double()
         for copied, given_ in (("clean", x), ("noise", x_adv)):
@@ -395,7 +401,7 @@ def test_a_weight_of_all_leaves_the_other_copy(name: str, weight: float, resting
     feeds = {"x": draw(6, 1), "y": torch.arange(6), "x_adv": draw(6, 2)}
     state = steps.initial | steps.slots
     got = run(
-        by_name(steps, "harden"), {**state, **feeds, "present": torch.ones(CLASSES), **hyper}
+        by_name(steps, ADVERSARIAL), {**state, **feeds, "present": torch.ones(CLASSES), **hyper}
     )  # fmt: skip
     for n, p in steps.parameters.items():
         rests = f".{resting}." in n
@@ -629,7 +635,15 @@ def test_a_base_is_exported(runtime: RuntimeName, tmp_path: Path) -> None:
     bundle = open_bundle(index, "t")
     device = load_runtime(bundle)
     eager, steps = torch_runtime(model, tier, pictures(8), CLASSES, tmp_path / "eager")
-    assert set(bundle.graphs) >= {"attack", "harden", "mix_1", "mix_2", "mix_3", "train", "predict"}
+    assert set(bundle.graphs) >= {
+        "attack",
+        "adversarial_train",
+        "mix_1",
+        "mix_2",
+        "mix_3",
+        "train",
+        "predict",
+    }
     assert len(bundle.manifest.graphs) == 8
     state = arrays(shaken(steps.initial, 3))
     device.set_state(state)
@@ -649,7 +663,7 @@ def test_a_base_is_exported(runtime: RuntimeName, tmp_path: Path) -> None:
             ("predict", {"x": x, "robustness": weight}),
             ("forward", {"x": x}),
             ("train", {**known, **sgd}),
-            ("harden", {**known, **sgd, "x_adv": x_adv, "robustness": weight}),
+            ("adversarial_train", {**known, **sgd, "x_adv": x_adv, "robustness": weight}),
         ):
             got, want = device.run(graph, feeds), eager.run(graph, feeds)
             assert got.keys() == want.keys()
@@ -674,12 +688,13 @@ class Lowered:
     def __init__(self, steps: ClientSteps, x: Tensor) -> None:
         self.steps = {step.name: step for step in all_steps(steps) if step.name.startswith("mix_")}
         self.lowered = lower("onnx", list(self.steps.values()), {})
+        self._run = run_files("onnx", self.lowered)
         for step in self.steps.values():
-            verify(steps, step, self.lowered.run, x)
+            verify(steps, step, self._run, x)
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs of a mixture."""
-        return self.lowered.run(self.steps[graph], dict(batch))
+        return self._run(self.steps[graph], dict(batch))
 
 
 def test_bases_of_a_language_model_are_mixed(tmp_path: Path) -> None:
@@ -688,7 +703,7 @@ def test_bases_of_a_language_model_are_mixed(tmp_path: Path) -> None:
     tier = Tier(model.depth - 1, bases=2)
     eager, steps = torch_runtime(model, tier, words(8), WORDS, tmp_path / "eager")
     assert not steps.present_port()
-    assert "present" not in [port.spec.name for port in steps.train().inputs]
+    assert "present" not in [port.spec.name for port in train(steps).inputs]
     mixer = Lowered(steps, words(8))
     for rows, length in ((1, 5), (4, 3), (3, 5)):
         assert_mixes(eager, mixer, steps, 2, words(rows, rows, length), (0.0, 0.3, 1.0), 1e-4)
@@ -724,10 +739,14 @@ def test_bases_of_a_text_model_pack_their_activations(tmp_path: Path) -> None:
     [
         ("mix_2", "logits", lambda t: 2 * t),
         ("attack", "x_adv", lambda t: t + 0.01),
-        ("harden", "noise.h", lambda t: t + t.dtype.type(0.5)),
-        ("harden", "next/block.0.norm.noise.weight", lambda t: t + np.float32(0.01)),
-        ("harden", "next/block.0.norm.noise.running_mean", lambda t: t + np.float32(0.01)),
-        ("harden", "loss", lambda t: t * np.float32(1.1)),
+        ("adversarial_train", "noise.h", lambda t: t + t.dtype.type(0.5)),
+        ("adversarial_train", "next/block.0.norm.noise.weight", lambda t: t + np.float32(0.01)),
+        (
+            "adversarial_train",
+            "next/block.0.norm.noise.running_mean",
+            lambda t: t + np.float32(0.01),
+        ),
+        ("adversarial_train", "loss", lambda t: t * np.float32(1.1)),
         ("train", "next/block.0.norm.noise.weight", lambda t: t * np.float32(0.99)),
         ("train", "next/momentum/block.0.norm.noise.bias", lambda t: t * np.float32(0.9)),
         ("train", "next/block.0.norm.noise.running_var", lambda t: t * np.float32(0.9)),
@@ -739,16 +758,14 @@ def test_a_graph_that_differs_is_refused(
     """The error names the tensor that differs."""
     steps, draw = steps_of("batch norms")
     step = by_name(steps, graph)
-    lowered = lower("torch", [step], {})
 
     def wrong(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
-        outputs = lowered.run(step, feeds)
+        outputs = run_eagerly(step, feeds)
         assert output in outputs
         return outputs | {output: change(outputs[output])}
 
-    verify(steps, step, lowered.run, draw(8, 0))
-    named = "packed" if output == "noise.h" else output
-    with pytest.raises(ExportError, match=f"{graph!r} differs from eager PyTorch in {named}"):
+    verify(steps, step, run_eagerly, draw(8, 0))
+    with pytest.raises(ExportError, match=f"{graph!r} differs from eager PyTorch in {output}"):
         verify(steps, step, wrong, draw(8, 0))
 
 

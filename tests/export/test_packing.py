@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -12,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edge_sdk.bundle.manifest import Port
-from edge_sdk.protocol.tensors import TensorSpec, check_tensors
+from edge_sdk.protocol.tensors import Array, TensorSpec, check_tensors
+from edge_sdk.runtime.executorch import load_binding, quiet
 from export.errors import ExportError
 from export.lowering.graph_files import RuntimeName, lower
 from export.packing.codecs import CODECS, Codec, get_codec
-from export.steps.client_steps import Step
+from export.steps.step import Step, Tensors
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 4), st.integers(1, 6)),
@@ -219,13 +222,34 @@ def packing(codec: Codec, shape: tuple[int, ...], axis: int) -> Step:
     """A step that packs its input (batch, ...) and does nothing else."""
     specs = codec.specs(("batch", *shape), axis)
 
-    def function(_: dict[str, Tensor], h: Tensor) -> tuple[Tensor, ...]:
-        parts = codec.pack(h, axis)
-        return tuple(parts[spec.name] for spec in specs)
+    def function(_: Tensors, given: Tensors) -> Tensors:
+        return codec.pack(given["x"], axis)
 
     x = Port(TensorSpec("x", "float32", ("batch", *shape)), "batch")
     outputs = tuple(Port(spec, "packed") for spec in specs)
     return Step("forward", function, (x,), outputs, limits={"batch": 8})
+
+
+def opened(runtime: RuntimeName, step: Step) -> Callable[[Array], dict[str, Array]]:
+    """Lower a step for a runtime, and return what runs it."""
+    file = lower(runtime, [step], {}).files["forward"]
+    names = [port.spec.name for port in step.outputs]
+    if runtime == "torch":
+        return lambda x: {
+            n: t.numpy() for n, t in step.function({}, {"x": torch.from_numpy(x)}).items()
+        }
+    if runtime == "onnx":
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return lambda x: dict(zip(names, session.run(names, {"x": x}), strict=True))
+    with quiet():
+        module = load_binding()[1]._load_for_executorch_from_buffer(file)
+
+    def run(x: Array, _file: bytes = file) -> dict[str, Array]:  # the module reads the file
+        with quiet():
+            outputs = module.run_method("forward", [torch.from_numpy(x)])
+        return {n: t.numpy().copy() for n, t in zip(names, outputs, strict=True)}
+
+    return run
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -239,7 +263,7 @@ def test_what_is_not_finite_stays_so_in_every_runtime(
     """Exactly the rows with NaN or infinity, wherever these are, unpack to what is not finite."""
     codec, rng = get_codec(name), np.random.default_rng(0)
     step = packing(codec, shape, axis)
-    lowered = lower(runtime, [step], {})
+    run = opened(runtime, step)
     kinds = [[np.nan], [np.inf], [-np.inf], [np.nan, np.inf], [np.inf, -np.inf, np.nan], []]
     for draw in range(30):
         x = rng.standard_normal((5, *shape), dtype=np.float32)
@@ -254,7 +278,7 @@ def test_what_is_not_finite_stays_so_in_every_runtime(
             x[0] = rng.choice(np.float32([LARGEST, -LARGEST]), shape)
             x[1] = rng.choice([np.nan, np.inf, -np.inf])
             bad[:2] = False, True
-        parts = lowered.run(step, {"x": x})
+        parts = run(x)
         back = codec.unpack({key: torch.from_numpy(part) for key, part in parts.items()})
         assert (~torch.isfinite(back)).flatten(1).any(1).tolist() == bad.tolist()
 

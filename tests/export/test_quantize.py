@@ -38,17 +38,19 @@ from export.bundles.quantized import (
     predict_int8,
     quantize,
     quantize_matrices,
-    verify_int8,
 )
 from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import WEIGHTS, ClientSegment, SplitModel
 from export.errors import ExportError
-from export.lowering.graph_files import Lowered, RuntimeName, lower
+from export.lowering.graph_files import GraphFiles, RuntimeName, lower
 from export.packing.codecs import get_codec
-from export.steps.client_steps import ClientSteps, Step
+from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
+from export.steps.predict import predict
+from export.steps.step import Step
 from server_hub.gateway.tokens import TokenFile
 from tests.lib.commands import output, refusal
+from tests.lib.graph_runs import run_files, verify
 from tests.lib.harness import examples, hub_config, running_hub, save_npz
 from tests.lib.models import (
     BUILD,
@@ -302,7 +304,7 @@ def test_which_matrices() -> None:
 # the graphs
 
 
-def lowered(steps: ClientSteps, runtime: RuntimeName) -> tuple[Step, Lowered]:
+def lowered(steps: ClientSteps, runtime: RuntimeName) -> tuple[Step, GraphFiles]:
     """Return the graph of a segment."""
     if runtime == "executorch":
         pytest.importorskip("executorch")
@@ -329,12 +331,12 @@ def test_graph(kind: str, runtime: RuntimeName) -> None:
     steps = steps_of(model, chosen.inputs(8), chosen.classes)
     step, result = lowered(steps, runtime)
     assert [port.spec for port in step.inputs] == [steps.x]
-    assert step.outputs == steps.predict().outputs
+    assert step.outputs == predict(steps).outputs
     exact = copy.deepcopy(steps.segment).double().eval()
     segment = rounded(steps.segment, runtime)
     for rows in (1, ROWS):
         x = chosen.inputs(rows)
-        got = result.run(step, {"x": x.numpy()})
+        got = run_files(runtime, result)(step, {"x": x.numpy()})
         with torch.no_grad():
             h, want = segment(x.double() if x.is_floating_point() else x)
             _, before = exact(x.double() if x.is_floating_point() else x)
@@ -350,13 +352,14 @@ def test_verified(runtime: RuntimeName) -> None:
     """The graph passes; a graph with one wrong code does not pass."""
     steps = steps_of(text_model(), texts())
     step, result = lowered(steps, runtime)
+    verify(steps, step, run_files(runtime, result), texts())
     matrices = quantize_matrices(steps, runtime)
-    verify_int8(steps, matrices, step, result.run, texts())
     codes = matrices["block.0.wide.weight"].codes.clone()
     codes[0, 0] -= 40
     wrong = replace(matrices["block.0.wide.weight"], codes=codes)
-    with pytest.raises(ExportError, match=r"predict_int8, with the weights that it has.*differs"):
-        verify_int8(steps, matrices | {"block.0.wide.weight": wrong}, step, result.run, texts())
+    other = predict_int8(steps, matrices | {"block.0.wide.weight": wrong})
+    with pytest.raises(ExportError, match=r"'predict_int8' differs from eager PyTorch"):
+        verify(steps, other, run_files(runtime, result), texts())
 
 
 def test_onnx_file(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec
 from export.bases.vmapped import over_bases
 from export.cutting.split_model import SplitModel
-from export.lowering.graph_files import lower
-from export.steps.client_steps import Step
+from export.steps.step import Step
+from tests.lib.graph_runs import run_of
 from tests.lib.models import CLASSES, AttentionBlock, MeanHead, TokenBlock, conv_model, text_model
 from tests.lib.transformers_models import bert, gpt2, llama, opt, vit
 
@@ -368,10 +368,10 @@ def step_of(net: nn.Module, stacked: dict[str, Tensor], x: Tensor) -> Step:
     """Return a step of many networks on one batch; rows and text lengths are symbolic."""
     fixed = {n: b for n, b in net.named_buffers() if n not in stacked}
 
-    def function(constants: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-        *given, x = tensors
-        own = dict(zip(stacked, given, strict=True))
-        return (over_bases(lambda t: functional_call(net, {**constants, **t}, (x,)), own),)
+    def function(constants: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = {name: given[name] for name in stacked}
+        logits = over_bases(lambda t: functional_call(net, {**constants, **t}, (given["x"],)), own)
+        return {"logits": logits}
 
     text = not x.is_floating_point()
     shape = ("batch", "seq") if text else ("batch", *x.shape[1:])
@@ -396,7 +396,7 @@ def test_a_graph_takes_any_number_of_rows(name: str) -> None:
     net = build().eval()
     stacked = tensors_of(net, 3, seed=7)
     x = draw(2)
-    run = lower("onnx", [step := step_of(net, stacked_32(stacked), x)], {}).run
+    run = run_of("onnx", [step := step_of(net, stacked_32(stacked), x)])
     net.double()
     for rows in (1, 2, 5, 9):
         x = draw(rows)[:, : 3 + rows % 3] if name in TEXTS else draw(rows)

@@ -35,12 +35,13 @@ from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import ClientSegment, SplitModel
 from export.lowering.graph_files import lower as lower_all
 from export.lowering.onnx import lower
-from export.lowering.verify import verify
 from export.packing.codecs import Codec, Shape, get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.graph_set import all_steps
 from export.steps.optimizers import get_optimizer
+from export.steps.train import train
 from export.tensor_names import layer_of
+from tests.lib.graph_runs import verify
 from tests.lib.models import (
     CLASSES,
     FEATURES,
@@ -592,7 +593,7 @@ def test_transposed_frozen_tensors_are_read_as_stored() -> None:
     steps = ClientSteps(
         ClientSegment(model, 1), get_optimizer("sgd"), get_codec("int8"), x, CLASSES
     )
-    lowered = lower_all("onnx", [steps.train()], {})
+    lowered = lower_all("onnx", [train(steps)], {})
     graph = onnx.load_model_from_string(lowered.files["train"]).graph
     constants = {t.name for t in graph.initializer}
     weight = "block.0.weight"
@@ -600,7 +601,7 @@ def test_transposed_frozen_tensors_are_read_as_stored() -> None:
     assert weight in constants
     assert not flipped
     assert sorted(n.op_type for n in graph.node if weight in n.input) == ["Gemm", "MatMul"]
-    verify(steps, steps.train(), lowered.run, x)
+    verify(steps, train(steps), lowered.run, x)
 
 
 def test_broken_graphs_and_other_runtimes(bundles: BundleIndex) -> None:

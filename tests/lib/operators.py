@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from export.cutting.checks import check_modules, check_parameters
 from export.cutting.split_model import ClientSegment, SplitModel, Task
 from export.lowering.graph_files import RuntimeName, lower
-from export.lowering.verify import verify
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
+from export.steps.predict import predict
+from export.steps.train import train
+from tests.lib.graph_runs import run_files, verify
 from tests.lib.models import TokenBlock
 
 CLASSES = 5
@@ -87,12 +89,12 @@ def check(case: Case, runtime: RuntimeName) -> None:
         ExportError: a module is refused, an operator has no translation, or a graph differs.
     """
     steps, example = steps_of(case, runtime)
-    compared = [steps.train()]
+    compared = [train(steps)]
     if steps.seeded or steps.statistics or any(_fast(m) for m in steps.segment.modules()):
-        compared.append(steps.predict())
+        compared.append(predict(steps))
     lowered = lower(runtime, compared, {})
     for step in compared:
-        verify(steps, step, lowered.run, example)
+        verify(steps, step, run_files(runtime, lowered), example)
 
 
 def _fast(module: nn.Module) -> bool:

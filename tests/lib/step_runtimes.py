@@ -9,8 +9,9 @@ from edge_sdk.runtime import Runtime
 from edge_sdk.runtime.executorch import ExecutorchRuntime
 from edge_sdk.runtime.onnx import OnnxRuntime
 from export.lowering.graph_files import RuntimeName, lower
-from export.steps.client_steps import ClientSteps, Step
+from export.steps.client_steps import ClientSteps
 from export.steps.graph_set import all_steps
+from export.steps.step import Step
 from export.steps.torch_runtime import TorchRuntime
 
 

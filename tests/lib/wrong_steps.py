@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from edge_sdk.protocol.tensors import Array
-from export.lowering.graph_files import Run
-from export.steps.client_steps import Step
+from export.steps.step import Step
+from tests.lib.graph_runs import Run
 
 REST = ("aux.", "momentum/aux.")
 """Prefixes of the tensors that a returned gradient does not change."""

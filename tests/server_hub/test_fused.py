@@ -34,17 +34,17 @@ from edge_sdk.transport.link import Link, open_websocket
 from export.bundles.writer import Tier, export_bundles, make_steps, segment_of
 from export.cutting.split_model import ClientSegment
 from export.errors import ExportError
-from export.lowering.graph_files import RuntimeName, lower
-from export.lowering.verify import verify
+from export.lowering.graph_files import RuntimeName
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
+from export.steps.fused import fuse
 from export.steps.optimizers import get_optimizer
-from export.steps.returned import fuse
 from export.steps.torch_runtime import TorchRuntime
 from server_hub.gateway.tokens import TokenFile
 from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules
 from tests.lib.codecs import Exact
+from tests.lib.graph_runs import run_of, verify
 from tests.lib.harness import examples, hub_config, running_hub
 from tests.lib.models import CLASSES, IMAGE, build, example
 from tests.lib.returned_models import CUT, HYPER, MODELS, images
@@ -153,7 +153,7 @@ def test_a_wrong_graph_is_refused(name: str) -> None:
         {"batch": 8}, fused=True,
     )  # fmt: skip
     step = fuse(steps)
-    run = lower("torch", [step], {}).run
+    run = run_of("torch", [step])
     verify(steps, step, run, images(8))
     bent = wrong(name, run)
 

@@ -86,29 +86,28 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
             ClientSegment(split, cut), rule, Double(), x, WORDS, {"seq": LENGTH}, returned=True
         )
         here = {**{n: t.numpy() for n, t in steps.initial.items()}, **held}
-        state = [torch.from_numpy(np.array(here.get(e.spec.name, 0.0))) for e in steps.state]
-        state = [
-            t if t.numel() > 1 or not e.spec.shape else torch.zeros(
-                [int(n) for n in e.spec.shape], dtype=torch.float64)
-            for t, e in zip(state, steps.state, strict=True)
-        ]  # fmt: skip
+        state = {
+            e.spec.name: torch.from_numpy(np.array(here[e.spec.name]))
+            if e.spec.name in here
+            else torch.zeros([int(n) for n in e.spec.shape], dtype=torch.float64)
+            for e in steps.state
+        }
         constants = dict(steps.constants)
-        (h,) = activate(steps).function(constants, *state[: len(steps.initial)], x)
+        h = activate(steps).function(constants, {**state, "x": x})["h"]
         plan = TrunkPlan(optimizer, hyper, returned=True, keeps_slots=True)
         trunk.begin(held, plan)
         arrival = step_input("d", "all", cut, "float64", {"h": h.numpy()}, y.numpy())
         report = trunk.step([arrival])
         (gradient,) = report.gradients
         assert gradient is not None
-        rates = [torch.tensor(hyper[name], dtype=torch.float64) for name in rule.hyper]
-        after = backward(steps).function(
-            constants, *state, x, torch.from_numpy(np.array(gradient["h"])), *rates
-        )
+        rates = {n: torch.tensor(hyper[n], dtype=torch.float64) for n in rule.hyper}
+        sent = torch.from_numpy(np.array(gradient["h"]))
+        after = backward(steps).function(constants, {**state, "x": x, "grad.h": sent, **rates})
         for copied in trunk.finish():
             held |= {n: np.array(t) for n, t in copied.tensors.items()}
-        for entry, tensor in zip(steps.state, after, strict=True):
+        for entry in steps.state:
             if entry.spec.name in held:
-                held[entry.spec.name] = tensor.detach().numpy()
+                held[entry.spec.name] = after[f"next/{entry.spec.name}"].detach().numpy()
         for name, tensor in uncut.trained().items():
             np.testing.assert_allclose(
                 held[name], tensor.detach().numpy(), rtol=1e-9, atol=1e-12, err_msg=name

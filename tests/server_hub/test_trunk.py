@@ -300,7 +300,7 @@ def poisoned(arrival: StepInput, part: str, value: float) -> StepInput:
 
 
 def per_channel(arrival: StepInput) -> StepInput:
-    """Return an arrival as bundles of earlier versions pack it: one scale per channel of a batch."""
+    """Return an arrival as earlier bundles pack it: one scale per channel of the batch."""
     h, _ = unpacked(arrival)
     shape = [n if axis == 1 else 1 for axis, n in enumerate(h.shape)]
     packed = get_codec("int8").pack_as(h, {"h.q": h.shape, "h.scale": shape})

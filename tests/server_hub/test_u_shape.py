@@ -19,14 +19,14 @@ from edge_sdk.protocol.tensors import Array
 from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import ClientSegment, SplitModel
 from export.errors import ExportError
-from export.lowering.graph_files import RuntimeName, lower
-from export.lowering.verify import verify
+from export.lowering.graph_files import RuntimeName
 from export.packing import codecs as packing
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
-from export.steps.returned import activate, backward, finish
+from export.steps.returned import activate, backward
 from export.steps.torch_runtime import TorchRuntime
+from export.steps.u_shaped import finish
 from server_hub.methods.settings import LocalTraining
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import CutsTable, FleetTier, Job, RoundsTable
@@ -38,6 +38,7 @@ from tests.lib.adapted_gpt2 import WORDS
 from tests.lib.adapted_gpt2 import build as build_gpt2
 from tests.lib.adapted_gpt2 import texts as draw_texts
 from tests.lib.codecs import Double
+from tests.lib.graph_runs import run_of, verify
 from tests.lib.returned_models import HYPER, MODELS
 from tests.lib.step_runtimes import manifest_of
 from tests.lib.trunk_models import step_input
@@ -82,7 +83,7 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     held = {n: p.detach().numpy().copy() for n, p in model.trained().items()}
     held |= {n: t.numpy() for n, t in rule.slots(model.trained()).items()}
-    rates = [torch.tensor(hyper[name], dtype=torch.float64) for name in rule.hyper]
+    rates = {name: torch.tensor(hyper[name], dtype=torch.float64) for name in rule.hyper}
     rng = np.random.default_rng(seed)
     for _ in range(4):
         cut = int(rng.integers(1, model.depth))
@@ -104,10 +105,7 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
         own |= {n: torch.from_numpy(np.array(t)) for n, t in held.items() if n in own}
         constants = dict(steps.constants)
 
-        def state(own: dict[str, Tensor] = own, steps: ClientSteps = steps) -> list[Tensor]:
-            return [own[e.spec.name] for e in steps.state]
-
-        (h,) = activate(steps).function(constants, *state()[: len(steps.initial)], x)
+        h = activate(steps).function(constants, {**own, "x": x})["h"]
         trunk.begin(held, TrunkPlan(optimizer, hyper, returned=True, u_shaped=True,
                                     keeps_slots=True))  # fmt: skip
         arrival = step_input(
@@ -116,10 +114,10 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
         features = trunk.features(arrival)
         assert features is not None
         outputs = finish(steps).function(
-            constants, *state(), torch.from_numpy(features["h"]), y, *rates
+            constants, {**own, "features.h": torch.from_numpy(features["h"]), "y": y, **rates}
         )
-        *after, loss, _, back = outputs
-        own.update(zip((e.spec.name for e in steps.state), after, strict=True))
+        loss, back = outputs["loss"], outputs["grad.h"]
+        own |= {n: outputs[f"next/{n}"] for n in own}
         assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-10)
         done = HeadGradient({"h": back.numpy()}, int((y >= 0).sum()))
         report = trunk.step([step_input("d", "all", cut, "float64", {"h": h.numpy()}, None,
@@ -127,10 +125,11 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
         (gradient,) = report.gradients
         assert gradient is not None
         assert report.losses == [None]
-        after = list(backward(steps).function(
-            constants, *state(), x, torch.from_numpy(np.array(gradient["h"])), *rates
-        ))  # fmt: skip
-        own.update(zip((e.spec.name for e in steps.state), after, strict=True))
+        outputs = backward(steps).function(
+            constants,
+            {**own, "x": x, "grad.h": torch.from_numpy(np.array(gradient["h"])), **rates},
+        )
+        own |= {n: outputs[f"next/{n}"] for n in own}
         for copied in trunk.finish():
             assert copied.layer != "head"
             held |= {n: np.array(t) for n, t in copied.tensors.items()}
@@ -224,7 +223,7 @@ def test_a_wrong_finish_is_refused() -> None:
         example(8), classes, {"batch": 8}, returned=True,
     )  # fmt: skip
     step = finish(steps)
-    run = lower("torch", [step], {}).run
+    run = run_of("torch", [step])
     verify(steps, step, run, example(8))
     for name in ("head.out.weight", "block.0.conv.weight"):
 

@@ -20,6 +20,7 @@ from export.packing.codecs import get_codec
 from export.planning.flops import flops_per_row
 from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
+from export.steps.train import train
 from server_hub.aggregation.nested import Nested
 from server_hub.methods.fleet import Fleet, JobOutline, Recipe
 from server_hub.methods.method import Method, always
@@ -76,7 +77,7 @@ def _budgets(fleet: Fleet) -> dict[str, float]:
             fleet.example,
             fleet.classes,
         )
-        budgets[name] = flops_per_row(steps.train())
+        budgets[name] = flops_per_row(train(steps))
     return budgets
 
 

@@ -1,0 +1,1 @@
+"""Verifies graphs: the traced graph against eager PyTorch, and the runtime against that graph."""

@@ -1,0 +1,124 @@
+"""Runs a traced graph as it is lowered, in float64 or in float32."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from export.lowering.verification.float64 import Float64
+from export.lowering.verification.kinks import near_kinks
+from export.steps.step import Step, Tensors
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Outputs of a graph by name.
+
+    Attributes:
+        values: outputs as they are.
+        unrounded: packed outputs before rounding; outputs that are not rounded are the same.
+    """
+
+    values: Tensors
+    unrounded: Tensors
+
+
+class TracedGraph:
+    """The traced program of a step, executed as it is, without another trace.
+
+    Args:
+        step: step of the program.
+        program: its traced program, which is not changed.
+    """
+
+    def __init__(self, step: Step, program: ExportedProgram) -> None:
+        self._step = step
+        self._fixed = [*step.constants.values(), *cast(Tensors, program.constants).values()]
+        graph = copy.deepcopy(program.graph)
+        results = cast(tuple[fx.Node, ...], graph.output_node().args[0])
+        graph.output_node().args = ((*results, *map(_before_rounding, results)),)
+        self._module = fx.GraphModule(program.graph_module, graph)
+        self._kinks = self._with_loss()
+
+    def _with_loss(self) -> fx.GraphModule | None:
+        """The part of the graph whose outputs have kinks; None if there is none.
+
+        The state after a step has them, and so has an attack. Packed activations and logits are
+        continuous functions of inputs and state.
+        """
+        if not any(p.spec.name.startswith(("next/", "x_adv")) for p in self._step.outputs):
+            return None
+        graph = copy.deepcopy(self._module.graph)
+        results = cast(tuple[fx.Node, ...], graph.output_node().args[0])
+        kept = [
+            node
+            for port, node in zip(self._step.outputs, results, strict=False)
+            if port.role != "packed"
+        ]
+        graph.output_node().args = (tuple(kept),)
+        graph.eliminate_dead_code()
+        return fx.GraphModule(self._module, graph)
+
+    @property
+    def has_kinks(self) -> bool:
+        """Whether rounding may carry a value over a kink."""
+        return self._kinks is not None
+
+    def run(self, given: Tensors, *, wide: bool) -> Outputs:
+        """Run the graph.
+
+        Args:
+            given: inputs by name, in the dtypes of their ports.
+            wide: whether to compute in float64 (:class:`.float64.Float64`), or in float32.
+        """
+        results = self._run(self._module, given, wide)
+        names = [port.spec.name for port in self._step.outputs]
+        return Outputs(
+            dict(zip(names, results, strict=False)),
+            dict(zip(names, results[len(names) :], strict=True)),
+        )
+
+    def near_kinks(self, given: Tensors) -> int:
+        """Number of values that rounding might carry over a kink, with these inputs."""
+        if self._kinks is None:
+            return 0
+        with torch.no_grad(), Float64():
+            return near_kinks(self._kinks, self._arguments(given, True))
+
+    def _run(self, module: fx.GraphModule, given: Tensors, wide: bool) -> list[Tensor]:
+        arguments = self._arguments(given, wide)
+        with torch.no_grad():
+            if not wide:
+                return list(module(*arguments))
+            with Float64():
+                return [t.double() if t.dtype is torch.float32 else t for t in module(*arguments)]
+
+    def _arguments(self, given: Tensors, wide: bool) -> list[Tensor]:
+        inputs = widened(given) if wide else given
+        return [*self._fixed, *(inputs[port.spec.name] for port in self._step.inputs)]
+
+
+def widened(tensors: Tensors) -> Tensors:
+    """The tensors with float32 converted to float64."""
+    return {n: t.double() if t.dtype is torch.float32 else t for n, t in tensors.items()}
+
+
+def _before_rounding(node: fx.Node) -> fx.Node:
+    """The node whose value a packed output rounds; the node itself if it is not rounded."""
+    if node.target is not aten._to_copy.default or node.meta["val"].dtype not in _ROUNDED:
+        return node
+    source = cast(fx.Node, node.args[0])
+    inner = cast(fx.Node, source.args[0]) if source.target in _CLAMPS else source
+    return cast(fx.Node, inner.args[0]) if inner.target is aten.round.default else source
+
+
+_CLAMPS = (aten.clamp.default, aten.clamp.Tensor)
+
+_ROUNDED = (torch.int8, torch.uint8, torch.float16)
