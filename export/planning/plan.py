@@ -57,8 +57,7 @@ class Counts:
         flops: FLOPs per example of a training step, forward and backward: matrix products,
             convolutions and attention, as ``torch.utils.flop_counter`` counts them.
         tokens: positions per example of text; 1 for all other inputs.
-        activation_bytes: bytes of packed activations per token of a text, or per example; tensors
-            that a batch shares (scales) are divided among its rows.
+        activation_bytes: bytes of packed activations per token of a text, or per example.
         update_bytes: bytes of the update at the end of a round: parameters and statistics.
     """
 
