@@ -36,7 +36,8 @@ def export(
         Path | None, typer.Option(help="Weights to start from, .safetensors of a run.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help=".npz with x and y on which int8 is compared with float32.")
+        Path | None,
+        typer.Option(help=".npz with x and y: graphs are verified on its rows, int8 is measured."),
     ] = None,
     max_loss: Annotated[
         float, typer.Option(help="Largest loss of accuracy, or growth of perplexity, by int8.")

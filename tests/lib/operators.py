@@ -24,6 +24,7 @@ from export.steps.predict import predict
 from export.steps.train import train
 from tests.lib.graph_runs import run_files, verify
 from tests.lib.models import TokenBlock
+from tests.lib.oracle import check_step
 
 CLASSES = 5
 WORDS = 11
@@ -81,20 +82,24 @@ def steps_of(case: Case, runtime: RuntimeName) -> tuple[ClientSteps, Tensor]:
 
 
 def check(case: Case, runtime: RuntimeName) -> None:
-    """Lower the steps of a case and compare their graphs with eager PyTorch.
+    """Lower the steps of a case, verify them, and compare them by the independent oracle.
 
     The graph ``train`` has the operators of ``predict``, unless evaluation is another function.
 
     Raises:
-        ExportError: a module is refused, an operator has no translation, or a graph differs.
+        ExportError: a module is refused, an operator has no translation, or the check of the
+            exporter refuses a graph.
+        Wrong: a graph that the exporter has accepted is wrong.
     """
     steps, example = steps_of(case, runtime)
     compared = [train(steps)]
-    if steps.seeded or steps.statistics or any(_fast(m) for m in steps.segment.modules()):
+    if steps.random_calls or steps.statistics or any(_fast(m) for m in steps.segment.modules()):
         compared.append(predict(steps))
     lowered = lower(runtime, compared, {})
     for step in compared:
-        verify(steps, step, run_files(runtime, lowered), example)
+        run = run_files(runtime, lowered)
+        verify(steps, step, run, example)
+        check_step(steps, step, run, example)
 
 
 def _fast(module: nn.Module) -> bool:
