@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from edge_sdk.protocol.messages import Batch
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import SplitModel
+from export.cutting.tied import tied_tensors
 from export.packing.codecs import get_codec
 from export.steps.optimizers import check_hyper, get_optimizer
 
@@ -73,10 +74,14 @@ class BareLoop:
     ) -> None:
         self._model, self._device, self._mode = model.to(device).train(), device, mode
         self._max_norm = max_norm
+        tied = [model.get_parameter(name) for name in tied_tensors(model)]
         model.stem.requires_grad_(False)
-        self._trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        own: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self._trained = [*own, *(p.requires_grad_() for p in tied)]
         hyper = check_hyper(optimizer, {"lr": rate})
-        self._optimizer = get_optimizer(optimizer).reference(self._trained, hyper)
+        self._optimizer = get_optimizer(optimizer).reference(own, hyper)
+        if tied:  # weights of tables that heads read decay on the devices
+            self._optimizer.add_param_group({"params": tied, "weight_decay": 0.0})
 
     def step(self, batches: Sequence[BareBatch]) -> Tensor:
         """Run one merged step; return the mean loss of a label, as a tensor on the device."""

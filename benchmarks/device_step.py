@@ -202,7 +202,7 @@ def _time(name: str, runtime: str, folder: str, threads: str, steps: str) -> dic
 
 def _peak(name: str, runtime: str, folder: str, threads: str) -> dict[str, Any]:
     if runtime == "executorch":
-        from edge_sdk.runtime.executorch import load_binding
+        from edge_sdk.runtime.executorch_binding import load_binding
 
         load_binding()
     else:
@@ -238,7 +238,7 @@ def _exported(folder: str, threads: int, bare: bool) -> tuple[Callable[[], Any],
     runtime = load_runtime(Bundle.open(manifest, index.blobs().read), threads)
     ports = manifest.graphs["train"].inputs
     hyper = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999,
-             "eps": 1e-8}  # fmt: skip
+             "eps": 1e-8, "max_norm": 0.0}  # fmt: skip
     with np.load(Path(folder) / "batch.npz") as arrays:
         batch = {"x": arrays["x"], "y": arrays["y"]}
     batch |= {p.spec.name: np.float32(hyper[p.spec.name])[...] for p in ports if p.role == "hyper"}

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.gpu_models import CODEC, Shape, packed_batch, step_input, unpacked
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import SplitModel
+from export.cutting.tied import tied_tensors
 from export.packing.codecs import get_codec
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.interface import StepInput, TrunkCopy, TrunkPlan
@@ -131,9 +132,13 @@ def reference_steps(
     ``weighted_mean``, as for base networks, it is divided by the sum of the labels' weights.
     """
     model = copy.deepcopy(case.model).to(device, dtype).train()
+    tied = [model.get_parameter(name) for name in tied_tensors(model)]
     model.stem.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, **HYPER)
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(own, **HYPER)
+    if tied:  # weights of tables that heads read decay on the devices
+        optimizer.add_param_group({"params": [p.requires_grad_() for p in tied], "weight_decay": 0})
+    trained = [*own, *tied]
     for step in inputs:
         optimizer.zero_grad()
         total = sum(counted(i) * (i.weight if weighted_mean else 1.0) for i in step)
@@ -172,7 +177,7 @@ def merged_error(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> fl
     start = state_of(case.model)
     model = copy.deepcopy(case.model).to(dtype)
     trainer = TrunkTrainer(model, device)
-    trainer.begin(state_of(model), TrunkPlan("sgd", HYPER, max_norm=case.max_norm))
+    trainer.begin(state_of(model), TrunkPlan("sgd", HYPER, max_norm=case.max_norm, decay="all"))
     for step in case.steps:
         report = trainer.step([in_dtype(i, dtype) for i in step])
         if report.refused:
@@ -236,7 +241,7 @@ def returned_error(shape: Shape, seed: int, device: str) -> float:
     """
     case = draw(shape, seed, steps=1)
     trainer = TrunkTrainer(copy.deepcopy(case.model), device)
-    plan = TrunkPlan("sgd", HYPER, max_norm=case.max_norm, returned=True)
+    plan = TrunkPlan("sgd", HYPER, max_norm=case.max_norm, decay="all", returned=True)
     trainer.begin(state_of(case.model), plan)
     inputs = [in_dtype(i, torch.float64) for i in case.steps[0]]
     report = trainer.step(inputs)
@@ -265,7 +270,9 @@ def vmapped_error(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> f
     wanted_dtype = np.float64 if dtype == torch.float64 else np.float32
     stacked = {n: np.stack([s[n] for s in states]).astype(wanted_dtype) for n in states[0]}
     trainer = TrunkTrainer(copy.deepcopy(case.model).to(dtype), device)
-    trainer.begin(stacked, TrunkPlan("sgd", HYPER, max_norm=case.max_norm, bases=bases))
+    trainer.begin(
+        stacked, TrunkPlan("sgd", HYPER, max_norm=case.max_norm, decay="all", bases=bases)
+    )
     for step in case.steps:
         trainer.step([in_dtype(i, dtype) for i in step])
     copies = trainer.finish()

@@ -11,8 +11,8 @@ from statistics import fmean
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from export.bases.narrow import step_flops
 from export.bundles.model_source import build_model
+from server_hub.methods.baselines.widths import step_flops
 from server_hub.simulation.job import Job
 from server_hub.storage.run_folder import RoundRecord
 

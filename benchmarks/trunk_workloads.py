@@ -210,7 +210,8 @@ def prepare(workload: Workload, folder: Path, devices: int) -> list[ReplayDevice
         entries[name] = TierEntry(cut, CODEC, blobs.write(manifest.to_bytes()))
         tiers.append((name, cut))
     model.save(bundles / WEIGHTS)
-    BundleIndex(bundles, None, workload.classes, workload.optimizer, entries, {}).write()
+    noted = {"decay": "matrices"}
+    BundleIndex(bundles, None, workload.classes, workload.optimizer, entries, noted).write()
     tokens, found = TokenFile(folder / TOKENS), []
     for number in range(devices):
         tier_name, cut = tiers[number % len(tiers)]

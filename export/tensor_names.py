@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+TIED = "tied"
+"""Layer of the optimizer slots with which the hub trains tied tensors. Such a slot is called
+``momentum/tied.stem.embedding.weight``; ``momentum/stem.embedding.weight`` is that of devices."""
+
 
 def layer_of(name: str) -> str:
     """The layer that a tensor belongs to: ``block.3.conv.weight`` -> ``block.3``.
@@ -29,6 +33,16 @@ def is_variance(name: str) -> bool:
 def is_slot(name: str) -> bool:
     """Whether a tensor is an optimizer slot, such as ``mean/block.3.conv.weight``."""
     return "/" in name
+
+
+WAITING = "waiting"
+"""Kind of the slots that hold a part of the gradient of a tied tensor, until the other part comes.
+They are zero at the start and the end of a round."""
+
+
+def is_waiting(name: str) -> bool:
+    """Whether a tensor holds a gradient that waits, such as ``waiting/stem.embedding.weight``."""
+    return name.startswith(f"{WAITING}/")
 
 
 def in_head(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,7 +33,9 @@ from export.bundles.model_source import model_of_bundles
 from export.cutting.checks import check_sharing
 from export.cutting.input_ranges import check_classes
 from export.cutting.split_model import WEIGHTS, SplitModel
+from export.cutting.tied import tied_to_head
 from export.steps.optimizers import check_hyper
+from export.steps.weight_decay import decay_of_bundles
 from server_hub.concurrency import BackgroundTasks, Changes, Effect
 from server_hub.config import HubConfig
 from server_hub.gateway.peers import Peer
@@ -41,7 +44,7 @@ from server_hub.gateway.tokens import TokenFile, Tokens
 from server_hub.job import Job
 from server_hub.logs import plain, protect
 from server_hub.methods.composition import compose
-from server_hub.methods.method import Method
+from server_hub.methods.method import Method, takes_max_norm
 from server_hub.rounds.answers import Answers
 from server_hub.rounds.cut_moves import CutMoves
 from server_hub.rounds.device_evaluations import DeviceEvaluations
@@ -125,6 +128,7 @@ class Hub:
             self.index,
             self.manifests,
             initial,
+            tied_to_head(self.model),
         )
         self.started: Started | None = None
         """What the job has taken over from an earlier run; None if it starts from the bundles."""
@@ -212,6 +216,7 @@ class Hub:
             method=self.method,
             local=replace(config.local, hyper=local_hyper),
             trunk_settings=replace(config.trunk, hyper=trunk_hyper),
+            decay=decay_of_bundles(self.index.extra),
             schedule=config.schedule,
             rounds=self.rounds,
             gateway=self.gateway,
@@ -414,6 +419,12 @@ class Hub:
         check_message_sizes(
             self.manifests, config.limits, config.local.batch_size, modes, method.keeps_slots
         )
+        for tier, manifest in self.manifests.items():
+            if config.local.max_norm < math.inf and not takes_max_norm(manifest):
+                raise ConfigError(
+                    f"the bundle of {tier!r} does not clip gradients, it is from an older export; "
+                    "export again, or leave max_norm out of [local]"
+                )
         if method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
             raise ConfigError(
                 f"{method.name} hands optimizer state on between devices and hub; the devices "

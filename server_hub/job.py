@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from export.steps.weight_decay import Decay
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.concurrency import Changes
 from server_hub.gateway.server import Gateway
@@ -31,8 +32,8 @@ class Job:
     """Runs the rounds of a job, with the devices that the gateway lets in.
 
     Attributes:
-        local: settings of the training on devices.
-        trunk_settings: settings of the training of the trunk.
+        local, trunk_settings: settings of the training on devices, and of the trunk.
+        decay: parameters that weight decay applies to, on devices and in the trunk.
         schedule: how learning rates change over the rounds.
         start_evaluation: starts an evaluation of the model, given the number of completed rounds;
             None if none is due.
@@ -41,6 +42,7 @@ class Job:
     method: Method
     local: LocalTraining
     trunk_settings: TrunkTraining
+    decay: Decay
     schedule: RateSchedule
     rounds: Rounds
     gateway: Gateway
@@ -93,6 +95,7 @@ class Job:
             model=self.publisher.model,
             local=self.local,
             trunk=self.trunk_settings,
+            decay=self.decay,
         )
         return self.method.plan(context)
 

@@ -139,7 +139,11 @@ def measure(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run training steps on random examples, and say what memory and time they take here."""
+    """Run training steps on random examples, and say what memory and time they take here.
+
+    A step runs the graphs that the bundle was exported for: activate and backward where gradients
+    are returned, attack and adversarial_train for adversarial examples, else train.
+    """
     index = BundleIndex.read(folder)
     if tier not in index.tiers:
         raise BundleError(f"{folder} has no tier {tier!r}; it has {', '.join(index.tiers)}")

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +32,9 @@ STEPS = 5
 BATCH = 32
 LENGTH = 64
 
+_ATTACK = 7
+"""Steps of an attack, as :class:`edge_sdk.training.adversarial.Attack` makes them by default."""
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _LIBRARIES = {
@@ -45,7 +48,7 @@ class Measurement:
     """Memory and time of training steps.
 
     Attributes:
-        step_s: median seconds of a step; the first, which loads the graph, does not count.
+        step_s: median seconds of a step; the first, which loads its graphs, does not count.
         memory_bytes: peak resident memory minus that before the bundle was loaded.
         process_bytes: peak resident memory of the process, interpreter and runtime included.
     """
@@ -53,6 +56,25 @@ class Measurement:
     step_s: float
     memory_bytes: int
     process_bytes: int
+
+
+def graphs_of_a_step(known: Collection[str]) -> tuple[str, ...]:
+    """Graphs that a training step on a batch runs, in order.
+
+    A bundle with graphs for a special kind of training is measured with that kind: labels that
+    stay on the device, gradients that are fused, returned gradients, adversarial examples. Every
+    bundle can be trained with ``train`` as well.
+
+    Args:
+        known: names of the bundle's graphs.
+    """
+    kinds = (
+        ("activate", "finish", "backward"),
+        ("activate", "fuse"),
+        ("activate", "backward"),
+        (*["attack"] * _ATTACK, "adversarial_train"),
+    )
+    return next((kind for kind in kinds if set(kind) <= set(known)), ("train",))
 
 
 def measure(
@@ -64,6 +86,8 @@ def measure(
     threads: int = 1,
 ) -> Measurement:
     """Run training steps of a bundle on random examples, in this process.
+
+    A step runs the graphs of :func:`graphs_of_a_step`.
 
     Args:
         folder: folder of bundles.
@@ -81,7 +105,8 @@ def measure(
     if tier not in index.tiers:
         raise BundleError(f"{folder} has no tier {tier!r}; it has {', '.join(index.tiers)}")
     manifest = index.manifest(tier)
-    feeds = _feeds(manifest, batch, length)
+    graphs = graphs_of_a_step(manifest.graphs)
+    feeds = {name: _feeds(manifest, name, batch, length) for name in set(graphs)}
     with contextlib.suppress(ImportError):  # which load_runtime explains
         importlib.import_module(_LIBRARIES.get(manifest.runtime, "onnxruntime"))
     with contextlib.suppress(OSError):
@@ -91,13 +116,14 @@ def measure(
     seconds = []
     for _ in range(1 + steps):
         start = time.perf_counter()
-        try:
-            runtime.run("train", feeds)
-        except CutlayerError:
-            raise
-        except Exception as error:  # onnxruntime raises bare pybind exceptions
-            shape = list(feeds["x"].shape)
-            raise BundleError(f"a training step on x of shape {shape} fails: {error}") from error
+        for graph in graphs:
+            try:
+                runtime.run(graph, feeds[graph])
+            except CutlayerError:
+                raise
+            except Exception as error:  # onnxruntime raises bare pybind exceptions
+                sizes = {name: list(array.shape) for name, array in feeds[graph].items()}
+                raise BundleError(f"the graph {graph!r} fails on {sizes}: {error}") from error
         seconds.append(time.perf_counter() - start)
     _, peak = _resident()
     return Measurement(statistics.median(seconds[1:]), peak - before, peak)
@@ -131,10 +157,13 @@ def measure_apart(
     return Measurement(**json.loads(process.stdout))
 
 
-def _feeds(manifest: Manifest, batch: int | None, length: int | None) -> dict[str, Array]:
-    """Random inputs of a training step, without the state.
+def _feeds(
+    manifest: Manifest, graph: str, batch: int | None, length: int | None
+) -> dict[str, Array]:
+    """Random inputs of a graph, without the state.
 
-    Hyper-parameters are small numbers, which all of them accept.
+    Hyper-parameters are small numbers, which all of them accept; gradients and features are small
+    as well.
     """
     sizes = {
         "batch": batch if batch is not None else manifest.limits.get("batch", BATCH),
@@ -142,13 +171,17 @@ def _feeds(manifest: Manifest, batch: int | None, length: int | None) -> dict[st
     }
     rng = np.random.default_rng(0)
     feeds: dict[str, Array] = {}
-    for port in manifest.graphs["train"].inputs:
+    for port in manifest.graphs[graph].inputs:
         spec = port.spec
         shape = [sizes[n] if isinstance(n, str) else n for n in spec.shape]
         if port.role == "hyper":
             feeds[spec.name] = np.full(shape, 1e-3, DTYPES[spec.dtype])
         elif port.role == "seed":
             feeds[spec.name] = np.zeros(shape, DTYPES[spec.dtype])
+        elif port.role == "packed":
+            feeds[spec.name] = rng.uniform(0, 1e-3, shape).astype(DTYPES[spec.dtype])
+        elif spec.name == "present":
+            feeds[spec.name] = np.ones(shape, DTYPES[spec.dtype])
         elif port.role == "batch" and spec.dtype == "float32":
             feeds[spec.name] = rng.standard_normal(shape, np.float32)
         elif port.role == "batch":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 from edge_sdk.errors import BundleError
 from edge_sdk.files import read_text
 from export.adapters_lora.lora import ADAPTER, adapted_modules, fit_ranks, put_adapter
+from export.adapters_lora.peft_settings import check_settings
 from export.cutting.pretrained import TransformersModel, from_transformers
 from export.cutting.split_model import SplitModel
 from export.errors import ExportError, reason
@@ -29,9 +31,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "cutlayer_base"
 """Key in the configuration for the SHA-256 of the base that the adapters were trained on."""
-
-_UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias", "modules_to_save")
-"""Settings of PEFT with which an adapter is not ``alpha / rank * B @ A``."""
 
 T = TypeVar("T")
 
@@ -92,10 +91,10 @@ def load_adapter(model: SplitModel, folder: str | Path) -> None:
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     _check_names(folder, tensors, modules)
-    alphas = _alphas(folder, config, modules)
     values = {name: (tensors[a], tensors[b]) for name in modules for a, b in [_keys(name)]}
     for name, module in modules.items():
         _check_shapes(folder, name, values[name], _weights(module))
+    alphas = _alphas(folder, config, {name: len(A) for name, (A, _) in values.items()})
     if config.get(BASE) not in (None, base_fingerprint(model)):
         raise ExportError(
             f"the adapters in {folder} were trained on another base than this model "
@@ -234,14 +233,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ExportError(f"there is no {path}; give a folder with an adapter of PEFT")
     try:
         config: dict[str, Any] = json.loads(read_text(path))
-        kind = config["peft_type"]
+        config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} is no configuration of LoRA ({error}); get it again") from error
-    if kind != "LORA":
-        raise ExportError(f"{path} is of the type {kind!r}, must be LORA")
-    for setting in _UNSUPPORTED:
-        if config.get(setting):
-            raise ExportError(f"{path} has {setting}, which is not supported; train without it")
+    check_settings(path, {name: value for name, value in config.items() if name != BASE})
     return config
 
 
@@ -290,14 +285,19 @@ def _check_shapes(
         )
 
 
-def _alphas(folder: Path, config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, float]:
-    """``alpha`` of each module, with ``alpha_pattern`` read as in PEFT."""
+def _alphas(folder: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Scale times rank of each module, with ``alpha_pattern`` read as in PEFT.
+
+    The scale is ``alpha / rank``, or with ``use_rslora`` ``alpha / sqrt(rank)``.
+    """
     alphas = {}
     try:
         patterns = dict(config.get("alpha_pattern") or {})
-        for name in modules:
+        for name, rank in ranks.items():
             matching = (a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", name))
             alphas[name] = float(next(matching, config["lora_alpha"]))
+            if config.get("use_rslora"):
+                alphas[name] *= math.sqrt(rank)
     except (ValueError, KeyError, TypeError, re.error) as error:
         raise ExportError(
             f"{folder / CONFIG} has no valid lora_alpha ({reason(error)}); get it again"

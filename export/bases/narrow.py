@@ -1,10 +1,4 @@
-"""Narrow models nested in a wide one: slicing the leading channels, and ordered dropout.
-
-HeteroFL (Diao et al., ICLR 2021, https://arxiv.org/abs/2010.01264) gives a device of width ``p``
-the leading fraction ``p`` of the channels of every layer, see :func:`narrow`. FjORD (Horvath et
-al., NeurIPS 2021, https://arxiv.org/abs/2102.13451) also trains the narrower models inside the
-device's own: each step draws a width and drops the channels beyond it in all layers, see
-:func:`ordered_dropout`.
+"""Narrow models nested in a wide one: the leading channels of every layer.
 
 The sizes that stay are found by running the model. A layer keeps its input channels if no
 convolution or linear layer precedes it, and its output channels if none follows.
@@ -13,30 +7,21 @@ convolution or linear layer precedes it, and its output channels if none follows
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 
-from edge_sdk.bundle.manifest import Port
-from edge_sdk.protocol.tensors import TensorSpec
-from export.cutting.seeded_random import (
-    CONVOLUTIONS,
-    OrderedDropout,
-    mask_channels,
-    remove_ordered_dropout,
-)
 from export.cutting.split_model import SplitModel, answer
 from export.errors import ExportError, reason
-from export.planning.flops import flops_per_row
-from export.steps.step import Step, Tensors
+from export.torch_internals import NormBase
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _WEIGHTS = (*CONVOLUTIONS, nn.Linear)
-_NORMS = (nn.GroupNorm, nn.LayerNorm, _NormBase)
+_NORMS = (nn.GroupNorm, nn.LayerNorm, NormBase)
 
 _TOLERANCE = 1e-6
 """Largest distance of width times channels from an integer, since widths such as 1/3 round."""
@@ -47,7 +32,7 @@ def narrow(model: SplitModel, width: float, example: Tensor) -> SplitModel:
 
     Weights are the leading slices ``full[:n0, :n1, ...]`` and keep their names. The channels of
     the input and the classes of all heads stay. Groups of a GroupNorm or a convolution keep their
-    size, and their number shrinks. The copy has no ordered dropout.
+    size, and their number shrinks.
 
     Args:
         model: a model of convolutions, linear layers and norms, auxiliary heads included.
@@ -65,95 +50,6 @@ def narrow(model: SplitModel, width: float, example: Tensor) -> SplitModel:
     result = _slice(model, layers, width)
     _check(model, layers, width, example)
     return result
-
-
-def ordered_dropout(model: SplitModel, widths: Sequence[float], example: Tensor) -> None:
-    """Make training steps draw one of ``widths`` and train the narrow model of that width.
-
-    In training mode with a :class:`~export.cutting.seeded_random.SeededDropout`, each step
-    draws one width for all layers, and the outputs of convolutions, linear layers and norms beyond
-    it are zero. A LayerNorm is computed over the remaining channels. So loss and gradients are
-    those of :func:`narrow` at this width, and the gradients beyond it are zero. Only the running
-    statistics of remaining channels are updated. In evaluation mode, and without a seed, nothing is
-    dropped.
-
-    Weight decay and momentum still change weights whose gradient is zero, as in every
-    implementation with masks. A step takes as long as at full width. The model gets forward hooks
-    but no parameters; a second call replaces the widths.
-
-    Args:
-        model: a model that :func:`narrow` takes.
-        widths: widths to draw from, with equal probability.
-        example: inputs (batch, ...) like those on the devices.
-
-    Raises:
-        ExportError: there are no widths, or :func:`narrow` refuses the model at one of them.
-            Nothing was changed.
-    """
-    if not widths:
-        raise ExportError("ordered dropout has no widths to draw from; give it some, [0.5, 1.0]")
-    for width in widths:
-        narrow(model, width, example)
-    layers = find_layers(model, example)
-    remove_ordered_dropout(model)
-    for layer in layers:
-        if not layer.keeps_output:
-            OrderedDropout(widths).put_on(model.get_submodule(layer.name))
-
-
-def widths_within(
-    model: SplitModel, budgets: Mapping[str, float], widths: Sequence[float], example: Tensor
-) -> dict[str, float]:
-    """The largest of ``widths`` that each tier can train.
-
-    Args:
-        model: a model that :func:`narrow` takes.
-        budgets: FLOPs per example of a training step, by tier, see :func:`step_flops`.
-        widths: widths to choose from.
-        example: inputs (batch, ...) like those on the devices.
-
-    Returns:
-        Width of each tier by name.
-
-    Raises:
-        ExportError: there are no widths, the smallest width exceeds the budget of a tier, or
-            :func:`narrow` refuses the model at one of the widths.
-    """
-    if not widths:
-        raise ExportError("there are no widths to choose from; give some, [0.5, 1.0]")
-    needs = {w: step_flops(narrow(model, w, example), example) for w in sorted(set(widths))}
-    least = min(needs)
-    chosen = {}
-    for tier, budget in budgets.items():
-        if needs[least] > budget:
-            raise ExportError(
-                f"tier {tier!r} has {budget:.6g} FLOPs per example, and the smallest width, "
-                f"{least:g}, takes {needs[least]:.6g}; add a smaller width or raise its budget"
-            )
-        chosen[tier] = max(w for w, need in needs.items() if need <= budget)
-    return chosen
-
-
-def step_flops(model: SplitModel, example: Tensor) -> float:
-    """FLOPs per example of a training step of the whole model, without its auxiliary heads.
-
-    Counts matrix products and convolutions, forward and backward, like
-    ``torch.utils.flop_counter``.
-    """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    model = copy.deepcopy(model).train()
-
-    def function(constants: Tensors, given: Tensors) -> Tensors:
-        trained = {n: constants[n].detach().requires_grad_() for n in names}
-        logits = functional_call(model, {**constants, **trained}, (given["x"],))
-        torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
-        return {}
-
-    dtype = str(example.dtype).removeprefix("torch.")
-    x = Port(TensorSpec("x", dtype, ("batch", *example.shape[1:])), "batch")
-    step = Step("train", function, (x,), (), {n: t.detach() for n, t in tensors.items()})
-    return flops_per_row(step)
 
 
 @dataclass(frozen=True)
@@ -194,7 +90,6 @@ def find_layers(model: SplitModel, example: Tensor) -> list[Layer]:
     """
     _check_kinds(model)
     model = copy.deepcopy(model).cpu().double().eval()
-    remove_ordered_dropout(model)
     model.requires_grad_(False)
     raw: dict[str, bool] = {}
     makers: dict[Any, str] = {}
@@ -288,7 +183,6 @@ def answers_of(model: SplitModel, x: Tensor, where: str, advice: str) -> list[Te
 def _slice(model: SplitModel, layers: Sequence[Layer], width: float) -> SplitModel:
     """A copy of a model with the leading fraction of the channels."""
     result = copy.deepcopy(model)
-    remove_ordered_dropout(result)
     slices: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
     for layer in layers:
         module = result.get_submodule(layer.name)
@@ -362,7 +256,7 @@ def _resize(layer: Layer, module: nn.Module, width: float) -> tuple[int | None, 
         channels = part(module.normalized_shape[0], "channels", layer.keeps_output)
         module.normalized_shape = (channels,)
         return None, channels
-    assert isinstance(module, _NormBase)
+    assert isinstance(module, NormBase)
     module.num_features = part(module.num_features, "channels", layer.keeps_output)
     return None, module.num_features
 
@@ -373,7 +267,6 @@ def _check(model: SplitModel, layers: Sequence[Layer], width: float, example: Te
     The weights are random, because a layer that starts at zero hides the layers before it.
     """
     full = copy.deepcopy(model).cpu().double().eval()
-    remove_ordered_dropout(full)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in full.parameters():
@@ -419,6 +312,41 @@ def _compare(what: str, full: Tensor, slim: Tensor, width: float) -> None:
             "channels beyond are zero; something before it mixes channels (a concatenation, a "
             "shuffle, a flatten with the channels last, attention, a function with f(0) != 0)"
         )
+
+
+def mask_channels(module: nn.Module, input: Tensor, h: Tensor, width: Tensor) -> Tensor:
+    """Output of a layer with zeros in the channels beyond a width.
+
+    A LayerNorm is computed again over the remaining channels, since zeros would enter its mean.
+
+    Args:
+        module: a convolution, linear layer or norm.
+        input: input of the layer.
+        h: output of the layer.
+        width: fraction of the channels that remains, a float32 scalar.
+    """
+    if isinstance(module, nn.LayerNorm):
+        kept = leading_channels(h.shape[-1], width).to(h.dtype)
+        count = kept.sum()
+        centred = (input - (input * kept).sum(-1, keepdim=True) / count) * kept
+        variance = (centred * centred).sum(-1, keepdim=True) / count
+        h = centred * torch.rsqrt(variance + module.eps)
+        h = h if module.weight is None else h * module.weight
+        return (h if module.bias is None else h + module.bias) * kept
+    axis = h.dim() - 1 if isinstance(module, nn.Linear) else 1
+    if isinstance(module, CONVOLUTIONS):
+        axis = h.dim() - 1 - len(module.kernel_size)
+    kept = leading_channels(h.shape[axis], width).to(h.dtype)
+    return h * kept.reshape(-1, *[1] * (h.dim() - 1 - axis))
+
+
+def leading_channels(channels: int, width: Tensor) -> Tensor:
+    """Boolean mask (channels,) of the channels that remain at a width.
+
+    The width leaves a whole number of channels up to rounding.
+    """
+    middles = torch.arange(channels, device=width.device).to(torch.float32) + 0.5
+    return middles < width * channels
 
 
 def called(name: str, module: nn.Module) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from export.adapters_lora.lora import Lora
     from export.bases.exported import WholeBases
+    from export.bases.split_width import Bases
     from export.bundles.writer import Tier
     from export.cutting.split_model import SplitModel
 
@@ -69,14 +70,6 @@ class TierTable:
         if self.max_epoch_s is not None and self.gflops is None and self.uplink_mbit is None:
             raise ValueError("max_epoch_s has no effect without gflops or uplink_mbit; set one")
 
-    def at(self, cut: int) -> Tier:
-        """Settings of the tier's export at a cut."""
-        from export.bundles.writer import Tier
-
-        return Tier(
-            cut, self.codec, self.runtime, self.batch, self.precision, adversarial=self.adversarial
-        )
-
 
 @dataclass(frozen=True)
 class LoraTable:
@@ -109,6 +102,8 @@ class TiersConfig:
         input_high: exclusive upper bound of token ids.
         length: number of tokens in a text.
         optimizer: optimizer of the training graphs.
+        decay: parameters that weight decay applies to, in the graphs and in the trunk: ``matrices``
+            leaves norms, biases and embeddings alone.
         returned: add graphs for gradients that the hub returns.
         u_shaped: devices hold the model's head, so that labels stay on them; needs ``returned``.
         fused: add the graph that fuses returned gradients with those of the heads.
@@ -125,6 +120,7 @@ class TiersConfig:
     input_high: int = 2
     length: int = _LENGTH
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    decay: Literal["matrices", "all"] = "matrices"
     returned: bool = False
     u_shaped: bool = False
     fused: bool = False
@@ -157,6 +153,8 @@ class TiersConfig:
                 "bases are trained from the start, by the devices' own losses; leave out lora, "
                 "returned, fused and u_shaped"
             )
+        if self.u_shaped and not self.returned:
+            raise ValueError("u_shaped has no effect without returned; set returned = true")
         int8 = [name for name, tier in self.tiers.items() if tier.precision == "int8"]
         if self.bases and int8:
             raise ValueError(
@@ -170,6 +168,30 @@ class TiersConfig:
     def read(cls, path: Path) -> TiersConfig:
         """Read the file; raises :class:`ConfigError` if it is missing or not valid."""
         return config.load(cls, path)
+
+    def at(self, name: str, cut: int) -> Tier:
+        """Settings of a tier's export at a cut.
+
+        Args:
+            name: name of the tier.
+            cut: cut layer.
+        """
+        from export.bundles.writer import Tier
+
+        table = self.tiers[name]
+        return Tier(
+            cut,
+            codec=table.codec,
+            runtime=table.runtime,
+            batch=table.batch,
+            precision=table.precision,
+            returned=self.returned,
+            u_shaped=self.u_shaped,
+            fused=self.fused,
+            cut_rank=None if self.lora is None else self.lora.cut_rank,
+            bases=self.bases,
+            adversarial=table.adversarial,
+        )
 
     def make_lora(self) -> Lora | None:
         """Configuration of the adapters; None without ``[lora]``.
@@ -193,10 +215,25 @@ class TiersConfig:
         shape = list(example.shape[1:])
         return {"bases": self.bases, "dual_norms": self.dual_norms, "shape": shape, "high": high}
 
+    def split_bases(self, model: SplitModel, example: Tensor) -> Bases:
+        """Split the model into base networks.
+
+        Args:
+            model: the wide model.
+            example: inputs (batch, ...).
+
+        Raises:
+            ExportError: the model cannot be split.
+        """
+        from export.bases.split_width import split_width
+
+        bases = split_width(model, self.bases, example)
+        return bases.with_dual_norms() if self.dual_norms else bases
+
     def make_bases(
         self, model: SplitModel, tiers: Mapping[str, Tier], example: Tensor, classes: int
     ) -> WholeBases:
-        """Split the model into base networks.
+        """Split the model into base networks for an export.
 
         Args:
             model: the wide model.
@@ -208,11 +245,8 @@ class TiersConfig:
             ExportError: the model cannot be split.
         """
         from export.bases.exported import whole_bases
-        from export.bases.split_width import split_width
 
-        bases = split_width(model, self.bases, example)
-        if self.dual_norms:
-            bases = bases.with_dual_norms()
+        bases = self.split_bases(model, example)
         cuts = {tier.cut for tier in tiers.values() if tier.cut != model.depth}
         return whole_bases(bases, cuts, example, classes)
 
@@ -238,7 +272,7 @@ class TiersConfig:
         return example, classes
 
     def exported(
-        self, model: SplitModel, choose: Callable[[Mapping[str, TierTable]], dict[str, int]]
+        self, model: SplitModel, choose: Callable[[], Mapping[str, int]]
     ) -> dict[str, Tier]:
         """Settings of each tier's export, at its cut or at the cut that ``choose`` finds.
 
@@ -249,23 +283,19 @@ class TiersConfig:
         Raises:
             ExportError: as ``choose`` does.
         """
-        cuts = {name: tier.cut for name, tier in self.tiers.items() if tier.cut is not None}
-        if self.bases:
-            cuts = {name: cuts.get(name, model.depth) for name in self.tiers}
+        cuts: Mapping[str, int] = self.settled(model.depth)
         if len(cuts) < len(self.tiers):
-            cuts = choose(self.tiers)
-        cut_rank = None if self.lora is None else self.lora.cut_rank
-        return {
-            name: replace(
-                tier.at(cuts[name]),
-                returned=self.returned,
-                u_shaped=self.u_shaped,
-                fused=self.fused,
-                cut_rank=cut_rank,
-                bases=self.bases,
-            )
-            for name, tier in self.tiers.items()
-        }
+            cuts = choose()
+        return {name: self.at(name, cuts[name]) for name in self.tiers}
+
+    def settled(self, depth: int) -> dict[str, int]:
+        """Cuts of the tiers that need no plan: given ones, and those of tiers with whole bases.
+
+        Args:
+            depth: number of blocks of the model.
+        """
+        cuts = {name: tier.cut for name, tier in self.tiers.items() if tier.cut is not None}
+        return dict.fromkeys(self.tiers, depth) | cuts if self.bases else cuts
 
 
 def _known(model: SplitModel, length: int) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def export_bundles(
     example: Tensor,
     classes: int,
     optimizer: str = "sgd",
+    decay: str = "matrices",
     model_path: str | None = None,
     extra: Mapping[str, Any] | None = None,
     key: PrivateKey | None = None,
@@ -129,6 +130,8 @@ def export_bundles(
         classes: number of logits of the model's head; for a model of tokens the size of its
             vocabulary.
         optimizer: ``sgd`` or ``adamw``, in the training graphs.
+        decay: which parameters weight decay applies to, ``matrices`` or ``all``; see
+            :func:`export.steps.weight_decay.decayed_names`.
         model_path: source of the model for the hub, see
             :func:`export.bundles.model_source.build_model`.
         extra: further entries of the index, see :func:`export.bundles.model_source.model_of`.
@@ -189,7 +192,7 @@ def export_bundles(
                 whole = bases is not None and tier.cut == model.depth - 1
                 segment = segment_of(bases.whole if bases is not None and whole else model, tier)
                 check_parameters(segment, example)
-                steps = make_steps(segment, tier, example, classes, optimizer, ranges)
+                steps = make_steps(segment, tier, example, classes, optimizer, ranges, decay=decay)
                 for examples in (data, None if int8 is None else int8.examples):
                     if examples is not None:
                         steps.ranges.fit(examples.x, examples.y)
@@ -215,7 +218,8 @@ def export_bundles(
         model.save(folder / WEIGHTS)
         if bases is not None:
             save_bases(bases.states, folder)
-        index = BundleIndex(folder, model_path, classes, optimizer, entries, dict(extra or {}))
+        noted = {"decay": decay, **(extra or {})}
+        index = BundleIndex(folder, model_path, classes, optimizer, entries, noted)
         index.write()
         put(folder, out)
     return replace(index, folder=out)
@@ -260,6 +264,8 @@ def make_steps(
     classes: int,
     optimizer: str,
     ranges: InputRanges = _ANY,
+    *,
+    decay: str = "matrices",
 ) -> ClientSteps:
     """The steps of a tier, with the limits of its runtime and of the model."""
     limits = {} if ranges.longest is None else {"seq": ranges.longest}
@@ -280,6 +286,7 @@ def make_steps(
         bases=tier.bases,
         adversarial=tier.adversarial,
         highest=ranges.highest,
+        decay=decay,
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from export.bundles.tier_table import TiersConfig, TierTable
+from export.bundles.tier_table import TiersConfig
 
 if TYPE_CHECKING:
     from edge_sdk.bundle.index import BundleIndex
@@ -59,7 +59,7 @@ def export(
     from export.bundles.writer import export_bundles
     from export.lowering.verification.verify import Report
     from export.out_folder import check_out
-    from export.planning.plan import Planner
+    from export.planning.planner import Planner
 
     check_out(out, overwrite)
     key = None if sign is None else read_private_key(sign)
@@ -75,12 +75,12 @@ def export(
             split.load(weights)
         example, classes = settings.example(split)
 
-        def choose(tiers: Mapping[str, TierTable]) -> dict[str, int]:
+        def choose() -> dict[str, int]:
             def report(text: str, share: float | None) -> None:
                 status.update(Text(f"looking for cuts: {text}"))
 
-            with Planner(split, example, classes, settings.optimizer, report) as planner:
-                return planner.choose(tiers)
+            with Planner(settings, split, example, classes, report) as planner:
+                return planner.choose()
 
         chosen = settings.exported(split, choose)
         extra: dict[str, Any] = {} if lora is None else {"lora": vars(lora)}
@@ -100,6 +100,7 @@ def export(
             example=example,
             classes=classes,
             optimizer=settings.optimizer,
+            decay=settings.decay,
             model_path=model,
             extra=extra,
             bases=bases,

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 
 from export.cutting.calls import called, copied_buffers, recorded
 from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment, SplitModel, modes_kept, statistics
 from export.errors import ExportError, reason
-from export.tensor_names import layer_of
+from export.tensor_names import is_statistic, layer_of
+from export.torch_internals import NormBase
 
 _ALPHA = "there is no exact translation of its random numbers; use nn.Dropout"
 
@@ -42,7 +42,7 @@ def check_modules(root: nn.Module, prefix: str = "") -> None:
                 f"{called(name, module)} with dropout between its layers, which has random "
                 "numbers of its own; use layers of one with nn.Dropout between them"
             )
-        tracks = isinstance(module, _NormBase) and module.track_running_stats
+        tracks = isinstance(module, NormBase) and module.track_running_stats
         if tracks and module.momentum is None:
             raise ExportError(
                 f"{called(name, module)} with momentum=None: a cumulative average needs a count "
@@ -86,21 +86,25 @@ def check_stages(model: SplitModel, cut: int, example: Tensor) -> None:
 def check_sharing(model: SplitModel, cut: int) -> None:
     """Raise :class:`ExportError` if both sides of a cut would train the same tensor.
 
-    Each side trains a copy of its own, and nothing would make the copies equal again. A table that
-    only the stem and heads share is not meant: methods say which side trains it.
+    Each side trains a copy of its own, and nothing would make the copies equal again. A parameter
+    that only the stem and heads share is not meant: each side computes its part of the gradient,
+    and the hub adds what both have changed (:mod:`export.cutting.tied`).
     """
     on_device = set(model.client_layers(cut))
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own = module.named_parameters(path, recurse=False)
         trained: dict[str, Tensor] = {n: p for n, p in own if p.requires_grad}
-        if isinstance(module, _NormBase):
+        if isinstance(module, NormBase):
             trained |= statistics(module, path)
         for name, tensor in trained.items():
             owners.setdefault(id(tensor), []).append(name)
     for names in owners.values():
         layers = {layer_of(name) for name in names}
-        tied = all(layer in ("stem", "head") or layer.startswith("aux.") for layer in layers)
+        tied = "stem" in layers and not any(map(is_statistic, names))
+        tied = tied and all(
+            layer in ("stem", "head") or layer.startswith("aux.") for layer in layers
+        )
         if layers & on_device and layers - on_device and not tied:
             device = next(name for name in names if layer_of(name) in on_device)
             hub = next(name for name in names if layer_of(name) not in on_device)

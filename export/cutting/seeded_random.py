@@ -6,9 +6,6 @@ Element ``i`` of the ``n``-th dropout of a step has the key ``i + C n``. Three r
 in ``0..p-1`` for dropout. These are the rounds of the block cipher MiMC
 (https://eprint.iacr.org/2016/492); secrecy is not needed here. A mask has the distribution of
 ``torch.nn.functional.dropout``, not its bits.
-
-Ordered dropout draws one width per step and drops the last channels of every layer beyond it;
-:func:`export.bases.narrow.ordered_dropout` adds it to a model.
 """
 
 from __future__ import annotations
@@ -20,9 +17,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 PRIME = 2_147_483_579
@@ -30,6 +26,9 @@ PRIME = 2_147_483_579
 
 _ROUND_KEYS = (0, 1_103_515_245, 824_287_391)
 _STRIDE = 1_299_709_357
+
+_ATTENTION = F.scaled_dot_product_attention
+"""Torch's attention. The name in ``F`` is another function inside of ``nn.MultiheadAttention``."""
 
 _CHOICE = PRIME - 1
 """Key of choices, which are drawn once per step: the last key, far from those of masks."""
@@ -140,7 +139,7 @@ class SeededDropout(TorchFunctionMode):
     ) -> Tensor:
         """Attention as torch documents it, in operations whose dropout this mode computes."""
         if dropout_p == 0:
-            result: Tensor = torch._C._nn.scaled_dot_product_attention(
+            result: Tensor = _ATTENTION(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
             return result
@@ -182,98 +181,3 @@ class SeededDropout(TorchFunctionMode):
 
 
 _ACTIVE: ContextVar[SeededDropout | None] = ContextVar("active", default=None)
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def mask_channels(module: nn.Module, input: Tensor, h: Tensor, width: Tensor) -> Tensor:
-    """Output of a layer with zeros in the channels beyond a width.
-
-    A LayerNorm is computed again over the remaining channels, since zeros would enter its mean.
-
-    Args:
-        module: a convolution, linear layer or norm.
-        input: input of the layer.
-        h: output of the layer.
-        width: fraction of the channels that remains, a float32 scalar.
-    """
-    if isinstance(module, nn.LayerNorm):
-        kept = _leading(h.shape[-1], width).to(h.dtype)
-        count = kept.sum()
-        centred = (input - (input * kept).sum(-1, keepdim=True) / count) * kept
-        variance = (centred * centred).sum(-1, keepdim=True) / count
-        h = centred * torch.rsqrt(variance + module.eps)
-        h = h if module.weight is None else h * module.weight
-        return (h if module.bias is None else h + module.bias) * kept
-    axis = h.dim() - 1 if isinstance(module, nn.Linear) else 1
-    if isinstance(module, CONVOLUTIONS):
-        axis = h.dim() - 1 - len(module.kernel_size)
-    kept = _leading(h.shape[axis], width).to(h.dtype)
-    return h * kept.reshape(-1, *[1] * (h.dim() - 1 - axis))
-
-
-def _leading(channels: int, width: Tensor) -> Tensor:
-    """Boolean mask (channels,) of the channels that remain at a width.
-
-    The width leaves a whole number of channels up to rounding.
-    """
-    middles = torch.arange(channels, device=width.device).to(torch.float32) + 0.5
-    return middles < width * channels
-
-
-class OrderedDropout:
-    """Hooks that drop the channels of one layer beyond the width of the step.
-
-    A :class:`SeededDropout` draws the width. Without one, and in evaluation mode, nothing is
-    dropped.
-
-    Args:
-        widths: fractions of the channels to draw from.
-    """
-
-    def __init__(self, widths: Sequence[float]) -> None:
-        self.widths = tuple(widths)
-        self._statistics: dict[str, Tensor] = {}
-
-    def put_on(self, module: nn.Module) -> None:
-        """Register the hooks on a layer."""
-        module.register_forward_pre_hook(self._before)
-        module.register_forward_hook(self._after)
-
-    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Give a batch norm copies of its statistics, since those of dropped channels must stay.
-
-        Restoring the statistics afterwards does not work: autograd refuses tensors that were
-        changed after the forward pass.
-        """
-        if isinstance(module, _NormBase) and self._width(module) is not None:
-            for name in ("running_mean", "running_var"):
-                tensor = getattr(module, name)
-                if tensor is not None:
-                    self._statistics[name] = tensor
-                    module._buffers[name] = tensor.clone()
-
-    def _after(self, module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
-        width = self._width(module)
-        if width is None:
-            return h
-        for name, tensor in self._statistics.items():
-            with torch.no_grad():
-                moved = getattr(module, name)
-                tensor.copy_(torch.where(_leading(len(tensor), width), moved, tensor))
-            module._buffers[name] = tensor
-        self._statistics = {}
-        return mask_channels(module, args[0], h, width)
-
-    def _width(self, module: nn.Module) -> Tensor | None:
-        dropout = SeededDropout.active()
-        return dropout.choice(self.widths) if dropout is not None and module.training else None
-
-
-def remove_ordered_dropout(model: nn.Module) -> None:
-    """Remove the hooks of :class:`OrderedDropout` from all modules."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), OrderedDropout):
-                    del hooks[key]

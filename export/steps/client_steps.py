@@ -27,10 +27,12 @@ from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment, statistics
 from export.errors import ExportError
 from export.packing.codecs import Codec
+from export.steps.clipping import MAX_NORM, clipped
 from export.steps.optimizers import Optimizer
 from export.steps.shapes import find_shapes
 from export.steps.step import Step, Tensors
-from export.tensor_names import is_below_heads
+from export.steps.weight_decay import decayed_names
+from export.tensor_names import WAITING, is_below_heads
 
 ROBUSTNESS = Port(TensorSpec("robustness", "float32", ()), "hyper")
 """Weight of the noise norms, from 0 to 1."""
@@ -56,10 +58,15 @@ class ClientSteps:
         adversarial: whether the device trains on adversarial examples, through the noise norms if
             the segment has dual norms: adds ``attack`` and ``adversarial_train``.
         highest: largest values of an integer ``x``, see :class:`edge_sdk.bundle.ranges.Ranges`.
+        decay: which parameters weight decay applies to, see
+            :func:`export.steps.weight_decay.decayed_names`.
+
+    Attributes:
+        clip: clips the gradients of a step by their global norm.
 
     Raises:
-        ExportError: ``distill`` is not a number from 0 up; or gradients are returned and every
-            parameter below the heads is frozen.
+        ExportError: ``decay`` is unknown; ``distill`` is not a number from 0 up; or gradients are
+            returned and every parameter below the heads is frozen.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class ClientSteps:
         bases: int = 0,
         adversarial: bool = False,
         highest: tuple[int, ...] = (),
+        decay: str = "matrices",
     ) -> None:
         if not 0 <= distill < math.inf:
             raise ExportError(f"distill is {distill}; the weight must be 0 or more")
@@ -90,7 +98,14 @@ class ClientSteps:
         }
         self.statistics = {n: b.detach().clone() for n, b in statistics(segment).items()}
         self.noise = {n for n in self.parameters if n in noise_tensors(segment)}
-        self.slots = optimizer.slots(self.parameters)
+        self.decayed = decayed_names(segment, decay)
+        self.clip: Callable[[Tensors, Tensor], Tensors] = clipped
+        self.waiting = _waiting(segment) if returned else {}
+        """For each tensor that the stem and the head on the device share, the slot in which the
+        head's part of its gradient waits for the part of the stem."""
+        self.slots = optimizer.slots(self.parameters) | {
+            slot: torch.zeros_like(self.parameters[n]) for n, slot in self.waiting.items()
+        }
         if (returned or fused) and not any(is_below_heads(name) for name in self.parameters):
             raise ExportError(
                 "returned gradients have nothing to train: every parameter before cut "
@@ -181,7 +196,7 @@ class ClientSteps:
         return {**constants, **own}, own
 
     def stepped(self, own: Tensors, gradients: Tensors, given: Tensors) -> Tensors:
-        """The outputs ``next/NAME``: the state after an optimizer step.
+        """The outputs ``next/NAME``: the state after an optimizer step on clipped gradients.
 
         Args:
             own: parameters before the step, and new statistics, by name.
@@ -191,9 +206,10 @@ class ClientSteps:
         with torch.no_grad():
             parameters, slots = self.optimizer.step(
                 {n: own[n].detach() for n in gradients},
-                gradients,
+                self.clip(gradients, given["max_norm"]),
                 {n: given[n] for n in self.slots},
                 {n: given[n] for n in self.optimizer.hyper},
+                self.decayed,
             )
         after = {n: given[n] for n in self.slots} | {n: t.detach() for n, t in own.items()}
         after |= parameters | slots
@@ -291,14 +307,16 @@ class ClientSteps:
 
         Args:
             given: ports between ``x`` and the hyper-parameters.
-            hyper: names of hyper-parameters besides those of the optimizer.
+            hyper: names of hyper-parameters besides those of the optimizer and ``max_norm``.
             x: whether the step takes ``x``.
         """
         return [
             *(Port(entry.spec, "state") for entry in self.state),
             *([Port(self.x, "batch")] if x else []),
             *given,
-            *(Port(TensorSpec(n, "float32", ()), "hyper") for n in (*self.optimizer.hyper, *hyper)),
+            *(_hyper_port(n) for n in self.optimizer.hyper),
+            MAX_NORM,
+            *(_hyper_port(n) for n in hyper),
             *self.seed_port(),
         ]
 
@@ -369,6 +387,19 @@ def _tied(module: nn.Module) -> dict[str, str]:
         for name, tensor in own(path, recurse=False, remove_duplicate=False)
     }
     return {name: other for name, other in names.items() if name != other}
+
+
+def _hyper_port(name: str) -> Port:
+    return Port(TensorSpec(name, "float32", ()), "hyper")
+
+
+def _waiting(segment: ClientSegment) -> dict[str, str]:
+    """Names of slots by the names of trained tensors of the stem that the model's head reads."""
+    if segment.features is None:
+        return {}
+    read = {id(p) for p in segment.head.parameters() if p.requires_grad}
+    own = segment.stem.named_parameters("stem")
+    return {name: f"{WAITING}/{name}" for name, p in own if id(p) in read}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -84,7 +84,7 @@ class EagerSegment:
         return {f"{prefix}{n}": part for n, part in parts.items()}
 
     def stepped(self) -> Tensors:
-        """The outputs ``next/NAME`` after a step of ``torch.optim`` on the gradients."""
+        """The outputs ``next/NAME`` after a step of ``torch.optim`` on clipped gradients."""
         slots = {n: self._given[n] for n in self._steps.slots}
         if self.trained:
             slots |= self._optimized(slots)
@@ -95,9 +95,16 @@ class EagerSegment:
         }
 
     def _optimized(self, slots: Mapping[str, Tensor]) -> Tensors:
-        rule, parameters = self._steps.optimizer, list(self.trained.values())
+        rule, decayed = self._steps.optimizer, self._steps.decayed
+        max_norm = float(self._given["max_norm"])
+        if max_norm > 0:
+            nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
         hyper = {n: float(self._given[n]) for n in rule.hyper}
-        optimizer = rule.reference(parameters, hyper)
+        optimizer = rule.reference(
+            [p for n, p in self.trained.items() if n in decayed],
+            hyper,
+            [p for n, p in self.trained.items() if n not in decayed],
+        )
         places = {
             (name, theirs): f"{slot}/{layer_of(name) if slot in rule.shared else name}"
             for name in self.trained

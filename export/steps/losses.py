@@ -39,7 +39,7 @@ def _cross_entropy(logits_NC: Tensor, y_N: Tensor) -> Tensor:
     return result
 
 
-def _disagreement(logits_HNC: Tensor) -> Tensor:
+def disagreement(logits_HNC: Tensor) -> Tensor:
     """``sum_j sum_k KL(p_j || p_k)`` over the heads, for each row; ``p_j`` is detached.
 
     The terms with ``j = k`` and their gradients are zero, so the sum runs over all pairs at once.
@@ -86,7 +86,7 @@ def local_loss(logits: Tensor, y: Tensor, distill: float = 0.0) -> Tensor:
     losses_N = _cross_entropy(logits.reshape(-1, logits.shape[-1]), all_rows)
     losses_N = losses_N.reshape(heads, -1).sum(0)
     if distill > 0 and heads > 1:
-        apart_N = _disagreement(logits.reshape(heads, -1, logits.shape[-1]))
+        apart_N = disagreement(logits.reshape(heads, -1, logits.shape[-1]))
         losses_N = losses_N + distill / (heads - 1) * apart_N
     if counted_N is None:
         return losses_N.mean()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,12 +37,36 @@ class Optimizer(Protocol):
         """
 
     def step(
-        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        slots: Tensors,
+        hyper: Tensors,
+        decayed: Collection[str],
     ) -> tuple[Tensors, Tensors]:
-        """One update; returns new parameters and new slots by name."""
+        """One update; returns new parameters and new slots by name.
 
-    def reference(self, parameters: list[Tensor], hyper: dict[str, float]) -> torch.optim.Optimizer:
-        """The same optimizer of torch.optim, with which exported graphs are compared."""
+        Args:
+            parameters: parameters by name.
+            gradients: their gradients by name.
+            slots: their slots by name.
+            hyper: hyper-parameters by name.
+            decayed: names of the parameters that weight decay applies to; may have others.
+        """
+
+    def reference(
+        self,
+        parameters: Sequence[Tensor],
+        hyper: dict[str, float],
+        undecayed: Sequence[Tensor] = (),
+    ) -> torch.optim.Optimizer:
+        """The same optimizer of torch.optim, with which exported graphs are compared.
+
+        Args:
+            parameters: parameters that weight decay applies to.
+            hyper: hyper-parameters by name; of others it takes no notice.
+            undecayed: further parameters, without weight decay.
+        """
 
 
 class Sgd:
@@ -56,19 +81,31 @@ class Sgd:
         return {f"momentum/{n}": torch.zeros_like(p) for n, p in parameters.items()}
 
     def step(
-        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        slots: Tensors,
+        hyper: Tensors,
+        decayed: Collection[str],
     ) -> tuple[Tensors, Tensors]:
         new_parameters, new_slots = {}, {}
         for name, p in parameters.items():
-            g = gradients[name] + hyper["weight_decay"] * p
+            g = gradients[name]
+            if name in decayed:
+                g = g + hyper["weight_decay"] * p
             v = hyper["momentum"] * slots[f"momentum/{name}"] + g
             new_parameters[name] = p - hyper["lr"] * v
             new_slots[f"momentum/{name}"] = v
         return new_parameters, new_slots
 
-    def reference(self, parameters: list[Tensor], hyper: dict[str, float]) -> torch.optim.Optimizer:
+    def reference(
+        self,
+        parameters: Sequence[Tensor],
+        hyper: dict[str, float],
+        undecayed: Sequence[Tensor] = (),
+    ) -> torch.optim.Optimizer:
         return torch.optim.SGD(
-            parameters,
+            _groups(parameters, undecayed),
             lr=hyper["lr"],
             momentum=hyper["momentum"],
             weight_decay=hyper["weight_decay"],
@@ -93,7 +130,12 @@ class AdamW:
         return slots
 
     def step(
-        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        slots: Tensors,
+        hyper: Tensors,
+        decayed: Collection[str],
     ) -> tuple[Tensors, Tensors]:
         beta1, beta2 = hyper["beta1"], hyper["beta2"]
         decay = 1 - hyper["lr"] * hyper["weight_decay"]
@@ -111,19 +153,30 @@ class AdamW:
             v = beta2 * slots[f"square/{name}"] + (1 - beta2) * g * g
             # scalars are combined first: every product with a tensor is a pass over its values
             deviation = v.sqrt() * root + hyper["eps"]
-            new_parameters[name] = p * decay - (m / deviation) * rate
+            kept = p * decay if name in decayed else p
+            new_parameters[name] = kept - (m / deviation) * rate
             new_slots[f"mean/{name}"] = m
             new_slots[f"square/{name}"] = v
         return new_parameters, new_slots
 
-    def reference(self, parameters: list[Tensor], hyper: dict[str, float]) -> torch.optim.Optimizer:
+    def reference(
+        self,
+        parameters: Sequence[Tensor],
+        hyper: dict[str, float],
+        undecayed: Sequence[Tensor] = (),
+    ) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            parameters,
+            _groups(parameters, undecayed),
             lr=hyper["lr"],
             betas=(hyper["beta1"], hyper["beta2"]),
             eps=hyper["eps"],
             weight_decay=hyper["weight_decay"],
         )
+
+
+def _groups(decayed: Sequence[Tensor], undecayed: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Parameter groups of torch.optim."""
+    return [{"params": list(decayed)}, {"params": list(undecayed), "weight_decay": 0.0}]
 
 
 OPTIMIZERS: dict[str, Optimizer] = {rule.name: rule for rule in (Sgd(), AdamW())}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,15 @@ from export.steps.graph_set import all_steps
 from export.steps.optimizers import AdamW, Optimizer, Sgd
 from export.steps.step import Tensors
 from export.tensor_names import layer_of
+from export.torch_internals import (
+    foreach_add,
+    foreach_add_,
+    foreach_addcdiv_,
+    foreach_addcmul_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_sqrt,
+)
 
 _TURN = threading.Lock()
 """Held during a step, in which the shared module has the parameters of one device."""
@@ -52,6 +61,7 @@ class TorchRuntime:
         self.manifest = manifest
         fast = copy.copy(steps)
         fast.optimizer = _FAST[steps.optimizer.name]
+        fast.clip = _clipped
         self._steps = {step.name: step for step in all_steps(fast)}
         self._constants = dict(steps.constants)
         self._turn = threading.Lock()
@@ -142,14 +152,30 @@ class _FastSgd(Sgd):
     """:class:`Sgd` with one call for all parameters instead of one call for each."""
 
     def step(
-        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        slots: Tensors,
+        hyper: Tensors,
+        decayed: Collection[str],
     ) -> tuple[Tensors, Tensors]:
+        if not parameters:
+            return {}, {}  # torch._foreach_add takes no empty lists
         h = {name: value.item() for name, value in hyper.items()}
-        old, given = list(parameters.values()), [gradients[n] for n in parameters]
-        g = torch._foreach_add(given, old, alpha=h["weight_decay"])
-        v = torch._foreach_mul([slots[f"momentum/{n}"] for n in parameters], h["momentum"])
-        torch._foreach_add_(v, g)
-        new = torch._foreach_add(old, v, alpha=-h["lr"])
+        old, given = list(parameters.values()), dict(gradients)
+        if some := [n for n in parameters if n in decayed]:
+            given |= _named(
+                some,
+                foreach_add(
+                    [given[n] for n in some],
+                    [parameters[n] for n in some],
+                    alpha=h["weight_decay"],
+                ),
+            )
+        g = [given[n] for n in parameters]
+        v = foreach_mul([slots[f"momentum/{n}"] for n in parameters], h["momentum"])
+        foreach_add_(v, g)
+        new = foreach_add(old, v, alpha=-h["lr"])
         momenta = (f"momentum/{n}" for n in parameters)
         return _named(parameters, new), _named(momenta, v)
 
@@ -158,8 +184,15 @@ class _FastAdamW(AdamW):
     """:class:`AdamW` with one call for all parameters instead of one call for each."""
 
     def step(
-        self, parameters: Tensors, gradients: Tensors, slots: Tensors, hyper: Tensors
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        slots: Tensors,
+        hyper: Tensors,
+        decayed: Collection[str],
     ) -> tuple[Tensors, Tensors]:
+        if not parameters:
+            return {}, {}
         h = {name: value.item() for name, value in hyper.items()}
         g = [gradients[n] for n in parameters]
         layers = [layer_of(name) for name in parameters]
@@ -167,19 +200,29 @@ class _FastAdamW(AdamW):
         counts = {layer: count.item() for layer, count in steps.items()}
         rates = [-h["lr"] / (1 - h["beta1"] ** counts[layer]) for layer in layers]
         roots = [(1 - h["beta2"] ** counts[layer]) ** -0.5 for layer in layers]
-        m = torch._foreach_mul([slots[f"mean/{n}"] for n in parameters], h["beta1"])
-        torch._foreach_add_(m, g, alpha=1 - h["beta1"])
-        v = torch._foreach_mul([slots[f"square/{n}"] for n in parameters], h["beta2"])
-        torch._foreach_addcmul_(v, g, g, 1 - h["beta2"])
-        deviation = torch._foreach_sqrt(v)
-        torch._foreach_mul_(deviation, roots)
-        torch._foreach_add_(deviation, h["eps"])
-        new = torch._foreach_mul(list(parameters.values()), 1 - h["lr"] * h["weight_decay"])
-        torch._foreach_addcdiv_(new, m, deviation, rates)
+        m = foreach_mul([slots[f"mean/{n}"] for n in parameters], h["beta1"])
+        foreach_add_(m, g, alpha=1 - h["beta1"])
+        v = foreach_mul([slots[f"square/{n}"] for n in parameters], h["beta2"])
+        foreach_addcmul_(v, g, g, 1 - h["beta2"])
+        deviation = foreach_sqrt(v)
+        foreach_mul_(deviation, roots)
+        foreach_add_(deviation, h["eps"])
+        kept = [1 - h["lr"] * h["weight_decay"] if n in decayed else 1.0 for n in parameters]
+        new = foreach_mul(list(parameters.values()), kept)
+        foreach_addcdiv_(new, m, deviation, rates)
         new_slots: Tensors = {f"steps/{layer}": count for layer, count in steps.items()}
         for name, mean, square in zip(parameters, m, v, strict=True):
             new_slots |= {f"mean/{name}": mean, f"square/{name}": square}
         return _named(parameters, new), new_slots
+
+
+def _clipped(gradients: Tensors, max_norm: Tensor) -> Tensors:
+    """:func:`export.steps.clipping.clipped` with one call for all gradients."""
+    if not gradients or max_norm.item() <= 0:
+        return gradients
+    given = list(gradients.values())
+    scale = max_norm / (torch.nn.utils.get_total_norm(given) + 1e-6)
+    return _named(gradients, torch._foreach_mul(given, scale.clamp(max=1.0)))  # NaN stays
 
 
 def _named(names: Any, tensors: Any) -> Tensors:

@@ -19,21 +19,27 @@ def finish(steps: ClientSteps) -> Step:
 
     A step of the model's head. ``features.NAME`` are the packed outputs of the last block on the
     hub; ``grad.NAME`` is the gradient of the mean loss with respect to them. Its random masks
-    follow those of ``activate``, which has the same seed.
+    follow those of ``activate``, which has the same seed. The gradient of a tensor that the stem
+    reads as well is added to a slot: ``backward`` makes one step with its whole gradient.
     """
     names = [n for n in steps.parameters if in_head(n)]
+    tied = list(steps.waiting)
     head = _Head(steps.segment)
 
     def function(constants: Tensors, given: Tensors) -> Tensors:
-        tensors, own = steps.training_tensors(constants, given, names)
+        tensors, own = steps.training_tensors(constants, given, [*names, *tied])
         features = steps.unpack(given, "features.", steps.features).detach().requires_grad_()
         with steps.random(given, steps.random_calls):
             logits = steps.apply(head, True, tensors, features).unsqueeze(0)
         loss = local_loss(logits, given["y"])
-        back, *gradients = torch.autograd.grad(loss, [features, *(own[n] for n in names)])
+        wanted = [features, *(own[n] for n in [*names, *tied])]
+        back, *parts = torch.autograd.grad(loss, wanted)
+        gradients = dict(zip([*names, *tied], parts, strict=True))
+        waiting = {f"next/{s}": given[s] + gradients.pop(n) for n, s in steps.waiting.items()}
         packed = steps.codec.pack(back, steps.features_axis)
         return {
-            **steps.stepped(own, dict(zip(names, gradients, strict=True)), given),
+            **steps.stepped(own, gradients, given),
+            **waiting,
             "loss": loss.detach(),
             "correct": correct(logits, given["y"]),
             **{f"grad.{n}": part for n, part in packed.items()},
@@ -41,6 +47,7 @@ def finish(steps: ClientSteps) -> Step:
 
     def reference(given: Tensors) -> Tensors:
         eager = EagerSegment(steps, given, in_head, training=True)
+        shared = {s: eager.parameters[n].requires_grad_() for n, s in steps.waiting.items()}
         features = steps.unpack(given, "features.", steps.features).detach().requires_grad_()
         with eager.random(steps.random_calls):
             logits = eager.segment.head(features).unsqueeze(0)
@@ -49,6 +56,7 @@ def finish(steps: ClientSteps) -> Step:
         assert features.grad is not None
         return {
             **eager.stepped(),
+            **{f"next/{s}": given[s] + p.grad for s, p in shared.items() if p.grad is not None},
             "loss": loss.detach(),
             "correct": reference_correct(logits, given["y"]),
             **eager.unrounded(features.grad, "grad.", steps.features_axis),

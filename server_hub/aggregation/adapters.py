@@ -11,7 +11,7 @@ from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from export.adapters_lora.low_rank import AdapterCopy, adapter_pairs, average, reduce
 from export.cutting.split_model import SplitModel
 from export.steps.optimizers import get_optimizer
-from export.tensor_names import is_slot, is_statistic, layer_of
+from export.tensor_names import TIED, is_slot, is_statistic, is_waiting, layer_of
 from server_hub.aggregation.layer_store import LayerCopy, LayerStore, weighted_mean
 from server_hub.aggregation.merged import Merged
 
@@ -76,13 +76,22 @@ class MergedAdapters(Merged):
         optimizer: name of the optimizer of devices and trunk, whose slots are stored.
         cut_rank: rank of the adapters in the block that activations enter on the hub; None for the
             rank of the other blocks.
+        tied: names of the tensors of the stem that the head on the hub reads. Their slots on the
+            hub are stored beside those of the devices.
     """
 
-    def __init__(self, initial: State, optimizer: str, cut_rank: int | None = None) -> None:
+    def __init__(
+        self,
+        initial: State,
+        optimizer: str,
+        cut_rank: int | None = None,
+        tied: Collection[str] = (),
+    ) -> None:
         super().__init__(initial)
         parameters = {
             n: torch.from_numpy(np.array(t)) for n, t in initial.items() if not is_statistic(n)
         }
+        parameters |= {f"{TIED}.{n}": parameters[n] for n in tied}
         slots = get_optimizer(optimizer).slots(parameters)
         self.store = AdapterStore(initial | {n: t.numpy() for n, t in slots.items()})
         self._cut_rank = cut_rank
@@ -92,9 +101,13 @@ class MergedAdapters(Merged):
     def device_state(self, specs: Sequence[TensorSpec], base: int = 0) -> State:
         """Return a device's tensors, with adapters at the ranks in ``specs``."""
         everything = super().trunk_state()
-        names = [spec.name for spec in specs]
         ranks = {s.name: int(s.shape[0]) for s in specs if ".lora_A." in s.name}
-        return at_ranks({name: everything[name] for name in names}, ranks)
+        state = {
+            s.name: np.zeros([int(n) for n in s.shape], s.dtype) if is_waiting(s.name)
+            else everything[s.name]
+            for s in specs
+        }  # fmt: skip
+        return at_ranks(state, ranks)
 
     def trunk_state(self, cuts: Collection[int] = ()) -> State:
         """Return the trunk's tensors, with the rank at a cut in blocks that activations enter."""

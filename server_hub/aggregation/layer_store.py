@@ -91,6 +91,16 @@ def weighted_mean(old: Mapping[str, Array], copies: Sequence[LayerCopy]) -> Stat
     return tensors
 
 
+def _by_layer(copies: Iterable[LayerCopy]) -> dict[str, list[LayerCopy]]:
+    """Group finite copies by layer, without those of weight 0; raises :class:`NotFinite`."""
+    groups: dict[str, list[LayerCopy]] = {}
+    for copy in copies:
+        if copy.weight > 0:
+            check_finite(copy.tensors)
+            groups.setdefault(copy.layer, []).append(copy)
+    return groups
+
+
 Rule = Callable[[Mapping[str, Array], Sequence[LayerCopy]], State]
 """Returns the new tensors of a layer by name, given the present ones and copies, at least one."""
 
@@ -110,29 +120,43 @@ class LayerStore:
             for layer, tensors in split_by_layer(state).items()
         }
 
-    def commit(self, copies: Iterable[LayerCopy]) -> None:
+    def commit(self, copies: Iterable[LayerCopy], parts: Iterable[LayerCopy] = ()) -> None:
         """Replace each layer by the average of its copies; layers without copies stay.
+
+        The gradient of a tied tensor is a sum, and devices and the hub each have a part of it. So
+        its change is a sum, too: the average change of the copies, and that of the parts.
 
         Sums are in float64, so that the order of the copies changes the result by rounding at most.
 
         Args:
             copies: trained copies of layers; copies of weight 0 are left out.
+            parts: tied tensors as the hub has trained them, with its part of their gradient.
 
         Raises:
             NotFinite: a copy holds NaN or infinity; the store is unchanged.
         """
-        by_layer: dict[str, list[LayerCopy]] = {}
-        for copy in copies:
-            if copy.weight <= 0:
-                continue
-            check_finite(copy.tensors)
-            by_layer.setdefault(copy.layer, []).append(copy)
+        by_layer, added = _by_layer(copies), _by_layer(parts)
         means = {layer: self.mean(layer, group) for layer, group in by_layer.items()}
-        for layer, group in by_layer.items():
+        for layer, group in added.items():
+            old = self.entries[layer].tensors
+            means[layer] = means.get(layer, old) | self._sum(old, means.get(layer, old), group)
+        for layer, tensors in means.items():
             entry = self.entries[layer]
-            entry.tensors = means[layer]
+            entry.tensors = tensors
             entry.version += 1
+            group = [*by_layer.get(layer, ()), *added.get(layer, ())]
             entry.trained_by = [copy.source for copy in group]
+
+    def _sum(
+        self, old: Mapping[str, Array], mean: Mapping[str, Array], parts: Sequence[LayerCopy]
+    ) -> State:
+        """Return the tensors of parts, by name: their mean, plus what the parts have changed."""
+        own = {n: t for n, t in old.items() if n in parts[0].tensors}
+        rule = self._rule if len(parts) > 1 else weighted_mean
+        return {
+            n: (np.subtract(t, old[n], dtype=np.float64) + mean[n]).astype(t.dtype)
+            for n, t in rule(own, parts).items()
+        }
 
     def mean(self, layer: str, copies: Sequence[LayerCopy]) -> State:
         """Return the new tensors of a layer, by name: the average of its copies."""

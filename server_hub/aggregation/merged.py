@@ -40,12 +40,8 @@ class Merged:
         return self.trunk_state()  # one object for all cuts, so that one model serves all
 
     def commit(self, updates: Sequence[DeviceUpdate], copies: Sequence[TrunkCopy]) -> None:
-        self.store.commit(
-            [
-                *(c for u in updates for c in _layer_copies(u, weight=u.samples)),
-                *(LayerCopy(c.layer, c.tensors, c.samples, f"trunk/{c.replica}") for c in copies),
-            ]
-        )
+        trained = [c for u in updates for c in _layer_copies(u, weight=u.samples)]
+        self.store.commit([*trained, *of_trunk(copies)], of_trunk(copies, parts=True))
         self._everything = None
 
     def models(self, model: SplitModel, cuts: Mapping[str, int]) -> dict[str | None, State]:
@@ -57,6 +53,23 @@ class Merged:
     def restore(self, stores: Mapping[str, State]) -> None:
         self.store.restore(stores["all"])
         self._everything = None
+
+
+def of_trunk(
+    copies: Sequence[TrunkCopy], *, parts: bool = False, weight: float | None = None
+) -> list[LayerCopy]:
+    """Return what the trunk has trained, as copies of layers.
+
+    Args:
+        copies: layers, and parts of tied tensors, that the trunk has trained.
+        parts: whether to return the parts instead of the layers.
+        weight: weight of each copy; None for the number of samples.
+    """
+    return [
+        LayerCopy(c.layer, c.tensors, c.samples if weight is None else weight, f"trunk/{c.replica}")
+        for c in copies
+        if c.part is parts
+    ]
 
 
 def _layer_copies(update: DeviceUpdate, weight: float) -> list[LayerCopy]:

@@ -16,6 +16,7 @@ from server_hub.aggregation.layer_store import (
     split_by_layer,
     weighted_mean,
 )
+from server_hub.aggregation.merged import of_trunk
 from server_hub.trunk.interface import TrunkCopy
 
 
@@ -75,12 +76,8 @@ class PerBase:
                 for update, state in own
                 for layer, tensors in split_by_layer(state).items()
             ]
-            deep = [
-                LayerCopy(c.layer, c.tensors, c.samples, f"trunk/{c.replica}")
-                for c in copies
-                if c.base == base
-            ]
-            store.commit([*trained, *deep])
+            deep = [c for c in copies if c.base == base]
+            store.commit([*trained, *of_trunk(deep)], of_trunk(deep, parts=True))
         self._stacked = None
 
     def models(self, model: SplitModel, cuts: Mapping[str, int]) -> dict[str | None, State]:

@@ -24,6 +24,7 @@ from export.cutting.pretrained import from_transformers, save_original
 from export.cutting.split_model import SplitModel
 from export.steps.losses import NO_LABEL
 from export.steps.optimizers import get_optimizer
+from export.steps.weight_decay import decayed_names
 from server_hub.methods.settings import learning_rate_factor
 from server_hub.simulation.datasets import BYTES
 from server_hub.simulation.formats import cut_text
@@ -177,8 +178,13 @@ def fine_tune(
         hyper: hyper-parameters of AdamW.
         progress: called with the number of each epoch.
     """
-    trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    optimizer = get_optimizer("adamw").reference(trained, dict(hyper))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    decayed = decayed_names(model, "matrices")
+    optimizer = get_optimizer("adamw").reference(
+        [p for n, p in trained.items() if n in decayed],
+        dict(hyper),
+        [p for n, p in trained.items() if n not in decayed],
+    )
     rng = np.random.default_rng(0)
     for epoch in range(1, epochs + 1):
         progress(epoch)

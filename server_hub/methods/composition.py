@@ -25,6 +25,7 @@ def compose(
     index: BundleIndex,
     manifests: Mapping[str, Manifest],
     initial: State,
+    tied: tuple[str, ...] = (),
 ) -> Method:
     """The method that the settings name.
 
@@ -36,6 +37,7 @@ def compose(
         index: index of the bundles.
         manifests: manifest by tier.
         initial: trained tensors of the model by name; bundles of base networks have their own.
+        tied: names of those of the stem that the model's head reads as well.
 
     Raises:
         ConfigError: there is no such method; the method does not average with the rule; or the
@@ -67,6 +69,7 @@ def compose(
         assignment=mix.of(bases.pop()) if recipe.trains_bases else None,
         split=not all(manifest.whole for manifest in manifests.values()),
         rule=settings.rule,
+        tied=tied,
     )
     start = load_bases(index.folder) if recipe.trains_bases else initial
     return replace(recipe.compose(start, outline), bound=UpdateBound(settings.clip))

@@ -66,6 +66,7 @@ class JobOutline:
         assignment: assigns base networks to devices; None for a single model.
         split: whether at least one tier is cut, so that activations go to the hub.
         rule: name of the rule that averages the copies of a layer.
+        tied: names of the trained tensors of the stem that the model's head reads as well.
     """
 
     rounds: int
@@ -76,6 +77,7 @@ class JobOutline:
     assignment: BaseAssignment | None = None
     split: bool = False
     rule: RuleName = "mean"
+    tied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -35,6 +36,11 @@ _GRAPHS = {
     ActivationMode.FUSED: "fuse",
 }
 """The step graph that a device needs in each activation mode with returned gradients."""
+
+
+def takes_max_norm(manifest: Manifest) -> bool:
+    """Return whether the graphs of a bundle clip gradients; those of older exports do not."""
+    return any(port.spec.name == "max_norm" for port in manifest.graphs["train"].inputs)
 
 
 class ServerCopies(Protocol):
@@ -179,12 +185,20 @@ class Method:
             activations=ActivationMode.NONE if participant.manifest.whole else mode,
             epochs=local.epochs if stage.local_epochs is None else stage.local_epochs,
             batch_size=local.batch_size,
-            hyper={**local.hyper, "lr": local.hyper["lr"] * context.rate},
+            hyper=self._hyper(context, participant.manifest),
             seed=context.number * SEED_STRIDE + order,
             staleness=local.staleness if returned else 0,
             replica=self.copies.replica_of(device),
             passes=local.epochs if returned else 1,
         )
+
+    def _hyper(self, context: RoundContext, manifest: Manifest) -> dict[str, float]:
+        """Return the hyper-parameters of a device's graphs; bundles may lack ``max_norm``."""
+        local = context.local
+        hyper = {**local.hyper, "lr": local.hyper["lr"] * context.rate}
+        if takes_max_norm(manifest):
+            hyper["max_norm"] = 0.0 if local.max_norm == math.inf else local.max_norm
+        return hyper
 
     def trunk_plan(self, context: RoundContext, stage: Stage) -> TrunkPlan:
         """Return the plan of the trunk."""
@@ -197,6 +211,7 @@ class Method:
             settings.max_rows,
             seed=context.number,
             max_norm=settings.max_norm,
+            decay=context.decay,
             precision=settings.precision,
             u_shaped=stage.activations is ActivationMode.U_SHAPED,
             returned=stage.activations.returns_gradients,

@@ -10,6 +10,7 @@ from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.messages import Batch, Round
 from edge_sdk.protocol.tensors import State
 from export.cutting.split_model import SplitModel
+from export.steps.weight_decay import Decay
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.methods.settings import LocalTraining
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan
@@ -53,6 +54,7 @@ class RoundContext:
         model: the hub's model.
         local: settings of the training on devices; ``hyper`` holds every hyper-parameter.
         trunk: settings of the training of the trunk; ``hyper`` holds every hyper-parameter.
+        decay: parameters that weight decay applies to on the devices, and so in the trunk.
     """
 
     number: int
@@ -65,6 +67,7 @@ class RoundContext:
     model: SplitModel
     local: LocalTraining
     trunk: TrunkTraining
+    decay: Decay = "matrices"
 
 
 @dataclass(frozen=True)

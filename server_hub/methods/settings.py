@@ -64,18 +64,22 @@ class LocalTraining:
         staleness: with returned gradients, the number of batches that a device may have in flight
             beside the one whose gradient it waits for. With 0 every step uses the newest weights;
             a larger number hides the latency of the link.
+        max_norm: gradients of a step are scaled down to this norm; infinity for no bound.
     """
 
     epochs: int = 1
     batch_size: int = 32
     hyper: dict[str, float] = field(default_factory=dict)
     staleness: int = 0
+    max_norm: float = math.inf
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("epochs and batch_size must be at least 1")
         if self.staleness < 0:
             raise ValueError(f"staleness is {self.staleness}, must be 0 or more")
+        if not self.max_norm > 0:
+            raise ValueError(f"max_norm is {self.max_norm}, must be above 0, or inf for no bound")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,11 @@ from server_hub.methods.method import Method, always
 def splitft_u(initial: State, outline: JobOutline) -> Method:
     """SplitFT with labels on the devices.
 
-    Every device holds a copy of the model's head; the copies are averaged. The arguments are those
-    of :func:`splitft`.
+    Every device holds a copy of the model's head; the copies are averaged. A tensor that is tied to
+    the stem is then trained on the devices alone. The arguments are those of :func:`splitft`.
     """
-    return replace(splitft(initial, outline), stage=always(ActivationMode.U_SHAPED))
+    method = splitft(initial, replace(outline, tied=()))
+    return replace(method, stage=always(ActivationMode.U_SHAPED))
 
 
 def splitft(initial: State, outline: JobOutline) -> Method:
@@ -42,7 +43,7 @@ def splitft(initial: State, outline: JobOutline) -> Method:
     return Method(
         name="SplitFT",
         stage=always(ActivationMode.RETURNED),
-        aggregation=MergedAdapters(initial, outline.optimizer, outline.cut_rank),
+        aggregation=MergedAdapters(initial, outline.optimizer, outline.cut_rank, outline.tied),
         paths=("through_hub",),
         keeps_slots=True,
     )

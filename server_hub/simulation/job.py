@@ -13,6 +13,7 @@ from edge_sdk.protocol.checks import MAX_BASES
 from export.bundles.writer import Tier
 from export.errors import ExportError
 from export.steps.optimizers import check_hyper
+from export.steps.weight_decay import Decay
 from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.registry import find, simulated_methods
 from server_hub.methods.settings import BaseLoss, LocalTraining, RateSchedule
@@ -160,6 +161,8 @@ class Job:
         partition: partition of the examples over the devices.
         method: name of the training method.
         optimizer: optimizer of the devices.
+        decay: parameters that weight decay applies to, on devices and in the trunk: ``matrices``
+            leaves norms, biases and embeddings alone.
         rounds: number of rounds, and of devices per round.
         local: training on the devices.
         trunk: training of the trunk.
@@ -183,6 +186,7 @@ class Job:
     partition: PartitionTable = field(default_factory=PartitionTable)
     method: str = "fedsplitx"
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    decay: Decay = "matrices"
     rounds: RoundsTable = field(default_factory=RoundsTable)
     local: LocalTraining = field(default_factory=LocalTraining)
     trunk: TrunkTraining = field(default_factory=TrunkTraining)

@@ -30,6 +30,7 @@ from export.bundles.writer import make_steps, segment_of, write_tier
 from export.cutting.checks import check_sharing
 from export.cutting.input_ranges import find_ranges
 from export.cutting.split_model import WEIGHTS
+from export.cutting.tied import tied_to_head
 from export.planning.flops import flops_per_row
 from export.steps.client_steps import ClientSteps
 from export.steps.graph_set import all_steps
@@ -182,7 +183,13 @@ class Simulation:
             check_sharing(fleet.model_of(name), tier.cut)
             segment = segment_of(fleet.model_of(name), tier)
             steps = make_steps(
-                segment, tier, fleet.example, fleet.classes, self.job.optimizer, ranges
+                segment,
+                tier,
+                fleet.example,
+                fleet.classes,
+                self.job.optimizer,
+                ranges,
+                decay=self.job.decay,
             )
             if not self._steps:  # all tiers take the same examples
                 check_values(self.data, steps.ranges)
@@ -194,7 +201,8 @@ class Simulation:
                 s.name: flops_per_row(s, self._length or 1) for s in all_steps(steps)
             }
         fleet.model.save(folder / WEIGHTS)
-        index = BundleIndex(folder, None, fleet.classes, self.job.optimizer, entries, {})
+        noted = {"decay": self.job.decay}
+        index = BundleIndex(folder, None, fleet.classes, self.job.optimizer, entries, noted)
         index.write()
         return index
 
@@ -348,6 +356,7 @@ class Simulation:
             job.cuts.rank,
             fleet.assignment,
             split=any(not fleet.models.get(name) for name in fleet.tiers),
+            tied=tied_to_head(model),
         )
         method = self.recipe.compose(initial, outline)
         heads = not method.stage(1, job.rounds.count).activations.returns_gradients

@@ -18,7 +18,7 @@ from edge_sdk.protocol.tensors import Array, State
 from export.adapters_lora.low_rank import adapter_pairs
 from export.bases.exported import BASES
 from export.cutting.split_model import SplitModel
-from export.tensor_names import is_slot, layer_of
+from export.tensor_names import TIED, is_slot, layer_of
 from server_hub.aggregation.adapters import MergedAdapters
 from server_hub.aggregation.layer_store import NotFinite, check_finite
 from server_hub.methods.method import Method
@@ -264,7 +264,7 @@ def _slots(
     Slots of a new head are zero.
     """
     zeros = {n: np.zeros_like(taken.get(_parameter(n), t)) for n, t in wanted.items() if is_slot(n)}
-    layers = {layer_of(n) for n in taken}
+    layers = {*map(layer_of, taken), TIED}
     old = [n for n in zeros if layer_of(n) in layers]
     if all(n in found and found[n].shape == zeros[n].shape for n in old):
         return zeros | {n: found[n] for n in old}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from edge_sdk.protocol.messages import Batch, HeadGradient
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
+from export.steps.weight_decay import Decay
 from server_hub.trunk.settings import Precision
 
 
@@ -118,6 +119,8 @@ class TrunkCopy:
             passes devices and trunk make over it.
         base: number of the base network that the layer is of; 0 for a single model.
         diverged: whether training of the replica has diverged. There are no tensors then.
+        part: whether these are tied tensors, which the replica has trained with its part of their
+            gradient alone. What it has changed is added to what devices have changed.
     """
 
     replica: str
@@ -126,6 +129,7 @@ class TrunkCopy:
     samples: int
     base: int = 0
     diverged: bool = False
+    part: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class TrunkPlan:
         max_rows: largest number of rows in one merged step.
         seed: seed of the order of the passes after the first.
         max_norm: gradients of a step are scaled down to this norm.
+        decay: parameters that weight decay applies to, see
+            :func:`export.steps.weight_decay.decayed_names`.
         precision: ``fp32``, or ``bf16`` for automatic mixed precision with weights in float32.
         u_shaped: labels stay on the devices, which train the head. Dropout is off: the pass that a
             gradient goes back through must be the one whose features the device has seen.
@@ -161,6 +167,7 @@ class TrunkPlan:
     max_rows: int = 256
     seed: int = 0
     max_norm: float = math.inf
+    decay: Decay = "matrices"
     precision: Precision = "fp32"
     u_shaped: bool = False
     returned: bool = False

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 
 from edge_sdk.protocol.tensors import State
 from export.cutting.split_model import SplitModel, statistics
 from export.steps.optimizers import get_optimizer
-from export.tensor_names import layer_of
+from export.steps.weight_decay import decayed_names
+from export.tensor_names import TIED, layer_of
+from export.torch_internals import DropoutBase, foreach_norm
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan
 
 _GROWTH = 1e6
@@ -32,21 +34,38 @@ class Replica:
         state: tensors that the round starts from. With ``keeps_slots`` they include those of the
             optimizer.
         plan: how the round trains.
+        tied: the model's tied tensors, see :func:`export.cutting.tied.tied_tensors`. They are
+            trained with the gradients of the heads that read them.
     """
 
-    def __init__(self, model: SplitModel, state: State, plan: TrunkPlan) -> None:
+    def __init__(
+        self,
+        model: SplitModel,
+        state: State,
+        plan: TrunkPlan,
+        tied: Mapping[str, Collection[str]] = MappingProxyType({}),
+    ) -> None:
         self.model, self._plan = model, plan
-        # a head may read the stem's table, but the stem is trained on the devices
-        model.stem.requires_grad_(False)
+        read = {name: [h for h in heads if self._trains(h)] for name, heads in tied.items()}
+        self._tied = {name: heads for name, heads in read.items() if heads}
+        # the rest of the stem is trained on the devices
+        for name, parameter in model.stem.named_parameters("stem"):
+            parameter.requires_grad_(name in self._tied)
         for module in model.modules() if plan.u_shaped else ():
-            if isinstance(module, _DropoutNd):
+            if isinstance(module, DropoutBase):
                 module.eval()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         """The parameters that are trained."""
         self._statistics = statistics(model)
         self._largest = self._norms().clamp(min=1.0) * _GROWTH if self._statistics else None
         rule = get_optimizer(plan.optimizer)
-        self.optimizer = rule.reference(list(self.trained), dict(plan.hyper))
+        decayed = decayed_names(model, plan.decay) - set(self._tied)  # those decay on the devices
+        trained = [(n in decayed, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = rule.reference(
+            [p for decays, p in trained if decays],
+            dict(plan.hyper),
+            [p for decays, p in trained if not decays],
+        )
         """Updates the parameters."""
         self._samples: dict[str, int] = {}
         self.diverged = False
@@ -91,12 +110,12 @@ class Replica:
     def _norms(self) -> Tensor:
         """Largest absolute value of each statistic (statistics,)."""
         tensors = list(self._statistics.values())
-        return torch.stack(torch._foreach_norm(tensors, math.inf)).float()
+        return torch.stack(foreach_norm(tensors, math.inf)).float()
 
     @torch.no_grad()
     def has_diverged(self) -> bool:
         """Whether a parameter is not finite, or so large that training has diverged."""
-        norms = torch.stack(torch._foreach_norm(list[Tensor](self.trained))).float()
+        norms = torch.stack(foreach_norm(list[Tensor](self.trained))).float()
         sizes = torch.tensor([p.numel() for p in self.trained], device=norms.device)
         return not bool((norms <= _EXPLODED * sizes.sqrt()).all())  # false for NaN
 
@@ -112,13 +131,14 @@ class Replica:
         """
         model = self.model
         for cut, number in rows.items():
+            heads = [*(f"aux.{d}" for d in model.head_depths if d > cut), "head"]
             above = [f"block.{i}" for i in range(cut, model.depth)]
-            if not self._plan.returned:
-                above += [f"aux.{d}" for d in model.head_depths if d > cut]
-            if not self._plan.u_shaped:
-                above.append("head")
-            for layer in above:
+            for layer in [*above, *filter(self._trains, heads)]:
                 self._samples[layer] = self._samples.get(layer, 0) + number
+
+    def _trains(self, head: str) -> bool:
+        """Whether the plan trains a head, given the name of its layer."""
+        return not (self._plan.u_shaped if head == "head" else self._plan.returned)
 
     def copies(self, name: str) -> list[TrunkCopy]:
         """Every layer that was trained, as copies of the replica called ``name``."""
@@ -126,8 +146,13 @@ class Replica:
         trained = self.model.trained()
         if self._plan.keeps_slots:
             trained |= {n: slots[slot] for slots, slot, n in self._slot_names()}
+        samples = dict(self._samples)
+        for heads in self._tied.values():
+            rows = max(samples.get(head, 0) for head in heads)
+            if rows:
+                samples["stem"] = samples[TIED] = max(rows, samples.get(TIED, 0))
         copies = []
-        for layer, rows in self._samples.items():
+        for layer, rows in samples.items():
             tensors = {
                 n: t.detach().to("cpu", copy=True).numpy()
                 for n, t in trained.items()
@@ -135,9 +160,10 @@ class Replica:
             }
             if tensors:  # a layer whose tensors are all frozen has none
                 # an example counts once, however many passes devices and trunk make
-                passes = self._plan.epochs * self._plan.passes
+                rows //= self._plan.epochs * self._plan.passes
                 tensors = {} if diverged else tensors
-                copies.append(TrunkCopy(name, layer, tensors, rows // passes, diverged=diverged))
+                part = layer == "stem"
+                copies.append(TrunkCopy(name, layer, tensors, rows, diverged=diverged, part=part))
         return copies
 
     def _slot_names(self) -> Iterator[tuple[dict[str, Tensor], str, str]]:
@@ -145,6 +171,8 @@ class Replica:
         kinds = get_optimizer(self._plan.optimizer).torch_names
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
+                if name in self._tied:  # devices have slots of the name itself
+                    name = f"{TIED}.{name}"
                 for kind, slot in kinds.items():
                     owner = layer_of(name) if kind == "steps" else name
                     yield self.optimizer.state[parameter], slot, f"{kind}/{owner}"

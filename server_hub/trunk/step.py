@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from edge_sdk.protocol.tensors import Array, State
 from export.cutting.split_model import SplitModel
+from export.cutting.tied import tied_tensors
 from export.packing.codecs import get_codec
 from server_hub.trunk.bounds import ActivationBound, GradientBound
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss, merged_features
@@ -68,6 +69,7 @@ class TrunkTrainer:
     def __init__(self, model: SplitModel, device: str) -> None:
         self._pool = ModelPool(model, device)
         self._device = self._pool.device
+        self._tied = tied_tensors(self._pool.template)
         self._state: State = {}
         self._plan = TrunkPlan("sgd", {})
         self._replicas: dict[str, Replica] = {}
@@ -395,7 +397,8 @@ class TrunkTrainer:
 
     def _replica(self, name: str) -> Replica:
         if name not in self._replicas:
-            self._replicas[name] = Replica(self._pool.take(self._state), self._state, self._plan)
+            model = self._pool.take(self._state)
+            self._replicas[name] = Replica(model, self._state, self._plan, self._tied)
         return self._replicas[name]
 
     def _drop_replicas(self) -> None:

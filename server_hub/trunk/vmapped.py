@@ -21,9 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from edge_sdk.protocol.tensors import Array, State
 from export.bases.dual_norms import has_dual_norms, noise_tensors
 from export.cutting.split_model import SplitModel
+from export.cutting.tied import tied_tensors
 from export.packing.codecs import get_codec
 from export.steps.losses import NO_LABEL
 from export.steps.optimizers import get_optimizer
+from export.steps.weight_decay import decayed_names
 from export.tensor_names import layer_of
 from server_hub.trunk.bounds import ActivationBound, shares
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
@@ -97,12 +99,17 @@ class VmappedTrainer:
         self._dual = has_dual_norms(model)
         noise = noise_tensors(model)
         tensors = {n: torch.from_numpy(np.array(t)).to(device) for n, t in state.items()}
-        # the stem is trained on the devices
-        own = {n for n, p in model.named_parameters() if p.requires_grad and layer_of(n) != "stem"}
+        self._tied = tied_tensors(model)
+        # the rest of the stem is trained on the devices
+        own = {
+            n for n, p in model.named_parameters()
+            if p.requires_grad and (n in self._tied or layer_of(n) != "stem")
+        }  # fmt: skip
         self._parameters = {n: t for n, t in tensors.items() if n in own}
         self._others = {n: t for n, t in tensors.items() if n not in own}
         self._noise = noise & own
         self._rule = get_optimizer(plan.optimizer)
+        self._decayed = decayed_names(model, plan.decay) - set(self._tied)  # they decay on devices
         single = self._rule.slots({n: t[0] for n, t in self._parameters.items()})
         self._slots = {n: s.expand(plan.bases, *s.shape).clone() for n, s in single.items()}
         self._hyper = {n: torch.tensor(v, device=device) for n, v in plan.hyper.items()}
@@ -147,6 +154,7 @@ class VmappedTrainer:
         """Every layer that was trained, of every base."""
         copies = []
         for (base, layer), samples in self._samples.items():
+            part = layer == "stem"
             trained = base in self._noise_trained
             tensors = {
                 n: t[base].to("cpu", copy=True).numpy()
@@ -154,7 +162,7 @@ class VmappedTrainer:
                 if layer_of(n) == layer and (n not in self._noise or trained)
             }
             if tensors:
-                copies.append(TrunkCopy("bases", layer, tensors, samples, base))
+                copies.append(TrunkCopy("bases", layer, tensors, samples, base, part=part))
         return copies
 
     def _unpack(self, inputs: Sequence[tuple[int, StepInput]]) -> list[_Unpacked]:
@@ -228,7 +236,9 @@ class VmappedTrainer:
             norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
             scale = (self._plan.max_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = {n: g * scale for n, g in gradients.items()}
-            stepped, moved = self._rule.step(parameters, gradients, slots, self._hyper)
+            stepped, moved = self._rule.step(
+                parameters, gradients, slots, self._hyper, self._decayed
+            )
             return stepped, moved, row_losses, torch.isfinite(loss) & torch.isfinite(norm)
 
         batched = torch.vmap(one, randomness="different")
@@ -303,7 +313,8 @@ class VmappedTrainer:
                 bases = [
                     base
                     for base in fine
-                    if _above(layer_of(name), entered[base]) and (not of_noise or base in noisy)
+                    if layer_of(name) in self._layers_above(entered[base])
+                    and (not of_noise or base in noisy)
                 ]
                 if bases:
                     mine[name][bases] = tensor[[order.index(base) for base in bases]]
@@ -318,7 +329,13 @@ class VmappedTrainer:
                     self._samples[base, layer] = self._samples.get((base, layer), 0) + b.source.rows
 
     def _layers_above(self, cut: int) -> list[str]:
-        return [layer for layer in self._model.layers() if _above(layer, cut)]
+        """Layers that a row which enters at a cut trains; "stem" for tied tensors."""
+        above = [layer for layer in self._model.layers() if _above(layer, cut)]
+        return [*above, "stem"] if self._trains_stem(cut) else above
+
+    def _trains_stem(self, cut: int) -> bool:
+        """Whether a head above a cut reads a tied tensor."""
+        return any(_above(head, cut) for heads in self._tied.values() for head in heads)
 
     def _note_losses(
         self,

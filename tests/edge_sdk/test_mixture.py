@@ -273,7 +273,7 @@ def test_answers_may_overlap() -> None:
 
 def plan(hyper: Mapping[str, float] | None = None, epochs: int = 2) -> LocalPlan:
     """Return a plan with SGD with momentum."""
-    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "max_norm": 0.0}
     return LocalPlan(epochs, 8, sgd | dict(hyper or {}), "train", 5)
 
 

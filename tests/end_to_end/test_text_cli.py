@@ -34,7 +34,7 @@ from edge_sdk.transport.link import open_websocket
 from export.bundles.writer import Tier, export_bundles, make_steps, segment_of
 from export.cutting.split_model import SplitModel
 from export.packing.codecs import get_codec
-from export.planning import plan as plan_module
+from export.planning import measuring
 from export.planning.flops import flops_per_row
 from export.steps.client_steps import ClientSteps
 from export.steps.torch_runtime import TorchRuntime
@@ -526,8 +526,8 @@ def test_operations_of_a_step_on_a_trained_table_are_those_of_eager_training() -
 def test_plan_of_a_model_of_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "measure_apart", lambda *args: Measurement(0.1, 10, 20))
-    monkeypatch.setattr(plan_module, "write_tier", write_without_lowering)
+    monkeypatch.setattr(measuring, "measure_apart", lambda *args: Measurement(0.1, 10, 20))
+    monkeypatch.setattr(measuring, "write_tier", write_without_lowering)
     tiers = tmp_path / "tiers.toml"
     tiers.write_text(f"length = {LENGTH}\n[tiers.phone]\nbatch = 4\ngflops = 1\nexamples = 10\n")
     arguments = [

@@ -355,7 +355,7 @@ def test_the_exported_graphs_step_as_eager_torch_does(exported: Exported) -> Non
     given = {"x": x.numpy()}
     (packed,) = runtime.run("activate", given).values()
     np.testing.assert_allclose(packed, h.detach().numpy(), rtol=2e-3, atol=2e-3)  # it is fp16
-    hyper = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0}
+    hyper = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
     rates = {name: np.array(value, np.float32) for name, value in hyper.items()}
     runtime.run("backward", {**given, "grad.h": gradient.numpy(), **rates})
     after = runtime.get_state()

@@ -23,10 +23,10 @@ from export.errors import ExportError
 from export.lowering.graph_files import RuntimeName
 from export.packing.codecs import Codec, get_codec
 from export.steps.client_steps import ClientSteps
-from export.steps.optimizers import get_optimizer
 from export.steps.predict import forward
 from export.steps.returned import activate, backward
 from tests.lib.codecs import Exact
+from tests.lib.decay import optimizer_of
 from tests.lib.graph_runs import run_of, verify
 from tests.lib.models import (
     CLASSES,
@@ -48,7 +48,7 @@ class Uncut:
             for n, p in self.model.named_parameters()
             if p.requires_grad and n.startswith(("stem.", "block.0.", "block.1."))
         ]
-        self.optimizer = get_optimizer(optimizer).reference(held, HYPER[optimizer])
+        self.optimizer = optimizer_of(self.model, HYPER[optimizer], held)
 
     def trunk(self, h: Tensor, y: Tensor) -> Tensor:
         """Return the loss of the deep part, which a hub computes."""
@@ -177,7 +177,7 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
     assert [p.spec.name for p in graphs["activate"].outputs] == ["h.q", "h.scale"]
     inputs = [p.spec.name for p in graphs["backward"].inputs if p.role != "state"]
     grad = ["grad.h.q", "grad.h.scale"]
-    assert inputs == ["x", *grad, "lr", "momentum", "weight_decay", *seed]
+    assert inputs == ["x", *grad, "lr", "momentum", "weight_decay", "max_norm", *seed]
     assert [p.role for p in graphs["backward"].inputs if p.spec.name in grad] == ["packed"] * 2
     assert graphs["backward"].outputs == graphs["train"].outputs[: len(index.manifest("t").state)]
 

@@ -20,6 +20,12 @@ from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import MAX_SEED, Learner
 from edge_sdk.training.plan import LocalPlan
 from export.cutting.seeded_random import PRIME, SeededDropout
+from export.cutting.split_model import ClientSegment, SplitModel
+from export.steps.client_steps import ClientSteps
+from export.steps.optimizers import get_optimizer
+from export.steps.returned import activate
+from export.steps.u_shaped import finish
+from tests.lib.codecs import Exact
 
 COUNT = 100_000
 Z = 5.0
@@ -283,3 +289,29 @@ def test_every_step_has_a_seed_of_its_own() -> None:
     assert len(set(seeds)) == len(seeds) == 20 * 12
     assert all(0 <= seed < PRIME for seed in seeds)
     assert seeds_of_a_round(3) == rounds[3]
+
+
+@pytest.mark.parametrize("seed", [0, 5, 1_000_003])
+def test_masks_of_the_head_on_the_device_are_not_those_of_the_stem(seed: int) -> None:
+    """The graphs ``activate`` and ``finish`` of a batch have the same seed; shapes are equal."""
+    width = 40
+    stem = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.5))
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(width, 3))
+    model = SplitModel(stem, [nn.Linear(width, width), nn.Linear(width, width)], head)
+    x = torch.randn(50, width)
+    with torch.no_grad():
+        for linear in (stem[0], *model.block):
+            linear.weight.copy_(torch.eye(width))
+            linear.bias.zero_()
+    model.add_heads([1], x, 3)
+    steps = ClientSteps(
+        ClientSegment(model, 1, u_shaped=True), get_optimizer("sgd"), Exact(), x, 3, returned=True
+    )
+    given = {**steps.initial, **steps.slots, "seed": torch.tensor(seed), "y": torch.arange(50) % 3}
+    given |= {n: torch.tensor(v) for n, v in {**steps.optimizer.hyper, "max_norm": 0.0}.items()}
+    given |= {"x": x, "features.h": x}
+    in_stem = activate(steps).function(dict(steps.constants), given)["h"] != 0
+    in_head = finish(steps).function(dict(steps.constants), given)["grad.h"] != 0
+    for mask in (in_stem, in_head):
+        assert abs(z_of_rate(mask.double(), 0.5)) < Z
+    assert abs(z_of_correlation(in_stem.double(), in_head.double(), 0.5)) < Z

@@ -320,7 +320,7 @@ def test_a_training_step_leaves_the_noise_copy() -> None:
     segment = ClientSegment(model, 1)
     steps = ClientSteps(segment, get_optimizer("sgd"), get_codec("fp16"), x, CLASSES)
     step = train(steps)
-    hyper = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0}
+    hyper = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
     given = {**steps.initial, **steps.slots, "x": x, "y": y}
     given |= {n: torch.tensor(v) for n, v in hyper.items()}
     after = step.function(dict(steps.constants), given)

@@ -327,6 +327,7 @@ def draw(steps: ClientSteps, rows: int, seed: int) -> dict[str, Array]:
         x = torch.randint(0, 12, (rows, 5), generator=generator)
     y = torch.randint(0, CLASSES, (rows,), generator=generator)
     hyper = {n: np.asarray(v, np.float32) for n, v in steps.optimizer.hyper.items()}
+    hyper["max_norm"] = np.asarray(0.0, np.float32)
     if "eps" in hyper:  # with a small eps, an AdamW step is the sign of rounding errors
         hyper["eps"] = np.asarray(1e-2, np.float32)
     return {"x": x.numpy(), "y": y.numpy(), **hyper}

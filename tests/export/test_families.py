@@ -26,6 +26,7 @@ from export.steps.torch_runtime import TorchRuntime
 from server_hub.trunk.interface import TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 from tests.lib.codecs import Exact
+from tests.lib.decay import optimizer_of
 from tests.lib.step_runtimes import manifest_of
 from tests.lib.trunk_models import step_input
 
@@ -81,12 +82,12 @@ def test_a_split_step_of_a_real_model_is_that_of_the_uncut_one(
     x = torch.randint(words, (ROWS, LENGTH), generator=generator)
     y = torch.randint(words, (ROWS, LENGTH), generator=generator)
     y[0, -3:] = -1
-    hyper = {"lr": 10.0, "momentum": 0.9, "weight_decay": 0.01}
+    hyper = {"lr": 10.0, "momentum": 0.9, "weight_decay": 0.01, "max_norm": 0.0}
     rule = get_optimizer("sgd")
     before = {n: p.detach().numpy().copy() for n, p in model.trained().items()}
 
     uncut = copy.deepcopy(model, dict(frozen))
-    reference = rule.reference([p for p in uncut.parameters() if p.requires_grad], hyper)
+    reference = optimizer_of(uncut, hyper)
     loss = cross_entropy(uncut(x).flatten(0, 1), y.flatten(), ignore_index=-1)
     loss.backward()  # type: ignore[no-untyped-call]
     reference.step()

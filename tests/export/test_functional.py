@@ -48,8 +48,15 @@ from tests.lib.models import (
 )
 
 HYPER = {
-    "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
-    "adamw": {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1},
+    "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "max_norm": 0.0},
+    "adamw": {
+        "lr": 0.01,
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "eps": 1e-3,
+        "weight_decay": 0.1,
+        "max_norm": 0.0,
+    },
 }
 WORDS = 12
 
@@ -282,7 +289,7 @@ def test_no_distillation_no_operators() -> None:
 def test_momentum_of_zero(both: Both) -> None:
     """Without momentum and weight decay the step is plain gradient descent, as in ONNX."""
     onnx, runtime, _ = both("conv")
-    hyper = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+    hyper = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
     plain = {name: np.asarray(value, np.float32) for name, value in hyper.items()}
     for step in range(3):
         batch = batch_of(example(IMAGE, 8, step), step, "sgd", False) | plain

@@ -338,7 +338,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "adapter_model.safetensors").write_bytes(b"12"), "is damaged"
     ),
     "another type": (lambda f: edit(f, peft_type="LOHA"), "'LOHA', must be LORA"),
-    "another kind": (lambda f: edit(f, use_rslora=True), "use_rslora, which is not supported"),
+    "another kind": (lambda f: edit(f, use_dora=True), "use_dora, which is not supported"),
     "no alpha": (lambda f: edit(f, lora_alpha=None), "no valid lora_alpha"),
     "no pattern": (lambda f: edit(f, alpha_pattern={"(": 2}), "no valid lora_alpha"),
     "other modules": (

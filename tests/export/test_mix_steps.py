@@ -35,6 +35,7 @@ from export.steps.mixtures import mixed_at_once
 from export.steps.step import Step
 from export.steps.torch_runtime import TorchRuntime
 from export.steps.train import train
+from tests.lib.decay import optimizer_of
 from tests.lib.dual_norms import only, shaken, torch_runtime
 from tests.lib.graph_runs import run_eagerly, run_files, verify
 from tests.lib.models import (
@@ -51,9 +52,9 @@ from tests.lib.models import (
 from tests.lib.transformers_models import gpt2
 
 WORDS = 12
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-PLAIN = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
-ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "max_norm": 0.0}
+PLAIN = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
+ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "max_norm": 0.0}
 HYPER = {"sgd": SGD, "adamw": ADAMW}
 
 
@@ -177,14 +178,7 @@ class Reference:
         self.parameters = dict(self.segment.named_parameters())
         self.statistics = statistics(self.segment)
         given = [p for n, p in self.parameters.items() if n in trained]
-        self.optimizer: torch.optim.Optimizer
-        if "momentum" in hyper:
-            self.optimizer = torch.optim.SGD(given, **hyper)  # type: ignore[arg-type]
-        else:
-            self.optimizer = torch.optim.AdamW(
-                given, lr=hyper["lr"], betas=(hyper["beta1"], hyper["beta2"]), eps=hyper["eps"],
-                weight_decay=hyper["weight_decay"],
-            )  # fmt: skip
+        self.optimizer = optimizer_of(self.segment, hyper, given)
 
     def logits(self, x: Tensor, copied: str = "clean") -> Tensor:
         """Return the logits with one copy of the norms."""
@@ -271,7 +265,7 @@ def test_rows_of_absent_classes_stay(name: str) -> None:
     assert there
     assert absent
     state = steps.initial | steps.slots
-    hyper = scalars({"lr": 0.5, "momentum": 0.9, "weight_decay": 0.0})
+    hyper = scalars({"lr": 0.5, "momentum": 0.9, "weight_decay": 0.0, "max_norm": 0.0})
     for seed in range(3):
         y = labels_of(there, 6, seed)
         got = run(train(steps), {**state, "x": draw(6, seed), "y": y, "present": present, **hyper})
@@ -397,7 +391,9 @@ def test_statistics_are_each_of_their_own_inputs() -> None:
 def test_a_weight_of_all_leaves_the_other_copy(name: str, weight: float, resting: str) -> None:
     """The other copy has no gradient: without decay it stays, and its momenta are zero."""
     steps, draw = steps_of(name)
-    hyper = scalars({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "robustness": weight})
+    hyper = scalars(
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "max_norm": 0.0, "robustness": weight}
+    )
     feeds = {"x": draw(6, 1), "y": torch.arange(6), "x_adv": draw(6, 2)}
     state = steps.initial | steps.slots
     got = run(

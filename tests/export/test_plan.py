@@ -23,13 +23,15 @@ from edge_sdk.cli.main import main
 from edge_sdk.errors import BundleError, ConfigError
 from edge_sdk.runtime import load_runtime
 from edge_sdk.runtime.measure import Measurement, measure_apart
-from export.bundles.tier_table import TierTable
+from export.bundles.tier_table import TiersConfig, TierTable
 from export.bundles.writer import Tier, export_bundles
 from export.cli.plan import parse_cuts
 from export.cutting.split_model import SplitModel
 from export.errors import ExportError
-from export.planning import plan as plan_module
-from export.planning.plan import Cost, Failure, Plan, Planner, epoch_s
+from export.planning import measuring
+from export.planning.cost import Cost, Failure, epoch_s
+from export.planning.plan import Plan
+from export.planning.planner import Planner
 from tests.lib.models import (
     BUILD,
     CLASSES,
@@ -61,8 +63,8 @@ def conv_plan() -> Plan:
         "half": TierTable(batch=BATCH, codec="fp16"),
         "given": TierTable(batch=BATCH, cut=2, memory_mb=0.001),
     }
-    with Planner(conv_model(), example(IMAGE), CLASSES) as planner:
-        return planner.plan(tiers)
+    with planner_for(tiers, conv_model(), example(IMAGE)) as planner:
+        return planner.plan()
 
 
 def fake_measure(folder: Path, tier: str, *args: Any) -> Measurement:
@@ -76,24 +78,34 @@ def fake_measure(folder: Path, tier: str, *args: Any) -> Measurement:
 def fake_memory() -> Iterator[None]:
     """Replace the measurement of memory by :func:`fake_measure`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "measure_apart", fake_measure)
+        patch.setattr(measuring, "measure_apart", fake_measure)
         yield
 
 
 @pytest.fixture
 def unlowered(fake_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the measurement of memory, and lower nothing."""
-    monkeypatch.setattr(plan_module, "write_tier", write_without_lowering)
+    monkeypatch.setattr(measuring, "write_tier", write_without_lowering)
 
 
-@pytest.fixture(scope="module")
-def planner() -> Iterator[Planner]:
-    """A planner for a model with cuts 1 and 2 on vectors of 6; it keeps its measurements.
+def planner_for(
+    tiers: dict[str, TierTable], model: SplitModel | None = None, x: Tensor | None = None
+) -> Planner:
+    """Return a planner, by default for a model with cuts 1 and 2 on vectors of 6."""
+    model, x = model or token_model(), example(FEATURES) if x is None else x
+    return Planner(TiersConfig(tiers), model, x, CLASSES)
 
-    Only tests with ``unlowered`` use it, so its bundles have no step graphs.
-    """
-    with Planner(token_model(), example(FEATURES), CLASSES) as planner:
-        yield planner
+
+def plan_for(tiers: dict[str, TierTable], cuts: list[int] | None = None) -> Plan:
+    """Return the plan for that model."""
+    with planner_for(tiers) as planner:
+        return planner.plan(cuts)
+
+
+def choice_for(tiers: dict[str, TierTable]) -> dict[str, int]:
+    """Return the cuts that an export of that model would have."""
+    with planner_for(tiers) as planner:
+        return planner.choose()
 
 
 @pytest.fixture
@@ -105,7 +117,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         cuts.append(tier.cut)
         return write_without_lowering(steps, name, tier, *args, **kwargs)
 
-    monkeypatch.setattr(plan_module, "write_tier", write)
+    monkeypatch.setattr(measuring, "write_tier", write)
     return cuts
 
 
@@ -199,8 +211,8 @@ def test_flops_of_linear_layers() -> None:
     inputs, width, cuts = 7, 10, 3
     blocks = [Affine(width) for _ in range(cuts + 1)]
     model = SplitModel(nn.Linear(inputs, width), blocks, MeanHead(width, CLASSES))
-    with Planner(model, torch.randn(4, inputs), CLASSES) as planner:
-        plan = planner.plan({"a": TierTable(batch=BATCH)})
+    with planner_for({"a": TierTable(batch=BATCH)}, model, torch.randn(4, inputs)) as planner:
+        plan = planner.plan()
     view = SplitModel(model.stem, blocks, model.head)
     view.add_heads([1], torch.randn(4, inputs), CLASSES)
     head = sum(m.weight.numel() for m in view.aux["1"].modules() if isinstance(m, nn.Linear))
@@ -216,8 +228,8 @@ def test_frozen_layers_cost_no_weight_gradient() -> None:
     model = SplitModel(nn.Linear(6, 10), [Affine(10) for _ in range(3)], MeanHead(10, CLASSES))
     for parameter in (*model.stem.parameters(), *model.block[0].parameters()):
         parameter.requires_grad_(False)
-    with Planner(model, example(FEATURES), CLASSES) as planner:
-        first = costs_of(planner.plan({"a": TierTable(batch=BATCH)}))[0]
+    with planner_for({"a": TierTable(batch=BATCH)}, model) as planner:
+        first = costs_of(planner.plan())[0]
     view = SplitModel(model.stem, list(model.block), model.head)
     view.add_heads([1], example(FEATURES), CLASSES)
     head = [m.weight.numel() for m in view.aux["1"].modules() if isinstance(m, nn.Linear)]
@@ -237,47 +249,42 @@ def test_frozen_layers_cost_no_weight_gradient() -> None:
     ],
 )
 @pytest.mark.usefixtures("unlowered")
-def test_memory_at_the_limit(
-    planner: Planner, memory_mb: float, cut: int | None, reason: str
-) -> None:
+def test_memory_at_the_limit(memory_mb: float, cut: int | None, reason: str) -> None:
     tiers = {"a": TierTable(batch=BATCH, memory_mb=memory_mb)}
-    choice = planner.plan(tiers).choices["a"]
+    choice = plan_for(tiers).choices["a"]
     assert (choice.cut, choice.reason, choice.fits) == (cut, reason, cut is not None)
     if cut is None:
         with pytest.raises(ExportError, match=r"tier 'a' can carry no cut: cut 1 needs 100\.0 MB"):
-            planner.choose(tiers)
+            choice_for(tiers)
     else:
-        assert planner.choose(tiers) == {"a": cut}
+        assert choice_for(tiers) == {"a": cut}
 
 
 @pytest.mark.usefixtures("unlowered")
-def test_time_at_the_limit(planner: Planner) -> None:
-    deep = costs_of(planner.plan({"a": TierTable(batch=BATCH)}))[-1]
+def test_time_at_the_limit() -> None:
+    deep = costs_of(plan_for({"a": TierTable(batch=BATCH)}))[-1]
     slow = TierTable(batch=BATCH, gflops=0.001, uplink_mbit=1.0)
     seconds = epoch_s(slow, deep.counts)
     assert seconds is not None
     exact = {"a": replace(slow, max_epoch_s=seconds)}
-    assert planner.choose(exact) == {"a": 2}
+    assert choice_for(exact) == {"a": 2}
     less = {"a": replace(slow, max_epoch_s=seconds * 0.9999)}
-    assert planner.choose(less) == {"a": 1}
-    reason = planner.plan(less).choices["a"].reason
+    assert choice_for(less) == {"a": 1}
+    reason = plan_for(less).choices["a"].reason
     assert reason.startswith("cut 2 takes ")
     assert " s per epoch, the tier allows " in reason
 
 
 def test_too_slow_is_known_without_lowering(lowered: list[int]) -> None:
     tiers = {"a": TierTable(batch=BATCH, gflops=1e-9, max_epoch_s=1)}
-    with (
-        Planner(token_model(), example(FEATURES), CLASSES) as planner,
-        pytest.raises(ExportError, match="tier 'a' can carry no cut: cut 1 takes "),
-    ):
-        planner.choose(tiers)
+    with pytest.raises(ExportError, match="tier 'a' can carry no cut: cut 1 takes "):
+        choice_for(tiers)
     assert lowered == []
 
 
 @pytest.mark.usefixtures("unlowered")
-def test_seconds_of_an_epoch(planner: Planner) -> None:
-    counts = costs_of(planner.plan({"a": TierTable(batch=BATCH)}))[0].counts
+def test_seconds_of_an_epoch() -> None:
+    counts = costs_of(plan_for({"a": TierTable(batch=BATCH)}))[0].counts
     update = counts.update_bytes * 8 / 2e6
     upload = 50 * counts.activation_bytes * 8 / 2e6
     compute = 50 * counts.flops / 3e9
@@ -292,35 +299,34 @@ def test_seconds_of_an_epoch(planner: Planner) -> None:
 
 
 @pytest.mark.usefixtures("unlowered")
-def test_the_head_of_a_shallow_tier_counts_for_a_deep_one(planner: Planner) -> None:
+def test_the_head_of_a_shallow_tier_counts_for_a_deep_one() -> None:
     tiers = {
         "deep": TierTable(batch=BATCH, memory_mb=205),
         "shallow": TierTable(batch=BATCH, memory_mb=150),
     }
-    assert planner.plan({"deep": tiers["deep"]}).choices["deep"].cut == 2
-    choices = planner.plan(tiers).choices
+    assert plan_for({"deep": tiers["deep"]}).choices["deep"].cut == 2
+    choices = plan_for(tiers).choices
     assert {name: choice.cut for name, choice in choices.items()} == {"deep": 1, "shallow": 1}
     assert choices["deep"].reason == "cut 2 needs 210.0 MB, the tier has 205"
 
 
 @pytest.mark.usefixtures("unlowered")
-def test_only_some_cuts(planner: Planner) -> None:
-    plan = planner.plan({"a": TierTable(batch=BATCH)}, [1])
+def test_only_some_cuts() -> None:
+    plan = plan_for({"a": TierTable(batch=BATCH)}, [1])
     assert [cost.tier.cut for cost in plan.costs] == [1]
     assert plan.choices["a"].cut == 1
     assert plan.choices["a"].reason == "the deepest cut that was asked about"
     for cuts in ([0], [3], [1, 9]):
         with pytest.raises(ExportError, match=r"outside the model: it has 3 blocks"):
-            planner.plan({"a": TierTable()}, cuts)
+            plan_for({"a": TierTable()}, cuts)
     with pytest.raises(ExportError, match=r"tier 'a': cut 7 is outside the model"):
-        planner.plan({"a": TierTable(cut=7)})
+        plan_for({"a": TierTable(cut=7)})
 
 
 @pytest.mark.usefixtures("fake_memory")
 def test_batches_share_a_lowered_bundle(lowered: list[int]) -> None:
     tiers = {"a": TierTable(batch=4, cut=1), "b": TierTable(batch=8, cut=1)}
-    with Planner(token_model(), example(FEATURES), CLASSES) as planner:
-        plan = planner.plan(tiers)
+    plan = plan_for(tiers)
     assert [(c.tier.cut, c.tier.batch) for c in plan.costs] == [(1, 4), (1, 8), (2, 4), (2, 8)]
     assert lowered == [1, 2]
 
@@ -329,8 +335,8 @@ def test_batches_share_a_lowered_bundle(lowered: list[int]) -> None:
 def test_the_model_stays_as_it_is() -> None:
     model = conv_model().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with Planner(model, example(IMAGE), CLASSES) as planner:
-        planner.plan({"a": TierTable(batch=BATCH)}, [1])
+    with planner_for({"a": TierTable(batch=BATCH)}, model, example(IMAGE)) as planner:
+        planner.plan([1])
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -339,12 +345,11 @@ def test_the_model_stays_as_it_is() -> None:
 
 @pytest.mark.usefixtures("unlowered")
 def test_a_block_that_cannot_be_exported() -> None:
-    blocks = [ConvBlock(6), nn.Sequential(ConvBlock(6), nn.AlphaDropout(0.1)), ConvBlock(6)]
-    model = SplitModel(nn.Conv2d(1, 6, 3, padding=1), blocks, MeanHead(6, CLASSES))
+    model = build_with_alpha_dropout()
     tiers = {"a": TierTable(batch=BATCH)}
-    with Planner(model, example(IMAGE), CLASSES) as planner:
-        plan = planner.plan(tiers)
-        assert planner.choose(tiers) == {"a": 1}
+    with planner_for(tiers, model, example(IMAGE)) as planner:
+        plan = planner.plan()
+        assert planner.choose() == {"a": 1}
     assert isinstance(plan.costs[1], Failure)
     assert "block.1.1 is a AlphaDropout" in plan.costs[1].error
     assert plan.choices["a"].reason.startswith("cut 2 cannot be exported: block.1.1 is a Alpha")
@@ -355,33 +360,25 @@ def test_a_step_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*args: Any) -> Measurement:
         raise BundleError("measuring was ended by signal 9")
 
-    monkeypatch.setattr(plan_module, "measure_apart", fail)
-    with (
-        Planner(token_model(), example(FEATURES), CLASSES) as planner,
-        pytest.raises(ExportError, match=r"can carry no cut: cut 1 .*signal 9"),
-    ):
-        planner.choose({"a": TierTable(batch=BATCH)})
+    monkeypatch.setattr(measuring, "measure_apart", fail)
+    with pytest.raises(ExportError, match=r"can carry no cut: cut 1 .*signal 9"):
+        choice_for({"a": TierTable(batch=BATCH)})
 
 
 @pytest.mark.usefixtures("fake_memory")
 def test_quantized_inference_is_part_of_the_bundle() -> None:
     sizes = {}
     precisions: tuple[Literal["float32", "int8"], ...] = ("float32", "int8")
-    with Planner(token_model(), example(FEATURES), CLASSES) as planner:
-        for precision in precisions:
-            cost = planner.cost(TierTable(batch=BATCH, precision=precision).at(1), [])
-            assert isinstance(cost, Cost)
-            sizes[precision] = cost.bundle_bytes
+    for precision in precisions:
+        plan = plan_for({"a": TierTable(batch=BATCH, precision=precision)}, [1])
+        sizes[precision] = costs_of(plan)[0].bundle_bytes
     assert sizes["int8"] > sizes["float32"]
 
 
 @pytest.mark.slow
 def test_executorch() -> None:
     pytest.importorskip("executorch")
-    tier = TierTable(batch=8, runtime="executorch").at(1)
-    with Planner(token_model(), example(FEATURES), CLASSES) as planner:
-        cost = planner.cost(tier, [])
-    assert isinstance(cost, Cost), cost
+    (cost,) = costs_of(plan_for({"a": TierTable(batch=8, runtime="executorch")}, [1]))
     assert 0 < cost.measured.memory_bytes < cost.measured.process_bytes
 
 
@@ -480,6 +477,29 @@ def test_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "asked about" in words
 
 
+@pytest.mark.usefixtures("unlowered")
+def test_the_table_says_why_a_cut_is_impossible(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiers = tmp_path / "tiers.toml"
+    tiers.write_text(
+        "input_shape = [1, 8, 8]\n[tiers.a]\ncut = 1\n[tiers.b]\ncut = 2\n[tiers.c]\ncut = 1\n"
+    )
+    run(["plan", f"{__name__}:build_with_alpha_dropout", "--tiers", str(tiers)])
+    out = capsys.readouterr().out
+    assert out.count("cut 2, onnx int8, is impossible: block.1.1 is a AlphaDropout") == 1
+    assert "epoch s" not in out
+    assert "a step runs train" in out
+    why = " ".join(out.replace("│", " ").split())
+    assert "within its limits" not in why, "there are none"
+
+
+def build_with_alpha_dropout() -> SplitModel:
+    """Return a model whose second block cannot be exported."""
+    blocks = [ConvBlock(6), nn.Sequential(ConvBlock(6), nn.AlphaDropout(0.1)), ConvBlock(6)]
+    return SplitModel(nn.Conv2d(1, 6, 3, padding=1), blocks, MeanHead(6, CLASSES))
+
+
 def run(arguments: list[str]) -> None:
     """Run ``cutlayer``, which must succeed."""
     with pytest.raises(SystemExit) as end:
@@ -507,6 +527,7 @@ GOOD = "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.a]\n"
         (GOOD + "memory = 3", [], "unknown key 'memory'"),
         (GOOD + "memory_mb = 0", [], "memory_mb is 0.0; it must be above 0"),
         (GOOD + "max_epoch_s = 9", [], "max_epoch_s has no effect without gflops or uplink_mbit"),
+        ("u_shaped = true\n" + GOOD, [], "u_shaped has no effect without returned"),
         (GOOD + "cut = 9", [], "tier 'a': cut 9 is outside the model: it has 4 blocks"),
         ("classes = 10\n[tiers.a]", [], "tiers.toml must say input_shape"),
         ("classes = 10\n[tiers]", [], "there are no tiers"),

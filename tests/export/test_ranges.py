@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from edge_sdk.errors import DataError
 from edge_sdk.training.data import Examples
 from export.bundles.quantized import LossCheck
-from export.bundles.tier_table import TierTable
+from export.bundles.tier_table import TiersConfig, TierTable
 from export.bundles.writer import Tier, export_bundles, make_steps, segment_of
 from export.cutting.checks import check_sharing
 from export.cutting.input_ranges import InputRanges, find_ranges
 from export.cutting.split_model import SplitModel
 from export.errors import ExportError
-from export.planning.plan import Failure, Planner
+from export.planning.cost import Failure
+from export.planning.planner import Planner
 from tests.lib.models import (
     CLASSES,
     FEATURES,
@@ -178,7 +179,7 @@ def test_classes_are_those_of_the_head(tmp_path: Path) -> None:
                 example=example(FEATURES), classes=classes,
             )  # fmt: skip
         with pytest.raises(ExportError, match="the model's head gives 10 logits"):
-            Planner(token_model(), example(FEATURES), classes)
+            Planner(TiersConfig({"a": TierTable()}), token_model(), example(FEATURES), classes)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -198,8 +199,9 @@ def test_layers_that_share_over_the_cut_are_refused(tmp_path: Path) -> None:
             example=example(FEATURES), classes=CLASSES,
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
-    with Planner(model, example(FEATURES), CLASSES) as planner:
-        found = planner.plan({"a": TierTable()}, [1, 2, 3])
+    settings = TiersConfig({"a": TierTable()})
+    with Planner(settings, model, example(FEATURES), CLASSES) as planner:
+        found = planner.plan([1, 2, 3])
     impossible = [cost.tier.cut for cost in found.costs if isinstance(cost, Failure)]
     assert impossible == [2]
 

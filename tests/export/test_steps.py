@@ -41,6 +41,7 @@ from export.steps.graph_set import all_steps
 from export.steps.optimizers import get_optimizer
 from export.steps.train import train
 from export.tensor_names import layer_of
+from tests.lib.decay import optimizer_of
 from tests.lib.graph_runs import verify
 from tests.lib.models import (
     CLASSES,
@@ -53,9 +54,9 @@ from tests.lib.models import (
     token_model,
 )
 
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
-STILL = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0}
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "max_norm": 0.0}
+ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "max_norm": 0.0}
+STILL = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
 """Hyper-parameters of a step that changes nothing, so that every batch has the same parameters."""
 
 BATCHES = (8, 1, 3, 5)
@@ -72,17 +73,7 @@ class Reference:
         self.parameters = {n: p for n, p in self.model.named_parameters() if layer_of(n) in held}
         self.initial = {n: p.detach().clone() for n, p in self.parameters.items()}
         given = list(self.parameters.values())
-        self.optimizer: torch.optim.Optimizer
-        if "momentum" in hyper:
-            self.optimizer = torch.optim.SGD(given, **hyper)  # type: ignore[arg-type]
-        else:
-            self.optimizer = torch.optim.AdamW(
-                given,
-                lr=hyper["lr"],
-                betas=(hyper["beta1"], hyper["beta2"]),
-                eps=hyper["eps"],
-                weight_decay=hyper["weight_decay"],
-            )
+        self.optimizer = optimizer_of(self.model, hyper, given)
 
     def answers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the activations at the cut and the logits (heads, batch, classes)."""

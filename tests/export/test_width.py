@@ -373,7 +373,7 @@ def test_a_step_with_ordered_dropout_is_exported(norm: Any, tmp_path: Path) -> N
         loss = cross_entropy(part(x)[1][0], y)
         loss.backward()
         runtime.set_state(bundle.initial_state)
-        scalars = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0}
+        scalars = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
         batch = {n: np.asarray(value, np.float32) for n, value in scalars.items()}
         batch |= {"x": x.numpy(), "y": y.numpy(), "seed": np.asarray(seed, np.int64)}
         assert runtime.run("train", batch)["loss"] == pytest.approx(loss.item(), rel=1e-5)

@@ -18,6 +18,7 @@ from edge_sdk.protocol.tensors import Array
 from export.cutting.seeded_random import SeededDropout
 from export.steps.client_steps import ClientSteps
 from export.steps.step import Step
+from tests.lib.decay import groups_of
 from tests.lib.graph_runs import Run
 
 HYPER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
@@ -53,7 +54,7 @@ def _train(steps: ClientSteps, step: Step, run: Run, example: Tensor, rows: int,
     model = _shaken(steps, generator).train()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     norms = {n: b for n, b in model.named_buffers() if "running_" in n}
-    optimizer = torch.optim.SGD(_groups(trained), **HYPER)
+    optimizer = torch.optim.SGD(groups_of(model, trained.values()), **HYPER)
     momenta = {n: torch.zeros_like(p) for n, p in trained.items()}
     for _ in range(2):
         x, y = _draw(steps, example, rows, generator)
@@ -116,10 +117,6 @@ def _predict(
     if not error <= 1e-4 * (1e-2 + logits.abs().max().item()):
         return "logits"
     return "" if _packed_alike(steps, got, h) else "activations"
-
-
-def _groups(trained: dict[str, Tensor]) -> list[dict[str, object]]:
-    return [{"params": list(trained.values())}]
 
 
 def _shaken(steps: ClientSteps, generator: torch.Generator) -> nn.Module:

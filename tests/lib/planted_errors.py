@@ -320,7 +320,7 @@ _plant("conv", "train", "loss: the batch's size is the example's", _loss(train, 
 _plant("batchnorm", "fuse", "loss: mean over the heads", _loss(fused, _mean_over_heads))
 _plant(
     "conv", "train", "distillation: teachers learn from pupils",
-    lambda: patch.object(losses, "_disagreement", _teaches_back),
+    lambda: patch.object(losses, "disagreement", _teaches_back),
 )  # fmt: skip
 _plant(
     "conv", "train", "correct: the first head answers alone",
@@ -343,8 +343,8 @@ def _optimizer(kind: Any, wrong: Callable[..., Any]) -> Patch:
     """Replace the step of an optimizer; ``wrong`` gets the right step first."""
     right = kind.step
 
-    def step(self: Any, *args: Any) -> Any:
-        return wrong(lambda *a: right(self, *a), *args)
+    def step(self: Any, p: Any, g: Any, slots: Any, hyper: Any, decayed: Any) -> Any:
+        return wrong(lambda *a: right(self, *a, decayed), p, g, slots, hyper)
 
     return lambda: patch.object(kind, "step", step)
 

@@ -25,8 +25,15 @@ from tests.lib.models import (
 )
 
 HYPER = {
-    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
-    "adamw": {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1},
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "max_norm": 0.0},
+    "adamw": {
+        "lr": 0.01,
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "eps": 1e-3,
+        "weight_decay": 0.1,
+        "max_norm": 0.0,
+    },
 }
 
 

@@ -14,12 +14,12 @@ WORDS = 12
 
 def gpt2(**settings: Any) -> SplitModel:
     """A GPT-2 with four heads of width four."""
-    return from_transformers(
-        transformers.GPT2Config(
-            n_embd=16, n_layer=2, n_head=4, vocab_size=WORDS, n_positions=8, bos_token_id=1,
-            eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **settings,
-        )
-    )  # fmt: skip
+    known = {
+        "n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": WORDS, "n_positions": 8,
+        "bos_token_id": 1, "eos_token_id": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }  # fmt: skip
+    return from_transformers(transformers.GPT2Config(**known | settings))
 
 
 def llama(kind: str = "Llama", **settings: Any) -> SplitModel:
@@ -53,11 +53,11 @@ def bert() -> SplitModel:
     )  # fmt: skip
 
 
-def opt() -> SplitModel:
+def opt(**settings: Any) -> SplitModel:
     """An OPT; the layers of its MLP belong to the block itself."""
-    return from_transformers(
-        transformers.OPTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=24,
-            vocab_size=WORDS, max_position_embeddings=8, word_embed_proj_dim=16, dropout=0.0,
-        )
-    )  # fmt: skip
+    known = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 24,
+        "vocab_size": WORDS, "max_position_embeddings": 8, "word_embed_proj_dim": 16,
+        "dropout": 0.0,
+    }  # fmt: skip
+    return from_transformers(transformers.OPTConfig(**known | settings))

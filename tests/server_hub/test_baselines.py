@@ -30,6 +30,7 @@ from server_hub.simulation.job import FleetTier, Job, RoundsTable
 from server_hub.simulation.prepare import Client
 from server_hub.simulation.simulate import Simulation
 from server_hub.trunk.settings import TrunkTraining
+from tests.lib.decay import optimizer_of
 from tests.lib.models import BUILD, CLASSES, build
 
 EPOCHS, BATCH = 2, 16
@@ -108,9 +109,12 @@ def copy_of(model: SplitModel, state: Mapping[str, Tensor]) -> SplitModel:
     return result
 
 
-def sgd(parameters: Iterator[nn.Parameter] | list[nn.Parameter], lr: float) -> torch.optim.SGD:
-    """Return the default optimizer of jobs."""
-    return torch.optim.SGD(parameters, lr=lr, momentum=MOMENTUM, weight_decay=DECAY)
+def sgd(
+    model: nn.Module, lr: float, parameters: list[nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """Return the default optimizer of jobs, for some or all parameters of a model."""
+    hyper = {"lr": lr, "momentum": MOMENTUM, "weight_decay": DECAY}
+    return optimizer_of(model, hyper, parameters)
 
 
 def device_parameters(model: SplitModel, cut: int) -> list[nn.Parameter]:
@@ -123,7 +127,7 @@ def train_heads(
     model: SplitModel, cut: int, batches: Iterator[tuple[Tensor, Tensor]], distill: float = 0.0
 ) -> list[tuple[Tensor, Tensor]]:
     """Train a device on its heads; return the activations before each step, and the labels."""
-    optimizer = sgd(device_parameters(model, cut), LR)
+    optimizer = sgd(model, LR, device_parameters(model, cut))
     seen = []
     for x, y in batches:
         h, logits = model.stem(x), []
@@ -154,7 +158,7 @@ class TrunkLoop:
         blocks = [p for b in model.block[cut:] for p in b.parameters()]
         heads = [p for d in model.head_depths if d > cut for p in model.aux[str(d)].parameters()]
         self.parameters = [*blocks, *heads, *model.head.parameters()]
-        self.optimizer = sgd(self.parameters, lr)
+        self.optimizer = sgd(model, lr, self.parameters)
 
     def step(self, h: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
         """Make a step at ``factor`` times the rate; return the gradient of the activations."""
@@ -251,7 +255,7 @@ def fedavg_whole(
         for order, client in enumerate(sorted(members(number))):
             model = build()
             model.load_state_dict(state)
-            optimizer = sgd(list(model.parameters()), LR)
+            optimizer = sgd(model, LR)
             rng = np.random.default_rng(number * 1_000_003 + order)
             for x, y in run.batches(client, rng, EPOCHS):
                 optimizer.zero_grad()
@@ -394,7 +398,9 @@ def test_splitfed_with_one_device_is_sgd_on_the_uncut_model(tmp_path: Path) -> N
     start = with_heads([2])
     uncut = copy_of(start, start.state_dict())
     for number in (1, 2):
-        optimizer = sgd([p for n, p in uncut.named_parameters() if not n.startswith("aux.")], LR)
+        optimizer = sgd(
+            uncut, LR, [p for n, p in uncut.named_parameters() if not n.startswith("aux.")]
+        )
         for x, y in run.batches("a-1", run.order("a-1", number), EPOCHS):
             optimizer.zero_grad()
             cross_entropy(uncut(x), y).backward()  # type: ignore[no-untyped-call]
@@ -433,8 +439,8 @@ def test_splitfed_with_two_devices(tmp_path: Path, method: str) -> None:
     batches = {c: list(run.batches(c, run.order(c, 1), EPOCHS)) for c in clients}
     below = ["stem", "block.0", "block.1"]
     optimizers = {
-        c: sgd([p for n, p in m.named_parameters() if n.startswith(("stem.", "block.0.",
-                "block.1."))], LR)
+        c: sgd(m, LR, [p for n, p in m.named_parameters() if n.startswith(("stem.", "block.0.",
+                "block.1."))])
         for c, m in models.items()
     }  # fmt: skip
     if method == "splitfed-v1":
@@ -490,7 +496,7 @@ def test_merged_fedsplitx_averages_what_devices_and_trunk_have_both_trained(
     copies: list[tuple[Mapping[str, Tensor], float]] = []
     weights: dict[str, int] = {}
     everything = [*trunk_model.parameters()]
-    optimizer = sgd(everything, TRUNK_LR)
+    optimizer = sgd(trunk_model, TRUNK_LR)
     for client, cut in (("a-1", 1), ("b-1", 3)):  # the poorer finishes before the richer sends
         model = copy_of(start, start.state_dict())
         seen = train_heads(model, cut, run.batches(client, run.order(client, 1), EPOCHS))

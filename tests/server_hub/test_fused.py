@@ -44,6 +44,7 @@ from server_hub.gateway.tokens import TokenFile
 from server_hub.methods.settings import LocalTraining, MethodConfig
 from server_hub.rounds.rounds import RoundRules
 from tests.lib.codecs import Exact
+from tests.lib.decay import optimizer_of
 from tests.lib.graph_runs import run_of, verify
 from tests.lib.harness import examples, hub_config, running_hub
 from tests.lib.models import CLASSES, IMAGE, build, example
@@ -76,7 +77,7 @@ def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
     runtime = runtime_of(steps, "torch")
     uncut = copy.deepcopy(model).double().train()
     held = {n: p for n, p in uncut.named_parameters() if p.requires_grad and n in steps.parameters}
-    reference = get_optimizer(optimizer).reference(list(held.values()), HYPER[optimizer])
+    reference = optimizer_of(uncut, HYPER[optimizer], held.values())
     hyper = {name: np.asarray(value, np.float32) for name, value in HYPER[optimizer].items()}
     for number, rows in enumerate((8, 3)):
         x = draw(rows, number)
@@ -139,7 +140,7 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
     inputs = [p.spec.name for p in graphs["fuse"].inputs if p.role != "state"]
     seed = ["seed"] if kind == "dropout" else []
     grad = ["grad.h.q", "grad.h.scale"]
-    assert inputs == ["x", "y", *grad, "lr", "momentum", "weight_decay", "own", *seed]
+    assert inputs == ["x", "y", *grad, "lr", "momentum", "weight_decay", "max_norm", "own", *seed]
 
 
 @pytest.mark.parametrize("name", ["block.0.conv.weight", "aux.2.out.bias"])
@@ -195,7 +196,11 @@ def test_weights_follow_the_losses_and_what_does_not_come_is_done_without() -> N
     learner = Learner(runtime.manifest, runtime)
     data = Examples(images(12).numpy(), np.arange(12) % CLASSES)
     plan = LocalPlan(
-        1, 2, {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "own": 0.5}, "fused", 3
+        1,
+        2,
+        {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0, "own": 0.5},
+        "fused",
+        3,
     )
     hub_losses = [2.0, 0.5, None, 6.0, None, 1.0]  # None: no gradient arrives
     training = learner.training(runtime.get_state(), data, plan)

@@ -42,10 +42,12 @@ from server_hub.trunk.settings import TrunkTraining
 from server_hub.trunk.step import TrunkTrainer
 from tests.lib.adapted_gpt2 import DEPTH, LENGTH, WORDS, build, texts
 from tests.lib.codecs import Double, Exact
+from tests.lib.decay import optimizer_of
+from tests.lib.returned_models import HYPER
 from tests.lib.step_runtimes import manifest_of
 from tests.lib.trunk_models import step_input
 
-ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+ADAMW = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1, "max_norm": 0.0}
 
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
@@ -63,11 +65,15 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
 ) -> None:
     """In float64, with random cuts that change at every step; slots move with the blocks."""
     monkeypatch.setitem(packing.CODECS, "float64", Double())
-    hyper = ADAMW if optimizer == "adamw" else {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    hyper = (
+        ADAMW
+        if optimizer == "adamw"
+        else {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "max_norm": 0.0}
+    )
     model = build(seed=seed).double()
     uncut = copy.deepcopy(model)
     rule = get_optimizer(optimizer)
-    reference = rule.reference([p for p in uncut.parameters() if p.requires_grad], hyper)
+    reference = optimizer_of(uncut, hyper)
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     held = {n: p.detach().numpy().copy() for n, p in model.trained().items()}
     held |= {n: t.numpy() for n, t in rule.slots(model.trained()).items()}
@@ -100,7 +106,7 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
         report = trunk.step([arrival])
         (gradient,) = report.gradients
         assert gradient is not None
-        rates = {n: torch.tensor(hyper[n], dtype=torch.float64) for n in rule.hyper}
+        rates = {n: torch.tensor(hyper[n], dtype=torch.float64) for n in hyper}
         sent = torch.from_numpy(np.array(gradient["h"]))
         after = backward(steps).function(constants, {**state, "x": x, "grad.h": sent, **rates})
         for copied in trunk.finish():
@@ -157,7 +163,7 @@ def test_gradients_are_as_old_as_the_staleness_allows_and_no_older(staleness: in
     model, runtime, _ = runtime_at(cut)
     x, y = texts(rows, 3)
     data = Examples(x.numpy(), y.numpy())
-    hyper = {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.0}
+    hyper = {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.0, "max_norm": 0.0}
     plan = LocalPlan(2, batch, hyper, "returned", seed=5, staleness=staleness)
     shown: list[tuple[Array, Array]] = []
 
@@ -194,7 +200,7 @@ def test_gradients_are_as_old_as_the_staleness_allows_and_no_older(staleness: in
     twin = copy.deepcopy(model)
     held = [p for n, p in twin.named_parameters() if p.requires_grad
             and n.startswith(("block.0.", "block.1."))]  # fmt: skip
-    optimizer = get_optimizer("sgd").reference(list(held), hyper)
+    optimizer = optimizer_of(twin, hyper, held)
     waiting: deque[tuple[Tensor, Tensor]] = deque()
 
     def land() -> None:
@@ -233,8 +239,8 @@ def test_gradients_that_are_there_are_used_at_once() -> None:
             loss = loss_of(model.head(deep), torch.tensor(batch.labels))
             return {"h": torch.autograd.grad(loss, h)[0].numpy()}
 
-        plan = LocalPlan(1, 2, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}, "returned", 0,
-                         staleness)  # fmt: skip
+        hyper = HYPER["sgd"] | {"weight_decay": 0.0}
+        plan = LocalPlan(1, 2, hyper, "returned", 0, staleness)
         learner = Learner(runtime.manifest, runtime)
         result, most = drive(learner, Examples(x.numpy(), y.numpy()), plan, hub, late=False)
         assert most == 1

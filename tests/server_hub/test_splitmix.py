@@ -43,6 +43,7 @@ from server_hub.trunk.adversarial import hard_examples, mixed_logits
 from server_hub.trunk.evaluator import Evaluator, finished
 from server_hub.trunk.interface import TrunkCopy
 from server_hub.trunk.settings import TrunkTraining
+from tests.lib.decay import optimizer_of
 from tests.lib.dual_norms import only, shaken, torch_runtime
 from tests.lib.models import CLASSES, IMAGE, MeanHead, example
 from tests.lib.simulations import Interrupted, assert_alike, simulate, stop_after
@@ -319,7 +320,7 @@ def papers_loop(task: Job, simulation: Simulation) -> list[dict[str, Array]]:
                 model = copy.deepcopy(simulation.fleet.models[client.tier]).double().train()
                 model.load_state_dict(states[base], strict=False)
                 hyper = {"weight_decay": 5e-4, **task.local.hyper}
-                optimizer = torch.optim.SGD(model.parameters(), **hyper)
+                optimizer = optimizer_of(model, hyper)
                 rng = np.random.default_rng(number * 1_000_003 + order)
                 for _ in range(task.local.epochs):
                     for rows in np.array_split(

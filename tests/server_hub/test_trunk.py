@@ -18,12 +18,12 @@ from torch import Tensor
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import SplitModel
 from export.packing.codecs import CODECS, get_codec
-from export.steps.optimizers import OPTIMIZERS
 from server_hub.methods.method import ALL_PATHS
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
 from server_hub.trunk.evaluator import Evaluator, finished
 from server_hub.trunk.interface import Query, StepInput, StepReport, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
+from tests.lib.decay import optimizer_of
 from tests.lib.trunk_models import (
     CLASSES,
     DEPTH,
@@ -206,22 +206,7 @@ def steps_of(model: SplitModel, codec: str = "int8") -> list[list[StepInput]]:
 def test_steps_are_those_of_an_eager_loop(kind: str, codec: str, plan: TrunkPlan) -> None:
     model = MODELS[kind]()
     core, reference = core_of(model, plan), MODELS[kind]()
-    optimizer = (
-        torch.optim.SGD(
-            reference.parameters(),
-            lr=plan.hyper["lr"],
-            momentum=plan.hyper["momentum"],
-            weight_decay=plan.hyper["weight_decay"],
-        )
-        if plan.optimizer == "sgd"
-        else torch.optim.AdamW(
-            reference.parameters(),
-            lr=plan.hyper["lr"],
-            betas=(plan.hyper["beta1"], plan.hyper["beta2"]),
-            eps=plan.hyper["eps"],
-            weight_decay=plan.hyper["weight_decay"],
-        )
-    )
+    optimizer = optimizer_of(reference, plan.hyper)
     samples: dict[str, int] = {}
     for arrivals in steps_of(model, codec):
         report = core.step(arrivals)
@@ -457,7 +442,7 @@ def test_later_passes_merge_all_arrivals_up_to_max_rows() -> None:
     model, reference = dense_model(), dense_model()
     steps = steps_of(model)
     everything = [arrival for arrivals in steps for arrival in arrivals]
-    optimizer = OPTIMIZERS["sgd"].reference(list(reference.parameters()), dict(SGD.hyper))
+    optimizer = optimizer_of(reference, SGD.hyper)
     for arrivals in steps:
         plain_step(reference, optimizer, arrivals)
     for _ in range(2):
@@ -475,7 +460,7 @@ def test_later_passes_take_each_arrival_once_in_some_order(seed: int) -> None:
     matches = []
     for order in itertools.permutations(arrivals):
         reference = dense_model()
-        optimizer = OPTIMIZERS["sgd"].reference(list(reference.parameters()), dict(SGD.hyper))
+        optimizer = optimizer_of(reference, SGD.hyper)
         for arrival in (*arrivals, *order):
             plain_step(reference, optimizer, [arrival])
         want = state_of(reference)
@@ -745,6 +730,7 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
     report = core.step(arrivals)
     counts = [int((a.batch.labels >= 0).sum()) for a in arrivals]
     reference.stem.requires_grad_(False)
+    reference.get_parameter("stem.embedding.weight").requires_grad_()
     losses = []
     for arrival, gradient, count in zip(arrivals, report.gradients, counts, strict=True):
         h, labels = unpacked(arrival)
@@ -759,12 +745,14 @@ def test_a_step_on_texts_reports_by_label_and_returns_gradients_of_their_own_len
     assert report.rows == sum(counts)
     assert report.loss == pytest.approx(np.average(losses, weights=counts), rel=1e-5)
     trained = [p for p in reference.parameters() if p.grad is not None]
-    OPTIMIZERS["sgd"].reference(trained, dict(SGD.hyper)).step()
+    optimizer_of(reference, SGD.hyper, trained).step()
     copies = core.finish()
     assert_close(tensors_of(copies), {n: state_of(reference)[n] for n in tensors_of(copies)})
     assert {c.layer: c.samples for c in copies}["block.1"] == 2
     assert {c.layer: c.samples for c in copies}["head"] == 6
-    assert not any(name.startswith("stem.") for name in tensors_of(copies))
+    (part,) = [c for c in copies if c.part]
+    assert (part.layer, part.samples) == ("stem", 6)
+    assert part.tensors.keys() == {"stem.embedding.weight"}
 
 
 def test_evaluation_of_texts_is_perplexity() -> None:

@@ -23,6 +23,7 @@ from server_hub.trunk.interface import StepInput, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 from server_hub.trunk.vmapped import VmappedTrainer
 from tests.lib.codecs import Double
+from tests.lib.decay import optimizer_of
 from tests.lib.trunk_models import (
     DEPTH,
     activations,
@@ -109,7 +110,7 @@ def test_labels_of_a_greedy_device_weigh_less_and_all_else_is_plain_pytorch() ->
     model, reference = model_in_double(), model_in_double()
     trainer = TrunkTrainer(model, "cpu")
     trainer.begin(state_of(model), TrunkPlan("sgd", HYPER))
-    optimizer = torch.optim.SGD(reference.parameters(), **HYPER)
+    optimizer = optimizer_of(reference, HYPER)
     for inputs in greedy_steps():
         report = trainer.step(inputs)
         assert report.rows == sum(i.rows for i in inputs), "rows are counted as they are"
@@ -174,7 +175,7 @@ def test_base_networks_have_shares_of_their_own() -> None:
     tensors = {(c.base, n): t for c in trainer.finish() for n, t in c.tensors.items()}
     for base, inputs in enumerate((greedy, even)):
         mine = copy.deepcopy(reference)
-        optimizer = torch.optim.SGD(mine.parameters(), **HYPER)
+        optimizer = optimizer_of(mine, HYPER)
         rows = {d: sum(i.rows for i in inputs if i.device == d) for d in {i.device for i in inputs}}
         factors = {d: min(1.0, (sum(rows.values()) - n) / n) for d, n in rows.items()}
         assert (factors[f"device-{GREEDY}"] < 1) == (base == 0)
@@ -240,7 +241,7 @@ def test_a_u_shaped_step_is_that_of_plain_pytorch_with_long_gradients_shortened(
     trainer = TrunkTrainer(model, "cpu")
     trainer.begin(state_of(model), U_SHAPED)
     blocks = [p for block in reference.block for p in block.parameters()]
-    optimizer = torch.optim.SGD(blocks, **HYPER)
+    optimizer = optimizer_of(reference, HYPER, blocks)
     longest = dict.fromkeys(range(4), 0.0)
     for step, loud in enumerate((1.0, 1.0, louder)):
         inputs, gradients = u_shaped_step(trainer, reference, step, loud)

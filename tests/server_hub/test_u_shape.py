@@ -38,6 +38,7 @@ from tests.lib.adapted_gpt2 import WORDS
 from tests.lib.adapted_gpt2 import build as build_gpt2
 from tests.lib.adapted_gpt2 import texts as draw_texts
 from tests.lib.codecs import Double
+from tests.lib.decay import optimizer_of
 from tests.lib.graph_runs import run_of, verify
 from tests.lib.returned_models import HYPER, MODELS
 from tests.lib.step_runtimes import manifest_of
@@ -79,11 +80,11 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
     classes = WORDS if kind == "lora" else MODELS["groupnorm"][2]
     uncut = copy.deepcopy(model)
     rule, hyper = get_optimizer(optimizer), HYPER[optimizer]
-    reference = rule.reference([p for p in uncut.parameters() if p.requires_grad], hyper)
+    reference = optimizer_of(uncut, hyper)
     trunk = TrunkTrainer(copy.deepcopy(model), "cpu")
     held = {n: p.detach().numpy().copy() for n, p in model.trained().items()}
     held |= {n: t.numpy() for n, t in rule.slots(model.trained()).items()}
-    rates = {name: torch.tensor(hyper[name], dtype=torch.float64) for name in rule.hyper}
+    rates = {name: torch.tensor(hyper[name], dtype=torch.float64) for name in hyper}
     rng = np.random.default_rng(seed)
     for _ in range(4):
         cut = int(rng.integers(1, model.depth))
@@ -150,7 +151,7 @@ def test_arrivals_of_several_depths_are_one_step_over_all_their_labels(
     monkeypatch.setitem(packing.CODECS, "float64", Double())
     model = (build_gpt2() if kind == "lora" else conv()).double()
     state = {n: p.detach().numpy().copy() for n, p in model.trained().items()}
-    hyper = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+    hyper = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
     results: list[dict[str, Array]] = []
     returned: list[list[Array]] = []
     batches = [(cut, *draw(kind, rows, cut)) for cut, rows in ((2, 3), (1, 2), (2, 1))]

@@ -24,6 +24,7 @@ from export.packing.codecs import CODECS
 from server_hub.trunk.interface import StepInput, TrunkCopy, TrunkPlan
 from server_hub.trunk.step import TrunkTrainer
 from server_hub.trunk.vmapped import VmappedTrainer
+from tests.lib.decay import optimizer_of
 from tests.lib.dual_norms import only
 from tests.lib.models import CLASSES, FEATURES, IMAGE, conv_model, example, token_model
 from tests.lib.trunk_models import dense_model, inputs, step_input
@@ -125,24 +126,10 @@ class Eager:
         own = {n: torch.from_numpy(t[base].copy()) for n, t in state.items()}
         assert not self.model.load_state_dict(own, strict=False).unexpected_keys
         self.model.stem.requires_grad_(False)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        hyper = plan.hyper
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(
-                trained,
-                lr=hyper["lr"],
-                momentum=hyper["momentum"],
-                weight_decay=hyper["weight_decay"],
-            )
-            if plan.optimizer == "sgd"
-            else torch.optim.AdamW(
-                trained,
-                lr=hyper["lr"],
-                betas=(hyper["beta1"], hyper["beta2"]),
-                eps=hyper["eps"],
-                weight_decay=hyper["weight_decay"],
-            )
-        )
+        self.tied = self.model.task == "tokens"  # heads read the table
+        if self.tied:
+            self.model.get_parameter("stem.embedding.weight").requires_grad_()
+        self.optimizer = optimizer_of(self.model, plan.hyper)
         self.max_norm, self.dual = plan.max_norm, has_dual_norms(template)
         self.samples: dict[str, int] = {}
 
@@ -186,7 +173,9 @@ class Eager:
         for name, p in self.model.named_parameters():
             if not any(a.batch.noise for a in arrivals) and name in noise:
                 p.grad = None
-            elif name.startswith(tuple(f"{layer}." for layer in self.passed(lowest))):
+            elif p.requires_grad and name.startswith(
+                tuple(f"{layer}." for layer in self.passed(lowest))
+            ):
                 # clean rows do not reach the noise copy, nor noise rows the clean one
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
@@ -200,13 +189,14 @@ class Eager:
         """Return the layers above a cut that have trained tensors."""
         depth = self.model.depth - 1  # the block behind the last one does nothing
         blocks = {f"block.{i}" for i in range(cut, depth)}
-        return blocks | {f"aux.{d}" for d in range(cut + 1, depth + 1)}
+        heads = {f"aux.{d}" for d in range(cut + 1, depth + 1)}
+        return blocks | heads | ({"stem"} if self.tied else set())
 
     def tensors(self, layers: Sequence[str]) -> dict[str, Array]:
         """Return the tensors of some layers."""
         return {
             name: p.detach().numpy() for name, p in self.model.named_parameters()
-            if name.startswith(tuple(f"{layer}." for layer in layers))
+            if name.startswith(tuple(f"{layer}." for layer in layers)) and p.requires_grad
         }  # fmt: skip
 
 
@@ -256,6 +246,7 @@ def check(
     for base, reference in enumerate(alone):
         found = {c.layer: c.samples for c in copies if c.base == base}
         assert found == reference.samples
+        assert all(c.part is (c.layer == "stem") for c in copies)
         tensors = reference.tensors(list(found)) if found else {}
         if base not in hardened:
             tensors = {n: t for n, t in tensors.items() if n not in noise}

@@ -26,6 +26,9 @@ _HYPER = {
 }
 """Hyper-parameters of optimizers."""
 
+_MAX_NORMS = (0.0, 0.05, 1e6)
+"""Bounds of the gradients' norm, one a draw: none, one that bites, and one that does not."""
+
 _STEPS_BEFORE = 3
 """Number of steps that AdamW has made, so that its bias correction is not at its start."""
 
@@ -125,7 +128,9 @@ def draw_inputs(
     generator = torch.Generator().manual_seed(seed)
     x, y = source.draw(steps, rows, length, generator)
     used = seed % 2 == 1
-    drawn: Tensors = {"x": x}
+    # draws that replace one another differ by hundreds
+    bound = _MAX_NORMS[seed % 100 % len(_MAX_NORMS)]
+    drawn: Tensors = {"x": x, "max_norm": torch.tensor(bound)}
     if y is not None:
         drawn["y"] = y
     sizes = {"batch": rows} if length is None else {"batch": rows, "seq": length}

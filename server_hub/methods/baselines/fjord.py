@@ -14,7 +14,7 @@ from dataclasses import replace
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import State
 from export.bases.exported import without_trunk
-from export.bases.narrow import narrow, ordered_dropout, widths_within
+from export.bases.narrow import narrow
 from export.cutting.split_model import ClientSegment
 from export.packing.codecs import get_codec
 from export.planning.flops import flops_per_row
@@ -22,6 +22,8 @@ from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
 from export.steps.train import train
 from server_hub.aggregation.nested import Nested
+from server_hub.methods.baselines.ordered_dropout import ordered_dropout
+from server_hub.methods.baselines.widths import widths_within
 from server_hub.methods.fleet import Fleet, JobOutline, Recipe
 from server_hub.methods.method import Method, always
 

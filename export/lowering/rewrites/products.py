@@ -1,0 +1,34 @@
+"""Matrix products, as batched products or linear layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from export.lowering.rewrites.rule import replace
+from export.torch_internals import GraphShapes
+
+aten = torch.ops.aten
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product as a batched product with one batch."""
+    return torch.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze((0,))
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """A matrix product as a batched product with one batch, and an addition."""
+    product = mm(a, b)
+    product = product if alpha == 1 else product * alpha
+    return product + (bias if beta == 1 else bias * beta)
+
+
+def use_linear(graph: fx.Graph, shapes: GraphShapes) -> None:
+    """Replace ``mm`` and ``addmm`` with a transposed second factor by ``linear``."""
+    for node in list(graph.nodes):
+        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            continue
+        *bias, a, b = node.args
+        vector = all(n.meta["val"].shape == node.meta["val"].shape[1:] for n in bias)
+        if vector and b.target is aten.permute.default and list(b.args[1]) == [1, 0]:
+            replace(node, aten.linear.default, (a, b.args[0], *bias), {}, graph, shapes)
