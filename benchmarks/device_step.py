@@ -270,7 +270,8 @@ def _eager(name: str) -> tuple[Callable[[], Any], float]:
     from torch.nn.functional import cross_entropy
 
     from benchmarks.families import FAMILIES
-    from export.cutting.split_model import ClientSegment, channel_axis
+    from export.cutting.channels import channel_axis
+    from export.cutting.split_model import ClientSegment
     from export.packing.codecs import get_codec
     from export.steps.optimizers import get_optimizer
 
@@ -286,7 +287,7 @@ def _eager(name: str) -> tuple[Callable[[], Any], float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        codec.pack(h, channel_axis(h, segment.channels_first))
+        codec.pack(h, channel_axis(h, segment.channels))
 
     return step, sum(t.nbytes for t in segment.state_dict().values()) / 1e6
 

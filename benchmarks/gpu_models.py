@@ -14,7 +14,8 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from benchmarks.bare_loop import BareBatch
 from benchmarks.resnet import build as build_resnet
 from edge_sdk.protocol.messages import Batch
-from export.cutting.split_model import SplitModel, channel_axis
+from export.cutting.channels import channel_axis
+from export.cutting.split_model import SplitModel
 from export.packing.codecs import get_codec
 from server_hub.trunk.interface import StepInput
 
@@ -125,7 +126,7 @@ def packed_batch(model: SplitModel, cut: int, x: np.ndarray, y: np.ndarray) -> B
     if inputs.is_floating_point():
         inputs = inputs.to(parameter.dtype)
     h = model.segment(inputs, cut)
-    parts = get_codec(CODEC).pack(h, channel_axis(h, model.channels_first))
+    parts = get_codec(CODEC).pack(h, channel_axis(h, model.channels_at(cut, inputs)))
     return Batch(parts={n: part.cpu().numpy() for n, part in parts.items()}, labels=y)
 
 

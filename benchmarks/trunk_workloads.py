@@ -22,7 +22,8 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import Array
 from export.adapters_lora.lora import Lora, add_lora
-from export.cutting.split_model import WEIGHTS, SplitModel, channel_axis
+from export.cutting.channels import channel_axis
+from export.cutting.split_model import WEIGHTS, SplitModel
 from export.packing.codecs import get_codec
 
 CODEC = "int8"
@@ -231,7 +232,7 @@ def _packed_batches(workload: Workload, model: SplitModel, cut: int, seed: int) 
         rows = slice(number * workload.batch, (number + 1) * workload.batch)
         with torch.no_grad():
             h = model.segment(torch.from_numpy(x[rows]), cut)
-        parts = codec.pack(h, channel_axis(h, model.channels_first))
+        parts = codec.pack(h, channel_axis(h, model.known_channels(cut)))
         tensors |= {f"{number}/{name}": part.numpy() for name, part in parts.items()}
         tensors[f"{number}/"] = y[rows]
     return pack_tensors(tensors)

@@ -65,11 +65,11 @@ class _BatchInFlight:
     head_stepped: bool = False
 
 
-def _check_finite(parts: Mapping[str, Array]) -> None:
-    """Raise :class:`Diverged` if packed activations, by name, are not finite once unpacked."""
+def _check_finite(parts: Mapping[str, Array], what: str = "the activations are") -> None:
+    """Raise :class:`Diverged` if packed tensors, by name, are not finite once unpacked."""
     for part in parts.values():
         if part.dtype.kind == "f" and not (np.abs(part.astype(np.float32)) < _LARGEST).all():
-            raise Diverged("the activations are not finite")
+            raise Diverged(f"{what} not finite")
 
 
 class _Scores:
@@ -189,8 +189,8 @@ class Learner:
             plan: epochs, batch size, hyper-parameters.
 
         Raises:
-            Diverged: the loss, a parameter or packed activations are not finite any more; the
-                runtime then holds ``state`` again.
+            Diverged: the loss, a parameter, or what is packed here or came packed from the hub is
+                not finite any more; the runtime then holds ``state`` again.
         """
         self.runtime.set_state(state)
         try:
@@ -325,6 +325,7 @@ class Learner:
                 scores.add(outputs, batch.examples)
             else:
                 assert isinstance(reply, Gradient)
+                _check_finite(reply.parts, "a gradient from the hub is")
                 inputs |= {f"grad.{name}": part for name, part in reply.parts.items()}
                 if fused:
                     own = self._own(plan, scores, reply.loss)
@@ -354,11 +355,13 @@ class Learner:
                 assert not wait
                 return
             assert isinstance(reply, Features)
+            _check_finite(reply.parts, "the features from the hub are")
             seed = {name: value for name, value in batch.inputs.items() if name == "seed"}
             inputs = {f"features.{name}": part for name, part in reply.parts.items()}
             inputs |= {"y": batch.examples.y, **hyper, **seed}
             outputs = scores.add(self.runtime.run("finish", inputs), batch.examples)
             parts = {name.removeprefix("grad."): part for name, part in outputs.items()}
+            _check_finite(parts, "the gradient of the features is")
             batch.head_stepped = True
             yield Outgoing(batch.number, HeadGradient(parts, batch.examples.labels))
 

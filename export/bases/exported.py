@@ -31,8 +31,9 @@ def without_trunk(model: SplitModel) -> SplitModel:
         [*model.block, nn.Identity()],
         NoHead(),
         model.task,
-        channels_first=model.channels_first,
+        channels=model.channels,
     )
+    whole.layout = model.layout
     whole.aux[str(model.depth)] = model.head
     return whole
 

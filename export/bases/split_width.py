@@ -150,8 +150,10 @@ class Rescaling:
 
 def _without_origin(model: TransformersModel) -> SplitModel:
     """The same layers as a plain SplitModel: no transformers model has these sizes to save as."""
-    result = SplitModel(model.stem, list(model.block), model.head, model.task)
-    result.aux, result.training = model.aux, model.training
+    result = SplitModel(
+        model.stem, list(model.block), model.head, model.task, channels=model.channels
+    )
+    result.aux, result.training, result.layout = model.aux, model.training, model.layout
     return result
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from export.cutting.channels import Channels
 from export.cutting.split_model import SplitModel, Task
 from export.errors import ExportError, reason
 
@@ -49,6 +50,7 @@ def from_module(
     head: Part | Sequence[Part],
     example: Tensor | None = None,
     task: Task = "classes",
+    channels: Channels | None = None,
 ) -> SplitModel:
     """Make a SplitModel of a module that runs a stem, a list of blocks and a head in order.
 
@@ -71,6 +73,7 @@ def from_module(
         example: inputs (batch, ...) on which the parts in order must return the module's logits,
             in evaluation mode. Without an example nothing is checked.
         task: task of the model.
+        channels: where activations have their channels, see :class:`SplitModel`.
 
     Raises:
         ExportError: the module has no part of a given name, or the parts in order do not compute
@@ -78,12 +81,19 @@ def from_module(
     """
     if example is not None:
         twin = copy.deepcopy(module).eval()
-        _compare(twin, _split(twin, stem, blocks, head, task).eval(), example)
-    return _split(module, stem, blocks, head, task)
+        _compare(twin, _split(twin, stem, blocks, head, task, channels).eval(), example)
+    return _split(module, stem, blocks, head, task, channels)
 
 
-def from_layers(layers: Sequence[nn.Module], task: Task = "classes") -> SplitModel:
+def from_layers(
+    layers: Sequence[nn.Module], task: Task = "classes", channels: Channels | None = None
+) -> SplitModel:
     """Make a SplitModel of layers that run in order: the first is the stem, the last the head.
+
+    Args:
+        layers: the layers.
+        task: task of the model.
+        channels: where activations have their channels, see :class:`SplitModel`.
 
     Raises:
         ExportError: there are fewer than 4 layers.
@@ -93,7 +103,7 @@ def from_layers(layers: Sequence[nn.Module], task: Task = "classes") -> SplitMod
             f"{len(layers)} layers cannot be cut; there must be a stem, 2 blocks or more, a head"
         )
     first, *blocks, last = layers
-    return SplitModel(_joined([first], task), blocks, last, task)
+    return SplitModel(_joined([first], task), blocks, last, task, channels=channels)
 
 
 def _split(
@@ -102,12 +112,14 @@ def _split(
     blocks: str | Sequence[str],
     head: Part | Sequence[Part],
     task: Task,
+    channels: Channels | None,
 ) -> SplitModel:
     return SplitModel(
         _joined(_parts(module, stem), task),
         _blocks(module, blocks),
         _joined(_parts(module, head), "classes"),
         task,
+        channels=channels,
     )
 
 

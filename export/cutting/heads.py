@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from export.cutting.channels import Channels
+
 GRID = 4
 """Rows and columns of means to which a head pools images."""
 
@@ -22,32 +24,32 @@ class AuxiliaryHead(nn.Module):
     Args:
         width: feature width ``d`` of the activations.
         classes: number of classes.
-        channels_first: whether activations of three dimensions are (B, C, L), not (B, T, C).
-        grid: rows and columns of means to which (B, C, H, W) is pooled.
+        channels: where activations have their channels: (B, C, ...) or (B, ..., C).
+        grid: rows and columns of means to which images are pooled.
     """
 
-    def __init__(
-        self, width: int, classes: int, channels_first: bool = False, grid: int = 1
-    ) -> None:
+    def __init__(self, width: int, classes: int, channels: Channels, grid: int = 1) -> None:
         super().__init__()
         hidden = hidden_width(width)
-        self.channels_first, self.grid = channels_first, grid
+        self.channels, self.grid = channels, grid
         self.hidden = nn.Linear(width * grid * grid, hidden)
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Logits (batch, classes) from activations (B, C, ...) or (B, T, C).
+        """Logits (batch, classes) from activations (B, C, ...) or (B, ..., C).
 
         Positions of (B, T, C) whose channels are all zero are padding and do not count in the mean.
         """
-        if h.dim() == 3 and not self.channels_first:
+        last = self.channels == "last"
+        if h.dim() == 3 and last:
             positions_B1 = (h != 0).any(2).to(h.dtype).sum(1, keepdim=True)
             h = h.sum(1) / positions_B1.clamp(min=1)
         elif h.dim() == 4 and self.grid > 1:
-            h = adaptive_avg_pool2d(h, self.grid).flatten(1)
+            h_BCHW = h.permute(0, 3, 1, 2) if last else h
+            h = adaptive_avg_pool2d(h_BCHW, self.grid).flatten(1)
         elif h.dim() > 2:
-            h = h.mean(list(range(2, h.dim())))
+            h = h.mean((1, 2) if last else list(range(2, h.dim())))
         logits: Tensor = self.out(torch.relu(self.norm(self.hidden(h))))
         return logits
 
@@ -57,9 +59,10 @@ def hidden_width(width: int) -> int:
     return max(width // 2, 8)
 
 
-def grid_of(h: Tensor) -> int:
+def grid_of(h: Tensor, channels: Channels) -> int:
     """The grid of a head: :data:`GRID` for images with as many rows and columns, else 1."""
-    return GRID if h.dim() == 4 and min(h.shape[2:]) >= GRID else 1
+    positions = h.shape[2:] if channels == "first" else h.shape[1:-1]
+    return GRID if len(positions) == 2 and min(positions) >= GRID else 1
 
 
 def grid_and_width(inputs: int, hidden: int) -> tuple[int, int]:

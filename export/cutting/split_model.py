@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.errors import BundleError
+from export.cutting.channels import Channels, channel_axis, find_channels
 from export.cutting.heads import AuxiliaryHead, TokenHead, grid_and_width, grid_of
 from export.errors import ExportError
 from export.tensor_files import save_tensors
@@ -39,12 +41,13 @@ class SplitModel(nn.Module):
         head: module from the output of the last block to logits: (batch, classes), or (batch,
             positions, vocabulary) for ``tokens``.
         task: kind of the labels.
-        channels_first: whether activations of three dimensions are (batch, channels, length), as
-            after a Conv1d, instead of (batch, positions, channels).
+        channels: where activations have their channels: ``first``, (batch, channels, ...), or
+            ``last``, (batch, ..., channels). None: the model shows it by its convolutions, linear
+            layers and norms, for each cut.
 
     Raises:
-        ExportError: there are fewer than 2 blocks, the task is unknown, or the stem of a model of
-            tokens has no ``embedding``.
+        ExportError: there are fewer than 2 blocks, the task or ``channels`` is unknown, or the stem
+            of a model of tokens has no ``embedding``.
     """
 
     def __init__(
@@ -54,13 +57,17 @@ class SplitModel(nn.Module):
         head: nn.Module,
         task: Task = "classes",
         *,
-        channels_first: bool = False,
+        channels: Channels | None = None,
     ) -> None:
         super().__init__()
         if len(blocks) < 2:
             raise ExportError(f"a model needs at least 2 blocks to be cut, this has {len(blocks)}")
         if task not in get_args(Task):
             raise ExportError(f"unknown task {task!r}; there are {', '.join(get_args(Task))}")
+        if channels not in (None, *get_args(Channels)):
+            raise ExportError(f"channels is {channels!r}; it must be 'first', 'last' or None")
+        if task == "tokens" and channels == "first":
+            raise ExportError("activations of a model of tokens are (batch, positions, channels)")
         if task == "tokens" and not isinstance(getattr(stem, "embedding", None), nn.Embedding):
             raise ExportError("a model of tokens needs a stem whose .embedding is an nn.Embedding")
         self.stem = stem
@@ -68,7 +75,9 @@ class SplitModel(nn.Module):
         self.aux = nn.ModuleDict()
         self.head = head
         self.task = task
-        self.channels_first = channels_first
+        self.channels: Channels | None = "last" if task == "tokens" else channels
+        self.layout: dict[int, Channels] = {}
+        """Where activations have their channels, by depth, as far as it was found."""
 
     @property
     def depth(self) -> int:
@@ -97,22 +106,65 @@ class SplitModel(nn.Module):
             classes: number of classes; for ``tokens`` the size of the vocabulary.
 
         Raises:
-            ExportError: a cut is outside the model, or ``classes`` or the width at a cut does not
+            ExportError: a cut is outside the model; the model does not show which axis of the
+                activations there holds the channels; or ``classes`` or the width at a cut does not
                 fit the stem's table (``tokens``).
         """
-        for cut in sorted(set(cuts)):
+        cuts = sorted(set(cuts))
+        for cut in cuts:
             self.check_cut(cut)
+        if self.channels is None and self.depth not in self.layout:
+            self._find_layout(example)  # also that of the features, which no head reads
+        for cut in cuts:
+            channels = self.channels_at(cut, example)
             if str(cut) not in self.aux:
                 with torch.no_grad(), evaluating(self):
                     h = self.segment(example, cut)
-                width = h.shape[channel_axis(h, self.channels_first)]
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(cut)  # so that the same model gives the same bundles
-                    self.aux[str(cut)] = self._head(width, classes, grid_of(h))
+                    self.aux[str(cut)] = self._head(h, channels, classes)
 
-    def _head(self, width: int, classes: int, grid: int) -> nn.Module:
+    def channels_at(self, depth: int, example: Tensor) -> Channels:
+        """Where activations at a depth have their channels.
+
+        Args:
+            depth: number of blocks below the activations.
+            example: inputs (batch, ...).
+
+        Raises:
+            ExportError: ``channels`` was not given, and the model does not show it: no layer reads
+                or makes them, or some read axis 1 as channels and some the last axis.
+        """
+        known = self.known_channels(depth)
+        if known is None:
+            found = self._find_layout(example)
+            if depth not in self.layout:
+                reads = "axis 1 and the last axis" if found[depth] == "both" else "no axis"
+                raise ExportError(
+                    f"which axis holds the channels of the activations at cut {depth}? The model's "
+                    f"convolutions, linear layers and norms read {reads} as such; give SplitModel "
+                    'channels="first", (batch, channels, ...), or channels="last"'
+                )
+        return known or self.layout[depth]
+
+    def _find_layout(self, example: Tensor) -> list[Channels | Literal["both"] | None]:
+        parts = [self.stem, *self.block]
+        with evaluating(self):
+            found = find_channels([*parts, self.head], example[:2])[: len(parts)]
+        self.layout |= {d: c for d, c in enumerate(found) if c == "first" or c == "last"}
+        return found
+
+    def known_channels(self, depth: int) -> Channels | None:
+        """Where activations at a depth have their channels, if that was given or found."""
+        head = dict(self.aux).get(str(depth))
+        return self.channels or (
+            head.channels if isinstance(head, AuxiliaryHead) else self.layout.get(depth)
+        )
+
+    def _head(self, h: Tensor, channels: Channels, classes: int) -> nn.Module:
+        width = h.shape[channel_axis(h, channels)]
         if self.task == "classes":
-            return AuxiliaryHead(width, classes, self.channels_first, grid)
+            return AuxiliaryHead(width, classes, channels, grid_of(h, channels))
         table = self.stem.embedding
         assert isinstance(table, nn.Embedding)
         if (classes, width) != (table.num_embeddings, table.embedding_dim):
@@ -166,7 +218,9 @@ class SplitModel(nn.Module):
         Raises:
             ExportError: the file cannot be written.
         """
-        save_tensors({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, path)
+        tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}
+        layout = {d: h.channels for d, h in self.aux.items() if isinstance(h, AuxiliaryHead)}
+        save_tensors(tensors, path, {"channels": json.dumps(layout)} if layout else None)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name; tied tensors appear under their first name only."""
@@ -180,19 +234,20 @@ class SplitModel(nn.Module):
         Raises:
             BundleError: the file cannot be read, or its tensors do not fit the model.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
             with open(path, "rb"):  # safetensors calls every failure a missing file
                 pass
-            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                layout = json.loads((file.metadata() or {}).get("channels", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise BundleError(f"cannot read the weights {path}: {error}") from error
         for name in tensors:
             head = re.fullmatch(r"aux\.([1-9]\d*)\.norm\.weight", name)
             if head and head[1] not in self.aux:
-                self._add_head_like(head[1], tensors)
+                self._add_head_like(head[1], tensors, layout.get(head[1]))
         own = self.tensors()
         wrong = [
             f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing in the file'}"
@@ -206,15 +261,21 @@ class SplitModel(nn.Module):
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
 
-    def _add_head_like(self, depth: str, tensors: dict[str, Tensor]) -> None:
-        """Add a head of the size that the tensors of a file have."""
+    def _add_head_like(
+        self, depth: str, tensors: dict[str, Tensor], channels: Channels | None
+    ) -> None:
+        """Add a head of the size that the tensors of a file have.
+
+        Files of earlier versions do not say where activations have their channels.
+        """
         if self.task == "tokens":
             self.aux[depth] = TokenHead(len(tensors[f"aux.{depth}.norm.weight"]))
         elif {f"aux.{depth}.hidden.weight", f"aux.{depth}.out.bias"} <= tensors.keys():
             hidden, inputs = tensors[f"aux.{depth}.hidden.weight"].shape
             grid, width = grid_and_width(inputs, hidden)
             classes = len(tensors[f"aux.{depth}.out.bias"])
-            self.aux[depth] = AuxiliaryHead(width, classes, self.channels_first, grid)
+            channels = channels or self.channels or ("first" if grid > 1 else "last")
+            self.aux[depth] = AuxiliaryHead(width, classes, channels, grid)
 
 
 class ClientSegment(nn.Module):
@@ -241,12 +302,14 @@ class ClientSegment(nn.Module):
         self.stem = model.stem
         self.block = model.block[:cut]
         self.aux = nn.ModuleDict({str(d): model.aux[str(d)] for d in model.head_depths if d <= cut})
-        self.channels_first = model.channels_first
+        self.channels = model.known_channels(cut)
+        """Where the activations have their channels; None if it was not found."""
         self.features: Callable[[Tensor], Tensor] | None = None
         """Maps inputs to features; None if the device does not hold the model's head."""
         if u_shaped:
             self.head = model.head
             self.features = model.features
+            self.feature_channels = model.known_channels(model.depth)
         if not self.aux:
             raise ExportError(f"there is no auxiliary head at or before cut {cut}; add one")
 
@@ -298,24 +361,6 @@ def statistics(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         if isinstance(norm, NormBase) and norm.track_running_stats
         for key in ("running_mean", "running_var")
     }
-
-
-def channel_axis(h: Tensor, channels_first: bool = False) -> int:
-    """Axis of the channels: 1 for (B, C) and (B, C, H, W), 2 for (B, T, C).
-
-    Args:
-        h: activations.
-        channels_first: whether three dimensions are (B, C, L), whose channels are axis 1.
-
-    Raises:
-        ExportError: the activations do not have 2, 3 or 4 dimensions.
-    """
-    if h.dim() not in (2, 3, 4):
-        raise ExportError(
-            f"activations of shape {list(h.shape)} at a cut; they must be (batch, channels), "
-            "(batch, positions, channels) or (batch, channels, height, width)"
-        )
-    return 2 if h.dim() == 3 and not channels_first else 1
 
 
 @contextmanager

@@ -98,8 +98,9 @@ class CutMeasurer:
             list(model.block),
             model.head,
             model.task,
-            channels_first=model.channels_first,
+            channels=model.channels,
         )
+        view.layout = model.layout
         view.aux.update({str(d): self._heads[str(d)] for d in depths if str(d) in self._heads})
         self._check(cut)
         check_sharing(model, cut)

@@ -10,10 +10,7 @@ from export.planning.plan import Plan
 
 
 def cuts_table(plan: Plan) -> Table:
-    """Table of the costs of every cut that do not depend on the tier.
-
-    Scales, which a batch shares, are divided among the rows of the first tier's batch.
-    """
+    """Table of the costs of every cut that do not depend on the tier."""
     rows = plan.to_json()["cuts"]
     several = len({_exported_as(row) for row in rows}) > 1
     text = any(row.get("tokens", 1) > 1 for row in rows)

@@ -22,13 +22,15 @@ from edge_sdk.bundle.manifest import Port, StateSpec
 from edge_sdk.bundle.ranges import MAX_POSITIONS, Ranges
 from edge_sdk.protocol.tensors import TensorSpec
 from export.bases.dual_norms import has_dual_norms, noise_tensors, robustness
+from export.cutting.channels import channel_axis
 from export.cutting.checks import is_recurrent
 from export.cutting.seeded_random import SeededDropout
-from export.cutting.split_model import ClientSegment, channel_axis, statistics
+from export.cutting.split_model import ClientSegment, statistics
 from export.errors import ExportError
 from export.packing.codecs import Codec
 from export.steps.clipping import MAX_NORM, clipped
 from export.steps.optimizers import Optimizer
+from export.steps.shapes import find_shapes
 from export.steps.step import Step, Tensors
 from export.steps.weight_decay import decayed_names
 from export.tensor_names import WAITING, is_below_heads
@@ -120,12 +122,11 @@ class ClientSteps:
         self._blocks = _Blocks(segment)
         self._modules = list(segment.modules())
         self._tied = _tied(segment)
-        shape: tuple[int | str, ...] = ("batch", *example.shape[1:])
-        if segment.task == "tokens" or self._takes_any_length(example):
-            shape = ("batch", "seq")
-        self.x = TensorSpec("x", _dtype(example), shape)
+        # a graph has a copy of a recurrent cell for each position
+        shapes = find_shapes(self._outputs, example, segment.task, one_length=is_recurrent(segment))
+        self.x = TensorSpec("x", _dtype(example), shapes.x)
         self.example_length = example.shape[1] if example.dim() > 1 else 1
-        self.y = TensorSpec("y", "int64", shape if segment.task == "tokens" else ("batch",))
+        self.y = TensorSpec("y", "int64", shapes.x if segment.task == "tokens" else ("batch",))
         with torch.no_grad(), SeededDropout(torch.zeros((), dtype=torch.int64)) as dropout:
             h, _ = self.call(
                 training=True,
@@ -134,34 +135,19 @@ class ClientSteps:
             )
         self.random_calls = dropout.calls
         """Number of random masks that a training step of the segment draws."""
-        self.axis = channel_axis(h, segment.channels_first)
-        self.packed = codec.specs(self._symbolic(h, example), self.axis)
+        self.axis = channel_axis(h, segment.channels)
+        self.packed = codec.specs(shapes.outputs[0], self.axis)
         self.features: tuple[TensorSpec, ...] = ()
         if segment.features is not None:
             with torch.no_grad():
-                deep = segment.features(example)
-            self.features_axis = channel_axis(deep, segment.channels_first)
-            self.features = codec.specs(self._symbolic(deep, example), self.features_axis)
+                deep = segment.features(example[:1])
+            self.features_axis = channel_axis(deep, segment.feature_channels)
+            self.features = codec.specs(shapes.outputs[1], self.features_axis)
 
-    def _takes_any_length(self, example: Tensor) -> bool:
-        """Whether inputs are texts, and the segment also accepts the shortest ones."""
-        if example.is_floating_point() or example.dim() != 2 or example.shape[1] < 2:
-            return False
-        if is_recurrent(self.segment):  # a graph has a copy of the cell for each position
-            return False
-        tensors = {**self.constants, **self.initial}
-        try:
-            with torch.no_grad():
-                for length in (example.shape[1] - 1, 1):
-                    self.call(False, tensors, example[:, :length])
-        except (RuntimeError, ValueError, IndexError):
-            return False
-        return True
-
-    def _symbolic(self, h: Tensor, example: Tensor) -> tuple[int | str, ...]:
-        """The shape of activations with the symbolic dimensions of ``x``."""
-        seq = ["seq"] if self.x.shape[1:2] == ("seq",) and h.shape[1] == example.shape[1] else []
-        return ("batch", *seq, *h.shape[1 + len(seq) :])
+    def _outputs(self, x: Tensor) -> list[Tensor]:
+        """Activations at the cut, and features where the model's head is on the device."""
+        h, _ = self.call(False, {**self.constants, **self.initial}, x)
+        return [h, *([] if self.segment.features is None else [self.segment.features(x)])]
 
     # the state
 

@@ -70,7 +70,7 @@ def build_for_demo() -> SplitModel:
     for depth, width in ((1, 8), (3, 24), (5, 48)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(depth)
-            model.aux[str(depth)] = AuxiliaryHead(width, CLASSES)
+            model.aux[str(depth)] = AuxiliaryHead(width, CLASSES, "first")
     return model
 
 

@@ -202,9 +202,9 @@ class UpdateCollector:
         effect: Effect,
     ) -> None:
         """Send back the output of the last block; keep the batch for the trunk's step."""
-        texts = self._manifests[peer.tier].task == "tokens"
-        shape = (sizes["batch"], sizes["seq"]) if texts else (sizes["batch"],)
-        step_input = replace(step_input, label_shape=shape)
+        manifest = self._manifests[peer.tier]
+        shape = (sizes["batch"], sizes["seq"]) if manifest.task == "tokens" else (sizes["batch"],)
+        step_input = replace(step_input, label_shape=shape, features=manifest.features)
         try:
             parts = await self._trunk.features(step_input)
         except Exception as error:

@@ -13,7 +13,8 @@ from edge_sdk.protocol.tensors import Array, State
 from edge_sdk.training import text
 from edge_sdk.training.data import Examples
 from export.bases.dual_norms import robustness
-from export.cutting.split_model import NoHead, SplitModel, channel_axis
+from export.cutting.channels import channel_axis
+from export.cutting.split_model import NoHead, SplitModel
 from export.packing.codecs import get_codec
 from server_hub.trunk.errors import TrunkRefused, is_damage, reason_of
 from server_hub.trunk.interface import EvaluationReport, Query
@@ -133,12 +134,14 @@ class Evaluator:
             tallies = {path: Tally(task) for path in paths}
             for batch in batches_to_evaluate(self._held_out, model):
                 with torch.no_grad():
-                    h, own = model.stem(self._move(batch.x)), []
+                    x = self._move(batch.x)
+                    h, own = model.stem(x), []
                     for depth in range(cut):
                         h = model.block[depth](h)
                         if str(depth + 1) in model.aux:
                             own.append(model.answer(depth + 1, h))
-                    sent = codec.unpack(codec.pack(h, channel_axis(h, model.channels_first)))
+                    axis = channel_axis(h, model.channels_at(cut, x))
+                    sent = codec.unpack(codec.pack(h, axis))
                     hub = _above(model, sent, cut).cpu().numpy()
                     device = torch.stack(own).cpu().numpy()
                 for path, tally in tallies.items():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edge_sdk.protocol.messages import Batch, HeadGradient
-from edge_sdk.protocol.tensors import Array, State
+from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from export.steps.weight_decay import Decay
 from server_hub.trunk.settings import Precision
 
@@ -28,6 +28,7 @@ class StepInput:
         label_shape: shape of the labels, where these stay on the device; else empty.
         head_gradient: gradient of the features, where labels stay on the device.
         length: number of positions of each example, of texts; else 1.
+        features: what packed features must be, where labels stay on the device; else empty.
     """
 
     device: str
@@ -39,6 +40,7 @@ class StepInput:
     label_shape: tuple[int, ...] = ()
     head_gradient: HeadGradient | None = None
     length: int = 1
+    features: tuple[TensorSpec, ...] = ()
 
     @property
     def nbytes(self) -> int:

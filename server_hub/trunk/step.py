@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.protocol.tensors import Array, State
-from export.cutting.split_model import SplitModel, channel_axis
+from export.cutting.split_model import SplitModel
 from export.cutting.tied import tied_tensors
 from export.packing.codecs import get_codec
 from server_hub.trunk.bounds import ActivationBound, GradientBound
@@ -131,7 +131,8 @@ class TrunkTrainer:
             h = self._merged_features(replica, {step_input.cut: [h]})
             if not torch.isfinite(h).all():
                 return None
-            parts = codec.pack(h, channel_axis(h, self._pool.template.channels_first))
+            shapes = {spec.name: spec.shape for spec in step_input.features}
+            parts = codec.pack_as(h, shapes)
             return {name: part.cpu().numpy() for name, part in parts.items()}
         except Exception as error:
             if is_damage(error):
@@ -388,8 +389,8 @@ class TrunkTrainer:
         """Gradient at the cut of the mean over the batch's own labels, not over all ``labels``."""
         assert batch.h.grad is not None
         own = batch.h.grad * (labels / (batch.received.counted * weight))
-        axis = channel_axis(batch.h, self._pool.template.channels_first)
-        parts = get_codec(batch.source.codec).pack(own, axis)
+        shapes = {name: part.shape for name, part in batch.received.parts.items()}
+        parts = get_codec(batch.source.codec).pack_as(own, shapes)
         return {name: part.cpu().numpy() for name, part in parts.items()}
 
     # --- replicas -------------------------------------------------------------------------------

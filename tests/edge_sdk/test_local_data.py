@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from edge_sdk.bundle.manifest import Graph, Manifest, Port
 from edge_sdk.errors import ConfigError, DataError, Diverged
 from edge_sdk.protocol.enums import ActivationMode
+from edge_sdk.protocol.messages import Features, Gradient
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from edge_sdk.runtime import Runtime
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
 from edge_sdk.training.local_data import LocalData, is_kept_back
-from edge_sdk.training.plan import Augment, LocalPlan
+from edge_sdk.training.plan import Augment, LocalPlan, ReplyRequest
 from tests.lib.collected import Collected
 
 X = TensorSpec("x", "float32", ("batch", 3))
@@ -227,6 +228,25 @@ def test_activations_that_are_not_finite_are_not_sent(mode: ActivationMode, scal
     with pytest.raises(Diverged, match="the activations are not finite"):
         learner.train({}, pool(8), plan, lambda number, _: sent.append(number))
     assert not sent
+
+
+@pytest.mark.parametrize("mode", ["returned", "fused", "u_shaped"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["h", "h.scale"])
+def test_what_the_hub_sends_back_is_refused_if_it_is_not_finite(
+    mode: ActivationMode, bad: float, name: str
+) -> None:
+    """Gradients and features are refused before a step is made with them."""
+    runtime, parts = Noting(), {name: np.array([[1.0], [bad]], np.float16)}
+    plan = LocalPlan(1, 4, {"own": 0.5}, mode, 0)
+    training = Learner(MANIFEST, runtime).training({}, pool(8), plan)
+    step = next(training)
+    while not isinstance(step, ReplyRequest):
+        step = next(training)
+    kind = Features if step.features else Gradient
+    with pytest.raises(Diverged, match=r"from the hub (is|are) not finite"):
+        training.send(kind(round=1, batch=0, parts=parts))
+    assert len(runtime.batches) == 1  # activate alone
 
 
 class Vanishing(Collected):

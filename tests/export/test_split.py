@@ -131,7 +131,8 @@ def test_models_and_segments_that_cannot_be() -> None:
         SplitModel(nn.Identity(), [nn.Identity()], nn.Identity())
     with pytest.raises(ExportError, match="no auxiliary head at or before cut 1"):
         ClientSegment(with_heads([2]), 1)
-    volume = SplitModel(nn.Identity(), [nn.Identity(), nn.Identity()], nn.Identity())
+    parts = [nn.Identity(), nn.Identity()]
+    volume = SplitModel(nn.Identity(), parts, nn.Identity(), channels="first")
     with pytest.raises(ExportError, match=r"shape \[2, 3, 4, 4, 4\] at a cut; they must be"):
         volume.add_heads([1], torch.zeros(2, 3, 4, 4, 4), 2)
 

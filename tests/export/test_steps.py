@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,10 @@ class NoPacking:
     name = "none"
 
     def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        """Return no parts."""
+        return {}
+
+    def pack_as(self, h: Tensor, shapes: Mapping[str, Sequence[int | str]]) -> dict[str, Tensor]:
         """Return no parts."""
         return {}
 

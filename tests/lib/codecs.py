@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from edge_sdk.protocol.tensors import TensorSpec
-from export.packing.codecs import Shape
+from export.packing.codecs import Int8, Shape
 
 
 class Exact:
@@ -17,6 +19,10 @@ class Exact:
     def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
         """Pack the detached activations."""
         return {"h": h.detach() + 0.0}
+
+    def pack_as(self, h: Tensor, shapes: Mapping[str, Sequence[int | str]]) -> dict[str, Tensor]:
+        """Pack the detached activations, whose shape there is no choice of."""
+        return self.pack(h, 1)
 
     def unpack(self, parts: dict[str, Tensor]) -> Tensor:
         """Return the packed activations."""
@@ -29,6 +35,26 @@ class Exact:
     def error_bound(self, parts: dict[str, Tensor]) -> Tensor:
         """Return zero."""
         return torch.zeros(())
+
+
+class PerChannel(Int8):
+    """int8 as in earlier bundles: one scale per channel, for all rows of a batch."""
+
+    def pack(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        """Pack the detached activations."""
+        scales = [n if axis == channel_axis else 1 for axis, n in enumerate(h.shape)]
+        return self.pack_as(h, {"h.scale": scales})
+
+    def specs(self, shape: Shape, channel_axis: int) -> tuple[TensorSpec, ...]:
+        """Codes and scales."""
+        scales = tuple(n if axis == channel_axis else 1 for axis, n in enumerate(shape))
+        return TensorSpec("h.q", "int8", shape), TensorSpec("h.scale", "float32", scales)
+
+    def unrounded(self, h: Tensor, channel_axis: int) -> dict[str, Tensor]:
+        """Codes before rounding, and scales."""
+        others = [axis for axis in range(h.dim()) if axis != channel_axis]
+        scale = h.abs().amax(others, keepdim=True).clamp(min=1e-12) / 127
+        return {"h.q": h / scale, "h.scale": scale}
 
 
 class Double(Exact):

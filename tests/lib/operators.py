@@ -162,7 +162,7 @@ def signals(*parts: Callable[..., Any]) -> Build:
 
     def build() -> tuple[SplitModel, Tensor]:
         stem, block = nn.Conv1d(3, 4, 3, padding=1), Chain(*made(parts))
-        model = SplitModel(stem, [block, nn.Identity()], nn.Identity(), channels_first=True)
+        model = SplitModel(stem, [block, nn.Identity()], nn.Identity(), channels="first")
         return model, noise(8, 3, 12)
 
     return build

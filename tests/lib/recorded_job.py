@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -14,9 +15,11 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.training.data import Examples
 from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import WEIGHTS, SplitModel
+from export.packing.codecs import CODECS
 from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.trunk.local import LocalTrunk
+from tests.lib.codecs import PerChannel
 from tests.lib.harness import hub_config, served
 from tests.lib.specification import ROOT
 
@@ -45,10 +48,12 @@ def data() -> Examples:
 @asynccontextmanager
 async def hub_of_the_job(folder: Path) -> AsyncIterator[tuple[Hub, str, str]]:
     """A hub that runs the job; yields it with its address and the device's token."""
-    export_bundles(
-        build(), {TIER: Tier(1)}, folder / "bundles", example=torch.randn(4, INPUTS),
-        classes=CLASSES,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:  # the bundle is as that of the recording
+        patch.setitem(CODECS, "int8", PerChannel())
+        export_bundles(
+            build(), {TIER: Tier(1)}, folder / "bundles", example=torch.randn(4, INPUTS),
+            classes=CLASSES,
+        )  # fmt: skip
     bundles = BundleIndex.read(folder / "bundles")
     config = hub_config(folder, bundles)
     token = TokenFile(config.tokens).issue("recorded", TIER)

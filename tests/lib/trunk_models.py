@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import Batch, HeadGradient
 from edge_sdk.protocol.tensors import Array
-from export.cutting.split_model import SplitModel, channel_axis
+from export.cutting.split_model import SplitModel
 from export.packing.codecs import get_codec
 from server_hub.trunk.interface import StepInput, TrunkCopy
 
@@ -217,7 +217,7 @@ def arrival_of(
 ) -> StepInput:
     """An arrival with random activations."""
     h, labels = activations(model, rows, seed)
-    packed = get_codec(codec).pack(h, channel_axis(h))
+    packed = get_codec(codec).pack(h, 1)
     parts = {name: part.numpy() for name, part in packed.items()}
     return step_input(
         device or f"device-{seed}", replica, cut, codec, parts, labels.numpy(), weight

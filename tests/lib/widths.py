@@ -116,7 +116,7 @@ def signals(seed: int = 0) -> SplitModel:
 
     torch.manual_seed(seed)
     blocks = [nn.Sequential(nn.Conv1d(8, 8, 3), nn.GroupNorm(4, 8), nn.GELU()) for _ in range(2)]
-    return SplitModel(nn.Conv1d(1, 8, 3), blocks, Head(), channels_first=True)
+    return SplitModel(nn.Conv1d(1, 8, 3), blocks, Head(), channels="first")
 
 
 def rows(seed: int = 0) -> SplitModel:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edge_sdk.protocol.tensors import Array
-from export.cutting.split_model import SplitModel, channel_axis
+from export.cutting.split_model import SplitModel
 from export.packing.codecs import CODECS, get_codec
 from server_hub.methods.method import ALL_PATHS
 from server_hub.trunk.depth_merge import Entering, depth_merged_loss
@@ -284,6 +284,15 @@ def poisoned(arrival: StepInput, part: str, value: float) -> StepInput:
     return replace(arrival, batch=replace(arrival.batch, parts=parts))
 
 
+def per_channel(arrival: StepInput) -> StepInput:
+    """Return an arrival as earlier bundles pack it: one scale per channel of the batch."""
+    h, _ = unpacked(arrival)
+    shape = [n if axis == 1 else 1 for axis, n in enumerate(h.shape)]
+    packed = get_codec("int8").pack_as(h, {"h.q": h.shape, "h.scale": shape})
+    parts = {name: part.numpy() for name, part in packed.items()}
+    return replace(arrival, batch=replace(arrival.batch, parts=parts))
+
+
 BAD: dict[str, Callable[[SplitModel], StepInput]] = {
     "fp16 nan": lambda m: poisoned(arrival_of(m, 2, 3, 99, "bad", codec="fp16"), "h", math.nan),
     "fp16 inf": lambda m: poisoned(arrival_of(m, 2, 3, 99, "bad", codec="fp16"), "h", math.inf),
@@ -291,7 +300,9 @@ BAD: dict[str, Callable[[SplitModel], StepInput]] = {
     "int8 inf": lambda m: poisoned(arrival_of(m, 1, 3, 99, "bad"), "h.scale", -math.inf),
     "int8 product": lambda m: poisoned(arrival_of(m, 1, 3, 99, "bad"), "h.scale", 3e38),
     "loss overflows": lambda m: poisoned(arrival_of(m, 1, 3, 99, "bad"), "h.scale", 2.5e36),
-    "gradient overflows": lambda m: poisoned(arrival_of(m, 3, 3, 99, "bad"), "h.scale", 1e30),
+    "gradient overflows": lambda m: poisoned(
+        per_channel(arrival_of(m, 3, 3, 99, "bad")), "h.scale", 1e30
+    ),
 }
 
 
@@ -371,7 +382,7 @@ def test_several_bad_devices_are_all_named_and_no_others() -> None:
     bad = [
         poisoned(arrival_of(model, 1, 2, 50, "nan"), "h.scale", math.nan),
         poisoned(arrival_of(model, 2, 2, 51, "loss"), "h.scale", 2.5e36),
-        poisoned(arrival_of(model, 3, 2, 52, "gradient"), "h.scale", 1e30),
+        poisoned(per_channel(arrival_of(model, 3, 2, 52, "gradient")), "h.scale", 1e30),
     ]
     report = core.step([bad[2], good[0], bad[0], good[1], good[2], bad[1]])
     assert report.refused.keys() == {"nan", "loss", "gradient"}
@@ -556,7 +567,7 @@ def test_answers_are_those_of_the_plain_model(kind: str, codec: str, cut: int) -
     x, _ = inputs(model, 7, seed=3)
     with torch.no_grad():
         h = trained.segment(torch.from_numpy(x), cut)
-        parts = get_codec(codec).pack(h, channel_axis(h))
+        parts = get_codec(codec).pack(h, 1)
         want = torch.stack(plain_logits(trained, get_codec(codec).unpack(parts), cut)).numpy()
     packed = {name: part.numpy() for name, part in parts.items()}
     got = evaluator.answer(Query(cut, codec, packed))
@@ -572,7 +583,7 @@ def plain_accuracy(model: SplitModel, x: Array, y: Array, cut: int, codec: str) 
             h = model.block[depth](h)
             if str(depth + 1) in model.aux:
                 own.append(model.aux[str(depth + 1)](h).softmax(1).numpy())
-        seen = get_codec(codec).unpack(get_codec(codec).pack(h, channel_axis(h)))
+        seen = get_codec(codec).unpack(get_codec(codec).pack(h, 1))
         hub = [z.softmax(1).numpy() for z in plain_logits(model, seen, cut)]
     answers = {"device_alone": own, "through_hub": hub[-1:], "ensemble": own + hub}
     return {path: float((np.mean(p, axis=0).argmax(1) == y).mean()) for path, p in answers.items()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edge_sdk.protocol.messages import HeadGradient
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import SplitModel
+from export.packing.codecs import get_codec
 from server_hub.trunk.errors import TrunkRefused
 from server_hub.trunk.evaluator import Evaluator
 from server_hub.trunk.interface import Query, StepInput, TrunkPlan
@@ -254,7 +255,8 @@ def test_after_a_single_row_batch_statistics_are_learned_again() -> None:
 def test_features_leave_batch_statistics_as_they_are() -> None:
     model = norm_model()
     plan = replace(SGD, returned=True, u_shaped=True)
-    asked = replace(pictures(4, 0, 3), label_shape=(4,))
+    specs = get_codec("int8").specs(("batch", WIDTH, 3, 3), 1)
+    asked = replace(pictures(4, 0, 3), label_shape=(4,), features=specs)
     asked = replace(asked, batch=replace(asked.batch, labels=None))
     with_it, without = begun(model, plan), begun(model, plan)
     for _ in range(3):

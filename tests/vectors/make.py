@@ -61,7 +61,7 @@ HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 """SHA-256 of the four bytes ``test``."""
 
 INT8 = np.array([[-128, -1, 0], [1, 2, 127]], np.int8)
-SCALE = np.array([[0.5, 0.25, 1e-12]], np.float32)
+SCALE = np.array([[0.5], [1e-12]], np.float32)
 LABELS = np.array([3, 0], np.int64)
 PARTS: dict[str, Array] = {"h.q": INT8, "h.scale": SCALE}
 PRESENT = np.array([1, 0, 0, 1], np.float32)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from export.cutting.channels import Channels
 from export.cutting.pretrained.wrappers import (
     BertBlock,
     BertStem,
@@ -35,6 +36,7 @@ class Parts:
     blocks: list[nn.Module]
     head: nn.Module
     task: Task
+    channels: Channels = "last"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _resnet(model: Any) -> Parts:
     layers = [layer for stage in body.encoder.stages for layer in stage.layers]
     blocks: list[nn.Module] = [ResidualBlock(layer) for layer in layers]
     head = in_order(pool=body.pooler, output=model.classifier)
-    return Parts(body.embedder, blocks, head, "classes")
+    return Parts(body.embedder, blocks, head, "classes", "first")
 
 
 def _mobilenet_v2(model: Any) -> Parts:
@@ -151,7 +153,7 @@ def _mobilenet_v2(model: Any) -> Parts:
         dropout=model.dropout,
         output=model.classifier,
     )
-    return Parts(body.conv_stem, list(body.layer), head, "classes")
+    return Parts(body.conv_stem, list(body.layer), head, "classes", "first")
 
 
 FAMILIES: dict[str, Family] = {

@@ -59,7 +59,7 @@ class TransformersModel(SplitModel):
     origin: Origin
 
     def __init__(self, parts: Parts) -> None:
-        super().__init__(parts.stem, parts.blocks, parts.head, parts.task)
+        super().__init__(parts.stem, parts.blocks, parts.head, parts.task, channels=parts.channels)
 
     def names_of(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Names in this model of tensors of the original, by their original name.
