@@ -23,7 +23,7 @@ from export.errors import ExportError
 from export.lowering import decompositions
 from export.lowering import onnx as lower_onnx
 from export.lowering.culprit import find_culprit
-from export.lowering.graph_files import GraphFiles
+from export.lowering.graph_files import GraphFiles, lower
 from export.lowering.verification.verify import Verifier
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
