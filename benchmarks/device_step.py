@@ -202,7 +202,7 @@ def _time(name: str, runtime: str, folder: str, threads: str, steps: str) -> dic
 
 def _peak(name: str, runtime: str, folder: str, threads: str) -> dict[str, Any]:
     if runtime == "executorch":
-        from edge_sdk.runtime.executorch import load_binding
+        from edge_sdk.runtime.executorch_binding import load_binding
 
         load_binding()
     else:

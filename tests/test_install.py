@@ -224,3 +224,72 @@ def test_a_failure_is_no_traceback(tmp_path: Path) -> None:
     assert code == 1
     assert "no index" in lines
     assert "Traceback" not in "".join(lines)
+
+
+# --- make test-latest ---------------------------------------------------------------------------
+
+FAKE_PYTHON = """\
+#!/bin/sh
+echo "$*" >> {log}
+case "$*" in
+  *--dry-run*) printf '%s' '{report}' ;;
+  "-c "*"version('torch')"*) exit 1 ;;
+  "-c "*) echo onnx 9.9, torch 2.13.0 ;;
+  "-m pytest"*) exit {status} ;;
+  *"--upgrade onnx"*) {upgrade} ;;
+esac
+"""
+
+
+def with_newest(tmp_path: Path, tests: int = 0, upgrade: str = "true") -> tuple[int, str, str]:
+    """Test with the newest libraries; return the exit status, what is said, and what was run."""
+    log = tmp_path / "log"
+    text = FAKE_PYTHON.format(log=log, report=report("torch"), status=tests, upgrade=upgrade)
+    python = script(tmp_path / "python", text)
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tools" / "newest.py",
+            "--torch",
+            "2.13.0",
+            "--python",
+            python,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, log.read_text()
+
+
+@pytest.mark.parametrize(("status", "verdict"), [(0, "pass"), (1, "have failed")])
+def test_the_newest_libraries_are_tested(tmp_path: Path, status: int, verdict: str) -> None:
+    """The versions are said before and after the tests; torch stays."""
+    code, said, ran = with_newest(tmp_path, tests=status)
+    assert code == status
+    assert "Testing with onnx 9.9, torch 2.13.0\n" in said
+    assert said.endswith(f"The tests {verdict} with onnx 9.9, torch 2.13.0\n")
+    (upgrade,) = [line for line in ran.splitlines() if "--upgrade onnx" in line]
+    assert upgrade.endswith("onnx onnxscript onnxruntime transformers peft torch==2.13.0")
+    assert ran.index(upgrade) < ran.index("-m pytest")
+    assert "tests/export tests/edge_sdk" in ran
+
+
+def test_newest_libraries_that_do_not_install_are_not_tested(tmp_path: Path) -> None:
+    code, said, ran = with_newest(tmp_path, upgrade="echo no index; exit 1")
+    assert code == 1
+    assert "no index" in said
+    assert "Traceback" not in said
+    assert "pytest" not in ran
+
+
+def test_the_newest_libraries_have_an_environment_of_their_own() -> None:
+    """``make test-latest`` does not touch the environment of ``make setup``."""
+    done = subprocess.run(
+        ["make", "--dry-run", "test-latest", "UV="], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "-m venv build/latest" in done.stdout
+    assert "--python build/latest/bin/python" in done.stdout
+    assert ".venv" not in done.stdout

@@ -14,7 +14,7 @@ FORBIDDEN = {
     "edge_sdk": {"torch", "onnx", "safetensors", "sklearn", "matplotlib", "export", "server_hub"},
     "export": {"server_hub"},
 }
-ALLOWED = {"edge_sdk/runtime/executorch.py": {"torch"}}
+ALLOWED = {"edge_sdk/runtime/executorch_binding.py": {"torch"}}
 """ExecuTorch's Python binding uses torch tensors; it is imported when such a bundle is opened."""
 
 

@@ -23,7 +23,7 @@ LEVELS: dict[str, tuple[set[str], ...]] = {
         {"cli"},
     ),
     "export": (
-        {"errors", "tensor_names", "tensor_files", "out_folder"},
+        {"errors", "tensor_names", "tensor_files", "out_folder", "torch_internals"},
         {"packing"},
         {"cutting"},
         {"adapters_lora", "bases"},

@@ -1,18 +1,16 @@
 """Step graphs on ExecuTorch: graphs are methods of ``.pte`` files, most of them of one.
 
-ExecuTorch's Python binding deals in torch tensors, so this is the one module of the SDK that needs
-torch (``pip install 'cutlayer[executorch]'``); it is imported when a bundle for ExecuTorch is
-opened. On a phone the same file runs through ExecuTorch's Java or C++ interface, without torch.
+ExecuTorch's Python binding deals in torch tensors, so it needs torch
+(``pip install 'cutlayer[executorch]'``); both are imported when a bundle for ExecuTorch is opened.
+On a phone the same file runs through ExecuTorch's Java or C++ interface, without torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import numpy as np
 from edge_sdk.bundle.manifest import Bundle, Port
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import DTYPES, Array
+from edge_sdk.runtime.executorch_binding import load_binding, quiet
 
 
 class ExecutorchRuntime:
@@ -39,19 +38,16 @@ class ExecutorchRuntime:
     """
 
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
-        self._torch, binding = load_binding()
+        binding = load_binding()
+        self._torch = binding.torch
         self.manifest = bundle.manifest
         # modules read the files in place: freeing the bytes would crash the process
         graphs = self.manifest.graphs
         self._files = {graphs[name].blob: file for name, file in bundle.graphs.items()}
         with quiet():
-            if binding._threadpool_get_thread_count() != threads:
-                binding._unsafe_reset_threadpool(threads)
+            binding.set_threads(threads)
             try:
-                self._modules = {
-                    blob: binding._load_for_executorch_from_buffer(file)
-                    for blob, file in self._files.items()
-                }
+                self._modules = {blob: binding.open(f) for blob, f in self._files.items()}
                 methods = {blob: m.method_names() for blob, m in self._modules.items()}
             except RuntimeError as error:
                 raise BundleError(
@@ -148,32 +144,3 @@ class ExecutorchRuntime:
         if not value.flags.writeable or not value.flags.c_contiguous:
             value = np.array(value, order="C")  # torch wants neither
         return self._torch.from_numpy(value)
-
-
-def load_binding() -> tuple[Any, Any]:
-    """torch and ExecuTorch's Python binding; :class:`BundleError` if they are not installed."""
-    with warnings.catch_warnings(), quiet():
-        warnings.simplefilter("ignore")
-        try:
-            import torch
-            from executorch.extension.pybindings import portable_lib
-        except ImportError as error:
-            raise BundleError(
-                f"the bundle is for ExecuTorch, which is not installed ({error}); "
-                "run pip install 'cutlayer[executorch]', or export the tier for onnx"
-            ) from error
-    return torch, portable_lib
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide what ExecuTorch's C++ code logs; errors are raised as exceptions as well."""
-    saved = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)

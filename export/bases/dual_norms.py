@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from export.cutting.split_model import SplitModel
 from export.errors import ExportError
+from export.torch_internals import BatchNormBase, NormBase
 
 _ROBUSTNESS: ContextVar[float | Tensor] = ContextVar("robustness", default=0)
 
@@ -55,7 +55,7 @@ class DualNorm(nn.Module):
                 return _alone(self.clean, self.noise, h)
             if value == 1:
                 return _alone(self.noise, self.clean, h)
-        if isinstance(self.clean, _BatchNorm) and self.clean.training:
+        if isinstance(self.clean, BatchNormBase) and self.clean.training:
             raise ExportError(
                 "a robustness between 0 and 1 would move the statistics of both copies of a batch "
                 "norm by all rows; give 0 or 1 while training with batch norms"
@@ -85,7 +85,7 @@ def with_dual_norms(model: SplitModel) -> SplitModel:
     result = copy.deepcopy(model)
     parts = [(n, m) for n, m in result.named_modules() if n.partition(".")[0] != "aux"]
     for name, module in parts:
-        if isinstance(module, _BatchNorm) and not module.track_running_stats:
+        if isinstance(module, BatchNormBase) and not module.track_running_stats:
             raise ExportError(
                 f"{name} is a {type(module).__name__} without running statistics, which makes the "
                 "answer depend on the batch; use GroupNorm, or track_running_stats=True"
@@ -157,7 +157,7 @@ def is_norm(module: nn.Module) -> bool:
 
     RMSNorms of transformers are recognised by name, since each family has its own class.
     """
-    known = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase)
+    known = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, NormBase)
     return isinstance(module, known) or type(module).__name__.endswith("RMSNorm")
 
 

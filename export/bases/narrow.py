@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from export.cutting.split_model import SplitModel, answer
 from export.errors import ExportError, reason
+from export.torch_internals import NormBase
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _WEIGHTS = (*CONVOLUTIONS, nn.Linear)
-_NORMS = (nn.GroupNorm, nn.LayerNorm, _NormBase)
+_NORMS = (nn.GroupNorm, nn.LayerNorm, NormBase)
 
 _TOLERANCE = 1e-6
 """Largest distance of width times channels from an integer, since widths such as 1/3 round."""
@@ -256,7 +256,7 @@ def _resize(layer: Layer, module: nn.Module, width: float) -> tuple[int | None, 
         channels = part(module.normalized_shape[0], "channels", layer.keeps_output)
         module.normalized_shape = (channels,)
         return None, channels
-    assert isinstance(module, _NormBase)
+    assert isinstance(module, NormBase)
     module.num_features = part(module.num_features, "channels", layer.keeps_output)
     return None, module.num_features
 

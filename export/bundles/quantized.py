@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from edge_sdk.bundle.manifest import Bundle, Manifest
@@ -36,6 +35,7 @@ from export.lowering.graph_files import RuntimeName
 from export.steps.client_steps import ClientSteps
 from export.steps.predict import predict
 from export.steps.step import Step, Tensors
+from export.torch_internals import ConvolutionBase, TransposedConvolutionBase
 
 INT8 = "predict_int8"
 """Name of the graph."""
@@ -83,7 +83,7 @@ def quantize_matrices(steps: ClientSteps, runtime: RuntimeName) -> dict[str, Qua
     tensors = {**steps.initial, **steps.constants}
     found = {}
     for path, module in steps.segment.named_modules():
-        grouped = isinstance(module, _ConvNd) and module.groups > 1
+        grouped = isinstance(module, ConvolutionBase) and module.groups > 1
         matrix = _matrix(module)
         if matrix is None or (grouped and runtime == "executorch"):
             continue
@@ -100,9 +100,9 @@ def _matrix(module: nn.Module) -> tuple[str, int] | None:
             return "in_proj_weight", 0
         case nn.Embedding() if module.max_norm is not None:  # a look-up changes the table
             return None
-        case _ConvTransposeNd():
+        case TransposedConvolutionBase():
             return "weight", 1
-        case nn.Linear() | nn.Embedding() | _ConvNd():
+        case nn.Linear() | nn.Embedding() | ConvolutionBase():
             return "weight", 0
     # the linear layer of GPT-2 in transformers has weights (in, out)
     return ("weight", 1) if type(module).__name__ == "Conv1D" else None

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 
 from export.cutting.calls import called, copied_buffers, recorded
 from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment, SplitModel, modes_kept, statistics
 from export.errors import ExportError, reason
 from export.tensor_names import is_statistic, layer_of
+from export.torch_internals import NormBase
 
 _ALPHA = "there is no exact translation of its random numbers; use nn.Dropout"
 
@@ -42,7 +42,7 @@ def check_modules(root: nn.Module, prefix: str = "") -> None:
                 f"{called(name, module)} with dropout between its layers, which has random "
                 "numbers of its own; use layers of one with nn.Dropout between them"
             )
-        tracks = isinstance(module, _NormBase) and module.track_running_stats
+        tracks = isinstance(module, NormBase) and module.track_running_stats
         if tracks and module.momentum is None:
             raise ExportError(
                 f"{called(name, module)} with momentum=None: a cumulative average needs a count "
@@ -95,7 +95,7 @@ def check_sharing(model: SplitModel, cut: int) -> None:
     for path, module in model.named_modules(remove_duplicate=False):
         own = module.named_parameters(path, recurse=False)
         trained: dict[str, Tensor] = {n: p for n, p in own if p.requires_grad}
-        if isinstance(module, _NormBase):
+        if isinstance(module, NormBase):
             trained |= statistics(module, path)
         for name, tensor in trained.items():
             owners.setdefault(id(tensor), []).append(name)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edge_sdk.bundle.ranges import MAX_POSITIONS
 from export.cutting.split_model import NoHead, SplitModel, answer, evaluating
 from export.errors import ExportError, reason
+from export.torch_internals import ShapesOnly
 
 _COLUMNS = 512
 """Largest number of columns of integers for each of which a bound is looked for."""
@@ -123,11 +123,11 @@ def _longest(model: SplitModel, example: Tensor) -> int | None:
     def text(length: int) -> Tensor:
         return example[:1].repeat(1, -(-length // example.shape[1]))[:, :length]
 
-    shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    shapes = ShapesOnly()
 
     def whole(x: Tensor) -> None:
-        with shapes, _silent(FakeTensorMode.__module__):
-            h = model.stem(shapes.from_tensor(x))
+        with shapes, _silent(ShapesOnly.LOGGER):
+            h = model.stem(shapes.like(x))
             for depth, block in enumerate(model.block, start=1):
                 h = block(h)
                 if str(depth) in model.aux:

@@ -27,6 +27,9 @@ PRIME = 2_147_483_579
 _ROUND_KEYS = (0, 1_103_515_245, 824_287_391)
 _STRIDE = 1_299_709_357
 
+_ATTENTION = F.scaled_dot_product_attention
+"""Torch's attention. The name in ``F`` is another function inside of ``nn.MultiheadAttention``."""
+
 _CHOICE = PRIME - 1
 """Key of choices, which are drawn once per step: the last key, far from those of masks."""
 
@@ -136,7 +139,7 @@ class SeededDropout(TorchFunctionMode):
     ) -> Tensor:
         """Attention as torch documents it, in operations whose dropout this mode computes."""
         if dropout_p == 0:
-            result: Tensor = torch._C._nn.scaled_dot_product_attention(
+            result: Tensor = _ATTENTION(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
             return result

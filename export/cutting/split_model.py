@@ -15,6 +15,7 @@ from edge_sdk.errors import BundleError
 from export.cutting.heads import AuxiliaryHead, TokenHead, grid_and_width, grid_of
 from export.errors import ExportError
 from export.tensor_files import save_tensors
+from export.torch_internals import NormBase
 
 Task = Literal["classes", "tokens"]
 """Kind of the labels: the class of an example, or the token at each position of a text."""
@@ -294,7 +295,7 @@ def statistics(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return {
         f"{name}.{key}" if name else key: getattr(norm, key)
         for name, norm in module.named_modules(prefix=prefix)
-        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.track_running_stats
+        if isinstance(norm, NormBase) and norm.track_running_stats
         for key in ("running_mean", "running_var")
     }
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec
@@ -16,6 +15,7 @@ from export.cutting.calls import called, copied_buffers, recorded
 from export.cutting.split_model import ClientSegment
 from export.errors import ExportError
 from export.steps.step import Step, Tensors
+from export.torch_internals import flatten, unflatten
 
 
 def find_culprit(
@@ -47,7 +47,7 @@ def find_culprit(
 
 def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) -> Step:
     """A step that runs one module forward and backward on inputs like its recorded arguments."""
-    leaves, layout = tree_flatten(arguments)
+    leaves, layout = flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     parameters = dict(module.named_parameters())
 
@@ -58,13 +58,13 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
         given = list(leaves)
         for place, tensor in zip(places, tensors[len(parameters) :], strict=True):
             given[place] = tensor
-        args, kwargs = tree_unflatten(given, layout)
+        args, kwargs = unflatten(given, layout)
         result = functional_call(
             module, dict(zip(parameters, tensors, strict=False)), tuple(args), kwargs
         )
         results = [
             torch.view_as_real(t) if t.is_complex() else t
-            for t in tree_flatten(result)[0]
+            for t in flatten(result)[0]
             if isinstance(t, Tensor)
         ]
         loss = torch.stack([(t * t).sum() for t in results]).sum()

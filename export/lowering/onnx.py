@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import onnx
 from torch.export import ExportedProgram
-from torch.onnx._internal.exporter import _core, _registration
 
 from export.errors import ExportError, reason
-from export.lowering.promotion import convert_explicitly
+from export.lowering.onnx_internals import convert_explicitly, to_onnx, untranslated
 from export.lowering.trace import trace
 from export.steps.step import Step
-
-for _part in ("_registration", "_core"):
-    logging.getLogger(f"torch.onnx._internal.exporter.{_part}").setLevel(logging.ERROR)
-
-_MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
 @dataclass(frozen=True)
@@ -70,11 +60,7 @@ def lower(step: Step, program: ExportedProgram, places: Mapping[str, Place] | No
             name of the module that :func:`export.lowering.culprit.find_culprit` finds.
     """
     with _explained():
-        # torch.onnx.export would decompose the program again, which takes longer than
-        # everything else and changes nothing: tracing has left core operators only
-        model = _core._exported_program_to_onnx_program(
-            program, registry=_registry(), lower="at_conversion"
-        ).model_proto
+        model = to_onnx(program)
     _rename(model.graph, step)
     _read_as_stored(model.graph)
     _prune(model.graph)
@@ -96,8 +82,8 @@ def _explained() -> Iterator[None]:
         except ExportError:
             raise
         except Exception as error:  # the traced code of a model raises errors of any class
-            missing = _MISSING.search(reason(error))
-            why = f"{missing[1]} has none" if missing else reason(error)
+            missing = untranslated(reason(error))
+            why = f"{missing} has none" if missing else reason(error)
             raise ExportError(
                 f"no ONNX translation for its training step ({why}); replace it by convolutions, "
                 "linear layers, norms, attention and elementwise functions, or cut before it"
@@ -108,11 +94,6 @@ def referred(data: bytes) -> list[str]:
     """Names of the constants that an ONNX file refers to."""
     graph = onnx.load_model_from_string(data).graph
     return [t.name for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-
-
-@cache
-def _registry() -> Any:
-    return _registration.ONNXRegistry.from_torchlib()
 
 
 def _rename(graph: onnx.GraphProto, step: Step) -> None:

@@ -6,8 +6,9 @@ import math
 import operator
 
 import torch
-from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule, Node
+
+from export.torch_internals import without_repetition
 
 aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ def simplify(module: GraphModule) -> None:
         elif node.target is aten.sym_numel.default:
             _multiply_sizes(node)
     module.graph.eliminate_dead_code()
-    module.graph = fx_graph_cse(module.graph)
+    module.graph = without_repetition(module.graph)
     module.recompile()
 
 

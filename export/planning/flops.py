@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from export.lowering.onednn import without_onednn
 from export.steps.step import Step, Tensors
+from export.torch_internals import ShapesOnly, without_onednn
 
 _ROWS = 2
 """Rows of the counted batch; a batch norm in training mode needs more than one."""
@@ -37,8 +36,8 @@ def flops_per_row(step: Step, length: int = 1) -> float:
         length: size of the dimension ``seq``, if the step has one.
     """
     sizes = {"batch": _ROWS, "seq": length}
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        constants: Tensors = {n: fake.from_tensor(t) for n, t in step.constants.items()}
+    with ShapesOnly() as shapes:
+        constants: Tensors = {n: shapes.like(t) for n, t in step.constants.items()}
         inputs = {
             port.spec.name: torch.zeros(
                 [sizes[n] if isinstance(n, str) else n for n in port.spec.shape],

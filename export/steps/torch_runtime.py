@@ -20,6 +20,15 @@ from export.steps.graph_set import all_steps
 from export.steps.optimizers import AdamW, Optimizer, Sgd
 from export.steps.step import Tensors
 from export.tensor_names import layer_of
+from export.torch_internals import (
+    foreach_add,
+    foreach_add_,
+    foreach_addcdiv_,
+    foreach_addcmul_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_sqrt,
+)
 
 _TURN = threading.Lock()
 """Held during a step, in which the shared module has the parameters of one device."""
@@ -148,10 +157,10 @@ class _FastSgd(Sgd):
             return {}, {}  # torch._foreach_add takes no empty lists
         h = {name: value.item() for name, value in hyper.items()}
         old, given = list(parameters.values()), [gradients[n] for n in parameters]
-        g = torch._foreach_add(given, old, alpha=h["weight_decay"])
-        v = torch._foreach_mul([slots[f"momentum/{n}"] for n in parameters], h["momentum"])
-        torch._foreach_add_(v, g)
-        new = torch._foreach_add(old, v, alpha=-h["lr"])
+        g = foreach_add(given, old, alpha=h["weight_decay"])
+        v = foreach_mul([slots[f"momentum/{n}"] for n in parameters], h["momentum"])
+        foreach_add_(v, g)
+        new = foreach_add(old, v, alpha=-h["lr"])
         momenta = (f"momentum/{n}" for n in parameters)
         return _named(parameters, new), _named(momenta, v)
 
@@ -171,15 +180,15 @@ class _FastAdamW(AdamW):
         counts = {layer: count.item() for layer, count in steps.items()}
         rates = [-h["lr"] / (1 - h["beta1"] ** counts[layer]) for layer in layers]
         roots = [(1 - h["beta2"] ** counts[layer]) ** -0.5 for layer in layers]
-        m = torch._foreach_mul([slots[f"mean/{n}"] for n in parameters], h["beta1"])
-        torch._foreach_add_(m, g, alpha=1 - h["beta1"])
-        v = torch._foreach_mul([slots[f"square/{n}"] for n in parameters], h["beta2"])
-        torch._foreach_addcmul_(v, g, g, 1 - h["beta2"])
-        deviation = torch._foreach_sqrt(v)
-        torch._foreach_mul_(deviation, roots)
-        torch._foreach_add_(deviation, h["eps"])
-        new = torch._foreach_mul(list(parameters.values()), 1 - h["lr"] * h["weight_decay"])
-        torch._foreach_addcdiv_(new, m, deviation, rates)
+        m = foreach_mul([slots[f"mean/{n}"] for n in parameters], h["beta1"])
+        foreach_add_(m, g, alpha=1 - h["beta1"])
+        v = foreach_mul([slots[f"square/{n}"] for n in parameters], h["beta2"])
+        foreach_addcmul_(v, g, g, 1 - h["beta2"])
+        deviation = foreach_sqrt(v)
+        foreach_mul_(deviation, roots)
+        foreach_add_(deviation, h["eps"])
+        new = foreach_mul(list(parameters.values()), 1 - h["lr"] * h["weight_decay"])
+        foreach_addcdiv_(new, m, deviation, rates)
         new_slots: Tensors = {f"steps/{layer}": count for layer, count in steps.items()}
         for name, mean, square in zip(parameters, m, v, strict=True):
             new_slots |= {f"mean/{name}": mean, f"square/{name}": square}

@@ -13,6 +13,7 @@ from edge_sdk.protocol.tensors import Array, State
 from export.adapters_lora.lora import fit_ranks
 from export.cutting.split_model import SplitModel
 from export.tensor_names import is_slot
+from export.torch_internals import BatchNormBase
 
 
 class ModelPool:
@@ -56,7 +57,7 @@ class ModelPool:
         frozen = {id(p): p for p in self.template.parameters() if not p.requires_grad}
         model = copy.deepcopy(self.template, frozen)
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BatchNormBase):
                 _freeze_for_single_values(module)
         return model
 

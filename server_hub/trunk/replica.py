@@ -10,12 +10,12 @@ from types import MappingProxyType
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 
 from edge_sdk.protocol.tensors import State
 from export.cutting.split_model import SplitModel, statistics
 from export.steps.optimizers import get_optimizer
 from export.tensor_names import TIED, layer_of
+from export.torch_internals import DropoutBase, foreach_norm
 from server_hub.trunk.interface import TrunkCopy, TrunkPlan
 
 _GROWTH = 1e6
@@ -51,7 +51,7 @@ class Replica:
         for name, parameter in model.stem.named_parameters("stem"):
             parameter.requires_grad_(name in self._tied)
         for module in model.modules() if plan.u_shaped else ():
-            if isinstance(module, _DropoutNd):
+            if isinstance(module, DropoutBase):
                 module.eval()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         """The parameters that are trained."""
@@ -108,12 +108,12 @@ class Replica:
     def _norms(self) -> Tensor:
         """Largest absolute value of each statistic (statistics,)."""
         tensors = list(self._statistics.values())
-        return torch.stack(torch._foreach_norm(tensors, math.inf)).float()
+        return torch.stack(foreach_norm(tensors, math.inf)).float()
 
     @torch.no_grad()
     def has_diverged(self) -> bool:
         """Whether a parameter is not finite, or so large that training has diverged."""
-        norms = torch.stack(torch._foreach_norm(list[Tensor](self.trained))).float()
+        norms = torch.stack(foreach_norm(list[Tensor](self.trained))).float()
         sizes = torch.tensor([p.numel() for p in self.trained], device=norms.device)
         return not bool((norms <= _EXPLODED * sizes.sqrt()).all())  # false for NaN
 

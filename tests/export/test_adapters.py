@@ -15,16 +15,14 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from export.cutting.from_module import from_layers, from_module
 from export.cutting.pretrained import from_transformers, save_original
 from export.cutting.pretrained.models import TransformersModel
 from export.cutting.split_model import SplitModel
 from export.errors import ExportError
+from export.torch_internals import SymbolicSizes, trace_graph
 
 WORDS = 50
 PAD = 0
@@ -244,24 +242,15 @@ def test_a_configuration_gives_the_same_weights_every_time(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_block_is_traced_for_any_batch_and_length(name: str) -> None:
     model = from_transformers(CONFIGS[name]()).eval()
-    shapes = ShapeEnv()
-    with FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True):
-        rows, length = _symbol(shapes, 7), _symbol(shapes, 13)
-        graph = make_fx(model.block[1])(torch.zeros(rows, length, 16))
-    assert not shapes.replacements
+    symbolic = SymbolicSizes({"rows": 7, "length": 13})
+    with symbolic.tracing():
+        h = torch.zeros(symbolic.sizes["rows"], symbolic.sizes["length"], 16)
+        graph = trace_graph(model.block[1], [h])
+    assert not symbolic.fixed()
     with torch.no_grad():
         for rows, length in ((2, 3), (4, 12)):
             h = torch.randn(rows, length, 16)
             torch.testing.assert_close(graph(h), model.block[1](h), rtol=1e-5, atol=1e-6)
-
-
-def _symbol(shapes: ShapeEnv, hint: int) -> torch.SymInt:
-    from torch._dynamo.source import ConstantSource
-
-    symbol = shapes.create_symbol(
-        hint, ConstantSource(f"s{hint}"), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
-    )
-    return shapes.create_symintnode(symbol, hint=hint)
 
 
 # back into the folder

@@ -15,18 +15,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from onnxruntime import InferenceSession
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim
+from torch.export import Dim, default_decompositions
 from torch.func import functional_call, functionalize
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.functional import batch_norm, conv1d, conv2d, group_norm, pad
 
 from export.lowering import decompositions
 from export.lowering.decompositions import indexing, norms, padding, pooling
+from export.torch_internals import SymbolicSizes, trace_graph
 
 
 @dataclass(frozen=True)
@@ -213,11 +209,9 @@ def test_group_norm_and_its_backward(norm: Norm) -> None:
 
 def test_table_keeps_torchs_core_decompositions() -> None:
     """The table lacks only ``squeeze.dim`` of torch's table, and replaces some entries."""
-    from torch._decomp import core_aten_decompositions
-
     table = decompositions.decompositions()
     aten = torch.ops.aten
-    assert set(core_aten_decompositions()) - set(table) == {aten.squeeze.dim}
+    assert set(default_decompositions()) - set(table) == {aten.squeeze.dim}
     assert table[aten.convolution_backward.default] is decompositions.convolution_backward
     assert table[aten.native_group_norm.default] is decompositions.native_group_norm
 
@@ -480,19 +474,15 @@ def training(module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
 
 def traced(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> GraphModule:
     """Trace a training function as the exporter does: symbolic batch, no in-place operations."""
-    shapes = ShapeEnv()
-    symbol = shapes.create_symbol(7, ConstantSource("batch"), DimDynamic.DYNAMIC, None)
-    batch = shapes.create_symintnode(symbol, hint=7)
+    symbolic = SymbolicSizes({"batch": 7})
     state = [*module.parameters(), *module.buffers()]
     table = decompositions.decompositions()
-    with FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True), enable_python_dispatcher():
-        example = torch.zeros(batch, *shape, dtype=dtype)
+    with symbolic.tracing():
+        example = torch.zeros(symbolic.sizes["batch"], *shape, dtype=dtype)
         arguments = [example, *(torch.zeros(t.shape, dtype=t.dtype) for t in state)]
-        graph = make_fx(training(module), decomposition_table=table)(*arguments)
-        graph = make_fx(functionalize(graph, remove="mutations"), decomposition_table=table)(
-            *arguments
-        )
-    assert symbol not in shapes.replacements, "the batch got fixed"
+        graph = trace_graph(training(module), arguments, table)
+        graph = trace_graph(functionalize(graph, remove="mutations"), arguments, table)
+    assert not symbolic.fixed(), "the batch got fixed"
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

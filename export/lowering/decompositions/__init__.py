@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._decomp import core_aten_decompositions
+from torch.export import default_decompositions
 
 from export.lowering.decompositions.convolution import convolution_backward
 from export.lowering.decompositions.indexing import (
@@ -97,4 +97,4 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 @cache
 def _core() -> dict[Any, Callable[..., Any]]:
     """Torch's core table, which is the same for every step and takes torch a while to build."""
-    return dict(core_aten_decompositions())
+    return dict(default_decompositions())

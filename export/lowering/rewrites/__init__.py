@@ -17,8 +17,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 
@@ -29,6 +27,7 @@ from export.lowering.rewrites.rule import replace
 from export.lowering.rewrites.slices import constant_pad_nd, slice_
 from export.lowering.rewrites.sums import mean, sum_
 from export.lowering.rewrites.views import drop_copies, fill, use_views
+from export.torch_internals import GraphShapes, with_graph
 
 aten = torch.ops.aten
 
@@ -48,24 +47,23 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
     """A copy of ``program`` with all rewrites applied; inputs, outputs and constants stay."""
     module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     graph = module.graph
-    mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
-    assert isinstance(mode, FakeTensorMode)
+    shapes = GraphShapes(graph)
     constants = _constants(program)
     drop_copies(graph)
-    use_linear(graph, mode)
+    use_linear(graph, shapes)
     for node in list(graph.nodes):
         fill(node)
-        use_masks(node, graph, mode)
-        round_late(node, graph, mode)
+        use_masks(node, graph, shapes)
+        round_late(node, graph, shapes)
     for node in list(graph.nodes):
         rule = _RULES.get(node.target) if node.op == "call_function" else None
         if rule is not None and not _native(node, constants):
-            replace(node, rule, node.args, node.kwargs, graph, mode)
+            replace(node, rule, node.args, node.kwargs, graph, shapes)
     use_views(graph)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
-    return program._update(module, _signature(program, graph))
+    return with_graph(program, module, _signature(program, graph))
 
 
 def _signature(program: ExportedProgram, graph: fx.Graph) -> ExportGraphSignature:

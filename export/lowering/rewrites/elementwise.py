@@ -7,9 +7,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.lowering.rewrites.rule import replace
+from export.torch_internals import GraphShapes
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ def erf(x: Tensor) -> Tensor:
     return positive * (x * 1e30).clamp(-1.0, 1.0)
 
 
-def use_masks(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
+def use_masks(node: fx.Node, graph: fx.Graph, shapes: GraphShapes) -> None:
     """Replace the gradient of ReLU, ``where(x <= 0, 0, g)``, by ``g`` times a mask of 0 and 1."""
     if node.target is not aten.where.self:
         return
@@ -41,10 +41,10 @@ def use_masks(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
     def masked(x: Tensor, g: Tensor) -> Tensor:
         return g * x.ceil().clamp(0.0, 1.0)
 
-    replace(node, masked, (condition.args[0], gradient), {}, graph, mode)
+    replace(node, masked, (condition.args[0], gradient), {}, graph, shapes)
 
 
-def round_late(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
+def round_late(node: fx.Node, graph: fx.Graph, shapes: GraphShapes) -> None:
     """Replace ``clamp(round(x), -n, n)``, for a small integer n: clamp, then round by addition."""
     if node.target is not aten.clamp.default:
         return
@@ -58,4 +58,4 @@ def round_late(node: fx.Node, graph: fx.Graph, mode: FakeTensorMode) -> None:
     def rounded(x: Tensor) -> Tensor:
         return x.clamp(float(bounds[0]), float(bounds[1])) + _MAGIC - _MAGIC  # type: ignore[arg-type]
 
-    replace(node, rounded, (inner.args[0],), {}, graph, mode)
+    replace(node, rounded, (inner.args[0],), {}, graph, shapes)

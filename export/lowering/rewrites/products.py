@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.lowering.rewrites.rule import replace
+from export.torch_internals import GraphShapes
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
     return product + (bias if beta == 1 else bias * beta)
 
 
-def use_linear(graph: fx.Graph, mode: FakeTensorMode) -> None:
+def use_linear(graph: fx.Graph, shapes: GraphShapes) -> None:
     """Replace ``mm`` and ``addmm`` with a transposed second factor by ``linear``."""
     for node in list(graph.nodes):
         if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
@@ -31,4 +31,4 @@ def use_linear(graph: fx.Graph, mode: FakeTensorMode) -> None:
         *bias, a, b = node.args
         vector = all(n.meta["val"].shape == node.meta["val"].shape[1:] for n in bias)
         if vector and b.target is aten.permute.default and list(b.args[1]) == [1, 0]:
-            replace(node, aten.linear.default, (a, b.args[0], *bias), {}, graph, mode)
+            replace(node, aten.linear.default, (a, b.args[0], *bias), {}, graph, shapes)

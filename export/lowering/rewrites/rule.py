@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from export.torch_internals import GraphShapes, flatten, unflatten
 
 
 class Declined(Exception):
@@ -22,10 +20,10 @@ def replace(
     args: Any,
     kwargs: Any,
     graph: fx.Graph,
-    mode: FakeTensorMode,
+    shapes: GraphShapes,
 ) -> None:
     """Replace ``node`` by the operators that ``function`` runs, unless it declines."""
-    leaves, layout = torch.utils._pytree.tree_flatten((args, kwargs))
+    leaves, layout = flatten((args, kwargs))
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
 
@@ -33,13 +31,11 @@ def replace(
         given = list(leaves)
         for place, value in zip(places, values, strict=True):
             given[place] = value
-        a, k = torch.utils._pytree.tree_unflatten(given, layout)
+        a, k = unflatten(given, layout)
         return function(*a, **k)
 
     try:
-        # before dispatch, where linear and reshape are still operators
-        with mode, enable_python_dispatcher(), torch.no_grad():
-            traced = make_fx(run, pre_dispatch=True)(*(node.meta["val"] for node in nodes))
+        traced = shapes.trace(run, [node.meta["val"] for node in nodes])
     except Declined:
         return
     values: dict[fx.Node, Any] = {}

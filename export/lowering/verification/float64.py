@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+
+from export.torch_internals import OperatorMode, map_leaves, schema
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ _CHUNK = 32 * 2**20
 """Largest number of bytes of a float32 tensor that is converted at once."""
 
 
-class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Float64(OperatorMode):  # type: ignore[no-untyped-call]
     """While active, operations on float32 tensors compute in float64.
 
     Views of float32 tensors stay float32, since they compute nothing. A large float32 factor of a
@@ -49,14 +49,14 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         _check_mutation(function, args)
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
-        args, kwargs = tree_map(_widened, args), tree_map(_widened, kwargs)
+        args, kwargs = map_leaves(_widened, args), map_leaves(_widened, kwargs)
         if kwargs.get("dtype") is torch.float16 and function is aten._to_copy.default:
             # torch rounds to float32 on the way, which moves values near a tie
             return torch.from_numpy(args[0].numpy().astype(np.float16))
         result = function(*args, **kwargs)
         if isinstance(result, Tensor) and result.dtype is torch.float32:
             # created in the default dtype: created anew, since a conversion would keep its rounding
-            takes_dtype = any(a.name == "dtype" for a in function._schema.arguments)
+            takes_dtype = any(a.name == "dtype" for a in schema(function).arguments)
             if takes_dtype and "dtype" not in kwargs:
                 return function(*args, **kwargs, dtype=torch.float64)
             return result.double()
@@ -65,7 +65,7 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _is_view(function: Any) -> bool:
     """Whether an operator only returns another view of its input."""
-    returns = function._schema.returns
+    returns = schema(function).returns
     return function in _COPIES_NOTHING or bool(
         returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     )
@@ -81,7 +81,7 @@ def _widened(value: Any) -> Any:
 
 def _check_mutation(function: Any, args: tuple[Any, ...]) -> None:
     """A converted copy would be changed in place of the tensor: nothing may change float32."""
-    for argument, value in zip(function._schema.arguments, args, strict=False):
+    for argument, value in zip(schema(function).arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
             assert not isinstance(value, Tensor) or value.dtype is not torch.float32, (
                 f"{function} changes a float32 tensor; it must be float64"

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from export.bases.narrow import find_layers, leading_channels, mask_channels, narrow
 from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import SplitModel
 from export.errors import ExportError
+from export.torch_internals import NormBase, forward_hooks
 
 
 def ordered_dropout(model: SplitModel, widths: Sequence[float], example: Tensor) -> None:
@@ -78,12 +78,12 @@ class OrderedDropout:
         Restoring the statistics afterwards does not work: autograd refuses tensors that were
         changed after the forward pass.
         """
-        if isinstance(module, _NormBase) and self._width(module) is not None:
+        if isinstance(module, NormBase) and self._width(module) is not None:
             for name in ("running_mean", "running_var"):
                 tensor = getattr(module, name)
                 if tensor is not None:
                     self._statistics[name] = tensor
-                    module._buffers[name] = tensor.clone()
+                    setattr(module, name, tensor.clone())
 
     def _after(self, module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
         width = self._width(module)
@@ -93,7 +93,7 @@ class OrderedDropout:
             with torch.no_grad():
                 moved = getattr(module, name)
                 tensor.copy_(torch.where(leading_channels(len(tensor), width), moved, tensor))
-            module._buffers[name] = tensor
+            setattr(module, name, tensor)
         self._statistics = {}
         return mask_channels(module, args[0], h, width)
 
@@ -105,7 +105,7 @@ class OrderedDropout:
 def remove_ordered_dropout(model: nn.Module) -> None:
     """Remove the hooks of :class:`OrderedDropout` from all modules."""
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for hooks in forward_hooks(module):
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), OrderedDropout):
                     del hooks[key]
