@@ -33,7 +33,6 @@ from export.bundles.model_source import model_of_bundles
 from export.cutting.checks import check_sharing
 from export.cutting.input_ranges import check_classes
 from export.cutting.split_model import WEIGHTS, SplitModel
-from export.cutting.tied import tied_to_head
 from export.steps.optimizers import check_hyper
 from export.steps.weight_decay import decay_of_bundles
 from server_hub.concurrency import BackgroundTasks, Changes, Effect
@@ -118,7 +117,6 @@ class Hub:
             self.model.load(config.bundles / WEIGHTS)
         for entry in self.index.tiers.values():
             check_sharing(self.model, entry.cut)
-        initial = {n: t.detach().cpu().numpy() for n, t in self.model.trained().items()}
         self.method = method or compose(
             config.method,
             config.mix,
@@ -126,8 +124,7 @@ class Hub:
             config.local.epochs,
             self.index,
             self.manifests,
-            initial,
-            tied_to_head(self.model),
+            self.model,
         )
         self.started: Started | None = None
         """What the job has taken over from an earlier run; None if it starts from the bundles."""

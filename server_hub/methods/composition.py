@@ -8,10 +8,11 @@ from dataclasses import replace
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.tensors import State
 from export.bases.exported import load_bases
+from export.cutting.split_model import SplitModel
+from export.cutting.tied import tied_to_head
 from server_hub.aggregation.update_bound import UpdateBound
-from server_hub.methods.fleet import JobOutline
+from server_hub.methods.fleet import JobOutline, arrays
 from server_hub.methods.method import Method
 from server_hub.methods.registry import find, hub_methods
 from server_hub.methods.settings import MethodConfig, SplitMixConfig
@@ -24,8 +25,7 @@ def compose(
     local_epochs: int,
     index: BundleIndex,
     manifests: Mapping[str, Manifest],
-    initial: State,
-    tied: tuple[str, ...] = (),
+    model: SplitModel,
 ) -> Method:
     """The method that the settings name.
 
@@ -36,8 +36,8 @@ def compose(
         local_epochs: epochs on the devices in a round.
         index: index of the bundles.
         manifests: manifest by tier.
-        initial: trained tensors of the model by name; bundles of base networks have their own.
-        tied: names of those of the stem that the model's head reads as well.
+        model: the hub's model, whose trained tensors the method starts from; bundles of base
+            networks have their own.
 
     Raises:
         ConfigError: there is no such method; the method does not average with the rule; or the
@@ -69,7 +69,7 @@ def compose(
         assignment=mix.of(bases.pop()) if recipe.trains_bases else None,
         split=not all(manifest.whole for manifest in manifests.values()),
         rule=settings.rule,
-        tied=tied,
+        tied=tied_to_head(model),
     )
-    start = load_bases(index.folder) if recipe.trains_bases else initial
+    start = load_bases(index.folder) if recipe.trains_bases else arrays(model.trained())
     return replace(recipe.compose(start, outline), bound=UpdateBound(settings.clip))

@@ -106,6 +106,11 @@ class Recipe:
     takes_rule: bool = False
 
 
+def arrays(tensors: Mapping[str, Tensor]) -> State:
+    """Return copies of tensors as arrays, by name."""
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
+
+
 def at_poorest_cut(fleet: Fleet) -> Fleet:
     """Return the fleet with every tier at the shallowest cut of any tier."""
     cut = min(tier.cut for tier in fleet.tiers.values())

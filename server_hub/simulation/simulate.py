@@ -38,7 +38,7 @@ from export.steps.torch_runtime import TorchRuntime
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Limits
 from server_hub.hub import Hub
-from server_hub.methods.fleet import Fleet, JobOutline
+from server_hub.methods.fleet import Fleet, JobOutline, arrays
 from server_hub.methods.registry import find, simulated_methods
 from server_hub.reports.plots import draw_partition
 from server_hub.reports.report import write_report
@@ -343,9 +343,7 @@ class Simulation:
         )
         model = fleet.model
         held_out = self.data.held_out
-        initial = fleet.bases or {
-            n: t.detach().numpy().copy() for n, t in model.trained().items()
-        }  # fmt: skip
+        initial = fleet.bases or arrays(model.trained())
         outline = JobOutline(
             job.rounds.count,
             job.local.epochs,
