@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputSpec, Output
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,6 +43,9 @@ TransposedConvolutionBase = _ConvTransposeNd
 
 DropoutBase = _DropoutNd
 """Base of dropouts."""
+
+SpectralNormBase = _SpectralNorm
+"""Parametrization of ``torch.nn.utils.parametrizations.spectral_norm``."""
 
 
 def forward_hooks(module: nn.Module) -> list[dict[int, Any]]:
@@ -114,16 +119,24 @@ class SymbolicSizes:
     Args:
         hints: a size for each dimension, by its name. torch decides with it what it cannot decide
             for all sizes; 1 and 2 would make the size a constant in some places.
+        largest: the largest size of dimensions that have one; the smallest is 1.
+        shapes: environment of the symbols; None for torch's own.
 
     Attributes:
         sizes: the sizes, for shapes of tensors.
     """
 
-    def __init__(self, hints: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        hints: Mapping[str, int],
+        largest: Mapping[str, int] = MappingProxyType({}),
+        shapes: Any = None,
+    ) -> None:
         from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+        from torch.utils._sympy.value_ranges import ValueRanges
 
-        self._shapes = ShapeEnv()
+        self._shapes = ShapeEnv() if shapes is None else shapes
         self._symbols = {
             name: self._shapes.create_symbol(
                 hint,
@@ -133,6 +146,9 @@ class SymbolicSizes:
             )
             for name, hint in hints.items()
         }
+        for name, most in largest.items():
+            # torch starts at 2, and would answer a question about a size of 1 without being asked
+            self._shapes.var_to_range[self._symbols[name]] = ValueRanges(1, most)
         self.sizes: dict[str, int | torch.SymInt] = {
             name: self._shapes.create_symintnode(symbol, hint=hints[name])
             for name, symbol in self._symbols.items()
@@ -144,6 +160,11 @@ class SymbolicSizes:
         mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
         with _dispatching(mode):
             yield
+
+    @property
+    def names(self) -> dict[Any, str]:
+        """Names of the dimensions by their symbol."""
+        return {symbol: name for name, symbol in self._symbols.items()}
 
     def fixed(self) -> list[str]:
         """Names of the dimensions to which the traced code gave a number or another dimension."""
@@ -231,6 +252,13 @@ def schema(operator: Any) -> torch.FunctionSchema:
     """The arguments and results of an operator, and which of them share memory."""
     found: torch.FunctionSchema = operator._schema
     return found
+
+
+def operators(graph: fx.Graph) -> Iterator[Any]:
+    """The operators of a graph."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            yield node.target
 
 
 def mutates(node: fx.Node) -> bool:

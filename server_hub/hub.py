@@ -78,8 +78,7 @@ class Hub:
         trunk: trains the deep part; a process of its own if not given.
         method: the training method; the configuration's if not given.
         tokens: which devices may come in; the configuration's file if not given.
-        evaluate: evaluates the model after a round; the trunk does, on the configuration's
-            held-out examples, if not given.
+        evaluate: evaluates the model after a round; the trunk, on held-out examples, if not given.
         costs: what a round's record says of costs, in simulations.
         run: folder of the run; a new one, as the configuration says, if not given.
         on_round: called with the record of every round.

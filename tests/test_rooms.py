@@ -154,6 +154,4 @@ def test_files_can_be_read_in_one_sitting(package: str) -> None:
         for path in modules(package).values()
         if path.read_text("utf-8").count("\n") > 450
     }
-    assert longer <= {
-        "export/lowering/verify.py",
-    }
+    assert not longer

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 try:
     import fcntl
@@ -33,6 +34,30 @@ def verify_blob(name: str, data: bytes) -> bytes:
             "delete it and fetch the bundle again"
         )
     return data
+
+
+class BlobWriter:
+    """A blob that is written in pieces; see :meth:`BlobStore.writing`.
+
+    Attributes:
+        size: bytes so far.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes; they are not copied."""
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    @property
+    def name(self) -> str:
+        """The sha256 of the bytes so far."""
+        return self._hash.hexdigest()
 
 
 class BlobStore:
@@ -84,6 +109,28 @@ class BlobStore:
             self._make_folder()
             write_atomically(self.folder / name, data)
         return name
+
+    @contextmanager
+    def writing(self) -> Iterator[BlobWriter]:
+        """Store a blob in pieces: it is named, and appears, when the block ends without an error.
+
+        Yields:
+            The blob, whose name is known after the block.
+        """
+        self._make_folder()
+        temporary = self.folder / f".write-{secrets.token_hex(8)}"
+        try:
+            with naming(self.folder), open(temporary, "xb") as file:
+                blob = BlobWriter(file)
+                yield blob
+                file.flush()
+                os.fsync(file.fileno())
+            if blob.name not in self:
+                with naming(self.folder / blob.name):
+                    os.replace(temporary, self.folder / blob.name)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """Remove a blob, if it exists."""

@@ -11,17 +11,18 @@ from typing import Any, get_args
 from torch import Tensor
 
 from edge_sdk.bundle.index import BundleIndex, TierEntry
-from edge_sdk.bundle.manifest import Bundle, Constants, Graph, Manifest
+from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.bundle.signing import PrivateKey, sign
 from edge_sdk.bundle.store import BlobStore
 from edge_sdk.files import check_file_names
 from edge_sdk.protocol.frames import pack_tensors
-from edge_sdk.protocol.tensors import DTYPES, TensorSpec
+from edge_sdk.protocol.tensors import DTYPES
 from edge_sdk.runtime import Runtime, load_runtime
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Precision
 from export.adapters_lora.lora import lower_ranks
 from export.bases.exported import WholeBases, save_bases
+from export.bundles.constants import store_constants
 from export.bundles.quantized import (
     INT8,
     Comparison,
@@ -47,7 +48,6 @@ from export.steps.graph_set import all_steps
 from export.steps.optimizers import get_optimizer
 from export.steps.step import Step
 from export.steps.torch_runtime import TorchRuntime
-from export.tensor_names import layer_of
 
 _ANY = InputRanges()
 
@@ -330,13 +330,13 @@ def write_tier(
         sizes[blob] = len(data)
         return blob
 
-    constants: list[Constants] = []
-    places: dict[str, Place] = {}
-    if tier.runtime == "onnx":  # a .pte file contains its constants
-        constants, places = _store_constants(steps, store)
+    # a .pte file contains its constants
+    frozen = {n: t for n, t in steps.constants.items() if tier.runtime == "onnx"}
+    constants = store_constants(frozen, blobs)
+    sizes |= constants.sizes
     progress(f"{name}: cut {tier.cut}, {tier.runtime}")
     found = all_steps(steps)
-    lowered = [_lower(steps, found, tier, places, example)]
+    lowered = [_lower(steps, found, tier, constants.places, example)]
     if tier.precision == "int8":
         progress(f"{name}: cut {tier.cut}, {INT8}")
         int8 = predict_int8(steps, quantize_matrices(steps, tier.runtime))
@@ -362,15 +362,15 @@ def write_tier(
             for step in found
         },
         initial_state=store(pack_tensors(initial)),
-        constants=tuple(constants),
+        constants=tuple(constants.entries),
         blobs=sizes,
         bases=tier.bases,
         whole=steps.segment.whole,
         highest=steps.highest,
     )
     if verified:
-        frozen = {n: steps.constants[n].contiguous().numpy() for n in places}
-        bundle = Bundle(manifest, files, initial, frozen)
+        outside = {n: steps.constants[n].contiguous().numpy() for n in constants.places}
+        bundle = Bundle(manifest, files, initial, outside)
         programs = {graph: p for part in lowered for graph, p in part.programs.items()}
 
         def open_runtime(threads: int) -> Runtime:
@@ -386,36 +386,6 @@ def write_tier(
     return manifest
 
 
-_SMALLEST = 1024
-"""Smallest size in bytes of a constant that is stored outside of the graphs."""
-
-_ALIGNMENT = 64
-
-
-def _store_constants(
-    steps: ClientSteps, store: Callable[[bytes], str]
-) -> tuple[list[Constants], dict[str, Place]]:
-    """Store the frozen tensors, one blob per layer, so that tiers share the blobs of layers."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in steps.constants.items():
-        if tensor.nbytes >= _SMALLEST and str(tensor.dtype).removeprefix("torch.") in DTYPES:
-            layers.setdefault(layer_of(name), {})[name] = tensor
-    constants, places = [], {}
-    for tensors in layers.values():
-        data, specs, offsets = bytearray(), [], []
-        for name, tensor in tensors.items():
-            data += bytes(-len(data) % _ALIGNMENT)
-            offsets.append(len(data))
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
-            data += tensor.contiguous().numpy().tobytes()
-        blob = store(bytes(data))
-        constants.append(Constants(blob, tuple(specs), tuple(offsets)))
-        for spec, offset in zip(specs, offsets, strict=True):
-            places[spec.name] = Place(blob, offset, spec.nbytes())
-    return constants, places
-
-
 def _lower(
     steps: ClientSteps,
     found: Sequence[Step],
@@ -426,5 +396,7 @@ def _lower(
     try:
         return lower(tier.runtime, found, places)
     except ExportError as error:
-        culprit = find_culprit(steps.segment, example, lambda s: lower(tier.runtime, [s], {}))
-        raise ExportError(f"{culprit or 'the training step'}: {error}") from error
+        culprit = find_culprit(
+            steps.segment, example, lambda step: lower(tier.runtime, [step], {}), error
+        )
+        raise ExportError(culprit or f"the training step: {error}") from error

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
+
+from export.torch_internals import forward_hooks
 
 
 @dataclass
@@ -59,6 +62,17 @@ def recorded(root: nn.Module, prefix: str = "") -> Iterator[Calls]:
 def copied_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the buffers, so that a call in training mode does not change the statistics."""
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def forget_computed_weights(module: nn.Module) -> None:
+    """Detach the weights that ``torch.nn.utils.weight_norm`` computes before every call.
+
+    They keep the graph of the last call, and a module with such a tensor cannot be copied.
+    """
+    for part in module.modules():
+        for hook in (hook for hooks in forward_hooks(part) for hook in hooks.values()):
+            if isinstance(hook, WeightNorm):
+                setattr(part, hook.name, getattr(part, f"{hook.name}_v").detach())
 
 
 def called(name: str, module: nn.Module) -> str:

@@ -1,16 +1,20 @@
-"""Dropout whose mask is a function of a seed, which is an input of the graph.
+"""Random numbers that are a function of a seed, which is an input of the graph.
 
-A graph of standard operators has no random numbers, so the mask is computed by integer arithmetic.
-Element ``i`` of the ``n``-th dropout of a step has the key ``i + C n``. Three rounds of
+A graph of standard operators has no random numbers, so they are computed by integer arithmetic.
+Element ``i`` of the ``n``-th draw of a step has the key ``i + C n``. Three rounds of
 ``x -> (x + k)^3 mod p`` with keys from the seed map it to a number that is close enough to uniform
 in ``0..p-1`` for dropout. These are the rounds of the block cipher MiMC
-(https://eprint.iacr.org/2016/492); secrecy is not needed here. A mask has the distribution of
-``torch.nn.functional.dropout``, not its bits.
+(https://eprint.iacr.org/2016/492); secrecy is not needed here. Draws have the distribution of
+torch's, not their bits.
+
+Dropout, uniform and Bernoulli numbers are seeded in this way; :func:`unseeded` finds all others,
+which are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -20,6 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from export.errors import ExportError
+from export.torch_internals import schema
 
 PRIME = 2_147_483_579
 """Largest prime ``p`` below 2^31 with ``p mod 3 = 2``, for which ``x -> x^3`` is a permutation."""
@@ -35,14 +43,14 @@ _CHOICE = PRIME - 1
 
 
 class SeededDropout(TorchFunctionMode):
-    """While active, every dropout takes its mask from ``seed``.
+    """While active, dropouts, uniform and Bernoulli numbers are drawn from ``seed``.
 
     Args:
         seed: int64 scalar, ``0 <= seed < PRIME``.
-        after: number of masks that others have drawn from the seed, which are not drawn again.
+        after: number of draws that others have made from the seed, which are not repeated.
 
     Attributes:
-        calls: number of masks and choices drawn so far, those of others included.
+        calls: number of draws and choices so far, those of others included.
     """
 
     def __init__(self, seed: Tensor, after: int = 0) -> None:
@@ -100,8 +108,17 @@ class SeededDropout(TorchFunctionMode):
             F.dropout3d: self._channels,
             F.scaled_dot_product_attention: self._attention,
             F.multi_head_attention_forward: self._multi_head_attention,
+            torch.rand: self._rand,
+            torch.rand_like: self._rand_like,
+            Tensor.uniform_: self._uniform_,
+            torch.bernoulli: self._bernoulli,
+            Tensor.bernoulli: self._bernoulli,
+            Tensor.bernoulli_: self._bernoulli_,
         }
-        return mine.get(function, function)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if kwargs.get("out") is not None:  # not drawn from the seed, and so refused
+            return function(*args, **kwargs)
+        return mine.get(function, function)(*args, **kwargs)
 
     def _dropout(
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -161,16 +178,47 @@ class SeededDropout(TorchFunctionMode):
         with patch.multiple(F, dropout=self._dropout, scaled_dot_product_attention=self._attention):
             return F.multi_head_attention_forward(*args, **kwargs)
 
+    def _rand(
+        self, *sizes: Any, dtype: torch.dtype | None = None, device: Any = None, **named: Any
+    ) -> Tensor:
+        shape = named.get("size", sizes[0] if _is_shape(sizes) else sizes)
+        drawn = self._draw(shape, device or self.seed.device)
+        return _fractions(drawn, dtype or torch.get_default_dtype())
+
+    def _rand_like(self, input: Tensor, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return _fractions(self._draw(input.shape, input.device), dtype or input.dtype)
+
+    def _uniform_(self, input: Tensor, *bounds: float, **named: Any) -> Tensor:
+        low, high = [*bounds, 0.0, 1.0][:2] if len(bounds) != 1 else (bounds[0], 1.0)
+        low, high = named.get("from", low), named.get("to", high)
+        return input.copy_(self._rand_like(input) * (high - low) + low)
+
+    def _bernoulli(self, input: Tensor, p: float | None = None, **_: Any) -> Tensor:
+        """0 or 1, with the probabilities ``p``, or else those in ``input``."""
+        drawn = self._draw(input.shape, input.device)
+        if p is not None:
+            return (drawn < round(p * PRIME)).to(input.dtype)
+        return (_fractions(drawn, input.dtype) < input).to(input.dtype)
+
+    def _bernoulli_(self, input: Tensor, p: Tensor | float = 0.5, **_: Any) -> Tensor:
+        if isinstance(p, Tensor):
+            return input.copy_(self._bernoulli(p.expand(input.shape)))
+        return input.copy_(self._bernoulli(input, p))
+
     def _kept(self, shape: Any, p: float, like: Tensor) -> Tensor:
         """Mask of a shape: 0 with probability ``p``, else ``1 / (1 - p)``."""
+        x = self._draw(shape, like.device)
+        return (x >= round(p * PRIME)).to(like.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+
+    def _draw(self, shape: Any, device: Any) -> Tensor:
+        """New numbers in ``0..PRIME-1`` of a shape."""
         count = 1
         for n in shape:
             count = count * n
-        x = torch.arange(count, device=like.device).reshape(shape)
+        x = torch.arange(count, device=device).reshape(shape)
         x = x + (_STRIDE * (self.calls - len(self._choices))) % PRIME
         self.calls += 1
-        x = self._uniform(x)
-        return (x >= round(p * PRIME)).to(like.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+        return self._uniform(x)
 
     def _uniform(self, x: Tensor) -> Tensor:
         """Pseudorandom numbers in ``0..PRIME-1`` for the keys ``x``."""
@@ -178,6 +226,52 @@ class SeededDropout(TorchFunctionMode):
             x = torch.remainder(x + (self.seed + key), PRIME)
             x = torch.remainder(torch.remainder(x * x, PRIME) * x, PRIME)
         return x
+
+
+def _is_shape(sizes: tuple[Any, ...]) -> bool:
+    """Whether sizes are given as one list, instead of one by one."""
+    return len(sizes) == 1 and isinstance(sizes[0], list | tuple)
+
+
+def _fractions(drawn: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in [0, 1) that are multiples of 2^-24, so that float32 and float64 agree."""
+    return (drawn - torch.remainder(drawn, 128)).to(dtype) * 2.0**-31
+
+
+@contextmanager
+def unseeded() -> Iterator[None]:
+    """Refuse operators with random numbers of their own inside the block."""
+    with _Refusing():  # type: ignore[no-untyped-call]
+        yield
+
+
+def check_operator(operator: Any) -> None:
+    """Raise :class:`ExportError` for an operator with random numbers of its own.
+
+    Attention without dropout has the mark of random operators, and is allowed.
+    """
+    marked = torch.Tag.nondeterministic_seeded in operator.tags
+    if marked and "attention" not in schema(operator).name:
+        name = schema(operator).name.replace("::", ".")
+        raise ExportError(
+            f"it draws random numbers with {name}, which a device cannot repeat from the step's "
+            "seed; in training use dropout, torch.rand, rand_like, uniform_ or bernoulli, which "
+            "are drawn from it, and nothing random in evaluation"
+        )
+
+
+class _Refusing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses random operators, wherever they are called."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        check_operator(func)
+        return func(*args, **(kwargs or {}))
 
 
 _ACTIVE: ContextVar[SeededDropout | None] = ContextVar("active", default=None)

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import TensorSpec
 from export.cutting.calls import called, copied_buffers, recorded
+from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment
 from export.errors import ExportError
 from export.steps.step import Step, Tensors
@@ -19,20 +20,27 @@ from export.torch_internals import flatten, unflatten
 
 
 def find_culprit(
-    segment: ClientSegment, example: Tensor, lower: Callable[[Step], object]
+    segment: ClientSegment,
+    example: Tensor,
+    lower: Callable[[Step], object],
+    whole: ExportError,
 ) -> str | None:
-    """The first module whose training step cannot be lowered alone, as ``block.2.pool is a Pool``.
+    """The module whose training step cannot be lowered alone, and why: ``pool is a Pool: ...``.
 
-    Modules are tried in the order in which their calls return, so inner modules come first.
+    Modules are tried in the order in which their calls return, so inner modules come first. Several
+    may fail. The first whose reason is that of the whole step is named, else the first of all.
 
     Args:
         segment: segment whose export failed.
         example: inputs (batch, ...) of the segment.
         lower: lowers a step, or raises :class:`ExportError`.
+        whole: error of the whole step.
 
     Returns:
-        Name and class of the module; None if every module can be lowered alone.
+        Name and class of the module with its own reason; None if every module can be lowered
+        alone.
     """
+    first = None
     with torch.no_grad(), recorded(segment) as calls:
         functional_call(segment, copied_buffers(segment), (example,))
     for name in calls.finished:
@@ -40,9 +48,12 @@ def find_culprit(
         if name:
             try:
                 lower(_alone(module, arguments, len(example)))
-            except ExportError:
-                return called(name, module)
-    return None
+            except ExportError as error:
+                found = f"{called(name, module)}: {error}"
+                if str(error) == str(whole):
+                    return found
+                first = first or found
+    return first
 
 
 def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) -> Step:
@@ -50,8 +61,10 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
     leaves, layout = flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     parameters = dict(module.named_parameters())
+    buffers = copied_buffers(module)
 
     def function(constants: Tensors, inputs: Tensors) -> Tensors:
+        own = {name: tensor.clone() for name, tensor in constants.items()}  # statistics change
         tensors = tuple(
             t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs.values()
         )
@@ -59,9 +72,9 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
         for place, tensor in zip(places, tensors[len(parameters) :], strict=True):
             given[place] = tensor
         args, kwargs = unflatten(given, layout)
-        result = functional_call(
-            module, dict(zip(parameters, tensors, strict=False)), tuple(args), kwargs
-        )
+        own |= dict(zip(parameters, tensors, strict=False))
+        with SeededDropout(torch.zeros((), dtype=torch.int64)):
+            result = functional_call(module, own, tuple(args), kwargs)
         results = [
             torch.view_as_real(t) if t.is_complex() else t
             for t in flatten(result)[0]
@@ -86,4 +99,4 @@ def _alone(module: nn.Module, arguments: tuple[Any, dict[str, Any]], rows: int) 
         batched = leaf.dim() > 0 and leaf.shape[0] == rows
         shape = ("batch", *leaf.shape[1:]) if batched else tuple(leaf.shape)
         inputs.append(port(len(inputs), leaf, shape))
-    return Step("module", function, tuple(inputs), ())
+    return Step("module", function, tuple(inputs), (), buffers)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import onnx
+from onnxscript import ir
 from torch.export import ExportedProgram
 
 from export.errors import ExportError, reason
@@ -60,14 +61,13 @@ def lower(step: Step, program: ExportedProgram, places: Mapping[str, Place] | No
             name of the module that :func:`export.lowering.culprit.find_culprit` finds.
     """
     with _explained():
-        model = to_onnx(program)
+        translated = to_onnx(program)
+        _refer(translated.graph, step, places or {})
+        model = ir.to_proto(translated)
     _rename(model.graph, step)
     _read_as_stored(model.graph)
     _prune(model.graph)
     _strip(model)
-    for tensor in model.graph.initializer:
-        if places and tensor.name in places:
-            _refer(tensor, places[tensor.name])
     data: bytes = model.SerializeToString(deterministic=True)
     return data
 
@@ -182,9 +182,16 @@ def _strip(model: onnx.ModelProto) -> None:
         part.ClearField("doc_string")
 
 
-def _refer(tensor: onnx.TensorProto, place: Place) -> None:
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in vars(place).items():
-        key = "location" if key == "blob" else key
-        tensor.external_data.add(key=key, value=str(value))
+def _refer(graph: ir.Graph, step: Step, places: Mapping[str, Place]) -> None:
+    """Replace constants by references, before serialization: nothing then reads their bytes.
+
+    A file that held them would be copied several times, and protobuf ends at 2 GB.
+    """
+    for number, name in enumerate(step.constants):
+        value = graph.initializers.get(f"constant_{number}")
+        if value is not None and value.const_value is not None and name in places:
+            place, held = places[name], value.const_value
+            value.const_value = ir.ExternalTensor(
+                place.blob, place.offset, place.length, held.dtype,
+                shape=ir.Shape(held.shape.numpy()), name=value.name or name,
+            )  # fmt: skip

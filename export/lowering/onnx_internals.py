@@ -21,7 +21,7 @@ from torch.onnx._internal.exporter import _core, _registration
 from torch.onnx._internal.fx.passes import InsertTypePromotion, type_promotion
 
 if TYPE_CHECKING:
-    import onnx
+    from onnxscript import ir
 
 for _part in (_registration, _core):
     logging.getLogger(_part.__name__).setLevel(logging.ERROR)
@@ -29,16 +29,15 @@ for _part in (_registration, _core):
 _MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
-def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
+def to_onnx(program: ExportedProgram) -> ir.Model:
     """Translate a program of core operators, after :func:`convert_explicitly`, to ONNX.
 
     Raises:
         Exception: an operator has no translation (:func:`untranslated`), or a translation fails.
     """
-    translated = _core._exported_program_to_onnx_program(
+    return _core._exported_program_to_onnx_program(
         program, registry=_registry(), lower="at_conversion"
-    )
-    return translated.model_proto
+    ).model
 
 
 def untranslated(message: str) -> str | None:

@@ -19,14 +19,17 @@ from torch.func import functionalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edge_sdk.bundle.manifest import Port
+from export.cutting.seeded_random import check_operator
 from export.errors import ExportError
 from export.lowering.decompositions import decompositions
+from export.lowering.guards import Shapes
 from export.lowering.simplify import simplify
 from export.steps.step import Step
 from export.torch_internals import (
     SymbolicSizes,
     make_program,
     mutates,
+    operators,
     trace_graph,
     without_onednn,
 )
@@ -46,12 +49,14 @@ def trace(step: Step) -> ExportedProgram:
     ``constant_1``, ... of the program, in their order.
 
     Raises:
-        ExportError: the step needs a fixed size of a symbolic dimension.
+        ExportError: the step needs a fixed size of a symbolic dimension, decides on one, or has
+            random numbers that are not drawn from the seed.
     """
+    shapes = Shapes()
     names = sorted({n for port in step.inputs for n in port.spec.shape if isinstance(n, str)})
     largest = {name: max(step.limits.get(name, MAX_SIZE), 3) for name in names}
     symbolic = SymbolicSizes(
-        {n: min(hint, largest[n]) for n, hint in zip(names, _HINTS, strict=False)}
+        {n: min(hint, largest[n]) for n, hint in zip(names, _HINTS, strict=False)}, largest, shapes
     )
     names_of_constants = list(step.constants)
     names_of_outputs = [port.spec.name for port in step.outputs]  # none: all outputs
@@ -76,6 +81,9 @@ def trace(step: Step) -> ExportedProgram:
             graph = trace_graph(pure, inputs(), table)
     for name in symbolic.fixed():
         raise ExportError(_FIXED[name])
+    for operator in operators(graph.graph):
+        check_operator(operator)
+    shapes.check_decisions(symbolic.names, largest)
     simplify(graph)
     return _program(graph, step.constants, symbolic.bound(largest))
 
@@ -116,7 +124,9 @@ def _lift(module: torch.fx.GraphModule, after: int) -> dict[str, Tensor]:
 
 _FIXED = {
     "batch": "it fixes the batch size; use x.shape[0], not a number, len(x) or int(x.shape[0])",
-    "seq": "it fixes the length of the text; use x.shape[1], not a number or int(x.shape[1])",
+    "seq": "it fixes the length of the text; use x.shape[1], not a number or int(x.shape[1]); "
+    "h.amax(2) or nn.AdaptiveMaxPool1d(1) in place of a pooling over the whole length; and no "
+    "loop over the positions",
 }
 
 

@@ -22,6 +22,7 @@ from edge_sdk.bundle.manifest import Port, StateSpec
 from edge_sdk.bundle.ranges import MAX_POSITIONS, Ranges
 from edge_sdk.protocol.tensors import TensorSpec
 from export.bases.dual_norms import has_dual_norms, noise_tensors, robustness
+from export.cutting.checks import is_recurrent
 from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment, channel_axis, statistics
 from export.errors import ExportError
@@ -143,13 +144,16 @@ class ClientSteps:
             self.features = codec.specs(self._symbolic(deep, example), self.features_axis)
 
     def _takes_any_length(self, example: Tensor) -> bool:
-        """Whether inputs are texts, and the segment also accepts shorter ones."""
+        """Whether inputs are texts, and the segment also accepts the shortest ones."""
         if example.is_floating_point() or example.dim() != 2 or example.shape[1] < 2:
+            return False
+        if is_recurrent(self.segment):  # a graph has a copy of the cell for each position
             return False
         tensors = {**self.constants, **self.initial}
         try:
             with torch.no_grad():
-                self.call(False, tensors, example[:, :-1])
+                for length in (example.shape[1] - 1, 1):
+                    self.call(False, tensors, example[:, :length])
         except (RuntimeError, ValueError, IndexError):
             return False
         return True

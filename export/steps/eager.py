@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from export.cutting.calls import forget_computed_weights
 from export.cutting.seeded_random import SeededDropout
 from export.cutting.split_model import ClientSegment, statistics
 from export.steps.client_steps import ClientSteps
@@ -121,6 +122,7 @@ class EagerSegment:
 
 def _copied(steps: ClientSteps, given: Tensors) -> ClientSegment:
     segment = steps.segment
+    forget_computed_weights(segment)
     known: dict[int, object] = {}
     for name, p in segment.named_parameters():
         value = given.get(name, p).detach()

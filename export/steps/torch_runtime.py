@@ -222,7 +222,7 @@ def _clipped(gradients: Tensors, max_norm: Tensor) -> Tensors:
         return gradients
     given = list(gradients.values())
     scale = max_norm / (torch.nn.utils.get_total_norm(given) + 1e-6)
-    return _named(gradients, torch._foreach_mul(given, scale.clamp(max=1.0)))  # NaN stays
+    return _named(gradients, foreach_mul(given, scale.clamp(max=1.0)))  # NaN stays
 
 
 def _named(names: Any, tensors: Any) -> Tensors:

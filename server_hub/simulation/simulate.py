@@ -87,13 +87,11 @@ class Simulation:
 
     Args:
         job: the job to simulate.
-        folder: run folder for metrics, checkpoint and trained model. An interrupted run of the
-            same job in this folder resumes.
+        folder: run folder; an interrupted run of the same job in this folder resumes.
         runtime: runtime of the devices' steps.
         base: folder that relative paths in the job start from.
         say: called with a line of text for each step of the preparation.
-        data: examples by device; None for the job's data source and partition. A run that resumes
-            needs the same data as before.
+        data: examples by device, for a run that resumes the same as before; None for the job's.
         behave: changes examples and runtime of devices, for experiments with attacks.
 
     Raises:

@@ -211,7 +211,8 @@ def test_table_keeps_torchs_core_decompositions() -> None:
     """The table lacks only ``squeeze.dim`` of torch's table, and replaces some entries."""
     table = decompositions.decompositions()
     aten = torch.ops.aten
-    assert set(default_decompositions()) - set(table) == {aten.squeeze.dim}
+    missing = set(default_decompositions()) - set(table)  # other packages register theirs later
+    assert {op for op in missing if op.namespace == "aten"} == {aten.squeeze.dim}
     assert table[aten.convolution_backward.default] is decompositions.convolution_backward
     assert table[aten.native_group_norm.default] is decompositions.native_group_norm
 
@@ -488,7 +489,7 @@ def traced(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Gra
     return graph
 
 
-FORBIDDEN = re.compile(r"_backward|batch_norm|_(scatter|strided)|scatter_|\w_\.")
+FORBIDDEN = re.compile(r"_backward|batch_norm|_(scatter|strided)|index_put|\w_\.")
 """Operators that runtimes lack. In-place operators are not allowed either."""
 
 IMAGES, SEQUENCE, ROW = (4, 8, 7), (3, 4), (6,)

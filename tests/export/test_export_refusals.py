@@ -578,14 +578,22 @@ def test_a_batch_size_that_is_fixed_while_tracing(tmp_path: Path) -> None:
     assert message.startswith("block.0 is a Apply: it fixes the batch size; use x.shape[0]")
 
 
+class RunningMaximum(nn.Module):
+    """The largest value so far along a row."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations of the same shape."""
+        return h.cummax(3)[0]
+
+
 def test_an_operator_without_translation(tmp_path: Path) -> None:
     """The error names the module's path and the operator, and says what to do."""
     block = nn.Sequential(nn.ReLU())
-    block.add_module("pool", nn.FractionalMaxPool2d(2, 4))
+    block.add_module("running", RunningMaximum())
     message = refusal(images(nn.Identity(), block), tmp_path / "folder")
     assert message.startswith(
-        "block.1.pool is a FractionalMaxPool2d: no ONNX translation for its training step "
-        "(aten.fractional_max_pool2d has none); replace it by "
+        "block.1.running is a RunningMaximum: no ONNX translation for its training step "
+        "(aten.cummax has none); replace it by "
     )
 
 
@@ -635,7 +643,9 @@ def segment_of(model: SplitModel) -> tuple[ClientSegment, Tensor]:
 def test_nobody_is_to_blame() -> None:
     """Every module of an exportable segment can be lowered alone."""
     segment, x = segment_of(vectors(nn.Sequential(nn.Identity(), nn.GELU())))
-    assert find_culprit(segment, x, lower_onnx.lower) is None
+    assert (
+        find_culprit(segment, x, lambda step: lower("onnx", [step], {}), ExportError("a")) is None
+    )
 
 
 def test_the_first_to_fail_is_to_blame() -> None:
@@ -653,12 +663,51 @@ def test_the_first_to_fail_is_to_blame() -> None:
                 raise ExportError("for a test")
             return b""
 
-        return find_culprit(segment, x, lower)
+        return find_culprit(segment, x, lower, ExportError("of the step"))
 
     found = [culprit(number) for number in range(1, 7)]
-    assert found[1] == "block.0 is a Tanh"
-    assert found[2:5] == ["block.1.0 is a ReLU", "block.1.1 is a Linear", "block.1.2 is a GELU"]
-    assert found[0] == "stem is a Linear"
+    names = [
+        *("stem is a Linear", "block.0 is a Tanh", "block.1.0 is a ReLU"),
+        *("block.1.1 is a Linear", "block.1.2 is a GELU"),
+    ]
+    assert found[:5] == [f"{name}: for a test" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("before", "fault", "message"),
+    [
+        (nn.BatchNorm3d(WIDTH), nn.MaxPool3d(2), "aten.max_pool3d_with_indices_backward has none"),
+        (nn.Dropout3d(0.5), nn.AdaptiveMaxPool3d(1), "aten.adaptive_max_pool3d has none"),
+        (nn.InstanceNorm3d(WIDTH), nn.MaxPool3d(2), "aten.max_pool3d_with_indices_backward"),
+    ],
+)
+def test_the_culprit_is_named_with_its_own_reason(
+    tmp_path: Path, before: nn.Module, fault: nn.Module, message: str
+) -> None:
+    """A module beside it that is exact in the whole step is not blamed."""
+    block = nn.Sequential(
+        nn.Unflatten(1, (WIDTH, 2, 2, 2)), before, fault, nn.Flatten(), nn.LazyLinear(WIDTH)
+    )
+    block(torch.zeros(2, WIDTH * 8))
+    model = vectors(nn.Sequential(nn.Linear(WIDTH, WIDTH * 8), block))
+    said = refusal(model, tmp_path / "folder")
+    name = f"block.0.1.2 is a {type(fault).__name__}: no ONNX translation for its training step ("
+    assert said.startswith(name)
+    assert message in said
+
+
+def test_of_two_faults_the_one_that_stopped_the_step_is_named() -> None:
+    """A module may fail alone for another reason, which is not the step's."""
+    segment, x = segment_of(vectors(nn.Sequential(nn.Tanh(), nn.GELU())))
+    reasons = iter(["", "another", "", "the step's"])
+
+    def lower(step: Step) -> bytes:
+        if reason := next(reasons):
+            raise ExportError(reason)
+        return b""
+
+    found = find_culprit(segment, x, lower, ExportError("the step's"))
+    assert found == "block.0 is a Sequential: the step's"
 
 
 def test_without_a_culprit_the_graph_is_named(

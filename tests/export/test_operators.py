@@ -76,6 +76,9 @@ def test_the_named_cases_exist() -> None:
         ("tokens, head tied to the embedding", ("batch", "seq")),
         ("Conv1d: stride, dilation, groups, padding same, circular", ("batch", 3, 12)),
         ("LSTM", ("batch", 3, 3)),
+        ("LSTM on tokens: 2 layers, bidirectional", ("batch", 6)),
+        ("Conv1d, maximum over time", ("batch", "seq")),
+        ("Conv1d without padding, AdaptiveMaxPool1d", ("batch", 6)),
     ],
 )
 def test_texts_have_any_length(name: str, shape: tuple[int | str, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.cutting.checks import check_modules, check_parameters
+from export.cutting.checks import check_parameters, check_stages
 from export.cutting.split_model import ClientSegment, SplitModel, Task
 from export.lowering.graph_files import RuntimeName, lower
 from export.packing.codecs import get_codec
@@ -71,7 +71,7 @@ def steps_of(case: Case, runtime: RuntimeName) -> tuple[ClientSteps, Tensor]:
     classes = WORDS if model.task == "tokens" else CLASSES
     model.add_heads([1], example, classes)
     segment = ClientSegment(model, 1)
-    check_modules(segment)
+    check_stages(model, 1, example)
     check_parameters(segment, example)
     limits = {}
     if runtime == "executorch":
@@ -221,6 +221,17 @@ def made(parts: tuple[Callable[..., Any], ...]) -> list[Callable[..., Any]]:
     return [part.make() if isinstance(part, Lazy) else part for part in parts]
 
 
+def words(*parts: Callable[..., Any], length: int = 6) -> Build:
+    """Embeddings of 6 tokens, then a block of these parts."""
+
+    def build() -> tuple[SplitModel, Tensor]:
+        model = SplitModel(Stem(), [Chain(*made(parts)), nn.Identity()], nn.Identity())
+        generator = torch.Generator().manual_seed(1)
+        return model, torch.randint(WORDS, (8, length), generator=generator)
+
+    return build
+
+
 class Lazy:
     """A module that is built together with its model."""
 
@@ -310,6 +321,51 @@ class Excite(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Activations of the same shape."""
         return h * torch.sigmoid(self.up(torch.relu(self.down(self.pool(h)))))
+
+
+class DropPath(nn.Module):
+    """Drops whole examples of a residual branch in training.
+
+    Args:
+        form: how the mask is drawn: ``bernoulli`` (as timm) or ``floor`` (as older models).
+    """
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations of the same shape."""
+        if not self.training:
+            return h
+        shape = (h.shape[0],) + (1,) * (h.dim() - 1)
+        if self.form == "bernoulli":
+            mask = h.new_empty(shape).bernoulli_(0.7)
+            return h * mask.div_(0.7)
+        mask = 0.7 + torch.rand(shape, dtype=h.dtype, device=h.device)
+        return h.div(0.7) * mask.floor_()
+
+
+class Noise(nn.Module):
+    """Multiplies by random numbers in training.
+
+    Args:
+        draw: draws numbers like the activations.
+    """
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations of the same shape."""
+        return h * self.draw(h) if self.training else h
+
+
+def weight_normed(module: nn.Module, **options: Any) -> nn.Module:
+    """The module with its weight as direction and length."""
+    normed: nn.Module = nn.utils.parametrizations.weight_norm(module, **options)
+    return normed
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -462,6 +518,33 @@ CASES: tuple[Case, ...] = (
         images(nn.LocalResponseNorm(3, alpha=0.1)),
         onnx="avg_pool3d_backward",
         executorch="no kernel for aten::avg_pool3d.out",
+    ),
+    Case(
+        "norm",
+        "BatchNorm1d of vectors",
+        vectors(Lazy(lambda: nn.BatchNorm1d(8)), nn.Tanh()),
+        note="as in PyTorch, training needs two rows",
+    ),
+    Case(
+        "norm",
+        "weight_norm: Conv1d, Linear",
+        signals(
+            Lazy(lambda: weight_normed(nn.Conv1d(4, 4, 3, padding=2, dilation=2))),
+            nn.Tanh(),
+            Lazy(lambda: weight_normed(nn.Linear(14, 3), dim=None)),
+        ),
+    ),
+    Case(
+        "norm",
+        "weight_norm by hooks: Conv1d",
+        signals(Lazy(lambda: nn.utils.weight_norm(nn.Conv1d(4, 4, 3))), nn.Tanh()),
+    ),
+    Case(
+        "norm",
+        "spectral_norm",
+        vectors(Lazy(lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))),
+        onnx="power iteration",
+        executorch="power iteration",
     ),
     Case(
         "activation",
@@ -664,6 +747,50 @@ CASES: tuple[Case, ...] = (
         executorch="dropout between its layers",
     ),
     Case("recurrent", "RNN", sensors(Lazy(lambda: nn.RNN(3, 4, batch_first=True)))),
+    Case(
+        "recurrent",
+        "LSTM on tokens: 2 layers, bidirectional",
+        words(Lazy(lambda: nn.LSTM(WIDTH, 3, 2, batch_first=True, bidirectional=True))),
+        note="at the example's length",
+    ),
+    Case(
+        "recurrent",
+        "GRU on tokens: last position",
+        words(Lazy(lambda: nn.GRU(WIDTH, 4, batch_first=True)), lambda h: h[:, -1]),
+        note="at the example's length",
+    ),
+    Case(
+        "text",
+        "Conv1d, maximum over time",
+        words(
+            lambda h: h.transpose(1, 2),
+            Lazy(lambda: nn.Conv1d(WIDTH, 6, 3, padding=1)),
+            nn.ReLU(),
+            lambda h: h.amax(2),
+        ),
+        note="any length",
+    ),
+    Case(
+        "text",
+        "Conv1d without padding, AdaptiveMaxPool1d",
+        words(
+            lambda h: h.transpose(1, 2),
+            Lazy(lambda: nn.Conv1d(WIDTH, 6, 3)),
+            nn.ReLU(),
+            nn.AdaptiveMaxPool1d(1),
+            nn.Flatten(),
+        ),
+        note="at the example's length, since the kernel needs three tokens",
+    ),
+    Case(
+        "text",
+        "indices that repeat: index_select, index_add, gather",
+        vectors(
+            lambda h: h.index_select(1, torch.tensor([0, 1, 1, -2, 3, 3, 7, 0])),
+            lambda h: h.new_zeros(h.shape[0], 8).index_add(1, torch.tensor([0, 1, 1, 7] * 2), h),
+            lambda h: h.gather(1, (h > 0).long()) + h,
+        ),
+    ),
     Case("text", "Embedding, any length", texts(Lazy(lambda: TokenBlock(WIDTH)))),
     Case(
         "text",
@@ -700,6 +827,31 @@ CASES: tuple[Case, ...] = (
         texts(Lazy(lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, 0.2, batch_first=True))),
     ),
     Case("dropout", "nn.MultiheadAttention", texts(Lazy(lambda: MultiHead(0.3)))),
+    Case(
+        "random",
+        "DropPath (timm), DropPath (rand and floor)",
+        vectors(DropPath("bernoulli"), Lazy(lambda: nn.Linear(8, 8)), DropPath("floor")),
+        note="from the step's seed",
+    ),
+    Case(
+        "random",
+        "rand_like, uniform_, bernoulli",
+        vectors(
+            Noise(lambda h: 1 + torch.rand_like(h)),
+            nn.Tanh(),
+            Noise(lambda h: torch.empty_like(h).uniform_(0.5, 1.5)),
+            nn.Tanh(),
+            Noise(lambda h: torch.bernoulli(torch.full_like(h, 0.3))),
+        ),
+        note="from the step's seed",
+    ),
+    Case(
+        "random",
+        "randn and others",
+        vectors(Noise(torch.randn_like)),
+        onnx="random numbers with aten.randn_like",
+        executorch="random numbers with aten.randn_like",
+    ),
     Case(
         "LoRA",
         "Linear",

@@ -18,7 +18,10 @@ from torch.export import default_decompositions
 from export.lowering.decompositions.convolution import convolution_backward
 from export.lowering.decompositions.indexing import (
     embedding_dense_backward,
+    empty_permuted,
+    index_put,
     pow_scalar,
+    put,
     select_backward,
     slice_backward,
     squeeze_dims,
@@ -32,6 +35,7 @@ from export.lowering.decompositions.norms import (
     native_group_norm,
     native_group_norm_backward,
     native_layer_norm_backward,
+    weight_norm_backward,
 )
 from export.lowering.decompositions.padding import (
     reflection_pad,
@@ -69,6 +73,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten._native_batch_norm_legit.no_stats: batch_norm_no_stats,
         aten._native_batch_norm_legit_no_training.default: batch_norm_eval,
         aten.native_batch_norm_backward.default: native_batch_norm_backward,
+        aten._weight_norm_interface_backward.default: weight_norm_backward,
         aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
         aten.avg_pool2d.default: avg_pool2d,
         aten.avg_pool2d_backward.default: avg_pool2d_backward,
@@ -86,6 +91,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.unfold_backward.default: unfold_backward,
         aten.select_backward.default: select_backward,
         aten.embedding_dense_backward.default: embedding_dense_backward,
+        aten.empty_permuted.default: empty_permuted,
+        aten.index_put.default: index_put,
+        aten.put.default: put,
         aten.pow.Tensor_Scalar: pow_scalar,
         aten.squeeze.dims: squeeze_dims,
     }

@@ -199,6 +199,19 @@ def native_batch_norm_backward(
     return grad_x, grad_weight if output_mask[1] else None, grad_bias if output_mask[2] else None
 
 
+def weight_norm_backward(
+    grad_weight: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the direction ``v`` and the length ``g`` of ``weight = g v / |v|``.
+
+    Norms are over all dimensions but ``dim``, and have size 1 in the others.
+    """
+    others = [i for i in range(v.dim()) if i != dim % v.dim()]
+    norms, scale = norms.reshape(g.shape), g / norms.reshape(g.shape)
+    along = (grad_weight * v).sum(others, keepdim=True) / norms
+    return scale * (grad_weight - v * (along / norms)), along
+
+
 def _batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

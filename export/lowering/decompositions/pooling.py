@@ -6,7 +6,7 @@ pooling over two, one of which has size 1.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -140,7 +140,13 @@ def adaptive_avg_pool2d_backward(grad_out: Tensor, x: Tensor) -> Tensor:
 
 
 def adaptive_max_pool2d(x: Tensor, output_size: list[int]) -> tuple[Tensor, Tensor]:
-    """Adaptive max pooling; raises NotImplementedError if sizes do not divide the input's."""
+    """Adaptive max pooling; raises NotImplementedError if sizes do not divide the input's.
+
+    To a single value, the input may have any size.
+    """
+    if all(n == 1 for n in output_size):
+        value, place = x.flatten(-2).max(-1, keepdim=True)
+        return value.unsqueeze(-1), place.unsqueeze(-1)
     kernel = _dividing(x, output_size)
     pooled: tuple[Tensor, Tensor] = aten.max_pool2d_with_indices.default(x, kernel, kernel)
     return pooled
@@ -148,6 +154,11 @@ def adaptive_max_pool2d(x: Tensor, output_size: list[int]) -> tuple[Tensor, Tens
 
 def adaptive_max_pool2d_backward(grad_out: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Gradient of adaptive max pooling."""
+    if all(n == 1 for n in grad_out.shape[-2:]):
+        flat = aten.scatter_add.default(
+            torch.zeros_like(x).flatten(-2), -1, indices.flatten(-2), grad_out.flatten(-2)
+        )
+        return cast(Tensor, flat).reshape(x.shape)
     kernel = _dividing(x, list(grad_out.shape[-2:]))
     return max_pool2d_with_indices_backward(
         grad_out, x, kernel, kernel, [0, 0], [1, 1], False, indices
