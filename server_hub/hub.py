@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Manifest
-from edge_sdk.errors import ConfigError, DataError, ProtocolError
+from edge_sdk.errors import DataError, ProtocolError
 from edge_sdk.inference.metrics import Metric
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.evaluation import Evaluated
@@ -43,7 +42,7 @@ from server_hub.gateway.tokens import TokenFile, Tokens
 from server_hub.job import Job
 from server_hub.logs import plain, protect
 from server_hub.methods.composition import compose
-from server_hub.methods.method import Method, takes_max_norm
+from server_hub.methods.method import Method, check_optimizers
 from server_hub.rounds.answers import Answers
 from server_hub.rounds.cut_moves import CutMoves
 from server_hub.rounds.device_evaluations import DeviceEvaluations
@@ -415,17 +414,7 @@ class Hub:
         check_message_sizes(
             self.manifests, config.limits, config.local.batch_size, modes, method.keeps_slots
         )
-        for tier, manifest in self.manifests.items():
-            if config.local.max_norm < math.inf and not takes_max_norm(manifest):
-                raise ConfigError(
-                    f"the bundle of {tier!r} does not clip gradients, it is from an older export; "
-                    "export again, or leave max_norm out of [local]"
-                )
-        if method.keeps_slots and self.index.optimizer != config.trunk.optimizer:
-            raise ConfigError(
-                f"{method.name} hands optimizer state on between devices and hub; the devices "
-                f"have {self.index.optimizer}, set trunk.optimizer to it"
-            )
+        check_optimizers(method, self.index.optimizer, self.manifests, config.local, config.trunk)
 
     def _held_out(self) -> tuple[Any, Any] | None:
         if self.config.held_out is None:

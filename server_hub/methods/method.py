@@ -16,7 +16,9 @@ from server_hub.aggregation.interface import Aggregation, DeviceUpdate
 from server_hub.aggregation.layer_store import NotFinite, check_finite
 from server_hub.aggregation.update_bound import UpdateBound
 from server_hub.methods.plan import DevicePlan, RoundContext, RoundPlan
+from server_hub.methods.settings import LocalTraining
 from server_hub.trunk.interface import EvaluationReport, TrunkCopy, TrunkPlan
+from server_hub.trunk.settings import TrunkTraining
 
 log = logging.getLogger("cutlayer.hub")
 
@@ -263,3 +265,36 @@ class Method:
             return False
         self.aggregation.order = list(report.order)
         return True
+
+
+def check_optimizers(
+    method: Method,
+    optimizer: str,
+    manifests: Mapping[str, Manifest],
+    local: LocalTraining,
+    trunk: TrunkTraining,
+) -> None:
+    """Check that devices and trunk can train as the settings say.
+
+    Args:
+        method: the job's method.
+        optimizer: name of the optimizer of the devices.
+        manifests: manifest by tier.
+        local: settings of the training on devices.
+        trunk: settings of the training of the trunk.
+
+    Raises:
+        ConfigError: gradients are to be clipped, and the graphs of a bundle do not clip; or slots
+            move between devices and trunk, which have different optimizers.
+    """
+    for tier, manifest in manifests.items():
+        if local.max_norm < math.inf and not takes_max_norm(manifest):
+            raise ConfigError(
+                f"the bundle of {tier!r} does not clip gradients, it is from an older export; "
+                "export again, or leave max_norm out of [local]"
+            )
+    if method.keeps_slots and optimizer != trunk.optimizer:
+        raise ConfigError(
+            f"{method.name} hands optimizer state on between devices and hub; the devices "
+            f"have {optimizer}, set trunk.optimizer to it"
+        )

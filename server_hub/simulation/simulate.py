@@ -170,25 +170,16 @@ class Simulation:
     def _export(self, say: Say) -> BundleIndex:
         """Write the bundles that devices download."""
         fleet, folder = self.fleet, self._scratch_folder / "bundles"
-        blobs = BlobStore(folder / "blobs")
-        entries = {}
-        cuts = [tier.cut for tier in fleet.tiers.values()]
+        blobs, entries = BlobStore(folder / "blobs"), dict[str, TierEntry]()
         if not fleet.bases:  # base networks have their heads already, each with its own weights
+            cuts = [tier.cut for tier in fleet.tiers.values()]
             for model in {id(m): m for m in (fleet.model, *fleet.models.values())}.values():
                 model.add_heads(cuts, fleet.example, fleet.classes)
         ranges = find_ranges(fleet.model, fleet.example)
+        decay, form = self.job.decay, (fleet.example, fleet.classes, self.job.optimizer, ranges)
         for name, tier in fleet.tiers.items():
             check_sharing(fleet.model_of(name), tier.cut)
-            segment = segment_of(fleet.model_of(name), tier)
-            steps = make_steps(
-                segment,
-                tier,
-                fleet.example,
-                fleet.classes,
-                self.job.optimizer,
-                ranges,
-                decay=self.job.decay,
-            )
+            steps = make_steps(segment_of(fleet.model_of(name), tier), tier, *form, decay=decay)
             if not self._steps:  # all tiers take the same examples
                 check_values(self.data, steps.ranges)
             exact = tier.runtime != "torch"  # the functional step itself needs no check
@@ -199,8 +190,8 @@ class Simulation:
                 s.name: flops_per_row(s, self._length or 1) for s in all_steps(steps)
             }
         fleet.model.save(folder / WEIGHTS)
-        noted = {"decay": self.job.decay}
-        index = BundleIndex(folder, None, fleet.classes, self.job.optimizer, entries, noted)
+        extra = {"decay": decay}
+        index = BundleIndex(folder, None, fleet.classes, self.job.optimizer, entries, extra)
         index.write()
         return index
 
