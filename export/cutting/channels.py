@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_leaves
 
 from export.errors import ExportError
+from export.torch_internals import flatten
 
 Channels = Literal["first", "last"]
 """Where activations have their channels: (batch, channels, ...) or (batch, ..., channels)."""
@@ -76,10 +76,10 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         options = kwargs or {}
         result = func(*args, **options)
-        given = tuple(t for t in tree_leaves((args, options)) if isinstance(t, Tensor))
+        given = tuple(t for t in flatten((args, options))[0] if isinstance(t, Tensor))
         name = (resolve_name(func) or getattr(func, "__name__", "")).rpartition(".")[2]
         if given and name != "__get__":
-            for out in tree_leaves(result):
+            for out in flatten(result)[0]:
                 if isinstance(out, Tensor):
                     self.calls.append(_Call(name, tuple(args), options, given, out))
         return result

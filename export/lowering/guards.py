@@ -6,8 +6,8 @@ every size. A decision is harmless if it is the same for all sizes that a graph 
 
 from __future__ import annotations
 
+import inspect
 import itertools
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ def _message(
 
 def _place() -> tuple[str, int]:
     """File and line of the code that decides."""
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
+    assert frame is not None
     while frame.f_back is not None and frame.f_code.co_filename in _ENGINE:
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno

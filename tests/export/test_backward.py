@@ -85,7 +85,7 @@ def split_step(
     rule: str,
 ) -> Tensor:
     """Run one step of device, hub and device; return the activations that the hub received."""
-    key = {"seed": np.asarray(seed)} if steps.seeded else {}
+    key = {"seed": np.asarray(seed)} if steps.random_calls > 0 else {}
     packed = runtime.run("activate", {"x": x.numpy(), **key})
     parts = {name: torch.from_numpy(array) for name, array in packed.items()}
     h = steps.codec.unpack(parts).double().requires_grad_()
@@ -110,14 +110,14 @@ def test_split_step_is_the_uncut_step(kind: str, optimizer: str, codec: str) -> 
         runtimes += ["onnx"]
     for name in runtimes:
         runtime = runtime_of(steps, name, ("activate", "backward"))
-        uncut = Uncut(model, optimizer, steps.seeded)
+        uncut = Uncut(model, optimizer, steps.random_calls > 0)
         initial = {n: t.clone() for n, t in uncut.tensors().items()}
         for number, rows in enumerate((8, 3, 5)):
             x = draw(rows, number)
             generator = torch.Generator().manual_seed(number)
             shape = x.shape if kind == "lora" else (rows,)
             y = torch.randint(classes, shape, generator=generator)
-            hub = Uncut(model, optimizer, steps.seeded)
+            hub = Uncut(model, optimizer, steps.random_calls > 0)
             seen = split_step(runtime, steps, hub, x, y, 70 + number, optimizer)
             h = uncut.step(x, y, 70 + number)
             tolerance = {"float32": 1e-5, "fp16": 0.05}[codec]
@@ -192,7 +192,7 @@ def test_executorch() -> None:
     for number in range(3):
         y = torch.randint(CLASSES, (3,), generator=torch.Generator().manual_seed(number))
         for runtime in runtimes:
-            hub = Uncut(model, "sgd", steps.seeded)
+            hub = Uncut(model, "sgd", steps.random_calls > 0)
             split_step(runtime, steps, hub, images(3, number), y, number, "sgd")
     found, want = (runtime.get_state() for runtime in runtimes)
     for name, tensor in steps.initial.items():

@@ -629,7 +629,7 @@ def test_any_error_while_lowering_is_an_export_error(
 
     monkeypatch.setattr(lower_onnx, "trace", fail)
     with pytest.raises(ExportError, match=r"no ONNX translation .* \('?a'?\); replace") as caught:
-        lower_onnx.lower(train(steps))
+        lower_onnx.traced(train(steps))
     assert caught.value.__cause__ is error
 
 
@@ -782,7 +782,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     ("place", "name"),
     [
         (writer, "lower"),
-        (writer, "verify"),
+        (Verifier, "verify"),
         (writer, "ClientSteps"),
         (BlobStore, "write"),
         (SplitModel, "save"),
@@ -818,11 +818,11 @@ def test_a_failure_in_the_second_tier(
 ) -> None:
     """The bundles of the first tier are not left behind."""
 
-    def fail_later(steps: ClientSteps, *_: Any) -> None:
-        if steps.segment.cut == 2:
+    def fail_later(verifier: Verifier, *_: Any) -> None:
+        if verifier.steps.segment.cut == 2:
             raise ExportError("differs")
 
-    monkeypatch.setattr(writer, "verify", fail_later)
+    monkeypatch.setattr(Verifier, "verify", fail_later)
     tiers = {"small": Tier(1), "medium": Tier(2)}
     assert refusal(conv_model(), tmp_path / "folder", tiers=tiers) == "differs"
 
@@ -872,7 +872,7 @@ def test_a_failure_keeps_the_earlier_export(
     def fail(*args: Any) -> None:
         raise ExportError("differs")
 
-    monkeypatch.setattr(writer, "verify", fail)
+    monkeypatch.setattr(Verifier, "verify", fail)
     with pytest.raises(ExportError, match="differs"):
         export(vectors(nn.ReLU()), out, overwrite=True)
     assert tree(tmp_path) == before

@@ -34,7 +34,7 @@ from edge_sdk.training.plan import LocalPlan
 from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import ClientSegment, SplitModel
 from export.lowering.graph_files import lower as lower_all
-from export.lowering.onnx import lower
+from export.lowering.onnx import lower, traced
 from export.packing.codecs import Codec, Shape, get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.graph_set import all_steps
@@ -42,7 +42,7 @@ from export.steps.optimizers import get_optimizer
 from export.steps.train import train
 from export.tensor_names import layer_of
 from tests.lib.decay import optimizer_of
-from tests.lib.graph_runs import verify
+from tests.lib.graph_runs import run_files, verify
 from tests.lib.models import (
     CLASSES,
     FEATURES,
@@ -262,7 +262,7 @@ def bundle_of(
         blobs={},
     )
     initial = {name: p.numpy() for name, p in steps.parameters.items()}
-    return Bundle(manifest, {step.name: lower(step) for step in wanted}, initial)
+    return Bundle(manifest, {step.name: lower(step, traced(step)) for step in wanted}, initial)
 
 
 def words(rows: int, seed: int) -> Tensor:
@@ -592,7 +592,7 @@ def test_transposed_frozen_tensors_are_read_as_stored() -> None:
     assert weight in constants
     assert not flipped
     assert sorted(n.op_type for n in graph.node if weight in n.input) == ["Gemm", "MatMul"]
-    verify(steps, train(steps), lowered.run, x)
+    verify(steps, train(steps), run_files("onnx", lowered), x)
 
 
 def test_broken_graphs_and_other_runtimes(bundles: BundleIndex) -> None:

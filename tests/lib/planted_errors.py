@@ -22,8 +22,19 @@ from export.errors import ExportError
 from export.lowering import onnx
 from export.lowering.decompositions import decompositions
 from export.packing.codecs import Fp16, Int8PerChannel
-from export.steps import adversarial, fused, losses, mixtures, predict, returned, train, u_shaped
+from export.steps import (
+    adversarial,
+    client_steps,
+    fused,
+    losses,
+    mixtures,
+    predict,
+    returned,
+    train,
+    u_shaped,
+)
 from export.steps.client_steps import ClientSteps
+from export.steps.clipping import clipped
 from export.steps.losses import local_loss
 from export.steps.optimizers import AdamW, Sgd
 from tests.lib.mutation_models import SUBJECTS
@@ -405,6 +416,27 @@ for _graph, _error, _step in (
 ):
     _plant("text", _graph, _error, _optimizer(AdamW, _step))
 
+
+def _all_decay() -> AbstractContextManager[Any]:
+    right = AdamW.step
+
+    def step(self: Any, p: Any, g: Any, slots: Any, hyper: Any, decayed: Any) -> Any:
+        return right(self, p, g, slots, hyper, frozenset(p))
+
+    return patch.object(AdamW, "step", step)
+
+
+def _clips_each(gradients: dict[str, Tensor], max_norm: Tensor) -> dict[str, Tensor]:
+    return {n: clipped({n: g}, max_norm)[n] for n, g in gradients.items()}
+
+
+def _clipping(wrong: Callable[..., Any]) -> Patch:
+    return lambda: patch.object(client_steps, "clipped", wrong)
+
+
+_plant("text", "train", "AdamW: biases and norms decay", _all_decay)
+_plant("conv", "train", "clipping: it is left out", _clipping(lambda g, max_norm: g))
+_plant("text", "backward", "clipping: each tensor by its own norm", _clipping(_clips_each))
 
 # steps
 
