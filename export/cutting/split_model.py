@@ -303,7 +303,7 @@ class ClientSegment(nn.Module):
         self.block = model.block[:cut]
         self.aux = nn.ModuleDict({str(d): model.aux[str(d)] for d in model.head_depths if d <= cut})
         self.channels = model.known_channels(cut)
-        """Where the activations have their channels; None if it was not found."""
+        """Where the activations have their channels, if the model knows it."""
         self.features: Callable[[Tensor], Tensor] | None = None
         """Maps inputs to features; None if the device does not hold the model's head."""
         if u_shaped:
@@ -312,6 +312,22 @@ class ClientSegment(nn.Module):
             self.feature_channels = model.known_channels(model.depth)
         if not self.aux:
             raise ExportError(f"there is no auxiliary head at or before cut {cut}; add one")
+
+    def find_channels(self, example: Tensor) -> Channels | None:
+        """Where the activations have their channels, if the model says or the segment shows it.
+
+        A model that is whole on devices has no trunk, and nobody has called ``add_heads`` for it.
+
+        Args:
+            example: inputs (batch, ...).
+        """
+        if self.channels is not None:
+            return self.channels
+        head = dict(self.aux).get(str(self.cut))
+        readers = [] if head is None else [lambda h: answer(head, self.stem, h)]
+        with evaluating(self):
+            found = find_channels([self.stem, *self.block, *readers], example[:2])[self.cut]
+        return None if found == "both" else found
 
     @property
     def heads(self) -> list[str]:

@@ -135,7 +135,7 @@ class ClientSteps:
             )
         self.random_calls = dropout.calls
         """Number of random masks that a training step of the segment draws."""
-        self.axis = channel_axis(h, segment.channels)
+        self.axis = channel_axis(h, segment.find_channels(example))
         self.packed = codec.specs(shapes.outputs[0], self.axis)
         self.features: tuple[TensorSpec, ...] = ()
         if segment.features is not None:
