@@ -33,7 +33,7 @@ _LAST = {
 
 _MOVES = {"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"}
 _SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
-_RESIZES = {"cat", "concat", "pad", "__getitem__"}
+_RESIZES = {"cat", "concat", "pad", "__getitem__", "chunk", "split", "narrow"}
 _POOLS = {"mean", "sum", "amax", "amin"}
 
 

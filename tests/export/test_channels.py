@@ -285,7 +285,7 @@ def test_a_model_with_channels_last_is_trained_on_devices(cut: int, tmp_path: Pa
     assert manifest.packed[1].shape == ("batch", size, size, 1)
     assert model.aux[str(cut)].hidden.in_features == 16 * width
     runtime = load_runtime(Bundle.open(manifest, index.blobs().read))
-    hyper = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+    hyper = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
     runtime.run("train", {"x": x.numpy(), "y": y.numpy(),
                           **{n: np.asarray(v, np.float32) for n, v in hyper.items()}})  # fmt: skip
     wanted = eager_step(model, cut, x, y, 0.1)

@@ -18,6 +18,7 @@ from edge_sdk.protocol.tensors import Array
 from export.bundles import writer
 from export.bundles.writer import Tier, export_bundles
 from export.cutting import checks as exact
+from export.cutting.channels import Channels
 from export.cutting.split_model import WEIGHTS, ClientSegment, SplitModel
 from export.errors import ExportError
 from export.lowering import decompositions
@@ -66,10 +67,11 @@ def vectors(*blocks: nn.Module) -> SplitModel:
     )
 
 
-def images(*blocks: nn.Module) -> SplitModel:
+def images(*blocks: nn.Module, channels: Channels | None = None) -> SplitModel:
     """Return a model on (B, C, H, W) with these blocks and one more after the cut."""
     head = MeanHead(WIDTH, CLASSES)
-    return SplitModel(nn.Conv2d(IMAGE[0], WIDTH, 1), [*blocks, nn.Identity()], head)
+    blocks = (*blocks, nn.Identity())
+    return SplitModel(nn.Conv2d(IMAGE[0], WIDTH, 1), blocks, head, channels=channels)
 
 
 def applied(function: Callable[[Tensor], Any]) -> SplitModel:
@@ -414,9 +416,10 @@ class Last(nn.Module):
 def test_modules_with_an_exact_translation(tmp_path: Path, module: nn.Module) -> None:
     """Statistics, pools, recurrent layers and dropout are exported and equal eager PyTorch."""
     torch.manual_seed(0)
-    index = export(
-        images(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), module, nn.GELU())), tmp_path / "out"
-    )
+    block = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), module, nn.GELU())
+    # a recurrent layer over the rows of an image reads the last axis
+    channels: Channels | None = "first" if isinstance(module, Last) else None
+    index = export(images(block, channels=channels), tmp_path / "out")
     manifest = index.manifest("small")
     statistics = [e.spec.name for e in manifest.state if e.kind == "statistic"]
     norms = isinstance(module, nn.BatchNorm2d)

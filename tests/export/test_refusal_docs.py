@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "refusals.md"
 FILES = (
-    *("cutting/checks.py", "cutting/seeded_random.py", "cutting/split_model.py"),
+    *("cutting/channels.py", "cutting/checks.py", "cutting/seeded_random.py"),
+    "cutting/split_model.py",
     *("lowering/trace.py", "lowering/guards.py", "lowering/onnx.py", "lowering/executorch.py"),
     *("lowering/decompositions/pooling.py", "lowering/decompositions/indexing.py"),
     "steps/client_steps.py",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export.cutting.channels import Channels
 from export.cutting.checks import check_parameters, check_stages
 from export.cutting.input_ranges import find_ranges
 from export.cutting.split_model import ClientSegment, SplitModel, Task
@@ -180,11 +181,12 @@ def sensors(*parts: Callable[..., Any]) -> Build:
     return build
 
 
-def vectors(*parts: Callable[..., Any]) -> Build:
+def vectors(*parts: Callable[..., Any], channels: Channels | None = None) -> Build:
     """A Linear, then these parts, on vectors of 8."""
 
     def build() -> tuple[SplitModel, Tensor]:
-        model = SplitModel(nn.Linear(5, 8), [Chain(*made(parts)), nn.Identity()], nn.Identity())
+        blocks = [Chain(*made(parts)), nn.Identity()]
+        model = SplitModel(nn.Linear(5, 8), blocks, nn.Identity(), channels=channels)
         return model, noise(8, 5)
 
     return build
@@ -654,6 +656,7 @@ CASES: tuple[Case, ...] = (
             lambda h: torch.einsum("bi,bj->bij", h, h),
             lambda h: h.unfold(2, 3, 2).sum(-1),
             lambda h: h.cumsum(1) * 0.1,
+            channels="last",
         ),
     ),
     Case(

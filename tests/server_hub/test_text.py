@@ -177,7 +177,7 @@ def packed(rows: int = 3, positions: int = 5) -> dict[str, Array]:
     """Return activations that fit the manifest."""
     return {
         "h.q": np.zeros((rows, positions, 32), np.int8),
-        "h.scale": np.ones((1, 1, 32), np.float32),
+        "h.scale": np.ones((rows, positions, 1), np.float32),
     }
 
 
