@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edge_sdk.bundle.manifest import Bundle
 from edge_sdk.runtime import load_runtime
 from export import Tier, export_bundles
+from export.bases.exported import without_trunk
 from export.cutting.channels import Channels, channel_axis
 from export.cutting.from_module import from_layers, from_module
 from export.cutting.heads import AuxiliaryHead
@@ -159,6 +160,13 @@ def hybrid() -> SplitModel:
     return SplitModel(nn.Conv2d(1, 4, 1), blocks, MeanHead(4, CLASSES))
 
 
+class Halves(nn.Module):
+    """The halves of the channels in the other order."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat(h.chunk(2, 1)[::-1], 1)
+
+
 MODELS: dict[str, tuple[Callable[[], SplitModel], tuple[int, ...], dict[int, Channels]]] = {
     "swin": (swin, SWIN_INPUTS, {1: "last", 2: "last", 3: "last", 4: "last"}),
     "convnext": (
@@ -177,6 +185,11 @@ MODELS: dict[str, tuple[Callable[[], SplitModel], tuple[int, ...], dict[int, Cha
     "hybrid": (hybrid, (1, 4, 4), {1: "first", 2: "last", 3: "last", 4: "last"}),
     "elementwise": (
         lambda: SplitModel(nn.Conv2d(1, 4, 1), [Plus(), Plus()], MeanHead(4, 3)),
+        (1, 4, 4),
+        {1: "first", 2: "first"},
+    ),
+    "halves": (
+        lambda: SplitModel(nn.Conv2d(1, 4, 1), [Halves(), Halves()], nn.Identity()),
         (1, 4, 4),
         {1: "first", 2: "first"},
     ),
@@ -201,6 +214,17 @@ def test_the_model_shows_where_the_channels_are(name: str) -> None:
     modes = [module.training for module in model.modules()]
     assert {depth: model.channels_at(depth, x) for depth in wanted} == wanted
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("name", ["swin", "convnext", "mixer", "signals"])
+def test_a_segment_without_a_trunk_shows_where_the_channels_are(name: str) -> None:
+    """Nobody has called ``add_heads`` for a model that is whole on devices."""
+    build, shape, wanted = MODELS[name]
+    whole = without_trunk(build())
+    segment, x = ClientSegment(whole, whole.depth - 1), example(shape)
+    modes = [module.training for module in segment.modules()]
+    assert segment.find_channels(x) == wanted[segment.cut]
+    assert [module.training for module in segment.modules()] == modes
 
 
 def test_what_nothing_shows_is_asked_for() -> None:
