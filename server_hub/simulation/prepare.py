@@ -230,8 +230,6 @@ def describe(job: Job, runtime: DeviceRuntime) -> str:
     for name in ("start_from", "keep_back"):  # runs of versions without these keys resume, too
         if not fields[name]:
             del fields[name]
-    if job.decay == "all":  # as in those versions
-        del fields["decay"]
     return json.dumps({"job": fields, "runtime": runtime}, indent=1, default=str) + "\n"
 
 
