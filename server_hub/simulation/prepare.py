@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -225,11 +226,17 @@ def check_values(data: Dataset, ranges: Ranges) -> None:
 
 
 def describe(job: Job, runtime: DeviceRuntime) -> str:
-    """Return job and runtime as JSON, which identifies the job of a run folder."""
+    """Return job and runtime as JSON, which identifies the job of a run folder.
+
+    Keys that earlier versions did not have are left out at what those versions did, so that their
+    runs resume. They decayed all parameters, so a run of theirs resumes with ``decay = "all"``.
+    """
     fields = asdict(job)
-    for name in ("start_from", "keep_back"):  # runs of versions without these keys resume, too
-        if not fields[name]:
-            del fields[name]
+    first = {"start_from": None, "keep_back": 0.0, "decay": "all"}
+    for table, was in ((fields, first), (fields["local"], {"max_norm": math.inf})):
+        for name, value in was.items():
+            if table[name] == value:
+                del table[name]
     return json.dumps({"job": fields, "runtime": runtime}, indent=1, default=str) + "\n"
 
 

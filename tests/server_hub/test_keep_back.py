@@ -87,10 +87,20 @@ def test_a_resumed_run_says_the_same(tmp_path: Path) -> None:
 
 
 def test_a_run_of_a_version_without_these_keys_is_the_same_job() -> None:
-    """So that it resumes. With a key that is set it is another job."""
-    plain, kept = (json.loads(describe(job(keep_back=k), "torch"))["job"] for k in (0.0, SHARE))
+    """So that it resumes; it decayed all parameters. With a key that is set it is another job."""
+
+    def described(**changes: Any) -> dict[str, Any]:
+        settings = {"keep_back": 0.0, "decay": "all", **changes}
+        found: dict[str, Any] = json.loads(describe(job(**settings), "torch"))["job"]
+        return found
+
+    plain = described()
     assert plain.keys() == KEYS
-    assert kept == plain | {"keep_back": SHARE}
+    assert plain["local"].keys() == {"epochs", "batch_size", "hyper", "staleness"}
+    assert described(keep_back=SHARE) == plain | {"keep_back": SHARE}
+    assert described(decay="matrices") == plain | {"decay": "matrices"}
+    clipped = described(local=LocalTraining(max_norm=2.0))["local"]
+    assert clipped["max_norm"] == 2.0
 
 
 def test_an_evaluation_costs_no_download_where_a_round_or_the_end_follows(tmp_path: Path) -> None:
