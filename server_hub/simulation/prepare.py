@@ -254,7 +254,13 @@ def resume(folder: Path, described: str) -> Checkpoint | None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose a folder for the run")
     if (folder / JOB).exists():
-        if (folder / JOB).read_text("utf-8") != described:
+        found = (folder / JOB).read_text("utf-8")
+        if found == _decaying_all(described) != described:
+            raise ConfigError(
+                f"{folder} holds a run in which all parameters decay, as in versions before the "
+                'key decay; add decay = "all" to the job to go on with it'
+            )
+        if found != described:
             raise ConfigError(
                 f"{folder} holds a run of another job; choose another folder with --run, and to "
                 f"go on with the model of this one add --start-from {folder}; or remove it"
@@ -270,6 +276,13 @@ def resume(folder: Path, described: str) -> Checkpoint | None:
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and has no simulation; choose another folder")
     return None
+
+
+def _decaying_all(described: str) -> str:
+    """The description of the same job with ``decay = "all"``."""
+    fields = json.loads(described)
+    fields["job"].pop("decay", None)
+    return json.dumps(fields, indent=1) + "\n"
 
 
 def put_down(folder: Path, described: str) -> None:
