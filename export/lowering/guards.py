@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from export.bases import vmapped
 from export.errors import ExportError
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -28,8 +29,11 @@ _ENGINE = (
 )
 """Files whose frames only pass a decision on."""
 
-_LAYOUT = tuple(f"{_TORCH}/{name}" for name in ("_prims_common/", "_subclasses/"))
-"""Parts of torch that decide on strides only, which do not change results."""
+_LAYOUT = (
+    *(f"{_TORCH}/{name}" for name in ("_prims_common/", "_subclasses/")),
+    vmapped.__file__,  # where torch.vmap reshapes
+)
+"""Code that decides on strides only, which do not change results."""
 
 _SIZES = (1, 2, 3, 4, 5, 7, 8, 16, 33)
 """Sizes for which decisions are examined, besides the limits and the numbers in the condition."""

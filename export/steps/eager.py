@@ -137,6 +137,10 @@ def _copied(steps: ClientSteps, given: Tensors) -> ClientSegment:
             known[id(buffer)] = value.to(torch.float64 if wide else value.dtype, copy=True)
         else:
             known[id(buffer)] = value
+    for module in segment.modules():  # tensors that a module computes, such as a normed weight
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                known[id(value)] = value.detach().clone()
     if segment.features is not None:  # a method of the whole model
         known[id(segment.features)] = segment.features
     return copy.deepcopy(segment, known)

@@ -197,6 +197,17 @@ def test_other_formats_are_refused(number: Any, remedy: str) -> None:
         Manifest.from_bytes(changed(format=number))
 
 
+def test_the_graph_of_adversarial_training_had_another_name() -> None:
+    """Bundles from before the second minor version call it ``harden``; others have none."""
+    both = manifest().graphs
+    assert manifest().adversarial_graph == "adversarial_train"
+    for name in ("harden", None):
+        graphs = {n: g for n, g in both.items() if n != "adversarial_train"}
+        if name is not None:
+            graphs[name] = both["train"]
+        assert replace(manifest(), graphs=graphs).adversarial_graph == name
+
+
 @pytest.mark.parametrize("minor", [MINOR, MINOR + 1, 1000, 2**63])
 def test_additions_of_later_minor_versions_are_ignored(minor: int) -> None:
     """Keys that are new, at every level, and graphs that are new change nothing."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from export.errors import ExportError
 from export.lowering import onnx
 from export.lowering.decompositions import decompositions
-from export.packing.codecs import Fp16, Int8PerChannel
+from export.packing.codecs import Fp16, Int8
 from export.steps import (
     adversarial,
     client_steps,
@@ -550,12 +550,24 @@ def _by_brain_float(right: Any, h: Tensor, axis: int) -> dict[str, Tensor]:
     return {"h": h.detach().to(torch.bfloat16).to(torch.float16)}
 
 
-_plant("conv", "forward", "int8: truncated instead of rounded", _codec(Int8PerChannel, _truncated))
-_plant("conv", "train", "int8: the scale is that of 128 codes", _codec(Int8PerChannel, _of_128))
+_plant(
+    "text", "forward", "int8: a scale spans the batch",
+    _codec(
+        Int8,
+        lambda right, h, axis: {
+            "h.scale": (scale := right(h, axis)["h.scale"].amax(0, keepdim=True)).expand(
+                h.shape[0], *scale.shape[1:]
+            ).clone(),
+            "h.q": torch.round(h.detach() / scale).to(torch.int8),
+        },
+    ),
+)  # fmt: skip
+_plant("conv", "forward", "int8: truncated instead of rounded", _codec(Int8, _truncated))
+_plant("conv", "train", "int8: the scale is that of 128 codes", _codec(Int8, _of_128))
 _plant(
     "conv", "activate", "int8: one channel has another's scale",
     _codec(
-        Int8PerChannel,
+        Int8,
         lambda right, h, axis: {**(parts := right(h, axis)),
                                 "h.scale": torch.roll(parts["h.scale"], 1, axis)},
     ),

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from export.torch_internals import OperatorMode, map_leaves, schema
 
@@ -61,6 +63,46 @@ class Float64(OperatorMode):  # type: ignore[no-untyped-call]
                 return function(*args, **kwargs, dtype=torch.float64)
             return result.double()
         return result
+
+
+class Eager(TorchFunctionMode):
+    """While active, functions that depend on the dtype itself are those of float32.
+
+    ``rms_norm`` without an epsilon takes that of the dtype. The kernels of hardsigmoid and
+    hardswish multiply with a sixth that is rounded to float32, also in float64.
+    """
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _OF_FLOAT32.get(function, function)(*args, **(kwargs or {}))
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    return F.rms_norm(input, normalized_shape, weight, eps)
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(input + 3) / 6
+
+
+def _hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    return input * F.relu6(input + 3) / 6
+
+
+_OF_FLOAT32: dict[Any, Callable[..., Tensor]] = {
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+    F.hardsigmoid: _hardsigmoid,
+    F.hardswish: _hardswish,
+}
 
 
 def _is_view(function: Any) -> bool:
