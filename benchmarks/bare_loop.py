@@ -2,9 +2,9 @@
 
 It takes the same packed bytes in the same merged steps as the trunk and unpacks them. It runs the
 blocks upward with one concatenation at each cut. Loss, backward pass, gradient clipping, optimizer
-step, precision and number of threads are those of the trunk. It checks nothing, reads no loss, and
-keeps its model from round to round. Its batches are ready in memory (pinned memory for a GPU), as
-those of a data loader.
+step (with the default weight decay, of matrices alone), precision and number of threads are those
+of the trunk. It checks nothing, reads no loss, and keeps its model from round to round. Its batches
+are ready in memory (pinned memory for a GPU), as those of a data loader.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from export.cutting.split_model import SplitModel
 from export.cutting.tied import tied_tensors
 from export.packing.codecs import get_codec
 from export.steps.optimizers import check_hyper, get_optimizer
+from export.steps.weight_decay import decayed_names
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,17 @@ class BareLoop:
         self._max_norm = max_norm
         tied = [model.get_parameter(name) for name in tied_tensors(model)]
         model.stem.requires_grad_(False)
-        own: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        self._trained = [*own, *(p.requires_grad_() for p in tied)]
-        hyper = check_hyper(optimizer, {"lr": rate})
-        self._optimizer = get_optimizer(optimizer).reference(own, hyper)
-        if tied:  # weights of tables that heads read decay on the devices
-            self._optimizer.add_param_group({"params": tied, "weight_decay": 0.0})
+        for table in tied:
+            table.requires_grad_()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # tables that heads read decay on the devices
+        decayed = decayed_names(model, "matrices") - set(tied_tensors(model))
+        self._trained = list(trained.values())
+        self._optimizer = get_optimizer(optimizer).reference(
+            [p for n, p in trained.items() if n in decayed],
+            check_hyper(optimizer, {"lr": rate}),
+            [p for n, p in trained.items() if n not in decayed],
+        )
 
     def step(self, batches: Sequence[BareBatch]) -> Tensor:
         """Run one merged step; return the mean loss of a label, as a tensor on the device."""

@@ -182,6 +182,13 @@ class SymbolicSizes:
         return limits
 
 
+def always_true(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition holds for every size, so that a graph does not depend on one."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 @contextmanager
 def _dispatching(mode: FakeTensorMode) -> Iterator[None]:
     """Run on shapes, and in Python where torch can: only there do sizes stay symbols."""

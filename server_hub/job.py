@@ -32,11 +32,9 @@ class Job:
     """Runs the rounds of a job, with the devices that the gateway lets in.
 
     Attributes:
-        local, trunk_settings: settings of the training on devices, and of the trunk.
-        decay: parameters that weight decay applies to, on devices and in the trunk.
+        local, trunk_settings, decay: settings of devices, of the trunk, and of both.
         schedule: how learning rates change over the rounds.
-        start_evaluation: starts an evaluation of the model, given the number of completed rounds;
-            None if none is due.
+        start_evaluation: starts an evaluation after so many rounds; None if none is due.
     """
 
     method: Method
@@ -106,10 +104,9 @@ class Job:
         self.rounds.start(asyncio.get_running_loop().time(), members)
         self.batcher.begin(self.rounds.number, plan.trunk.shuffles)
         self.collector.begin(plan)
-        for device in sorted(self.rounds.members):
-            offer = self.gateway.blobs.offer(peers[device].tier)
-            message = plan.devices[device].message(self.rounds.number, offer)
-            self.gateway.post(peers[device], message)
+        for name in sorted(self.rounds.members):
+            offer = self.gateway.blobs.offer(peers[name].tier)
+            self.gateway.post(peers[name], plan.devices[name].message(self.rounds.number, offer))
         await self.trunk.begin(plan.state, plan.trunk)
 
     async def collect(self) -> tuple[Sequence[DeviceUpdate], Sequence[TrunkCopy]]:

@@ -193,9 +193,9 @@ def export_bundles(
                 segment = segment_of(bases.whole if bases is not None and whole else model, tier)
                 check_parameters(segment, example)
                 steps = make_steps(segment, tier, example, classes, optimizer, ranges, decay=decay)
-                for examples in (data, None if int8 is None else int8.examples):
-                    if examples is not None:
-                        steps.ranges.fit(examples.x, examples.y)
+                rows = None if data is None else Examples(*steps.ranges.fit(data.x, data.y))
+                if int8 is not None:
+                    steps.ranges.fit(int8.examples.x, int8.examples.y)
                 written[tier] = write_tier(
                     steps,
                     name,
@@ -204,7 +204,7 @@ def export_bundles(
                     example,
                     progress,
                     verified=verified,
-                    data=data,
+                    data=rows,
                     report=report,
                 )
             manifest = replace(written[tier], tier=name)
@@ -313,8 +313,8 @@ def write_tier(
         progress: receives a line per stage.
         verified: whether graphs are compared with eager PyTorch; bundles that are only measured
             skip this.
-        data: labelled examples on which graphs are verified; None for random inputs like
-            ``example``.
+        data: labelled examples on which graphs are verified, in the dtypes of the graphs; None for
+            random inputs like ``example``.
         report: counts what was verified.
 
     Returns:

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from export.errors import ExportError
-from export.torch_internals import schema
+from export.torch_internals import OperatorMode, schema
 
 PRIME = 2_147_483_579
 """Largest prime ``p`` below 2^31 with ``p mod 3 = 2``, for which ``x -> x^3`` is a permutation."""
@@ -260,7 +259,7 @@ def check_operator(operator: Any) -> None:
         )
 
 
-class _Refusing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Refusing(OperatorMode):  # type: ignore[no-untyped-call]
     """Refuses random operators, wherever they are called."""
 
     def __torch_dispatch__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -225,11 +226,17 @@ def check_values(data: Dataset, ranges: Ranges) -> None:
 
 
 def describe(job: Job, runtime: DeviceRuntime) -> str:
-    """Return job and runtime as JSON, which identifies the job of a run folder."""
+    """Return job and runtime as JSON, which identifies the job of a run folder.
+
+    Keys that earlier versions did not have are left out at what those versions did, so that their
+    runs resume. They decayed all parameters, so a run of theirs resumes with ``decay = "all"``.
+    """
     fields = asdict(job)
-    for name in ("start_from", "keep_back"):  # runs of versions without these keys resume, too
-        if not fields[name]:
-            del fields[name]
+    first = {"start_from": None, "keep_back": 0.0, "decay": "all"}
+    for table, was in ((fields, first), (fields["local"], {"max_norm": math.inf})):
+        for name, value in was.items():
+            if table[name] == value:
+                del table[name]
     return json.dumps({"job": fields, "runtime": runtime}, indent=1, default=str) + "\n"
 
 
@@ -247,7 +254,13 @@ def resume(folder: Path, described: str) -> Checkpoint | None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose a folder for the run")
     if (folder / JOB).exists():
-        if (folder / JOB).read_text("utf-8") != described:
+        found = (folder / JOB).read_text("utf-8")
+        if found == _decaying_all(described) != described:
+            raise ConfigError(
+                f"{folder} holds a run in which all parameters decay, as in versions before the "
+                'key decay; add decay = "all" to the job to go on with it'
+            )
+        if found != described:
             raise ConfigError(
                 f"{folder} holds a run of another job; choose another folder with --run, and to "
                 f"go on with the model of this one add --start-from {folder}; or remove it"
@@ -263,6 +276,13 @@ def resume(folder: Path, described: str) -> Checkpoint | None:
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and has no simulation; choose another folder")
     return None
+
+
+def _decaying_all(described: str) -> str:
+    """The description of the same job with ``decay = "all"``."""
+    fields = json.loads(described)
+    fields["job"].pop("decay", None)
+    return json.dumps(fields, indent=1) + "\n"
 
 
 def put_down(folder: Path, described: str) -> None:

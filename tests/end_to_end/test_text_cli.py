@@ -38,6 +38,7 @@ from export.planning import measuring
 from export.planning.flops import flops_per_row
 from export.steps.client_steps import ClientSteps
 from export.steps.torch_runtime import TorchRuntime
+from export.steps.train import train
 from server_hub.config import HubConfig
 from server_hub.gateway.limits import Listen
 from server_hub.gateway.tokens import TokenFile
@@ -511,7 +512,7 @@ def test_operations_above_a_cut_are_per_position_of_a_text() -> None:
 def test_operations_of_a_step_on_a_trained_table_are_those_of_eager_training() -> None:
     """The table is an argument of the head, and the loss has a gradient for it."""
     model = with_heads().train()
-    counted = flops_per_row(steps_of(model, "b").train(), LENGTH)
+    counted = flops_per_row(train(steps_of(model, "b")), LENGTH)
     x = torch.from_numpy(texts(2).x)
     with FlopCounterMode(display=False) as counter:
         h = model.stem(x)

@@ -343,9 +343,10 @@ def test_a_wrong_gradient_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_random_numbers_are_caught(tmp_path: Path) -> None:
-    """A graph whose answers differ from run to run is refused."""
+    """A layer whose answers differ from run to run in evaluation is refused by name."""
     message = refusal(applied(lambda h: h + torch.rand_like(h)), tmp_path / "folder")
-    assert "the graph 'predict' differs from eager PyTorch in logits" in message
+    assert "block.0 is a Apply: it draws random numbers with aten.rand_like, which" in message
+    assert "dropout, torch.rand, rand_like, uniform_ or bernoulli" in message
 
 
 # Modules that are refused by name.

@@ -32,7 +32,8 @@ class Apply(nn.Module):
 
 def traced(function: Callable[[Tensor], Tensor], limits: Mapping[str, int] | None = None) -> None:
     """Trace a graph of texts with the function in its block."""
-    model = SplitModel(Stem(), [Apply(function), nn.Identity()], nn.Identity())
+    blocks = [Apply(function), nn.Identity()]
+    model = SplitModel(Stem(), blocks, nn.Identity(), channels="last")
     x = torch.randint(WORDS, (8, 6))
     model.add_heads([1], x, 3)
     given = (ClientSegment(model, 1), get_optimizer("sgd"), get_codec("fp16"), x, 3)

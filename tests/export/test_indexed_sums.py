@@ -19,6 +19,7 @@ from export.lowering.graph_files import lower
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
+from export.steps.train import train
 from tests.lib.operators import Case, steps_of, vectors
 
 WORDS, WIDE, ROWS, LENGTH, STEPS = 100, 256, 32, 128, 60
@@ -45,7 +46,7 @@ def test_an_embedding_trains_right_on_two_threads() -> None:
     model.add_heads([1], x, 3)
     segment = ClientSegment(model, 1)
     steps = ClientSteps(segment, get_optimizer("sgd"), get_codec("fp16"), x, 3)
-    data = lower("onnx", [steps.train()], {}).files["train"]
+    data = lower("onnx", [train(steps)], {}).files["train"]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -54,7 +55,7 @@ def test_an_embedding_trains_right_on_two_threads() -> None:
     loss = nn.functional.cross_entropy(segment(x)[1][0], y)
     (change,) = torch.autograd.grad(loss, [table])
     feeds = {n: t.numpy() for n, t in (steps.initial | steps.slots).items()}
-    hyper = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    hyper = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "max_norm": 0.0}
     feeds |= {"x": x.numpy(), "y": y.numpy()}
     feeds |= {n: np.asarray(v, np.float32) for n, v in hyper.items()}
     want, bound = (table - change).detach().numpy(), 1e-3 * change.abs().max().item()
@@ -101,7 +102,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_no_sum_at_indices_runs_on_several_threads(name: str) -> None:
     """ScatterND adds on several threads without atomics; ScatterElements runs on one."""
     steps, _ = steps_of(Case("", "", vectors(FUNCTIONS[name])), "onnx")
-    data = lower("onnx", [steps.train()], {}).files["train"]
+    data = lower("onnx", [train(steps)], {}).files["train"]
     nodes = [n for n in nodes_of(onnx.load_model_from_string(data).graph) if "Scatter" in n.op_type]
     assert {n.op_type for n in nodes} == {"ScatterElements"}
 

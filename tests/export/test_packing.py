@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edge_sdk.bundle.manifest import Port
 from edge_sdk.protocol.tensors import Array, TensorSpec, check_tensors
-from edge_sdk.runtime.executorch import load_binding, quiet
+from edge_sdk.runtime.executorch_binding import load_binding, quiet
 from export.errors import ExportError
 from export.lowering.graph_files import RuntimeName, lower
 from export.packing.codecs import CODECS, Codec, get_codec
@@ -242,7 +242,7 @@ def opened(runtime: RuntimeName, step: Step) -> Callable[[Array], dict[str, Arra
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         return lambda x: dict(zip(names, session.run(names, {"x": x}), strict=True))
     with quiet():
-        module = load_binding()[1]._load_for_executorch_from_buffer(file)
+        module = load_binding().open(file)
 
     def run(x: Array, _file: bytes = file) -> dict[str, Array]:  # the module reads the file
         with quiet():

@@ -70,7 +70,10 @@ ROWS: list[tuple[list[str], str]] = [
     ([*EXPORT, "--weights", "note.txt"], "cannot read the weights note.txt"),
     ([*EXPORT, "--sign", "none"], "no key at none"),
     ([*EXPORT, "--data", "none"], "no data at none"),
-    ([*EXPORT, "--data", "right.npz"], "there is nothing to compare"),
+    ([*EXPORT, "--data", "note.txt"], "note.txt"),
+    ([*EXPORT, "--data", "shape.npz"], "x has shape [4, 3], the model takes"),
+    ([*EXPORT, "--data", "labels.npz"], "the model has the classes 0 to 9"),
+    ([*EXPORT, "--data", "nan.npz"], "row 0 of x at 0, 0, 0 is nan"),
     ([*EXPORT, "--data", "right.npz", "--max-loss", "nan"], "the largest loss is nan"),
     ([*EXPORT, "--data", "right.npz", "--max-loss", "-1"], "the largest loss is -1"),
     (["export", BUILD, "--tiers", "int8.toml", "--out", "new", "--data", "labels.npz"],
@@ -173,6 +176,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "right.npz")
     save(folder / "labels.npz", y=np.array([19, 0, 1, 2]))
     save(folder / "nan.npz", x=good.x * np.float32(np.nan))
+    save(folder / "shape.npz", x=np.zeros((4, 3), np.float32))
     TokenFile(folder / "tokens.toml").issue("phone")
     signing.new_key(folder / "key")
     return folder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edge_sdk.protocol.tensors import Array
-from edge_sdk.runtime.executorch import load_binding, quiet
+from edge_sdk.runtime.executorch_binding import load_binding, quiet
 from export.lowering.graph_files import GraphFiles, RuntimeName, lower
 from export.lowering.trace import trace
 from export.lowering.verification.draws import Like
@@ -37,7 +37,7 @@ def run_files(runtime: RuntimeName, lowered: GraphFiles) -> Run:
         return partial(_run_onnx, lowered, {})
     with quiet():
         data = next(iter(lowered.files.values()))
-        module = load_binding()[1]._load_for_executorch_from_buffer(data)
+        module = load_binding().open(data)
     return partial(_run_pte, module, data)
 
 

@@ -29,7 +29,9 @@ from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable
 from server_hub.simulation.prepare import Client
 from server_hub.simulation.simulate import Simulation
+from server_hub.trunk.interface import StepInput, StepReport
 from server_hub.trunk.settings import TrunkTraining
+from server_hub.trunk.step import TrunkTrainer
 from tests.lib.decay import optimizer_of
 from tests.lib.models import BUILD, CLASSES, build
 
@@ -542,8 +544,24 @@ def test_accsfl_averages_a_copy_of_the_trunk_per_device(tmp_path: Path) -> None:
     assert_moved(run.model(), start, ["stem", "aux.2", *above])
 
 
-def test_ampere_uploads_once_and_then_trains_the_trunk_with_a_falling_rate(tmp_path: Path) -> None:
-    """Three rounds of two epochs are six passes over the activations; the first is on arrival."""
+def test_ampere_uploads_once_and_then_trains_the_trunk_with_a_falling_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rounds of two epochs are six passes over the activations; the first is on arrival.
+
+    The loop of the trunk takes the activations that have arrived: the two runtimes round a few of
+    them to neighbours in float16, and 24 steps through ReLUs make that larger than any bound.
+    """
+    arrived: list[Tensor] = []
+    train = TrunkTrainer.step
+
+    def step(self: TrunkTrainer, inputs: Sequence[StepInput]) -> StepReport:
+        for one in inputs:
+            parts = {n: torch.from_numpy(np.array(part)) for n, part in one.batch.parts.items()}
+            arrived.append(get_codec("fp16").unpack(parts))
+        return train(self, inputs)
+
+    monkeypatch.setattr(TrunkTrainer, "step", step)
     task = job("ampere", tiers=one(2), rounds=RoundsTable(3),
                trunk=TrunkTraining(hyper={"lr": TRUNK_LR}, max_rows=BATCH))  # fmt: skip
     run = Run(task, tmp_path / "run")
@@ -552,11 +570,12 @@ def test_ampere_uploads_once_and_then_trains_the_trunk_with_a_falling_rate(tmp_p
     for number in (1, 2):
         train_heads(model, 2, run.batches("a-1", run.order("a-1", number), EPOCHS))
     device = layers_of(model, model.client_layers(2))
-    with torch.no_grad():
-        pooled = [
-            (over_the_wire(model.segment(x, 2), "fp16"), y)
-            for x, y in run.batches("a-1", run.order("a-1", 3))
-        ]
+    pooled = []
+    for h, (x, y) in zip(arrived, run.batches("a-1", run.order("a-1", 3)), strict=True):
+        with torch.no_grad():
+            wire = over_the_wire(model.segment(x, 2), "fp16")
+        torch.testing.assert_close(h, wire, rtol=2**-10, atol=1e-6)
+        pooled.append((h, y))
     trunk = TrunkLoop(copy_of(start, start.state_dict()), 2)
     for h, y in pooled:
         trunk.step(h, y)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from edge_sdk.errors import ConfigError
 from edge_sdk.training.local_data import is_kept_back
 from server_hub.methods.settings import LocalTraining
 from server_hub.reports.report import write_report
@@ -17,7 +18,7 @@ from server_hub.reports.rounds import devices_table, round_line, rounds_table
 from server_hub.reports.tensorboard import scalars
 from server_hub.simulation.datasets import DataTable
 from server_hub.simulation.job import FleetTier, Job, RoundsTable, SplitMixTable
-from server_hub.simulation.prepare import describe
+from server_hub.simulation.prepare import describe, put_down, resume
 from server_hub.simulation.simulate import Simulation
 from server_hub.storage.run_folder import RunFolder
 from tests.lib.models import BUILD, build
@@ -87,10 +88,30 @@ def test_a_resumed_run_says_the_same(tmp_path: Path) -> None:
 
 
 def test_a_run_of_a_version_without_these_keys_is_the_same_job() -> None:
-    """So that it resumes. With a key that is set it is another job."""
-    plain, kept = (json.loads(describe(job(keep_back=k), "torch"))["job"] for k in (0.0, SHARE))
+    """So that it resumes; it decayed all parameters. With a key that is set it is another job."""
+
+    def described(**changes: Any) -> dict[str, Any]:
+        settings = {"keep_back": 0.0, "decay": "all", **changes}
+        found: dict[str, Any] = json.loads(describe(job(**settings), "torch"))["job"]
+        return found
+
+    plain = described()
     assert plain.keys() == KEYS
-    assert kept == plain | {"keep_back": SHARE}
+    assert plain["local"].keys() == {"epochs", "batch_size", "hyper", "staleness"}
+    assert described(keep_back=SHARE) == plain | {"keep_back": SHARE}
+    assert described(decay="matrices") == plain | {"decay": "matrices"}
+    clipped = described(local=LocalTraining(max_norm=2.0))["local"]
+    assert clipped["max_norm"] == 2.0
+
+
+def test_a_run_from_before_decay_says_how_to_go_on(tmp_path: Path) -> None:
+    """Its job decayed all parameters; the default leaves norms, biases and embeddings alone."""
+    put_down(tmp_path, describe(job(decay="all"), "torch"))
+    with pytest.raises(ConfigError, match='add decay = "all" to the job to go on with it'):
+        resume(tmp_path, describe(job(), "torch"))
+    with pytest.raises(ConfigError, match="a run of another job"):
+        resume(tmp_path, describe(job(seed=1), "torch"))
+    assert resume(tmp_path, describe(job(decay="all"), "torch")) is None
 
 
 def test_an_evaluation_costs_no_download_where_a_round_or_the_end_follows(tmp_path: Path) -> None:

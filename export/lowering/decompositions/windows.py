@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from export.torch_internals import always_true
 
 aten = torch.ops.aten
 
 
 def pad(x: Tensor, dim: int, before: int, after: int, value: float = 0.0) -> Tensor:
     """Pad ``x`` along ``dim`` with ``before`` and ``after`` entries of ``value``."""
-    if _known(before == 0) and _known(after == 0):
+    if always_true(before == 0) and always_true(after == 0):
         return x
     widths = [0, 0] * (x.dim() - 1 - dim % x.dim()) + [before, after]
     padded: Tensor = aten.constant_pad_nd.default(x, widths, value)
@@ -22,7 +23,7 @@ def pad(x: Tensor, dim: int, before: int, after: int, value: float = 0.0) -> Ten
 
 def crop(x: Tensor, dim: int, start: int, length: int) -> Tensor:
     """``length`` entries of ``x`` from ``start`` along ``dim``."""
-    if start == 0 and _known(length == x.shape[dim]):
+    if start == 0 and always_true(length == x.shape[dim]):
         return x
     part: Tensor = aten.slice.Tensor(x, dim, start, start + length)
     return part
@@ -59,8 +60,3 @@ def fold(parts: Sequence[Tensor], dim: int, stride: int, dilation: int, size: in
     zeros = None if all(s is not None for s in sums) else torch.zeros_like(sums[0])
     interleaved = torch.stack([zeros if s is None else s for s in sums], dim + 1)  # type: ignore[misc]
     return crop(interleaved.flatten(dim, dim + 1), dim, 0, size)
-
-
-def _known(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition holds for every size, so that the graph does not depend on one."""
-    return statically_known_true(condition)

@@ -98,13 +98,20 @@ class Rows:
     def draw(
         self, steps: ClientSteps, rows: int, length: int | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Some rows in random order; texts are cut or repeated to the length."""
-        chosen = torch.randint(len(self.x), (rows,), generator=generator)
+        """Some rows with labels, in random order.
+
+        Texts are cut or repeated to the length, from their first label on: without a label there
+        is no loss.
+        """
+        counts = self.y.reshape(len(self.y), -1) != NO_LABEL
+        labelled = counts.any(1).nonzero().flatten()
+        chosen = labelled[torch.randint(len(labelled), (rows,), generator=generator)]
         x, y = self.x[chosen], self.y[chosen]
         if length is not None:
-            repeats = -(-length // x.shape[1])
-            x = x.repeat(1, repeats)[:, :length]
-            y = y.repeat(1, repeats)[:, :length] if y.dim() == 2 else y
+            first = counts[chosen].int().argmax(1, keepdim=True)
+            places = (first + torch.arange(length)) % x.shape[1]
+            x = x.gather(1, places)
+            y = y.gather(1, places) if y.dim() == 2 else y
         return x, y
 
 
