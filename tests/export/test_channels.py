@@ -297,7 +297,7 @@ def eager_step(model: SplitModel, cut: int, x: Tensor, y: Tensor, rate: float) -
     return {name: p.detach().clone() for name, p in segment.named_parameters()}
 
 
-@pytest.mark.parametrize("cut", [2, 3])
+@pytest.mark.parametrize("cut", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_model_with_channels_last_is_trained_on_devices(cut: int, tmp_path: Path) -> None:
     """Gradients are those of eager PyTorch; scales, heads and widths are of the channels."""
     x, y = example(SWIN_INPUTS, 6), torch.arange(6) % CLASSES

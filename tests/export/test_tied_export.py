@@ -79,7 +79,7 @@ def steps_of(model: SplitModel, optimizer: str = "sgd") -> ClientSteps:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [finish, backward])
+@pytest.mark.parametrize("make", [finish, pytest.param(backward, marks=pytest.mark.slow)])
 def test_a_gradient_that_does_not_wait_or_is_not_used_is_refused(make: object) -> None:
     steps = steps_of(built("gpt2", adapted=False))
     step = make(steps)  # type: ignore[operator]
