@@ -18,6 +18,9 @@ from export.steps.losses import correct, local_loss, masked, reference_correct, 
 from export.steps.predict import VERIFIED_ROBUSTNESS
 from export.steps.step import Step, Tensors
 
+GRADIENT = "gradient"
+"""Name under which the reference of ``attack`` returns the gradient, whose sign the graph takes."""
+
 
 def attack(steps: ClientSteps) -> Step:
     """``(parameters, statistics, x, y, start, epsilon, rate, low, high) -> x_adv``.
@@ -56,7 +59,8 @@ def attack(steps: ClientSteps) -> Step:
         assert start.grad is not None
         moved = start.detach() + given["rate"] * start.grad.sign()
         moved = torch.clamp(moved, x - given["epsilon"], x + given["epsilon"])
-        return {"x_adv": moved.clamp(float(given["low"]), float(given["high"]))}
+        x_adv = moved.clamp(float(given["low"]), float(given["high"]))
+        return {"x_adv": x_adv, GRADIENT: start.grad}
 
     limits = ("epsilon", "rate", "low", "high")
     return steps.step(

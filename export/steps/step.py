@@ -27,8 +27,8 @@ class Step:
         limits: upper bounds of symbolic dimensions by name, if there are any.
         reference: the step in eager PyTorch, for verification: with the model's own code, autograd
             and ``torch.optim``. It takes the inputs by name, floats in float64, and returns the
-            outputs by name in float64; packed outputs as they are before rounding. None for steps
-            that are not exported.
+            outputs by name in float64; packed outputs as they are before rounding, and what else is
+            to be compared. None for steps that are not exported.
         verified_at: values of hyper-parameters for verification, by name; those of the optimizer
             are not among them.
     """

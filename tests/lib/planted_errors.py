@@ -565,11 +565,11 @@ _plant(
 _plant("conv", "forward", "int8: truncated instead of rounded", _codec(Int8, _truncated))
 _plant("conv", "train", "int8: the scale is that of 128 codes", _codec(Int8, _of_128))
 _plant(
-    "conv", "activate", "int8: one channel has another's scale",
+    "conv", "activate", "int8: rows have the scales of others",
     _codec(
         Int8,
         lambda right, h, axis: {**(parts := right(h, axis)),
-                                "h.scale": torch.roll(parts["h.scale"], 1, axis)},
+                                "h.scale": torch.roll(parts["h.scale"], 1, 0)},
     ),
 )  # fmt: skip
 _plant(

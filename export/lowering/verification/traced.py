@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from export.lowering.verification.float64 import Float64
 from export.lowering.verification.kinks import near_kinks
+from export.steps.adversarial import GRADIENT
 from export.steps.step import Step, Tensors
 
 aten = torch.ops.aten
@@ -23,7 +24,8 @@ class Outputs:
 
     Attributes:
         values: outputs as they are.
-        unrounded: packed outputs before rounding; outputs that are not rounded are the same.
+        unrounded: packed outputs before rounding; outputs that are not rounded are the same. With
+            an attack also :data:`export.steps.adversarial.GRADIENT`, before its sign is taken.
     """
 
     values: Tensors
@@ -43,7 +45,10 @@ class TracedGraph:
         self._fixed = [*step.constants.values(), *cast(Tensors, program.constants).values()]
         graph = copy.deepcopy(program.graph)
         results = cast(tuple[fx.Node, ...], graph.output_node().args[0])
-        graph.output_node().args = ((*results, *map(_before_rounding, results)),)
+        signs = [node.args[0] for node in graph.nodes if node.target is aten.sign.default]
+        self._signed = [GRADIENT] if step.name == "attack" else []
+        before = (*map(_before_rounding, results), *signs[: len(self._signed)])
+        graph.output_node().args = ((*results, *before),)
         self._module = fx.GraphModule(program.graph_module, graph)
         self._kinks = self._with_loss()
 
@@ -82,7 +87,7 @@ class TracedGraph:
         names = [port.spec.name for port in self._step.outputs]
         return Outputs(
             dict(zip(names, results, strict=False)),
-            dict(zip(names, results[len(names) :], strict=True)),
+            dict(zip([*names, *self._signed], results[len(names) :], strict=True)),
         )
 
     def near_kinks(self, given: Tensors) -> int:

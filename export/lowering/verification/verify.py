@@ -148,7 +148,7 @@ class Verifier:
                 f"the graph {step.name!r} fails for {place} ({reason(error)}); nothing was written"
             ) from error
         self.report.draws += 1
-        wrong = mathematical_error(step.outputs, wide, want)
+        wrong = mathematical_error(wide, want)
         if wrong is not None:
             raise self._differs(step, wrong, place, "in float64")
         return Draw(rows, length, seed, given, wide, graph.run(given, wide=False))
