@@ -19,6 +19,7 @@ from export.cutting.checks import check_parameters, check_stages
 from export.cutting.input_ranges import find_ranges
 from export.cutting.split_model import ClientSegment, SplitModel, Task
 from export.lowering.graph_files import RuntimeName, lower
+from export.lowering.verification.compare import MARGIN, MARGIN_OF_XNNPACK
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.optimizers import get_optimizer
@@ -101,7 +102,8 @@ def check(case: Case, runtime: RuntimeName) -> None:
     lowered = lower(runtime, compared, {})
     for step in compared:
         run = run_files(runtime, lowered)
-        verify(steps, step, run, example)
+        margin = MARGIN_OF_XNNPACK if runtime == "executorch" else MARGIN
+        verify(steps, step, run, example, margin)
         check_step(steps, step, run, example)
 
 
