@@ -39,7 +39,6 @@ from export.lowering.culprit import find_culprit
 from export.lowering.graph_files import GraphFiles, RuntimeName, lower
 from export.lowering.onnx import Place
 from export.lowering.trace import trace
-from export.lowering.verification.compare import MARGIN, MARGIN_OF_XNNPACK
 from export.lowering.verification.draws import Like, Rows
 from export.lowering.verification.verify import Report, Verifier
 from export.out_folder import check_out, folder_for, put
@@ -380,8 +379,7 @@ def write_tier(
             return load_runtime(bundle, threads)
 
         source = Like(example) if data is None else Rows.of(data)
-        margin = MARGIN_OF_XNNPACK if tier.runtime == "executorch" else MARGIN
-        verifier = Verifier(steps, source, Report() if report is None else report, margin)
+        verifier = Verifier(steps, source, Report() if report is None else report)
         for step in found:
             progress(f"{name}: cut {tier.cut}, checking {step.name} against PyTorch")
             verifier.verify(step, programs.get(step.name) or trace(step), open_runtime)

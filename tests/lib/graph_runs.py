@@ -15,7 +15,6 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime.executorch_binding import load_binding, quiet
 from export.lowering.graph_files import GraphFiles, RuntimeName, lower
 from export.lowering.trace import trace
-from export.lowering.verification.compare import MARGIN
 from export.lowering.verification.draws import Like
 from export.lowering.verification.verify import Report, Verifier
 from export.steps.client_steps import ClientSteps
@@ -105,14 +104,12 @@ class _Runtime:
         return outputs
 
 
-def verify(
-    steps: ClientSteps, step: Step, run: Run, example: Tensor, margin: int = MARGIN
-) -> Report:
+def verify(steps: ClientSteps, step: Step, run: Run, example: Tensor) -> Report:
     """Verify a step whose graph is run by a function; return what was verified.
 
     Raises:
         ExportError: the graph fails or differs.
     """
-    verifier = Verifier(steps, Like(example), margin=margin)
+    verifier = Verifier(steps, Like(example))
     verifier.verify(step, trace(step), lambda threads: _Runtime(steps, step, run))
     return verifier.report

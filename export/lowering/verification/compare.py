@@ -24,9 +24,6 @@ A runtime adds in another order and has its own exponentials; its rounding is of
 wrong graph differs by much more: one percent is ten thousand times the rounding of a product.
 """
 
-MARGIN_OF_XNNPACK = 256
-"""The same for ExecuTorch: XNNPACK approximates GELU and exponentials more coarsely."""
-
 _ULP = 2.0**-23
 _ULPS = 8
 
@@ -65,7 +62,6 @@ def rounding_error(
     wide: Outputs,
     narrow: Outputs,
     axes: Mapping[str, int],
-    margin: int = MARGIN,
 ) -> tuple[str, float] | None:
     """The first output of a runtime that differs from the traced graph by more than rounding.
 
@@ -79,7 +75,6 @@ def rounding_error(
         wide: outputs of the traced graph in float64.
         narrow: outputs of the traced graph in float32, in PyTorch.
         axes: axis of the channels by name of the output; 0 if it is not among them.
-        margin: allowed multiple of the rounding in PyTorch.
 
     Returns:
         Name and largest error; None if the outputs are within rounding.
@@ -88,7 +83,7 @@ def rounding_error(
     for port in ports:
         name = port.spec.name
         want, rounded = wide.unrounded[name], narrow.unrounded[name].double()
-        bound = _rounding(want, rounded, axes.get(name, 0), margin) + _ULP * scales[_kind(name)]
+        bound = _rounding(want, rounded, axes.get(name, 0)) + _ULP * scales[_kind(name)]
         if got[name].dtype in _HALF_STEPS:
             excess = _beyond_rounding(got[name], want, bound)
             if not excess <= 0:
@@ -100,16 +95,16 @@ def rounding_error(
     return None
 
 
-def _rounding(want: Tensor, rounded: Tensor, axis: int, margin: int) -> Tensor:
+def _rounding(want: Tensor, rounded: Tensor, axis: int) -> Tensor:
     """Bound of the rounding error of each channel, in a shape that broadcasts."""
     error = (rounded - want).abs()
     if want.dim() == 0:
-        return margin * error + _ULPS * _ULP * want.abs()
+        return MARGIN * error + _ULPS * _ULP * want.abs()
     others = [d for d in range(want.dim()) if d != axis]
     by_channel = error.amax(others, keepdim=True) if others else error
     size = want.abs().amax(others, keepdim=True) if others else want.abs()
     typical = by_channel.median() if by_channel.numel() else torch.zeros(())
-    return margin * torch.maximum(by_channel, typical) + _ULPS * _ULP * size
+    return MARGIN * torch.maximum(by_channel, typical) + _ULPS * _ULP * size
 
 
 _HALF_STEPS = {torch.int8: 0.5, torch.uint8: 0.5, torch.float16: None}

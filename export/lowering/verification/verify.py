@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 from export.errors import ExportError, reason
-from export.lowering.verification.compare import MARGIN, mathematical_error, rounding_error
+from export.lowering.verification.compare import mathematical_error, rounding_error
 from export.lowering.verification.draws import Source, draw_inputs
 from export.lowering.verification.float64 import Eager, Float64
 from export.lowering.verification.traced import Outputs, TracedGraph, widened
@@ -73,13 +73,11 @@ class Verifier:
         steps: steps of the segment.
         source: where inputs and labels come from.
         report: counts what was verified.
-        margin: allowed rounding of the runtime, as a multiple of that of PyTorch.
     """
 
     steps: ClientSteps
     source: Source
     report: Report = field(default_factory=Report)
-    margin: int = MARGIN
 
     def verify(self, step: Step, program: ExportedProgram, open_runtime: OpenRuntime) -> None:
         """Verify one graph.
@@ -183,9 +181,7 @@ class Verifier:
                     f"the graph {step.name!r} fails for {place} ({reason(error)}); nothing was "
                     "written"
                 ) from error
-            wrong = rounding_error(
-                step.outputs, got, draw.wide, draw.narrow, self._axes(step), self.margin
-            )
+            wrong = rounding_error(step.outputs, got, draw.wide, draw.narrow, self._axes(step))
             if wrong is None:
                 return
             if not graph.has_kinks or again == REDRAWS:
