@@ -206,6 +206,20 @@ def test_elementwise() -> None:
     assert_same(function, program, x, random(1, 4))
 
 
+def test_gelu_by_its_approximation() -> None:
+    """XNNPACK computes every GELU exactly, so the approximation is left to other operators."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        gelu = torch.nn.functional.gelu
+        return gelu(x), gelu(x, approximate="tanh")
+
+    x = torch.linspace(-6, 6, 2001).reshape(-1, 1)
+    program = rewritten(function, x)
+    found = [node for node in program.graph.nodes if node.target is aten.gelu.default]
+    assert [node.kwargs for node in found] == [{}]
+    assert_same(function, program, x)
+
+
 def test_rounding() -> None:
     """Codes are rounded half to even, exactly as in torch."""
 

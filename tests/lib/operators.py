@@ -566,7 +566,6 @@ CASES: tuple[Case, ...] = (
         "activation",
         "GELU, GELU (tanh)",
         vectors(nn.GELU(), Lazy(lambda: nn.Linear(8, 8)), nn.GELU("tanh")),
-        executorch="more than rounding explains",
     ),
     Case(
         "activation",

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 
 from export.lowering.rewrites.convolutions import convolution
-from export.lowering.rewrites.elementwise import erf, round_late, use_masks
+from export.lowering.rewrites.elementwise import erf, gelu, round_late, use_masks
 from export.lowering.rewrites.products import addmm, mm, use_linear
 from export.lowering.rewrites.rule import replace
 from export.lowering.rewrites.slices import constant_pad_nd, slice_
@@ -40,6 +40,7 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
     aten.sum.dim_IntList: sum_,
     aten.mean.dim: mean,
     aten.erf.default: erf,
+    aten.gelu.default: gelu,
 }
 
 

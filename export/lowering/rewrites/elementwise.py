@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
-from export.lowering.rewrites.rule import replace
+from export.lowering.rewrites.rule import Declined, replace
 from export.torch_internals import GraphShapes
 
 aten = torch.ops.aten
@@ -26,6 +26,14 @@ def erf(x: Tensor) -> Tensor:
     size = (x.abs() * math.sqrt(2)).clamp(min=1e-6)
     positive: Tensor = aten.gelu.default(size) / size * 2 - 1
     return positive * (x * 1e30).clamp(-1.0, 1.0)
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """GELU by its approximation with tanh, which XNNPACK computes as the exact GELU instead."""
+    if approximate == "none":
+        raise Declined
+    inner = x * (1 + 0.044715 * (x * x)) * math.sqrt(2 / math.pi)
+    return x * (1 + torch.tanh(inner)) * 0.5
 
 
 def use_masks(node: fx.Node, graph: fx.Graph, shapes: GraphShapes) -> None:
