@@ -42,13 +42,17 @@ class CutMeasurer:
         example: inputs (batch, ...) like those on the devices.
         classes: number of classes; for tokens the size of the vocabulary.
         optimizer: ``sgd`` or ``adamw``.
+        decay: parameters that weight decay applies to, ``matrices`` or ``all``.
 
     Raises:
         ExportError: the model's head has another number of classes.
     """
 
-    def __init__(self, model: SplitModel, example: Tensor, classes: int, optimizer: str) -> None:
-        self.model, self.classes, self.optimizer = model.cpu(), classes, optimizer
+    def __init__(
+        self, model: SplitModel, example: Tensor, classes: int, optimizer: str, decay: str
+    ) -> None:
+        self.model, self.classes = model.cpu(), classes
+        self.optimizer, self._decay = optimizer, decay
         self.example = example[:_ROWS]  # only its shape and distribution matter
         self._length = example.shape[1] if example.dim() == 2 else 1
         self._heads = dict(model.aux.items())
@@ -108,7 +112,15 @@ class CutMeasurer:
         self._heads.update(view.aux.items())
         segment = segment_of(view, tier)
         check_parameters(segment, self.example)
-        return make_steps(segment, tier, self.example, self.classes, self.optimizer, self._ranges)
+        return make_steps(
+            segment,
+            tier,
+            self.example,
+            self.classes,
+            self.optimizer,
+            self._ranges,
+            decay=self._decay,
+        )
 
     def _check(self, cut: int) -> None:
         if cut > self._checked:

@@ -60,7 +60,7 @@ class Planner:
             self._whole = model.depth
             model = without_trunk(settings.split_bases(model, example).model)
         self._model = model
-        self._measurer = CutMeasurer(model, example, classes, settings.optimizer)
+        self._measurer = CutMeasurer(model, example, classes, settings.optimizer, settings.decay)
         self._known: dict[tuple[Tier, tuple[int, ...]], Cost | Failure] = {}
         self._done: float | None = None
 
