@@ -134,8 +134,8 @@ class SymbolicSizes:
     ) -> None:
         from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-        from torch.utils._sympy.value_ranges import ValueRanges
 
+        self._largest = largest
         self._shapes = ShapeEnv() if shapes is None else shapes
         self._symbols = {
             name: self._shapes.create_symbol(
@@ -146,9 +146,8 @@ class SymbolicSizes:
             )
             for name, hint in hints.items()
         }
-        for name, most in largest.items():
-            # torch starts at 2, and would answer a question about a size of 1 without being asked
-            self._shapes.var_to_range[self._symbols[name]] = ValueRanges(1, most)
+        # torch starts at 2, and would answer a question about a size of 1 without being asked
+        self.bound()
         self.sizes: dict[str, int | torch.SymInt] = {
             name: self._shapes.create_symintnode(symbol, hint=hints[name])
             for name, symbol in self._symbols.items()
@@ -170,14 +169,14 @@ class SymbolicSizes:
         """Names of the dimensions to which the traced code gave a number or another dimension."""
         return [name for name, s in self._symbols.items() if s in self._shapes.replacements]
 
-    def bound(self, largest: Mapping[str, int]) -> dict[Any, Any]:
-        """Bound each size, from 1 up; return the bounds as a program has them.
+    def bound(self) -> dict[Any, Any]:
+        """Bound each size again, which tracing may have narrowed; return the bounds.
 
         ExecuTorch plans memory by them.
         """
         from torch.utils._sympy.value_ranges import ValueRanges
 
-        limits = {s: ValueRanges(1, largest[name]) for name, s in self._symbols.items()}
+        limits = {self._symbols[n]: ValueRanges(1, most) for n, most in self._largest.items()}
         self._shapes.var_to_range.update(limits)
         return limits
 

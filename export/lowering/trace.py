@@ -85,7 +85,7 @@ def trace(step: Step) -> ExportedProgram:
         check_operator(operator)
     shapes.check_decisions(symbolic.names, largest)
     simplify(graph)
-    return _program(graph, step.constants, symbolic.bound(largest))
+    return _program(graph, step.constants, symbolic.bound())
 
 
 def _program(

@@ -16,9 +16,8 @@ from server_hub.methods.base_assignment import BaseAssignment
 from server_hub.methods.method import Method
 
 if TYPE_CHECKING:
-    from export.bundles.writer import (
-        Tier,  # loads the compilers of the export, which a hub does not need
-    )
+    # loads the compilers of the export, which a hub does not need
+    from export.bundles.writer import Tier
 
 
 @dataclass(frozen=True)

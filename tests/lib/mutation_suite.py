@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import warnings
@@ -32,7 +33,7 @@ from export.lowering.verification.draws import Like, draw_inputs
 from export.lowering.verification.traced import TracedGraph
 from export.lowering.verification.verify import Verifier, run_on
 from export.steps.client_steps import ClientSteps
-from export.steps.step import Step
+from export.steps.step import Step, Tensors
 from tests.lib.graph_mutations import edit_file, edit_program
 from tests.lib.mutation_models import SUBJECTS, Subject
 from tests.lib.step_runtimes import manifest_of
@@ -96,11 +97,8 @@ def verify_program(correct: Correct, program: ExportedProgram) -> None:
 
 def verify_file(correct: Correct, file: bytes) -> None:
     """Verify an ONNX file against the correct program; raises ExportError if it is refused."""
-    manifest = manifest_of(correct.steps, "onnx", [correct.step])
-    initial = {n: t.numpy() for n, t in correct.steps.initial.items()}
-    bundle = Bundle(manifest, {correct.step.name: file}, initial)
     verifier = Verifier(correct.steps, Like(correct.subject.inputs()))
-    verifier.verify(correct.step, correct.program, partial(OnnxRuntime, bundle))
+    verifier.verify(correct.step, correct.program, partial(runtime_of, correct, file))
 
 
 def by_program(correct: Correct, seed: int) -> Outcome | None:
@@ -121,17 +119,30 @@ def by_program(correct: Correct, seed: int) -> Outcome | None:
 def largest_change(correct: Correct, program: ExportedProgram) -> float:
     """The largest relative change of an output on more draws, in float64."""
     right, wrong = TracedGraph(correct.step, correct.program), TracedGraph(correct.step, program)
-    source, most = Like(correct.subject.inputs()), 0.0
-    texts = correct.steps.x.shape[1:] == ("seq",)
-    for seed in range(1000, 1000 + _MORE_DRAWS):
-        length = 3 + seed % 9 if texts else None
-        given = draw_inputs(correct.steps, correct.step, source, 1 + seed % 9, length, seed)
+    most = 0.0
+    for given in more_draws(correct):
         want, got = right.run(given, wide=True), wrong.run(given, wide=True)
         for name, tensor in want.unrounded.items():
             size = max(tensor.abs().max().item(), 1e-9)
-            difference = (got.unrounded[name] - tensor).double().abs().max().item()
-            most = max(most, difference / size)
+            change = (got.unrounded[name] - tensor).double().abs().max().item() / size
+            most = math.inf if math.isnan(change) else max(most, change)
     return most
+
+
+def more_draws(correct: Correct) -> Iterator[Tensors]:
+    """Inputs of other sizes and seeds than those of the verification."""
+    source = Like(correct.subject.inputs())
+    texts = correct.steps.x.shape[1:] == ("seq",)
+    for seed in range(1000, 1000 + _MORE_DRAWS):
+        length = 3 + seed % 9 if texts else None
+        yield draw_inputs(correct.steps, correct.step, source, 1 + seed % 9, length, seed)
+
+
+def runtime_of(correct: Correct, file: bytes, threads: int = 1) -> OnnxRuntime:
+    """A device's runtime with one ONNX file."""
+    manifest = manifest_of(correct.steps, "onnx", [correct.step])
+    initial = {n: t.numpy() for n, t in correct.steps.initial.items()}
+    return OnnxRuntime(Bundle(manifest, {correct.step.name: file}, initial), threads)
 
 
 def by_file(correct: Correct, seed: int) -> Outcome | None:
@@ -151,17 +162,8 @@ def by_file(correct: Correct, seed: int) -> Outcome | None:
 
 def runs_alike(correct: Correct, file: bytes) -> bool:
     """Whether a file gives the same bits as the correct one on more draws."""
-    manifest = manifest_of(correct.steps, "onnx", [correct.step])
-    initial = {n: t.numpy() for n, t in correct.steps.initial.items()}
-    both = [
-        OnnxRuntime(Bundle(manifest, {correct.step.name: each}, initial))
-        for each in (correct.file, file)
-    ]
-    source = Like(correct.subject.inputs())
-    texts = correct.steps.x.shape[1:] == ("seq",)
-    for seed in range(1000, 1000 + _MORE_DRAWS):
-        length = 3 + seed % 9 if texts else None
-        given = draw_inputs(correct.steps, correct.step, source, 1 + seed % 9, length, seed)
+    both = [runtime_of(correct, each) for each in (correct.file, file)]
+    for given in more_draws(correct):
         one, other = (run_on(runtime, correct.step, given) for runtime in both)
         if any(not torch.equal(one[name], other[name]) for name in one):
             return False

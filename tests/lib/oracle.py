@@ -64,7 +64,7 @@ def _train(steps: ClientSteps, step: Step, run: Run, example: Tensor, rows: int,
         feeds |= {f"momentum/{n}": t.float() for n, t in momenta.items()}
         feeds |= {"x": x, "y": y, "seed": key}
         feeds |= {n: torch.tensor(v) for n, v in HYPER.items()}
-        feeds.setdefault("max_norm", torch.tensor(0.0))
+        feeds["max_norm"] = torch.tensor(0.0)  # no bound
         got = _run(step, run, feeds)
         optimizer.zero_grad()
         try:

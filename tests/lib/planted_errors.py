@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +28,6 @@ from export.steps import (
     fused,
     losses,
     mixtures,
-    predict,
     returned,
     train,
     u_shaped,
@@ -494,8 +493,7 @@ _plant(
     "bases", "attack", "attack: the clean norms are attacked",
     lambda: patch.object(
         adversarial, "robustness",
-        lambda value, right=adversarial.robustness: right(0 if torch.compiler.is_exporting()
-                                                         or _tracing() else value),
+        lambda value, right=adversarial.robustness: right(0),
     ),
 )  # fmt: skip
 _plant(
@@ -522,11 +520,6 @@ _plant(
         ClientSteps, "robust", lambda right, given: right({"robustness": given["robustness"] * 0})
     ),
 )  # fmt: skip
-
-
-def _tracing() -> bool:
-    """Whether the step is traced, and not its reference executed."""
-    return torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None  # type: ignore[attr-defined]
 
 
 # packing
@@ -575,17 +568,25 @@ _plant(
 _plant(
     "batchnorm", "predict", "fp16: rounded to bfloat16 on the way", _codec(Fp16, _by_brain_float)
 )
+
+
+def _packs_the_first() -> AbstractContextManager[Any]:
+    """Whatever is packed, it is what was packed first."""
+    packed: list[Tensor] = []
+
+    def wrong(right: Any, h: Tensor, prefix: str = "") -> Any:
+        packed.append(h)
+        return right(packed[0], prefix)
+
+    return _method(ClientSteps, "pack", wrong)()
+
+
 _plant(
-    "bases", "adversarial_train", "packing: both packed outputs are the clean ones",
-    _method(
-        ClientSteps, "pack",
-        lambda right, h, prefix="": (
-            right(_FIRST.setdefault("h", h), prefix) if prefix else
-            right(_FIRST.__setitem__("h", h) or h, prefix)
-        ),
-    ),
-)  # fmt: skip
-_FIRST: dict[str, Tensor] = {}
+    "bases",
+    "adversarial_train",
+    "packing: both packed outputs are the clean ones",
+    _packs_the_first,
+)
 
 
 # files
@@ -597,9 +598,7 @@ def _file(subject: str, graph: str, error: str, change: Callable[[Any], None]) -
         change(model.graph)
         return model.SerializeToString()
 
-    PLANTED.append(
-        Planted(subject, graph, error, lambda: patch.object(predict, "__doc__", ""), edited)
-    )
+    PLANTED.append(Planted(subject, graph, error, nullcontext, edited))
 
 
 def _largest_constant(graph: Any) -> Any:

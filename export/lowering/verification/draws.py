@@ -72,8 +72,7 @@ class Like:
             deviation = example.std().clamp(min=1e-3) if example.numel() > 1 else torch.tensor(1.0)
             return example.mean() + deviation * torch.randn(shape, generator=generator), None
         if length is None:  # columns may have ranges of their own
-            columns = [example[torch.randint(len(example), shape[:1], generator=generator)]]
-            return columns[0].clone(), None
+            return example[torch.randint(len(example), (rows,), generator=generator)], None
         low, high = int(example.min()), int(example.max())
         return torch.randint(low, high + 1, shape, generator=generator, dtype=example.dtype), None
 
