@@ -149,7 +149,12 @@ def compare(
 @pytest.mark.parametrize(
     ("kind", "runtime"),
     [
-        *((kind, "torch") for kind in MODELS),
+        ("batchnorm", "torch"),
+        *(
+            pytest.param(kind, "torch", marks=pytest.mark.slow)
+            for kind in MODELS
+            if kind != "batchnorm"
+        ),
         ("groupnorm", "onnx"),
         *(
             pytest.param(kind, "onnx", marks=pytest.mark.slow)

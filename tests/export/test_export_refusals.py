@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
 from export.steps.graph_set import all_steps
 from export.steps.optimizers import check_hyper, get_optimizer
-from export.steps.predict import predict
 from export.steps.step import Step
 from export.steps.train import train
 from tests.lib.graph_runs import Run, run_of, verify
@@ -113,9 +113,11 @@ def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 # Graphs that are wrong.
 
 
-@pytest.fixture
-def steps(model: SplitModel) -> ClientSteps:
+@pytest.fixture(scope="module")
+def steps() -> ClientSteps:
     """The steps of the smallest tier of ``bundles``."""
+    model = conv_model()
+    model.add_heads([1], example(IMAGE), CLASSES)
     return steps_of(model)
 
 
@@ -125,8 +127,9 @@ def steps_of(model: SplitModel) -> ClientSteps:
     return ClientSteps(segment, get_optimizer("sgd"), get_codec("int8"), example(IMAGE), CLASSES)
 
 
+@cache
 def step_called(name: str, steps: ClientSteps) -> Step:
-    """Return a step by its name."""
+    """Return a step by its name, the same in every test."""
     return next(step for step in all_steps(steps) if step.name == name)
 
 
@@ -248,13 +251,13 @@ def test_a_wrong_running_mean_is_caught(
     steps, run = normed
     name = f"next/block.0.{norm}.running_mean"
     with pytest.raises(ExportError, match=rf"in {re.escape(name)} by"):
-        verify(steps, train(steps), bend(name, change)(run), example(IMAGE))
+        verify(steps, step_called("train", steps), bend(name, change)(run), example(IMAGE))
 
 
 def test_a_running_mean_of_zero_may_be_rounded(normed: tuple[ClientSteps, Run]) -> None:
     """Activations with a deviation of one cancel in the mean, and their rounding errors remain."""
     steps, run = normed
-    assert verify(steps, train(steps), run, example(IMAGE)).redraws == 0
+    assert verify(steps, step_called("train", steps), run, example(IMAGE)).redraws == 0
 
 
 def test_slots_that_are_ignored_are_caught(steps: ClientSteps, run: Run) -> None:
@@ -265,7 +268,7 @@ def test_slots_that_are_ignored_are_caught(steps: ClientSteps, run: Run) -> None
         return run(step, {**feeds, slot: np.zeros_like(feeds[slot])})
 
     with pytest.raises(ExportError, match=r"in next/block\.0\.norm\.weight of layer block\.0 by"):
-        verify(steps, train(steps), forgetful, example(IMAGE))
+        verify(steps, step_called("train", steps), forgetful, example(IMAGE))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
@@ -277,7 +280,7 @@ def test_a_graph_that_is_wrong_for_one_batch_size(steps: ClientSteps, run: Run, 
         return outputs if len(feeds["x"]) != rows else {**outputs, "logits": outputs["logits"] + 1}
 
     with pytest.raises(ExportError, match=rf"in logits by 1, .* \(batch {rows}, "):
-        verify(steps, predict(steps), wrong, example(IMAGE))
+        verify(steps, step_called("predict", steps), wrong, example(IMAGE))
 
 
 def test_a_draw_with_a_loss_may_differ_twice(steps: ClientSteps, run: Run) -> None:
@@ -297,9 +300,12 @@ def test_a_draw_with_a_loss_may_differ_twice(steps: ClientSteps, run: Run) -> No
 
         if wrong_draws > 2:
             with pytest.raises(ExportError, match="in loss by 1"):
-                verify(steps, train(steps), at_first, example(IMAGE))
+                verify(steps, step_called("train", steps), at_first, example(IMAGE))
             continue
-        assert verify(steps, train(steps), at_first, example(IMAGE)).redraws == wrong_draws
+        assert (
+            verify(steps, step_called("train", steps), at_first, example(IMAGE)).redraws
+            == wrong_draws
+        )
         assert len(calls) == 6 + wrong_draws  # three draws with one thread and with two
 
 
@@ -313,7 +319,7 @@ def test_a_draw_without_a_loss_may_not_differ(steps: ClientSteps, run: Run) -> N
         return {**outputs, "logits": outputs["logits"] + 1} if len(calls) == 1 else outputs
 
     with pytest.raises(ExportError, match="in logits by 1"):
-        verify(steps, predict(steps), once, example(IMAGE))
+        verify(steps, step_called("predict", steps), once, example(IMAGE))
 
 
 def test_a_graph_that_does_not_run(steps: ClientSteps, run: Run) -> None:
@@ -325,7 +331,7 @@ def test_a_graph_that_does_not_run(steps: ClientSteps, run: Run) -> None:
         return run(step, feeds)
 
     with pytest.raises(ExportError, match=r"'predict' fails for batch 3.* \(no kernel\)"):
-        verify(steps, predict(steps), broken, example(IMAGE))
+        verify(steps, step_called("predict", steps), broken, example(IMAGE))
 
 
 def test_a_wrong_gradient_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

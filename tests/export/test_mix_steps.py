@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -730,6 +731,13 @@ def test_bases_of_a_text_model_pack_their_activations(tmp_path: Path) -> None:
 # -- verification, and refusals
 
 
+@cache
+def normed(graph: str) -> tuple[ClientSteps, Step, Draw]:
+    """Return a graph of a model with batch norms, traced once for several errors."""
+    steps, draw = steps_of("batch norms")
+    return steps, by_name(steps, graph), draw
+
+
 @pytest.mark.parametrize(
     ("graph", "output", "change"),
     [
@@ -752,8 +760,7 @@ def test_a_graph_that_differs_is_refused(
     graph: str, output: str, change: Callable[[Array], Array]
 ) -> None:
     """The error names the tensor that differs."""
-    steps, draw = steps_of("batch norms")
-    step = by_name(steps, graph)
+    steps, step, draw = normed(graph)
 
     def wrong(step: Step, feeds: dict[str, Array]) -> dict[str, Array]:
         outputs = run_eagerly(step, feeds)

@@ -20,9 +20,15 @@ EXECUTORCH = {"norm: GroupNorm, InstanceNorm2d"}
 
 SLOW_ONNX = {
     "attention: rotary positions",
+    "attention: scaled_dot_product_attention: boolean mask, additive mask",
+    "attention: written out, masked",
+    "block: Conv2d with bias before BatchNorm2d",
     "block: inverted residual, BatchNorm, ReLU6 (MobileNetV2)",
     "dropout: attention dropout",
     "dropout: nn.TransformerEncoderLayer",
+    "block: residual with a stride, BatchNorm (ResNet)",
+    "recurrent: LSTM on tokens: 2 layers, bidirectional",
+    "recurrent: LSTM, GRU: time first",
     "recurrent: LSTM: 2 layers, bidirectional",
 }
 """Cases that ``make test`` leaves out for ONNX, because other cases or models cover them."""
