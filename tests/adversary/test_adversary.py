@@ -144,7 +144,9 @@ def test_an_honest_job_goes_on_under_attack(bundles: BundleIndex, tmp_path: Path
             stats = await hub.stats()
             await job
             assert stats["p99_ms"] < 50, stats
-            assert hub.accuracy() > 0.5
+            # it has learned: undisturbed jobs end between 0.42 and 0.64, by chance it is 0.1; the
+            # slow test below compares the two
+            assert hub.accuracy() > 0.3
         log = (hub.folder / "log.txt").read_text()
         assert "Traceback" not in log, log
         assert not any(token in log for token in attacker.tokens)

@@ -281,7 +281,7 @@ def test_no_distillation_no_operators() -> None:
     single.add_heads([1], x, classes)
     segment = ClientSegment(single, 1)
     both = [
-        lower("onnx", [make_steps(segment, tier, x, classes, "sgd").train()], {}).files["train"]
+        lower("onnx", [train(make_steps(segment, tier, x, classes, "sgd"))], {}).files["train"]
         for tier in (Tier(1), Tier(1, distill=0.5))
     ]
     assert both[0] == both[1]

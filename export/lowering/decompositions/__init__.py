@@ -35,6 +35,7 @@ from export.lowering.decompositions.norms import (
     native_group_norm,
     native_group_norm_backward,
     native_layer_norm_backward,
+    vector_norm,
     weight_norm_backward,
 )
 from export.lowering.decompositions.padding import (
@@ -74,6 +75,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten._native_batch_norm_legit_no_training.default: batch_norm_eval,
         aten.native_batch_norm_backward.default: native_batch_norm_backward,
         aten._weight_norm_interface_backward.default: weight_norm_backward,
+        aten.linalg_vector_norm.default: vector_norm,
         aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
         aten.avg_pool2d.default: avg_pool2d,
         aten.avg_pool2d_backward.default: avg_pool2d_backward,

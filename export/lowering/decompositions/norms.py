@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,6 +211,24 @@ def weight_norm_backward(
     norms, scale = norms.reshape(g.shape), g / norms.reshape(g.shape)
     along = (grad_weight * v).sum(others, keepdim=True) / norms
     return scale * (grad_weight - v * (along / norms)), along
+
+
+def vector_norm(
+    x: Tensor,
+    order: float = 2,
+    dims: list[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Euclidean norm over ``dims``, all if none are given; ExecuTorch has no operator for it.
+
+    Returns ``NotImplemented`` for norms of other orders, which keeps the operator.
+    """
+    if order != 2 or dtype not in (None, x.dtype):
+        return NotImplemented
+    squares = x * x
+    return squares.sum(dims or list(range(x.dim())), keepdim=keepdim).sqrt()
 
 
 def _batch_norm(
