@@ -172,7 +172,7 @@ def measure(case: str, verified: bool) -> Row:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         source = Path(folder) / "config.json"
         source.write_text(json.dumps(config))
-        tiers = TiersConfig({"phone": TierTable(cut)}, returned=True)
+        tiers = TiersConfig({"phone": TierTable(cut)}, graphs=["backward"])
         model = model_source.build_model(str(source), Lora(rank=8))
         example, classes = tiers.example(model)
         writer.export_bundles(

@@ -151,7 +151,7 @@ def main(
         folder = Path(name)
         with console.status("export"):
             export_bundles(
-                build(), {"device": Tier(CUT, returned=True)}, folder / "bundles",
+                build(), {"device": Tier(CUT, graphs=["backward"])}, folder / "bundles",
                 example=torch.randint(WORDS, (BATCH, LENGTH)), classes=WORDS, optimizer="adamw",
             )  # fmt: skip
         settings = [(ms, s) for s in STALENESS for ms in (0.0, round_trip_ms)]

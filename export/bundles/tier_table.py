@@ -13,6 +13,7 @@ from edge_sdk.bundle.ranges import MAX_POSITIONS
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import check_file_names
 from edge_sdk.protocol.checks import MAX_BASES
+from export.steps.graph_names import with_needed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ class TierTable:
         uplink_mbit: upload speed of the devices, in 10^6 bits per second.
         max_epoch_s: longest time of an epoch over the local examples, in seconds.
         examples: number of local examples of a device.
-        adversarial: whether the devices also train on adversarial examples.
+        graphs: optional step graphs of the tier, see :data:`export.steps.graph_names.NEEDS`.
     """
 
     cut: int | None = None
@@ -57,7 +58,7 @@ class TierTable:
     uplink_mbit: float | None = None
     max_epoch_s: float | None = None
     examples: int = 1000
-    adversarial: bool = False
+    graphs: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("memory_mb", "gflops", "uplink_mbit", "max_epoch_s"):
@@ -69,6 +70,7 @@ class TierTable:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.max_epoch_s is not None and self.gflops is None and self.uplink_mbit is None:
             raise ValueError("max_epoch_s has no effect without gflops or uplink_mbit; set one")
+        with_needed(self.graphs)
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,7 @@ class TiersConfig:
         optimizer: optimizer of the training graphs.
         decay: parameters that weight decay applies to, in the graphs and in the trunk: ``matrices``
             leaves norms, biases and embeddings alone.
-        returned: add graphs for gradients that the hub returns.
-        u_shaped: devices hold the model's head, so that labels stay on them; needs ``returned``.
-        fused: add the graph that fuses returned gradients with those of the heads.
+        graphs: optional step graphs of every tier, see :data:`export.steps.graph_names.NEEDS`.
         lora: freeze the model and train adapters.
         bases: number of base networks into which the model is split by width, for Split-Mix; tiers
             without a cut train whole bases. 0 for an ordinary model.
@@ -121,9 +121,7 @@ class TiersConfig:
     length: int = _LENGTH
     optimizer: Literal["sgd", "adamw"] = "sgd"
     decay: Literal["matrices", "all"] = "matrices"
-    returned: bool = False
-    u_shaped: bool = False
-    fused: bool = False
+    graphs: list[str] = field(default_factory=list)
     lora: LoraTable | None = None
     bases: int = 0
     dual_norms: bool = False
@@ -144,17 +142,15 @@ class TiersConfig:
             raise ValueError(f"input_high is {self.input_high}; it must be 1 or more")
         if not 0 <= self.bases <= MAX_BASES:
             raise ValueError(f"bases is {self.bases}; it must be from 1 to {MAX_BASES}, or 0")
-        adversarial = [name for name, tier in self.tiers.items() if tier.adversarial]
-        if not self.bases and (self.dual_norms or adversarial):
-            what = "dual_norms" if self.dual_norms else f"adversarial of tier {adversarial[0]!r}"
+        used = with_needed([*self.graphs, *(g for t in self.tiers.values() for g in t.graphs)])
+        if not self.bases and (self.dual_norms or "attack" in used):
+            what = "dual_norms" if self.dual_norms else "adversarial_train in graphs"
             raise ValueError(f"{what} has no effect without bases; set bases to 1 or more")
-        if self.bases and (self.lora is not None or self.returned or self.fused or self.u_shaped):
+        if self.bases and (self.lora is not None or "activate" in used):
             raise ValueError(
-                "bases are trained from the start, by the devices' own losses; leave out lora, "
-                "returned, fused and u_shaped"
+                "bases are trained from the start, by the devices' own losses; leave out lora, and "
+                "backward, finish, fuse and activate in graphs"
             )
-        if self.u_shaped and not self.returned:
-            raise ValueError("u_shaped has no effect without returned; set returned = true")
         int8 = [name for name, tier in self.tiers.items() if tier.precision == "int8"]
         if self.bases and int8:
             raise ValueError(
@@ -185,12 +181,9 @@ class TiersConfig:
             runtime=table.runtime,
             batch=table.batch,
             precision=table.precision,
-            returned=self.returned,
-            u_shaped=self.u_shaped,
-            fused=self.fused,
+            graphs=[*self.graphs, *table.graphs],
             cut_rank=None if self.lora is None else self.lora.cut_rank,
             bases=self.bases,
-            adversarial=table.adversarial,
         )
 
     def make_lora(self) -> Lora | None:

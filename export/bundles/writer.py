@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -44,6 +44,7 @@ from export.lowering.verification.verify import Report, Verifier
 from export.out_folder import check_out, folder_for, put
 from export.packing.codecs import get_codec
 from export.steps.client_steps import ClientSteps
+from export.steps.graph_names import with_needed
 from export.steps.graph_set import all_steps
 from export.steps.optimizers import get_optimizer
 from export.steps.step import Step
@@ -68,18 +69,19 @@ class Tier:
             simulation, where nothing is lowered (:class:`export.steps.torch_runtime.TorchRuntime`).
         batch: largest batch, for which ExecuTorch plans its memory; ONNX Runtime takes any batch.
         precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.bundles.quantized`.
-        returned: the hub returns gradients: adds the graphs ``activate`` and ``backward``.
-        u_shaped: the devices hold the model's head, so that labels stay on them: adds the graph
-            ``finish``; needs ``returned``.
-        fused: returned gradients are fused with those of the heads: adds the graphs ``activate``
-            and ``fuse``.
+        graphs: names of the graphs that the method needs beside those of every bundle:
+            ``backward`` trains on gradients that the hub returns, ``fuse`` with those of the heads
+            too; with ``finish`` the devices hold the model's head, so that labels stay on them;
+            ``adversarial_train`` trains on adversarial examples, through the noise norms if there
+            are dual norms. Graphs that these need are added.
         distill: weight of the distillation between heads, in ``train`` and ``fuse``.
         cut_rank: rank of the adapters in the last block before the cut, as in SplitFT
             (https://arxiv.org/abs/2604.26388); None for the rank of all blocks.
         bases: number of base networks, of which the model is one, as in Split-Mix
             (https://arxiv.org/abs/2203.09747): adds the graphs ``mix_N``; 0 for an ordinary model.
-        adversarial: the devices also train on adversarial examples: adds the graphs ``attack``
-            and ``adversarial_train``.
+
+    Raises:
+        ValueError: there is no optional graph of a name in ``graphs``.
     """
 
     cut: int
@@ -87,13 +89,13 @@ class Tier:
     runtime: RuntimeName = "onnx"
     batch: int = 32
     precision: Precision = "float32"
-    returned: bool = False
-    u_shaped: bool = False
-    fused: bool = False
+    graphs: Collection[str] = frozenset()
     distill: float = 0.0
     cut_rank: int | None = None
     bases: int = 0
-    adversarial: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "graphs", with_needed(self.graphs))
 
 
 def export_bundles(
@@ -254,7 +256,7 @@ def segment_of(model: SplitModel, tier: Tier) -> ClientSegment:
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         model = copy.deepcopy(model, dict(frozen))
         lower_ranks(model, {tier.cut - 1: tier.cut_rank})
-    return ClientSegment(model, tier.cut, u_shaped=tier.u_shaped)
+    return ClientSegment(model, tier.cut, u_shaped="finish" in tier.graphs)
 
 
 def make_steps(
@@ -280,11 +282,9 @@ def make_steps(
         example,
         classes,
         limits,
-        returned=tier.returned,
-        fused=tier.fused,
+        graphs=tier.graphs,
         distill=tier.distill,
         bases=tier.bases,
-        adversarial=tier.adversarial,
         highest=ranges.highest,
         decay=decay,
     )

@@ -21,7 +21,7 @@ class Counts:
         frozen: number of frozen parameters on the device.
         flops: FLOPs per example of a training step: matrix products, convolutions and attention,
             as ``torch.utils.flop_counter`` counts them.
-        graphs: FLOPs per example of each graph that a training step runs, by name, see
+        graph_flops: FLOPs per example of each graph that a training step runs, by name, see
             :func:`edge_sdk.runtime.measure.graphs_of_a_step`; ``attack`` runs several times.
         tokens: positions per example of text; 1 for all other inputs.
         activation_bytes: bytes that a training step sends per token of a text, or per example:
@@ -34,7 +34,7 @@ class Counts:
     parameters: int
     frozen: int
     flops: int
-    graphs: Mapping[str, int]
+    graph_flops: Mapping[str, int]
     tokens: int
     activation_bytes: float
     update_bytes: int
@@ -61,7 +61,7 @@ class Cost:
     def to_json(self) -> dict[str, Any]:
         """All fields in one flat object."""
         return {
-            **asdict(self.tier),
+            **_settings(self.tier),
             "heads": list(self.heads),
             **asdict(self.counts),
             "bundle_bytes": self.bundle_bytes,
@@ -85,7 +85,7 @@ class Failure:
 
     def to_json(self) -> dict[str, Any]:
         """All fields in one flat object."""
-        return {**asdict(self.tier), "heads": list(self.heads), "error": self.error}
+        return {**_settings(self.tier), "heads": list(self.heads), "error": self.error}
 
 
 def epoch_s(table: TierTable, counts: Counts) -> float | None:
@@ -121,3 +121,8 @@ def up(value: float) -> str:
     """A number rounded up to four digits, so that a value above a limit is shown above it."""
     decimals = max(0, 3 - math.floor(math.log10(value)))
     return f"{math.ceil(value * 10**decimals) / 10**decimals:.{decimals}f}"
+
+
+def _settings(tier: Tier) -> dict[str, Any]:
+    """The settings of a tier as JSON can hold them."""
+    return {**asdict(tier), "graphs": sorted(tier.graphs)}

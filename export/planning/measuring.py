@@ -143,7 +143,7 @@ class CutMeasurer:
             parameters=sum(t.numel() for t in steps.parameters.values()),
             frozen=sum(steps.constants[n].numel() for n in frozen),
             flops=sum(flops[name] * times for name, times in runs.items()),
-            graphs=flops,
+            graph_flops=flops,
             tokens=tokens,
             activation_bytes=sent / (tier.batch * tokens),
             update_bytes=sum(t.nbytes for t in steps.initial.values()),

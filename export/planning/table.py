@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from export.planning.plan import Plan
+from export.steps.graph_names import NEEDS
 
 
 def cuts_table(plan: Plan) -> Table:
@@ -51,7 +52,7 @@ def steps_table(plan: Plan) -> Table:
     rows = plan.to_json()["cuts"]
     timed = _timed(plan)
     table = Table(title="what a tier needs for a cut, by itself", title_justify="left")
-    kinds = dict.fromkeys(", ".join(row["graphs"]) for row in rows if "error" not in row)
+    kinds = dict.fromkeys(", ".join(row["graph_flops"]) for row in rows if "error" not in row)
     table.caption = "a step runs " + " or ".join(kinds) if kinds else None
     table.caption_justify = "left"
     table.add_column("cut", justify="right")
@@ -110,7 +111,8 @@ def _timed(plan: Plan) -> bool:
 def _exported_as(row: dict[str, Any]) -> str:
     """The settings in which tiers can differ, but for the batch."""
     extras = ["int8 answers"] if row["precision"] == "int8" else []
-    extras += ["adversarial"] if row["adversarial"] else []
+    needed = {name for graph in row["graphs"] for name in NEEDS[graph]}
+    extras += [graph for graph in row["graphs"] if graph not in needed]
     return ", ".join([f"{row['runtime']} {row['codec']}", *extras])
 
 

@@ -29,6 +29,7 @@ from export.cutting.split_model import ClientSegment, statistics
 from export.errors import ExportError
 from export.packing.codecs import Codec
 from export.steps.clipping import MAX_NORM, clipped
+from export.steps.graph_names import with_needed
 from export.steps.optimizers import Optimizer
 from export.steps.shapes import find_shapes
 from export.steps.step import Step, Tensors
@@ -49,15 +50,12 @@ class ClientSteps:
         example: inputs (batch, ...), for dtype and shape.
         classes: number of classes; for tokens the size of the vocabulary.
         limits: upper bounds of ``batch``, and of ``seq`` for tokens, if there are any.
-        returned: whether the hub returns gradients: adds ``activate`` and ``backward``.
-        fused: whether returned gradients are fused with those of the heads: adds ``activate`` and
-            ``fuse``.
+        graphs: names of the optional graphs, see :data:`export.steps.graph_names.NEEDS`; those
+            that they need are added.
         distill: weight of the distillation between heads, see
             :func:`export.steps.losses.local_loss`.
         bases: number of base networks, of which the segment is one; 0 for an ordinary model. Adds
             ``mix_N``, and the class mask ``present`` (classes,) as an input of training graphs.
-        adversarial: whether the device trains on adversarial examples, through the noise norms if
-            the segment has dual norms: adds ``attack`` and ``adversarial_train``.
         highest: largest values of an integer ``x``, see :class:`edge_sdk.bundle.ranges.Ranges`.
         decay: which parameters weight decay applies to, see
             :func:`export.steps.weight_decay.decayed_names`.
@@ -79,11 +77,9 @@ class ClientSteps:
         classes: int,
         limits: Mapping[str, int] | None = None,
         *,
-        returned: bool = False,
-        fused: bool = False,
+        graphs: Iterable[str] = (),
         distill: float = 0.0,
         bases: int = 0,
-        adversarial: bool = False,
         highest: tuple[int, ...] = (),
         decay: str = "matrices",
     ) -> None:
@@ -91,8 +87,8 @@ class ClientSteps:
             raise ExportError(f"distill is {distill}; the weight must be 0 or more")
         self.segment, self.optimizer, self.codec = segment, optimizer, codec
         self.classes, self.limits = classes, dict(limits or {})
-        self.returned, self.fused, self.distill = returned, fused, distill
-        self.bases, self.adversarial, self.highest = bases, adversarial, highest
+        self.graphs = with_needed(graphs)
+        self.distill, self.bases, self.highest = distill, bases, highest
         self.dual = has_dual_norms(segment)
         self.parameters = {
             n: p.detach().clone() for n, p in segment.named_parameters() if p.requires_grad
@@ -101,16 +97,17 @@ class ClientSteps:
         self.noise = {n for n in self.parameters if n in noise_tensors(segment)}
         self.decayed = decayed_names(segment, decay)
         self.clip: Callable[[Tensors, Tensor], Tensors] = clipped
-        self.waiting = _waiting(segment) if returned else {}
+        self.waiting = _waiting(segment) if "backward" in self.graphs else {}
         """For each tensor that the stem and the head on the device share, the slot in which the
         head's part of its gradient waits for the part of the stem."""
         self.slots = optimizer.slots(self.parameters) | {
             slot: torch.zeros_like(self.parameters[n]) for n, slot in self.waiting.items()
         }
-        if (returned or fused) and not any(is_below_heads(name) for name in self.parameters):
+        below = any(is_below_heads(name) for name in self.parameters)
+        if self.graphs & {"backward", "fuse"} and not below:
             raise ExportError(
                 "returned gradients have nothing to train: every parameter before cut "
-                f"{segment.cut} is frozen; cut deeper, or leave out returned and fused"
+                f"{segment.cut} is frozen; cut deeper, or leave backward and fuse out of graphs"
             )
         everything = {**dict(segment.named_parameters()), **dict(segment.named_buffers())}
         self.constants = {

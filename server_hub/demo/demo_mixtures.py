@@ -83,7 +83,12 @@ class MixtureDemo:
                 for name, share in zip(names, shares, strict=True)
             ],
             tiers={
-                name: Tier(model.depth, batch=BATCH, bases=BASES, adversarial=name in ADVERSARIAL)
+                name: Tier(
+                    model.depth,
+                    batch=BATCH,
+                    bases=BASES,
+                    graphs=["adversarial_train"] if name in ADVERSARIAL else [],
+                )
                 for name in BUDGETS
             },
             export={

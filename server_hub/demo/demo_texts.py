@@ -98,7 +98,7 @@ class TextDemo:
             held_out=data.held_out,
             devices=self._devices(data),
             tiers={
-                name: Tier(cut=cut, returned=True, cut_rank=CUT_RANK)
+                name: Tier(cut=cut, graphs=["backward"], cut_rank=CUT_RANK)
                 for name, cut in self.cuts.items()
             },
             export={

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import State
 from export.bases.exported import without_trunk
 from export.cutting.split_model import SplitModel
@@ -88,6 +91,8 @@ class Recipe:
         compose: composes the method from the initial tensors of the whole model by name, and the
             outline of the job.
         arrange: adapts a simulated fleet to the method. The given fleet is that of FedSplitX.
+        graphs: optional step graphs that the bundle of every tier must have, see
+            :data:`export.steps.graph_names.NEEDS`.
         pooled: whether a simulation keeps all data in one place, on a device that takes part in
             every round.
         takes_whole: whether a tier may be cut behind the last block, so that its devices train the
@@ -99,10 +104,35 @@ class Recipe:
     title: str
     compose: Callable[[State, JobOutline], Method]
     arrange: Callable[[Fleet], Fleet] = lambda fleet: fleet
+    graphs: tuple[str, ...] = ()
     pooled: bool = False
     takes_whole: bool = False
     trains_bases: bool = False
     takes_rule: bool = False
+
+    def fleet(self, fleet: Fleet) -> Fleet:
+        """Return the given fleet as the method needs it, with its graphs in every bundle."""
+        fleet = self.arrange(fleet)
+        tiers = {n: replace(t, graphs=[*t.graphs, *self.graphs]) for n, t in fleet.tiers.items()}
+        return replace(fleet, tiers=tiers)
+
+    def check_graphs(self, manifests: Mapping[str, Manifest]) -> None:
+        """Check that every bundle has the graphs of the method.
+
+        Args:
+            manifests: manifest by tier.
+
+        Raises:
+            ConfigError: a bundle lacks a graph.
+        """
+        for tier, manifest in manifests.items():
+            for graph in self.graphs:
+                if graph not in manifest.graphs:
+                    names = json.dumps(list(self.graphs))
+                    raise ConfigError(
+                        f"{self.title} needs the graph {graph!r}, and the bundle of {tier!r} lacks "
+                        f"it; export with graphs = {names} in tiers.toml"
+                    )
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> State:

@@ -32,13 +32,6 @@ ensemble of all heads, or with the mixture of all base networks."""
 ALL_PATHS: tuple[Path, ...] = ("device_alone", "through_hub", "ensemble")
 """All ways to answer with a single model."""
 
-_GRAPHS = {
-    ActivationMode.RETURNED: "backward",
-    ActivationMode.U_SHAPED: "finish",
-    ActivationMode.FUSED: "fuse",
-}
-"""The step graph that a device needs in each activation mode with returned gradients."""
-
 
 def takes_max_norm(manifest: Manifest) -> bool:
     """Return whether the graphs of a bundle clip gradients; those of older exports do not."""
@@ -224,27 +217,17 @@ class Method:
             max_bytes=settings.max_mb * 2**20,
         )
 
-    def check_bundles(
-        self, manifests: Mapping[str, Manifest], model: SplitModel, rounds: int
-    ) -> None:
-        """Check that the bundles have the graphs and tensors that the method needs.
+    def check_bundles(self, manifests: Mapping[str, Manifest], model: SplitModel) -> None:
+        """Check that the bundles have the tensors that the method needs.
 
         Args:
             manifests: manifest by tier.
             model: the hub's model.
-            rounds: number of rounds of the job.
 
         Raises:
-            ConfigError: a bundle lacks a graph, or holds tensors of another shape.
+            ConfigError: a bundle holds tensors of another shape.
         """
-        mode = self.stage(1, rounds).activations
-        graph = _GRAPHS.get(mode)
         for tier, manifest in manifests.items():
-            if graph is not None and graph not in manifest.graphs:
-                raise ConfigError(
-                    f"{self.name} sends gradients back, and the bundle of {tier!r} has no "
-                    f"graphs for them; export with {mode} = true in tiers.toml"
-                )
             specs = manifest.exchanged(self.keeps_slots)
             state = self.aggregation.device_state(specs)
             for spec in specs:

@@ -52,23 +52,18 @@ def splitft(initial: State, outline: JobOutline) -> Method:
 def moving(fleet: Fleet) -> Fleet:
     """Return the fleet with a bundle for every cut that a device may have.
 
-    The bundles hold the graphs for returned gradients. The bundle of another cut than the tier's
-    own is that of a further tier ``TIER@CUT``.
+    The bundle of another cut than the tier's own is that of a further tier ``TIER@CUT``.
     """
     tiers = {}
     for name, tier in fleet.tiers.items():
-        tiers[name] = replace(tier, returned=True, cut_rank=fleet.cut_rank)
+        tiers[name] = replace(tier, cut_rank=fleet.cut_rank)
         for cut in fleet.options:
             if cut != tier.cut:
                 tiers[f"{name}@{cut}"] = replace(tiers[name], cut=cut)
     return replace(fleet, tiers=tiers)
 
 
-def with_heads(fleet: Fleet) -> Fleet:
-    """Return the fleet of :func:`moving` with the model's head on every device."""
-    fleet = moving(fleet)
-    return replace(fleet, tiers={n: replace(t, u_shaped=True) for n, t in fleet.tiers.items()})
-
-
-SPLITFT = Recipe("SplitFT", splitft, moving)
-SPLITFT_U = Recipe("SplitFT (labels on the devices)", splitft_u, with_heads)
+SPLITFT = Recipe("SplitFT", splitft, moving, graphs=("backward",))
+SPLITFT_U = Recipe(
+    "SplitFT (labels on the devices)", splitft_u, moving, graphs=("backward", "finish")
+)

@@ -111,21 +111,18 @@ class SplitMix(Method):
         """Return the plan of the trunk, which trains all base networks in one step."""
         return replace(super().trunk_plan(context, stage), bases=self.assignment.bases)
 
-    def check_bundles(
-        self, manifests: Mapping[str, Manifest], model: SplitModel, rounds: int
-    ) -> None:
+    def check_bundles(self, manifests: Mapping[str, Manifest], model: SplitModel) -> None:
         """Check that every tier can train a base network, and that the trunk can train cut ones.
 
         Args:
             manifests: manifest by tier.
             model: the hub's model.
-            rounds: number of rounds of the job.
 
         Raises:
             ConfigError: a budget is below one base network, a budget is for a tier without a
                 bundle, batch norms lie above a cut, or no tier can make adversarial examples.
         """
-        super().check_bundles(manifests, model, rounds)
+        super().check_bundles(manifests, model)
         assignment = self.assignment
         for tier in assignment.budgets:
             if tier not in manifests:
@@ -144,7 +141,8 @@ class SplitMix(Method):
         if assignment.robustness and all(m.adversarial_graph is None for m in manifests.values()):
             raise ConfigError(
                 f"robustness is {assignment.robustness:g} in [mix], and no tier makes adversarial "
-                "examples; export some with adversarial = true, or leave robustness out"
+                'examples; export some with graphs = ["adversarial_train"] in tiers.toml, or '
+                "leave robustness out"
             )
 
 
@@ -191,7 +189,7 @@ def by_bases(fleet: Fleet) -> Fleet:
         name: replace(
             tier,
             bases=fleet.assignment.bases,
-            adversarial=bool(fleet.assignment.robustness) and tier.adversarial,
+            graphs=tier.graphs if fleet.assignment.robustness else (),
         )
         for name, tier in fleet.tiers.items()
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import State
 from server_hub.aggregation.merged import Merged
-from server_hub.methods.fleet import Fleet, JobOutline, Recipe
+from server_hub.methods.fleet import JobOutline, Recipe
 from server_hub.methods.method import Method, Stage, always
 from server_hub.methods.plan import DevicePlan, RoundContext
 
@@ -46,9 +46,4 @@ def supersfl(initial: State, outline: JobOutline) -> Method:
     )
 
 
-def fusing(fleet: Fleet) -> Fleet:
-    """Return the fleet with the step graph ``fuse`` in the bundle of every tier."""
-    return replace(fleet, tiers={n: replace(t, fused=True) for n, t in fleet.tiers.items()})
-
-
-SUPERSFL = Recipe("SuperSFL", supersfl, fusing, takes_rule=True)
+SUPERSFL = Recipe("SuperSFL", supersfl, graphs=("fuse",), takes_rule=True)

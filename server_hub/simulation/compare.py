@@ -124,7 +124,7 @@ def check(jobs: Sequence[Job], runtime: DeviceRuntime, base: Path) -> None:
         check_fit(model, example, data.classes)
         tiers = {n: t.exported(runtime, job.local.batch_size) for n, t in job.tiers.items()}
         try:
-            find(job.method, simulated_methods()).arrange(
+            find(job.method, simulated_methods()).fleet(
                 fleet_of(job, model, tiers, example, data.classes)
             )
         except ExportError as error:

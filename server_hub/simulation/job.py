@@ -83,8 +83,8 @@ class FleetTier(Network):
             batch: rows of a batch.
             hardens: whether the job trains on adversarial examples.
         """
-        adversarial = hardens and self.adversarial
-        return Tier(self.cut, self.codec, runtime, batch, adversarial=adversarial)
+        graphs = ["adversarial_train"] if hardens and self.adversarial else []
+        return Tier(self.cut, self.codec, runtime, batch, graphs=graphs)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class Simulation:
             name: tier.exported(self.runtime, job.local.batch_size, hardens)
             for name, tier in self.tiers.items()
         }
-        return self.recipe.arrange(fleet_of(job, model, tiers, example, classes))
+        return self.recipe.fleet(fleet_of(job, model, tiers, example, classes))
 
     def _export(self, say: Say) -> BundleIndex:
         """Write the bundles that devices download."""

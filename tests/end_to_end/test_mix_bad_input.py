@@ -22,6 +22,8 @@ from tests.lib.mixture_models import made
 from tests.lib.models import BUILD, CLASSES, IMAGE, build, example
 from tests.lib.raw_client import RawClient, good_activations, raw
 
+ADVERSARIAL = 'graphs = ["adversarial_train"]'
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> BundleIndex:
@@ -40,11 +42,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> BundleIndex:
         ("bases = 65", "", "bases is 65; it must be from 1 to 64, or 0"),
         ("bases = -1", "", "bases is -1; it must be from 1 to 64, or 0"),
         ("bases = 2.0", "", "bases is 2.0, must be of type int"),
-        ("bases = 0", "adversarial = true", "adversarial of tier 'small' has no effect without"),
-        ("", "adversarial = true", "adversarial of tier 'small' has no effect without bases"),
+        ("bases = 0", ADVERSARIAL, "adversarial_train in graphs has no effect without bases"),
+        ("", ADVERSARIAL, "adversarial_train in graphs has no effect without bases"),
         ("dual_norms = true", "cut = 1", "dual_norms has no effect without bases"),
-        ("bases = 4\nreturned = true", "", "leave out lora, returned, fused and u_shaped"),
-        ("bases = 4\n[lora]", "", "leave out lora, returned, fused and u_shaped"),
+        ('bases = 4\ngraphs = ["backward"]', "", "leave out lora, and backward, finish, fuse and"),
+        ("bases = 4\n[lora]", "", "leave out lora, and backward, finish, fuse and"),
         ("bases = 4", "cut = 3", "cut 3 is outside the model"),
     ],
 )

@@ -35,7 +35,7 @@ RANK, CUT, CUT_RANK = 4, 2, 2
 
 TIERS = f"""
 length = {LENGTH}
-returned = true
+graphs = ["backward"]
 
 [lora]
 rank = {RANK}

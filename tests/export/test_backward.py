@@ -171,7 +171,7 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
     build, draw, classes = MODELS[kind]
     model = build()
     index = export_bundles(
-        model, {"t": Tier(CUT, "int8", runtime, 8, returned=True)}, tmp_path / "out",
+        model, {"t": Tier(CUT, "int8", runtime, 8, graphs=["backward"])}, tmp_path / "out",
         example=draw(8), classes=classes,
     )  # fmt: skip
     graphs = index.manifest("t").graphs
@@ -215,22 +215,22 @@ def test_frozen_layers_before_the_cut() -> None:
     model.stem.requires_grad_(False)
     model.block[0].requires_grad_(False)
     segment = ClientSegment(model, CUT)
-    steps = make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
+    steps = make_steps(segment, Tier(CUT, graphs=["backward"]), images(8), CLASSES, "sgd")
     verify(steps, backward(steps), run_of("torch", [backward(steps)]), images(8))
     model.block[1].requires_grad_(False)
     with pytest.raises(ExportError, match="every parameter before cut 2 is frozen"):
-        make_steps(segment, Tier(CUT, returned=True), images(8), CLASSES, "sgd")
+        make_steps(segment, Tier(CUT, graphs=["backward"]), images(8), CLASSES, "sgd")
     make_steps(segment, Tier(CUT), images(8), CLASSES, "sgd")
 
 
-def test_without_returned_nothing_changes(tmp_path: Path) -> None:
+def test_further_graphs_change_no_others(tmp_path: Path) -> None:
     """Bundles without gradients have the three usual graphs, and their files are the same."""
     indices: list[BundleIndex] = [
         export_bundles(
-            conv_model(), {"t": Tier(1, returned=returned)}, tmp_path / str(returned),
+            conv_model(), {"t": Tier(1, graphs=graphs)}, tmp_path / str(len(graphs)),
             example=images(8), classes=CLASSES, verified=False,
         )
-        for returned in (False, True)
+        for graphs in ([], ["backward"])
     ]  # fmt: skip
     plain, more = (index.manifest("t") for index in indices)
     assert plain.graphs.keys() == {"predict", "train", "forward"}
@@ -275,7 +275,11 @@ def test_constants_that_a_step_does_not_need_are_not_in_its_file(tmp_path: Path)
     model = from_transformers(config)
     add_lora(model, Lora(rank=3), "gpt2")
     index = export_bundles(
-        model, {"t": Tier(1, returned=True)}, tmp_path / "out", example=words(8), classes=WORDS
+        model,
+        {"t": Tier(1, graphs=["backward"])},
+        tmp_path / "out",
+        example=words(8),
+        classes=WORDS,
     )
     last = "block.0.layer.mlp.c_proj.bias"
     graphs = index.manifest("t").graphs

@@ -305,7 +305,12 @@ def test_masks_of_the_head_on_the_device_are_not_those_of_the_stem(seed: int) ->
             linear.bias.zero_()
     model.add_heads([1], x, 3)
     steps = ClientSteps(
-        ClientSegment(model, 1, u_shaped=True), get_optimizer("sgd"), Exact(), x, 3, returned=True
+        ClientSegment(model, 1, u_shaped=True),
+        get_optimizer("sgd"),
+        Exact(),
+        x,
+        3,
+        graphs=["finish"],
     )
     given = {**steps.initial, **steps.slots, "seed": torch.tensor(seed), "y": torch.arange(50) % 3}
     given |= {n: torch.tensor(v) for n, v in {**steps.optimizer.hyper, "max_norm": 0.0}.items()}

@@ -95,7 +95,7 @@ def test_a_split_step_of_a_real_model_is_that_of_the_uncut_one(
     trunk = TrunkTrainer(copy.deepcopy(model, dict(frozen)), "cpu")
     model.add_heads([CUT], x, words)
     steps = ClientSteps(
-        ClientSegment(model, CUT), rule, Exact(), x, words, {"seq": LENGTH}, returned=True
+        ClientSegment(model, CUT), rule, Exact(), x, words, {"seq": LENGTH}, graphs=["backward"]
     )
     device = TorchRuntime(manifest_of(steps, "torch"), steps)
     given = {"x": x.numpy()}

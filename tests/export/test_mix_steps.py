@@ -117,7 +117,7 @@ def steps_of(
     with torch.no_grad():
         for n, t in shaken(model.trained(), seed).items():
             model.trained()[n].copy_(t)
-    tier = Tier(model.depth - 1, "fp16", bases=3, adversarial=True)
+    tier = Tier(model.depth - 1, "fp16", bases=3, graphs=["adversarial_train"])
     return make_steps(ClientSegment(model, tier.cut), tier, draw(8, 0), CLASSES, optimizer), draw
 
 
@@ -329,7 +329,7 @@ def test_hardening_without_dual_norms_is_plain_adversarial_training(name: str) -
     """Both losses use the same norms; statistics change first by ``x``, then by ``x_adv``."""
     build, draw = MODELS[name]
     model = without_trunk(build())
-    tier = Tier(model.depth - 1, adversarial=True)
+    tier = Tier(model.depth - 1, graphs=["adversarial_train"])
     steps = make_steps(ClientSegment(model, tier.cut), tier, draw(8, 0), CLASSES, "sgd")
     assert not steps.dual
     reference = Reference(steps, SGD, set(steps.parameters))
@@ -625,7 +625,7 @@ def conv_base() -> SplitModel:
 def test_a_base_is_exported(runtime: RuntimeName, tmp_path: Path) -> None:
     """Every graph equals PyTorch on a device's runtime, for every batch size."""
     model = conv_base()
-    tier = Tier(model.depth - 1, "fp16", runtime, batch=8, bases=3, adversarial=True)
+    tier = Tier(model.depth - 1, "fp16", runtime, batch=8, bases=3, graphs=["adversarial_train"])
     index = export_bundles(
         model, {"t": tier}, tmp_path / "out", example=pictures(8), classes=CLASSES
     )  # fmt: skip
@@ -775,7 +775,7 @@ def test_a_graph_that_differs_is_refused(
 def test_tokens_have_no_adversarial_examples(tmp_path: Path) -> None:
     """Tokens have no gradient, so the export is refused and nothing is written."""
     model = without_trunk(with_dual_norms(text_model()))
-    tier = Tier(model.depth - 1, adversarial=True)
+    tier = Tier(model.depth - 1, graphs=["adversarial_train"])
     with pytest.raises(ExportError, match="gradient of inputs, and these are int64; leave out"):
         export_bundles(
             model, {"t": tier}, tmp_path / "out", example=words(8), classes=CLASSES

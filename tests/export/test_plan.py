@@ -527,7 +527,12 @@ GOOD = "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.a]\n"
         (GOOD + "memory = 3", [], "unknown key 'memory'"),
         (GOOD + "memory_mb = 0", [], "memory_mb is 0.0; it must be above 0"),
         (GOOD + "max_epoch_s = 9", [], "max_epoch_s has no effect without gflops or uplink_mbit"),
-        ("u_shaped = true\n" + GOOD, [], "u_shaped has no effect without returned"),
+        (
+            'graphs = ["back"]\n' + GOOD,
+            [],
+            "there is no optional graph 'back'; there are activate,",
+        ),
+        (GOOD + 'graphs = ["mix_2"]', [], "there is no optional graph 'mix_2'"),
         (GOOD + "cut = 9", [], "tier 'a': cut 9 is outside the model: it has 4 blocks"),
         ("classes = 10\n[tiers.a]", [], "tiers.toml must say input_shape"),
         ("classes = 10\n[tiers]", [], "there are no tiers"),

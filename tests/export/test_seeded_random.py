@@ -108,7 +108,7 @@ def test_activate_repeats_a_drop_path(form: str) -> None:
     model.add_heads([1], x, 2)
     segment = ClientSegment(model, 1)
     given = (segment, get_optimizer("sgd"), get_codec("fp16"), x, 2)
-    steps = ClientSteps(*given, returned=True)
+    steps = ClientSteps(*given, graphs=["backward"])
     session = ort.InferenceSession(lower("onnx", [activate(steps)], {}).files["activate"])
 
     def run(seed: int) -> np.ndarray[Any, Any]:

@@ -57,7 +57,7 @@ def built(family: str, adapted: bool) -> SplitModel:
 def test_every_graph_is_exported_and_verified(
     family: str, adapted: bool, runtime: RuntimeName, tmp_path: Path
 ) -> None:
-    tier = Tier(1, "int8", runtime, 8, returned=True, u_shaped=True, fused=True)
+    tier = Tier(1, "int8", runtime, 8, graphs=["finish", "fuse"])
     index = export_bundles(
         built(family, adapted), {"t": tier}, tmp_path / "out", example=TEXTS, classes=WORDS,
         verified=runtime != "torch",
@@ -75,7 +75,7 @@ def steps_of(model: SplitModel, optimizer: str = "sgd") -> ClientSteps:
     model.add_heads([1], TEXTS, WORDS)
     return ClientSteps(
         ClientSegment(model, 1, u_shaped=True), get_optimizer(optimizer), get_codec("int8"),
-        TEXTS, WORDS, {"seq": 6, "batch": 8}, returned=True,
+        TEXTS, WORDS, {"seq": 6, "batch": 8}, graphs=["finish"],
     )  # fmt: skip
 
 

@@ -107,7 +107,9 @@ def made(bases: int, dual: bool = True) -> Made:
     split = split_width(wide(bases), bases, x)
     found = whole_bases(split.with_dual_norms() if dual else split, [1], x, CLASSES)
     tiers = {
-        "whole": Tier(DEPTH, bases=bases, adversarial=dual, runtime="torch"),
+        "whole": Tier(
+            DEPTH, bases=bases, graphs=["adversarial_train"] if dual else [], runtime="torch"
+        ),
         "cut": Tier(1, "fp16", bases=bases, runtime="torch"),
     }
     out = Path(tempfile.mkdtemp(prefix="cutlayer-mix-")) / "bundles"

@@ -120,13 +120,15 @@ def _bases() -> SplitModel:
 
 
 SUBJECTS: dict[str, Subject] = {
-    "conv": Subject(conv_model, images, CLASSES, Tier(3, returned=True, distill=0.5)),
-    "batchnorm": Subject(build_batchnorm, images, CLASSES, Tier(2, "fp16", fused=True)),
+    "conv": Subject(conv_model, images, CLASSES, Tier(3, graphs=["backward"], distill=0.5)),
+    "batchnorm": Subject(build_batchnorm, images, CLASSES, Tier(2, "fp16", graphs=["fuse"])),
     "pools": Subject(pooled, images, CLASSES, Tier(1), "adamw"),
     "text": Subject(
-        lambda: text_model(words=WORDS), texts, CLASSES, Tier(2, returned=True), "adamw"
+        lambda: text_model(words=WORDS), texts, CLASSES, Tier(2, graphs=["backward"]), "adamw"
     ),
-    "language": Subject(language, texts, WORDS, Tier(2, "fp16", returned=True, u_shaped=True)),
-    "bases": Subject(_bases, images, CLASSES, Tier(4, "fp16", bases=2, adversarial=True)),
+    "language": Subject(language, texts, WORDS, Tier(2, "fp16", graphs=["finish"])),
+    "bases": Subject(
+        _bases, images, CLASSES, Tier(4, "fp16", bases=2, graphs=["adversarial_train"])
+    ),
 }
 """Subjects by name."""

@@ -130,5 +130,5 @@ def steps_of(kind: str, codec: Codec, optimizer: str) -> tuple[SplitModel, Clien
     segment = ClientSegment(model, CUT)
     limits = {"batch": 8} | ({"seq": 6} if kind == "lora" else {})
     return model, ClientSteps(
-        segment, get_optimizer(optimizer), codec, draw(8), classes, limits, returned=True
+        segment, get_optimizer(optimizer), codec, draw(8), classes, limits, graphs=["backward"]
     )

@@ -98,7 +98,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
     """Three tiers that pack activations without loss, and one that does not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(packing.CODECS, "float32", Exact())
-        exact = Tier(1, "float32", "torch", returned=True)
+        exact = Tier(1, "float32", "torch", graphs=["backward"])
         tiers = {
             "one": exact,
             "two": replace(exact, cut=2),

@@ -61,7 +61,7 @@ def fused_steps(kind: str, optimizer: str) -> tuple[nn.Module, ClientSteps]:
     limits = {"batch": 8} | ({"seq": 6} if kind == "lora" else {})
     return model, ClientSteps(
         ClientSegment(model, CUT), get_optimizer(optimizer), Exact(), draw(8), classes, limits,
-        fused=True,
+        graphs=["fuse"],
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
     """Graphs are verified against eager PyTorch before they are written."""
     build, draw, classes = MODELS[kind]
     index = export_bundles(
-        build(), {"t": Tier(CUT, "int8", runtime, 8, fused=True)}, tmp_path / "out",
+        build(), {"t": Tier(CUT, "int8", runtime, 8, graphs=["fuse"])}, tmp_path / "out",
         example=draw(8), classes=classes,
     )  # fmt: skip
     graphs = index.manifest("t").graphs
@@ -151,7 +151,7 @@ def test_a_wrong_graph_is_refused(name: str) -> None:
     model.add_heads([1, CUT], draw(8), CLASSES)
     steps = ClientSteps(
         ClientSegment(model, CUT), get_optimizer("sgd"), get_codec("int8"), draw(8), CLASSES,
-        {"batch": 8}, fused=True,
+        {"batch": 8}, graphs=["fuse"],
     )  # fmt: skip
     step = fuse(steps)
     run = run_of("torch", [step])
@@ -244,7 +244,7 @@ def test_training_goes_on_while_the_hub_is_away(
 ) -> None:
     """After fused steps come steps alone; the round is delivered, and the next is fused again."""
     monkeypatch.setattr(exchange, "PATIENCE_S", 0.3)
-    model, tier = build(), Tier(1, runtime="torch", fused=True)
+    model, tier = build(), Tier(1, runtime="torch", graphs=["fuse"])
     index = export_bundles(
         model, {"t": tier}, tmp_path / "bundles", example=example(IMAGE, 8, 0), classes=10,
         verified=False,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable
 
 import numpy as np
 import pytest
 
+from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from export.tensor_names import layer_of
@@ -16,11 +19,13 @@ from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.layer_store import NotFinite
 from server_hub.aggregation.merged import Merged
 from server_hub.aggregation.separate import Separate
+from server_hub.methods.composition import compose
 from server_hub.methods.fedsplitx import fedsplitx, fedsplitx_paper
 from server_hub.methods.fleet import JobOutline
 from server_hub.methods.method import CopyPerDevice, SharedCopy, Stage
-from server_hub.methods.settings import learning_rate_factor
+from server_hub.methods.settings import MethodConfig, SplitMixConfig, learning_rate_factor
 from server_hub.trunk.interface import TrunkCopy
+from tests.lib.models import build
 from tests.lib.trunk_models import dense_model, state_of
 
 MODEL = dense_model(heads=(1, 3))
@@ -235,12 +240,25 @@ def test_the_papers_form(local_epochs: int) -> None:
 
 
 def test_a_method_does_not_share_memory_with_the_initial_state() -> None:
-    for compose in (fedsplitx, fedsplitx_paper):
+    for make in (fedsplitx, fedsplitx_paper):
         start: dict[str, Array] = initial()
-        method = compose(start, JobOutline(9))
+        method = make(start, JobOutline(9))
         for tensor in start.values():
             tensor[...] = 7
         assert set(values(method.aggregation.trunk_state()).values()) == {100.0}
+
+
+def test_a_bundle_without_the_graphs_of_a_method_is_refused(bundles: BundleIndex) -> None:
+    """The sentence says what to write into ``tiers.toml``."""
+    manifests = {name: bundles.manifest(name) for name in bundles.tiers}
+    said = (
+        "SplitFT (labels on the devices) needs the graph 'backward', and the bundle of "
+        f'\'{min(manifests)}\' lacks it; export with graphs = ["backward", "finish"] in tiers.toml'
+    )
+    ordered = dict(sorted(manifests.items()))
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        compose(MethodConfig("splitft-u"), SplitMixConfig(), 2, 1, bundles, ordered, build())
+    compose(MethodConfig("fedsplitx"), SplitMixConfig(), 2, 1, bundles, ordered, build())
 
 
 # --- learning rate --------------------------------------------------------------------------------

@@ -89,7 +89,13 @@ def test_at_staleness_0_every_step_is_that_of_the_uncut_model(
         split.add_heads([cut], x, WORDS)
         split = split.double()
         steps = ClientSteps(
-            ClientSegment(split, cut), rule, Double(), x, WORDS, {"seq": LENGTH}, returned=True
+            ClientSegment(split, cut),
+            rule,
+            Double(),
+            x,
+            WORDS,
+            {"seq": LENGTH},
+            graphs=["backward"],
         )
         here = {**{n: t.numpy() for n, t in steps.initial.items()}, **held}
         state = {
@@ -129,7 +135,7 @@ def runtime_at(cut: int) -> tuple[SplitModel, TorchRuntime, ClientSteps]:
     model.add_heads([cut], texts(2, 0)[0], WORDS)
     steps = ClientSteps(
         ClientSegment(model, cut), get_optimizer("sgd"), Exact(), texts(2, 0)[0], WORDS,
-        {"seq": LENGTH, "batch": 2}, returned=True,
+        {"seq": LENGTH, "batch": 2}, graphs=["backward"],
     )  # fmt: skip
     return model, TorchRuntime(manifest_of(steps, "torch"), steps), steps
 

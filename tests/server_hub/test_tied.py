@@ -101,7 +101,7 @@ class Device:
         rule = get_optimizer(optimizer)
         self.steps = ClientSteps(
             ClientSegment(model, cut, u_shaped=u_shaped), rule, Double(), example, WORDS,
-            {"seq": 8}, returned=not fused, fused=fused,
+            {"seq": 8}, graphs=["fuse" if fused else "finish" if u_shaped else "backward"],
         )  # fmt: skip
         self.state = {**self.steps.initial, **self.steps.slots}
         self.hyper = {name: torch.tensor(hyper[name], dtype=torch.float64) for name in hyper}
@@ -199,7 +199,7 @@ def round_of(
     for device, (x, y), gradient in zip(devices, data, gradients, strict=True):
         assert gradient is not None
         given = {"x": x, "grad.h": torch.from_numpy(np.array(gradient["h"]))}
-        if device.steps.fused:
+        if "fuse" in device.steps.graphs:
             device.run(fuse(device.steps), **given, y=y)
         else:
             device.run(backward(device.steps), **given)

@@ -100,7 +100,7 @@ def test_every_step_is_that_of_the_uncut_model_and_the_hub_sees_no_labels(
         limits = {"seq": 7} if kind == "lora" else {}
         steps = ClientSteps(
             ClientSegment(split, cut, u_shaped=True), rule, Double(), x, classes, limits,
-            returned=True,
+            graphs=["finish"],
         )  # fmt: skip
         own = {**{n: t.double() for n, t in {**steps.initial, **steps.slots}.items()}}
         own |= {n: torch.from_numpy(np.array(t)) for n, t in held.items() if n in own}
@@ -204,7 +204,7 @@ def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:
     """Graphs are verified against eager PyTorch before they are written; the state has the head."""
     build, example, classes = MODELS[kind]
     index = export_bundles(
-        build(), {"t": Tier(2, "int8", runtime, 8, returned=True, u_shaped=True)},
+        build(), {"t": Tier(2, "int8", runtime, 8, graphs=["finish"])},
         tmp_path / "out", example=example(8), classes=classes,
     )  # fmt: skip
     manifest = index.manifest("t")
@@ -221,7 +221,7 @@ def test_a_wrong_finish_is_refused() -> None:
     model.add_heads([1, 2], example(8), classes)
     steps = ClientSteps(
         ClientSegment(model, 2, u_shaped=True), get_optimizer("sgd"), get_codec("int8"),
-        example(8), classes, {"batch": 8}, returned=True,
+        example(8), classes, {"batch": 8}, graphs=["finish"],
     )  # fmt: skip
     step = finish(steps)
     run = run_of("torch", [step])
@@ -246,7 +246,7 @@ def test_the_train_graph_leaves_the_head_alone() -> None:
         model.add_heads([1, 2], example(8), classes)
         steps = ClientSteps(
             ClientSegment(model, 2, u_shaped=u_shaped), get_optimizer("sgd"), get_codec("int8"),
-            example(8), classes, returned=True,
+            example(8), classes, graphs=["finish" if u_shaped else "backward"],
         )  # fmt: skip
         runtime = TorchRuntime(manifest_of(steps, "torch"), steps)
         hyper = {n: np.asarray(v, np.float32) for n, v in HYPER["sgd"].items()}

@@ -13,7 +13,7 @@ from dataclasses import replace
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import State
 from server_hub.aggregation.merged import Merged
-from server_hub.methods.fleet import Fleet, JobOutline, Recipe, at_poorest_cut
+from server_hub.methods.fleet import JobOutline, Recipe, at_poorest_cut
 from server_hub.methods.method import CopyPerDevice, Method, SharedCopy, always
 
 
@@ -37,11 +37,5 @@ def splitfed_v2(initial: State, outline: JobOutline) -> Method:
     return replace(splitfed_v1(initial, outline), name="SplitFed v2", copies=SharedCopy())
 
 
-def returning(fleet: Fleet) -> Fleet:
-    """Return the fleet with all tiers at one cut, and with the graphs for returned gradients."""
-    fleet = at_poorest_cut(fleet)
-    return replace(fleet, tiers={n: replace(t, returned=True) for n, t in fleet.tiers.items()})
-
-
-SPLITFED_V1 = Recipe("SplitFed v1", splitfed_v1, returning)
-SPLITFED_V2 = Recipe("SplitFed v2", splitfed_v2, returning)
+SPLITFED_V1 = Recipe("SplitFed v1", splitfed_v1, at_poorest_cut, graphs=("backward",))
+SPLITFED_V2 = Recipe("SplitFed v2", splitfed_v2, at_poorest_cut, graphs=("backward",))
