@@ -57,8 +57,9 @@ def lower(step: Step, program: ExportedProgram, places: Mapping[str, Place] | No
         Content of the file.
 
     Raises:
-        ExportError: the step has an operator without a translation. The message continues the
-            name of the module that :func:`export.lowering.culprit.find_culprit` finds.
+        ExportError: the step has an operator without a translation, or one whose sums ONNX Runtime
+            loses. The message continues the name of the module that
+            :func:`export.lowering.culprit.find_culprit` finds.
     """
     with _explained():
         translated = to_onnx(program)
@@ -67,6 +68,7 @@ def lower(step: Step, program: ExportedProgram, places: Mapping[str, Place] | No
     _rename(model.graph, step)
     _read_as_stored(model.graph)
     _prune(model.graph)
+    _check_sums(model.graph)
     _strip(model)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
@@ -165,6 +167,17 @@ def _prune(graph: onnx.GraphProto) -> None:
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(constants)
+
+
+def _check_sums(graph: onnx.GraphProto) -> None:
+    """Refuse ScatterND that adds: ONNX Runtime does so on several threads without atomics."""
+    for node in graph.node:
+        if node.op_type == "ScatterND" and any(a.name == "reduction" for a in node.attribute):
+            raise ExportError(
+                "it adds into rows of a tensor with ScatterND, and ONNX Runtime loses sums there "
+                "between its threads; use index_add, scatter_add or an embedding, or export the "
+                "tier for executorch"
+            )
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -14,7 +14,7 @@ import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from rich.table import Table
 from torch.export import ExportedProgram
 
 from edge_sdk.bundle.manifest import Bundle
+from edge_sdk.runtime import Runtime
+from edge_sdk.runtime.executorch import ExecutorchRuntime
 from edge_sdk.runtime.onnx import OnnxRuntime
 from export.errors import ExportError
 from export.lowering import onnx
@@ -95,10 +97,21 @@ def verify_program(correct: Correct, program: ExportedProgram) -> None:
         verifier.mathematics(correct.step, graph, rows, length, number)
 
 
-def verify_file(correct: Correct, file: bytes) -> None:
-    """Verify an ONNX file against the correct program; raises ExportError if it is refused."""
+def verify_file(
+    correct: Correct,
+    file: bytes,
+    open_runtime: Callable[[Correct, bytes, int], Runtime] | None = None,
+) -> None:
+    """Verify a file against the correct program; raises ExportError if it is refused.
+
+    Args:
+        correct: the graph.
+        file: its file, for ONNX Runtime if there is no other runtime.
+        open_runtime: opens another runtime with a number of threads.
+    """
     verifier = Verifier(correct.steps, Like(correct.subject.inputs()))
-    verifier.verify(correct.step, correct.program, partial(runtime_of, correct, file))
+    opened = partial(open_runtime or runtime_of, correct, file)
+    verifier.verify(correct.step, correct.program, opened)
 
 
 def by_program(correct: Correct, seed: int) -> Outcome | None:
@@ -143,6 +156,13 @@ def runtime_of(correct: Correct, file: bytes, threads: int = 1) -> OnnxRuntime:
     manifest = manifest_of(correct.steps, "onnx", [correct.step])
     initial = {n: t.numpy() for n, t in correct.steps.initial.items()}
     return OnnxRuntime(Bundle(manifest, {correct.step.name: file}, initial), threads)
+
+
+def executorch_of(correct: Correct, file: bytes, threads: int = 1) -> ExecutorchRuntime:
+    """A device's runtime with an ExecuTorch file of one graph."""
+    manifest = manifest_of(correct.steps, "executorch", [correct.step])
+    initial = {n: t.numpy() for n, t in correct.steps.initial.items()}
+    return ExecutorchRuntime(Bundle(manifest, {correct.step.name: file}, initial), threads)
 
 
 def by_file(correct: Correct, seed: int) -> Outcome | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,8 +19,11 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from export.errors import ExportError
-from export.lowering import onnx
+from export.lowering import executorch, onnx, rewrites
 from export.lowering.decompositions import decompositions
+from export.lowering.guards import Shapes
+from export.lowering.rewrites.elementwise import use_masks
+from export.lowering.trace import trace
 from export.packing.codecs import Fp16, Int8
 from export.steps import (
     adversarial,
@@ -37,7 +40,13 @@ from export.steps.clipping import clipped
 from export.steps.losses import local_loss
 from export.steps.optimizers import AdamW, Sgd
 from tests.lib.mutation_models import SUBJECTS
-from tests.lib.mutation_suite import Correct, Outcome, verify_file, verify_program
+from tests.lib.mutation_suite import (
+    Correct,
+    Outcome,
+    executorch_of,
+    verify_file,
+    verify_program,
+)
 
 aten = torch.ops.aten
 
@@ -52,8 +61,10 @@ class Planted:
         subject: name of the model.
         graph: name of the graph.
         error: what is wrong.
-        patch: plants the error while the graph is traced.
-        file: changes the lowered file instead, if the error is in the file.
+        patch: plants the error while the graph is traced and lowered.
+        file: changes the lowered ONNX file; None if the traced program is wrong already, so that
+            its mathematics need not be lowered.
+        executorch: the graph is lowered to ExecuTorch, where the error is.
     """
 
     subject: str
@@ -61,6 +72,7 @@ class Planted:
     error: str
     patch: Patch
     file: Callable[[bytes], bytes] | None = None
+    executorch: bool = False
 
 
 def by_hand(names: list[str]) -> Iterator[Outcome]:
@@ -73,17 +85,27 @@ def by_hand(names: list[str]) -> Iterator[Outcome]:
 def outcome(planted: Planted) -> Outcome:
     """Plant an error, and verify the graph."""
     subject = SUBJECTS[planted.subject]
+    if planted.executorch:
+        tier = replace(subject.tier, runtime="executorch", batch=8)
+        subject = replace(subject, tier=tier)
     status, message = "survived", ""
     try:
         with planted.patch():
             steps = subject.steps()
             step = next(s for s in subject.graphs(steps) if s.name == planted.graph)
-            program = onnx.traced(step)
-        correct = Correct(planted.subject, subject, steps, step, program, b"")
-        if planted.file is None:
+            if planted.executorch:
+                program = trace(step)
+                file = executorch.lower({step.name: program})
+            else:
+                program = onnx.traced(step)
+                file = b"" if planted.file is None else onnx.lower(step, program)
+        correct = Correct(planted.subject, subject, steps, step, program, file)
+        if planted.executorch:
+            verify_file(correct, file, executorch_of)
+        elif planted.file is None:
             verify_program(correct, program)
         else:
-            verify_file(correct, planted.file(onnx.lower(step, program)))
+            verify_file(correct, planted.file(file))
     except ExportError as error:
         status, message = "refused", str(error)
     return Outcome(planted.subject, planted.graph, planted.error, status, message)
@@ -327,6 +349,28 @@ _plant("conv", "train", "loss: labels are off by one", _loss(train, _shifted_lab
 _plant("language", "train", "loss: padding counts", _loss(train, _counts_padding))
 _plant("language", "finish", "loss: padding counts", _loss(u_shaped, _counts_padding))
 _plant("conv", "train", "loss: the batch's size is the example's", _loss(train, _frozen_count))
+
+
+def _last_row_apart(logits: Tensor, y: Tensor, distill: float = 0.0) -> Tensor:
+    """The loss for every size above 1, by code that takes another way for odd sizes."""
+    rows, half = y.shape[0], (y.shape[0] - 1) // 2
+    if 2 * half + 1 != rows:
+        return local_loss(logits, y, distill)
+    parts = [
+        local_loss(logits[:, p], y[p], distill) for p in (slice(2 * half), slice(2 * half, None))
+    ]
+    return (2 * half * parts[0] + parts[1]) / rows
+
+
+@contextmanager
+def _undecided() -> Iterator[None]:
+    """The code decides on the batch size, and nobody looks at the decision."""
+    with _loss(train, _last_row_apart)(), patch.object(Shapes, "check_decisions"):
+        yield
+
+
+_plant("conv", "train", "size: a decision that other batches would make differently", _undecided)
+_plant("pools", "train", "size: a decision, which the trace keeps", _loss(train, _last_row_apart))
 _plant("batchnorm", "fuse", "loss: mean over the heads", _loss(fused, _mean_over_heads))
 _plant(
     "conv", "train", "distillation: teachers learn from pupils",
@@ -655,8 +699,68 @@ def _swapped_states(graph: Any) -> None:
         node.output[:] = [other.get(name, name) for name in node.output]
 
 
+def _on_several_threads() -> AbstractContextManager[Any]:
+    """Look-ups of one row are summed by ScatterND, on several threads without atomics."""
+    right = decompositions()
+
+    def racing(g: Tensor, rows: Tensor, number: int, *rest: Any) -> Tensor:
+        table, flat = g.new_zeros(number, g.shape[-1]), g.reshape(-1, g.shape[-1])
+        return aten.index_put.default(table, [rows.reshape(-1)], flat, True)
+
+    wrong = {**right, aten.embedding_dense_backward.default: racing}
+    del wrong[aten.index_put.default]
+    return patch("export.lowering.trace.decompositions", lambda: wrong)
+
+
+PLANTED.append(
+    Planted("text", "train", "file: a race between threads", _on_several_threads, lambda file: file)
+)
 _file("batchnorm", "train", "file: one row of a constant 1 % off", _off_by_one_percent)
 _file("conv", "predict", "file: a product through float16", _in_half_precision)
 _file("text", "train", "file: a product through float16", _in_half_precision)
 _file("conv", "forward", "file: an unseeded random operation", _unseeded)
 _file("conv", "train", "file: two new states exchanged", _swapped_states)
+
+
+# rewrites for ExecuTorch
+
+
+def _rule(op: Any, wrong: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Patch:
+    """Replace the rewrite of an operator, given the right one."""
+    rules = rewrites._RULES
+    return lambda: patch.dict(rules, {op: wrong(rules[op])})
+
+
+def _leaky_mask(node: Any, graph: Any, shapes: Any) -> None:
+    """The mask of ReLU's gradient is the input between 0 and 1, not 0 or 1."""
+    with patch.object(Tensor, "ceil", lambda x: x):
+        use_masks(node, graph, shapes)
+
+
+def _last_row_is_lost(right: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: Tensor, dims: list[int], *args: Any, **kwargs: Any) -> Any:
+        if 0 not in dims:
+            return right(x, dims, *args, **kwargs)
+        return right(x, dims, *args, **kwargs) - x[:1].sum(dims, *args, **kwargs)
+
+    return call
+
+
+_CONV = aten.convolution.default
+for _subject, _graph, _error, _planted in (
+    ("conv", "train", "convolution: columns of the kernel exchanged",
+     _rule(_CONV, _argument(1, lambda weight: weight.flip(-1)))),
+    ("conv", "predict", "convolution: the bias is left out",
+     _rule(_CONV, _argument(2, lambda bias: None))),
+    ("pools", "train", "convolution: groups exchanged",
+     _rule(_CONV, _argument(1, lambda w: torch.roll(w, w.shape[0] // 2, 0)))),
+    ("conv", "backward", "ReLU: a leaky mask",
+     lambda: patch.object(rewrites, "use_masks", _leaky_mask)),
+    ("text", "train", "product: one column 1 % off",
+     _rule(aten.mm.default, _only(_one_channel(1)))),
+    ("conv", "train", "sum: a row of the batch is lost",
+     _rule(aten.sum.dim_IntList, _last_row_is_lost)),
+    ("bases", "predict", "mean: 1 % off", _rule(aten.mean.dim, _only(lambda mean: mean * 1.01))),
+):  # fmt: skip
+    _error = f"ExecuTorch: {_error}"
+    PLANTED.append(Planted(_subject, _graph, _error, _planted, executorch=True))
