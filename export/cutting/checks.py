@@ -28,7 +28,6 @@ _ANY_LENGTH = (
 
 REPLACEMENTS: dict[type[nn.Module], str] = {
     nn.SyncBatchNorm: "a device has no group to synchronise with; use nn.BatchNorm2d",
-    nn.AlphaDropout: _ALPHA,
     nn.FeatureAlphaDropout: _ALPHA,
     nn.RReLU: _ALPHA,
 }

@@ -7,12 +7,13 @@ in ``0..p-1`` for dropout. These are the rounds of the block cipher MiMC
 (https://eprint.iacr.org/2016/492); secrecy is not needed here. Draws have the distribution of
 torch's, not their bits.
 
-Dropout, uniform and Bernoulli numbers are seeded in this way; :func:`unseeded` finds all others,
-which are refused.
+Dropout, uniform, Bernoulli and normal numbers are seeded in this way; :func:`unseeded` finds all
+others, which are refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,12 +38,15 @@ _STRIDE = 1_299_709_357
 _ATTENTION = F.scaled_dot_product_attention
 """Torch's attention. The name in ``F`` is another function inside of ``nn.MultiheadAttention``."""
 
+_LOWEST = -1.7580993408473766
+"""Limit of SELU towards minus infinity, to which alpha dropout sets what it drops."""
+
 _CHOICE = PRIME - 1
 """Key of choices, which are drawn once per step: the last key, far from those of masks."""
 
 
 class SeededDropout(TorchFunctionMode):
-    """While active, dropouts, uniform and Bernoulli numbers are drawn from ``seed``.
+    """While active, dropouts, uniform, Bernoulli and normal numbers are drawn from ``seed``.
 
     Args:
         seed: int64 scalar, ``0 <= seed < PRIME``.
@@ -105,6 +109,7 @@ class SeededDropout(TorchFunctionMode):
             F.dropout1d: self._signals,
             F.dropout2d: self._channels,
             F.dropout3d: self._channels,
+            F.alpha_dropout: self._alpha_dropout,
             F.scaled_dot_product_attention: self._attention,
             F.multi_head_attention_forward: self._multi_head_attention,
             torch.rand: self._rand,
@@ -113,6 +118,9 @@ class SeededDropout(TorchFunctionMode):
             torch.bernoulli: self._bernoulli,
             Tensor.bernoulli: self._bernoulli,
             Tensor.bernoulli_: self._bernoulli_,
+            torch.randn: self._randn,
+            torch.randn_like: self._randn_like,
+            Tensor.normal_: self._normal_,
         }
         kwargs = kwargs or {}
         if kwargs.get("out") is not None:  # not drawn from the seed, and so refused
@@ -141,6 +149,21 @@ class SeededDropout(TorchFunctionMode):
         if input.dim() == 3:
             return self._channels(input, p, training)
         return self._channels(input.unsqueeze(0), p, training).squeeze(0)
+
+    def _alpha_dropout(
+        self, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
+    ) -> Tensor:
+        """Dropout to SELU's lowest value, which keeps mean 0 and variance 1.
+
+        Formula of Klambauer et al., "Self-Normalizing Neural Networks", NeurIPS 2017, section 2.
+        """
+        if not training or p == 0:
+            return input
+        kept = (self._draw(input.shape, input.device) >= round(p * PRIME)).to(input.dtype)
+        if p == 1:
+            return input * kept
+        slope = ((1 - p) * (1 + p * _LOWEST**2)) ** -0.5
+        return slope * (input * kept + _LOWEST * (1 - kept)) - slope * _LOWEST * p
 
     def _attention(
         self,
@@ -204,6 +227,23 @@ class SeededDropout(TorchFunctionMode):
             return input.copy_(self._bernoulli(p.expand(input.shape)))
         return input.copy_(self._bernoulli(input, p))
 
+    def _randn(
+        self, *sizes: Any, dtype: torch.dtype | None = None, device: Any = None, **named: Any
+    ) -> Tensor:
+        shape = named.get("size", sizes[0] if _is_shape(sizes) else sizes)
+        return self._normal(shape, device or self.seed.device, dtype or torch.get_default_dtype())
+
+    def _randn_like(self, input: Tensor, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return self._normal(input.shape, input.device, dtype or input.dtype)
+
+    def _normal_(self, input: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+        return input.copy_(self._randn_like(input) * std + mean)
+
+    def _normal(self, shape: Any, device: Any, dtype: torch.dtype) -> Tensor:
+        """Standard normal numbers by the transformation of Box and Muller (1958)."""
+        size, angle = (_fractions(self._draw(shape, device), dtype) for _ in range(2))
+        return torch.sqrt(-2 * torch.log(1 - size)) * torch.cos(2 * math.pi * angle)
+
     def _kept(self, shape: Any, p: float, like: Tensor) -> Tensor:
         """Mask of a shape: 0 with probability ``p``, else ``1 / (1 - p)``."""
         x = self._draw(shape, like.device)
@@ -254,8 +294,8 @@ def check_operator(operator: Any) -> None:
         name = schema(operator).name.replace("::", ".")
         raise ExportError(
             f"it draws random numbers with {name}, which a device cannot repeat from the step's "
-            "seed; in training use dropout, torch.rand, rand_like, uniform_ or bernoulli, which "
-            "are drawn from it, and nothing random in evaluation"
+            "seed; in training use dropout, torch.rand, uniform_, bernoulli or randn, which are "
+            "drawn from it, and nothing random in evaluation"
         )
 
 

@@ -351,9 +351,9 @@ def test_a_block_that_cannot_be_exported() -> None:
         plan = planner.plan()
         assert planner.choose() == {"a": 1}
     assert isinstance(plan.costs[1], Failure)
-    assert "block.1.1 is a AlphaDropout" in plan.costs[1].error
+    assert "block.1.1 is a FeatureAlphaDropout" in plan.costs[1].error
     assert plan.choices["a"].reason.startswith("cut 2 cannot be exported: block.1.1 is a Alpha")
-    assert "AlphaDropout" in plan.to_json()["cuts"][1]["error"]
+    assert "FeatureAlphaDropout" in plan.to_json()["cuts"][1]["error"]
 
 
 def test_a_step_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,7 +487,7 @@ def test_the_table_says_why_a_cut_is_impossible(
     )
     run(["plan", f"{__name__}:build_with_alpha_dropout", "--tiers", str(tiers)])
     out = capsys.readouterr().out
-    assert out.count("cut 2, onnx int8, is impossible: block.1.1 is a AlphaDropout") == 1
+    assert out.count("cut 2, onnx int8, is impossible: block.1.1 is a FeatureAlphaDropout") == 1
     assert "epoch s" not in out
     assert "a step runs train" in out
     why = " ".join(out.replace("│", " ").split())
@@ -496,7 +496,7 @@ def test_the_table_says_why_a_cut_is_impossible(
 
 def build_with_alpha_dropout() -> SplitModel:
     """Return a model whose second block cannot be exported."""
-    blocks = [ConvBlock(6), nn.Sequential(ConvBlock(6), nn.AlphaDropout(0.1)), ConvBlock(6)]
+    blocks = [ConvBlock(6), nn.Sequential(ConvBlock(6), nn.FeatureAlphaDropout(0.1)), ConvBlock(6)]
     return SplitModel(nn.Conv2d(1, 6, 3, padding=1), blocks, MeanHead(6, CLASSES))
 
 

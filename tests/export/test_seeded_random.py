@@ -45,8 +45,17 @@ BERNOULLI: dict[str, Callable[[Tensor], Tensor]] = {
     "floor": lambda x: torch.rand_like(x).add_(0.3).floor_(),
 }
 
+NORMAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "randn": lambda x: torch.randn(x.shape[0]),
+    "randn of a shape": lambda x: torch.randn(x.shape, dtype=x.dtype),
+    "randn of a size": lambda x: torch.randn(size=(x.shape[0],)),
+    "randn_like": torch.randn_like,
+    "normal_": lambda x: torch.empty_like(x).normal_(),
+    "normal_ with bounds": lambda x: (torch.empty_like(x).normal_(3, std=2) - 3) / 2,
+}
 
-@pytest.mark.parametrize("draw", [*UNIFORM.values(), *BERNOULLI.values()])
+
+@pytest.mark.parametrize("draw", [*UNIFORM.values(), *BERNOULLI.values(), *NORMAL.values()])
 def test_draws_come_from_the_seed(draw: Callable[[Tensor], Tensor]) -> None:
     """One seed repeats them; calls within a step differ, and so do seeds."""
 
@@ -78,6 +87,45 @@ def test_bernoulli_numbers(draw: Callable[[Tensor], Tensor]) -> None:
         drawn = draw(torch.zeros(COUNT))
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
     assert abs(drawn.mean().item() - 0.3) < 5 * (0.3 * 0.7 / COUNT) ** 0.5
+
+
+@pytest.mark.parametrize("draw", NORMAL.values())
+def test_normal_numbers(draw: Callable[[Tensor], Tensor]) -> None:
+    """Ten equally likely bins are as full as chance says; the tails are those of a normal one."""
+    with SeededDropout(torch.tensor(11)):
+        drawn = draw(torch.zeros(COUNT)).double()
+    counts = torch.histc(torch.special.ndtr(drawn), 10, 0, 1)
+    assert abs((((counts - COUNT / 10) ** 2) / (COUNT / 10)).sum() - 9) < 5 * 18**0.5
+    beyond = 0.0027 * COUNT  # three standard deviations
+    assert abs((drawn.abs() > 3).sum() - beyond) < 5 * beyond**0.5
+    assert drawn.isfinite().all()
+
+
+def test_two_normal_draws_are_independent() -> None:
+    with SeededDropout(torch.tensor(4)):
+        one, other = torch.randn(COUNT), torch.randn(COUNT)
+    assert abs((one * other).mean()) < 5 / COUNT**0.5
+    assert abs((one[1:] * one[:-1]).mean()) < 5 / COUNT**0.5
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_alpha_dropout(p: float) -> None:
+    """What is kept is torch's value, what is dropped too; mean and variance stay."""
+    x = torch.randn(COUNT, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with SeededDropout(torch.tensor(4)):
+        found = F.alpha_dropout(x, p, training=True)
+    torch.manual_seed(0)
+    torchs = F.alpha_dropout(x, p, training=True)
+    dropped = torchs.mode().values
+    ours = torch.isclose(found, dropped)
+    both = ~ours & ~torch.isclose(torchs, dropped)
+    torch.testing.assert_close(found[both], torchs[both])
+    assert abs(ours.double().mean() - p) < 5 * (p * (1 - p) / COUNT) ** 0.5
+    assert abs(found.mean()) < 5 / COUNT**0.5
+    assert abs(found.var() - 1) < 0.05
+    with SeededDropout(torch.tensor(4)):
+        assert torch.equal(F.alpha_dropout(x, p, training=False), x)
+        assert not F.alpha_dropout(x, 1.0, training=True).any()
 
 
 def test_bounds_of_uniform_numbers() -> None:
@@ -125,14 +173,11 @@ def test_activate_repeats_a_drop_path(form: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "randn_like": (torch.randn_like, "aten.randn_like"),
-    "randn": (lambda h: torch.randn(h.shape), "aten.randn"),
-    "normal_": (lambda h: torch.empty_like(h).normal_(), "aten.normal_"),
+    "normal": (lambda h: torch.normal(h, h.exp()), "aten.normal"),
     "randint": (lambda h: torch.randint(3, h.shape).float(), "aten.randint"),
     "randperm": (lambda h: h[:, torch.randperm(4)], "aten.randperm"),
     "multinomial": (lambda h: h.softmax(1).multinomial(4).float(), "aten.multinomial"),
     "exponential_": (lambda h: torch.empty_like(h).exponential_(), "aten.exponential_"),
-    "alpha_dropout": (lambda h: F.alpha_dropout(h, 0.5, True), "aten.bernoulli_"),
     "feature_alpha_dropout": (lambda h: F.feature_alpha_dropout(h, 0.5, True), "aten.bernoulli_"),
     "rrelu": (lambda h: F.rrelu(h, training=True), "aten.rrelu_with_noise"),
     "gumbel_softmax": (lambda h: F.gumbel_softmax(h), "aten.exponential_"),
@@ -193,7 +238,7 @@ class RandomHead(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Logits (batch, classes)."""
-        result: Tensor = self.norm(h) + torch.randn_like(h)
+        result: Tensor = self.norm(h) + torch.empty_like(h).exponential_()
         return result
 
 
@@ -201,7 +246,7 @@ def test_a_random_head_is_refused(tmp_path: Path) -> None:
     """Random operators are found wherever they are."""
     model = SplitModel(nn.Linear(3, 4), [nn.Tanh(), nn.Identity()], nn.Identity())
     model.aux["1"] = RandomHead()
-    with pytest.raises(ExportError, match=r"aux.1 is a RandomHead: it draws .* aten.randn_like"):
+    with pytest.raises(ExportError, match=r"aux.1 is a RandomHead: it draws .* aten.exponential"):
         export_bundles(
             model, {"a": Tier(1)}, tmp_path / "out", example=torch.randn(8, 3), classes=4
         )

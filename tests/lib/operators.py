@@ -852,10 +852,28 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "random",
-        "randn and others",
-        vectors(Noise(torch.randn_like)),
-        onnx="random numbers with aten.randn_like",
-        executorch="random numbers with aten.randn_like",
+        "randn, randn_like, normal_",
+        vectors(
+            Noise(lambda h: 1 + 0.1 * torch.randn_like(h)),
+            nn.Tanh(),
+            Noise(lambda h: torch.empty_like(h).normal_(1, 0.1)),
+            nn.Tanh(),
+            Noise(lambda h: 1 + 0.1 * torch.randn(h.shape)),
+        ),
+        note="from the step's seed",
+    ),
+    Case(
+        "random",
+        "AlphaDropout",
+        vectors(nn.AlphaDropout(0.3), Lazy(lambda: nn.Linear(8, 8)), nn.SELU()),
+        note="from the step's seed",
+    ),
+    Case(
+        "random",
+        "exponential_ and others",
+        vectors(Noise(lambda h: torch.empty_like(h).exponential_())),
+        onnx="random numbers with aten.exponential_",
+        executorch="random numbers with aten.exponential_",
     ),
     Case(
         "LoRA",
