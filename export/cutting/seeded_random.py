@@ -162,7 +162,7 @@ class SeededDropout(TorchFunctionMode):
         kept = (self._draw(input.shape, input.device) >= round(p * PRIME)).to(input.dtype)
         if p == 1:
             return input * kept
-        slope = ((1 - p) * (1 + p * _LOWEST**2)) ** -0.5
+        slope = 1 / math.sqrt((1 - p) * (1 + p * _LOWEST**2))
         return slope * (input * kept + _LOWEST * (1 - kept)) - slope * _LOWEST * p
 
     def _attention(
