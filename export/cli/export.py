@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from edge_sdk.errors import ConfigError
 from export.bundles.tier_table import TiersConfig
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def export(
         typer.Option(help=".npz with x and y: graphs are verified on its rows, int8 is measured."),
     ] = None,
     max_loss: Annotated[
-        float, typer.Option(help="Largest loss of accuracy, or growth of perplexity, by int8.")
-    ] = 0.01,
+        float | None,
+        typer.Option(help="Largest loss of accuracy, or growth of perplexity, by int8 (0.01)."),
+    ] = None,
     allow_loss: Annotated[
         bool, typer.Option(help="Export int8 even if it loses more than --max-loss.")
     ] = False,
@@ -64,7 +66,15 @@ def export(
     check_out(out, overwrite)
     key = None if sign is None else read_private_key(sign)
     examples = None if data is None else Examples.from_npz(data)
-    check = None if examples is None else LossCheck(examples, max_loss, allow_loss)
+    largest = 0.01 if max_loss is None else max_loss
+    check = None if examples is None else LossCheck(examples, largest, allow_loss)
+    if not any(tier.precision == "int8" for tier in settings.tiers.values()):
+        for option, given in (("--max-loss", max_loss is not None), ("--allow-loss", allow_loss)):
+            if given:
+                raise ConfigError(
+                    f'{option} has no effect: no tier in {tiers} has precision = "int8"; add it to '
+                    f"a tier, or leave {option} out"
+                )
     report = Report()
     comparisons: dict[str, Comparison] = {}
     console = Console(stderr=as_json, highlight=False, markup=False)

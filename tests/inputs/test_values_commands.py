@@ -76,6 +76,8 @@ ROWS: list[tuple[list[str], str]] = [
     ([*EXPORT, "--data", "nan.npz"], "row 0 of x at 0, 0, 0 is nan"),
     ([*EXPORT, "--data", "right.npz", "--max-loss", "nan"], "the largest loss is nan"),
     ([*EXPORT, "--data", "right.npz", "--max-loss", "-1"], "the largest loss is -1"),
+    ([*EXPORT, "--max-loss", "0.1"], "--max-loss has no effect: no tier in tiers.toml has"),
+    ([*EXPORT, "--data", "right.npz", "--allow-loss"], "--allow-loss has no effect: no tier in"),
     (["export", BUILD, "--tiers", "int8.toml", "--out", "new", "--data", "labels.npz"],
      "the model has the classes 0 to 9"),
     (["export", BUILD, "--tiers", "int8.toml", "--out", "new", "--data", "nan.npz"],
