@@ -59,6 +59,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 Of the field ``graphs`` there is one for every family.
 """
 
+LOWERED = ["codec", "runtime", "precision", "cut_rank", "graphs: adversarial_train"]
+"""Settings with which the files are compared as well; int8 weights are those of a lowered graph."""
+
 REFUSED = {"distill"}
 """Fields of a tier that ``tiers.toml`` does not take."""
 
@@ -131,8 +134,13 @@ def flops_of(steps: ClientSteps, length: int) -> dict[str, int]:
     return {name: int(flops_per_row(known[name], length)) for name in graphs_of_a_step(known)}
 
 
-@pytest.mark.parametrize("lowered", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "lowered"),
+    [
+        *((setting, False) for setting in SETTINGS if setting != "precision"),
+        *(pytest.param(setting, True, marks=pytest.mark.slow) for setting in LOWERED),
+    ],
+)
 def test_the_plan_measures_what_an_export_writes(
     setting: str,
     lowered: bool,
@@ -143,8 +151,6 @@ def test_the_plan_measures_what_an_export_writes(
     """Without lowering, manifests are compared whose graphs have all their inputs and outputs."""
     if setting == "runtime" and lowered:
         pytest.importorskip("executorch")
-    if setting == "precision" and not lowered:
-        pytest.skip("int8 weights are those of a lowered graph")
     content, _ = SETTINGS[setting]
     (tmp_path / "tiers.toml").write_text(content)
     model = model_for(setting, tmp_path)
