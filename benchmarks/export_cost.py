@@ -2,10 +2,11 @@
 
     python -m benchmarks.export_cost [--case NAME]... [--no-verify] [--json FILE]
 
-Each case is exported in a process of its own, with LoRA of rank 8 and returned gradients, from
-random weights. Memory is resident memory, memory-mapped files included; the kernel's own mark of
-the peak is read and reset wherever a stage begins or ends, so a peak is that of the stage alone.
-Linux only. A stage that runs inside another is not counted in the outer one.
+Each case is exported in a process of its own, with returned gradients, from random weights; with
+LoRA of rank 8, or fully trained with SGD. Memory is resident memory, memory-mapped files included;
+the kernel's own mark of the peak is read and reset wherever a stage begins or ends, so a peak is
+that of the stage alone. Linux only. A stage that runs inside another is not counted in the outer
+one.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ LLAMA = {
 }  # fmt: skip
 """Configuration of Llama-3.2-1B."""
 
-CASES: dict[str, tuple[dict[str, Any], int]] = {
-    "gpt2-small-cut-2": (GPT2, 2),
-    "llama-3.2-1b-cut-1": (LLAMA, 1),
-    "llama-3.2-1b-cut-4": (LLAMA, 4),
+CASES: dict[str, tuple[dict[str, Any], int, int | None]] = {
+    "gpt2-small-cut-2": (GPT2, 2, 8),
+    "gpt2-small-cut-2-full": (GPT2, 2, None),
+    "llama-3.2-1b-cut-1": (LLAMA, 1, 8),
+    "llama-3.2-1b-cut-4": (LLAMA, 4, 8),
 }
-"""Configuration and cut of each case."""
+"""Configuration, cut and rank of the adapters of each case; without a rank it is fully trained."""
 
 STAGES = {
     "model": [("export.bundles.model_source", "build_model")],
@@ -166,14 +168,14 @@ def measure(case: str, verified: bool) -> Row:
     for name, functions in STAGES.items():
         for owner, function in functions:
             stages.watch(name, owner, function)
-    config, cut = CASES[case]
+    config, cut, rank = CASES[case]
     began = time.perf_counter()
     row = Row(case, verified, _commit())
     with tempfile.TemporaryDirectory(dir=".") as folder:
         source = Path(folder) / "config.json"
         source.write_text(json.dumps(config))
         tiers = TiersConfig({"phone": TierTable(cut)}, graphs=["backward"])
-        model = model_source.build_model(str(source), Lora(rank=8))
+        model = model_source.build_model(str(source), None if rank is None else Lora(rank=rank))
         example, classes = tiers.example(model)
         writer.export_bundles(
             model,
