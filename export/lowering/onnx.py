@@ -172,7 +172,7 @@ def _prune(graph: onnx.GraphProto) -> None:
 def _check_sums(graph: onnx.GraphProto) -> None:
     """Refuse ScatterND that adds: ONNX Runtime does so on several threads without atomics."""
     for node in graph.node:
-        if node.op_type == "ScatterND" and any(a.name == "reduction" for a in node.attribute):
+        if node.op_type == "ScatterND" and any(a.s == b"add" for a in node.attribute):
             raise ExportError(
                 "it adds into rows of a tensor with ScatterND, and ONNX Runtime loses sums there "
                 "between its threads; use index_add, scatter_add or an embedding, or export the "

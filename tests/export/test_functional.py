@@ -153,7 +153,10 @@ def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
     [
-        *((kind, "sgd") for kind in MODELS),
+        *(
+            pytest.param(kind, "sgd", marks=pytest.mark.slow if kind == "words" else ())
+            for kind in MODELS
+        ),
         *(
             pytest.param(kind, "adamw", marks=() if kind == "words" else pytest.mark.slow)
             for kind in MODELS
@@ -218,7 +221,7 @@ def test_local_loss(
     ("kind", "runtime"),
     [
         ("conv", "torch"),
-        ("decoder", "onnx"),
+        pytest.param("decoder", "onnx", marks=pytest.mark.slow),
         pytest.param("conv", "onnx", marks=pytest.mark.slow),
         pytest.param("decoder", "torch", marks=pytest.mark.slow),
         pytest.param("conv", "executorch", marks=pytest.mark.slow),

@@ -19,17 +19,27 @@ EXECUTORCH = {"norm: GroupNorm, InstanceNorm2d"}
 """Cases that ``make test`` lowers for ExecuTorch, in addition to ``test_executorch.py``."""
 
 SLOW_ONNX = {
+    "LoRA: Conv2d",
     "attention: rotary positions",
+    "attention: scaled_dot_product_attention: grouped queries",
     "attention: scaled_dot_product_attention: boolean mask, additive mask",
     "attention: written out, masked",
     "block: Conv2d with bias before BatchNorm2d",
     "block: inverted residual, BatchNorm, ReLU6 (MobileNetV2)",
+    "convolution: Conv2d: padding same, circular, reflect, replicate",
     "dropout: attention dropout",
+    "dropout: nn.MultiheadAttention",
     "dropout: nn.TransformerEncoderLayer",
     "block: residual with a stride, BatchNorm (ResNet)",
+    "norm: BatchNorm2d with frozen weights, in training; without statistics",
+    "random: randn, randn_like, normal_",
+    "recurrent: GRU: bidirectional",
     "recurrent: LSTM on tokens: 2 layers, bidirectional",
     "recurrent: LSTM, GRU: time first",
     "recurrent: LSTM: 2 layers, bidirectional",
+    "recurrent: RNN",
+    "shape: PixelShuffle, PixelUnshuffle",
+    "shape: Upsample: bilinear",
 }
 """Cases that ``make test`` leaves out for ONNX, because other cases or models cover them."""
 

@@ -352,7 +352,7 @@ def test_a_block_that_cannot_be_exported() -> None:
         assert planner.choose() == {"a": 1}
     assert isinstance(plan.costs[1], Failure)
     assert "block.1.1 is a FeatureAlphaDropout" in plan.costs[1].error
-    assert plan.choices["a"].reason.startswith("cut 2 cannot be exported: block.1.1 is a Alpha")
+    assert plan.choices["a"].reason.startswith("cut 2 cannot be exported: block.1.1 is a Feature")
     assert "FeatureAlphaDropout" in plan.to_json()["cuts"][1]["error"]
 
 

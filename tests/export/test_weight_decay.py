@@ -97,7 +97,7 @@ def steps_of(optimizer: str, decay: str = "matrices") -> tuple[SplitModel, Clien
             p.add_(0.2 * torch.randn(p.shape, generator=generator))
     steps = ClientSteps(
         ClientSegment(model, 2), get_optimizer(optimizer), Exact(), x, CLASSES,
-        decay=decay, graphs=["finish"],
+        decay=decay, graphs=["backward"],
     )  # fmt: skip
     return model, steps
 

@@ -727,7 +727,7 @@ _file("conv", "train", "file: two new states exchanged", _swapped_states)
 
 def _rule(op: Any, wrong: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Patch:
     """Replace the rewrite of an operator, given the right one."""
-    rules = rewrites._RULES
+    rules = rewrites.RULES
     return lambda: patch.dict(rules, {op: wrong(rules[op])})
 
 

@@ -123,7 +123,7 @@ def test_a_fused_step_is_that_of_the_weighted_loss_of_the_uncut_model(
     ("kind", "runtime"),
     [
         pytest.param("dropout", "onnx", marks=pytest.mark.slow),
-        ("dropout", "torch"),
+        pytest.param("dropout", "torch", marks=pytest.mark.slow),
         pytest.param("lora", "onnx", marks=pytest.mark.slow),
         pytest.param("batchnorm", "executorch", marks=pytest.mark.slow),
     ],

@@ -193,7 +193,7 @@ def test_arrivals_of_several_depths_are_one_step_over_all_their_labels(
     ("kind", "runtime"),
     [
         pytest.param("lora", "torch", marks=pytest.mark.slow),
-        ("dropout", "torch"),
+        pytest.param("dropout", "torch", marks=pytest.mark.slow),
         pytest.param("groupnorm", "onnx", marks=pytest.mark.slow),
         pytest.param("batchnorm", "onnx", marks=pytest.mark.slow),
         pytest.param("lora", "onnx", marks=pytest.mark.slow),

@@ -31,7 +31,7 @@ from export.torch_internals import GraphShapes, with_graph
 
 aten = torch.ops.aten
 
-_RULES: dict[Any, Callable[..., Tensor]] = {
+RULES: dict[Any, Callable[..., Tensor]] = {
     aten.mm.default: mm,
     aten.addmm.default: addmm,
     aten.convolution.default: convolution,
@@ -57,7 +57,7 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
         use_masks(node, graph, shapes)
         round_late(node, graph, shapes)
     for node in list(graph.nodes):
-        rule = _RULES.get(node.target) if node.op == "call_function" else None
+        rule = RULES.get(node.target) if node.op == "call_function" else None
         if rule is not None and not _native(node, constants):
             replace(node, rule, node.args, node.kwargs, graph, shapes)
     use_views(graph)
