@@ -28,8 +28,17 @@ def clipped(gradients: Tensors, max_norm: Tensor) -> Tensors:
     """
     if not gradients:
         return gradients
-    squares = torch.stack([g.square().sum() for g in gradients.values()])
+    squares = torch.stack([_sum(g.square()) for g in gradients.values()])
     scale = max_norm / (squares.sum().sqrt() + _TINY)
     # written so that a comparison with NaN, which is false, does not hide it
     scale = torch.where((max_norm <= 0) | (scale > 1), torch.ones_like(scale), scale)
     return {name: g * scale for name, g in gradients.items()}
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Sum of all elements, by rows first.
+
+    ONNX Runtime adds the elements one after the other: of 38 million squares it loses 0.5 % in
+    float32, and with sums of rows 2e-7.
+    """
+    return x.flatten(1).sum(1).sum() if x.dim() > 1 else x.sum()
