@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,14 +57,23 @@ def mathematical_error(got: Outputs, want: Tensors) -> tuple[str, float] | None:
     return None
 
 
-def rounding_error(
-    ports: tuple[Port, ...],
-    got: Mapping[str, Tensor],
-    wide: Outputs,
-    narrow: Outputs,
-    axes: Mapping[str, int],
-) -> tuple[str, float] | None:
-    """The first output of a runtime that differs from the traced graph by more than rounding.
+@dataclass(frozen=True)
+class Expected:
+    """An output of a runtime as it should be.
+
+    Attributes:
+        value: its value; in float32, but for packed outputs, which are in float64 before rounding.
+        bound: largest difference, in a shape that broadcasts.
+    """
+
+    value: Tensor
+    bound: Tensor
+
+
+def expected(
+    ports: tuple[Port, ...], wide: Outputs, narrow: Outputs, axes: Mapping[str, int]
+) -> dict[str, Expected]:
+    """The outputs of a runtime and the bounds of their rounding, by name.
 
     The bound of a channel is :data:`MARGIN` times the largest rounding error in it of the same
     graph in float32 in PyTorch, or that of the median channel if it is larger; plus a few units in
@@ -71,26 +81,37 @@ def rounding_error(
 
     Args:
         ports: ports of the outputs.
-        got: outputs of the runtime.
         wide: outputs of the traced graph in float64.
         narrow: outputs of the traced graph in float32, in PyTorch.
         axes: axis of the channels by name of the output; 0 if it is not among them.
-
-    Returns:
-        Name and largest error; None if the outputs are within rounding.
     """
     scales = _scales(wide.unrounded)
+    found = {}
     for port in ports:
         name = port.spec.name
         want, rounded = wide.unrounded[name], narrow.unrounded[name].double()
         bound = _rounding(want, rounded, axes.get(name, 0)) + _ULP * scales[_kind(name)]
+        packed = wide.values[name].dtype in _HALF_STEPS
+        found[name] = Expected(want if packed else want.float(), bound)
+    return found
+
+
+def rounding_error(
+    got: Mapping[str, Tensor], want: Mapping[str, Expected]
+) -> tuple[str, float] | None:
+    """The first output of a runtime that differs from the traced graph by more than rounding.
+
+    Returns:
+        Name and largest error; None if the outputs are within rounding.
+    """
+    for name, right in want.items():
         if got[name].dtype in _HALF_STEPS:
-            excess = _beyond_rounding(got[name], want, bound)
+            excess = _beyond_rounding(got[name], right.value, right.bound)
             if not excess <= 0:
                 return name, excess
             continue
-        difference = (got[name].double() - want).abs()
-        if not bool((difference <= bound).all()):
+        difference = (got[name].double() - right.value).abs()
+        if not bool((difference <= right.bound).all()):
             return name, _largest(difference)
     return None
 

@@ -95,19 +95,19 @@ class TracedGraph:
         if self._kinks is None:
             return 0
         with torch.no_grad(), Float64():
-            return near_kinks(self._kinks, self._arguments(given, True))
+            return near_kinks(self._kinks, self._arguments(given))
 
     def _run(self, module: fx.GraphModule, given: Tensors, wide: bool) -> list[Tensor]:
-        arguments = self._arguments(given, wide)
+        arguments = self._arguments(given)
         with torch.no_grad():
             if not wide:
                 return list(module(*arguments))
             with Float64():
                 return [t.double() if t.dtype is torch.float32 else t for t in module(*arguments)]
 
-    def _arguments(self, given: Tensors, wide: bool) -> list[Tensor]:
-        inputs = widened(given) if wide else given
-        return [*self._fixed, *(inputs[port.spec.name] for port in self._step.inputs)]
+    def _arguments(self, given: Tensors) -> list[Tensor]:
+        """Constants and inputs; what is float32 is converted where it is used."""
+        return [*self._fixed, *(given[port.spec.name] for port in self._step.inputs)]
 
 
 def widened(tensors: Tensors) -> Tensors:

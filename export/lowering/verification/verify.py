@@ -19,10 +19,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 from export.errors import ExportError, reason
-from export.lowering.verification.compare import mathematical_error, rounding_error
+from export.lowering.verification.compare import (
+    Expected,
+    expected,
+    mathematical_error,
+    rounding_error,
+)
 from export.lowering.verification.draws import Source, draw_inputs
 from export.lowering.verification.float64 import Eager, Float64
-from export.lowering.verification.traced import Outputs, TracedGraph, widened
+from export.lowering.verification.traced import TracedGraph, widened
 from export.steps.client_steps import ClientSteps
 from export.steps.step import Step, Tensors
 from export.tensor_names import layer_of
@@ -151,7 +156,9 @@ class Verifier:
         wrong = mathematical_error(wide, want)
         if wrong is not None:
             raise self._differs(step, wrong, place, "in float64")
-        return Draw(rows, length, seed, given, wide, graph.run(given, wide=False))
+        del want  # a state in float64
+        narrow = graph.run(given, wide=False)
+        return Draw(rows, length, seed, expected(step.outputs, wide, narrow, self._axes(step)))
 
     def _clear_of_kinks(
         self, step: Step, graph: TracedGraph, rows: int, length: int | None, number: int
@@ -174,14 +181,15 @@ class Verifier:
         """Compare the runtime with the traced graph; repeat a draw with kinks at most twice."""
         for again in range(REDRAWS + 1):
             place = f"{_place(draw.rows, draw.length, draw.seed)}, {threads} threads"
+            given = draw_inputs(self.steps, step, self.source, draw.rows, draw.length, draw.seed)
             try:
-                got = run_on(runtime, step, draw.given)
+                got = run_on(runtime, step, given)
             except Exception as error:  # runtimes raise errors of any class
                 raise ExportError(
                     f"the graph {step.name!r} fails for {place} ({reason(error)}); nothing was "
                     "written"
                 ) from error
-            wrong = rounding_error(step.outputs, got, draw.wide, draw.narrow, self._axes(step))
+            wrong = rounding_error(got, draw.expected)
             if wrong is None:
                 return
             if not graph.has_kinks or again == REDRAWS:
@@ -215,23 +223,19 @@ class Verifier:
 
 @dataclass(frozen=True)
 class Draw:
-    """The inputs of a step and what the traced graph makes of them.
+    """A draw of the inputs of a step, which its seed repeats, and what the graph makes of them.
 
     Attributes:
         rows: number of rows.
         length: number of positions of texts; None for other inputs.
         seed: seed of the draw.
-        given: inputs by name.
-        wide: outputs in float64.
-        narrow: outputs in float32.
+        expected: outputs of a runtime by name.
     """
 
     rows: int
     length: int | None
     seed: int
-    given: Tensors
-    wide: Outputs
-    narrow: Outputs
+    expected: dict[str, Expected]
 
 
 def run_on(runtime: Runtime, step: Step, given: Tensors) -> dict[str, Tensor]:
