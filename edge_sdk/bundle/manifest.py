@@ -25,11 +25,11 @@ from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 FORMAT = 3
 """Version of the manifest format. A reader refuses any other."""
 
-MINOR = 2
+MINOR = 3
 """Version of what was added to the format, and what a reader that does not know it can ignore.
 
 1: ``highest``. 2: ``harden`` is called ``adversarial_train``; a reader that does not know the name
-trains on clean examples only.
+trains on clean examples only. 3: ``memory``.
 """
 
 MAX_MANIFEST = 64 * 2**20
@@ -177,6 +177,7 @@ class Manifest:
         base_states: blobs with the states of trained base networks, best first; empty in bundles
             that a hub serves for training, where the hub names the states.
         highest: largest values of an integer ``x``, see :class:`Ranges`; empty if not known.
+        memory: ``normal``, or ``low`` for a step that takes less memory and more time.
     """
 
     tier: str
@@ -198,6 +199,7 @@ class Manifest:
     whole: bool = False
     base_states: tuple[str, ...] = ()
     highest: tuple[int, ...] = ()
+    memory: str = "normal"
 
     def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
         """The state tensors that travel: parameters and statistics, with ``slots`` also slots."""
@@ -319,6 +321,7 @@ class Manifest:
                 whole=bool(raw["whole"]),
                 base_states=tuple(map(str, raw["base_states"])),
                 highest=tuple(map(int, raw.get("highest", ()))),
+                memory=str(raw.get("memory", "normal")),
             )
             _check_sizes(manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -57,6 +57,8 @@ class _Sessions:
         options.inter_op_num_threads = 1
         # its planned blocks hold more than is in use at any time: a third of a step's memory
         options.enable_mem_pattern = False
+        if self._manifest.memory == "low":  # packed copies of weights and constants are not made
+            options.add_session_config_entry("session.disable_prepacking", "1")
         constants = list(self._manifest.graphs[graph].constants)
         # the first satisfies the file's references, with a copy for each session; the second has
         # the session read ours instead, and the copy is never made

@@ -39,6 +39,7 @@ class TierTable:
         codec: codec of the activations.
         runtime: runtime of the step graphs.
         batch: rows of a training step, which is the largest batch on ExecuTorch.
+        memory: ``low``: a step on ONNX Runtime takes less memory and more time.
         precision: ``int8`` adds a graph for inference with int8 weights.
         memory_mb: largest memory of a training step, in 10^6 bytes.
         gflops: speed of the devices while training, in 10^9 operations per second.
@@ -52,6 +53,7 @@ class TierTable:
     codec: Literal["int8", "fp16"] = "int8"
     runtime: Literal["onnx", "executorch"] = "onnx"
     batch: int = 32
+    memory: Literal["normal", "low"] = "normal"
     precision: Literal["float32", "int8"] = "float32"
     memory_mb: float | None = None
     gflops: float | None = None
@@ -70,6 +72,8 @@ class TierTable:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.max_epoch_s is not None and self.gflops is None and self.uplink_mbit is None:
             raise ValueError("max_epoch_s has no effect without gflops or uplink_mbit; set one")
+        if self.memory == "low" and self.runtime != "onnx":
+            raise ValueError(f'memory = "low" has no effect on {self.runtime}; leave it out')
         with_needed(self.graphs)
 
 
@@ -180,6 +184,7 @@ class TiersConfig:
             codec=table.codec,
             runtime=table.runtime,
             batch=table.batch,
+            memory=table.memory,
             precision=table.precision,
             graphs=[*self.graphs, *table.graphs],
             cut_rank=None if self.lora is None else self.lora.cut_rank,

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -68,6 +68,8 @@ class Tier:
         runtime: runtime of the step graphs, ``onnx`` or ``executorch``; or ``torch`` in a
             simulation, where nothing is lowered (:class:`export.steps.torch_runtime.TorchRuntime`).
         batch: largest batch, for which ExecuTorch plans its memory; ONNX Runtime takes any batch.
+        memory: ``low`` makes a step on ONNX Runtime take less memory and more time: it keeps no
+            packed copies of weights.
         precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.bundles.quantized`.
         graphs: names of the graphs that the method needs beside those of every bundle:
             ``backward`` trains on gradients that the hub returns, ``fuse`` with those of the heads
@@ -88,6 +90,7 @@ class Tier:
     codec: str = "int8"
     runtime: RuntimeName = "onnx"
     batch: int = 32
+    memory: Literal["normal", "low"] = "normal"
     precision: Precision = "float32"
     graphs: Collection[str] = frozenset()
     distill: float = 0.0
@@ -367,6 +370,7 @@ def write_tier(
         bases=tier.bases,
         whole=steps.segment.whole,
         highest=steps.highest,
+        memory=tier.memory,
     )
     if verified:
         outside = {n: steps.constants[n].contiguous().numpy() for n in constants.places}

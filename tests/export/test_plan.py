@@ -524,8 +524,10 @@ GOOD = "classes = 10\ninput_shape = [1, 8, 8]\n[tiers.a]\n"
 @pytest.mark.parametrize(
     ("content", "more", "message"),
     [
-        (GOOD + "memory = 3", [], "unknown key 'memory'"),
+        (GOOD + "ram = 3", [], "unknown key 'ram'"),
         (GOOD + "memory_mb = 0", [], "memory_mb is 0.0; it must be above 0"),
+        (GOOD + 'memory = "small"', [], "memory is 'small', must be"),
+        (GOOD + 'runtime = "executorch"\nmemory = "low"', [], "has no effect on executorch"),
         (GOOD + "max_epoch_s = 9", [], "max_epoch_s has no effect without gflops or uplink_mbit"),
         (
             'graphs = ["back"]\n' + GOOD,

@@ -39,6 +39,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "codec": (IMAGES + TIER + 'codec = "fp16"\n' + OTHER, {"codec": "fp16"}),
     "runtime": (IMAGES + TIER + 'runtime = "executorch"\n', {"runtime": "executorch"}),
     "batch": (IMAGES + 'decay = "all"\n' + TIER, {"batch": 4}),
+    "memory": (IMAGES + TIER + 'memory = "low"\n' + OTHER, {"memory": "low"}),
     "precision": (IMAGES + TIER + 'precision = "int8"\n' + OTHER, {"precision": "int8"}),
     "graphs": (IMAGES + BACKWARD + TIER + OTHER, {"graphs": {"activate", "backward"}}),
     "graphs: finish": (
