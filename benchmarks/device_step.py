@@ -58,6 +58,7 @@ class Row:
 
     family: str
     runtime: str
+    memory: str
     threads: int
     batch: int
     median_ms: float
@@ -77,6 +78,9 @@ def main(
     runtime: Annotated[
         list[str] | None, typer.Option(help="Runtime to measure  [default: both]")
     ] = None,
+    memory: Annotated[
+        str, typer.Option(help="normal, or low: the setting of a tier on ONNX Runtime.")
+    ] = "normal",
     threads: Annotated[int, typer.Option(help="Number of threads of each side.")] = 1,
     steps: Annotated[int, typer.Option(help="Number of steps to time.", min=20)] = STEPS,
     out: Annotated[
@@ -89,10 +93,10 @@ def main(
     with console.status("") as status:
         for name in family or NAMES:
             eager: dict[str, float] = {}
-            for one in runtime or RUNTIMES:
+            for one in runtime or (RUNTIMES if memory == "normal" else ("onnx",)):
                 with tempfile.TemporaryDirectory() as folder:
                     status.update(f"{name}: exporting for {one}")
-                    _child("export", name, one, folder)
+                    _child("export", name, one, folder, memory)
                     status.update(f"{name}: timing {one}")
                     timed = _child("time", name, one, folder, str(threads), str(steps))
                     status.update(f"{name}: memory")
@@ -101,6 +105,7 @@ def main(
                 row = Row(
                     name,
                     one,
+                    memory,
                     threads,
                     **timed,
                     **peak,
@@ -157,12 +162,13 @@ def _child(*arguments: str) -> dict[str, Any]:
 # --- what the children do ------------------------------------------------------------------------
 
 
-def _export(name: str, runtime: str, folder: str) -> dict[str, Any]:
+def _export(name: str, runtime: str, folder: str, memory: str) -> dict[str, Any]:
     from benchmarks.families import FAMILIES
     from export.bundles.writer import Tier, export_bundles
 
     family = FAMILIES[name]
-    tier = Tier(family.cut, "int8", runtime, batch=len(family.x))  # type: ignore[arg-type]
+    batch = len(family.x)
+    tier = Tier(family.cut, "int8", runtime, batch, memory=memory)  # type: ignore[arg-type]
     export_bundles(
         family.model(),
         {"tier": tier},

@@ -68,9 +68,9 @@ class Tier:
         runtime: runtime of the step graphs, ``onnx`` or ``executorch``; or ``torch`` in a
             simulation, where nothing is lowered (:class:`export.steps.torch_runtime.TorchRuntime`).
         batch: largest batch, for which ExecuTorch plans its memory; ONNX Runtime takes any batch.
+        precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.bundles.quantized`.
         memory: ``low`` makes a step on ONNX Runtime take less memory and more time: it keeps no
             packed copies of weights.
-        precision: ``int8`` adds the graph ``predict_int8``, see :mod:`export.bundles.quantized`.
         graphs: names of the graphs that the method needs beside those of every bundle:
             ``backward`` trains on gradients that the hub returns, ``fuse`` with those of the heads
             too; with ``finish`` the devices hold the model's head, so that labels stay on them;
@@ -90,8 +90,8 @@ class Tier:
     codec: str = "int8"
     runtime: RuntimeName = "onnx"
     batch: int = 32
-    memory: Literal["normal", "low"] = "normal"
     precision: Precision = "float32"
+    memory: Literal["normal", "low"] = "normal"
     graphs: Collection[str] = frozenset()
     distill: float = 0.0
     cut_rank: int | None = None
