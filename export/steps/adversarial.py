@@ -121,7 +121,7 @@ def adversarial_train(steps: ClientSteps) -> Step:
         return {
             **eager.stepped(),
             "loss": loss.detach(),
-            "correct": reference_correct(logits, y, present),
+            **reference_correct(logits, y, present),
             **eager.unrounded(h),
             **eager.unrounded(h_adv, "noise."),
         }

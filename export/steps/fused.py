@@ -61,7 +61,7 @@ def fuse(steps: ClientSteps) -> Step:
         return {
             **eager.stepped(),
             "loss": loss.detach(),
-            "correct": reference_correct(logits, given["y"]),
+            **reference_correct(logits, given["y"]),
         }
 
     return steps.step(

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+SCORES = "scores"
+"""Name for verification of the scores of the classes, whose largest is the answer of the heads."""
+
 NO_LABEL = -1
 """Label of a position that the loss leaves out, such as padding."""
 
@@ -119,9 +122,16 @@ def reference_loss(
     return torch.stack(losses).sum()
 
 
-def reference_correct(logits: Tensor, y: Tensor, present: Tensor | None = None) -> Tensor:
-    """:func:`correct` of :func:`masked` logits, from the sum of the probabilities."""
+def reference_correct(
+    logits: Tensor, y: Tensor, present: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The output ``correct``, see :func:`correct`, of :func:`masked` logits.
+
+    With several heads also :data:`SCORES`, by which they choose their answer.
+    """
     logits = logits.detach()
     if present is not None:
         logits = logits.masked_fill(present == 0, -torch.inf)
-    return (logits.softmax(-1).sum(0).argmax(-1) == y).double().sum()
+    scores = logits.softmax(-1).mean(0)
+    found = {"correct": (scores.argmax(-1) == y).double().sum()}
+    return found if len(logits) == 1 else {**found, SCORES: scores}

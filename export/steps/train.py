@@ -48,7 +48,7 @@ def train(steps: ClientSteps) -> Step:
         return {
             **eager.stepped(),
             "loss": loss.detach(),
-            "correct": reference_correct(logits, given["y"], given.get("present")),
+            **reference_correct(logits, given["y"], given.get("present")),
             **eager.unrounded(h),
         }
 

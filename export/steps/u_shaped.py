@@ -58,7 +58,7 @@ def finish(steps: ClientSteps) -> Step:
             **eager.stepped(),
             **{f"next/{s}": given[s] + p.grad for s, p in shared.items() if p.grad is not None},
             "loss": loss.detach(),
-            "correct": reference_correct(logits, given["y"]),
+            **reference_correct(logits, given["y"]),
             **eager.unrounded(features.grad, "grad.", steps.features_axis),
         }
 

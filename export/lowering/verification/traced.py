@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +15,7 @@ from torch.export import ExportedProgram
 from export.lowering.verification.float64 import Float64
 from export.lowering.verification.kinks import near_kinks
 from export.steps.adversarial import GRADIENT
+from export.steps.losses import SCORES
 from export.steps.step import Step, Tensors
 
 aten = torch.ops.aten
@@ -24,8 +27,10 @@ class Outputs:
 
     Attributes:
         values: outputs as they are.
-        unrounded: packed outputs before rounding; outputs that are not rounded are the same. With
-            an attack also :data:`export.steps.adversarial.GRADIENT`, before its sign is taken.
+        unrounded: packed outputs before rounding; outputs that are not rounded are the same. What
+            an output hides is among them: of an attack :data:`export.steps.adversarial.GRADIENT`,
+            before its sign is taken, and of ``correct`` :data:`export.steps.losses.SCORES`, before
+            the largest is chosen.
     """
 
     values: Tensors
@@ -45,9 +50,9 @@ class TracedGraph:
         self._fixed = [*step.constants.values(), *cast(Tensors, program.constants).values()]
         graph = copy.deepcopy(program.graph)
         results = cast(tuple[fx.Node, ...], graph.output_node().args[0])
-        signs = [node.args[0] for node in graph.nodes if node.target is aten.sign.default]
-        self._signed = [GRADIENT] if step.name == "attack" else []
-        before = (*map(_before_rounding, results), *signs[: len(self._signed)])
+        hidden = _hidden(step, results)
+        self._hidden = list(hidden)
+        before = (*map(_before_rounding, results), *hidden.values())
         graph.output_node().args = ((*results, *before),)
         self._module = fx.GraphModule(program.graph_module, graph)
         self._kinks = self._with_loss()
@@ -87,7 +92,7 @@ class TracedGraph:
         names = [port.spec.name for port in self._step.outputs]
         return Outputs(
             dict(zip(names, results, strict=False)),
-            dict(zip([*names, *self._signed], results[len(names) :], strict=True)),
+            dict(zip([*names, *self._hidden], results[len(names) :], strict=True)),
         )
 
     def near_kinks(self, given: Tensors) -> int:
@@ -113,6 +118,29 @@ class TracedGraph:
 def widened(tensors: Tensors) -> Tensors:
     """The tensors with float32 converted to float64."""
     return {n: t.double() if t.dtype is torch.float32 else t for n, t in tensors.items()}
+
+
+def _hidden(step: Step, results: tuple[fx.Node, ...]) -> dict[str, fx.Node]:
+    """Nodes of the values that outputs hide, by the names of these values."""
+    hiding = {"x_adv": (aten.sign.default, GRADIENT), "correct": (aten.argmax.default, SCORES)}
+    found = {}
+    for port, node in zip(step.outputs, results, strict=False):
+        target, name = hiding.get(port.spec.name, (None, ""))
+        last = next((n for n in _upstream(node) if n.target is target), None)
+        if last is not None:
+            found[name] = cast(fx.Node, last.args[0])
+    return found
+
+
+def _upstream(node: fx.Node) -> Iterator[fx.Node]:
+    """A node and all that it depends on, nearest first."""
+    seen, waiting = {node}, deque([node])
+    while waiting:
+        yield (nearest := waiting.popleft())
+        for source in nearest.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                waiting.append(source)
 
 
 def _before_rounding(node: fx.Node) -> fx.Node:
