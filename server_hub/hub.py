@@ -409,8 +409,8 @@ class Hub:
     def _check_method(self) -> None:
         """The method can train with these bundles, and all that it sends fits into messages."""
         method, config, count = self.method, self.config, self.config.rounds.count
-        method.check_bundles(self.manifests, self.model)
         modes = {method.stage(n, count).activations for n in range(1, count + 1)}
+        method.check_bundles(self.manifests, self.model, modes)
         check_message_sizes(
             self.manifests, config.limits, config.local.batch_size, modes, method.keeps_slots
         )

@@ -40,9 +40,8 @@ def compose(
             networks have their own.
 
     Raises:
-        ConfigError: there is no such method; the method does not average with the rule; the
-            bundles are of base networks and the method trains a single model, or the reverse; or a
-            bundle lacks a graph of the method.
+        ConfigError: there is no such method; the method does not average with the rule; or the
+            bundles are of base networks and the method trains a single model, or the reverse.
     """
     paper = settings.form == "paper"
     recipe = find("fedsplitx-paper" if paper else settings.name, hub_methods())
@@ -62,7 +61,6 @@ def compose(
             f"{recipe.title} averages in a way of its own, and the rule {settings.rule!r} has no "
             'meaning there; set rule = "mean" in [method]'
         )
-    recipe.check_graphs(manifests)
     outline = JobOutline(
         rounds,
         local_epochs,

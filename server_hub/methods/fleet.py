@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from edge_sdk.bundle.manifest import Manifest
-from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import State
 from export.bases.exported import without_trunk
 from export.cutting.split_model import SplitModel
@@ -92,7 +89,7 @@ class Recipe:
             outline of the job.
         arrange: adapts a simulated fleet to the method. The given fleet is that of FedSplitX.
         graphs: optional step graphs that the bundle of every tier must have, see
-            :data:`export.steps.graph_names.NEEDS`.
+            :data:`export.steps.graph_names.NEEDS`; a simulation adds them to its tiers.
         pooled: whether a simulation keeps all data in one place, on a device that takes part in
             every round.
         takes_whole: whether a tier may be cut behind the last block, so that its devices train the
@@ -115,24 +112,6 @@ class Recipe:
         fleet = self.arrange(fleet)
         tiers = {n: replace(t, graphs=[*t.graphs, *self.graphs]) for n, t in fleet.tiers.items()}
         return replace(fleet, tiers=tiers)
-
-    def check_graphs(self, manifests: Mapping[str, Manifest]) -> None:
-        """Check that every bundle has the graphs of the method.
-
-        Args:
-            manifests: manifest by tier.
-
-        Raises:
-            ConfigError: a bundle lacks a graph.
-        """
-        for tier, manifest in manifests.items():
-            for graph in self.graphs:
-                if graph not in manifest.graphs:
-                    names = json.dumps(list(self.graphs))
-                    raise ConfigError(
-                        f"{self.title} needs the graph {graph!r}, and the bundle of {tier!r} lacks "
-                        f"it; export with graphs = {names} in tiers.toml"
-                    )
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> State:

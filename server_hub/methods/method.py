@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -31,6 +32,14 @@ ensemble of all heads, or with the mixture of all base networks."""
 
 ALL_PATHS: tuple[Path, ...] = ("device_alone", "through_hub", "ensemble")
 """All ways to answer with a single model."""
+
+
+_GRAPHS: dict[ActivationMode, tuple[str, ...]] = {
+    ActivationMode.RETURNED: ("backward",),
+    ActivationMode.U_SHAPED: ("backward", "finish"),
+    ActivationMode.FUSED: ("fuse",),
+}
+"""The optional step graphs that a device needs in each activation mode."""
 
 
 def takes_max_norm(manifest: Manifest) -> bool:
@@ -217,17 +226,30 @@ class Method:
             max_bytes=settings.max_mb * 2**20,
         )
 
-    def check_bundles(self, manifests: Mapping[str, Manifest], model: SplitModel) -> None:
-        """Check that the bundles have the tensors that the method needs.
+    def check_bundles(
+        self,
+        manifests: Mapping[str, Manifest],
+        model: SplitModel,
+        modes: Collection[ActivationMode],
+    ) -> None:
+        """Check that the bundles have the graphs and tensors that the method needs.
 
         Args:
             manifests: manifest by tier.
             model: the hub's model.
+            modes: activation modes of the job's rounds.
 
         Raises:
-            ConfigError: a bundle holds tensors of another shape.
+            ConfigError: a bundle lacks a graph, or holds tensors of another shape.
         """
+        graphs = list(dict.fromkeys(graph for mode in modes for graph in _GRAPHS.get(mode, ())))
         for tier, manifest in manifests.items():
+            missing = next((graph for graph in graphs if graph not in manifest.graphs), None)
+            if missing is not None:
+                raise ConfigError(
+                    f"{self.name} needs the graph {missing!r}, and the bundle of {tier!r} lacks "
+                    f"it; export with graphs = {json.dumps(graphs)} in tiers.toml"
+                )
             specs = manifest.exchanged(self.keeps_slots)
             state = self.aggregation.device_state(specs)
             for spec in specs:

@@ -15,7 +15,7 @@ trunk trains the deep part of all bases in one step (:mod:`server_hub.trunk.vmap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,18 +111,24 @@ class SplitMix(Method):
         """Return the plan of the trunk, which trains all base networks in one step."""
         return replace(super().trunk_plan(context, stage), bases=self.assignment.bases)
 
-    def check_bundles(self, manifests: Mapping[str, Manifest], model: SplitModel) -> None:
+    def check_bundles(
+        self,
+        manifests: Mapping[str, Manifest],
+        model: SplitModel,
+        modes: Collection[ActivationMode],
+    ) -> None:
         """Check that every tier can train a base network, and that the trunk can train cut ones.
 
         Args:
             manifests: manifest by tier.
             model: the hub's model.
+            modes: activation modes of the job's rounds.
 
         Raises:
             ConfigError: a budget is below one base network, a budget is for a tier without a
                 bundle, batch norms lie above a cut, or no tier can make adversarial examples.
         """
-        super().check_bundles(manifests, model)
+        super().check_bundles(manifests, model, modes)
         assignment = self.assignment
         for tier in assignment.budgets:
             if tier not in manifests:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,18 +16,18 @@ from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
+from export.cutting.split_model import SplitModel
 from export.tensor_names import layer_of
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.aggregation.layer_store import NotFinite
 from server_hub.aggregation.merged import Merged
 from server_hub.aggregation.separate import Separate
-from server_hub.methods.composition import compose
 from server_hub.methods.fedsplitx import fedsplitx, fedsplitx_paper
-from server_hub.methods.fleet import JobOutline
+from server_hub.methods.fleet import JobOutline, arrays
 from server_hub.methods.method import CopyPerDevice, SharedCopy, Stage
-from server_hub.methods.settings import MethodConfig, SplitMixConfig, learning_rate_factor
+from server_hub.methods.registry import simulated_methods
+from server_hub.methods.settings import learning_rate_factor
 from server_hub.trunk.interface import TrunkCopy
-from tests.lib.models import build
 from tests.lib.trunk_models import dense_model, state_of
 
 MODEL = dense_model(heads=(1, 3))
@@ -248,17 +250,28 @@ def test_a_method_does_not_share_memory_with_the_initial_state() -> None:
         assert set(values(method.aggregation.trunk_state()).values()) == {100.0}
 
 
-def test_a_bundle_without_the_graphs_of_a_method_is_refused(bundles: BundleIndex) -> None:
-    """The sentence says what to write into ``tiers.toml``."""
-    manifests = {name: bundles.manifest(name) for name in bundles.tiers}
-    said = (
-        "SplitFT (labels on the devices) needs the graph 'backward', and the bundle of "
-        f'\'{min(manifests)}\' lacks it; export with graphs = ["backward", "finish"] in tiers.toml'
-    )
-    ordered = dict(sorted(manifests.items()))
-    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
-        compose(MethodConfig("splitft-u"), SplitMixConfig(), 2, 1, bundles, ordered, build())
-    compose(MethodConfig("fedsplitx"), SplitMixConfig(), 2, 1, bundles, ordered, build())
+def test_a_bundle_without_the_graphs_of_a_method_is_refused(
+    bundles: BundleIndex, model: SplitModel
+) -> None:
+    """The sentence says what to write into ``tiers.toml``; recipes ask exports for the same."""
+    manifests = {name: bundles.manifest(name) for name in sorted(bundles.tiers)}
+    for recipe in simulated_methods().values():
+        method = replace(fedsplitx(arrays(model.trained()), JobOutline(9)), name=recipe.title)
+        modes = {
+            "backward": ActivationMode.RETURNED,
+            "finish": ActivationMode.U_SHAPED,
+            "fuse": ActivationMode.FUSED,
+        }
+        if not recipe.graphs:
+            method.check_bundles(manifests, model, [ActivationMode.TRAIN])
+            continue
+        said = (
+            f"{recipe.title} needs the graph {recipe.graphs[0]!r}, and the bundle of "
+            f"{min(manifests)!r} lacks it; export with graphs = {json.dumps(recipe.graphs)} in "
+            "tiers.toml"
+        )
+        with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+            method.check_bundles(manifests, model, [modes[recipe.graphs[-1]]])
 
 
 # --- learning rate --------------------------------------------------------------------------------
