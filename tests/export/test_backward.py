@@ -160,10 +160,7 @@ def compare(
             pytest.param(kind, "onnx", marks=pytest.mark.slow)
             for kind in ("batchnorm", "dropout", "lora")
         ),
-        *(
-            pytest.param(kind, "executorch", marks=pytest.mark.slow)
-            for kind in ("batchnorm", "lora")
-        ),
+        pytest.param("lora", "executorch", marks=pytest.mark.slow),
     ],
 )
 def test_exported(kind: str, runtime: RuntimeName, tmp_path: Path) -> None:

@@ -224,7 +224,6 @@ def test_local_loss(
         pytest.param("decoder", "onnx", marks=pytest.mark.slow),
         pytest.param("conv", "onnx", marks=pytest.mark.slow),
         pytest.param("decoder", "torch", marks=pytest.mark.slow),
-        pytest.param("conv", "executorch", marks=pytest.mark.slow),
         pytest.param("decoder", "executorch", marks=pytest.mark.slow),
     ],
 )

@@ -60,7 +60,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 Of the field ``graphs`` there is one for every family.
 """
 
-LOWERED = ["codec", "runtime", "precision", "cut_rank", "graphs: adversarial_train"]
+LOWERED = ["runtime", "precision", "graphs: adversarial_train"]
 """Settings with which the files are compared as well; int8 weights are those of a lowered graph."""
 
 REFUSED = {"distill"}
@@ -217,11 +217,12 @@ def test_the_graphs_of_a_step() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["u_shaped", "fused", "adversarial"])
+@pytest.mark.parametrize("graph", ["finish", "fuse", "adversarial_train"])
 def test_the_graphs_of_a_step_are_run(
-    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    graph: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     """The figures are those of a whole step, in this process, with finite inputs of every kind."""
+    setting = f"graphs: {graph}"
     (tmp_path / "tiers.toml").write_text(SETTINGS[setting][0])
     recorded(monkeypatch, writer)
     tiers = ["--tiers", str(tmp_path / "tiers.toml"), "--out", str(tmp_path / "out")]

@@ -51,7 +51,6 @@ def built(family: str, adapted: bool) -> SplitModel:
         pytest.param("gpt2", False, "onnx", marks=pytest.mark.slow),
         pytest.param("llama", True, "onnx", marks=pytest.mark.slow),
         pytest.param("gpt2", True, "executorch", marks=pytest.mark.slow),
-        pytest.param("llama", False, "executorch", marks=pytest.mark.slow),
     ],
 )
 def test_every_graph_is_exported_and_verified(
