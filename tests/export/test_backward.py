@@ -155,7 +155,7 @@ def compare(
             for kind in MODELS
             if kind != "batchnorm"
         ),
-        ("groupnorm", "onnx"),
+        pytest.param("groupnorm", "onnx", marks=pytest.mark.slow),
         *(
             pytest.param(kind, "onnx", marks=pytest.mark.slow)
             for kind in ("batchnorm", "dropout", "lora")

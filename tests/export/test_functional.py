@@ -220,7 +220,7 @@ def test_local_loss(
 @pytest.mark.parametrize(
     ("kind", "runtime"),
     [
-        ("conv", "torch"),
+        pytest.param("conv", "torch", marks=pytest.mark.slow),
         pytest.param("decoder", "onnx", marks=pytest.mark.slow),
         pytest.param("conv", "onnx", marks=pytest.mark.slow),
         pytest.param("decoder", "torch", marks=pytest.mark.slow),

@@ -694,6 +694,7 @@ class Lowered:
         return self._run(self.steps[graph], dict(batch))
 
 
+@pytest.mark.slow
 def test_bases_of_a_language_model_are_mixed(tmp_path: Path) -> None:
     """GPT-2 with dual norms runs on ONNX Runtime for texts of any length, without class masks."""
     model = without_trunk(split_width(gpt2(), 2, words(8)).with_dual_norms().model)

@@ -15,7 +15,7 @@ from tests.lib.operators import CASES, Case, check, steps_of, table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operators.md"
 
-EXECUTORCH = {"norm: GroupNorm, InstanceNorm2d"}
+EXECUTORCH = {"activation: Softmax, LogSoftmax, GLU"}
 """Cases that ``make test`` lowers for ExecuTorch, in addition to ``test_executorch.py``."""
 
 SLOW_ONNX = {
@@ -33,6 +33,8 @@ SLOW_ONNX = {
     "block: residual with a stride, BatchNorm (ResNet)",
     "norm: BatchNorm2d with frozen weights, in training; without statistics",
     "random: randn, randn_like, normal_",
+    "random: DropPath (timm), DropPath (rand and floor)",
+    "recurrent: GRU on tokens: last position",
     "recurrent: GRU: bidirectional",
     "recurrent: LSTM on tokens: 2 layers, bidirectional",
     "recurrent: LSTM, GRU: time first",

@@ -484,9 +484,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[RoundRecord]
     return records
 
 
-@pytest.mark.parametrize(
-    "last", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [1, 2, 4])
 def test_a_run_that_was_interrupted_goes_on_with_its_cuts(
     last: int, uninterrupted: list[RoundRecord], tmp_path: Path
 ) -> None:
