@@ -554,8 +554,6 @@ def test_forks_load_a_graph_once(bundles: BundleIndex, monkeypatch: pytest.Monke
 
 DEVICE = """
 import sys
-import subprocess
-import sys
 from pathlib import Path
 import numpy as np
 from edge_sdk.bundle.index import BundleIndex

@@ -14,7 +14,7 @@ import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,7 @@ from rich.table import Table
 from torch.export import ExportedProgram
 
 from edge_sdk.bundle.manifest import Bundle
-from edge_sdk.runtime import Runtime
-from edge_sdk.runtime.executorch import ExecutorchRuntime
-from edge_sdk.runtime.onnx import OnnxRuntime
+from edge_sdk.runtime import Runtime, load_runtime
 from export.errors import ExportError
 from export.lowering import onnx
 from export.lowering.verification.draws import Like, draw_inputs
@@ -97,21 +95,10 @@ def verify_program(correct: Correct, program: ExportedProgram) -> None:
         verifier.mathematics(correct.step, graph, rows, length, number)
 
 
-def verify_file(
-    correct: Correct,
-    file: bytes,
-    open_runtime: Callable[[Correct, bytes, int], Runtime] | None = None,
-) -> None:
-    """Verify a file against the correct program; raises ExportError if it is refused.
-
-    Args:
-        correct: the graph.
-        file: its file, for ONNX Runtime if there is no other runtime.
-        open_runtime: opens another runtime with a number of threads.
-    """
+def verify_file(correct: Correct, file: bytes) -> None:
+    """Verify a file against the correct program; raises ExportError if it is refused."""
     verifier = Verifier(correct.steps, Like(correct.subject.inputs()))
-    opened = partial(open_runtime or runtime_of, correct, file)
-    verifier.verify(correct.step, correct.program, opened)
+    verifier.verify(correct.step, correct.program, partial(runtime_of, correct, file))
 
 
 def by_program(correct: Correct, seed: int) -> Outcome | None:
@@ -151,18 +138,11 @@ def more_draws(correct: Correct) -> Iterator[Tensors]:
         yield draw_inputs(correct.steps, correct.step, source, 1 + seed % 9, length, seed)
 
 
-def runtime_of(correct: Correct, file: bytes, threads: int = 1) -> OnnxRuntime:
-    """A device's runtime with one ONNX file."""
-    manifest = manifest_of(correct.steps, "onnx", [correct.step])
+def runtime_of(correct: Correct, file: bytes, threads: int = 1) -> Runtime:
+    """A device's runtime, that of the subject's tier, with a file of one graph."""
+    manifest = manifest_of(correct.steps, correct.subject.tier.runtime, [correct.step])
     initial = {n: t.numpy() for n, t in correct.steps.initial.items()}
-    return OnnxRuntime(Bundle(manifest, {correct.step.name: file}, initial), threads)
-
-
-def executorch_of(correct: Correct, file: bytes, threads: int = 1) -> ExecutorchRuntime:
-    """A device's runtime with an ExecuTorch file of one graph."""
-    manifest = manifest_of(correct.steps, "executorch", [correct.step])
-    initial = {n: t.numpy() for n, t in correct.steps.initial.items()}
-    return ExecutorchRuntime(Bundle(manifest, {correct.step.name: file}, initial), threads)
+    return load_runtime(Bundle(manifest, {correct.step.name: file}, initial), threads)
 
 
 def by_file(correct: Correct, seed: int) -> Outcome | None:

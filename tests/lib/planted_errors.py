@@ -43,7 +43,6 @@ from tests.lib.mutation_models import SUBJECTS
 from tests.lib.mutation_suite import (
     Correct,
     Outcome,
-    executorch_of,
     verify_file,
     verify_program,
 )
@@ -101,7 +100,7 @@ def outcome(planted: Planted) -> Outcome:
                 file = b"" if planted.file is None else onnx.lower(step, program)
         correct = Correct(planted.subject, subject, steps, step, program, file)
         if planted.executorch:
-            verify_file(correct, file, executorch_of)
+            verify_file(correct, file)
         elif planted.file is None:
             verify_program(correct, program)
         else:
