@@ -19,6 +19,7 @@ from edge_sdk.bundle.manifest import Bundle, Port
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import DTYPES, Array
 from edge_sdk.runtime.executorch_binding import load_binding, quiet
+from edge_sdk.runtime.quantize import check_weights, has_weights
 
 
 class ExecutorchRuntime:
@@ -57,6 +58,9 @@ class ExecutorchRuntime:
         for name, graph in graphs.items():
             if name not in methods[graph.blob]:
                 raise BundleError(f"the bundle's file has no method {name!r}; export it again")
+        self._initial_state = bundle.initial_state
+        self._with_weights = {n for n in graphs if has_weights(self.manifest, n)}
+        self._checked = False  # whether the state is the initial one, as those graphs have it
         self._state: dict[str, Any] = {}
         self._turn = threading.Lock()
         self._loaded: set[str] = set()
@@ -68,13 +72,17 @@ class ExecutorchRuntime:
         values = self.manifest.fresh_state(tensors)
         with self._turn:
             self._state = {name: self._torch.from_numpy(value) for name, value in values.items()}
+            self._checked = False
 
     def get_state(self, slots: bool = False) -> dict[str, Array]:
         with self._turn:
-            return {
-                spec.name: self._state[spec.name].numpy().copy()
-                for spec in self.manifest.exchanged(slots)
-            }
+            return self._exchanged(slots)
+
+    def _exchanged(self, slots: bool = False) -> dict[str, Array]:
+        return {
+            spec.name: self._state[spec.name].numpy().copy()
+            for spec in self.manifest.exchanged(slots)
+        }
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Run a graph on ``batch`` (inputs other than state); outputs other than state.
@@ -84,7 +92,8 @@ class ExecutorchRuntime:
         Raises:
             DataError: an input is missing, has another dtype or shape, or is larger than the
                 memory that the file plans for it.
-            BundleError: a method cannot be loaded or fails.
+            BundleError: the graph holds weights of the export, and the state has others; or a
+                method cannot be loaded or fails.
         """
         spec = self.manifest.graphs[graph]
         given = {
@@ -93,6 +102,9 @@ class ExecutorchRuntime:
             if port.role != "state"
         }
         with self._turn:
+            if graph in self._with_weights and not self._checked:
+                check_weights(self.manifest, graph, self._exchanged(), self._initial_state)
+                self._checked = True
             inputs = [
                 (self._state if port.role == "state" else given)[port.spec.name]
                 for port in spec.inputs
@@ -115,6 +127,7 @@ class ExecutorchRuntime:
             for port, output in zip(spec.outputs, outputs, strict=True):
                 if port.role == "state":
                     self._state[next(states).spec.name] = output
+                    self._checked = False
                 else:
                     results[port.spec.name] = output.numpy()
             return results

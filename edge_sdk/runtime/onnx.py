@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import onnxruntime as ort
@@ -12,11 +14,16 @@ import onnxruntime as ort
 from edge_sdk.bundle.manifest import Bundle, Manifest
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.runtime.quantize import check_weights, constants_from, has_weights, of_state
 
 ort.set_default_logger_severity(3)
 
 _ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10}
 """Numbers of dtypes in TensorProto.DataType."""
+
+
+def _ort_value(tensor: Array) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor, _ONNX_TYPES[tensor.dtype.name])
 
 
 class _Sessions:
@@ -30,12 +37,8 @@ class _Sessions:
         self._manifest = bundle.manifest
         self._threads = threads
         self._files = dict(bundle.graphs)
-        self._constants = {
-            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                tensor, _ONNX_TYPES[tensor.dtype.name]
-            )
-            for name, tensor in bundle.constants.items()
-        }
+        self.arrays = bundle.constants
+        self._constants = {n: _ort_value(tensor) for n, tensor in bundle.constants.items()}
         self._loaded: dict[str, Any] = {}
         self._loading = threading.Lock()
         self.seconds = 0.0
@@ -51,7 +54,20 @@ class _Sessions:
                 del self._files[graph]  # the session has its own copy
             return self._loaded[graph]
 
-    def _load(self, graph: str) -> Any:
+    def follow(self, graph: str, state: Mapping[str, Array]) -> Any:
+        """A session of a graph whose constants are computed from a state.
+
+        The session has its own copy of them.
+        """
+        own = constants_from(self._manifest, graph, state, self.arrays)
+        with self._loading:
+            began = time.perf_counter()
+            session = self._load(graph, {name: _ort_value(array) for name, array in own.items()})
+            self.seconds += time.perf_counter() - began
+            return session
+
+    def _load(self, graph: str, own: Mapping[str, Any] = MappingProxyType({})) -> Any:
+        """Load a graph, with some constants of the caller in place of the bundle's."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
@@ -59,18 +75,33 @@ class _Sessions:
         options.enable_mem_pattern = False
         if self._manifest.memory == "low":  # packed copies of weights and constants are not made
             options.add_session_config_entry("session.disable_prepacking", "1")
-        constants = list(self._manifest.graphs[graph].constants)
+        constants = {n: self._constants[n] for n in self._manifest.graphs[graph].constants}
         # the first satisfies the file's references, with a copy for each session; the second has
         # the session read ours instead, and the copy is never made
-        options.add_external_initializers(constants, [self._constants[n] for n in constants])
-        for name in constants:
-            options.add_initializer(name, self._constants[name])
+        options.add_external_initializers([*constants], list({**constants, **own}.values()))
+        for name in constants.keys() - own.keys():
+            options.add_initializer(name, constants[name])
         try:
             return ort.InferenceSession(
                 self._files[graph], options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises bare pybind exceptions
             raise BundleError(f"ONNX Runtime cannot load the graph {graph!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A loaded graph.
+
+    Attributes:
+        session: its session.
+        bindings: two I/O bindings, one for each set of buffers that it may read.
+        changes: number of changes of the state before it was loaded.
+    """
+
+    session: Any
+    bindings: list[Any]
+    changes: int
 
 
 class OnnxRuntime:
@@ -92,7 +123,7 @@ class OnnxRuntime:
         self._initial_state = initial_state
         self._sessions = sessions
         self._names = [entry.spec.name for entry in manifest.state]
-        self._bindings: dict[str, list[Any]] = {}
+        self._bound: dict[str, _Bound] = {}
         self._buffers = [
             {
                 entry.spec.name: ort.OrtValue.ortvalue_from_numpy(entry.zeros())
@@ -101,6 +132,8 @@ class OnnxRuntime:
             for _ in range(2)
         ]
         self._current = 0
+        self._changes = 0  # how many times the state has been replaced or trained
+        self._with_weights = {n for n in manifest.graphs if has_weights(manifest, n)}
         self._turn = threading.Lock()
         self.set_state(initial_state)
 
@@ -114,10 +147,10 @@ class OnnxRuntime:
         other._start(self.manifest, self._initial_state, self._sessions)
         return other
 
-    def _bind(self, graph: str, side: int) -> Any:
+    def _bind(self, graph: str, session: Any, side: int) -> Any:
         """An I/O binding that reads the state from one set of buffers and writes the other."""
         spec = self.manifest.graphs[graph]
-        binding = self._sessions.get(graph).io_binding()
+        binding = session.io_binding()
         for port in spec.inputs:
             if port.role == "state":
                 binding.bind_ortvalue_input(port.spec.name, self._buffers[side][port.spec.name])
@@ -126,6 +159,22 @@ class OnnxRuntime:
             if port.role == "state":
                 binding.bind_ortvalue_output(port.spec.name, self._buffers[1 - side][next(states)])
         return binding
+
+    def _ready(self, graph: str) -> _Bound:
+        """A graph that is loaded and bound, with the weights of the present state."""
+        bound, changing = self._bound.get(graph), graph in self._with_weights
+        if bound is not None and (bound.changes == self._changes or not changing):
+            return bound
+        if not changing:
+            session = self._sessions.get(graph)
+        elif of_state(self.manifest, graph):
+            session = self._sessions.follow(graph, self._exchanged())
+        else:
+            check_weights(self.manifest, graph, self._exchanged(), self._initial_state)
+            session = self._sessions.get(graph)
+        bindings = [self._bind(graph, session, side) for side in range(2)]
+        self._bound[graph] = _Bound(session, bindings, self._changes)
+        return self._bound[graph]
 
     @property
     def loading_s(self) -> float:
@@ -136,14 +185,17 @@ class OnnxRuntime:
         with self._turn:
             for name, value in self.manifest.fresh_state(tensors).items():
                 self._buffers[self._current][name].update_inplace(value)
+            self._changes += 1
 
     def get_state(self, slots: bool = False) -> dict[str, Array]:
         with self._turn:
-            buffers = self._buffers[self._current]
-            return {
-                spec.name: buffers[spec.name].numpy().copy()
-                for spec in self.manifest.exchanged(slots)
-            }
+            return self._exchanged(slots)
+
+    def _exchanged(self, slots: bool = False) -> dict[str, Array]:
+        buffers = self._buffers[self._current]
+        return {
+            spec.name: buffers[spec.name].numpy().copy() for spec in self.manifest.exchanged(slots)
+        }
 
     def run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         with self._turn:
@@ -151,9 +203,8 @@ class OnnxRuntime:
 
     def _run(self, graph: str, batch: Mapping[str, Array]) -> dict[str, Array]:
         spec = self.manifest.graphs[graph]
-        if graph not in self._bindings:
-            self._bindings[graph] = [self._bind(graph, side) for side in range(2)]
-        binding = self._bindings[graph][self._current]
+        bound = self._ready(graph)
+        binding = bound.bindings[self._current]
         for port in spec.inputs:
             if port.role != "state":
                 if port.spec.name not in batch:
@@ -162,7 +213,7 @@ class OnnxRuntime:
         for port in spec.outputs:
             if port.role != "state":  # bound anew: the last step's outputs belong to the caller
                 binding.bind_output(port.spec.name, "cpu")
-        self._sessions.get(graph).run_with_iobinding(binding)
+        bound.session.run_with_iobinding(binding)
         results = {
             port.spec.name: value
             for port, value in zip(spec.outputs, binding.get_outputs(), strict=True)
@@ -170,4 +221,5 @@ class OnnxRuntime:
         }
         if len(results) < len(spec.outputs):
             self._current = 1 - self._current
+            self._changes += 1
         return {name: value.numpy() for name, value in results.items()}

@@ -382,8 +382,8 @@ class Learner:
 
         Args:
             x: inputs (rows, ...), as the model takes them.
-            precision: ``float32`` for the state that the runtime holds; ``int8`` for the weights
-                of the export.
+            precision: ``float32`` for the state that the runtime holds; ``int8`` for the same
+                state, with matrices in 8 bits.
             robustness: weight of the noise norms, from 0 to 1.
 
         Returns:
@@ -391,7 +391,8 @@ class Learner:
             that the manifest lists as ``packed``.
 
         Raises:
-            BundleError: the bundle has no graph of this precision.
+            BundleError: the bundle has no graph of this precision; or its int8 graph holds the
+                weights of the export, as on ExecuTorch, and the state has others.
             DataError: ``robustness`` is out of range, or the model has no dual norms.
         """
         self.manifest.check_robustness(robustness)

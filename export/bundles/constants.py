@@ -34,8 +34,18 @@ class StoredConstants:
     places: dict[str, Place] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
+    def joined(self, other: StoredConstants) -> StoredConstants:
+        """These constants and others."""
+        return StoredConstants(
+            [*self.entries, *other.entries],
+            {**self.places, **other.places},
+            {**self.sizes, **other.sizes},
+        )
 
-def store_constants(tensors: Mapping[str, Tensor], blobs: BlobStore) -> StoredConstants:
+
+def store_constants(
+    tensors: Mapping[str, Tensor], blobs: BlobStore, smallest: int = _SMALLEST
+) -> StoredConstants:
     """Store frozen tensors, one blob per layer, so that tiers share the blobs of layers.
 
     Small tensors and those of dtypes that a manifest cannot name stay in the graphs. Tensors are
@@ -44,10 +54,11 @@ def store_constants(tensors: Mapping[str, Tensor], blobs: BlobStore) -> StoredCo
     Args:
         tensors: frozen tensors by name.
         blobs: store to write to.
+        smallest: smallest size in bytes of a tensor that is stored here.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if tensor.nbytes >= _SMALLEST and str(tensor.dtype).removeprefix("torch.") in DTYPES:
+        if tensor.nbytes >= smallest and str(tensor.dtype).removeprefix("torch.") in DTYPES:
             layers.setdefault(layer_of(name), {})[name] = tensor
     stored = StoredConstants()
     for held in layers.values():

@@ -1,13 +1,15 @@
 """The graph ``predict_int8``: inference with 8-bit matrices as constants of the graph.
 
 Matrices of linear layers, convolutions and embeddings are int8 with a float32 scale per output
-channel; activations and all other tensors are float32. The weights are those at export: training
-does not change this graph.
+channel; activations and all other tensors are float32. In bundles for ONNX Runtime these constants
+are outside of the file, and a device quantizes its own state in their place
+(:mod:`edge_sdk.runtime.quantize`). A ``.pte`` file holds its constants, so the graph has the
+weights of the export, and a device refuses it once it has others.
 
 A matrix is ``codes * scale`` in the graph. ONNX Runtime computes this product once, when it loads
 the graph, and then runs as fast as with float32 constants. It would run ``DequantizeLinear`` in
 every call, unless an option of the session disables that. ExecuTorch computes the product in every
-call. Rows of an embedding are looked up as codes, so that the table stays int8 in memory.
+call.
 """
 
 from __future__ import annotations
@@ -19,10 +21,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from edge_sdk.bundle.manifest import Bundle, Manifest
 from edge_sdk.inference.metrics import softmax
@@ -33,44 +31,19 @@ from edge_sdk.training.learner import Learner, Precision
 from export.errors import ExportError
 from export.lowering.graph_files import RuntimeName
 from export.steps.client_steps import ClientSteps
+from export.steps.compact_weights import (
+    Quantized,
+    constants_of,
+    is_grouped,
+    matrix_axes,
+    quantize,
+    restored,
+)
 from export.steps.predict import predict
 from export.steps.step import Step, Tensors
-from export.torch_internals import ConvolutionBase, TransposedConvolutionBase
 
 INT8 = "predict_int8"
 """Name of the graph."""
-
-_LARGEST = 127
-_TINY = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A float32 tensor as ``codes * scale``.
-
-    Attributes:
-        codes: int8 from -127 to 127, in the shape of the tensor.
-        scale: one float32 per channel, in a shape that broadcasts.
-    """
-
-    codes: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        """The float32 tensor."""
-        return self.codes.to(torch.float32) * self.scale
-
-
-def quantize(weight: Tensor, axis: int = 0) -> Quantized:
-    """Quantize a finite float32 tensor to 8 bits, symmetrically, with one scale per channel.
-
-    ``scale = max|w| / 127`` over a channel of ``axis``, so no element changes by more than half of
-    the scale. A channel whose scale would be subnormal (below 1.2e-38) becomes zero.
-    """
-    others = [d for d in range(weight.dim()) if d != axis]
-    scale = weight.abs().amax(others, keepdim=True) / _LARGEST
-    scale = torch.where(scale < _TINY, 2 * _LARGEST * _TINY, scale)
-    return Quantized(torch.round(weight / scale).to(torch.int8), scale)
 
 
 def quantize_matrices(steps: ClientSteps, runtime: RuntimeName) -> dict[str, Quantized]:
@@ -81,56 +54,12 @@ def quantize_matrices(steps: ClientSteps, runtime: RuntimeName) -> dict[str, Qua
     depthwise kernel is small.
     """
     tensors = {**steps.initial, **steps.constants}
-    found = {}
-    for path, module in steps.segment.named_modules():
-        grouped = isinstance(module, ConvolutionBase) and module.groups > 1
-        matrix = _matrix(module)
-        if matrix is None or (grouped and runtime == "executorch"):
-            continue
-        name = f"{path}.{matrix[0]}"
-        if name in tensors:  # tied tensors are quantized once; computed ones are not quantized
-            found[name] = quantize(tensors[name], matrix[1])
-    return found
-
-
-def _matrix(module: nn.Module) -> tuple[str, int] | None:
-    """The name of a module's matrix and the axis of its output channels, if it has one."""
-    match module:
-        case nn.MultiheadAttention() if module.in_proj_weight is not None:
-            return "in_proj_weight", 0
-        case nn.Embedding() if module.max_norm is not None:  # a look-up changes the table
-            return None
-        case TransposedConvolutionBase():
-            return "weight", 1
-        case nn.Linear() | nn.Embedding() | ConvolutionBase():
-            return "weight", 0
-    # the linear layer of GPT-2 in transformers has weights (in, out)
-    return ("weight", 1) if type(module).__name__ == "Conv1D" else None
-
-
-class _LookUp(TorchFunctionMode):
-    """While active, looks up rows of a quantized table before dequantizing them.
-
-    Args:
-        tables: quantized tables by the id of the dequantized tensor.
-    """
-
-    def __init__(self, tables: Mapping[int, Quantized]) -> None:
-        super().__init__()
-        self._tables = tables
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if function is F.embedding and len(args) > 1 and id(args[1]) in self._tables:
-            table = self._tables[id(args[1])]
-            rows = Quantized(F.embedding(args[0], table.codes), F.embedding(args[0], table.scale))
-            return rows.dequantize()
-        return function(*args, **(kwargs or {}))
+    return {
+        name: quantize(tensors[name], axis)
+        for name, module, axis in matrix_axes(steps.segment)
+        # tied tensors are quantized once; computed ones are not quantized
+        if name in tensors and not (is_grouped(module) and runtime == "executorch")
+    }
 
 
 def predict_int8(steps: ClientSteps, matrices: Mapping[str, Quantized]) -> Step:
@@ -142,22 +71,15 @@ def predict_int8(steps: ClientSteps, matrices: Mapping[str, Quantized]) -> Step:
     """
     predict_step = predict(steps)
     tensors = {**steps.initial, **steps.constants}
-    constants = {n: t for n, t in tensors.items() if n not in matrices}
-    for name, matrix in matrices.items():
-        constants |= {f"{name}/codes": matrix.codes, f"{name}/scale": matrix.scale}
+    constants = {n: t for n, t in tensors.items() if n not in matrices} | constants_of(matrices)
 
-    def function(quantized: Tensors, given: Tensors) -> Tensors:
-        values, tables = dict(quantized), {}
-        for name in matrices:
-            matrix = Quantized(values.pop(f"{name}/codes"), values.pop(f"{name}/scale"))
-            values[name] = matrix.dequantize()
-            tables[id(values[name])] = matrix
-        with _LookUp(tables):
+    def function(constants: Tensors, given: Tensors) -> Tensors:
+        with restored(constants, matrices) as values:
             return predict_step.function(values, {**values, **given})
 
     def reference(given: Tensors) -> Tensors:
         assert predict_step.reference is not None
-        weights = {n: m.dequantize() for n, m in matrices.items()}
+        weights = {n: m.restore() for n, m in matrices.items()}
         return predict_step.reference({**steps.initial, **weights, **given})
 
     inputs = tuple(port for port in predict_step.inputs if port.role != "state")
@@ -259,12 +181,9 @@ def compare(manifest: Manifest, read: Callable[[str], bytes], examples: Examples
     """
     examples = examples.fitted(manifest)
     learner = Learner(manifest, load_runtime(Bundle.open(manifest, read)))
-    graph = manifest.graphs["predict"]
-    constants = {c.blob for c in manifest.constants for t in c.tensors if t.name in graph.constants}
-    float32_blobs = {graph.blob, manifest.initial_state, *constants}
     blobs: dict[Precision, set[str]] = {
-        "float32": float32_blobs,
-        "int8": {manifest.graphs[INT8].blob},
+        "float32": {manifest.initial_state, *_files(manifest, "predict")},
+        "int8": _files(manifest, INT8),
     }
     correct, entropy, figures = {}, {}, {}
     for precision, names in blobs.items():
@@ -279,6 +198,13 @@ def compare(manifest: Manifest, read: Callable[[str], bytes], examples: Examples
         return Comparison("perplexity", figures["float32"], figures["int8"], loss)
     loss = (correct["float32"] - correct["int8"]) / examples.labels
     return Comparison("accuracy", figures["float32"], figures["int8"], loss)
+
+
+def _files(manifest: Manifest, graph: str) -> set[str]:
+    """Blobs of a graph and of the constants that it refers to."""
+    named = set(manifest.graphs[graph].constants)
+    held = {c.blob for c in manifest.constants if named & {t.name for t in c.tensors}}
+    return {manifest.graphs[graph].blob, *held}
 
 
 def _answers(learner: Learner, examples: Examples, precision: Precision) -> tuple[int, float]:

@@ -337,6 +337,7 @@ def write_tier(
     frozen = {n: t for n, t in steps.constants.items() if tier.runtime == "onnx"}
     constants = store_constants(frozen, blobs)
     sizes |= constants.sizes
+    outside = {n: steps.constants[n] for n in constants.places}
     progress(f"{name}: cut {tier.cut}, {tier.runtime}")
     found = all_steps(steps)
     lowered = [_lower(steps, found, tier, constants.places, example)]
@@ -344,7 +345,14 @@ def write_tier(
         progress(f"{name}: cut {tier.cut}, {INT8}")
         int8 = predict_int8(steps, quantize_matrices(steps, tier.runtime))
         found.append(int8)
-        lowered.append(lower(tier.runtime, [int8], {}))
+        replaced: dict[str, Tensor] = {}
+        if tier.runtime == "onnx":  # constants that a device replaces must not be in the file
+            replaced = {n: t for n, t in int8.constants.items() if n not in constants.places}
+        held = store_constants(replaced, blobs, smallest=1)
+        outside |= replaced
+        constants = constants.joined(held)
+        sizes |= held.sizes
+        lowered.append(lower(tier.runtime, [int8], constants.places))
     files = {graph: file for part in lowered for graph, file in part.files.items()}
     refers = {graph: names for part in lowered for graph, names in part.constants.items()}
     initial = {n: t.contiguous().numpy() for n, t in steps.initial.items()}
@@ -373,8 +381,8 @@ def write_tier(
         memory=tier.memory,
     )
     if verified:
-        outside = {n: steps.constants[n].contiguous().numpy() for n in constants.places}
-        bundle = Bundle(manifest, files, initial, outside)
+        shared = {n: outside[n].contiguous().numpy() for n in constants.places}
+        bundle = Bundle(manifest, files, initial, shared)
         programs = {graph: p for part in lowered for graph, p in part.programs.items()}
 
         def open_runtime(threads: int) -> Runtime:

@@ -246,7 +246,7 @@ def test_closed_form() -> None:
     assert quantized.codes.tolist() == [[127, -63, 0], [0, 0, 0], [64, -127, 32]]
     assert quantized.scale[0].item() == 1.0
     assert quantized.scale[2].item() == np.float32(1) / np.float32(127)
-    assert quantized.dequantize()[1].tolist() == [0.0, 0.0, 0.0]
+    assert quantized.restore()[1].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_which_matrices() -> None:
@@ -451,16 +451,108 @@ def conv_index(tmp_path_factory: pytest.TempPathFactory) -> BundleIndex:
     return exported("conv", folder, verified=False, model_path=BUILD)[1]
 
 
-def test_does_not_follow_training(conv_index: BundleIndex) -> None:
-    """A new state changes the answers of float32, but not those of int8."""
+def trained(bundle: Bundle, seed: int) -> dict[str, Array]:
+    """Return another state, with a row of zeros in each matrix."""
+    rng = np.random.default_rng(seed)
+    state = {
+        n: (t + rng.normal(0, 0.3, t.shape)).astype(np.float32)
+        for n, t in bundle.initial_state.items()
+    }
+    for tensor in state.values():
+        if tensor.ndim > 1:
+            tensor[-1] = 0
+    return state
+
+
+def follows(index: BundleIndex, model: SplitModel, kind: str) -> None:
+    """Check answers of int8 after changes of the state: those of the rounded model, in float64."""
+    bundle, chosen = open_bundle(index, "tier"), KINDS[kind]
+    runtime = load_runtime(bundle)
+    learner, fork = Learner(bundle.manifest, runtime), runtime.fork()  # type: ignore[attr-defined]
+    x = chosen.inputs(3)
+    first = learner.predict(x.numpy(), "int8")[0]
+    for seed in range(2):
+        state = trained(bundle, seed)
+        runtime.set_state(state)
+        with torch.no_grad():
+            for name, tensor in model.tensors().items():
+                if name in state:
+                    tensor.copy_(torch.from_numpy(state[name]))
+            segment = rounded(ClientSegment(model, 2), "onnx")
+            want = segment(x.double() if x.is_floating_point() else x)[1].numpy()
+        got = learner.predict(x.numpy(), "int8")[0]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        assert not np.allclose(got, first)
+        assert not np.allclose(got, learner.predict(x.numpy())[0], rtol=1e-5)
+    other = Learner(bundle.manifest, fork).predict(x.numpy(), "int8")[0]
+    np.testing.assert_array_equal(other, first)
+
+
+def test_follows_training(conv_index: BundleIndex) -> None:
+    """On ONNX Runtime, int8 answers with the present state; another runtime with its own."""
+    model = KINDS["conv"].build()
+    model.load(conv_index.folder / WEIGHTS)
+    follows(conv_index, model, "conv")
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_texts_follow_training(kind: str, tmp_path: Path) -> None:
+    """The same for tables, attention and a head that reads the table."""
+    model, index, _ = exported(kind, tmp_path / "out", verified=False)
+    follows(index, model, kind)
+
+
+def test_follows_each_step(conv_index: BundleIndex) -> None:
+    """A training step changes the answers of int8."""
     bundle = open_bundle(conv_index, "tier")
     runtime = load_runtime(bundle)
     learner = Learner(bundle.manifest, runtime)
-    x = example(IMAGE, 3).numpy()
-    before = {p: learner.predict(x, p)[0] for p in PRECISIONS}
-    runtime.set_state({n: 2 * t + 1 for n, t in bundle.initial_state.items()})
-    assert not np.allclose(learner.predict(x)[0], before["float32"])
-    np.testing.assert_array_equal(learner.predict(x, "int8")[0], before["int8"])
+    data = KINDS["conv"].examples(4)
+    answers = [learner.predict(data.x, "int8")[0]]
+    hyper = {
+        port.spec.name: np.asarray(0.1 if port.spec.name == "lr" else 0, np.float32)
+        for port in bundle.manifest.graphs["train"].inputs
+        if port.role == "hyper"
+    }
+    for _ in range(2):
+        runtime.run("train", {"x": data.x, "y": data.y, **hyper})
+        answers.append(learner.predict(data.x, "int8")[0])
+        exact = learner.predict(data.x)[0]
+        assert np.abs(answers[-1] - exact).max() < np.abs(answers[-1] - answers[-2]).max()
+
+
+def refuses_trained(bundle: Bundle) -> None:
+    """Check that int8 answers with the exported weights, and with no others."""
+    runtime = load_runtime(bundle)
+    learner = Learner(bundle.manifest, runtime)
+    x = KINDS["conv"].inputs(3).numpy()
+    before = learner.predict(x, "int8")[0]
+    runtime.set_state(trained(bundle, 0))
+    with pytest.raises(BundleError, match="holds the weights of the export, and the model has"):
+        learner.predict(x, "int8")
+    runtime.set_state(bundle.initial_state)
+    np.testing.assert_array_equal(learner.predict(x, "int8")[0], before)
+
+
+def test_executorch_refuses_trained_weights(tmp_path: Path) -> None:
+    """A ``.pte`` file holds its constants: int8 never answers with weights of the export."""
+    pytest.importorskip("executorch")
+    index = exported("conv", tmp_path / "out", "executorch", verified=False)[1]
+    refuses_trained(open_bundle(index, "tier"))
+
+
+def test_earlier_bundles_refuse_trained_weights(conv_index: BundleIndex) -> None:
+    """In bundles of earlier versions the file holds all constants."""
+    bundle = open_bundle(conv_index, "tier")
+    model = onnx.load_model_from_string(bundle.graphs[INT8])
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            held = onnx.numpy_helper.from_array(bundle.constants[tensor.name], tensor.name)
+            tensor.CopyFrom(held)
+    graph = replace(bundle.manifest.graphs[INT8], constants=())
+    manifest = replace(bundle.manifest, graphs={**bundle.manifest.graphs, INT8: graph})
+    files = {**bundle.graphs, INT8: model.SerializeToString()}
+    refuses_trained(replace(bundle, manifest=manifest, graphs=files))
 
 
 # the comparison and its bound
