@@ -27,20 +27,26 @@ def folder_for(out: Path) -> Iterator[Path]:
         raise
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raise :class:`ExportError` if an export must not be written to ``out``."""
-    if out.exists() and not _replaceable(out, overwrite):
+def check_out(out: Path, overwrite: bool, mark: str = INDEX) -> None:
+    """Raise :class:`ExportError` if an export must not be written to ``out``.
+
+    Args:
+        out: folder to write.
+        overwrite: whether an earlier export may be replaced.
+        mark: file by which an earlier export is known.
+    """
+    if out.exists() and not _replaceable(out, overwrite, mark):
         raise ExportError(f"{out} exists; choose another folder, or overwrite an earlier export")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ExportError(f"{above} is a file; choose another folder than {out}")
 
 
-def _replaceable(out: Path, overwrite: bool) -> bool:
+def _replaceable(out: Path, overwrite: bool, mark: str = INDEX) -> bool:
     """Whether ``out`` is an empty folder, or with ``overwrite`` an earlier export."""
     if not out.is_dir():
         return False
-    return not any(out.iterdir()) or (overwrite and (out / INDEX).is_file())
+    return not any(out.iterdir()) or (overwrite and (out / mark).is_file())
 
 
 def put(folder: Path, out: Path) -> None:

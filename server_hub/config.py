@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 from server_hub.aggregation.robust import FEWEST
@@ -11,6 +12,7 @@ from server_hub.gateway.limits import Limits, Listen
 from server_hub.methods.settings import LocalTraining, MethodConfig, RateSchedule, SplitMixConfig
 from server_hub.rounds.cut_policy import Cuts
 from server_hub.rounds.rounds import RoundRules
+from server_hub.storage.run_folder import JobDescription
 from server_hub.trunk.settings import TrunkTraining
 
 
@@ -76,3 +78,22 @@ class HubConfig:
                 f"staleness is {self.local.staleness}; with a window of {self.limits.window} "
                 f"messages it can be {self.limits.window - 2} at most"
             )
+
+    def description(self, method: str) -> JobDescription:
+        """What the run of this hub trains, for its folder.
+
+        Args:
+            method: name of the method.
+        """
+        held_out, started_from = (
+            None if path is None else path.absolute() for path in (self.held_out, self.start_from)
+        )
+        return JobDescription(
+            version=metadata.version("cutlayer"),
+            method=method,
+            bundles=self.bundles.absolute(),
+            model=self.model,
+            held_out=held_out,
+            rounds=self.rounds.count,
+            started_from=started_from,
+        )

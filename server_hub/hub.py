@@ -154,6 +154,7 @@ class Hub:
         )
         metric: Metric = "perplexity" if self.model.task == "tokens" else "accuracy"
         self.run = run if run is not None else RunFolder(config.run, metric=metric)
+        self.run.save_job(config.description(self.method.name))
         self.address: str | None = None
         self._changes = Changes()
         self._background = BackgroundTasks()

@@ -267,6 +267,27 @@ def put_adapter(module: Any, A: Tensor, B: Tensor, alpha: float) -> None:
     module.scaling[ADAPTER] = alpha / rank
 
 
+def merge(model: nn.Module) -> None:
+    """Add all adapters to the weights that they adapt, and remove them, in place.
+
+    A merged weight is ``W + scale * B @ A``, rounded once. Modules have the names again that they
+    had before adapters were added.
+    """
+    adapted = adapted_modules(model)
+    for name, module in adapted.items():
+        base = module.get_base_layer()
+        with torch.no_grad():
+            # PEFT knows how A and B make up the change of each kind of layer
+            module.double()
+            change = module.get_delta_weight(ADAPTER)
+            module.float()
+            base.weight.copy_((base.weight.double() + change).float())
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, base)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
 def _start(module: Any, rank: int, generator: torch.Generator) -> None:
     """Reset an adapter to PEFT's initialisation: A is random, B is zero."""
     down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight

@@ -114,13 +114,17 @@ def _split(
     task: Task,
     channels: Channels | None,
 ) -> SplitModel:
-    return SplitModel(
+    model = SplitModel(
         _joined(_parts(module, stem), task),
         _blocks(module, blocks),
         _joined(_parts(module, head), "classes"),
         task,
         channels=channels,
     )
+    names = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
+    own = model.state_dict(keep_vars=True)
+    model.original_names = {name: names[id(t)] for name, t in own.items() if id(t) in names}
+    return model
 
 
 def _parts(module: nn.Module, part: Part | Sequence[Part]) -> list[nn.Module]:

@@ -78,6 +78,9 @@ class SplitModel(nn.Module):
         self.channels: Channels | None = "last" if task == "tokens" else channels
         self.layout: dict[int, Channels] = {}
         """Where activations have their channels, by depth, as far as it was found."""
+        self.original_names: dict[str, str] = {}
+        """Names of tensors in the module that the model was made of, by their names here; empty if
+        the model was not made of another module."""
 
     @property
     def depth(self) -> int:

@@ -14,7 +14,12 @@ from export.errors import ExportError, reason
 from export.lowering.rewrites import rewrite
 
 
-def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
+def lower(
+    programs: Mapping[str, ExportedProgram],
+    *,
+    inference: bool = False,
+    constant_methods: Mapping[str, str] | None = None,
+) -> bytes:
     """Lower programs to a ``.pte`` file with a method for each, deterministically.
 
     ExecuTorch plans memory for the upper bound of every symbolic dimension, so bounds should be
@@ -22,6 +27,9 @@ def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
 
     Args:
         programs: traced steps by the name of their graph.
+        inference: whether weights of linear layers are packed when the file is loaded, instead of
+            in every call: faster for few rows, and each method that uses a weight holds it.
+        constant_methods: texts that further methods return, by their names.
 
     Returns:
         Content of the file.
@@ -37,7 +45,11 @@ def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
                 f"ExecuTorch is not installed ({error}); run pip install 'cutlayer[executorch]'"
             ) from error
         try:
-            data, operators = to_executorch({n: rewrite(programs[n]) for n in sorted(programs)})
+            data, operators = to_executorch(
+                {n: rewrite(programs[n]) for n in sorted(programs)},
+                inference,
+                constant_methods or {},
+            )
             missing = sorted(operators - load_binding().kernels())
             if missing:
                 raise ExportError(f"no kernel for {missing[0]}")

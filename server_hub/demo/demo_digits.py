@@ -52,7 +52,7 @@ class DigitsDemo:
         train, held_out = load()
         tiers = [tier for tier in TIERS for _ in range(DEVICES_PER_TIER)]
         run.step(f"data: {len(train)} digits on {len(tiers)} devices, {len(held_out)} held out")
-        held_out_file = str(run.inputs / "held_out.npz")
+        held_out_file = str(run.folder / "held_out.npz")
         options = ("--keep-back", str(KEEP_BACK), "--evaluate", held_out_file, "--json")
         shares = digits.partition(train, len(tiers), ALPHA)
         return Setup(

@@ -198,7 +198,7 @@ class DemoRun:
         )
         started = time.monotonic()
         secrets = {device.name: self.tokens.issue(device.name, device.tier) for device in devices}
-        held_out = self.inputs / "held_out.npz"
+        held_out = self.folder / "held_out.npz"  # stays, to measure exports of the model with
         save_npz(held_out, self.setup.held_out)
         settings = {
             "bundles": self.folder / "bundles",

@@ -138,12 +138,12 @@ class RoundLog:
         A job goes on without what cannot be written, see :attr:`unwritten`.
         """
         await self._saved()
-        models = self._publisher.models()
+        models, completed = self._publisher.models(), self._rounds.completed
 
         def write() -> None:
             with self._tried("the model"):
                 for name, state in models.items():
-                    self._run.save_model(state, name)
+                    self._run.save_model(state, name, completed)
 
         self._saving = asyncio.create_task(asyncio.to_thread(write))
 

@@ -19,6 +19,11 @@ from edge_sdk.inference.metrics import Metric as Metric
 from edge_sdk.protocol.tensors import Array
 
 METRICS = "metrics.jsonl"
+JOB = "run.json"
+"""File that says what a run has trained: with which bundles, by which method."""
+ROUNDS = "rounds"
+"""Key of the number of rounds in the metadata of a model's file."""
+
 PREVIOUS = "previous"
 """Folder of the model before the last one that was saved, under the same names."""
 
@@ -94,6 +99,48 @@ class RoundRecord:
     def down(self) -> int:
         """Bytes that devices have received since the start."""
         return sum(kind["down"] for kind in self.bytes.values())
+
+
+@dataclass(frozen=True)
+class JobDescription:
+    """What a run trains.
+
+    Attributes:
+        version: version of Cutlayer.
+        method: name of the method.
+        bundles: folder of the bundles.
+        model: model to build instead of the one that the bundles name; None for that one.
+        held_out: ``.npz`` of held-out examples; None without.
+        rounds: number of rounds of the job.
+        started_from: what the job has started from; None for the bundles' weights.
+    """
+
+    version: str
+    method: str
+    bundles: Path
+    model: str | None
+    held_out: Path | None
+    rounds: int
+    started_from: Path | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> JobDescription | None:
+        """Read the description of a run; None if there is none, as of earlier versions.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        path = folder / JOB
+        if not path.exists():
+            return None
+        try:
+            raw = json.loads(read_text(path))
+            paths = {
+                k: None if raw[k] is None else Path(raw[k]) for k in ("held_out", "started_from")
+            }
+            return cls(**raw | paths | {"bundles": Path(raw["bundles"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); give --bundles instead") from error
 
 
 def model_file(name: str | None) -> str:
@@ -177,7 +224,15 @@ class RunFolder:
                 raise
         self._written = len(self.records)
 
-    def save_model(self, state: Mapping[str, Array], tier: str | None) -> Path:
+    def save_job(self, job: JobDescription) -> None:
+        """Write :data:`JOB`."""
+        text = json.dumps(asdict(job), indent=2, default=str) + "\n"
+        with naming(self.folder / JOB):
+            write_atomically(self.folder / JOB, text.encode())
+
+    def save_model(
+        self, state: Mapping[str, Array], tier: str | None, rounds: int | None = None
+    ) -> Path:
         """Write a whole model as safetensors, which ``SplitModel.load`` reads.
 
         The model that was saved before stays in the folder :data:`PREVIOUS`. Each of the two files
@@ -186,6 +241,7 @@ class RunFolder:
         Args:
             state: tensors of the whole model by name.
             tier: name that tells files apart: a tier or a base network; None for a single model.
+            rounds: number of rounds that the model was trained for, which the file's metadata says.
 
         Returns:
             Path of the file.
@@ -196,5 +252,5 @@ class RunFolder:
             write_atomically(self.folder / PREVIOUS / path.name, path.read_bytes())
         # safetensors writes the memory of an array, and ignores its order
         whole = {name: np.require(tensor, requirements="C") for name, tensor in state.items()}
-        write_atomically(path, save(whole))
+        write_atomically(path, save(whole, None if rounds is None else {ROUNDS: str(rounds)}))
         return path

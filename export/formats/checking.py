@@ -1,0 +1,152 @@
+"""Checks a written inference graph against the model's own code, and measures it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from edge_sdk.inference.metrics import Tally
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.data import Examples
+from export.errors import ExportError, reason
+from export.lowering.verification.compare import expected, mathematical_error, rounding_error
+from export.lowering.verification.float64 import Eager, Float64
+from export.lowering.verification.traced import TracedGraph, widened
+from export.steps.step import Step, Tensors
+
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+"""Runs a written file: takes the inputs and returns the logits of each head, both by name."""
+
+CHECKED_ROBUSTNESS = 0.3
+"""Robustness at which graphs with dual norms are checked; they are measured at 0."""
+
+_REPEATS = 20
+_ROWS = 64
+"""Rows that are answered at a time when accuracy is measured."""
+
+_VALUES = 2**24
+"""Largest number of logits of a batch, which bounds the memory."""
+
+
+def check(step: Step, program: ExportedProgram, run: Run, inputs: Sequence[Tensor]) -> None:
+    """Compare a written file with the model's own code, in the runtime itself.
+
+    The traced graph in float64 equals the model in float64 to 1e-9, and the runtime equals the
+    graph within rounding, as for the graphs of bundles.
+
+    Args:
+        step: the file's step.
+        program: its traced program.
+        run: runs the file.
+        inputs: batches of inputs.
+
+    Raises:
+        ExportError: the file differs or cannot be run.
+    """
+    graph = TracedGraph(step, program)
+    for x in inputs:
+        given = inputs_of(step, x, CHECKED_ROBUSTNESS)
+        place = f"batch {len(x)}"
+        assert step.reference is not None
+        with Eager(), Float64(), sdpa_kernel(SDPBackend.MATH):
+            want = {n: t.double() for n, t in step.reference(widened(given)).items()}
+        wide = graph.run(given, wide=True)
+        wrong = mathematical_error(wide, want)
+        if wrong is not None:
+            raise ExportError(_differs(*wrong, f"in float64 ({place})"))
+        bounds = expected(step.outputs, wide, graph.run(given, wide=False), {})
+        try:
+            got = run({n: t.numpy() for n, t in given.items()})
+        except Exception as error:  # runtimes raise errors of any class
+            raise ExportError(f"the file fails for {place}: {reason(error)}") from error
+        wrong = rounding_error({n: torch.from_numpy(t) for n, t in got.items()}, bounds)
+        if wrong is not None:
+            raise ExportError(_differs(*wrong, f"more than rounding explains ({place})"))
+
+
+def _differs(name: str, difference: float, how: str) -> str:
+    return (
+        f"the file differs from the trained model in the logits of {name} by {difference:.2g}, "
+        f"{how}; nothing was written"
+    )
+
+
+def inputs_of(step: Step, x: Tensor, robustness: float = 0.0) -> Tensors:
+    """Inputs of an inference graph by name.
+
+    Args:
+        step: the graph's step.
+        x: inputs (batch, ...).
+        robustness: weight of the noise norms, if the model has any.
+    """
+    given = {"x": x}
+    if any(port.spec.name == "robustness" for port in step.inputs):
+        given["robustness"] = torch.tensor(robustness, dtype=torch.float32)
+    return given
+
+
+def batches_to_check(rows: Tensor, limits: Mapping[str, int]) -> list[Tensor]:
+    """Batches of 1 and more rows; of texts, some are shorter than the others.
+
+    Args:
+        rows: inputs (rows, ...), held out or drawn.
+        limits: largest ``batch`` and ``seq`` of the graph.
+    """
+    largest = min(len(rows), limits.get("batch", 8), 8)
+    sizes = sorted({1, min(3, largest), largest})
+    batches = [rows[:size] for size in sizes]
+    if not rows.is_floating_point() and rows.dim() == 2 and "seq" in limits:
+        lengths = [
+            min(rows.shape[1], limits["seq"]),
+            max(min(rows.shape[1], limits["seq"]) // 2, 1),
+        ]
+        batches = [b[:, : lengths[i % 2]] for i, b in enumerate(batches)]
+    return batches
+
+
+def scores(
+    run: Run, heads: Sequence[str], examples: Examples, task: str, limits: Mapping[str, int]
+) -> dict[str, float]:
+    """Accuracy of each head on examples, or its perplexity for a model of tokens, by name.
+
+    Args:
+        run: runs the file.
+        heads: names of the heads.
+        examples: labelled examples.
+        task: ``classes`` or ``tokens``.
+        limits: largest ``batch`` of the file, if there is one.
+    """
+    tallies = {head: Tally(task) for head in heads}
+    size = min(limits.get("batch", _ROWS), _ROWS)
+    first = run({"x": examples.x[:1]})[heads[0]]
+    size = max(1, min(size, _VALUES // first.size))
+    for start in range(0, len(examples.x), size):
+        some = slice(start, start + size)
+        answers = run({"x": examples.x[some]})
+        for head, tally in tallies.items():
+            tally.add(answers[head][None], examples.y[some])
+    return {head: tally.value for head, tally in tallies.items()}
+
+
+def latency_ms(run: Run, x: Array) -> float:
+    """Median time for one row in milliseconds, after warming up."""
+    for _ in range(3):
+        run({"x": x[:1]})
+    times = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        run({"x": x[:1]})
+        times.append(time.perf_counter() - began)
+    return 1000 * statistics.median(times)
+
+
+def relative_difference(got: Array, want: Array) -> float:
+    """Norm of the difference of two tensors as a fraction of the norm of the second."""
+    return float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
