@@ -67,7 +67,8 @@ class Mixture:
         trust: Iterable[str | Path] | None = None,
         threads: int = 1,
     ) -> Mixture:
-        """Load all base networks from a folder that ``cutlayer mix`` wrote, without a hub.
+        """Load all base networks from bundles that ``cutlayer model export`` wrote, without
+        a hub.
 
         Args:
             folder: the folder.
@@ -91,7 +92,7 @@ class Mixture:
         if not manifest.base_states:
             raise BundleError(
                 f"the bundle of {tier!r} in {folder} holds no trained bases; write one with "
-                "cutlayer mix, from a hub's run"
+                "cutlayer model export RUN --format bundles"
             )
         mixture = cls(manifest, load_runtime(Bundle.open(manifest, blobs.read), threads))
         mixture.offer({str(i): name for i, name in enumerate(manifest.base_states)})

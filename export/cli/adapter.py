@@ -1,4 +1,4 @@
-"""``cutlayer adapter``: converts adapters of a run to PEFT files, and PEFT files to weights."""
+"""``cutlayer adapter``: converts PEFT files to weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from export.cutting.split_model import SplitModel
 
 adapter = typer.Typer(
-    help="Convert LoRA adapters of a run to PEFT files, and PEFT files to weights for an export.",
+    help="Convert PEFT files to weights for an export; cutlayer model export writes them.",
     no_args_is_help=True,
 )
 
@@ -25,40 +25,9 @@ JsonOption = Annotated[
 ]
 
 
-@adapter.command("export")
-def export_adapter(
-    bundles: Annotated[Path, typer.Argument(help="Folder of the bundles that the run used.")],
-    out: Annotated[Path, typer.Option(help="Folder to write the PEFT files to.")],
-    run: Annotated[Path | None, typer.Option(help="Folder of the run, see docs/hub.md.")] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights to read instead of a run's, .safetensors.")
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Name of the original model in the files.  [default: its folder]"),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write the adapters of a run for PeftModel.from_pretrained on the original model."""
-    if (run is None) == (weights is None):
-        raise ConfigError("give the result of training: --run FOLDER, or --weights FILE")
-    from edge_sdk.bundle.index import BundleIndex
-    from export.adapters_lora.peft_format import load_trained, save_adapter
-    from export.bundles.model_source import model_of
-    from export.cutting.split_model import WEIGHTS
-
-    index = BundleIndex.read(bundles)
-    if weights is None:
-        assert run is not None
-        weights = run / WEIGHTS
-    if not weights.is_file():
-        raise ConfigError(f"there is no {weights}; give the folder of a run, or a weights file")
-    console = Console(stderr=as_json, highlight=False, markup=False)
-    with console.status("building the model"):
-        model = model_of(index.model, index.extra, None)
-        load_trained(model, weights)
-        save_adapter(model, out, base or index.model or "")
-    _report(model, out, as_json)
+@adapter.callback()
+def _group() -> None:
+    """Keep ``import`` a subcommand, though it is the only one."""
 
 
 @adapter.command("import")

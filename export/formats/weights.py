@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from export.adapters_lora.lora import adapted_modules
-from export.adapters_lora.peft_format import load_adapter, save_adapter
+from export.adapters_lora.peft_format import base_fingerprint, load_adapter, save_adapter
 from export.cutting.pretrained import TransformersModel, from_transformers, save_original
 from export.cutting.split_model import SplitModel
 from export.errors import ExportError
@@ -67,6 +67,13 @@ def write_peft(folder: Path, model: SplitModel, base: str) -> None:
         )
     if not adapted_modules(model):
         raise ExportError("the model has no adapters; the nearest format is transformers")
+    origin = model.origin
+    with_base = from_transformers(origin.checkpoint.folder if origin.checkpoint else origin.config)
+    if base_fingerprint(with_base) != base_fingerprint(model):
+        raise ExportError(
+            "the adapters were trained on another base than the model's own weights, and PEFT "
+            "would add them to those; the nearest format is transformers, with the adapters merged"
+        )
     save_adapter(model, folder, base)
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
     again = copy.deepcopy(model, dict(frozen))

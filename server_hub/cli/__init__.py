@@ -1,1 +1,1 @@
-"""Commands for operators: ``cutlayer hub``, ``cutlayer token`` and ``cutlayer mix``."""
+"""Commands for operators: ``cutlayer hub``, ``cutlayer token`` and ``cutlayer model``."""

@@ -184,13 +184,9 @@ class TrainedRun:
             raise ConfigError(
                 f"the run has {len(order)} base networks; --bases is from 1 to {len(order)}"
             )
-        model, states = None, list[Mapping[str, Tensor]]()
-        for base in order[:count]:
-            model = self._model(f"base-{base}")
-            states.append({n: t.detach() for n, t in model.tensors().items()})
-        assert model is not None
-        model.load(self.folder / model_file(f"base-{order[0]}"))
-        return model, states
+        models = [self._model(f"base-{base}") for base in order[:count]]
+        tensors = ({n: t.detach() for n, t in m.tensors().items()} for m in models)
+        return models[0], list(tensors)
 
 
 def _adapters(path: Path) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from export.bundles.model_source import model_of
 from export.cutting.pretrained import TransformersModel, from_transformers
 from export.cutting.split_model import WEIGHTS, SplitModel
 from export.errors import ExportError
+from tests.lib.runs import finished_run
 
 WORDS, LENGTH, DEPTH, WIDTH = 31, 8, 4, 16
 RANK, CUT, CUT_RANK = 4, 2, 2
@@ -151,8 +152,7 @@ def write_run(
     model = exported.build()
     if ranks:
         set_ranks(model, ranks)
-    folder.mkdir()
-    randomize(model).save(folder / WEIGHTS)
+    finished_run(folder, exported.bundles, {None: randomize(model)})
     return model
 
 
@@ -178,15 +178,11 @@ def test_peft_answers_as_the_run_does(
     model = write_run(exported, tmp_path / "run", ranks)
     out = tmp_path / "adapter"
     capsys.readouterr()
-    cutlayer(
-        "adapter", "export", exported.bundles, "--run", tmp_path / "run", "--out", out, "--json"
-    )
-    assert json.loads(capsys.readouterr().out) == {
-        "out": str(out),
-        "modules": DEPTH,
-        "ranks": sorted({RANK, *ranks.values()}),
-        "parameters": sum((WIDTH + 3 * WIDTH) * ranks.get(i, RANK) for i in range(DEPTH)),
-    }
+    cutlayer("model", "export", tmp_path / "run", "--format", "peft", "--out", out, "--json")
+    (file,) = json.loads(capsys.readouterr().out)["files"]
+    assert (file["format"], file["path"], file["opened_by"]) == ("peft", "adapter", "PEFT")
+    out /= "adapter"
+    assert file["size"] == sum(path.stat().st_size for path in out.iterdir())
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["r"] == RANK
     assert config["rank_pattern"] == {f"transformer.h.{i}.attn.c_attn": r for i, r in ranks.items()}
@@ -201,9 +197,10 @@ def test_peft_answers_as_the_run_does(
 def test_what_comes_back_is_what_went_out(exported: Exported, tmp_path: Path) -> None:
     """The same tensors come back, bit for bit, under the same names."""
     model = write_run(exported, tmp_path / "run")
-    run, weights = tmp_path / "run" / WEIGHTS, tmp_path / "weights.safetensors"
-    out = tmp_path / "adapter"
-    cutlayer("adapter", "export", exported.bundles, "--weights", run, "--out", out, "--base", "b")
+    weights, out = tmp_path / "weights.safetensors", tmp_path / "out" / "adapter"
+    cutlayer(
+        "model", "export", tmp_path / "run", "--format", "peft", "--out", out.parent, "--base", "b"
+    )
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "b"
     cutlayer(
         "adapter", "import", out, "--model", exported.model, "--tiers", exported.tiers,
@@ -394,49 +391,32 @@ def test_mistakes_on_the_way_out(
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     write_run(exported, run)
+    good = load_file(run / WEIGHTS)
 
-    def refused(*arguments: object, bundles: Path = exported.bundles, to: Path = out) -> str:
-        said = refusal(capsys, "adapter", "export", bundles, "--out", to, *arguments)
+    def refused(**tensors: Tensor) -> str:
+        save_file({**good, **tensors}, run / WEIGHTS)
+        said = refusal(capsys, "model", "export", run, "--format", "peft", "--out", out)
         assert not out.exists()
         return said
 
-    assert "--run FOLDER, or --weights FILE" in refused()
-    assert "--run FOLDER, or --weights FILE" in refused("--run", run, "--weights", run / WEIGHTS)
-    assert f"there is no {tmp_path / 'x' / WEIGHTS}" in refused("--run", tmp_path / "x")
-    assert "run cutlayer export first" in refused("--run", run, bundles=tmp_path)
-    assert f"{run} exists; choose another folder" in refused("--run", run, to=run)
-
-    good = load_file(run / WEIGHTS)
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"nothing")
-    assert "cannot read the weights" in refused("--weights", weights)
-    save_file({n: t for n, t in good.items() if ".lora_" not in n}, weights)
-    assert "has no adapters; give a run whose bundles have [lora]" in refused("--weights", weights)
     name = "block.3.layer.mlp.c_fc.weight"
-    save_file({**good, name: good[name] + 1e-3}, weights)
-    assert "were trained on another base than the model's own" in refused("--weights", weights)
-    save_file({n: t for n, t in good.items() if "block.3" not in n}, weights)
-    assert "does not fit the model" in refused("--weights", weights)
+    assert "were trained on another base" in refused(**{name: good[name] + 1e-3})
     a = "block.1.layer.attn.c_attn.lora_A.default.weight"
-    save_file({**good, a: torch.ones(17, WIDTH)}, weights)
-    assert "rank 17 does not fit block.1.layer.attn.c_attn" in refused("--weights", weights)
-
-    for source, said in (
-        (exported.index.model, "the model has no adapters"),
-        ("tests.lib.models:build", "does not come from transformers"),
-    ):
-        plain = tmp_path / "plain"
-        plain.mkdir(exist_ok=True)
-        BundleIndex(plain, source, WORDS, "sgd", {}, {}).write()
-        assert said in refused("--run", run, bundles=plain)
+    assert "rank 17 does not fit block.1.layer.attn.c_attn" in refused(**{a: torch.ones(17, WIDTH)})
+    save_file({n: t for n, t in good.items() if "block.3" not in n}, run / WEIGHTS)
+    said = refusal(capsys, "model", "export", run, "--format", "peft", "--out", out)
+    assert "does not fit the model" in said
+    (run / WEIGHTS).write_bytes(b"nothing")
+    said = refusal(capsys, "model", "export", run, "--format", "peft", "--out", out)
+    assert "cannot read the model" in said
 
 
 def test_mistakes_on_the_way_in(
     exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(exported, tmp_path / "run")
-    folder, out = tmp_path / "adapter", tmp_path / "weights.safetensors"
-    cutlayer("adapter", "export", exported.bundles, "--run", tmp_path / "run", "--out", folder)
+    folder, out = tmp_path / "out" / "adapter", tmp_path / "weights.safetensors"
+    cutlayer("model", "export", tmp_path / "run", "--format", "peft", "--out", tmp_path / "out")
 
     def refused(
         source: Path = folder, model: object = exported.model, tiers: str = TIERS, to: Path = out

@@ -1,4 +1,4 @@
-"""``cutlayer mix``: trained bases in bundles that answer without a hub."""
+"""``cutlayer model export`` of base networks: bundles that answer without a hub, and mixtures."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
+from torch import Tensor
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.signing import new_key, read_private_key, sign_folder
 from edge_sdk.cli.main import main
 from edge_sdk.errors import BundleError
 from edge_sdk.inference.mixture import Mixture
+from export.bases.dual_norms import robustness
 from export.bundles.model_source import model_of
 from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import WEIGHTS, SplitModel
-from server_hub.storage.run_folder import RoundRecord, RunFolder
 from tests.lib.commands import refusal
 from tests.lib.mixture_files import MODEL, tiers_toml
 from tests.lib.mixture_models import CLASSES, FEATURES, made
+from tests.lib.runs import finished_run
 
 ORDER = [2, 0, 3, 1]
 
@@ -43,10 +46,6 @@ def main_quietly(*arguments: str) -> None:
 def write_run(folder: Path, bundles: Path, order: list[int]) -> list[SplitModel]:
     """Write a finished run with some bases; return these, best first."""
     index = BundleIndex.read(bundles)
-    run = RunFolder(folder)
-    record = RoundRecord(1, 0.0, 0.0, 1, {}, None, None, None, 0, {}, {}, order=order)
-    run.add(record)
-    run.write()
     models = {}
     for base in sorted(order):
         model = model_of(index.model, index.extra, None)
@@ -55,8 +54,8 @@ def write_run(folder: Path, bundles: Path, order: list[int]) -> list[SplitModel]
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=generator))
-        run.save_model({n: t.detach().numpy() for n, t in model.tensors().items()}, f"base-{base}")
         models[base] = model.eval()
+    finished_run(folder, bundles, {f"base-{b}": m for b, m in models.items()}, order=order)
     return [models[base] for base in order]
 
 
@@ -66,40 +65,68 @@ def run(tmp_path: Path, bundles: Path) -> Path:
     return tmp_path / "run"
 
 
-def mixed(run: Path, bundles: Path, out: Path) -> None:
-    main_quietly("mix", str(run), "--bundles", str(bundles), "--out", str(out))
+def mixed(run: Path, out: Path) -> Path:
+    """Write bundles of the trained bases; return their folder."""
+    main_quietly("model", "export", str(run), "--format", "bundles", "--out", str(out))
+    return out / "bundles"
 
 
 def test_the_best_bases_are_mixed_without_a_hub(tmp_path: Path, bundles: Path) -> None:
     models = write_run(tmp_path / "run", bundles, ORDER)
-    mixed(tmp_path / "run", bundles, tmp_path / "out")
-    mix = Mixture.open(tmp_path / "out", "small")
+    mix = Mixture.open(mixed(tmp_path / "run", tmp_path / "out"), "small")
     x = np.random.default_rng(0).random((5, 6)).astype(np.float32)
     for bases in range(1, 5):
         with torch.no_grad():
-            answers = []
-            for model in models[:bases]:
-                h = model.stem(torch.from_numpy(x))
-                for block in model.block:
-                    h = block(h)
-                answers.append(model.answer(2, h))
+            answers = [answer_of(model, torch.from_numpy(x)) for model in models[:bases]]
         found = mix.answer(x, bases).logits[-1]
         np.testing.assert_allclose(found, torch.stack(answers).mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_a_bundle_of_trained_bases_can_be_signed(tmp_path: Path, run: Path, bundles: Path) -> None:
-    mixed(run, bundles, tmp_path / "out")
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_mixture_is_one_graph(count: int, tmp_path: Path, bundles: Path) -> None:
+    """The graph of the best bases has the mean of their logits, at any robustness."""
+    models = write_run(tmp_path / "run", bundles, ORDER)[:count]
+    out = tmp_path / "out"
+    main_quietly(
+        "model", "export", str(tmp_path / "run"), "--out", str(out), "--bases", str(count),
+        "--format", "onnx", "--format", "onnx-fp16", "--format", "onnx-int8",
+    )  # fmt: skip
+    x = np.random.default_rng(0).random((5, 6)).astype(np.float32)
+    for weight in (0.0, 0.4, 1.0):
+        with torch.no_grad(), robustness(weight):
+            want = torch.stack([answer_of(model, torch.from_numpy(x)) for model in models]).mean(0)
+        for file, tolerance in (("model.onnx", 1e-5), ("model.fp16.onnx", 5e-3),
+                                ("model.int8.onnx", 5e-2)):  # fmt: skip
+            session = ort.InferenceSession(out / file, providers=["CPUExecutionProvider"])
+            (got,) = session.run(["aux.2"], {"x": x, "robustness": np.float32(weight)[...]})
+            error = np.abs(got - want.numpy()).max() / np.abs(want.numpy()).max()
+            assert error < tolerance
+            assert error > 0
+
+
+def answer_of(model: SplitModel, x: Tensor) -> Tensor:
+    """Return the logits of a base network's last head."""
+    h = model.stem(x)
+    for block in model.block:
+        h = block(h)
+    return model.answer(2, h)
+
+
+def test_a_bundle_of_trained_bases_can_be_signed(tmp_path: Path, run: Path) -> None:
+    out = mixed(run, tmp_path / "out")
     mine, other = (new_key(tmp_path / name) for name in ("mine", "other"))
     with pytest.raises(BundleError, match="not signed"):
-        Mixture.open(tmp_path / "out", "small", trust=[mine])
-    sign_folder(tmp_path / "out", read_private_key(tmp_path / "mine"))
-    assert Mixture.open(tmp_path / "out", "small", trust=[mine]).held == [0, 1, 2, 3]
+        Mixture.open(out, "small", trust=[mine])
+    sign_folder(out, read_private_key(tmp_path / "mine"))
+    assert Mixture.open(out, "small", trust=[mine]).held == [0, 1, 2, 3]
     with pytest.raises(BundleError):
-        Mixture.open(tmp_path / "out", "small", trust=[other])
+        Mixture.open(out, "small", trust=[other])
 
 
 def test_bundles_that_are_not_of_trained_bases_are_told(bundles: Path) -> None:
-    with pytest.raises(BundleError, match="holds no trained bases; write one with cutlayer mix"):
+    with pytest.raises(
+        BundleError, match="holds no trained bases; write one with cutlayer model export"
+    ):
         Mixture.open(bundles, "small")
     with pytest.raises(BundleError, match=r"no tier 'large' in .*; it has small"):
         Mixture.open(bundles, "large")
@@ -110,31 +137,25 @@ def test_what_is_no_run_of_these_bundles_is_refused(
 ) -> None:
     out = tmp_path / "out"
 
-    def said(folder: Path) -> str:
-        line = refusal(capsys, "mix", str(folder), "--bundles", str(bundles), "--out", str(out))
+    def said(folder: Path, *options: str) -> str:
+        line = refusal(
+            capsys, "model", "export", str(folder), "--format", "bundles", "--out", str(out),
+            *options,
+        )  # fmt: skip
         assert not out.exists()
         return line
 
     assert "it has no metrics.jsonl" in said(tmp_path / "nowhere")
-    plain = RunFolder(tmp_path / "plain")
-    plain.add(RoundRecord(1, 0.0, 0.0, 1, {}, None, None, None, 0, {}, {}))
-    plain.write()
-    assert "has no base networks" in said(tmp_path / "plain")
     write_run(tmp_path / "fewer", bundles, [1, 0])
     assert "has 2 bases, and the bundle of tier 'small' is for 4" in said(tmp_path / "fewer")
+    assert "has 4 base networks; --bases is from 1 to 4" in said(run, "--bases", "5")
+    assert (
+        "has 4 base networks, which transformers cannot hold; the nearest format is onnx"
+        in said(run, "--format", "transformers")
+    )
     (run / "model.base-3.safetensors").write_bytes(b"nothing")
-    assert "cannot read the base" in said(run)
+    assert "cannot read the model" in said(run)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_an_earlier_folder_is_replaced_only_when_asked_to(
-    tmp_path: Path, run: Path, bundles: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    mixed(run, bundles, out)
-    arguments = "mix", str(run), "--bundles", str(bundles), "--out", str(out)
-    assert "exists; choose another folder" in refusal(capsys, *arguments)
-    main_quietly(*arguments, "--overwrite")
 
 
 def test_tiers_that_are_alike_have_the_same_graphs(tmp_path: Path) -> None:
