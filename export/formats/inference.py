@@ -16,6 +16,7 @@ from export.bases.dual_norms import has_dual_norms, robustness
 from export.bases.vmapped import over_bases
 from export.cutting.split_model import NoHead, SplitModel, answer
 from export.errors import ExportError
+from export.lowering.verification.float64 import LARGE
 from export.steps.client_steps import ROBUSTNESS
 from export.steps.compact_weights import (
     Compact,
@@ -134,13 +135,10 @@ def inference_step(
 
     def reference(given: Tensors) -> Tensors:
         """The model's own code; base networks one after the other."""
-        exact = tensors | {n: c.restore() for n, c in compact.items()}
-        each = [{n: t[b] for n, t in exact.items()} for b in range(len(bases))] or [exact]
-        weight = float(given["robustness"]) if dual else 0.0
-        with torch.no_grad(), robustness(weight):
-            answers = [_call(module, own, given["x"]) for own in each]
-        means = [torch.stack(z).mean(0) for z in zip(*answers, strict=True)]
-        return dict(zip(names, means, strict=True))
+        exact = {n: _wide(t) for n, t in tensors.items()}
+        exact |= {n: _wide(c.restore()) for n, c in compact.items()}
+        each = [{n: t[b] for n, t in exact.items()} for b in range(len(bases))]
+        return eager_answers(module, each or [exact], given)
 
     return Step(
         "forward",
@@ -151,6 +149,21 @@ def inference_step(
         dict(signature.limits),
         reference,
     )
+
+
+def eager_answers(module: Heads, states: Sequence[Mapping[str, Tensor]], given: Tensors) -> Tensors:
+    """Logits of each head by name, by the model's own code: the mean over some states.
+
+    Args:
+        module: the part of the model.
+        states: tensors by name, in place of the module's own: one state, or one for each base
+            network. A tensor that is missing is the module's.
+        given: the inputs ``x``, and ``robustness`` with dual norms.
+    """
+    with torch.no_grad(), robustness(float(given.get("robustness", 0))):
+        answers = [_call(module, own, given["x"]) for own in states]
+    means = [torch.stack(z).mean(0) for z in zip(*answers, strict=True)]
+    return dict(zip(module.names, means, strict=True))
 
 
 def float16_weights(
@@ -207,3 +220,9 @@ def _call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> tuple[
     """Call the module with the given tensors, by name, in place of its own."""
     result: tuple[Tensor, ...] = functional_call(module, dict(tensors), (x,))
     return result
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A float32 tensor in float64, unless it is large: then operations convert it in parts."""
+    small = tensor.dtype is torch.float32 and tensor.nbytes <= LARGE
+    return tensor.double() if small else tensor

@@ -18,7 +18,7 @@ from export.formats.checking import Run
 from export.lowering.onnx import Place, lower, traced
 from export.steps.step import Step
 
-_LARGEST_FILE = 1_500_000_000
+LARGEST_FILE = 1_500_000_000
 """Bytes of weights beyond which they are in a file beside: protobuf ends at 2 GB."""
 
 _ALIGNMENT = 4096
@@ -45,7 +45,7 @@ def write_onnx(path: Path, step: Step, metadata: Mapping[str, str]) -> tuple[Exp
     program = traced(step)
     size = sum(tensor.nbytes for tensor in step.constants.values())
     places = {}
-    if size > _LARGEST_FILE:
+    if size > LARGEST_FILE:
         places = _write_beside(path.with_name(f"{path.name}.data"), step.constants)
     model = onnx.load_model_from_string(lower(step, program, places))
     onnx.helper.set_model_props(model, dict(metadata))

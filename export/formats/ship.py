@@ -32,6 +32,7 @@ from export.formats.executorch_file import Bits, check_installed, write_executor
 from export.formats.inference import (
     Heads,
     Signature,
+    eager_answers,
     float16_weights,
     heads_of,
     inference_step,
@@ -333,17 +334,11 @@ class _Shipment:
 
     def _eager(self, module: Heads) -> Run:
         """Runs the model in PyTorch, base networks one after the other."""
-        step = inference_step(
-            module, self._trained.signature(self._choice.tier, {}), {}, self._trained.bases
-        )
-        assert step.reference is not None
-        reference = step.reference
+        states = self._trained.bases or [{}]
 
         def run(given: Mapping[str, Array]) -> dict[str, Array]:
-            tensors = {"robustness": torch.zeros(())} | {
-                n: torch.from_numpy(a) for n, a in given.items()
-            }
-            return {n: t.numpy() for n, t in reference(tensors).items()}
+            tensors = {n: torch.from_numpy(a) for n, a in given.items()}
+            return {n: t.numpy() for n, t in eager_answers(module, states, tensors).items()}
 
         return run
 
