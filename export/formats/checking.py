@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from edge_sdk.bundle.manifest import Port
 from edge_sdk.inference.metrics import Tally
-from edge_sdk.protocol.tensors import Array
+from edge_sdk.protocol.tensors import Array, TensorSpec
 from edge_sdk.training.data import Examples
 from export.errors import ExportError, reason
-from export.lowering.verification.compare import expected, mathematical_error, rounding_error
+from export.formats.inference import Heads, InferenceGraph, eager_answers
+from export.lowering.verification.compare import expected, rounding_error
 from export.lowering.verification.float64 import Eager, Float64
-from export.lowering.verification.traced import TracedGraph, widened
-from export.steps.step import Step, Tensors
+from export.lowering.verification.traced import Outputs, widened
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 """Runs a written file: takes the inputs and returns the logits of each head, both by name."""
@@ -35,61 +35,46 @@ _VALUES = 2**24
 """Largest number of logits of a batch, which bounds the memory."""
 
 
-def check(step: Step, program: ExportedProgram, run: Run, inputs: Sequence[Tensor]) -> None:
+def check(graph: InferenceGraph, module: Heads, run: Run, inputs: Sequence[Tensor]) -> None:
     """Compare a written file with the model's own code, in the runtime itself.
 
-    The traced graph in float64 equals the model in float64 to 1e-9, and the runtime equals the
-    graph within rounding, as for the graphs of bundles.
+    The logits equal those of the model in float64 within rounding: at most
+    :data:`export.lowering.verification.compare.MARGIN` times the rounding of PyTorch in float32,
+    row by row.
 
     Args:
-        step: the file's step.
-        program: its traced program.
+        graph: what the file holds.
+        module: the model's own code.
         run: runs the file.
         inputs: batches of inputs.
 
     Raises:
         ExportError: the file differs or cannot be run.
     """
-    graph = TracedGraph(step, program)
+    ports = tuple(Port(TensorSpec(name, "float32", ()), "result") for name in graph.names)
+    wide_states, narrow_states = graph.exact(wide=True), graph.exact(wide=False)
     for x in inputs:
-        given = inputs_of(step, x, CHECKED_ROBUSTNESS)
-        place = f"batch {len(x)}"
-        assert step.reference is not None
-        with Eager(), Float64(), sdpa_kernel(SDPBackend.MATH):
-            want = {n: t.double() for n, t in step.reference(widened(given)).items()}
-        wide = graph.run(given, wide=True)
-        wrong = mathematical_error(wide, want)
-        if wrong is not None:
-            raise ExportError(_differs(*wrong, f"in float64 ({place})"))
-        bounds = expected(step.outputs, wide, graph.run(given, wide=False), {})
+        given = {"x": x}
+        if graph.dual:
+            given["robustness"] = torch.tensor(CHECKED_ROBUSTNESS)
+        with sdpa_kernel(SDPBackend.MATH):
+            with Eager(), Float64():
+                wide = eager_answers(module, wide_states, widened(given))
+            narrow = eager_answers(module, narrow_states, given)
+        wide = {name: logits.double() for name, logits in wide.items()}
+        bounds = expected(ports, Outputs(wide, wide), Outputs(narrow, narrow), {})
         try:
             got = run({n: t.numpy() for n, t in given.items()})
         except Exception as error:  # runtimes raise errors of any class
-            raise ExportError(f"the file fails for {place}: {reason(error)}") from error
+            raise ExportError(f"the file fails for batch {len(x)}: {reason(error)}") from error
         wrong = rounding_error({n: torch.from_numpy(t) for n, t in got.items()}, bounds)
         if wrong is not None:
-            raise ExportError(_differs(*wrong, f"more than rounding explains ({place})"))
-
-
-def _differs(name: str, difference: float, how: str) -> str:
-    return (
-        f"the file differs from the trained model in the logits of {name} by {difference:.2g}, "
-        f"{how}; nothing was written"
-    )
-
-
-def inputs_of(step: Step, x: Tensor, robustness: float = 0.0) -> Tensors:
-    """Inputs of an inference graph by name.
-
-    Args:
-        step: the graph's step.
-        x: inputs (batch, ...).
-        robustness: weight of the noise norms, if the model has any.
-    """
-    given = {"x": x}
-    if any(port.spec.name == "robustness" for port in step.inputs):
-        given["robustness"] = torch.tensor(robustness, dtype=torch.float32)
-    return given
+            name, difference = wrong
+            raise ExportError(
+                f"the file differs from the trained model in the logits of {name} by "
+                f"{difference:.2g}, more than rounding explains (batch {len(x)}); nothing was "
+                "written"
+            )
 
 
 def batches_to_check(rows: Tensor, limits: Mapping[str, int]) -> list[Tensor]:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime.executorch_binding import load_binding, quiet
 from export.errors import ExportError, reason
 from export.formats.checking import Run
-from export.formats.inference import Heads, Signature
-from export.lowering.executorch import lower
-from export.lowering.trace import trace
-from export.steps.step import Step
+from export.formats.inference import Heads, InferenceGraph, Signature, silenced
 
 METHOD = "forward"
 METADATA = "cutlayer"
@@ -45,27 +39,35 @@ def check_installed() -> None:
         )
 
 
-def write_executorch(path: Path, step: Step, metadata: str) -> tuple[ExportedProgram, Run]:
-    """Write a step to a ``.pte`` file with the method ``forward``, in float32.
+def write_executorch(
+    path: Path, graph: InferenceGraph, signature: Signature, metadata: str, example: Tensor
+) -> Run:
+    """Write a graph to a ``.pte`` file with the method ``forward``, in float32.
 
     Args:
         path: file to write.
-        step: the step, all of whose tensors are constants.
+        graph: the graph.
+        signature: inputs and outputs, with a largest ``batch``, and ``seq`` for texts.
         metadata: JSON that the file's method ``cutlayer`` returns.
+        example: inputs (batch, ...), at least 2 rows.
 
     Returns:
-        The traced program, and a function that runs the file on one thread.
+        A function that runs the file on one thread.
 
     Raises:
-        ExportError: ExecuTorch is not installed, or cannot lower the step.
+        ExportError: ExecuTorch is not installed, or cannot lower the graph.
         OSError: the file cannot be written.
     """
     check_installed()
-    program = trace(step)
-    data = lower({METHOD: program}, inference=True, constant_methods={METADATA: metadata})
+    with silenced():
+        try:
+            data = _lowered(graph, signature, example, metadata, graph.dual)
+        except Exception as error:  # passes of ExecuTorch raise errors of any class
+            raise ExportError(
+                f"ExecuTorch cannot lower the model ({reason(error)}); write --format onnx"
+            ) from error
     write_atomically(path, data)
-    names = [port.spec.name for port in step.outputs]
-    return program, open_executorch(data, names, [port.spec.name for port in step.inputs])
+    return open_executorch(data, graph.names, ["x", *(["robustness"] if graph.dual else [])])
 
 
 def write_quantized(
@@ -94,7 +96,7 @@ def write_quantized(
         OSError: the file cannot be written.
     """
     check_installed()
-    with _still():
+    with silenced():
         quantized = _quantized(module, bits)
         try:
             data = _lowered(quantized, signature, example, metadata)
@@ -153,7 +155,9 @@ def _as_linear(module: nn.Module) -> None:
                 setattr(parent, name, layer.eval().requires_grad_(False))
 
 
-def _lowered(module: Heads, signature: Signature, example: Tensor, metadata: str) -> bytes:
+def _lowered(
+    module: nn.Module, signature: Signature, example: Tensor, metadata: str, dual: bool = False
+) -> bytes:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -165,7 +169,9 @@ def _lowered(module: Heads, signature: Signature, example: Tensor, metadata: str
     }
     sizes = [largest[n] if isinstance(n, str) else n for n in signature.x.shape]
     x = _sized(example, sizes)
-    program = torch.export.export(module, (x,), dynamic_shapes=(dims,), strict=False)
+    inputs = (x, torch.tensor(0.5)) if dual else (x,)
+    shapes = (dims, {}) if dual else (dims,)
+    program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     lowered = to_edge_transform_and_lower(
         program,
         partitioner=[XnnpackPartitioner()],
@@ -217,16 +223,3 @@ def open_executorch(data: bytes, names: Sequence[str], inputs: Sequence[str]) ->
         return {n: t.numpy().copy() for n, t in zip(names, outputs, strict=True)}
 
     return run
-
-
-@contextmanager
-def _still() -> Iterator[None]:
-    """Silence the warnings and logs of the libraries."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

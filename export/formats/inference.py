@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edge_sdk.bundle.manifest import Port
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import TensorSpec
 from export.bases.dual_norms import has_dual_norms, robustness
 from export.bases.vmapped import over_bases
 from export.cutting.split_model import NoHead, SplitModel, answer
 from export.errors import ExportError
-from export.lowering.verification.float64 import LARGE
-from export.steps.client_steps import ROBUSTNESS
 from export.steps.compact_weights import (
     Compact,
     constants_of,
@@ -26,7 +28,7 @@ from export.steps.compact_weights import (
     quantize,
     restored,
 )
-from export.steps.step import Step, Tensors
+from export.steps.step import Tensors
 
 HEAD = "head"
 """Name of the model's own head. Auxiliary heads are called ``aux.DEPTH``."""
@@ -89,66 +91,78 @@ def _depth(model: SplitModel, head: str) -> int:
 
 @dataclass(frozen=True)
 class Signature:
-    """Inputs and outputs of an inference graph.
+    """Inputs of an inference graph.
 
     Attributes:
         x: name, dtype and shape of the inputs, with the symbols ``batch`` and ``seq``.
-        logits: shape of the logits of a head.
         limits: largest ``batch`` and ``seq``, if there are any.
     """
 
     x: TensorSpec
-    logits: tuple[int | str, ...]
     limits: Mapping[str, int]
 
 
-def inference_step(
-    module: Heads,
-    signature: Signature,
-    compact: Mapping[str, Compact],
-    bases: Sequence[Mapping[str, Tensor]] = (),
-) -> Step:
-    """The step ``x -> logits of each head``, in evaluation mode, with all tensors as constants.
+class InferenceGraph(nn.Module):
+    """What is exported: ``x -> logits of each head``, with tensors in few bits, or several bases.
 
-    With dual norms it also takes the input ``robustness``.
+    With dual norms it also takes ``robustness``, float32 (). Of base networks it returns the mean
+    of their logits.
 
     Args:
         module: the part of the model.
-        signature: inputs and outputs.
         compact: tensors that are held in fewer bits, by name; of several base networks stacked.
-        bases: tensors of each base network by name, to answer with the mean of their logits;
-            empty for a single model, that of ``module``.
+        bases: tensors of each base network by name; empty for a single model, that of ``module``.
     """
-    tensors = _stacked(bases) if bases else _tensors(module)
-    constants = {n: t for n, t in tensors.items() if n not in compact} | constants_of(compact)
-    dual = has_dual_norms(module)
-    names = module.names
 
-    def function(held: Tensors, given: Tensors) -> Tensors:
-        with restored(held, compact) as values, robustness(given["robustness"] if dual else 0):
-            if bases:
-                logits = over_bases(lambda own: _call(module, own, given["x"]), values)
-                logits = tuple(z.mean(0) for z in logits)
-            else:
-                logits = _call(module, values, given["x"])
-        return dict(zip(names, logits, strict=True))
+    def __init__(
+        self,
+        module: Heads,
+        compact: Mapping[str, Compact],
+        bases: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
+        super().__init__()
+        tensors = _stacked(bases) if bases else tensors_of(module)
+        held = {n: t for n, t in tensors.items() if n not in compact} | constants_of(compact)
+        self._buffers_of = {name: _buffer_name(name) for name in held}
+        for name, tensor in held.items():
+            self.register_buffer(self._buffers_of[name], tensor)
+        # not a submodule, whose tensors would be exported too
+        self._parts: dict[str, Any] = {"module": module, "compact": compact, "mixed": bool(bases)}
+        self.dual = has_dual_norms(module)
+        self.names = module.names
+        self.eval()
 
-    def reference(given: Tensors) -> Tensors:
-        """The model's own code; base networks one after the other."""
-        exact = {n: _wide(t) for n, t in tensors.items()}
-        exact |= {n: _wide(c.restore()) for n, c in compact.items()}
-        each = [{n: t[b] for n, t in exact.items()} for b in range(len(bases))]
-        return eager_answers(module, each or [exact], given)
+    def forward(self, x: Tensor, robust: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Logits of each head: (batch, classes), or (batch, positions, vocabulary)."""
+        module, held = self._parts["module"], {n: getattr(self, b) for n, b in
+                                               self._buffers_of.items()}  # fmt: skip
+        with (
+            restored(held, self._parts["compact"]) as values,
+            robustness(0 if robust is None else robust),
+        ):
+            if not self._parts["mixed"]:
+                return _call(module, values, x)
+            each = over_bases(lambda own: _call(module, own, x), values)
+            return tuple(logits.mean(0) for logits in each)
 
-    return Step(
-        "forward",
-        function,
-        (Port(signature.x, "batch"), *([ROBUSTNESS] if dual else [])),
-        tuple(Port(TensorSpec(name, "float32", signature.logits), "result") for name in names),
-        constants,
-        dict(signature.limits),
-        reference,
-    )
+    def exact(self, wide: bool) -> list[Tensors]:
+        """The tensors of each base network, or of the model, as they are restored.
+
+        Args:
+            wide: whether float32 becomes float64.
+        """
+        held = {n: getattr(self, b) for n, b in self._buffers_of.items()}
+        with torch.no_grad(), restored(held, self._parts["compact"]) as values:
+            tensors = {n: t.double() if wide and t.dtype is torch.float32 else t
+                       for n, t in values.items()}  # fmt: skip
+        if not self._parts["mixed"]:
+            return [tensors]
+        count = len(next(iter(tensors.values())))
+        return [{n: t[base] for n, t in tensors.items()} for base in range(count)]
+
+
+def _buffer_name(name: str) -> str:
+    return name.replace(".", "_").replace("/", "_")
 
 
 def eager_answers(module: Heads, states: Sequence[Mapping[str, Tensor]], given: Tensors) -> Tensors:
@@ -174,8 +188,8 @@ def float16_weights(
     Raises:
         ExportError: a value is beyond the range of float16.
     """
-    names = [n for n, t in _tensors(module).items() if t.dtype is torch.float32 and t.dim() > 1]
-    tensors = _stacked(bases) if bases else _tensors(module)
+    names = [n for n, t in tensors_of(module).items() if t.dtype is torch.float32 and t.dim() > 1]
+    tensors = _stacked(bases) if bases else tensors_of(module)
     return {name: halve(name, tensors[name]) for name in names}
 
 
@@ -187,7 +201,7 @@ def int8_weights(module: Heads, bases: Sequence[Mapping[str, Tensor]] = ()) -> d
     Raises:
         ExportError: there is no such matrix.
     """
-    tensors = _stacked(bases) if bases else _tensors(module)
+    tensors = _stacked(bases) if bases else tensors_of(module)
     found: dict[str, Compact] = {}
     for name, _, axis in matrix_axes(module):
         if name in tensors:
@@ -199,7 +213,7 @@ def int8_weights(module: Heads, bases: Sequence[Mapping[str, Tensor]] = ()) -> d
     return found
 
 
-def _tensors(module: nn.Module) -> Tensors:
+def tensors_of(module: nn.Module) -> Tensors:
     """All tensors that the module reads, by name; tied tensors under their first name."""
     first: dict[int, str] = {}
     state = {**dict(module.named_parameters(remove_duplicate=False)),
@@ -222,7 +236,14 @@ def _call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> tuple[
     return result
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """A float32 tensor in float64, unless it is large: then operations convert it in parts."""
-    small = tensor.dtype is torch.float32 and tensor.nbytes <= LARGE
-    return tensor.double() if small else tensor
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Silence what torch's exporters, and the libraries that they import, log and warn of."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

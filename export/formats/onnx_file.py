@@ -9,61 +9,87 @@ import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
+from torch.export import Dim
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.files import naming
 from edge_sdk.protocol.tensors import Array
+from export.errors import ExportError, reason
 from export.formats.checking import Run
-from export.lowering.onnx import Place, lower, traced
-from export.steps.step import Step
+from export.formats.inference import InferenceGraph, Signature, silenced
+
+OPSET = 18
+"""Version of ONNX's operators: that of bundles, which older runtimes read too."""
 
 LARGEST_FILE = 1_500_000_000
 """Bytes of weights beyond which they are in a file beside: protobuf ends at 2 GB."""
 
-_ALIGNMENT = 4096
-"""Of tensors in the file beside, so that they can be mapped into memory."""
 
-
-def write_onnx(path: Path, step: Step, metadata: Mapping[str, str]) -> tuple[ExportedProgram, Run]:
-    """Write a step to an ONNX file of standard operators.
+def write_onnx(
+    path: Path,
+    graph: InferenceGraph,
+    signature: Signature,
+    metadata: Mapping[str, str],
+    example: Tensor,
+) -> Run:
+    """Write a graph to an ONNX file of standard operators, by torch's own exporter.
 
     Weights of more than 1.5 GB are in a second file, called like the first with ``.data``.
 
     Args:
         path: file to write.
-        step: the step, all of whose tensors are constants.
+        graph: the graph.
+        signature: inputs and outputs.
         metadata: text by name, for ``metadata_props`` of the file.
+        example: inputs (batch, ...), at least 2 rows.
 
     Returns:
-        The traced program, and a function that runs the file with ONNX Runtime on one thread.
+        A function that runs the file with ONNX Runtime on one thread.
 
     Raises:
-        ExportError: the step cannot be lowered.
+        ExportError: torch cannot export the graph with any batch and length.
         OSError: the file cannot be written.
     """
-    program = traced(step)
-    size = sum(tensor.nbytes for tensor in step.constants.values())
-    places = {}
-    if size > LARGEST_FILE:
-        places = _write_beside(path.with_name(f"{path.name}.data"), step.constants)
-    model = onnx.load_model_from_string(lower(step, program, places))
+    size = sum(tensor.nbytes for tensor in graph.buffers())
+    inputs = (example, *([torch.tensor(0.5)] if graph.dual else []))
+    dims = {axis: Dim(size) for axis, size in enumerate(signature.x.shape) if isinstance(size, str)}
+    with silenced(), naming(path):
+        try:
+            torch.onnx.export(
+                graph,
+                inputs,
+                path,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=["x", *(["robustness"] if graph.dual else [])],
+                output_names=graph.names,
+                dynamic_shapes=(dims, *([{}] if graph.dual else [])),
+                external_data=size > LARGEST_FILE,
+            )
+        except OSError:
+            raise
+        except Exception as error:  # the model's code raises errors of any class
+            raise ExportError(
+                f"torch cannot write the model as ONNX ({reason(error)}); write --format "
+                "executorch or safetensors"
+            ) from error
+    model = onnx.load(path, load_external_data=False)
+    _strip(model)
     onnx.helper.set_model_props(model, dict(metadata))
     write_atomically(path, model.SerializeToString(deterministic=True))
-    return program, open_onnx(path)
+    return open_onnx(path)
 
 
-def _write_beside(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
-    """Write tensors one after the other to a file; return the place of each."""
-    places, offset = {}, 0
-    with naming(path), open(path, "wb") as file:
-        for name, tensor in tensors.items():
-            file.write(bytes(-offset % _ALIGNMENT))
-            offset += -offset % _ALIGNMENT
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            places[name] = Place(path.name, offset, tensor.nbytes)
-            offset += tensor.nbytes
-    return places
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove the exporter's notes, such as the lines of code that a node comes from."""
+    graph = model.graph
+    graph.ClearField("value_info")
+    inner = [node for function in model.functions for node in function.node]
+    for part in (model, graph, *model.functions, *inner, *graph.node, *graph.input, *graph.output,
+                 *graph.initializer):  # fmt: skip
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
 
 
 def open_onnx(path: Path) -> Run:

@@ -31,11 +31,11 @@ from export.formats.checking import (
 from export.formats.executorch_file import Bits, check_installed, write_executorch, write_quantized
 from export.formats.inference import (
     Heads,
+    InferenceGraph,
     Signature,
     eager_answers,
     float16_weights,
     heads_of,
-    inference_step,
     int8_weights,
 )
 from export.formats.onnx_file import write_onnx
@@ -306,12 +306,12 @@ class _Shipment:
             compact = {"fp16": float16_weights, "int8": int8_weights}.get(kind, _none)(
                 module, trained.bases
             )
-            step = inference_step(module, signature, compact, trained.bases)
+            graph = InferenceGraph(module, compact, trained.bases)
             if name == "executorch":
-                program, run = write_executorch(path, step, about)
+                run = write_executorch(path, graph, signature, about, rows)
             else:
-                program, run = write_onnx(path, step, {"cutlayer": about})
-            check(step, program, run, batches_to_check(rows, signature.limits))
+                run = write_onnx(path, graph, signature, {"cutlayer": about}, rows)
+            check(graph, module, run, batches_to_check(rows, signature.limits))
         if rounds:
             some = {"x": rows[: signature.limits.get("batch")].numpy()}
             want, got = self._eager(module)(some), run(some)

@@ -44,14 +44,12 @@ class TrainedModel:
                 than the model takes.
         """
         manifest = self.index.manifest(tier or next(iter(self.index.tiers)))
-        ports = manifest.graphs["predict"].outputs
-        logits = next(port.spec for port in ports if port.spec.name == "logits").shape[1:]
         longest = max(self.index.manifest(name).ranges.longest for name in self.index.tiers)
         names = [n for n in manifest.x.shape if isinstance(n, str)]
         own = {n: limits[n] for n in names if n in limits}
         if "seq" in names:
             own["seq"] = min(own.get("seq", longest), longest)
-        return Signature(manifest.x, logits, own)
+        return Signature(manifest.x, own)
 
     def rows(self, longest: int | None = None) -> Tensor:
         """Up to 8 inputs (rows, ...): of the held-out examples, or drawn from a fixed seed.

@@ -14,12 +14,7 @@ from export.errors import ExportError, reason
 from export.lowering.rewrites import rewrite
 
 
-def lower(
-    programs: Mapping[str, ExportedProgram],
-    *,
-    inference: bool = False,
-    constant_methods: Mapping[str, str] | None = None,
-) -> bytes:
+def lower(programs: Mapping[str, ExportedProgram]) -> bytes:
     """Lower programs to a ``.pte`` file with a method for each, deterministically.
 
     ExecuTorch plans memory for the upper bound of every symbolic dimension, so bounds should be
@@ -27,9 +22,6 @@ def lower(
 
     Args:
         programs: traced steps by the name of their graph.
-        inference: whether weights of linear layers are packed when the file is loaded, instead of
-            in every call: faster for few rows, and each method that uses a weight holds it.
-        constant_methods: texts that further methods return, by their names.
 
     Returns:
         Content of the file.
@@ -45,11 +37,7 @@ def lower(
                 f"ExecuTorch is not installed ({error}); run pip install 'cutlayer[executorch]'"
             ) from error
         try:
-            data, operators = to_executorch(
-                {n: rewrite(programs[n]) for n in sorted(programs)},
-                inference,
-                constant_methods or {},
-            )
+            data, operators = to_executorch({n: rewrite(programs[n]) for n in sorted(programs)})
             missing = sorted(operators - load_binding().kernels())
             if missing:
                 raise ExportError(f"no kernel for {missing[0]}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,17 +29,11 @@ from executorch.exir.program._program import _generate_edge_program
 from torch.export import ExportedProgram
 
 
-def to_executorch(
-    programs: Mapping[str, ExportedProgram],
-    inference: bool = False,
-    constant_methods: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[bytes, set[str]]:
+def to_executorch(programs: Mapping[str, ExportedProgram]) -> tuple[bytes, set[str]]:
     """Lower programs of core operators to a file with a method for each.
 
     Args:
         programs: programs by the name of their method.
-        inference: whether weights of linear layers are packed when the file is loaded.
-        constant_methods: texts that further methods return, by their names.
 
     Returns:
         Content of the file, and the names of the operators that XNNPACK does not run.
@@ -59,12 +52,11 @@ def to_executorch(
             name: _generate_edge_program(config, program, preserve_ops=config.preserve_ops)
             for name, program in programs.items()
         },
-        constant_methods=dict(constant_methods),
         compile_config=config,
     )
     edge = edge.transform([RemoveCloneOpsTransform(preserve_input_output_copies=True)])
     with _few_passes():
-        edge = edge.to_backend(_partitioner(inference))
+        edge = edge.to_backend(_partitioner())
     # inputs are read where they are, instead of being copied into planned memory
     planning = MemoryPlanningPass(alloc_graph_input=False)
     lowered = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
@@ -76,12 +68,12 @@ def to_executorch(
     return lowered.buffer, operators
 
 
-def _partitioner(inference: bool) -> Any:
+def _partitioner() -> Any:
     """XNNPACK's partitioner, extended by slices and products that XNNPACK can run.
 
-    In training graphs weights of linear layers are inputs of the delegate even if they are
-    constant: then they are stored once, instead of once per method, forward and backward. Packing
-    them in each call takes little time beside the product of a batch.
+    Weights of linear layers are inputs of the delegate even if they are constant: then they are
+    stored once, instead of once per method, forward and backward. Packing them in each call takes
+    little time beside the product of a batch.
     """
 
     class AnySlice(SliceCopyConfig):  # type: ignore[misc]
@@ -101,9 +93,7 @@ def _partitioner(inference: bool) -> Any:
 
     own = {SliceCopyConfig: AnySlice, ConvolutionConfig: ConstantConvolution}
     configs = [own.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
-    return XnnpackPartitioner(
-        configs=configs, force_non_static_weights_for_f32_linear=not inference
-    )
+    return XnnpackPartitioner(configs=configs, force_non_static_weights_for_f32_linear=True)
 
 
 @contextmanager

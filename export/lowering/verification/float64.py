@@ -21,7 +21,7 @@ from export.torch_internals import OperatorMode, map_leaves, schema
 
 aten = torch.ops.aten
 
-LARGE = 32 * 2**20
+_CHUNK = 32 * 2**20
 """Largest number of bytes of a float32 tensor that is converted at once."""
 
 
@@ -133,14 +133,14 @@ def _check_mutation(function: Any, args: tuple[Any, ...]) -> None:
 def _mm(a: Tensor, b: Tensor) -> Tensor | None:
     """A product with a large float32 factor, which is converted in parts."""
     if _is_large(b):
-        rows = max(1, LARGE // (4 * b.shape[1])) if b.shape[0] > b.shape[1] else 0
+        rows = max(1, _CHUNK // (4 * b.shape[1])) if b.shape[0] > b.shape[1] else 0
         if rows:  # sum over parts of the inner dimension
             total: Tensor | None = None
             for part, factor in zip(torch.split(a, rows, 1), torch.split(b, rows, 0), strict=True):
                 product = _widened(part) @ factor.double()
                 total = product if total is None else total.add_(product)
             return total
-        columns = max(1, LARGE // (4 * b.shape[0]))
+        columns = max(1, _CHUNK // (4 * b.shape[0]))
         wide = _widened(a)
         return torch.cat([wide @ part.double() for part in torch.split(b, columns, 1)], 1)
     if _is_large(a):
@@ -161,7 +161,7 @@ def _embedding(table: Tensor, rows: Tensor, *_: Any, **__: Any) -> Tensor | None
 
 
 def _is_large(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.nbytes > LARGE
+    return tensor.dtype is torch.float32 and tensor.nbytes > _CHUNK
 
 
 _BY_PARTS: dict[Any, Callable[..., Tensor | None]] = {
