@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import ExportedProgram
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.protocol.tensors import Array
@@ -61,7 +61,7 @@ def write_executorch(
     check_installed()
     with silenced():
         try:
-            data = _lowered(graph, signature, example, metadata, graph.dual)
+            data = _lowered(graph.program(signature, example), metadata)
         except Exception as error:  # passes of ExecuTorch raise errors of any class
             raise ExportError(
                 f"ExecuTorch cannot lower the model ({reason(error)}); write --format onnx"
@@ -99,7 +99,7 @@ def write_quantized(
     with silenced():
         quantized = _quantized(module, bits)
         try:
-            data = _lowered(quantized, signature, example, metadata)
+            data = _lowered(InferenceGraph(quantized, {}).program(signature, example), metadata)
         except Exception as error:  # passes of ExecuTorch raise errors of any class
             raise ExportError(
                 f"ExecuTorch cannot lower the model with {bits}-bit weights ({reason(error)}); "
@@ -155,23 +155,10 @@ def _as_linear(module: nn.Module) -> None:
                 setattr(parent, name, layer.eval().requires_grad_(False))
 
 
-def _lowered(
-    module: nn.Module, signature: Signature, example: Tensor, metadata: str, dual: bool = False
-) -> bytes:
+def _lowered(program: ExportedProgram, metadata: str) -> bytes:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    largest = signature.limits
-    dims = {
-        axis: Dim(size, max=max(largest[size], 2))
-        for axis, size in enumerate(signature.x.shape)
-        if isinstance(size, str) and largest[size] > 1
-    }
-    sizes = [largest[n] if isinstance(n, str) else n for n in signature.x.shape]
-    x = _sized(example, sizes)
-    inputs = (x, torch.tensor(0.5)) if dual else (x,)
-    shapes = (dims, {}) if dual else (dims,)
-    program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     lowered = to_edge_transform_and_lower(
         program,
         partitioner=[XnnpackPartitioner()],
@@ -190,15 +177,6 @@ def _lowered(
         raise ExportError(f"there is no kernel for {missing[0]}")
     data: bytes = lowered.buffer
     return data
-
-
-def _sized(example: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The example repeated and cut to some sizes."""
-    x = example
-    for axis, size in enumerate(sizes):
-        times = -(-size // x.shape[axis])
-        x = torch.cat([x] * times, axis).narrow(axis, 0, size)
-    return x.contiguous()
 
 
 def open_executorch(data: bytes, names: Sequence[str], inputs: Sequence[str]) -> Run:

@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
+from edge_sdk.bundle.manifest import Port
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import TensorSpec
 from export.bases.dual_norms import has_dual_norms, robustness
 from export.bases.vmapped import over_bases
 from export.cutting.split_model import NoHead, SplitModel, answer
 from export.errors import ExportError
+from export.lowering.trace import trace
+from export.steps.client_steps import ROBUSTNESS
 from export.steps.compact_weights import (
     Compact,
     constants_of,
@@ -28,7 +32,7 @@ from export.steps.compact_weights import (
     quantize,
     restored,
 )
-from export.steps.step import Tensors
+from export.steps.step import Step, Tensors
 
 HEAD = "head"
 """Name of the model's own head. Auxiliary heads are called ``aux.DEPTH``."""
@@ -132,14 +136,55 @@ class InferenceGraph(nn.Module):
         self.names = module.names
         self.eval()
 
+    def program(self, signature: Signature, example: Tensor) -> ExportedProgram:
+        """The graph as torch's exporters take it, for any batch and length within the limits.
+
+        Args:
+            signature: inputs.
+            example: inputs (batch, ...), at least 2 rows.
+
+        Raises:
+            Exception: torch cannot trace the model.
+        """
+        if self._parts["mixed"]:
+            # torch.export has no rules for functions that bring their own rule for vmap
+            return trace(self._step(signature))
+        dims = {
+            axis: Dim(name, max=signature.limits[name]) if name in signature.limits else Dim(name)
+            for axis, name in enumerate(signature.x.shape)
+            if isinstance(name, str) and signature.limits.get(name) != 1
+        }
+        largest = {axis: signature.limits[str(signature.x.shape[axis])] for axis in dims
+                   if str(signature.x.shape[axis]) in signature.limits}  # fmt: skip
+        sizes = [largest.get(axis, size) for axis, size in enumerate(example.shape)]
+        for axis, name in enumerate(signature.x.shape):
+            if signature.limits.get(str(name)) == 1:
+                sizes[axis] = 1
+        inputs = (_sized(example, sizes), *([torch.tensor(0.5)] if self.dual else []))
+        shapes = (dims, *([{}] if self.dual else []))
+        return torch.export.export(self, inputs, dynamic_shapes=shapes, strict=False)
+
+    def _step(self, signature: Signature) -> Step:
+        """The graph as a step: a function of named tensors."""
+        names = dict(zip(self._buffers_of.values(), self._buffers_of, strict=True))
+
+        def function(constants: Tensors, given: Tensors) -> Tensors:
+            held = {names[buffer]: tensor for buffer, tensor in constants.items()}
+            logits = self._logits(held, given["x"], given.get("robustness"))
+            return dict(zip(self.names, logits, strict=True))
+
+        inputs = (Port(signature.x, "batch"), *([ROBUSTNESS] if self.dual else []))
+        outputs = (Port(TensorSpec(n, "float32", ()), "result") for n in self.names)
+        held = dict(self.named_buffers())
+        return Step("forward", function, inputs, tuple(outputs), held, dict(signature.limits))
+
     def forward(self, x: Tensor, robust: Tensor | None = None) -> tuple[Tensor, ...]:
         """Logits of each head: (batch, classes), or (batch, positions, vocabulary)."""
-        module, held = self._parts["module"], {n: getattr(self, b) for n, b in
-                                               self._buffers_of.items()}  # fmt: skip
-        with (
-            restored(held, self._parts["compact"]) as values,
-            robustness(0 if robust is None else robust),
-        ):
+        return self._logits({n: getattr(self, b) for n, b in self._buffers_of.items()}, x, robust)
+
+    def _logits(self, held: Tensors, x: Tensor, robust: Tensor | None) -> tuple[Tensor, ...]:
+        module, compact = self._parts["module"], self._parts["compact"]
+        with restored(held, compact) as values, robustness(0 if robust is None else robust):
             if not self._parts["mixed"]:
                 return _call(module, values, x)
             each = over_bases(lambda own: _call(module, own, x), values)
@@ -159,6 +204,15 @@ class InferenceGraph(nn.Module):
             return [tensors]
         count = len(next(iter(tensors.values())))
         return [{n: t[base] for n, t in tensors.items()} for base in range(count)]
+
+
+def _sized(example: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The example repeated and cut to some sizes."""
+    x = example
+    for axis, size in enumerate(sizes):
+        times = -(-size // x.shape[axis])
+        x = torch.cat([x] * times, axis).narrow(axis, 0, size)
+    return x.contiguous()
 
 
 def _buffer_name(name: str) -> str:

@@ -9,7 +9,6 @@ import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
-from torch.export import Dim
 
 from edge_sdk.bundle.store import write_atomically
 from edge_sdk.files import naming
@@ -51,20 +50,17 @@ def write_onnx(
         OSError: the file cannot be written.
     """
     size = sum(tensor.nbytes for tensor in graph.buffers())
-    inputs = (example, *([torch.tensor(0.5)] if graph.dual else []))
-    dims = {axis: Dim(size) for axis, size in enumerate(signature.x.shape) if isinstance(size, str)}
     with silenced(), naming(path):
         try:
             torch.onnx.export(
-                graph,
-                inputs,
+                graph.program(signature, example),
+                (),
                 path,
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
                 input_names=["x", *(["robustness"] if graph.dual else [])],
                 output_names=graph.names,
-                dynamic_shapes=(dims, *([{}] if graph.dual else [])),
                 external_data=size > LARGEST_FILE,
             )
         except OSError:
