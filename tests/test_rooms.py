@@ -30,7 +30,7 @@ LEVELS: dict[str, tuple[set[str], ...]] = {
         {"steps"},
         {"lowering"},
         {"bundles"},
-        {"planning"},
+        {"formats", "planning"},
         {"cli"},
     ),
     "server_hub": (

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from edge_sdk.inference.mixture import Mixture
-from server_hub.cli.mix import bundle_bases
+from export.formats.ship import Choice, ship
 from server_hub.demo.demo_mixtures import ROBUSTNESS, MixtureDemo
 from server_hub.demo.runner import run_demo
+from server_hub.storage.trained_run import TrainedRun
 
 pytestmark = pytest.mark.slow
 
@@ -32,5 +33,7 @@ def test_bases_are_trained_by_processes_and_mixed_on_a_device(tmp_path: Path) ->
     assert result["choices"]["the same phone at 15 %"]["bases"] == 1
     assert result["choices"]["a camera in the rain"]["robustness"] == 0.5
     assert "*Attacked*: adversarial examples" in (folder / "report.md").read_text("utf-8")
-    bundle_bases(folder, folder / "bundles", tmp_path / "mixed")
-    assert len(Mixture.open(tmp_path / "mixed", "large").held) == 8
+    trained = TrainedRun.read(folder).trained(None, None, None, whole=True)
+    card = ship(trained, Choice(["bundles", "onnx"], max_loss=1), tmp_path / "shipped")
+    assert card.files[1].scores["aux.3"] == pytest.approx(rows[1, 0.0]["clean_accuracy"], abs=0.3)
+    assert len(Mixture.open(tmp_path / "shipped" / "bundles", "large").held) == 8

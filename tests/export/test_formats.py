@@ -285,7 +285,9 @@ def executed(path: Path, x: Tensor) -> tuple[list[Array], dict[str, Any]]:
     about = program.load_method("cutlayer")
     assert method is not None
     assert about is not None
-    return [t.numpy().copy() for t in method.execute([x.contiguous()])], json.loads(about.execute([])[0])
+    return [t.numpy().copy() for t in method.execute([x.contiguous()])], json.loads(
+        about.execute([])[0]
+    )
 
 
 @pytest.mark.parametrize(
