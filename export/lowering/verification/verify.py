@@ -27,7 +27,7 @@ from export.lowering.verification.compare import (
 )
 from export.lowering.verification.draws import Source, draw_inputs
 from export.lowering.verification.float64 import Eager, Float64
-from export.lowering.verification.traced import TracedGraph, widened
+from export.lowering.verification.traced import Outputs, TracedGraph, widened
 from export.steps.client_steps import ClientSteps
 from export.steps.step import Step, Tensors
 from export.tensor_names import layer_of
@@ -83,6 +83,9 @@ class Verifier:
     steps: ClientSteps
     source: Source
     report: Report = field(default_factory=Report)
+    _drawn: dict[tuple[str, int, int | None, int], Tensors] = field(
+        default_factory=dict, repr=False
+    )
 
     def verify(self, step: Step, program: ExportedProgram, open_runtime: OpenRuntime) -> None:
         """Verify one graph.
@@ -98,10 +101,11 @@ class Verifier:
         """
         graph = TracedGraph(step, program)
         self.report.graphs += 1
+        self._drawn.clear()
         draws = []
         for number, (rows, length) in enumerate(self.shapes(step)):
-            seed = self._clear_of_kinks(step, graph, rows, length, number)
-            draw = self.mathematics(step, graph, rows, length, seed)
+            seed, wide = self._clear_of_kinks(step, graph, rows, length, number)
+            draw = self.mathematics(step, graph, rows, length, seed, wide)
             if draw is not None:
                 draws.append(draw)
         for threads in _THREADS:
@@ -124,9 +128,23 @@ class Verifier:
             yield rows, max(min(length, most, longest), 1)
 
     def mathematics(
-        self, step: Step, graph: TracedGraph, rows: int, length: int | None, seed: int
+        self,
+        step: Step,
+        graph: TracedGraph,
+        rows: int,
+        length: int | None,
+        seed: int,
+        wide: Outputs | None = None,
     ) -> Draw | None:
         """Compare the traced graph in float64 with the step's reference.
+
+        Args:
+            step: step of the graph.
+            graph: its traced graph.
+            rows: number of rows.
+            length: number of positions of texts; None for other inputs.
+            seed: seed of the draw.
+            wide: outputs of the graph in float64 for this draw; None to run it.
 
         Returns:
             The draw with the outputs of the traced graph; None if the model itself refuses the
@@ -135,7 +153,7 @@ class Verifier:
         Raises:
             ExportError: the graph fails or differs.
         """
-        given = draw_inputs(self.steps, step, self.source, rows, length, seed)
+        given = self._inputs(step, rows, length, seed)
         place = _place(rows, length, seed)
         assert step.reference is not None
         try:
@@ -147,7 +165,7 @@ class Verifier:
             raise
         want = {name: t.detach().double() for name, t in want.items()}
         try:
-            wide = graph.run(given, wide=True)
+            wide = graph.run(given, wide=True) if wide is None else wide
         except Exception as error:  # operators raise errors of any class
             raise ExportError(
                 f"the graph {step.name!r} fails for {place} ({reason(error)}); nothing was written"
@@ -162,18 +180,32 @@ class Verifier:
 
     def _clear_of_kinks(
         self, step: Step, graph: TracedGraph, rows: int, length: int | None, number: int
-    ) -> int:
-        """Seed of a draw with few values near a kink, before a runtime is asked."""
-        seeds = range(number, number + 100 * _CANDIDATES, 100)
-        best, fewest = seeds[0], -1
-        for seed in seeds:
-            given = draw_inputs(self.steps, step, self.source, rows, length, seed)
-            found = graph.near_kinks(given)
+    ) -> tuple[int, Outputs | None]:
+        """A draw with few values near a kink, before a runtime is asked.
+
+        Returns:
+            Its seed, and the outputs of the graph in float64 if they are known.
+        """
+        if not graph.has_kinks:
+            return number, None
+        best, fewest = number, -1
+        for seed in range(number, number + 100 * _CANDIDATES, 100):
+            wide, found = graph.run_counting(self._inputs(step, rows, length, seed))
+            if not found:
+                return seed, wide
+            del wide  # a state in float64
             if fewest < 0 or found < fewest:
                 best, fewest = seed, found
-            if not fewest:
-                break
-        return best
+        return best, None
+
+    def _inputs(self, step: Step, rows: int, length: int | None, seed: int) -> Tensors:
+        """Inputs of a draw. Labels are answers of the model, and so everything but the state is
+        kept for the next time."""
+        known = self._drawn.get((step.name, rows, length, seed), {})
+        given = draw_inputs(self.steps, step, self.source, rows, length, seed, known)
+        own = {p.spec.name for p in step.inputs if p.role not in ("state", "bases")}
+        self._drawn[step.name, rows, length, seed] = {n: t for n, t in given.items() if n in own}
+        return given
 
     def _rounding(
         self, step: Step, graph: TracedGraph, draw: Draw, runtime: Runtime, threads: int
@@ -181,7 +213,7 @@ class Verifier:
         """Compare the runtime with the traced graph; repeat a draw with kinks at most twice."""
         for again in range(REDRAWS + 1):
             place = f"{_place(draw.rows, draw.length, draw.seed)}, {threads} threads"
-            given = draw_inputs(self.steps, step, self.source, draw.rows, draw.length, draw.seed)
+            given = self._inputs(step, draw.rows, draw.length, draw.seed)
             try:
                 got = run_on(runtime, step, given)
             except Exception as error:  # runtimes raise errors of any class
