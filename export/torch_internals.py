@@ -260,10 +260,15 @@ def schema(operator: Any) -> torch.FunctionSchema:
     return found
 
 
+def is_operator(target: object) -> bool:
+    """Whether the target of a node is an operator of torch."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
 def operators(graph: fx.Graph) -> Iterator[Any]:
     """The operators of a graph."""
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload):
+        if is_operator(node.target):
             yield node.target
 
 
