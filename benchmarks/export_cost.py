@@ -1,12 +1,12 @@
 """Seconds and peak memory of an export, by stage.
 
-    python -m benchmarks.export_cost [--case NAME]... [--no-verify] [--json FILE]
+    python -m benchmarks.export_cost [--case NAME]... [--no-verify] [--cache DIR] [--json FILE]
 
 Each case is exported in a process of its own, with returned gradients, from random weights; with
 LoRA of rank 8, or fully trained with SGD. Memory is resident memory, memory-mapped files included;
 the kernel's own mark of the peak is read and reset wherever a stage begins or ends, so a peak is
 that of the stage alone. Linux only. A stage that runs inside another is not counted in the outer
-one.
+one. With ``--cache``, a case that is run again shows what a second export costs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ STAGES = {
     "constants": [("export.bundles.writer", "store_constants")],
     "trace": [("export.lowering.onnx", "traced")],
     "lower": [("export.bundles.writer", "lower")],
-    "verify": [("export.lowering.verification.verify.Verifier", "verify")],
+    "verify": [
+        ("export.lowering.verification.verify.Verifier", name) for name in ("verify", "holds")
+    ],
     "save": [("export.cutting.split_model.SplitModel", "save")],
 }
 """Functions whose calls make up each stage, as module (or class) and name."""
@@ -79,6 +81,7 @@ class Row:
         case: name of the case.
         verified: whether the graphs were compared with eager PyTorch.
         commit: commit of the code that ran.
+        cached: whether an equal export was in the cache.
         model_mb: size of the model's tensors, in 10^6 bytes.
         segment_mb: size of the client segment's tensors, heads included.
         seconds: seconds by stage, and in all.
@@ -89,6 +92,7 @@ class Row:
     case: str
     verified: bool
     commit: str
+    cached: bool = False
     model_mb: float = 0.0
     segment_mb: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -157,12 +161,13 @@ def _take_peak_mb() -> float:
     return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
 
 
-def measure(case: str, verified: bool) -> Row:
-    """Export a case in this process."""
+def measure(case: str, verified: bool, cache: Path | None) -> Row:
+    """Export a case in this process, with a cache in a folder if one is given."""
     from export.adapters_lora.lora import Lora
     from export.bundles import model_source, writer
     from export.bundles.tier_table import TiersConfig, TierTable
     from export.cutting.split_model import ClientSegment
+    from export.lowering.export_cache import ExportCache
 
     stages = Stages()
     for name, functions in STAGES.items():
@@ -170,6 +175,8 @@ def measure(case: str, verified: bool) -> Row:
             stages.watch(name, owner, function)
     config, cut, rank = CASES[case]
     began = time.perf_counter()
+    entries = None if cache is None else ExportCache(cache)
+    before = set() if entries is None else set(entries.folder.glob("*"))
     row = Row(case, verified, _commit())
     with tempfile.TemporaryDirectory(dir=".") as folder:
         source = Path(folder) / "config.json"
@@ -184,11 +191,13 @@ def measure(case: str, verified: bool) -> Row:
             example=example,
             classes=classes,
             verified=verified,
+            cache=entries,
             progress=lambda line: print(f"{time.perf_counter() - began:.0f} s: {line}", flush=True),
         )
         row.model_mb = sum(t.nbytes for t in model.tensors().values()) / 1e6
         row.segment_mb = sum(p.nbytes for p in ClientSegment(model, cut).parameters()) / 1e6
     stages.settle()
+    row.cached = bool(before) and entries is not None and before == set(entries.folder.glob("*"))
     row.seconds = {"all": time.perf_counter() - began, **stages.seconds}
     row.cpu_s = {"all": sum(stages.cpu_s.values()), **stages.cpu_s}
     row.peak_mb = {"all": max(stages.peak_mb.values()), **stages.peak_mb}
@@ -223,6 +232,9 @@ def table(rows: list[Row]) -> Table:
 def main(
     case: Annotated[list[str], typer.Option(help="Cases to run; all if not given.")] = [],  # noqa: B006
     verify: Annotated[bool, typer.Option(help="Compare the graphs with eager PyTorch.")] = True,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of a cache of exports; without one nothing is kept.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="JSON file to add the rows to.")
     ] = None,
@@ -232,7 +244,7 @@ def main(
 ) -> None:
     """Measure every case in a process of its own."""
     if alone is not None:
-        alone.write_text(json.dumps(asdict(measure(case[0], verify))))
+        alone.write_text(json.dumps(asdict(measure(case[0], verify, cache))))
         return
     rows = []
     for name in case or CASES:
@@ -240,6 +252,7 @@ def main(
             answer = Path(folder) / "row.json"
             command = [sys.executable, "-m", "benchmarks.export_cost", "--case", name]
             command += ["--verify" if verify else "--no-verify", "--alone", str(answer)]
+            command += [] if cache is None else ["--cache", str(cache)]
             subprocess.run(command, check=True)
             rows.append(Row(**json.loads(answer.read_text())))
     Console(highlight=False).print(table(rows).rich())

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from export.cutting.pretrained.models import from_transformers
     from export.cutting.split_model import SplitModel
     from export.errors import ExportError
+    from export.lowering.export_cache import ExportCache
 
 __all__ = [
     "BundleIndex",
+    "ExportCache",
     "ExportError",
     "SplitModel",
     "Tier",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ExportCache": "export.lowering.export_cache",
     "ExportError": "export.errors",
     "SplitModel": "export.cutting.split_model",
     "BundleIndex": "edge_sdk.bundle.index",

@@ -9,10 +9,12 @@ it. The private parts of the ONNX exporter are in :mod:`export.lowering.onnx_int
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -157,7 +159,7 @@ class SymbolicSizes:
     def tracing(self) -> Iterator[None]:
         """A context in which :func:`trace_graph` traces without data, for all sizes at once."""
         mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
-        with _dispatching(mode):
+        with remembered_sizes(self._shapes), _without_metadata(), _dispatching(mode):
             yield
 
     @property
@@ -179,6 +181,80 @@ class SymbolicSizes:
         limits = {self._symbols[n]: ValueRanges(1, most) for n, most in self._largest.items()}
         self._shapes.var_to_range.update(limits)
         return limits
+
+
+_ARITHMETIC = (
+    "add", "sub", "mul", "int_floordiv", "eq", "ne", "lt", "le", "gt", "ge", "sym_max",
+)  # fmt: skip
+"""Operations of two sizes whose result depends on their expressions alone."""
+
+
+@contextmanager
+def remembered_sizes(shapes: Any) -> Iterator[None]:
+    """Let arithmetic with the sizes of an environment be done once.
+
+    torch asks for the layout of every tensor anew, which is 50 times the same arithmetic, in a
+    third of the time of a trace. Each answer is an object of its own, as without this: by these
+    objects, torch knows which sizes a graph computes. Arithmetic that a graph computes itself is
+    left to torch.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.fx.experimental.sym_node import SymNode
+
+    known: dict[Any, Any] = {}
+    numbers: dict[Any, int | None] = {}
+
+    def remembering(name: str, compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def computed(self: Any, other: Any) -> Any:
+            if self.shape_env is not shapes or get_proxy_mode() is not None:
+                return compute(self, other)
+            key = name, *_size(self), *_size(other)
+            found = known.get(key)
+            if found is None:
+                found = known[key] = compute(self, other)
+            alike = SymNode.__new__(SymNode)
+            alike.__dict__.update(found.__dict__)  # copy.copy takes ten times as long
+            return alike
+
+        return computed
+
+    def as_int(self: Any) -> int | None:
+        expression = self.expr
+        if expression not in numbers:
+            numbers[expression] = original_as_int(self)
+        return numbers[expression]
+
+    original_as_int = SymNode.maybe_as_int
+    originals = {name: getattr(SymNode, name) for name in _ARITHMETIC}
+    replaced: dict[str, Any] = {
+        name: remembering(name, compute) for name, compute in originals.items()
+    }
+    with patch.multiple(SymNode, **replaced, maybe_as_int=as_int):
+        yield
+
+
+def _size(node: Any) -> tuple[Any, ...]:
+    """What the result of an operation on a size depends on."""
+    return node.expr, node.pytype, node.hint, node._optimized_summation
+
+
+@contextmanager
+def _without_metadata() -> Iterator[None]:
+    """Leave out the second description of each result, which nothing reads: ``val`` has it all."""
+    with patch("torch.fx.experimental.proxy_tensor._extract_tensor_metadata", lambda value: None):
+        yield
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Put garbage collections off: a trace makes millions of objects, and most of them last."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def always_true(condition: bool | torch.SymBool) -> bool:
@@ -260,10 +336,15 @@ def schema(operator: Any) -> torch.FunctionSchema:
     return found
 
 
+def is_operator(target: object) -> bool:
+    """Whether the target of a node is an operator of torch."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
 def operators(graph: fx.Graph) -> Iterator[Any]:
     """The operators of a graph."""
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload):
+        if is_operator(node.target):
             yield node.target
 
 

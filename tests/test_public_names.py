@@ -38,6 +38,7 @@ PUBLIC = {
     ],
     "export": [
         "BundleIndex",
+        "ExportCache",
         "ExportError",
         "SplitModel",
         "Tier",

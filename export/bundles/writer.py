@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,10 +37,12 @@ from export.cutting.input_ranges import InputRanges, check_classes, find_ranges
 from export.cutting.split_model import WEIGHTS, ClientSegment, SplitModel, modes_kept
 from export.errors import ExportError
 from export.lowering.culprit import find_culprit
+from export.lowering.export_cache import ExportCache
 from export.lowering.graph_files import GraphFiles, RuntimeName, lower
 from export.lowering.onnx import Place
 from export.lowering.trace import trace
 from export.lowering.verification.draws import Like, Rows
+from export.lowering.verification.records import Verified
 from export.lowering.verification.verify import Report, Verifier
 from export.out_folder import check_out, folder_for, put
 from export.packing.codecs import get_codec
@@ -120,6 +123,7 @@ def export_bundles(
     data: Examples | None = None,
     report: Report | None = None,
     bases: WholeBases | None = None,
+    cache: ExportCache | None = None,
     progress: Progress = lambda line: None,
 ) -> BundleIndex:
     """Export one bundle per tier, with an auxiliary head at every tier's cut.
@@ -151,6 +155,8 @@ def export_bundles(
         report: counts what was verified.
         bases: base networks to export. ``model`` is then ``bases.hub``, and tiers that are cut
             behind its last block get ``bases.whole``.
+        cache: what earlier exports have lowered and verified, such as ``ExportCache.of_user()``;
+            None to do everything anew. It changes no byte of a bundle.
         progress: receives a line per stage of the export.
 
     Returns:
@@ -211,6 +217,7 @@ def export_bundles(
                     verified=verified,
                     data=rows,
                     report=report,
+                    cache=cache,
                 )
             manifest = replace(written[tier], tier=name)
             if int8 is not None and tier.precision == "int8":
@@ -304,6 +311,7 @@ def write_tier(
     verified: bool = True,
     data: Examples | None = None,
     report: Report | None = None,
+    cache: ExportCache | None = None,
 ) -> Manifest:
     """Lower the steps of a tier, verify every graph and write the blobs.
 
@@ -319,6 +327,7 @@ def write_tier(
         data: labelled examples on which graphs are verified, in the dtypes of the graphs; None for
             random inputs like ``example``.
         report: counts what was verified.
+        cache: what was lowered and verified before; None to do everything anew.
 
     Returns:
         Manifest of the bundle, not signed.
@@ -340,7 +349,7 @@ def write_tier(
     outside = {n: steps.constants[n] for n in constants.places}
     progress(f"{name}: cut {tier.cut}, {tier.runtime}")
     found = all_steps(steps)
-    lowered = [_lower(steps, found, tier, constants.places, example)]
+    lowered = [_lower(steps, found, tier, constants.places, example, cache)]
     if tier.precision == "int8":
         progress(f"{name}: cut {tier.cut}, {INT8}")
         int8 = predict_int8(steps, quantize_matrices(steps, tier.runtime))
@@ -352,7 +361,7 @@ def write_tier(
         outside |= replaced
         constants = constants.joined(held)
         sizes |= held.sizes
-        lowered.append(lower(tier.runtime, [int8], constants.places))
+        lowered.append(lower(tier.runtime, [int8], constants.places, cache))
     files = {graph: file for part in lowered for graph, file in part.files.items()}
     refers = {graph: names for part in lowered for graph, names in part.constants.items()}
     initial = {n: t.contiguous().numpy() for n, t in steps.initial.items()}
@@ -392,9 +401,17 @@ def write_tier(
 
         source = Like(example) if data is None else Rows.of(data)
         verifier = Verifier(steps, source, Report() if report is None else report)
+        contents = {graph: key for part in lowered for graph, key in part.keys.items()}
         for step in found:
             progress(f"{name}: cut {tier.cut}, checking {step.name} against PyTorch")
-            verifier.verify(step, programs.get(step.name) or trace(step), open_runtime)
+            check = partial(verifier.verify, step, programs.get(step.name) or trace(step))
+            if cache is None or step.name not in contents:
+                check(open_runtime)
+                continue
+            key = verifier.key(step, contents[step.name], manifest)
+            before = cache.get(key)
+            if before is None or not verifier.holds(step, Verified.from_bytes(before)):
+                cache.put(key, check(open_runtime).to_bytes())
     return manifest
 
 
@@ -404,9 +421,10 @@ def _lower(
     tier: Tier,
     places: Mapping[str, Place],
     example: Tensor,
+    cache: ExportCache | None,
 ) -> GraphFiles:
     try:
-        return lower(tier.runtime, found, places)
+        return lower(tier.runtime, found, places, cache)
     except ExportError as error:
         culprit = find_culprit(
             steps.segment, example, lambda step: lower(tier.runtime, [step], {}), error

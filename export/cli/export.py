@@ -48,6 +48,9 @@ def export(
         bool, typer.Option(help="Export int8 even if it loses more than --max-loss.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+    cache: Annotated[
+        bool, typer.Option(help="Reuse what earlier exports have lowered and verified.")
+    ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, progress to stderr.")
     ] = False,
@@ -59,6 +62,7 @@ def export(
     from export.bundles.model_source import build_model
     from export.bundles.quantized import LossCheck
     from export.bundles.writer import export_bundles
+    from export.lowering.export_cache import ExportCache
     from export.lowering.verification.verify import Report
     from export.out_folder import check_out
     from export.planning.planner import Planner
@@ -120,6 +124,7 @@ def export(
             compared=comparisons.__setitem__,
             data=examples,
             report=report,
+            cache=ExportCache.of_user() if cache else None,
             progress=lambda line: status.update(Text(f"exporting {line}")),
         )
     if as_json:

@@ -16,6 +16,7 @@ from export.errors import ExportError, reason
 from export.lowering.onnx_internals import convert_explicitly, to_onnx, untranslated
 from export.lowering.trace import trace
 from export.steps.step import Step
+from export.torch_internals import without_collections
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def lower(step: Step, program: ExportedProgram, places: Mapping[str, Place] | No
             loses. The message continues the name of the module that
             :func:`export.lowering.culprit.find_culprit` finds.
     """
-    with _explained():
+    with _explained(), without_collections():
         translated = to_onnx(program)
         _refer(translated.graph, step, places or {})
         model = ir.to_proto(translated)

@@ -31,6 +31,7 @@ from export.torch_internals import (
     mutates,
     operators,
     trace_graph,
+    without_collections,
     without_onednn,
 )
 
@@ -73,7 +74,7 @@ def trace(step: Step) -> ExportedProgram:
 
     table = decompositions()
     # attention as matrix products: the gradients of fused kernels have no translation
-    with symbolic.tracing(), sdpa_kernel(SDPBackend.MATH), without_onednn():
+    with without_collections(), symbolic.tracing(), sdpa_kernel(SDPBackend.MATH), without_onednn():
         graph = trace_graph(flat, inputs(), table)
         # running statistics and in-place activations
         if any(mutates(node) for node in graph.graph.nodes):

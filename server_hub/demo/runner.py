@@ -22,6 +22,7 @@ from edge_sdk.training.data import Examples
 from export.bundles.model_source import model_of
 from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import WEIGHTS, SplitModel
+from export.lowering.export_cache import ExportCache
 from server_hub.demo.processes import (
     CUTLAYER,
     HubProcess,
@@ -177,6 +178,7 @@ class DemoRun:
                 setup.tiers,
                 self.folder / "bundles",
                 example=torch.from_numpy(setup.example),
+                cache=ExportCache.of_user(),
                 progress=status.update,
                 **setup.export,
             )

@@ -101,7 +101,7 @@ def refusal(model: SplitModel, folder: Path, **changes: Any) -> str:
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Export without graphs, in milliseconds, for tests that do not need them."""
 
-    def nothing(runtime: str, steps: list[Step], places: Any) -> GraphFiles:
+    def nothing(runtime: str, steps: list[Step], *_: Any) -> GraphFiles:
         files = {step.name: step.name.encode() for step in steps}
         return GraphFiles(files, dict.fromkeys(files, ()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -115,7 +116,13 @@ class Rows:
 
 
 def draw_inputs(
-    steps: ClientSteps, step: Step, source: Source, rows: int, length: int | None, seed: int
+    steps: ClientSteps,
+    step: Step,
+    source: Source,
+    rows: int,
+    length: int | None,
+    seed: int,
+    known: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensors:
     """Draw all inputs of a step, in the dtypes of its ports.
 
@@ -130,6 +137,7 @@ def draw_inputs(
         rows: number of rows.
         length: number of positions of texts; None for other inputs.
         seed: seed of the draws.
+        known: inputs of the same draw that are not drawn again: what follows the state.
     """
     generator = torch.Generator().manual_seed(seed)
     x, y = source.draw(steps, rows, length, generator)
@@ -139,6 +147,7 @@ def draw_inputs(
     drawn: Tensors = {"x": x, "max_norm": torch.tensor(bound)}
     if y is not None:
         drawn["y"] = y
+    drawn |= known
     sizes = {"batch": rows} if length is None else {"batch": rows, "seq": length}
     for port in step.inputs:
         name = port.spec.name

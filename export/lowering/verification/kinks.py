@@ -7,7 +7,7 @@ on the traced graph, before a runtime is asked, and a draw with few of them is p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -19,28 +19,40 @@ _NEAR = 1e-6
 """Distance to a kink, as a fraction of the values' root mean square, that rounding may carry."""
 
 
-def near_kinks(module: fx.GraphModule, inputs: list[Tensor]) -> int:
-    """Number of values near a kink in a run of a graph.
+def run_counting(
+    module: fx.GraphModule, inputs: list[Tensor], near: Collection[str]
+) -> tuple[list[Tensor], int]:
+    """Run a graph, and count the values near a kink.
 
     Args:
         module: traced graph.
         inputs: its inputs, in order.
+        near: names of the nodes whose values are counted.
+
+    Returns:
+        The results, and the number of values near a kink.
     """
-    counter = _Counter(module)
-    counter.run(*inputs)
-    return counter.found
+    counter = _Counter(module, near)
+    return list(counter.run(*inputs)), counter.found
 
 
 class _Counter(fx.Interpreter):
     """Runs a graph and counts values near kinks."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, near: Collection[str]) -> None:
         super().__init__(module)
+        self._near = near
+        self._counts = False
         self.found = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, whose values count if it is among those near kinks."""
+        self._counts = n.name in self._near
+        return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator, and count its inputs near a kink."""
-        distance = _DISTANCES.get(target)
+        distance = _DISTANCES.get(target) if self._counts else None
         if distance is not None:
             self.found += _near(distance(*args), args[0])
         return super().call_function(target, args, kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from export.lowering.verification.float64 import Float64
-from export.lowering.verification.kinks import near_kinks
+from export.lowering.verification.kinks import run_counting
 from export.steps.adversarial import GRADIENT
 from export.steps.losses import SCORES
 from export.steps.step import Step, Tensors
@@ -55,31 +55,27 @@ class TracedGraph:
         before = (*map(_before_rounding, results), *hidden.values())
         graph.output_node().args = ((*results, *before),)
         self._module = fx.GraphModule(program.graph_module, graph)
-        self._kinks = self._with_loss()
+        self._near = self._with_loss(results)
 
-    def _with_loss(self) -> fx.GraphModule | None:
-        """The part of the graph whose outputs have kinks; None if there is none.
+    def _with_loss(self, results: tuple[fx.Node, ...]) -> set[str]:
+        """Names of the nodes that outputs with kinks depend on.
 
         The state after a step has them, and so has an attack. Packed activations and logits are
         continuous functions of inputs and state.
         """
         if not any(p.spec.name.startswith(("next/", "x_adv")) for p in self._step.outputs):
-            return None
-        graph = copy.deepcopy(self._module.graph)
-        results = cast(tuple[fx.Node, ...], graph.output_node().args[0])
-        kept = [
-            node
+            return set()
+        return {
+            source.name
             for port, node in zip(self._step.outputs, results, strict=False)
             if port.role != "packed"
-        ]
-        graph.output_node().args = (tuple(kept),)
-        graph.eliminate_dead_code()
-        return fx.GraphModule(self._module, graph)
+            for source in _upstream(node)
+        }
 
     @property
     def has_kinks(self) -> bool:
         """Whether rounding may carry a value over a kink."""
-        return self._kinks is not None
+        return bool(self._near)
 
     def run(self, given: Tensors, *, wide: bool) -> Outputs:
         """Run the graph.
@@ -88,31 +84,37 @@ class TracedGraph:
             given: inputs by name, in the dtypes of their ports.
             wide: whether to compute in float64 (:class:`.float64.Float64`), or in float32.
         """
-        results = self._run(self._module, given, wide)
+        with torch.no_grad():
+            if not wide:
+                return self._named(self._module(*self._arguments(given)))
+            with Float64():
+                return self._named(_widest(self._module(*self._arguments(given))))
+
+    def run_counting(self, given: Tensors) -> tuple[Outputs, int]:
+        """Run the graph in float64, and count values that rounding might carry over a kink.
+
+        Args:
+            given: inputs by name, in the dtypes of their ports.
+        """
+        with torch.no_grad(), Float64():
+            results, found = run_counting(self._module, self._arguments(given), self._near)
+            return self._named(_widest(results)), found
+
+    def _named(self, results: Sequence[Tensor]) -> Outputs:
         names = [port.spec.name for port in self._step.outputs]
         return Outputs(
             dict(zip(names, results, strict=False)),
             dict(zip([*names, *self._hidden], results[len(names) :], strict=True)),
         )
 
-    def near_kinks(self, given: Tensors) -> int:
-        """Number of values that rounding might carry over a kink, with these inputs."""
-        if self._kinks is None:
-            return 0
-        with torch.no_grad(), Float64():
-            return near_kinks(self._kinks, self._arguments(given))
-
-    def _run(self, module: fx.GraphModule, given: Tensors, wide: bool) -> list[Tensor]:
-        arguments = self._arguments(given)
-        with torch.no_grad():
-            if not wide:
-                return list(module(*arguments))
-            with Float64():
-                return [t.double() if t.dtype is torch.float32 else t for t in module(*arguments)]
-
     def _arguments(self, given: Tensors) -> list[Tensor]:
         """Constants and inputs; what is float32 is converted where it is used."""
         return [*self._fixed, *(given[port.spec.name] for port in self._step.inputs)]
+
+
+def _widest(results: Sequence[Tensor]) -> list[Tensor]:
+    """Results with those that only pass a float32 tensor on converted."""
+    return [t.double() if t.dtype is torch.float32 else t for t in results]
 
 
 def widened(tensors: Tensors) -> Tensors:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 from export.errors import ExportError, reason
@@ -27,7 +28,8 @@ from export.lowering.verification.compare import (
 )
 from export.lowering.verification.draws import Source, draw_inputs
 from export.lowering.verification.float64 import Eager, Float64
-from export.lowering.verification.traced import TracedGraph, widened
+from export.lowering.verification.records import Compared, Verified, verification_key
+from export.lowering.verification.traced import Outputs, TracedGraph, widened
 from export.steps.client_steps import ClientSteps
 from export.steps.step import Step, Tensors
 from export.tensor_names import layer_of
@@ -83,8 +85,12 @@ class Verifier:
     steps: ClientSteps
     source: Source
     report: Report = field(default_factory=Report)
+    _drawn: dict[tuple[str, int, int | None, int], Tensors] = field(
+        default_factory=dict, repr=False
+    )
+    _compared: list[Compared] = field(default_factory=list, repr=False)
 
-    def verify(self, step: Step, program: ExportedProgram, open_runtime: OpenRuntime) -> None:
+    def verify(self, step: Step, program: ExportedProgram, open_runtime: OpenRuntime) -> Verified:
         """Verify one graph.
 
         Args:
@@ -92,22 +98,61 @@ class Verifier:
             program: its traced program, from which the graph was lowered.
             open_runtime: opens the runtime of the lowered graph.
 
+        Returns:
+            What it was compared with.
+
         Raises:
             ExportError: the graph fails or differs; the message names the first tensor that
                 differs, and its layer.
         """
         graph = TracedGraph(step, program)
         self.report.graphs += 1
-        draws = []
+        self._drawn.clear()
+        self._compared.clear()
+        redraws, draws = self.report.redraws, []
         for number, (rows, length) in enumerate(self.shapes(step)):
-            seed = self._clear_of_kinks(step, graph, rows, length, number)
-            draw = self.mathematics(step, graph, rows, length, seed)
+            seed, wide = self._clear_of_kinks(step, graph, rows, length, number)
+            draw = self.mathematics(step, graph, rows, length, seed, wide)
             if draw is not None:
                 draws.append(draw)
         for threads in _THREADS:
             runtime = open_runtime(threads)
             for draw in draws:
                 self._rounding(step, graph, draw, runtime, threads)
+        return Verified(tuple(self._compared), self.report.redraws - redraws)
+
+    def holds(self, step: Step, verified: Verified) -> bool:
+        """Whether a graph that was verified would be compared with the same values again.
+
+        The inputs are drawn and the step's reference, the model's own code in eager PyTorch, runs
+        on all of them. If their bits are those of last time, the comparison would be as well, for
+        the same traced graph and the same file.
+
+        Args:
+            step: the graph's step.
+            verified: what an equal graph was compared with.
+        """
+        self._drawn.clear()
+        for before in verified.draws:
+            given = self._inputs(step, before.rows, before.length, before.seed)
+            want = self._reference(step, given, before.rows)
+            if Compared.of(before.rows, before.length, before.seed, given, want) != before:
+                return False
+        self.report.graphs += 1
+        self.report.draws += sum(bool(draw.outputs) for draw in verified.draws)
+        self.report.redraws += verified.redraws
+        return True
+
+    def key(self, step: Step, content: str, manifest: Manifest) -> str:
+        """Key of the verification of a graph in the cache.
+
+        Args:
+            step: the graph's step.
+            content: hash of the traced step, see :func:`export.lowering.content.step_digest`.
+            manifest: manifest of the bundle, from which the runtime opens the graph.
+        """
+        settings = list(self.shapes(step)), self.axes(step), dict(step.verified_at)
+        return verification_key(content, step.name, manifest, settings)
 
     def shapes(self, step: Step) -> Iterator[tuple[int, int | None]]:
         """Batch sizes and lengths: one row, some, and the limit; texts beyond the example's."""
@@ -124,9 +169,23 @@ class Verifier:
             yield rows, max(min(length, most, longest), 1)
 
     def mathematics(
-        self, step: Step, graph: TracedGraph, rows: int, length: int | None, seed: int
+        self,
+        step: Step,
+        graph: TracedGraph,
+        rows: int,
+        length: int | None,
+        seed: int,
+        wide: Outputs | None = None,
     ) -> Draw | None:
         """Compare the traced graph in float64 with the step's reference.
+
+        Args:
+            step: step of the graph.
+            graph: its traced graph.
+            rows: number of rows.
+            length: number of positions of texts; None for other inputs.
+            seed: seed of the draw.
+            wide: outputs of the graph in float64 for this draw; None to run it.
 
         Returns:
             The draw with the outputs of the traced graph; None if the model itself refuses the
@@ -135,19 +194,14 @@ class Verifier:
         Raises:
             ExportError: the graph fails or differs.
         """
-        given = draw_inputs(self.steps, step, self.source, rows, length, seed)
+        given = self._inputs(step, rows, length, seed)
         place = _place(rows, length, seed)
-        assert step.reference is not None
+        want = self._reference(step, given, rows)
+        self._compared.append(Compared.of(rows, length, seed, given, want))
+        if want is None:
+            return None
         try:
-            with Eager(), Float64(), sdpa_kernel(SDPBackend.MATH):
-                want = step.reference(widened(given))
-        except ValueError as error:
-            if rows == 1 and "more than 1 value per channel" in str(error):
-                return None
-            raise
-        want = {name: t.detach().double() for name, t in want.items()}
-        try:
-            wide = graph.run(given, wide=True)
+            wide = graph.run(given, wide=True) if wide is None else wide
         except Exception as error:  # operators raise errors of any class
             raise ExportError(
                 f"the graph {step.name!r} fails for {place} ({reason(error)}); nothing was written"
@@ -158,22 +212,48 @@ class Verifier:
             raise self._differs(step, wrong, place, "in float64")
         del want  # a state in float64
         narrow = graph.run(given, wide=False)
-        return Draw(rows, length, seed, expected(step.outputs, wide, narrow, self._axes(step)))
+        return Draw(rows, length, seed, expected(step.outputs, wide, narrow, self.axes(step)))
+
+    def _reference(self, step: Step, given: Tensors, rows: int) -> Tensors | None:
+        """Outputs of a step in eager PyTorch; None if the model itself refuses the batch."""
+        assert step.reference is not None
+        try:
+            with Eager(), Float64(), sdpa_kernel(SDPBackend.MATH):
+                want = step.reference(widened(given))
+        except ValueError as error:
+            if rows == 1 and "more than 1 value per channel" in str(error):
+                return None
+            raise
+        return {name: t.detach().double() for name, t in want.items()}
 
     def _clear_of_kinks(
         self, step: Step, graph: TracedGraph, rows: int, length: int | None, number: int
-    ) -> int:
-        """Seed of a draw with few values near a kink, before a runtime is asked."""
-        seeds = range(number, number + 100 * _CANDIDATES, 100)
-        best, fewest = seeds[0], -1
-        for seed in seeds:
-            given = draw_inputs(self.steps, step, self.source, rows, length, seed)
-            found = graph.near_kinks(given)
+    ) -> tuple[int, Outputs | None]:
+        """A draw with few values near a kink, before a runtime is asked.
+
+        Returns:
+            Its seed, and the outputs of the graph in float64 if they are known.
+        """
+        if not graph.has_kinks:
+            return number, None
+        best, fewest = number, -1
+        for seed in range(number, number + 100 * _CANDIDATES, 100):
+            wide, found = graph.run_counting(self._inputs(step, rows, length, seed))
+            if not found:
+                return seed, wide
+            del wide  # a state in float64
             if fewest < 0 or found < fewest:
                 best, fewest = seed, found
-            if not fewest:
-                break
-        return best
+        return best, None
+
+    def _inputs(self, step: Step, rows: int, length: int | None, seed: int) -> Tensors:
+        """Inputs of a draw. Labels are answers of the model, and so everything but the state is
+        kept for the next time."""
+        known = self._drawn.get((step.name, rows, length, seed), {})
+        given = draw_inputs(self.steps, step, self.source, rows, length, seed, known)
+        own = {p.spec.name for p in step.inputs if p.role not in ("state", "bases")}
+        self._drawn[step.name, rows, length, seed] = {n: t for n, t in given.items() if n in own}
+        return given
 
     def _rounding(
         self, step: Step, graph: TracedGraph, draw: Draw, runtime: Runtime, threads: int
@@ -181,7 +261,7 @@ class Verifier:
         """Compare the runtime with the traced graph; repeat a draw with kinks at most twice."""
         for again in range(REDRAWS + 1):
             place = f"{_place(draw.rows, draw.length, draw.seed)}, {threads} threads"
-            given = draw_inputs(self.steps, step, self.source, draw.rows, draw.length, draw.seed)
+            given = self._inputs(step, draw.rows, draw.length, draw.seed)
             try:
                 got = run_on(runtime, step, given)
             except Exception as error:  # runtimes raise errors of any class
@@ -201,7 +281,7 @@ class Verifier:
             assert other is not None
             draw = other
 
-    def _axes(self, step: Step) -> dict[str, int]:
+    def axes(self, step: Step) -> dict[str, int]:
         """Axis of the channels of outputs that are no state."""
         axes = {"logits": 1}
         for port in step.outputs:
