@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -41,12 +42,18 @@ MAX_SIZE = 65_536
 """Upper bound of a symbolic dimension for which a step has no limit."""
 
 
-def trace(step: Step) -> ExportedProgram:
+def trace(
+    step: Step, further: Mapping[Any, Callable[..., Any]] = MappingProxyType({})
+) -> ExportedProgram:
     """Trace forward pass, backward pass and update of a step as one graph of core operators.
 
     Only the named dimensions (``batch``, ``seq``) are symbolic, which keeps shape arithmetic out
     of the graph and tracing fast. The step's constants are buffers ``constant_0``,
     ``constant_1``, ... of the program, in their order.
+
+    Args:
+        step: step to trace.
+        further: functions that replace operators beside :func:`decompositions`, by operator.
 
     Raises:
         ExportError: the step needs a fixed size of a symbolic dimension, decides on one, or has
@@ -71,7 +78,7 @@ def trace(step: Step) -> ExportedProgram:
         constants = [torch.empty_like(tensor) for tensor in step.constants.values()]
         return constants + [_empty(port, symbolic.sizes) for port in step.inputs]
 
-    table = decompositions()
+    table = {**decompositions(), **further}
     # attention as matrix products: the gradients of fused kernels have no translation
     with symbolic.tracing(), sdpa_kernel(SDPBackend.MATH), without_onednn():
         graph = trace_graph(flat, inputs(), table)

@@ -29,6 +29,19 @@ def crop(x: Tensor, dim: int, start: int, length: int) -> Tensor:
     return part
 
 
+def shifted(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """``length`` entries of ``x`` from ``start`` on along ``dim``, with zeros outside of ``x``.
+
+    Some of them must be in ``x``, whose size is known.
+    """
+    before, after = -start, start + length - x.shape[dim]
+    if before <= 0 and after <= 0:  # faster than padding by negative widths
+        return crop(x, dim, start, length)
+    widths = [0, 0] * (x.dim() - 1 - dim) + [before, after]
+    moved: Tensor = aten.constant_pad_nd.default(x, widths)
+    return moved
+
+
 def windows(
     x: Tensor, dim: int, kernel: int, stride: int, dilation: int, outputs: int
 ) -> list[Tensor]:
