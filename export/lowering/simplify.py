@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -60,18 +61,15 @@ def _pad_less(node: Node) -> None:
 
     So it is in the gradient of a padding that is not the convolution's own.
     """
-    source, widths = node.args[:2]
-    assert isinstance(source, Node)
-    assert isinstance(widths, list)
+    source, widths = cast(tuple[Node, list[int]], node.args[:2])
     if source.target is not aten.convolution.default or len(source.users) > 1:
         return
-    x, weight, bias, stride, padding, dilation, transposed, *rest = source.args
-    crops = [-n for n in reversed(widths[1::2])]
+    x, weight, bias, stride, padding, dilation, transposed, *rest = cast(Any, source.args)
+    crops = [-n for n in reversed(widths[::2])]
     crops = [0] * (len(padding) - len(crops)) + crops
-    if transposed or any(s != 1 for s in stride) or widths[::2] != widths[1::2]:
-        return
-    if len(crops) == len(padding) and all(0 <= c <= p for c, p in zip(crops, padding, strict=True)):
-        less = [p - c for c, p in zip(crops, padding, strict=True)]
+    less = [p - c for c, p in zip(crops, padding, strict=False)]
+    plain = not transposed and all(s == 1 for s in stride) and len(crops) == len(padding)
+    if plain and widths[::2] == widths[1::2] and min(crops) >= 0 and min(less) >= 0:
         node.target = aten.convolution.default
         node.args = (x, weight, bias, stride, less, dilation, transposed, *rest)
 

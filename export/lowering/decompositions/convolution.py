@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -165,24 +166,32 @@ def _aligned(
         seen = _seen(x, kernel, stride, padding, dilation, out)
         return [(grad_out, window) for window in seen]
     last = len(kernel) - 1
-    step = stride[last]
-    inputs = []
-    for place in places[last]:
-        phase = x if step == 1 else aten.slice.Tensor(x, 1 + len(kernel), place % step, None, step)
-        inputs.append((place // step, phase))
+    inputs = [
+        shifted(
+            _every(x, 2 + last, stride[last], place), 2 + last, place // stride[last], out[last]
+        )
+        for place in places[last]
+    ]
     if last == 0:
-        return [(grad_out, shifted(phase, 2, start, out[0])) for start, phase in inputs]
+        return [(grad_out, seen) for seen in inputs]
+    # rows are contiguous: without the last axis, a shift by rows is fewer, longer copies
+    flat = grad_out.reshape(*grad_out.shape[:2], out[0] * out[1])
     pairs = []
     for place in places[0]:
-        step = stride[0]
-        for start, phase in inputs:
-            rows = phase if step == 1 else aten.slice.Tensor(phase, 2, place % step, None, step)
-            seen = shifted(rows, 3, start, out[1])
-            # rows are contiguous: without the last axis, a shift by rows is fewer, longer copies
-            flat = grad_out.reshape(*grad_out.shape[:2], out[0] * out[1])
-            moved = shifted(flat, 2, -(place // step) * out[1], rows.shape[2] * out[1])
-            pairs.append((moved.reshape(*moved.shape[:2], *seen.shape[2:]), seen))
+        rows = [_every(seen, 2, stride[0], place) for seen in inputs]
+        length = rows[0].shape[2] * out[1]
+        moved = shifted(flat, 2, -(place // stride[0]) * out[1], length)
+        aligned = moved.reshape(*moved.shape[:2], -1, out[1])
+        pairs += [(aligned, seen) for seen in rows]
     return pairs
+
+
+def _every(x: Tensor, dim: int, step: int, place: int) -> Tensor:
+    """The entries along ``dim`` that are a multiple of ``step`` away from ``place``."""
+    if step == 1:
+        return x
+    entries: Tensor = aten.slice.Tensor(x, dim, place % step, sys.maxsize, step)
+    return entries
 
 
 def _overlap(places: list[int], size: int | torch.SymInt, stride: int, outputs: int) -> bool:
