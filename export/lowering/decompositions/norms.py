@@ -264,9 +264,11 @@ def _batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, and mean, reciprocal deviation and biased variance of the batch, each (C)."""
     all_but_channels = [0, *range(2, x.dim())]
-    mean = x.mean(all_but_channels)
+    # not as means: XNNPACK has none over the batch
+    count = _count(x)
+    mean = x.sum(all_but_channels) / count
     centred = x - _per_channel(mean, x)
-    variance = (centred * centred).mean(all_but_channels)
+    variance = (centred * centred).sum(all_but_channels) / count
     rstd = (variance + eps).rsqrt()
     y = centred * _per_channel(rstd if weight is None else rstd * weight, x)
     if bias is not None:

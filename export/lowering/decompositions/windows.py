@@ -71,5 +71,8 @@ def fold(parts: Sequence[Tensor], dim: int, stride: int, dilation: int, size: in
     if stride == 1:
         return sums[0]
     zeros = None if all(s is not None for s in sums) else torch.zeros_like(sums[0])
-    interleaved = torch.stack([zeros if s is None else s for s in sums], dim + 1)  # type: ignore[misc]
-    return crop(interleaved.flatten(dim, dim + 1), dim, 0, size)
+    apart = [(zeros if s is None else s).unsqueeze(dim + 1) for s in sums]  # type: ignore[union-attr]
+    interleaved = torch.cat(apart, dim + 1)
+    shape = sums[0].shape
+    merged = interleaved.reshape(*shape[:dim], length * stride, *shape[dim + 1 :])
+    return crop(merged, dim, 0, size)
