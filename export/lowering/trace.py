@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from torch.export.graph_signature import (
 )
 from torch.func import functionalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import gelu
 
 from edge_sdk.bundle.manifest import Port
 from export.cutting.seeded_random import check_operator
@@ -80,7 +83,7 @@ def trace(
 
     table = {**decompositions(), **further}
     # attention as matrix products: the gradients of fused kernels have no translation
-    with symbolic.tracing(), sdpa_kernel(SDPBackend.MATH), without_onednn():
+    with symbolic.tracing(), sdpa_kernel(SDPBackend.MATH), without_onednn(), _one_gelu():
         graph = trace_graph(flat, inputs(), table)
         # running statistics and in-place activations
         if any(mutates(node) for node in graph.graph.nodes):
@@ -93,6 +96,24 @@ def trace(
     shapes.check_decisions(symbolic.names, largest)
     simplify(graph)
     return _program(graph, step.constants, symbolic.bound())
+
+
+@contextmanager
+def _one_gelu() -> Iterator[None]:
+    """Trace transformers' own formula of GELU with tanh as torch's, whose gradient is shorter.
+
+    Verification compares the graph with the formula.
+    """
+    activations = sys.modules.get("transformers.activations")
+    if activations is None:  # no model can have one
+        yield
+        return
+    formula = activations.NewGELUActivation.forward
+    activations.NewGELUActivation.forward = lambda _, x: gelu(x, approximate="tanh")
+    try:
+        yield
+    finally:
+        activations.NewGELUActivation.forward = formula
 
 
 def _program(
