@@ -83,7 +83,7 @@ def trace(
 
     table = {**decompositions(), **further}
     # attention as matrix products: the gradients of fused kernels have no translation
-    with symbolic.tracing(), sdpa_kernel(SDPBackend.MATH), without_onednn(), _one_gelu():
+    with symbolic.tracing(), sdpa_kernel(SDPBackend.MATH), without_onednn(), one_gelu():
         graph = trace_graph(flat, inputs(), table)
         # running statistics and in-place activations
         if any(mutates(node) for node in graph.graph.nodes):
@@ -99,7 +99,7 @@ def trace(
 
 
 @contextmanager
-def _one_gelu() -> Iterator[None]:
+def one_gelu() -> Iterator[None]:
     """Trace transformers' own formula of GELU with tanh as torch's, whose gradient is shorter.
 
     Verification compares the graph with the formula.

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import GraphModule
+from transformers.activations import NewGELUActivation
 
 from export.lowering.fusions import fuse
 from export.lowering.simplify import simplify
+from export.lowering.trace import one_gelu
 from export.torch_internals import SymbolicSizes, trace_graph
 
 aten = torch.ops.aten
@@ -134,3 +136,16 @@ def test_a_convolution_pads_less(
         assert count(graph, aten.constant_pad_nd.default) == 0
     given = random(seed, 2, 3, 17, 18).double(), random(seed + 1, 2, 3, 3, 2).double()
     torch.testing.assert_close(graph(*given), function(*given), rtol=1e-12, atol=1e-12)
+
+
+def test_gelu_of_transformers() -> None:
+    """While tracing, the formula of transformers is one operator with the same result."""
+    formula = NewGELUActivation.forward
+    x = random(0, 100).double() * 4
+    wanted = NewGELUActivation()(x)
+    with one_gelu():
+        graph = traced(NewGELUActivation(), ("batch", 4))
+        got = NewGELUActivation()(x)
+    assert count(graph, aten.gelu.default) == 1
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    assert NewGELUActivation.forward is formula
