@@ -4,14 +4,19 @@
 
 Times are medians of two kinds of steps that alternate in one process, on the same threads: the
 exported step in the runtime of ``edge_sdk``, and forward, backward, optimizer step and packing in
-eager PyTorch. The memory is the peak of a separate process that only runs the step: one process
-with ``edge_sdk`` and the bundle, one with PyTorch and the model. ExecuTorch's Python binding needs
-torch, so its process has torch too; a phone needs no torch. ``step_mb`` is the peak above the
-memory of the process before it opened the bundle or built the model.
+eager PyTorch. The ratio is the median of five rounds of such steps, and its range is theirs. With
+more than one thread on ONNX Runtime, steps of the same graph on one thread take turns with both,
+and the results must be equal.
+
+The memory is the peak of a separate process that only runs the step: one process with ``edge_sdk``
+and the bundle, one with PyTorch and the model. ExecuTorch's Python binding needs torch, so its
+process has torch too; a phone needs no torch. ``step_mb`` is the peak above the memory of the
+process before it opened the bundle or built the model.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -30,8 +35,11 @@ from rich.console import Console
 from server_hub.reports.files import write_rows
 from server_hub.reports.table import Table
 
-STEPS = 24
-"""Number of timed steps after :data:`WARM_UP`; at least 20 for the median."""
+STEPS = 25
+"""Number of timed steps after :data:`WARM_UP`; at least 20 for the medians of the rounds."""
+
+ROUNDS = 5
+"""Number of rounds into which the steps are divided."""
 
 WARM_UP = 3
 
@@ -51,6 +59,10 @@ class Row:
     """A measurement.
 
     Attributes:
+        ratio: time as a multiple of the eager time.
+        ratio_low: smallest ratio of a round.
+        ratio_high: largest ratio of a round.
+        speedup: time on one thread as a multiple of the time on all; None for one thread.
         overhead: time that the Python runtime adds to the bare call into ONNX Runtime, as a
             fraction of the latter; None for ExecuTorch.
         step_mb: peak memory above that of the imports.
@@ -64,6 +76,9 @@ class Row:
     median_ms: float
     eager_median_ms: float
     ratio: float
+    ratio_low: float
+    ratio_high: float
+    speedup: float | None
     peak_mb: float
     eager_peak_mb: float
     overhead: float | None
@@ -116,7 +131,8 @@ def main(
                 if out is not None:  # after every row, so an interrupted run keeps its rows
                     write_rows(out, [asdict(row) for row in rows])
                 console.print(
-                    f"{name}, {one}: {row.median_ms:.1f} ms, {row.ratio:.2f} x eager, "
+                    f"{name}, {one}: {row.median_ms:.1f} ms, {row.ratio:.2f} x eager "
+                    f"({row.ratio_low:.2f} to {row.ratio_high:.2f}), "
                     f"{row.peak_mb:.0f} of {row.eager_peak_mb:.0f} MB"
                 )
     Console().print(table(rows).rich())
@@ -124,8 +140,8 @@ def main(
 
 def table(rows: list[Row]) -> Table:
     """Return a table with a row per family and runtime."""
-    header = ["family", "runtime", "rows", "ms", "eager ms", "ratio", "MB", "eager MB", "step MB",
-              "eager step MB", "overhead"]  # fmt: skip
+    header = ["family", "runtime", "rows", "ms", "eager ms", "ratio", "range", "speedup", "MB",
+              "eager MB", "step MB", "eager step MB", "overhead"]  # fmt: skip
     cells = [
         [
             r.family,
@@ -134,6 +150,8 @@ def table(rows: list[Row]) -> Table:
             f"{r.median_ms:.1f}",
             f"{r.eager_median_ms:.1f}",
             f"{r.ratio:.2f}",
+            f"{r.ratio_low:.2f}-{r.ratio_high:.2f}",
+            "-" if r.speedup is None else f"{r.speedup:.2f}",
             f"{r.peak_mb:.0f}",
             f"{r.eager_peak_mb:.0f}",
             f"{r.step_mb:.0f}",
@@ -187,23 +205,49 @@ def _time(name: str, runtime: str, folder: str, threads: str, steps: str) -> dic
     torch.set_num_threads(int(threads))
     step, bare = _exported(folder, int(threads), runtime == "onnx")
     eager, _ = _eager(name)
-    times: dict[str, list[float]] = {"exported": [], "bare": [], "eager": []}
+    kinds = {"exported": step, "bare": bare, "eager": eager}
+    if int(threads) > 1 and runtime == "onnx":  # XNNPACK has one thread pool for all programs
+        kinds["alone"], _ = _exported(folder, 1, False)
+        _check_same(*(_exported(folder, n, False)[0]() for n in (1, int(threads))))
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(WARM_UP + int(steps)):
-        for kind, run in (("exported", step), ("bare", bare), ("eager", eager)):
+        for kind, run in kinds.items():
             began = time.perf_counter()
             run()
             if number >= WARM_UP:
                 times[kind].append(time.perf_counter() - began)
     median = {kind: 1000 * statistics.median(values) for kind, values in times.items()}
+    rounds = [
+        statistics.median(times["exported"][part]) / statistics.median(times["eager"][part])
+        for part in _rounds(int(steps))
+    ]
     with np.load(Path(folder) / "batch.npz") as batch:
         rows = len(batch["x"])
     return {
         "batch": rows,
         "median_ms": median["exported"],
         "eager_median_ms": median["eager"],
-        "ratio": median["exported"] / median["eager"],
+        "ratio": statistics.median(rounds),
+        "ratio_low": min(rounds),
+        "ratio_high": max(rounds),
+        "speedup": median["alone"] / median["exported"] if "alone" in median else None,
         "overhead": median["exported"] / median["bare"] - 1 if runtime == "onnx" else None,
     }
+
+
+def _rounds(steps: int) -> list[slice]:
+    """Return the steps of each round."""
+    bounds = [steps * i // ROUNDS for i in range(ROUNDS + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def _check_same(one: dict[str, Any], more: dict[str, Any]) -> None:
+    """Exit unless results of one thread and of more are equal up to rounding."""
+    for name, wanted in one.items():
+        exact = np.asarray(wanted, np.float64)
+        slack = 1.0 if wanted.dtype == np.int8 else 1e-5 * max(np.abs(exact).max(), 1e-30)
+        if np.abs(more[name] - exact).max() > slack:
+            raise SystemExit(f"{name} depends on the number of threads")
 
 
 def _peak(name: str, runtime: str, folder: str, threads: str) -> dict[str, Any]:

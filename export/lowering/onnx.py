@@ -13,6 +13,8 @@ from onnxscript import ir
 from torch.export import ExportedProgram
 
 from export.errors import ExportError, reason
+from export.lowering.decompositions import FORWARD
+from export.lowering.fusions import fuse
 from export.lowering.onnx_internals import convert_explicitly, to_onnx, untranslated
 from export.lowering.trace import trace
 from export.steps.step import Step
@@ -41,7 +43,8 @@ def traced(step: Step) -> ExportedProgram:
         ExportError: the step fixes the batch size, or cannot be traced.
     """
     with _explained():
-        program = trace(step)
+        program = trace(step, FORWARD)
+        fuse(program.graph_module)
         convert_explicitly(program.graph_module)
         return program
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
-from export.torch_internals import without_repetition
+from export.torch_internals import always_true, without_repetition
 
 aten = torch.ops.aten
 
@@ -30,6 +31,10 @@ def simplify(module: GraphModule) -> None:
             module.graph.erase_node(node)
         elif node.target in _SHAPED:
             _infer_one_size(node)
+        elif node.target is aten.select.int:
+            _squeeze(node)
+        elif node.target is aten.constant_pad_nd.default:
+            _pad_less(node)
         elif node.target is aten.sym_numel.default:
             _multiply_sizes(node)
     module.graph.eliminate_dead_code()
@@ -41,6 +46,32 @@ def _infer_one_size(node: Node) -> None:
     shape = [n if isinstance(n, int) else -1 for n in node.meta["val"].shape]
     if shape.count(-1) == 1:
         node.args = (node.args[0], shape)
+
+
+def _squeeze(node: Node) -> None:
+    """Turn the selection of an only entry into a view: ONNX Runtime would copy the tensor."""
+    tensor, dim, _ = node.args
+    assert isinstance(tensor, Node)
+    if always_true(tensor.meta["val"].shape[dim] == 1):
+        node.target, node.args = aten.squeeze.dim, (tensor, dim)
+
+
+def _pad_less(node: Node) -> None:
+    """Let a convolution pad less, instead of cropping what it returns.
+
+    So it is in the gradient of a padding that is not the convolution's own.
+    """
+    source, widths = cast(tuple[Node, list[int]], node.args[:2])
+    if source.target is not aten.convolution.default or len(source.users) > 1:
+        return
+    x, weight, bias, stride, padding, dilation, transposed, *rest = cast(Any, source.args)
+    crops = [-n for n in reversed(widths[::2])]
+    crops = [0] * (len(padding) - len(crops)) + crops
+    less = [p - c for c, p in zip(crops, padding, strict=False)]
+    plain = not transposed and all(s == 1 for s in stride) and len(crops) == len(padding)
+    if plain and widths[::2] == widths[1::2] and min(crops) >= 0 and min(less) >= 0:
+        node.target = aten.convolution.default
+        node.args = (x, weight, bias, stride, less, dilation, transposed, *rest)
 
 
 def _multiply_sizes(node: Node) -> None:

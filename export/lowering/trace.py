@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -17,6 +20,7 @@ from torch.export.graph_signature import (
 )
 from torch.func import functionalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import gelu
 
 from edge_sdk.bundle.manifest import Port
 from export.cutting.seeded_random import check_operator
@@ -42,12 +46,18 @@ MAX_SIZE = 65_536
 """Upper bound of a symbolic dimension for which a step has no limit."""
 
 
-def trace(step: Step) -> ExportedProgram:
+def trace(
+    step: Step, further: Mapping[Any, Callable[..., Any]] = MappingProxyType({})
+) -> ExportedProgram:
     """Trace forward pass, backward pass and update of a step as one graph of core operators.
 
     Only the named dimensions (``batch``, ``seq``) are symbolic, which keeps shape arithmetic out
     of the graph and tracing fast. The step's constants are buffers ``constant_0``,
     ``constant_1``, ... of the program, in their order.
+
+    Args:
+        step: step to trace.
+        further: functions that replace operators beside :func:`decompositions`, by operator.
 
     Raises:
         ExportError: the step needs a fixed size of a symbolic dimension, decides on one, or has
@@ -72,9 +82,10 @@ def trace(step: Step) -> ExportedProgram:
         constants = [torch.empty_like(tensor) for tensor in step.constants.values()]
         return constants + [_empty(port, symbolic.sizes) for port in step.inputs]
 
-    table = decompositions()
+    table = {**decompositions(), **further}
     # attention as matrix products: the gradients of fused kernels have no translation
-    with without_collections(), symbolic.tracing(), sdpa_kernel(SDPBackend.MATH), without_onednn():
+    backend = sdpa_kernel(SDPBackend.MATH)
+    with without_collections(), symbolic.tracing(), backend, without_onednn(), one_gelu():
         graph = trace_graph(flat, inputs(), table)
         # running statistics and in-place activations
         if any(mutates(node) for node in graph.graph.nodes):
@@ -87,6 +98,24 @@ def trace(step: Step) -> ExportedProgram:
     shapes.check_decisions(symbolic.names, largest)
     simplify(graph)
     return _program(graph, step.constants, symbolic.bound())
+
+
+@contextmanager
+def one_gelu() -> Iterator[None]:
+    """Trace transformers' own formula of GELU with tanh as torch's, whose gradient is shorter.
+
+    Verification compares the graph with the formula.
+    """
+    activations = sys.modules.get("transformers.activations")
+    if activations is None:  # no model can have one
+        yield
+        return
+    formula = activations.NewGELUActivation.forward
+    activations.NewGELUActivation.forward = lambda _, x: gelu(x, approximate="tanh")
+    try:
+        yield
+    finally:
+        activations.NewGELUActivation.forward = formula
 
 
 def _program(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,9 +33,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
         log_p_NC, y_N = ctx.saved_tensors
-        classes = torch.arange(log_p_NC.shape[1], device=y_N.device)
-        onehot_NC = (y_N.unsqueeze(1) == classes).to(log_p_NC.dtype)
-        return (log_p_NC.exp() - onehot_NC) * grad_N.unsqueeze(1), None
+        grad_N1 = grad_N.unsqueeze(1)
+        return (log_p_NC.exp() * grad_N1).scatter_add(1, y_N.unsqueeze(1), -grad_N1), None
 
 
 def _cross_entropy(logits_NC: Tensor, y_N: Tensor) -> Tensor:
@@ -99,7 +99,28 @@ def local_loss(logits: Tensor, y: Tensor, distill: float = 0.0) -> Tensor:
 def correct(logits: Tensor, y: Tensor) -> Tensor:
     """Number of labels that the mean of the heads' softmax predicts; see :func:`local_loss`."""
     scores = torch.softmax(logits, -1).mean(0) if len(logits) > 1 else logits[0]
-    return (scores.argmax(-1) == y).to(torch.float32).sum()
+    answers_N = largest(scores.reshape(-1, scores.shape[-1]))
+    return (answers_N == y.reshape(-1)).to(torch.float32).sum()
+
+
+def largest(scores_NC: Tensor) -> Tensor:
+    """Index of the largest score of each row, the first of equal ones.
+
+    ONNX Runtime finds the largest score ten times as fast as its index. So the index is that of the
+    first block with the largest score, and of the score in this block.
+    """
+    classes = scores_NC.shape[1]
+    blocks = next(n for n in range(math.isqrt(classes), 0, -1) if classes % n == 0)
+    if blocks < _BLOCKS:
+        return scores_NC.argmax(1)
+    scores_NBW = scores_NC.reshape(-1, blocks, classes // blocks)
+    block_N = scores_NBW.amax(2).argmax(1)
+    chosen_N1W = block_N.reshape(-1, 1, 1).expand(-1, 1, classes // blocks)
+    return block_N * (classes // blocks) + scores_NBW.gather(1, chosen_N1W).squeeze(1).argmax(1)
+
+
+_BLOCKS = 8
+"""Smallest number of blocks that is worth the further operators."""
 
 
 def reference_loss(

@@ -144,17 +144,19 @@ class AdamW:
         corrections: dict[str, tuple[Tensor, Tensor]] = {}
         for layer in dict.fromkeys(map(layer_of, parameters)):
             steps = new_slots[f"steps/{layer}"] = slots[f"steps/{layer}"] + 1
-            rate = hyper["lr"] / (1 - torch.pow(beta1, steps))
-            corrections[layer] = rate, (1 - torch.pow(beta2, steps)).rsqrt()
+            root = (1 - torch.pow(beta2, steps)).sqrt()
+            corrections[layer] = (
+                hyper["lr"] * root / (1 - torch.pow(beta1, steps)),
+                hyper["eps"] * root,
+            )
         for name, p in parameters.items():
-            rate, root = corrections[layer_of(name)]
+            rate, eps = corrections[layer_of(name)]
             g = gradients[name]
             m = beta1 * slots[f"mean/{name}"] + (1 - beta1) * g
-            v = beta2 * slots[f"square/{name}"] + (1 - beta2) * g * g
+            v = beta2 * slots[f"square/{name}"] + (1 - beta2) * (g * g)
             # scalars are combined first: every product with a tensor is a pass over its values
-            deviation = v.sqrt() * root + hyper["eps"]
             kept = p * decay if name in decayed else p
-            new_parameters[name] = kept - (m / deviation) * rate
+            new_parameters[name] = kept - m / (v.sqrt() + eps) * rate
             new_slots[f"mean/{name}"] = m
             new_slots[f"square/{name}"] = v
         return new_parameters, new_slots

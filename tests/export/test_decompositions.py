@@ -59,7 +59,7 @@ def convs(draw: st.DrawFn) -> Conv:
     conv = Conv(
         batch=draw(st.integers(1, 3)),
         groups=draw(st.integers(1, 3)),
-        in_per_group=draw(st.integers(1, 3)),
+        in_per_group=draw(st.sampled_from([1, 2, 3, 17])),  # few, or a product for each position
         out_per_group=draw(st.integers(1, 3)),
         size=each(1, 7),
         kernel=each(1, 3),
@@ -97,6 +97,9 @@ def assert_close(got: Tensor | None, want: Tensor, what: str) -> None:
 @example(one(2, 1, 2, dims=2, kernel=1, padding=2))  # padding beyond the kernel's reach, stride 1
 @example(one(1, 2, 2, dims=1, kernel=2, padding=4, dilation=2))
 @example(one(2, 1, 2, dims=2, size=7, kernel=2, stride=3))  # the last columns are never read
+@example(one(2, 1, 17, dims=2))
+@example(one(1, 1, 17, dims=2, size=1, dilation=2, padding=2))  # positions that see padding only
+@example(one(2, 5, 1, dims=2, size=7, stride=2, padding=0))
 def test_convolution_backward(conv: Conv) -> None:
     """All three gradients equal those of autograd through the eager convolution."""
     generator = torch.Generator().manual_seed(conv.seed)
@@ -194,6 +197,9 @@ def test_group_norm_and_its_backward(norm: Norm) -> None:
     )
     assert_close(got_y, y.detach(), "output")
     assert mean.shape == rstd.shape == (norm.batch, norm.groups)
+    fused = norms.group_norm_by_layer_norm(plain_x, plain_weight, plain_bias, *sizes, eps)
+    for mine, want in zip(fused, (y.detach(), mean, rstd), strict=True):
+        assert_close(mine, want, "by LayerNorm")
     got = decompositions.native_group_norm_backward(
         grad_y, plain_x, mean, rstd, plain_weight, *sizes, [True, norm.affine, norm.affine]
     )

@@ -20,6 +20,7 @@ from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import ClientSegment, SplitModel
+from export.lowering.decompositions import activations
 from export.lowering.rewrites import rewrite
 from export.lowering.trace import trace
 from export.packing.codecs import get_codec
@@ -190,19 +191,20 @@ def test_sums_and_means(dims: list[int], keepdim: bool) -> None:
 
 
 def test_elementwise() -> None:
-    """The gradients of ReLU and GELU have no comparisons and no erf."""
+    """The gradients of ReLU, ReLU6 and GELU use no comparisons and no erf."""
 
     def function(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        relu = aten.threshold_backward(g, torch.relu(x), 0)
+        relu = activations.threshold_backward(g, torch.relu(x), 0)
+        relu6 = activations.hardtanh_backward(g, x, 0, 6)
         gelu = aten.gelu_backward(g, x)
-        return relu, gelu, torch.erf(x) + 1
+        return relu, relu6, gelu, torch.erf(x) + 1
 
     x = torch.cat(
-        [torch.linspace(-6, 6, 2001), torch.tensor([0.0, 1e-7, -1e-7, 1e-40, 0.49, 0.01])]
+        [torch.linspace(-7, 7, 2001), torch.tensor([0.0, 6.0, 1e-7, -1e-7, 1e-40, 0.49, 0.01])]
     )
     x = x.reshape(-1, 1)
     program = rewritten(function, x, random(1, 4))
-    assert not targets(program) & {aten.erf.default, aten.where.self}
+    assert not targets(program) & {aten.erf.default, aten._to_copy.default}
     assert_same(function, program, x, random(1, 4))
 
 

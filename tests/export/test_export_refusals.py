@@ -632,7 +632,7 @@ def test_any_error_while_lowering_is_an_export_error(
 ) -> None:
     """An error of any type becomes an ExportError of one line, with the original as its cause."""
 
-    def fail(step: Step) -> None:
+    def fail(*_: Any) -> None:
         raise error
 
     monkeypatch.setattr(lower_onnx, "trace", fail)

@@ -15,6 +15,14 @@ from typing import Any
 import torch
 from torch.export import default_decompositions
 
+from export.lowering.decompositions.activations import (
+    gelu,
+    gelu_backward,
+    hardtanh_backward,
+    silu,
+    silu_backward,
+    threshold_backward,
+)
 from export.lowering.decompositions.convolution import convolution_backward
 from export.lowering.decompositions.indexing import (
     embedding_dense_backward,
@@ -31,6 +39,7 @@ from export.lowering.decompositions.norms import (
     batch_norm,
     batch_norm_eval,
     batch_norm_no_stats,
+    group_norm_by_layer_norm,
     native_batch_norm_backward,
     native_group_norm,
     native_group_norm_backward,
@@ -56,6 +65,7 @@ from export.lowering.decompositions.pooling import (
 aten = torch.ops.aten
 
 __all__ = [
+    "FORWARD",
     "convolution_backward",
     "decompositions",
     "native_group_norm",
@@ -63,9 +73,21 @@ __all__ = [
 ]
 
 
+FORWARD: dict[Any, Callable[..., Any]] = {
+    aten.gelu.default: gelu,
+    aten.native_group_norm.default: group_norm_by_layer_norm,
+}
+"""Decompositions for ONNX Runtime alone; XNNPACK has a faster GELU, and no LayerNorm."""
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Decompositions by operator, for tracing: torch's core table, with some entries replaced."""
     ours: dict[Any, Callable[..., Any]] = {
+        aten.threshold_backward.default: threshold_backward,
+        aten.hardtanh_backward.default: hardtanh_backward,
+        aten.silu.default: silu,
+        aten.silu_backward.default: silu_backward,
+        aten.gelu_backward.default: gelu_backward,
         aten.convolution_backward.default: convolution_backward,
         aten.native_group_norm.default: native_group_norm,
         aten.native_group_norm_backward.default: native_group_norm_backward,

@@ -131,7 +131,7 @@ def _added_rows(table: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 
 
 def pow_scalar(x: Tensor, exponent: float) -> Any:
-    """``x ** 1`` and ``x ** 2`` without the power operator, as gradients of squares need them.
+    """``x ** 1``, ``x ** 2`` and ``x ** 3`` without the power operator, which takes much longer.
 
     Returns ``NotImplemented`` for other exponents, which keeps the operator.
     """
@@ -140,4 +140,6 @@ def pow_scalar(x: Tensor, exponent: float) -> Any:
         return same
     if exponent == 2:
         return x * x
+    if exponent == 3:
+        return x * x * x
     return NotImplemented

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+aten = torch.ops.aten
+
 
 def native_group_norm(
     x: Tensor,
@@ -33,6 +35,32 @@ def native_group_norm(
     x_NGDL = x.reshape(x.shape[0], group, c // group, hxw)
     y_NGDL = x_NGDL * scale_NGD.unsqueeze(3) + shift_NGD.unsqueeze(3)
     return y_NGDL.reshape(x.shape), mean_NG1.squeeze(2), rstd_NG1.squeeze(2)
+
+
+def group_norm_by_layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    c: int,
+    hxw: int,
+    group: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GroupNorm by LayerNorm, which ONNX Runtime computes in one pass with its statistics."""
+    if not isinstance(hxw, int):
+        return native_group_norm(x, weight, bias, n, c, hxw, group, eps)
+    length = c // group * hxw
+    grouped_NGL = x.reshape(x.shape[0], group, length)
+    y_NGL, mean_NG1, rstd_NG1 = aten.native_layer_norm.default(
+        grouped_NGL, [length], None, None, eps
+    )
+    y_NCL = y_NGL.reshape(x.shape[0], c, hxw)
+    if weight is not None:
+        y_NCL = y_NCL * weight.reshape(1, c, 1)
+    if bias is not None:
+        y_NCL = y_NCL + bias.reshape(1, c, 1)
+    return y_NCL.reshape(x.shape), mean_NG1.squeeze(2), rstd_NG1.squeeze(2)
 
 
 def native_group_norm_backward(
@@ -68,8 +96,8 @@ def native_group_norm_backward(
         g_NG1 = weighted_g_NGD.sum(2, keepdim=True) * (1 / (hxw * (c // group)))
         b_NG1 = (g_NG1 * mean_NG1 - gx_NG1) * rstd_NG1 * rstd_NG1 * rstd_NG1
         c_NG1 = -b_NG1 * mean_NG1 - g_NG1 * rstd_NG1
-        slope_NGDL = g_NGDL * a_NGD.unsqueeze(3) + x_NGDL * b_NG1.unsqueeze(3)
-        grad_x = (slope_NGDL + c_NG1.unsqueeze(3)).reshape(x.shape)
+        affine_NGDL = x_NGDL * b_NG1.unsqueeze(3) + c_NG1.unsqueeze(3)
+        grad_x = (g_NGDL * a_NGD.unsqueeze(3) + affine_NGDL).reshape(x.shape)
     if output_mask[1]:
         grad_weight = ((gx_NGD - g_NGD * mean_NG1) * rstd_NG1).sum(0).reshape(-1)
     if output_mask[2]:
@@ -195,8 +223,8 @@ def native_batch_norm_backward(
         grad_x = grad_out * _per_channel(factor, x)
         if training:
             share = factor / _count(x)
-            slope, summand = share * rstd * grad_weight, share * grad_bias
-            grad_x = grad_x - centred * _per_channel(slope, x) - _per_channel(summand, x)
+            slope, shift = -share * rstd * grad_weight, -share * grad_bias
+            grad_x = grad_x + (centred * _per_channel(slope, x) + _per_channel(shift, x))
     return grad_x, grad_weight if output_mask[1] else None, grad_bias if output_mask[2] else None
 
 
@@ -236,9 +264,11 @@ def _batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, and mean, reciprocal deviation and biased variance of the batch, each (C)."""
     all_but_channels = [0, *range(2, x.dim())]
-    mean = x.mean(all_but_channels)
+    # not as means: XNNPACK has none over the batch
+    count = _count(x)
+    mean = x.sum(all_but_channels) / count
     centred = x - _per_channel(mean, x)
-    variance = (centred * centred).mean(all_but_channels)
+    variance = (centred * centred).sum(all_but_channels) / count
     rstd = (variance + eps).rsqrt()
     y = centred * _per_channel(rstd if weight is None else rstd * weight, x)
     if bias is not None:

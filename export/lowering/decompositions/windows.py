@@ -29,6 +29,19 @@ def crop(x: Tensor, dim: int, start: int, length: int) -> Tensor:
     return part
 
 
+def shifted(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """``length`` entries of ``x`` from ``start`` on along ``dim``, with zeros outside of ``x``.
+
+    Some of them must be in ``x``, whose size is known.
+    """
+    before, after = -start, start + length - x.shape[dim]
+    if before <= 0 and after <= 0:  # faster than padding by negative widths
+        return crop(x, dim, start, length)
+    widths = [0, 0] * (x.dim() - 1 - dim) + [before, after]
+    moved: Tensor = aten.constant_pad_nd.default(x, widths)
+    return moved
+
+
 def windows(
     x: Tensor, dim: int, kernel: int, stride: int, dilation: int, outputs: int
 ) -> list[Tensor]:
@@ -58,5 +71,8 @@ def fold(parts: Sequence[Tensor], dim: int, stride: int, dilation: int, size: in
     if stride == 1:
         return sums[0]
     zeros = None if all(s is not None for s in sums) else torch.zeros_like(sums[0])
-    interleaved = torch.stack([zeros if s is None else s for s in sums], dim + 1)  # type: ignore[misc]
-    return crop(interleaved.flatten(dim, dim + 1), dim, 0, size)
+    apart = [(zeros if s is None else s).unsqueeze(dim + 1) for s in sums]  # type: ignore[union-attr]
+    interleaved = torch.cat(apart, dim + 1)
+    shape = sums[0].shape
+    merged = interleaved.reshape(*shape[:dim], length * stride, *shape[dim + 1 :])
+    return crop(merged, dim, 0, size)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from export.lowering.decompositions.windows import fold
 from export.lowering.rewrites.rule import Declined
 from export.lowering.rewrites.slices import cat, part, resize, spread, window
 
@@ -41,6 +41,10 @@ def convolution(
         return y.squeeze((2,))
     reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     x = x.permute(0, 2, 3, 1)
+    if transposed and groups == weight.shape[0] and weight.shape[1] == 1:
+        y = _transposed_depthwise(x, weight, stride, padding, dilation, output_padding)
+        y = y if bias is None else y + bias
+        return y.permute(0, 3, 1, 2)
     if transposed:
         for axis in (1, 2):
             x = spread(x, axis, stride[axis - 1])
@@ -97,18 +101,46 @@ def _depthwise(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]
     out = _out_size(x, weight, stride, dilation)
     # (KH * KW, M, C): M passes over the channels give the M outputs of each channel
     passes = weight.reshape(channels, -1, rows * columns).permute(2, 1, 0)
+    shifted = [window(x, 2, j * dilation[1], out[1], stride[1]) for j in range(columns)]
     windows = [
-        window(
-            window(x, 2, j * dilation[1], out[1], stride[1]),
-            1, i * dilation[0], out[0], stride[0],
-        )
-        for i, j in itertools.product(range(rows), range(columns))
-    ]  # fmt: skip
+        window(wide, 1, i * dilation[0], out[0], stride[0]) for i in range(rows) for wide in shifted
+    ]
     results = [
         _sum([w * passes[k : k + 1, m : m + 1] for k, w in enumerate(windows)]).unsqueeze(4)
         for m in range(passes.shape[1])
     ]
     return cat(results, 4).reshape(x.shape[0], *out, -1)
+
+
+def _transposed_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_padding: list[int],
+) -> Tensor:
+    """Transposed depthwise convolution of (N, H, W, C) with weights (C, 1, KH, KW).
+
+    The products of the kernel positions are added where they belong. There are no products with
+    zeros between the elements of the input.
+    """
+    rows, columns = weight.shape[2:]
+    full = [
+        (x.shape[1 + i] - 1) * stride[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1
+        for i in range(2)
+    ]
+    passes = weight.reshape(-1, rows * columns).permute(1, 0)
+    products = [x * passes[k : k + 1] for k in range(rows * columns)]
+    by_row = [
+        fold(products[i : i + columns], 2, stride[1], dilation[1], full[1])
+        for i in range(0, len(products), columns)
+    ]
+    y = fold(by_row, 1, stride[0], dilation[0], full[0])
+    for axis in (1, 2):
+        p = padding[axis - 1]
+        y = resize(y, axis, -p, output_padding[axis - 1] - p)
+    return y
 
 
 def _out_size(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> list[int]:

@@ -37,19 +37,35 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 
 
 def use_masks(node: fx.Node, graph: fx.Graph, shapes: GraphShapes) -> None:
-    """Replace the gradient of ReLU, ``where(x <= 0, 0, g)``, by ``g`` times a mask of 0 and 1."""
-    if node.target is not aten.where.self:
+    """Replace conditions on one tensor that are converted to numbers, ``(x > 0).to(float)``."""
+    if node.target is not aten._to_copy.default or node.meta["val"].dtype != torch.float32:
         return
-    condition, zero, gradient = (cast(fx.Node, n) for n in node.args)
-    if condition.target is not aten.le.Scalar or condition.args[1] != 0:
-        return
-    if zero.target is not aten.scalar_tensor.default or zero.args[0] != 0:
+    conditions = _conditions(cast(fx.Node, node.args[0]))
+    if not conditions:
         return
 
-    def masked(x: Tensor, g: Tensor) -> Tensor:
-        return g * x.ceil().clamp(0.0, 1.0)
+    def mask(*tensors: Tensor) -> Tensor:
+        product = None
+        for x, condition in zip(tensors, conditions, strict=True):
+            # the sign of a difference is exact
+            bound = cast(float, condition.args[1])
+            above = x - bound if condition.target is aten.gt.Scalar else x * -1.0 + bound
+            one = above.ceil().clamp(0.0, 1.0)
+            product = one if product is None else product * one
+        assert product is not None
+        return product
 
-    replace(node, masked, (condition.args[0], gradient), {}, graph, shapes)
+    replace(node, mask, tuple(c.args[0] for c in conditions), {}, graph, shapes)
+
+
+def _conditions(node: fx.Node) -> list[fx.Node]:
+    """The comparisons of float32 tensors with numbers whose conjunction a node is, if it is one."""
+    if node.target is aten.logical_and.default:
+        parts = [_conditions(cast(fx.Node, part)) for part in node.args]
+        return [c for part in parts for c in part] if all(parts) else []
+    if node.target not in (aten.gt.Scalar, aten.lt.Scalar):
+        return []
+    return [node] if cast(fx.Node, node.args[0]).meta["val"].dtype == torch.float32 else []
 
 
 def round_late(node: fx.Node, graph: fx.Graph, shapes: GraphShapes) -> None:

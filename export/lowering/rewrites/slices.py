@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from export.lowering.rewrites.rule import Declined
 
@@ -27,9 +28,19 @@ def slice_(
     size = len(range(first, last, step))
     if size == 0:
         raise Declined
+    if axis % x.dim() == x.dim() - 1:  # XNNPACK multiplies faster than it copies single elements
+        return linear(x, _selection(length, first, size, step, x))
     # elements behind the last row of the fold would be padded needlessly
     stop = min(length, (first // step + size) * step)
     return window(part(x, axis, 0, stop), axis % x.dim(), first, size, step)
+
+
+def _selection(length: int, first: int, size: int, step: int, x: Tensor) -> Tensor:
+    """A matrix (size, length) with a 1 in each row, ``step`` further right than in the last one."""
+    ones = torch.full((size, 1), 1.0, dtype=x.dtype, device=x.device)
+    # a row that is longer by a step moves what follows to the right, once it is cut as shorter ones
+    longer = resize(ones, 1, first, length + step - 1 - first)
+    return part(longer.reshape(-1), 0, 0, size * length).reshape(size, length)
 
 
 def constant_pad_nd(x: Tensor, pad: list[int], value: float = 0.0) -> Tensor:
