@@ -195,7 +195,7 @@ def open_executorch(data: bytes, names: Sequence[str], inputs: Sequence[str]) ->
 
     def run(given: Mapping[str, Array]) -> dict[str, Array]:
         arrays = [given.get(name, np.zeros((), np.float32)) for name in inputs]
-        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        tensors = [torch.from_numpy(np.array(array, order="C")) for array in arrays]
         outputs: Any = module.run_method(METHOD, tensors)
         assert data  # the module reads it in place
         return {n: t.numpy().copy() for n, t in zip(names, outputs, strict=True)}

@@ -104,6 +104,24 @@ def test_a_mixture_is_one_graph(count: int, tmp_path: Path, bundles: Path) -> No
             assert error > 0
 
 
+def test_a_mixture_runs_on_executorch(tmp_path: Path, bundles: Path) -> None:
+    pytest.importorskip("executorch")
+    from executorch.runtime import Runtime
+
+    models = write_run(tmp_path / "run", bundles, ORDER)[:2]
+    main_quietly(
+        "model", "export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--bases", "2",
+        "--format", "executorch", "--batch", "4",
+    )  # fmt: skip
+    method = Runtime.get().load_program(tmp_path / "out" / "model.pte").load_method("forward")
+    assert method is not None
+    x = torch.from_numpy(np.random.default_rng(0).random((3, 6)).astype(np.float32))
+    with torch.no_grad(), robustness(0.4):
+        want = torch.stack([answer_of(model, x) for model in models]).mean(0)
+    (got,) = method.execute([x, torch.tensor(0.4)])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def answer_of(model: SplitModel, x: Tensor) -> Tensor:
     """Return the logits of a base network's last head."""
     h = model.stem(x)

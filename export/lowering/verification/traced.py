@@ -124,14 +124,29 @@ def widened(tensors: Tensors) -> Tensors:
 
 def _hidden(step: Step, results: tuple[fx.Node, ...]) -> dict[str, fx.Node]:
     """Nodes of the values that outputs hide, by the names of these values."""
-    hiding = {"x_adv": (aten.sign.default, GRADIENT), "correct": (aten.argmax.default, SCORES)}
     found = {}
     for port, node in zip(step.outputs, results, strict=False):
-        target, name = hiding.get(port.spec.name, (None, ""))
-        last = next((n for n in _upstream(node) if n.target is target), None)
-        if last is not None:
-            found[name] = cast(fx.Node, last.args[0])
+        if port.spec.name == "x_adv":
+            sign = next((n for n in _upstream(node) if n.target is aten.sign.default), None)
+            if sign is not None:
+                found[GRADIENT] = cast(fx.Node, sign.args[0])
+        elif port.spec.name == "correct":
+            scores = _scores(node)
+            if scores is not None:
+                found[SCORES] = scores
     return found
+
+
+def _scores(correct: fx.Node) -> fx.Node | None:
+    """The node of the scores whose largest is chosen, in any shape.
+
+    :func:`export.steps.losses.largest` chooses among the largest scores of blocks first. What it
+    reads then is all scores; what it chooses in a block depends on that.
+    """
+    read = [cast(fx.Node, n.args[0]) for n in _upstream(correct) if n.target is aten.argmax.default]
+    if len(read) > 1 and read[1].target is aten.amax.default:
+        return cast(fx.Node, read[1].args[0])
+    return read[0] if read else None
 
 
 def _upstream(node: fx.Node) -> Iterator[fx.Node]:
