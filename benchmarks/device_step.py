@@ -88,10 +88,10 @@ class Row:
 
 def main(
     family: Annotated[
-        list[str] | None, typer.Option(help="Family to measure  [default: all]")
+        list[str] | None, typer.Option(help="Family to measure.", show_default="all")
     ] = None,
     runtime: Annotated[
-        list[str] | None, typer.Option(help="Runtime to measure  [default: both]")
+        list[str] | None, typer.Option(help="Runtime to measure.", show_default="both")
     ] = None,
     memory: Annotated[
         str, typer.Option(help="normal, or low: the setting of a tier on ONNX Runtime.")

@@ -72,7 +72,8 @@ def device(
         str | None, typer.Option(envvar="CUTLAYER_TOKEN", help="This device's token.")
     ] = None,
     tier: Annotated[
-        str | None, typer.Option(help="Tier whose bundle the device carries  [default: token's]")
+        str | None,
+        typer.Option(help="Tier whose bundle the device carries.", show_default="token's"),
     ] = None,
     data: Annotated[
         Path | None,
@@ -85,7 +86,8 @@ def device(
         float | None,
         typer.Option(
             help="Share of the data that is never trained on; the device evaluates on it for the "
-            "hub, and at the end unless --evaluate is given  [default: 0]"
+            "hub, and at the end unless --evaluate is given.",
+            show_default="0",
         ),
     ] = None,
     newest: Annotated[
@@ -100,7 +102,8 @@ def device(
         typer.Option(help="What to measure accuracy or perplexity on; formats as for --data."),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps bundles  [default: ~/.cache/cutlayer]")
+        Path | None,
+        typer.Option(help="Folder that keeps bundles.", show_default="~/.cache/cutlayer"),
     ] = None,
     trust: Annotated[
         list[str] | None,

@@ -24,7 +24,7 @@ def plan(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     tiers: Annotated[Path, typer.Option(help=TIERS_HELP)],
     cuts: Annotated[
-        str | None, typer.Option(help="Measure these cuts only, as 1,2,4.  [default: all]")
+        str | None, typer.Option(help="Measure these cuts only, as 1,2,4.", show_default="all")
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Also draw the plan to a .png file.", metavar="FILE.png")

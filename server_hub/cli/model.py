@@ -34,26 +34,30 @@ def export_model(
         typer.Option(
             "--format",
             help="onnx, onnx-fp16, onnx-int8, executorch, executorch-int8, executorch-int4, "
-            "transformers, peft, safetensors or bundles; may be repeated.  [default: onnx]",
+            "transformers, peft, safetensors or bundles; may be repeated.",
+            show_default="onnx",
         ),
     ] = None,
     tier: Annotated[
         str | None,
-        typer.Option(help="Write what devices of this tier hold.  [default: the whole model]"),
+        typer.Option(help="Write what devices of this tier hold.", show_default="the whole model"),
     ] = None,
     head: Annotated[
         list[str] | None,
-        typer.Option(help="Output to write: aux.DEPTH or head; may be repeated.  [default: all]"),
+        typer.Option(
+            help="Output to write: aux.DEPTH or head; may be repeated.", show_default="all"
+        ),
     ] = None,
     bases: Annotated[
-        int | None, typer.Option(help="Number of base networks to mix, the best.  [default: all]")
+        int | None,
+        typer.Option(help="Number of base networks to mix, the best.", show_default="all"),
     ] = None,
     bundles: Annotated[
-        Path | None, typer.Option(help="Bundles of the run.  [default: as the run says]")
+        Path | None, typer.Option(help="Bundles of the run.", show_default="as the run says")
     ] = None,
     held_out: Annotated[
         Path | None,
-        typer.Option(help=".npz with x and y to measure with.  [default: those of the run]"),
+        typer.Option(help=".npz with x and y to measure with.", show_default="those of the run"),
     ] = None,
     batch: Annotated[int, typer.Option(help="Largest batch of files for ExecuTorch.")] = 1,
     length: Annotated[
@@ -62,7 +66,7 @@ def export_model(
     base: Annotated[
         str | None,
         typer.Option(
-            help="Name of the original model in the files of peft.  [default: its source]"
+            help="Name of the original model in the files of peft.", show_default="its source"
         ),
     ] = None,
     max_loss: Annotated[

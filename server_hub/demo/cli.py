@@ -19,11 +19,11 @@ def demo(
         Path | None, typer.Option("--json", help="Also write the results to this file.")
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Run folder  [default: runs/demo-DATE-TIME]")
+        Path | None, typer.Option(help="Run folder.", show_default="runs/demo-DATE-TIME")
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Rounds of training.  [default: 40; with --text 16]"),
+        typer.Option(min=1, help="Rounds of training.", show_default="40; with --text 16"),
     ] = None,
     text: Annotated[
         bool, typer.Option("--text", help="Fine-tune a language model, by SplitFT, instead.")

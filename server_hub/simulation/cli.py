@@ -143,13 +143,13 @@ def compare(
         float | None,
         typer.Option(
             min=0,
-            help="Accuracy (a fraction) or perplexity to reach  [default: the best that every "
-            "method reaches]",
+            help="Accuracy (a fraction) or perplexity to reach.",
+            show_default="the best that every method reaches",
         ),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs at a time  [default: number of processors]"),
+        typer.Option(min=1, help="Runs at a time.", show_default="number of processors"),
     ] = None,
     runtime: RuntimeOption = "torch",
     as_json: Annotated[

@@ -72,7 +72,8 @@ class TrainedRun:
                 )
             if not job.bundles.is_dir():
                 raise ConfigError(
-                    f"the run's bundles are not in {job.bundles} any more; give --bundles"
+                    f"the run's bundles are not in {job.bundles} any more; give --bundles. Those "
+                    "of a simulation are never kept: export its model with cutlayer export"
                 )
             bundles = job.bundles
         records = read_records(folder) if (folder / METRICS).is_file() else []
