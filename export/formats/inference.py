@@ -294,7 +294,7 @@ def _call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> tuple[
 def silenced() -> Iterator[None]:
     """Silence what torch's exporters, and the libraries that they import, log and warn of."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)  # an error is raised, and told in one sentence
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

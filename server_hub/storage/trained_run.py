@@ -16,7 +16,7 @@ from edge_sdk.errors import BundleError, ConfigError
 from edge_sdk.training.data import Examples
 from export.adapters_lora.lora import fit_ranks
 from export.bundles.model_source import model_of
-from export.cutting.split_model import SplitModel
+from export.cutting.split_model import WEIGHTS, SplitModel
 from export.formats.trained import TrainedModel
 from server_hub.storage.run_folder import (
     METRICS,
@@ -171,6 +171,13 @@ class TrainedRun:
         path = self.folder / model_file(tier)
         override = None if self.job is None else self.job.model
         model = model_of(self.index.model, self.index.extra, override)
+        held = _names(path)
+        if (self.index.folder / WEIGHTS).is_file():
+            # its heads say where activations have their channels
+            model.load(self.index.folder / WEIGHTS)
+            for depth in model.head_depths:
+                if not any(name.startswith(f"aux.{depth}.") for name in held):
+                    del model.aux[str(depth)]
         fit_ranks(model, _adapters(path))
         model.load(path)
         return model
@@ -190,11 +197,16 @@ class TrainedRun:
         return models[0], list(tensors)
 
 
-def _adapters(path: Path) -> dict[str, Tensor]:
-    """The factors A of the adapters in a file, by name, for their ranks."""
+def _names(path: Path) -> list[str]:
+    """Names of the tensors in a file."""
     try:
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
-            return {name: file.get_tensor(name) for name in names}
+            return list(file.keys())
     except (OSError, SafetensorError) as error:
         raise BundleError(f"cannot read the model {path}: {error}") from error
+
+
+def _adapters(path: Path) -> dict[str, Tensor]:
+    """The factors A of the adapters in a file, by name, for their ranks."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in _names(path) if ".lora_A." in name}

@@ -13,12 +13,13 @@ import torch
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import BundleError, ConfigError, DataError
 from export.bundles.model_source import model_of_bundles
+from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import SplitModel
 from server_hub.storage.run_folder import JOB, METRICS, JobDescription
 from server_hub.storage.trained_run import TrainedRun
 from tests.lib.commands import output, refusal
 from tests.lib.harness import examples, save_npz
-from tests.lib.models import IMAGE, example
+from tests.lib.models import BUILD, CLASSES, IMAGE, conv_model, example
 from tests.lib.runs import finished_run
 
 
@@ -100,10 +101,13 @@ def test_the_command_writes_what_it_says(
     assert (file["path"], file["heads"][-1]) == ("model.onnx", "head")
     x = example(IMAGE, 3)
     session = ort.InferenceSession(tmp_path / "out" / "model.onnx")
-    (got,) = session.run(["head"], {"x": x.numpy()})
-    np.testing.assert_allclose(got, head_of(model, x), rtol=1e-4, atol=1e-5)
-    want = (head_of(model, torch.from_numpy(data.x)).argmax(1) == data.y).mean()
-    assert file["scores"]["head"] == pytest.approx(want)
+    want = {f"aux.{d}": model.answer(d, model.segment(x, d)) for d in model.head_depths}
+    want["head"] = model(x)
+    assert file["heads"] == list(want)
+    for got, logits in zip(session.run(list(want), {"x": x.numpy()}), want.values(), strict=True):
+        np.testing.assert_allclose(got, logits.detach().numpy(), rtol=1e-4, atol=1e-5)
+    accuracy = (head_of(model, torch.from_numpy(data.x)).argmax(1) == data.y).mean()
+    assert file["scores"]["head"] == pytest.approx(accuracy)
     shown = output(
         capsys, "model", "export", str(folder), "--out", str(tmp_path / "out"), "--overwrite",
         "--tier", next(iter(bundles.tiers)),
@@ -148,3 +152,16 @@ def test_errors_are_of_the_kinds_that_are_told(bundles: BundleIndex, tmp_path: P
     np.savez(wrong, x=np.zeros((3, 5), np.float32), y=np.zeros(3, np.int64))
     with pytest.raises(DataError, match="x has shape"):
         TrainedRun.read(folder).trained(None, None, wrong, whole=False)
+
+
+def test_heads_read_channels_where_the_export_found_them(tmp_path: Path) -> None:
+    """A head whose means are not pooled to a grid does not show it by its shape."""
+    model, x = conv_model(), example((1, 2, 9), 8)
+    index = export_bundles(
+        model, {"a": Tier(2, runtime="torch")}, tmp_path / "bundles", example=x,
+        classes=CLASSES, model_path=BUILD, verified=False,
+    )  # fmt: skip
+    folder = finished_run(tmp_path / "run", index.folder, {None: model})
+    trained = TrainedRun.read(folder).trained(None, None, None, whole=False)
+    want, got = (m.eval().answer(2, m.segment(x, 2)) for m in (model, trained.model))
+    assert torch.equal(want, got)
