@@ -49,7 +49,9 @@ def use_masks(node: fx.Node, graph: fx.Graph, shapes: GraphShapes) -> None:
         for x, condition in zip(tensors, conditions, strict=True):
             # the sign of a difference is exact
             bound = cast(float, condition.args[1])
-            above = x - bound if condition.target is aten.gt.Scalar else x * -1.0 + bound
+            above = x if condition.target is aten.gt.Scalar else x * -1.0
+            if bound != 0:
+                above = above - bound if condition.target is aten.gt.Scalar else above + bound
             one = above.ceil().clamp(0.0, 1.0)
             product = one if product is None else product * one
         assert product is not None
