@@ -156,26 +156,12 @@ def _as_linear(module: nn.Module) -> None:
 
 
 def _lowered(program: ExportedProgram, metadata: str) -> bytes:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from export.lowering.executorch_internals import to_inference_file
 
-    lowered = to_edge_transform_and_lower(
-        program,
-        partitioner=[XnnpackPartitioner()],
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),
-        constant_methods={METADATA: metadata},
-    ).to_executorch()
-    missing = sorted(
-        {
-            f"{operator.name}.{operator.overload}".removesuffix(".")
-            for plan in lowered.executorch_program.execution_plan
-            for operator in plan.operators
-        }
-        - load_binding().kernels()
-    )
+    data, operators = to_inference_file(program, {METADATA: metadata})
+    missing = sorted(operators - load_binding().kernels())
     if missing:
         raise ExportError(f"there is no kernel for {missing[0]}")
-    data: bytes = lowered.buffer
     return data
 
 

@@ -23,7 +23,12 @@ from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.gemm_configs import ConvolutionConfig
 from executorch.backends.xnnpack.partition.config.generic_node_configs import SliceCopyConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    to_edge_transform_and_lower,
+)
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.program._program import _generate_edge_program
 from torch.export import ExportedProgram
@@ -60,12 +65,42 @@ def to_executorch(programs: Mapping[str, ExportedProgram]) -> tuple[bytes, set[s
     # inputs are read where they are, instead of being copied into planned memory
     planning = MemoryPlanningPass(alloc_graph_input=False)
     lowered = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
-    operators = {
+    return lowered.buffer, _operators(lowered)
+
+
+def to_inference_file(
+    program: ExportedProgram, constant_methods: Mapping[str, str]
+) -> tuple[bytes, set[str]]:
+    """Lower a program of ``torch.export`` for inference, by ExecuTorch's own passes.
+
+    Weights are packed when the file is loaded, and batch norms are joined with convolutions.
+
+    Args:
+        program: the program, which becomes the method ``forward``.
+        constant_methods: texts that further methods return, by their names.
+
+    Returns:
+        Content of the file, and the names of the operators that XNNPACK does not run.
+
+    Raises:
+        Exception: a pass fails on the program.
+    """
+    lowered = to_edge_transform_and_lower(
+        program,
+        partitioner=[XnnpackPartitioner()],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        constant_methods=dict(constant_methods),
+    ).to_executorch()
+    return lowered.buffer, _operators(lowered)
+
+
+def _operators(lowered: Any) -> set[str]:
+    """Names of the operators of a program that XNNPACK does not run."""
+    return {
         f"{operator.name}.{operator.overload}".removesuffix(".")
         for plan in lowered.executorch_program.execution_plan
         for operator in plan.operators
     }
-    return lowered.buffer, operators
 
 
 def _partitioner() -> Any:

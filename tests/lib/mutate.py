@@ -147,7 +147,7 @@ ROOMS = {
         ("server_hub/test_splitmix.py", "server_hub/test_splitft.py"),
     ),
     "server_hub/storage": RoomTests(
-        ("server_hub/test_tensorboard.py", "server_hub/test_mix_cli.py"),
+        ("server_hub/test_tensorboard.py", "server_hub/test_trained_run.py"),
         ("server_hub/test_simulation.py", "end_to_end/test_end_to_end.py"),
     ),
     "server_hub/reports": RoomTests(
@@ -163,7 +163,7 @@ ROOMS = {
         ("server_hub/test_simulation.py", "server_hub/test_compare.py"),
     ),
     "server_hub/cli": RoomTests(
-        ("server_hub/test_mix_cli.py", "server_hub/test_tokens_config.py"),
+        ("server_hub/test_trained_run.py", "server_hub/test_tokens_config.py"),
         ("end_to_end/test_mix_bad_input.py", "end_to_end/test_bad_input.py"),
     ),
     "server_hub/demo": RoomTests(
