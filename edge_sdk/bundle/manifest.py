@@ -25,11 +25,11 @@ from edge_sdk.protocol.tensors import DTYPES, Array, TensorSpec
 FORMAT = 3
 """Version of the manifest format. A reader refuses any other."""
 
-MINOR = 3
+MINOR = 4
 """Version of what was added to the format, and what a reader that does not know it can ignore.
 
 1: ``highest``. 2: ``harden`` is called ``adversarial_train``; a reader that does not know the name
-trains on clean examples only. 3: ``memory``.
+trains on clean examples only. 3: ``memory``. 4: ``sample``.
 """
 
 MAX_MANIFEST = 64 * 2**20
@@ -178,6 +178,8 @@ class Manifest:
             that a hub serves for training, where the hub names the states.
         highest: largest values of an integer ``x``, see :class:`Ranges`; empty if not known.
         memory: ``normal``, or ``low`` for a step that takes less memory and more time.
+        sample: blob with inputs ``x`` and the ``logits`` that ``predict`` has for them with the
+            initial state, in bundles of a trained model; empty in others.
     """
 
     tier: str
@@ -200,6 +202,7 @@ class Manifest:
     base_states: tuple[str, ...] = ()
     highest: tuple[int, ...] = ()
     memory: str = "normal"
+    sample: str = ""
 
     def exchanged(self, slots: bool = False) -> tuple[TensorSpec, ...]:
         """The state tensors that travel: parameters and statistics, with ``slots`` also slots."""
@@ -322,6 +325,7 @@ class Manifest:
                 base_states=tuple(map(str, raw["base_states"])),
                 highest=tuple(map(int, raw.get("highest", ()))),
                 memory=str(raw.get("memory", "normal")),
+                sample=str(raw.get("sample", "")),
             )
             _check_sizes(manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -330,7 +334,8 @@ class Manifest:
             if not _HASH.fullmatch(name):  # it becomes a file name
                 raise BundleError(f"the manifest names a blob {name[:80]!r}, which is no sha256")
         used = [g.blob for g in manifest.graphs.values()] + [c.blob for c in manifest.constants]
-        for name in (manifest.initial_state, *manifest.base_states, *used):
+        named = [manifest.sample] if manifest.sample else []
+        for name in (manifest.initial_state, *manifest.base_states, *named, *used):
             if name not in manifest.blobs:
                 raise BundleError(f"the manifest does not list its blob {name[:80]!r}")
         for name in GRAPHS:
@@ -398,12 +403,14 @@ class Bundle:
         graphs: the file of each graph.
         initial_state: parameters and statistics to start from.
         constants: frozen tensors by name.
+        sample: inputs ``x`` and the ``logits`` for them; empty if the manifest names none.
     """
 
     manifest: Manifest
     graphs: dict[str, bytes]
     initial_state: dict[str, Array]
     constants: dict[str, Array] = field(default_factory=dict)
+    sample: dict[str, Array] = field(default_factory=dict)
 
     @classmethod
     def open(cls, manifest: Manifest, read: Callable[[str], bytes]) -> Bundle:
@@ -423,6 +430,7 @@ class Bundle:
                 {name: blobs[graph.blob] for name, graph in manifest.graphs.items()},
                 unpack_tensors(blobs[manifest.initial_state]),
                 {n: t for c in manifest.constants for n, t in c.open(blobs[c.blob]).items()},
+                unpack_tensors(blobs[manifest.sample]) if manifest.sample else {},
             )
         except (ProtocolError, ValueError) as error:
             raise BundleError(f"a blob of the bundle is damaged ({error}); export again") from error

@@ -19,6 +19,8 @@ from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.tensors import DTYPES, Array
 from edge_sdk.runtime import Runtime, load_runtime
+from edge_sdk.training.learner import Learner
+from edge_sdk.training.self_check import check_sample
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class Mixture:
             threads: threads of the runtime.
 
         Raises:
-            BundleError: there is no such bundle, it holds no trained bases, it is damaged, or it
-                is not signed by a key in ``trust``.
+            BundleError: there is no such bundle, it holds no trained bases, it is damaged, it is
+                not signed by a key in ``trust``, or it answers its sample differently.
         """
         index = BundleIndex.read(Path(folder))
         if tier not in index.tiers:
@@ -94,7 +96,10 @@ class Mixture:
                 f"the bundle of {tier!r} in {folder} holds no trained bases; write one with "
                 "cutlayer model export RUN --format bundles"
             )
-        mixture = cls(manifest, load_runtime(Bundle.open(manifest, blobs.read), threads))
+        bundle = Bundle.open(manifest, blobs.read)
+        runtime = load_runtime(bundle, threads)
+        check_sample(Learner(manifest, runtime), bundle.sample)
+        mixture = cls(manifest, runtime)
         mixture.offer({str(i): name for i, name in enumerate(manifest.base_states)})
         for base, name in mixture.missing(manifest.bases):
             mixture.put(base, name, unpack_tensors(blobs.read(name)))

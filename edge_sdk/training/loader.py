@@ -14,6 +14,7 @@ from edge_sdk.protocol.messages import Welcome
 from edge_sdk.runtime import Runtime
 from edge_sdk.training.learner import Learner
 from edge_sdk.training.local_data import LocalData
+from edge_sdk.training.self_check import check_sample
 from edge_sdk.transport.connection import Connection
 from edge_sdk.transport.download import Downloader
 
@@ -72,8 +73,8 @@ class BundleLoader:
             tier: the tier that the bundle must be for.
 
         Raises:
-            BundleError: the bundle is damaged, of another tier, not signed by a trusted key, or
-                cannot be run here.
+            BundleError: the bundle is damaged, of another tier, not signed by a trusted key,
+                cannot be run here, or answers its sample differently.
             DataError: the examples do not fit the model.
             HubError: the hub does not have one of the blobs.
         """
@@ -88,8 +89,13 @@ class BundleLoader:
         if self.data is not None:
             await asyncio.to_thread(self.data.fit, manifest)
         bundle = Bundle.open(manifest, blobs.__getitem__)
-        runtime = await asyncio.to_thread(self._load_runtime, bundle, self._threads)
-        return Learner(manifest, runtime)
+        return await asyncio.to_thread(self._checked, bundle)
+
+    def _checked(self, bundle: Bundle) -> Learner:
+        """Load the runtime of a bundle, and let it answer the bundle's sample."""
+        learner = Learner(bundle.manifest, self._load_runtime(bundle, self._threads))
+        check_sample(learner, bundle.sample)
+        return learner
 
     def use(self, learner: Learner, manifest_name: str) -> None:
         """Go on with a learner that :meth:`load` returned."""

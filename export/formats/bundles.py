@@ -38,8 +38,9 @@ Progress = Callable[[str], None]
 def write_bundles(folder: Path, trained: TrainedModel, progress: Progress) -> BundleIndex:
     """Write bundles that start from the trained weights, with the graphs of the run's bundles.
 
-    Bundles of base networks hold all of them, best first. On ExecuTorch the graph ``predict_int8``
-    holds weights, so it is lowered again.
+    Bundles of base networks hold all of them, best first. Each bundle holds a few inputs and its
+    answers to them, which a device compares with its own before it uses the bundle. On
+    ExecuTorch the graph ``predict_int8`` holds weights, so it is lowered again.
 
     Args:
         folder: folder to write.
@@ -67,6 +68,7 @@ def write_bundles(folder: Path, trained: TrainedModel, progress: Progress) -> Bu
             if INT8 in manifest.graphs and manifest.runtime == "executorch":
                 manifest = _with_int8(manifest, segment, blobs, trained)
             _check(manifest, blobs, segment, trained)
+        manifest = _with_sample(manifest, blobs, trained)
         entries[tier] = TierEntry(entry.cut, entry.codec, blobs.write(manifest.to_bytes()))
     written = replace(index, folder=folder, tiers=entries)
     written.write()
@@ -150,6 +152,19 @@ def _with_int8(
         step, lowered.programs[INT8], lambda threads: load_runtime(bundle, threads)
     )
     return manifest
+
+
+def _with_sample(manifest: Manifest, blobs: BlobStore, trained: TrainedModel) -> Manifest:
+    """Store some inputs with the bundle's answers to them; return the new manifest.
+
+    The inputs are drawn: what is held out does not leave for devices.
+    """
+    rows = trained.drawn(manifest.limits.get("seq"))[: min(manifest.limits.get("batch", 2), 2)]
+    learner = Learner(manifest, load_runtime(Bundle.open(manifest, blobs.read)))
+    logits, _ = learner.predict(rows.numpy())
+    data = pack_tensors({"x": rows.numpy(), "logits": logits})
+    name = blobs.write(data)
+    return replace(manifest, sample=name, blobs={**manifest.blobs, name: len(data)})
 
 
 def _check(

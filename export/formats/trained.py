@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edge_sdk.bundle.index import BundleIndex
+from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.training.data import Examples
 from export.cutting.split_model import SplitModel
 from export.formats.inference import Signature
@@ -52,23 +53,40 @@ class TrainedModel:
         return Signature(manifest.x, own)
 
     def rows(self, longest: int | None = None) -> Tensor:
-        """Up to 8 inputs (rows, ...): of the held-out examples, or drawn from a fixed seed.
+        """Up to 8 inputs (rows, ...): of the held-out examples, or drawn without any.
 
         Args:
             longest: largest length of texts; that of the model if None.
         """
-        manifest = self.index.manifest(next(iter(self.index.tiers)))
-        most = min(longest or manifest.ranges.longest, manifest.ranges.longest)
-        if self.held_out is not None:
-            x = torch.from_numpy(self.held_out.x[:_ROWS])
-            return x[:, :most] if "seq" in manifest.x.shape else x
-        shape = [min(most, _LENGTH) if n == "seq" else int(n) for n in manifest.x.shape[1:]]
+        if self.held_out is None:
+            return self.drawn(longest)
+        x = torch.from_numpy(self.held_out.x[:_ROWS])
+        return x[:, : self._longest(longest)] if "seq" in self._any.x.shape else x
+
+    def drawn(self, longest: int | None = None) -> Tensor:
+        """8 inputs (rows, ...) that are drawn from a fixed seed.
+
+        Args:
+            longest: largest length of texts; that of the model if None.
+        """
+        x = self._any.x
+        most = min(self._longest(longest), _LENGTH)
+        shape = [most if n == "seq" else int(n) for n in x.shape[1:]]
         generator = torch.Generator().manual_seed(0)
-        if manifest.x.dtype.startswith("float"):
+        if x.dtype.startswith("float"):
             return torch.randn((_ROWS, *shape), generator=generator)
-        highest = torch.tensor(manifest.highest or (manifest.classes - 1,))
+        highest = torch.tensor(self._any.highest or (self._any.classes - 1,))
         values = torch.rand((_ROWS, *shape), generator=generator) * (highest + 1)
-        return values.long().to(getattr(torch, manifest.x.dtype))
+        return values.long().to(getattr(torch, x.dtype))
+
+    @property
+    def _any(self) -> Manifest:
+        """The manifest of a tier; all say the same of inputs."""
+        return self.index.manifest(next(iter(self.index.tiers)))
+
+    def _longest(self, longest: int | None) -> int:
+        most = self._any.ranges.longest
+        return most if longest is None else min(longest, most)
 
 
 _ROWS = 8

@@ -250,7 +250,7 @@ def test_json_that_is_no_manifest(data: bytes) -> None:
         Manifest.from_bytes(data)
 
 
-OPTIONAL = {"minor", "highest", "memory"}
+OPTIONAL = {"minor", "highest", "memory", "sample"}
 
 
 @pytest.mark.parametrize(

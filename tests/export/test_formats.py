@@ -25,6 +25,7 @@ from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner
+from edge_sdk.training.self_check import check_sample
 from export.adapters_lora.lora import adapted_modules, merge
 from export.bundles.quantized import LossCheck
 from export.bundles.writer import Tier, export_bundles
@@ -469,6 +470,8 @@ def test_bundles_start_from_the_trained_weights(tier: dict[str, Any], tmp_path: 
     ship(out, Choice(["bundles"]), tmp_path / "out")
     bundle = open_bundle(BundleIndex.read(tmp_path / "out" / "bundles"), "a")
     learner = Learner(bundle.manifest, load_runtime(bundle))
+    check_sample(learner, bundle.sample)
+    assert not (bundle.sample["x"][:, None] == x.numpy()[None]).all(-1).any()  # nobody's data
     for precision, tolerance in (("float32", 1e-4), ("int8", 0.1)):
         got = learner.predict(x.numpy(), precision)[0]  # type: ignore[arg-type]
         close(got[-1], want["aux.2"], tolerance)

@@ -1,0 +1,43 @@
+"""A device's own check of a bundle: it answers the stored sample as the manifest's blob says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edge_sdk.errors import BundleError, DataError
+from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.learner import Learner
+
+LARGEST_DIFFERENCE = 1e-3
+"""Largest norm of the difference of the logits, as a fraction of their norm. Processors round in
+other orders, which changes logits by a millionth; another model changes all of them."""
+
+
+def check_sample(learner: Learner, sample: Mapping[str, Array]) -> None:
+    """Check that a bundle with its initial state answers the stored sample.
+
+    Args:
+        learner: the learner of the bundle, whose state is the initial one.
+        sample: inputs ``x`` (rows, ...) and ``logits`` (heads, rows, ...); nothing is checked if it
+            is empty, as in bundles for training.
+
+    Raises:
+        BundleError: the answer is another, is not finite, or there is none.
+    """
+    if not sample:
+        return
+    tier = learner.manifest.tier
+    try:
+        x, wanted = sample["x"], sample["logits"]
+        got, _ = learner.predict(x)
+        apart = float(np.linalg.norm(got.astype(np.float64) - wanted))
+        fraction = apart / max(float(np.linalg.norm(wanted.astype(np.float64))), 1e-30)
+    except (KeyError, ValueError, DataError) as error:
+        raise BundleError(f"the bundle of tier {tier!r} has a sample that does not fit") from error
+    if not fraction <= LARGEST_DIFFERENCE:
+        raise BundleError(
+            f"the bundle of tier {tier!r} does not answer its sample here: the logits differ by "
+            f"{fraction:.2g} of their size; export it again for this device"
+        )
