@@ -65,7 +65,7 @@ def test_a_hub_goes_on_when_its_disk_is_full_and_its_output_closed(
     """
     token = TokenFile(tmp_path / "tokens.toml").issue("phone")
     toml = write_hub_toml(tmp_path, bundles, rounds=3, devices=1)
-    hub = with_disk(tmp_path / "run", "4k", "hub", "--config", str(toml), "--json")
+    hub = with_disk(tmp_path / "run", "8k", "hub", "--config", str(toml), "--json")
     url = next_event(hub, "ready")["address"]
     assert hub.stdout is not None
     hub.stdout.close()

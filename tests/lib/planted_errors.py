@@ -20,7 +20,7 @@ from torch import Tensor
 
 from export.errors import ExportError
 from export.lowering import executorch, onnx, rewrites
-from export.lowering.decompositions import decompositions
+from export.lowering.decompositions import FORWARD, decompositions
 from export.lowering.guards import Shapes
 from export.lowering.rewrites.elementwise import use_masks
 from export.lowering.trace import trace
@@ -121,13 +121,22 @@ def _plant(subject: str, graph: str, error: str, patched: Patch) -> None:
 
 
 def _operator(op: Any, wrong: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Patch:
-    """Replace the decomposition of an operator, given the right one."""
+    """Replace the decomposition of an operator, given the right one; also that of ONNX alone."""
 
     def table() -> dict[Any, Callable[..., Any]]:
         right = decompositions()
         return {**right, op: wrong(right[op])}
 
-    return lambda: patch("export.lowering.trace.decompositions", table)
+    @contextmanager
+    def planted() -> Iterator[None]:
+        onnx_alone = {op: wrong(FORWARD[op])} if op in FORWARD else {}
+        with (
+            patch("export.lowering.trace.decompositions", table),
+            patch("export.lowering.onnx.FORWARD", {**FORWARD, **onnx_alone}),
+        ):
+            yield
+
+    return planted
 
 
 def _argument(place: int, value: Callable[[Any], Any]) -> Callable[..., Callable[..., Any]]:
