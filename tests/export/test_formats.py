@@ -128,7 +128,9 @@ def session(path: Path) -> ort.InferenceSession:
 # --- ONNX ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", ["conv", "batch-norm", "text", pytest.param("gpt2", marks=pytest.mark.slow)]
+)
 def test_onnx_answers_as_the_model(kind: str, tmp_path: Path) -> None:
     """Every head is a named output of a file with its weights inside, for any batch."""
     found = trained(kind, tmp_path / "bundles")
@@ -446,7 +448,7 @@ def test_merging_is_exact_up_to_one_rounding() -> None:
 # --- bundles -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tier", [{}, {"cut_rank": 2}])
+@pytest.mark.parametrize("tier", [pytest.param({}, marks=pytest.mark.slow), {"cut_rank": 2}])
 def test_bundles_start_from_the_trained_weights(tier: dict[str, Any], tmp_path: Path) -> None:
     """Devices answer with the trained state, in float32 and in int8."""
     build, inputs, classes = MODELS["gpt2"]

@@ -28,7 +28,9 @@ def test_largest(classes: int, seed: int) -> None:
     assert largest(scores[:1]).shape == (1,)
 
 
-@pytest.mark.parametrize("classes", [64, 72, 23])
+@pytest.mark.parametrize(
+    "classes", [64, *(pytest.param(n, marks=pytest.mark.slow) for n in (72, 23))]
+)
 @pytest.mark.parametrize("task", ["classes", "tokens"])
 def test_scores_of_several_heads_are_compared(
     task: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -534,6 +534,7 @@ def refuses_trained(bundle: Bundle) -> None:
     np.testing.assert_array_equal(learner.predict(x, "int8")[0], before)
 
 
+@pytest.mark.slow
 def test_executorch_refuses_trained_weights(tmp_path: Path) -> None:
     """A ``.pte`` file holds its constants: int8 never answers with weights of the export."""
     pytest.importorskip("executorch")

@@ -104,6 +104,7 @@ def test_a_mixture_is_one_graph(count: int, tmp_path: Path, bundles: Path) -> No
             assert error > 0
 
 
+@pytest.mark.slow
 def test_a_mixture_runs_on_executorch(tmp_path: Path, bundles: Path) -> None:
     pytest.importorskip("executorch")
     from executorch.runtime import Runtime
