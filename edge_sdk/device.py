@@ -346,8 +346,7 @@ class Device:
                 the answer is the token after the last position of each row.
             confidence: from 0 (never ask the hub) to above 1 (always ask it).
             timeout_s: seconds to wait for the hub; without a link, for the link as well.
-            precision: ``int8`` runs the bundle's small graph, whose weights are those of the
-                export: it does not follow training.
+            precision: ``int8`` answers with matrices in 8 bits, of the same weights.
             bases: number of base networks to mix, the best ones first; all by default. Those that
                 are not on the device yet are fetched. Only for models of base networks.
             robustness: weight of the noise norms, from 0 (clean inputs) to 1 (adversarial

@@ -85,15 +85,10 @@ class HubConfig:
         Args:
             method: name of the method.
         """
-        held_out, started_from = (
-            None if path is None else path.absolute() for path in (self.held_out, self.start_from)
-        )
         return JobDescription(
             version=metadata.version("cutlayer"),
             method=method,
             bundles=self.bundles.absolute(),
             model=self.model,
-            held_out=held_out,
-            rounds=self.rounds.count,
-            started_from=started_from,
+            held_out=None if self.held_out is None else self.held_out.absolute(),
         )

@@ -37,7 +37,6 @@ class _Sessions:
         self._manifest = bundle.manifest
         self._threads = threads
         self._files = dict(bundle.graphs)
-        self.arrays = bundle.constants
         self._constants = {n: _ort_value(tensor) for n, tensor in bundle.constants.items()}
         self._loaded: dict[str, Any] = {}
         self._loading = threading.Lock()
@@ -59,7 +58,7 @@ class _Sessions:
 
         The session has its own copy of them.
         """
-        own = constants_from(self._manifest, graph, state, self.arrays)
+        own = constants_from(self._manifest, graph, state)
         with self._loading:
             began = time.perf_counter()
             session = self._load(graph, {name: _ort_value(array) for name, array in own.items()})

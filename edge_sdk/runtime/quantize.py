@@ -7,7 +7,7 @@ a float32 scale per channel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -57,29 +57,28 @@ def check_weights(
     )
 
 
-def constants_from(
-    manifest: Manifest, graph: str, state: Mapping[str, Array], shapes: Mapping[str, Array]
-) -> dict[str, Array]:
+def constants_from(manifest: Manifest, graph: str, state: Mapping[str, Array]) -> dict[str, Array]:
     """The constants of a graph that are computed from the state, by name.
 
     Args:
         manifest: manifest of the bundle.
         graph: name of the graph.
         state: tensors of the state by name.
-        shapes: the constants as they were at export: a scale's shape says what a channel is.
     """
+    # the shape of a scale says what a channel is
+    shapes = {spec.name: spec.shape for held in manifest.constants for spec in held.tensors}
     found: dict[str, Array] = {}
     for name in of_state(manifest, graph):
         source = name.removesuffix(CODES).removesuffix(SCALE)
         if source == name:
             found[name] = state[name]
         elif name.endswith(SCALE):
-            codes, scale = quantize(state[source], shapes[name].shape)
+            codes, scale = quantize(state[source], [int(n) for n in shapes[name]])
             found |= {source + CODES: codes, source + SCALE: scale}
     return found
 
 
-def quantize(weight: Array, scale_shape: tuple[int, ...]) -> tuple[Array, Array]:
+def quantize(weight: Array, scale_shape: Sequence[int]) -> tuple[Array, Array]:
     """Quantize a finite float32 tensor: ``scale = max|w| / 127`` and ``codes = round(w / scale)``.
 
     A channel whose scale would be subnormal becomes zero.

@@ -15,6 +15,12 @@ LARGEST_DIFFERENCE = 1e-3
 other orders, which changes logits by a millionth; another model changes all of them."""
 
 
+def relative_difference(got: Array, want: Array) -> float:
+    """Norm of the difference of two tensors as a fraction of the norm of the second."""
+    wide = want.astype(np.float64)
+    return float(np.linalg.norm(got - wide) / max(float(np.linalg.norm(wide)), 1e-30))
+
+
 def check_sample(learner: Learner, sample: Mapping[str, Array]) -> None:
     """Check that a bundle with its initial state answers the stored sample.
 
@@ -32,8 +38,7 @@ def check_sample(learner: Learner, sample: Mapping[str, Array]) -> None:
     try:
         x, wanted = sample["x"], sample["logits"]
         got, _ = learner.predict(x)
-        apart = float(np.linalg.norm(got.astype(np.float64) - wanted))
-        fraction = apart / max(float(np.linalg.norm(wanted.astype(np.float64))), 1e-30)
+        fraction = relative_difference(got, wanted)
     except (KeyError, ValueError, DataError) as error:
         raise BundleError(f"the bundle of tier {tier!r} has a sample that does not fit") from error
     if not fraction <= LARGEST_DIFFERENCE:

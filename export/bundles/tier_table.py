@@ -158,8 +158,8 @@ class TiersConfig:
         int8 = [name for name, tier in self.tiers.items() if tier.precision == "int8"]
         if self.bases and int8:
             raise ValueError(
-                f"tier {int8[0]!r} has the precision int8, whose weights are those of the export, "
-                "and bases are trained from the start; leave out precision"
+                f"tier {int8[0]!r} has the precision int8, whose graph answers with one base "
+                "network only; leave out precision"
             )
         if not 2 <= self.length <= MAX_POSITIONS:
             raise ValueError(f"length is {self.length}; it must be from 2 to {MAX_POSITIONS}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from edge_sdk.protocol.frames import pack_tensors
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.learner import Learner
+from edge_sdk.training.self_check import relative_difference
 from export.bases.exported import BASES
 from export.bundles.quantized import INT8, predict_int8, quantize_matrices
-from export.bundles.writer import Tier, make_steps, segment_of
+from export.bundles.writer import Progress, Tier, make_steps, segment_of
 from export.cutting.split_model import WEIGHTS, ClientSegment, SplitModel, evaluating
 from export.errors import ExportError
-from export.formats.checking import relative_difference
 from export.formats.trained import TrainedModel
 from export.lowering.graph_files import lower
 from export.lowering.verification.draws import Like
@@ -31,8 +31,6 @@ from export.lowering.verification.verify import Verifier
 _DIFFERENCE = 1e-3
 """Largest relative difference of a device's logits from those of the model in PyTorch. The graphs
 were verified when they were exported; this finds a state that is not theirs."""
-
-Progress = Callable[[str], None]
 
 
 def write_bundles(folder: Path, trained: TrainedModel, progress: Progress) -> BundleIndex:
@@ -67,8 +65,10 @@ def write_bundles(folder: Path, trained: TrainedModel, progress: Progress) -> Bu
             manifest = _with_states(manifest, [_arrays(segment.state_dict())], index, blobs)
             if INT8 in manifest.graphs and manifest.runtime == "executorch":
                 manifest = _with_int8(manifest, segment, blobs, trained)
-            _check(manifest, blobs, segment, trained)
-        manifest = _with_sample(manifest, blobs, trained)
+        learner = Learner(manifest, load_runtime(Bundle.open(manifest, blobs.read)))
+        if not trained.bases:
+            _check(learner, segment, trained)
+        manifest = _with_sample(learner, blobs, trained)
         entries[tier] = TierEntry(entry.cut, entry.codec, blobs.write(manifest.to_bytes()))
     written = replace(index, folder=folder, tiers=entries)
     written.write()
@@ -154,25 +154,23 @@ def _with_int8(
     return manifest
 
 
-def _with_sample(manifest: Manifest, blobs: BlobStore, trained: TrainedModel) -> Manifest:
+def _with_sample(learner: Learner, blobs: BlobStore, trained: TrainedModel) -> Manifest:
     """Store some inputs with the bundle's answers to them; return the new manifest.
 
     The inputs are drawn: what is held out does not leave for devices.
     """
+    manifest = learner.manifest
     rows = trained.drawn(manifest.limits.get("seq"))[: min(manifest.limits.get("batch", 2), 2)]
-    learner = Learner(manifest, load_runtime(Bundle.open(manifest, blobs.read)))
     logits, _ = learner.predict(rows.numpy())
     data = pack_tensors({"x": rows.numpy(), "logits": logits})
     name = blobs.write(data)
     return replace(manifest, sample=name, blobs={**manifest.blobs, name: len(data)})
 
 
-def _check(
-    manifest: Manifest, blobs: BlobStore, segment: ClientSegment, trained: TrainedModel
-) -> None:
+def _check(learner: Learner, segment: ClientSegment, trained: TrainedModel) -> None:
     """Compare the answers of a bundle with the model's, on a few rows."""
+    manifest = learner.manifest
     rows = trained.rows(manifest.limits.get("seq"))[: manifest.limits.get("batch")]
-    learner = Learner(manifest, load_runtime(Bundle.open(manifest, blobs.read)))
     got = learner.predict(rows.numpy())[0]
     with torch.no_grad(), evaluating(segment):
         want = segment(rows)[1].numpy()

@@ -82,9 +82,9 @@ class Card:
             ms = "not measured" if file.latency_ms is None else f"{file.latency_ms:.2f} ms"
             row = [f"`{file.path}`", file.format, f"{file.size / 1e3:,.0f}", file.opened_by, ms]
             lines.append("| " + " | ".join(row) + " |")
-        where = f"on {self.examples:,} held-out examples" if self.examples else "not measured"
         lines += ["", f"## {self.metric.capitalize()}", ""]
         if self.examples:
+            where = f"on {self.examples:,} held-out examples"
             lines += [f"Of each file and output, {where}, in the runtime that opens the file.", ""]
             lines += ["| file | output | " + self.metric + " |", "|---|---|---:|"]
             lines += [

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -130,8 +129,3 @@ def latency_ms(run: Run, x: Array) -> float:
         run({"x": x[:1]})
         times.append(time.perf_counter() - began)
     return 1000 * statistics.median(times)
-
-
-def relative_difference(got: Array, want: Array) -> float:
-    """Norm of the difference of two tensors as a fraction of the norm of the second."""
-    return float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +129,8 @@ class InferenceGraph(nn.Module):
         self._buffers_of = {name: _buffer_name(name) for name in held}
         for name, tensor in held.items():
             self.register_buffer(self._buffers_of[name], tensor)
-        # not a submodule, whose tensors would be exported too
-        self._parts: dict[str, Any] = {"module": module, "compact": compact, "mixed": bool(bases)}
+        self._module = (module,)  # not a submodule, whose tensors would be exported too
+        self._compact, self._mixed = dict(compact), bool(bases)
         self.dual = has_dual_norms(module)
         self.names = module.names
         self.eval()
@@ -146,7 +145,7 @@ class InferenceGraph(nn.Module):
         Raises:
             Exception: torch cannot trace the model.
         """
-        if self._parts["mixed"]:
+        if self._mixed:
             # torch.export has no rules for functions that bring their own rule for vmap
             return trace(self._step(signature))
         dims = {
@@ -154,12 +153,10 @@ class InferenceGraph(nn.Module):
             for axis, name in enumerate(signature.x.shape)
             if isinstance(name, str) and signature.limits.get(name) != 1
         }
-        largest = {axis: signature.limits[str(signature.x.shape[axis])] for axis in dims
-                   if str(signature.x.shape[axis]) in signature.limits}  # fmt: skip
-        sizes = [largest.get(axis, size) for axis, size in enumerate(example.shape)]
-        for axis, name in enumerate(signature.x.shape):
-            if signature.limits.get(str(name)) == 1:
-                sizes[axis] = 1
+        sizes = [
+            signature.limits.get(str(name), size)
+            for name, size in zip(signature.x.shape, example.shape, strict=True)
+        ]
         inputs = (_sized(example, sizes), *([torch.tensor(0.5)] if self.dual else []))
         shapes = (dims, *([{}] if self.dual else []))
         return torch.export.export(self, inputs, dynamic_shapes=shapes, strict=False)
@@ -183,9 +180,9 @@ class InferenceGraph(nn.Module):
         return self._logits({n: getattr(self, b) for n, b in self._buffers_of.items()}, x, robust)
 
     def _logits(self, held: Tensors, x: Tensor, robust: Tensor | None) -> tuple[Tensor, ...]:
-        module, compact = self._parts["module"], self._parts["compact"]
-        with restored(held, compact) as values, robustness(0 if robust is None else robust):
-            if not self._parts["mixed"]:
+        (module,) = self._module
+        with restored(held, self._compact) as values, robustness(0 if robust is None else robust):
+            if not self._mixed:
                 return _call(module, values, x)
             each = over_bases(lambda own: _call(module, own, x), values)
             return tuple(logits.mean(0) for logits in each)
@@ -197,10 +194,10 @@ class InferenceGraph(nn.Module):
             wide: whether float32 becomes float64.
         """
         held = {n: getattr(self, b) for n, b in self._buffers_of.items()}
-        with torch.no_grad(), restored(held, self._parts["compact"]) as values:
+        with torch.no_grad(), restored(held, self._compact) as values:
             tensors = {n: t.double() if wide and t.dtype is torch.float32 else t
                        for n, t in values.items()}  # fmt: skip
-        if not self._parts["mixed"]:
+        if not self._mixed:
             return [tensors]
         count = len(next(iter(tensors.values())))
         return [{n: t[base] for n, t in tensors.items()} for base in range(count)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from edge_sdk.bundle.store import write_atomically
 from edge_sdk.errors import ConfigError
 from edge_sdk.inference.metrics import Metric, metric_of
 from edge_sdk.protocol.tensors import Array
+from edge_sdk.training.self_check import relative_difference
 from export.adapters_lora.lora import adapted_modules, merge
+from export.bundles.writer import Progress
 from export.cutting.split_model import evaluating
 from export.errors import ExportError
 from export.formats.bundles import write_bundles
@@ -25,7 +27,6 @@ from export.formats.checking import (
     batches_to_check,
     check,
     latency_ms,
-    relative_difference,
     scores,
 )
 from export.formats.executorch_file import Bits, check_installed, write_executorch, write_quantized
@@ -42,8 +43,6 @@ from export.formats.onnx_file import write_onnx
 from export.formats.trained import TrainedModel
 from export.formats.weights import write_peft, write_safetensors, write_transformers
 from export.out_folder import check_out, folder_for, put
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,7 @@ class _Shipment:
         self._heads = self._chosen_heads()
         self._metric: Metric = metric_of(trained.model.task)
         self._held_out = trained.held_out
+        self._scores: dict[int | None, dict[str, float]] = {}  # of the model, by length of texts
         if trained.bases:
             for name in set(choice.formats) - {"onnx", "onnx-fp16", "onnx-int8", "executorch"}:
                 if name != "bundles":
@@ -215,17 +215,13 @@ class _Shipment:
             notes.append(f"Adapters are merged into the weights{apart}.")
             self._merge()
         module = Heads(trained.model, self._heads)
-        exact = None
-        if self._held_out is not None and any(FORMATS[n].graph for n in choice.formats):
-            self._progress("measuring the model in PyTorch")
-            exact = self._measured(self._eager(module), {})
         for name in [n for n in choice.formats if n not in written]:
             self._progress(name)
             if FORMATS[name].graph:
-                written[name] = self._graph(name, module, exact)
+                written[name] = self._graph(name, module)
             else:
                 written[name] = self._weights(name)
-        if exact is None and any("int" in n or "fp16" in n for n in choice.formats):
+        if self._held_out is None and any(_kind(name) != FLOAT32 for name in choice.formats):
             notes.append("What rounding the weights loses was not measured.")
         return Card(
             self._about(),
@@ -286,7 +282,7 @@ class _Shipment:
 
     # --- graphs ---------------------------------------------------------------------------------
 
-    def _graph(self, name: str, module: Heads, exact: Mapping[str, float] | None) -> Written:
+    def _graph(self, name: str, module: Heads) -> Written:
         """Write an inference graph, check it and measure it."""
         trained, choice = self._trained, self._choice
         path = self._folder / FORMATS[name].path
@@ -295,9 +291,8 @@ class _Shipment:
             limits = {"batch": choice.batch, "seq": choice.length}
         signature = trained.signature(choice.tier, limits)
         rows = self._rows(signature)
-        kind = name.partition("-")[2] or "float32"
+        kind, difference = _kind(name), None
         about = metadata(self._about(), module.names, kind)
-        rounds, difference = kind != "float32", None
         if name in ("executorch-int8", "executorch-int4"):
             bits: Bits = 8 if kind == "int8" else 4
             quantized, run = write_quantized(path, module, signature, bits, about, rows)
@@ -312,13 +307,13 @@ class _Shipment:
             else:
                 run = write_onnx(path, graph, signature, {"cutlayer": about}, rows)
             check(graph, module, run, batches_to_check(rows, signature.limits))
-        if rounds:
+        if kind != FLOAT32:
             some = {"x": rows[: signature.limits.get("batch")].numpy()}
             want, got = self._eager(module)(some), run(some)
             difference = max(relative_difference(got[n], want[n]) for n in module.names)
-        found = {} if exact is None else self._measured(run, signature.limits)
-        if exact is not None and rounds:
-            self._judge(name, exact, found)
+        found = {} if self._held_out is None else self._measured(run, signature.limits)
+        if found and kind != FLOAT32:
+            self._judge(name, self._exact(module, signature.limits.get("seq")), found)
         return replace(
             self._entry(name),
             heads=module.names,
@@ -341,6 +336,14 @@ class _Shipment:
             return {n: t.numpy() for n, t in eager_answers(module, states, tensors).items()}
 
         return run
+
+    def _exact(self, module: Heads, longest: int | None) -> dict[str, float]:
+        """Scores of the model in PyTorch, on texts that are cut to a length."""
+        if longest not in self._scores:
+            self._progress("measuring the model in PyTorch")
+            limits = {} if longest is None else {"seq": longest}
+            self._scores[longest] = self._measured(self._eager(module), limits)
+        return self._scores[longest]
 
     def _measured(self, run: Run, limits: Mapping[str, int]) -> dict[str, float]:
         """Scores on the held-out examples; texts are cut to the length that a file takes."""
@@ -383,6 +386,14 @@ class _Shipment:
         files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.name}*")
         size = sum(file.stat().st_size for file in files if file.is_file())
         return Written(name, kind.path, size, kind.opened_by)
+
+
+FLOAT32 = "float32"
+
+
+def _kind(name: str) -> str:
+    """Kind of the weights in a format: ``float32``, ``fp16``, ``int8`` or ``int4``."""
+    return name.partition("-")[2] or FLOAT32
 
 
 def _none(module: Heads, bases: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:

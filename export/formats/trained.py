@@ -37,7 +37,7 @@ class TrainedModel:
     held_out: Examples | None = None
 
     def signature(self, tier: str | None, limits: Mapping[str, int]) -> Signature:
-        """Inputs and outputs of an inference graph.
+        """Inputs of an inference graph.
 
         Args:
             tier: tier whose bundle says what inputs are; any if None.

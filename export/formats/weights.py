@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from export.adapters_lora.lora import adapted_modules
 from export.adapters_lora.peft_format import base_fingerprint, load_adapter, save_adapter
@@ -32,18 +33,15 @@ def write_transformers(folder: Path, model: SplitModel) -> None:
             "the model does not come from transformers; the nearest format is safetensors"
         )
     save_original(model, folder)
-    again = from_transformers(folder)
-    own, names = model.state_dict(), again.origin.names
-    for original, name in names.items():
-        want, got = own[model.origin.names.get(original, name)], again.state_dict()[name]
-        if not _equal_as_stored(want, got):
-            raise ExportError(f"the folder differs from the model in {original}")
-
-
-def _equal_as_stored(want: torch.Tensor, got: torch.Tensor) -> bool:
-    """Whether a tensor, which was stored in some dtype, equals another rounded to that dtype."""
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    return any(torch.equal(want.to(dtype).to(got.dtype), got) for dtype in dtypes)
+    again = from_transformers(folder).origin
+    assert again.checkpoint is not None
+    own, names = model.state_dict(), {**again.names, **model.origin.names}
+    for file, shapes in again.checkpoint.files.items():
+        stored = load_file(folder / file)
+        for original in shapes.keys() & names.keys():
+            want = own[names[original]].to(stored[original].dtype)
+            if not torch.equal(want, stored[original]):
+                raise ExportError(f"the folder differs from the model in {original}")
 
 
 def write_peft(folder: Path, model: SplitModel, base: str) -> None:
@@ -101,8 +99,6 @@ def write_safetensors(path: Path, model: SplitModel, metadata: dict[str, str]) -
     names = model.original_names or {name: name for name in model.tensors()}
     tensors = {original: state[name].contiguous().clone() for name, original in names.items()}
     save_tensors(tensors, path, metadata)
-    from safetensors.torch import load_file
-
     for name, tensor in load_file(path).items():
         if not torch.equal(tensor, tensors[name]):
             raise ExportError(f"{path.name} differs from the model in {name}")

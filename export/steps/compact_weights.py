@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from edge_sdk.runtime.quantize import quantize as quantized
 from export.errors import ExportError
 from export.steps.step import Tensors
 from export.torch_internals import ConvolutionBase, TransposedConvolutionBase
-
-_LARGEST = 127
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,10 @@ def quantize(weight: Tensor, *axes: int) -> Quantized:
         axes: axes whose positions are channels; 0 if none is given.
     """
     kept = axes or (0,)
-    others = [d for d in range(weight.dim()) if d not in kept]
-    scale = weight.abs().amax(others, keepdim=True) / _LARGEST
-    scale = torch.where(scale < _TINY, 2 * _LARGEST * _TINY, scale)
-    return Quantized(torch.round(weight / scale).to(torch.int8), scale)
+    shape = [n if axis in kept else 1 for axis, n in enumerate(weight.shape)]
+    # a device quantizes the weights that it has trained in the same way
+    codes, scale = quantized(weight.detach().numpy(), shape)
+    return Quantized(torch.from_numpy(codes), torch.from_numpy(scale))
 
 
 def halve(name: str, weight: Tensor) -> Half:

@@ -82,6 +82,7 @@ def export_model(
     ] = False,
 ) -> None:
     """Write a trained model with a card, checked in the runtimes that open it: docs/ship.md."""
+    from export.formats.card import FIGURES
     from export.formats.ship import Choice, ship
     from export.out_folder import check_out
     from server_hub.storage.trained_run import TrainedRun
@@ -90,7 +91,7 @@ def export_model(
     choice = Choice(
         formats or ["onnx"], tier, head or (), batch, length, base, max_loss, allow_loss
     )
-    check_out(out, overwrite, mark="model.json")
+    check_out(out, overwrite, mark=FIGURES)
     with console.status("reading the run") as status:
         found = TrainedRun.read(run, bundles)
         trained = found.trained(tier, bases, held_out, whole=set(choice.formats) == {"bundles"})

@@ -111,8 +111,6 @@ class JobDescription:
         bundles: folder of the bundles.
         model: model to build instead of the one that the bundles name; None for that one.
         held_out: ``.npz`` of held-out examples; None without.
-        rounds: number of rounds of the job.
-        started_from: what the job has started from; None for the bundles' weights.
     """
 
     version: str
@@ -120,8 +118,6 @@ class JobDescription:
     bundles: Path
     model: str | None
     held_out: Path | None
-    rounds: int
-    started_from: Path | None = None
 
     @classmethod
     def read(cls, folder: Path) -> JobDescription | None:
@@ -135,10 +131,8 @@ class JobDescription:
             return None
         try:
             raw = json.loads(read_text(path))
-            paths = {
-                k: None if raw[k] is None else Path(raw[k]) for k in ("held_out", "started_from")
-            }
-            return cls(**raw | paths | {"bundles": Path(raw["bundles"])})
+            held_out = None if raw["held_out"] is None else Path(raw["held_out"])
+            return cls(**raw | {"bundles": Path(raw["bundles"]), "held_out": held_out})
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} is damaged ({error}); give --bundles instead") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +136,13 @@ class TrainedRun:
 
     def _about(self) -> dict[str, Any]:
         """Where the model comes from, for its card."""
-        method = self.job.method if self.job is not None else "unknown"
+        version, method = "unknown", "unknown"  # in runs of earlier versions
+        if self.job is not None:
+            version, method = self.job.version, self.job.method
         evaluated = [record for record in self.records if record.accuracy]
         return {
             "title": f"{method} model",
-            "version": metadata.version("cutlayer"),
+            "version": version,
             "method": method,
             "rounds": self._rounds(),
             "tiers": {name: entry.cut for name, entry in self.index.tiers.items()},

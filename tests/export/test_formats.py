@@ -342,6 +342,24 @@ def test_executorch_quantizes_linear_layers(tmp_path: Path) -> None:
     assert sizes[0] > sizes[1] > sizes[2]
 
 
+@pytest.mark.slow
+def test_texts_are_cut_alike_for_the_model_and_the_file(tmp_path: Path) -> None:
+    """What 8 bits lose is measured on the texts of a length that the file takes, on both sides."""
+    pytest.importorskip("executorch")
+    found = trained("gpt2", tmp_path / "bundles", held_out=16)
+    assert found.held_out is not None
+    y = np.array(found.held_out.y)
+    # behind the cut labels are the model's own answers, so that it is better there than before
+    y[:, 4:] = answers(found.model, torch.from_numpy(found.held_out.x))["head"].argmax(-1)[:, 4:]
+    found = replace(found, held_out=Examples(found.held_out.x, y))
+    choice = Choice(["executorch-int8"], heads=["head"], length=4, max_loss=0.05)
+    card = ship(found, choice, tmp_path / "out")
+    whole = ship(found, Choice(["onnx"], heads=["head"]), tmp_path / "whole")
+    # so a comparison with the whole texts would have been refused
+    allowed = 1 + choice.max_loss
+    assert card.files[0].scores["head"] > allowed * whole.files[0].scores["head"]
+
+
 def test_what_executorch_cannot_quantize_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     found = trained("conv", tmp_path / "bundles")
@@ -419,8 +437,6 @@ def test_transformers_and_peft_answer_as_the_model(tmp_path: Path) -> None:
     original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapted = peft.PeftModel.from_pretrained(original, tmp_path / "out" / "adapter")
     with torch.no_grad():
-        before = original.base_model  # wrapped by PEFT in place
-        assert before is not None
         close(adapted.double().eval()(x).logits.numpy(), want, 1e-9)
         close(merged.double().eval()(x).logits.numpy(), want, 1e-5)
 

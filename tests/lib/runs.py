@@ -31,7 +31,7 @@ def finished_run(
     """
     index = BundleIndex.read(bundles)
     run = RunFolder(folder)
-    run.save_job(JobDescription("0.0", "FedSplitX", bundles, index.model, held_out, rounds))
+    run.save_job(JobDescription("0.0", "FedSplitX", bundles, index.model, held_out))
     accuracy = {tier: {"device_alone": 0.5} for tier in index.tiers}
     for number in range(1, rounds + 1):
         run.add(

@@ -47,6 +47,7 @@ def test_a_run_is_known_by_what_it_says(bundles: BundleIndex, tmp_path: Path) ->
     folder = finished_run(tmp_path / "run", bundles.folder, {None: model}, held_out=held_out)
     trained = TrainedRun.read(folder).trained(None, None, None, whole=False)
     assert (trained.about["method"], trained.about["rounds"]) == ("FedSplitX", 3)
+    assert trained.about["version"] == "0.0"  # that has trained it
     assert trained.about["tiers"] == {name: e.cut for name, e in bundles.tiers.items()}
     assert trained.about["measured_by_hub"][next(iter(bundles.tiers))] == {"device_alone": 0.5}
     assert trained.held_out is not None
@@ -139,7 +140,7 @@ def test_mistakes(bundles: BundleIndex, tmp_path: Path, capsys: pytest.CaptureFi
     assert "has not completed a round yet" in said(empty)
     (folder / JOB).write_text("{}")
     assert "run.json is damaged" in said(folder)
-    job = JobDescription("0", "m", tmp_path / "gone", None, None, 1)
+    job = JobDescription("0", "m", tmp_path / "gone", None, None)
     (folder / JOB).write_text(json.dumps({**vars(job), "bundles": str(job.bundles)}))
     assert f"bundles are not in {tmp_path / 'gone'} any more; give --bundles" in said(folder)
 
