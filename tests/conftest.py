@@ -26,8 +26,14 @@ LEFTOVERS = pytest.StashKey[Leftovers]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """List the files of the system's temporary folder before any test runs."""
+    """List the files of the system's temporary folder before any test runs.
+
+    torchao makes torch's cache folder when it is imported, which happens while tests are collected.
+    """
     if not hasattr(config, "workerinput"):  # only in the process that sees the whole run
+        compiled = tempfile.TemporaryDirectory(prefix="cutlayer-compiled-")
+        config.add_cleanup(compiled.cleanup)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
         config.stash[LEFTOVERS] = Leftovers(Path(tempfile.gettempdir()))
 
 
