@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.protocol.messages import Batch
+from edge_sdk.protocol.batch import Batch
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import SplitModel
 from export.cutting.tied import tied_tensors

@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from benchmarks.bare_loop import BareBatch
 from benchmarks.resnet import build as build_resnet
-from edge_sdk.protocol.messages import Batch
+from edge_sdk.protocol.batch import Batch
 from export.cutting.channels import channel_axis
 from export.cutting.split_model import SplitModel
 from export.packing.codecs import get_codec

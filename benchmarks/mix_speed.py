@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 
 from edge_sdk.bundle.manifest import Bundle
-from edge_sdk.protocol.messages import Batch
+from edge_sdk.protocol.batch import Batch
 from edge_sdk.runtime import load_runtime
 from export.bases.exported import WholeBases, whole_bases
 from export.bases.split_width import split_width

@@ -18,12 +18,12 @@ from typing import Any
 
 from edge_sdk.bundle.store import verify_blob
 from edge_sdk.errors import HubError, LinkClosed
+from edge_sdk.protocol.batch import Batch
 from edge_sdk.protocol.channel import Channel, Delivery
 from edge_sdk.protocol.frames import Frame, decode, encode, unpack_tensors
 from edge_sdk.protocol.messages import (
     VERSION,
     Activations,
-    Batch,
     Blob,
     BlobGet,
     Error,

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.bundle.signing import read_trust
 from edge_sdk.bundle.store import BlobStore
-from edge_sdk.errors import BundleError, DataError, Diverged, HubError
+from edge_sdk.bundle.trials import Trials
+from edge_sdk.errors import CutlayerError, DataError
 from edge_sdk.inference.base_networks import BaseNetworks
 from edge_sdk.inference.kept_back import KeptBack
 from edge_sdk.inference.mixture import Mixture
 from edge_sdk.inference.prediction import AnswerOptions, Evaluation, Prediction, Predictor
-from edge_sdk.protocol.enums import ErrorCode
-from edge_sdk.protocol.evaluation import Evaluate
-from edge_sdk.protocol.message import EVALUATION, EXTENSIONS, RECOUNT
-from edge_sdk.protocol.messages import DIVERGED, Decline, Move, Ready, Round, Stop
+from edge_sdk.protocol.message import EVALUATION, EXTENSIONS
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import load_runtime
 from edge_sdk.training.conditions import MayTrain
 from edge_sdk.training.data import Source
-from edge_sdk.training.exchange import send_update, train_locally
 from edge_sdk.training.learner import Learner, Precision
 from edge_sdk.training.loader import BundleLoader, LoadRuntime
 from edge_sdk.training.local_data import LocalData
+from edge_sdk.training.participation import Participation
 from edge_sdk.training.plan import Augment
 from edge_sdk.training.report import RoundReport, TrainReport
 from edge_sdk.transport.connection import Connection, OpenLink
 from edge_sdk.transport.download import Downloader
 from edge_sdk.transport.link import open_websocket
-from edge_sdk.transport.replies import RoundOver
-from edge_sdk.transport.session import Session, SessionLost
 
 __all__ = ["Device", "Evaluation", "MayTrain", "Prediction", "RoundReport", "TrainReport"]
 
@@ -70,7 +64,6 @@ class Device:
         memory_mb: int | None = None,
         patience_s: float = 60.0,
     ) -> None:
-        self._may_train, self._augment = may_train, augment
         self._connection = Connection(
             open_link,
             token=token,
@@ -79,27 +72,38 @@ class Device:
             memory_mb=memory_mb,
             extensions=[e for e in EXTENSIONS if e != EVALUATION or keep_back],
         )
-        self._downloader = Downloader(self._connection, BlobStore.cache(cache))
+        store = BlobStore.cache(cache)
+        self._downloader = Downloader(self._connection, store)
         self._loader = BundleLoader(
             self._connection,
             self._downloader,
             load,
+            Trials(None if store is None else store.folder, token),
             None if data is None else LocalData(data, keep_back),
             read_trust(trust),
             threads,
             on_change=lambda: self._bases.forget(),
         )
         self._bases = BaseNetworks(self._connection, self._downloader, self._present_learner)
-        self._announced = 0  # number of rows that the hub knows of
         self._predictor = Predictor(
             self._present_learner,
             self._connection.ask,
             self._bases.fetch,
             lambda: self._connection.failure,
             lambda: self._connection.largest_message,
+            lambda: self._connection.welcome.release is not None,
         )
         self._kept_back = KeptBack(
             self.kept_back, self._loader, self._bases, self._predictor, may_train
+        )
+        self._participation = Participation(
+            self._connection,
+            self._downloader,
+            self._loader,
+            self._bases.offer,
+            self._kept_back.answer,
+            may_train,
+            augment,
         )
 
     @classmethod
@@ -201,6 +205,39 @@ class Device:
         """The manifest of the loaded bundle."""
         return self._loader.learner.manifest
 
+    @property
+    def release(self) -> int | None:
+        """Number of the release that the device runs.
+
+        None if its bundle is that of a job, or of an earlier release that the device has gone back
+        to, because the one that the hub offers has failed the device's check.
+        """
+        return None if self._loader.refused else self._connection.welcome.release or None
+
+    async def refresh(self) -> bool:
+        """Ask the hub for its newest model, and go on with it.
+
+        For devices that only predict: the bundle of a release that was published meanwhile, or the
+        one before if it was taken back, or the present state of a job. A release that fails the
+        device's own check is not used, and the present bundle stays. The check is that the bundle
+        loads, and answers its sample as it did when it was made.
+
+        Returns:
+            Whether the device has another bundle now.
+
+        Raises:
+            CutlayerError: the device is training; each round brings it the newest model.
+            LinkClosed: the hub is out of reach.
+            HubError: the hub refuses the device.
+        """
+        if self._participation.under_way:
+            raise CutlayerError("the device is training, and gets the newest model in each round")
+        before = self._present_learner()
+        welcome = await self._connection.renew()
+        await self._loader.load_welcomed()
+        await self._loader.load_present_state(welcome)
+        return self._present_learner() is not before
+
     # --- training -------------------------------------------------------------------------------
 
     async def train(self, on_round: Callable[[RoundReport], None] | None = None) -> TrainReport:
@@ -218,108 +255,7 @@ class Device:
         """
         self._present_learner()
         self._data()
-        report = TrainReport()
-        joined = False
-        while True:
-            try:
-                if not joined:
-                    await self._loader.load_welcomed()
-                    await self._connection.send(await self._ready())
-                    joined = True
-                session, delivery = await self._connection.next_work()
-                if isinstance(delivery.message, Stop):
-                    report.reason = delivery.message.reason
-                    if delivery.message.state is not None:
-                        await self._loader.load_state(delivery.message.state)
-                    if delivery.message.bases is not None:
-                        self._bases.offer(delivery.message.bases)
-                    session.settle(delivery.seq)
-                    return report
-                if isinstance(delivery.message, Move):
-                    session.settle(delivery.seq)
-                    await self._move(session, delivery.message)
-                    continue
-                if isinstance(delivery.message, Evaluate):
-                    session.settle(delivery.seq)
-                    await self._kept_back.answer(session, delivery.message)
-                    continue
-                assert isinstance(delivery.message, Round)
-                # now, not at the end: gradients that come meanwhile are acknowledged after it
-                session.settle(delivery.seq)
-                done = await self._take_part(session, delivery.message)
-                if done is not None:
-                    report.rounds.append(done)
-                    if on_round is not None:
-                        on_round(done)
-            except SessionLost:
-                self._connection.raise_failure()
-                joined = False  # the hub forgot us: join again, in a new session
-
-    async def _ready(self) -> Ready:
-        self._announced = max(await asyncio.to_thread(self._data().join), 1)
-        return Ready(samples=self._announced, tier=self.manifest.tier)
-
-    async def _move(self, session: Session, move: Move) -> None:
-        """Go on with another bundle, or with the present one if the other cannot be loaded.
-
-        Only blobs that the cache lacks are fetched: layers that both bundles have are the same
-        blobs.
-        """
-        try:
-            learner = await self._loader.load(move.manifest, move.tier)
-            session.check()  # in a new session the hub knows the device by its old tier
-            self._loader.use(learner, move.manifest)
-            self._connection.tier = move.tier
-        except (BundleError, DataError, HubError, OSError) as error:
-            log.warning("cannot move to %s (%s): %s", move.tier, move.reason, error)
-        await session.send(await self._ready())
-
-    async def _take_part(self, session: Session, task: Round) -> RoundReport | None:
-        """Train in one round and send the update.
-
-        Everything goes over the session that the round came from: if the hub restarts meanwhile,
-        :class:`SessionLost` ends the round.
-
-        Returns:
-            The report; None if the round was declined, training has diverged, or the round was
-            over before the device was done.
-        """
-        reason = self._may_train(task.round) if self._may_train is not None else None
-        recount = RECOUNT in session.extensions
-        rows = await asyncio.to_thread(self._data().begin, task.round, task.seed, recount)
-        if reason is None and len(rows) == 0:
-            reason = "there are no rows to train on"
-        if reason is not None:
-            await session.send(Decline(round=task.round, reason=reason))
-            return None
-        if len(rows) != self._announced:
-            self._announced = len(rows)
-            await session.send(Ready(samples=len(rows), from_round=task.round))
-        now = asyncio.get_running_loop().time
-        started = now()
-        try:
-            states = await self._downloader.start_of(task, self.manifest.state_bytes)
-        except HubError as error:
-            if error.code != ErrorCode.UNKNOWN_BLOB:
-                raise
-            return None  # the round ended during the download
-        try:
-            result, compute_s = await train_locally(
-                self._connection, session, task, self._loader.learner, states, rows, self._augment
-            )
-        except RoundOver:
-            return None  # too slow: the hub went on without this device
-        except Diverged as error:
-            rate = f" (learning rate {task.hyper['lr']:g})" if "lr" in task.hyper else ""
-            reason = f"{DIVERGED} in round {task.round}{rate}: {error}"
-            log.warning("%s; the device keeps the state that the round began with", reason)
-            await session.send(Decline(round=task.round, reason=reason))
-            return None
-        times = {"compute_s": compute_s, "wait_s": now() - started - compute_s}
-        result = replace(result, metrics=result.metrics | times)
-        await send_update(session, task.round, result, self._connection.welcome.max_frame)
-        loss, accuracy = (result.metrics.get(name) for name in ("loss", "accuracy"))
-        return RoundReport(task.round, loss, accuracy, now() - started, len(rows))
+        return await self._participation.train(on_round)
 
     # --- prediction -----------------------------------------------------------------------------
 

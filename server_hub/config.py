@@ -24,6 +24,8 @@ class HubConfig:
         bundles: folder written by ``cutlayer export``.
         tokens: file written by ``cutlayer token``.
         run: folder for metrics, report and the trained model.
+        releases: folder of releases for devices that only download; they get the model of the job
+            if not given.
         model: ``module:function`` that builds the model; that of the export if not given.
         start_from: run folder, checkpoint, folder or file of weights whose model the job goes on
             with; that of the bundles if not given.
@@ -41,6 +43,7 @@ class HubConfig:
     bundles: Path
     tokens: Path
     run: Path = Path("runs/hub")
+    releases: Path | None = None
     model: str | None = None
     start_from: Path | None = None
     held_out: Path | None = None

@@ -37,6 +37,7 @@ from export.steps.weight_decay import decay_of_bundles
 from server_hub.concurrency import BackgroundTasks, Changes, Effect
 from server_hub.config import HubConfig
 from server_hub.gateway.peers import Peer
+from server_hub.gateway.releases import Releases
 from server_hub.gateway.server import Gateway
 from server_hub.gateway.tokens import TokenFile, Tokens
 from server_hub.job import Job
@@ -151,6 +152,7 @@ class Hub:
             self._gone,
             lambda device, issued, memory: self.cut_moves.moved(device, issued, memory),
             self._connection_changed,
+            None if config.releases is None else Releases(config.releases, create=True),
         )
         metric: Metric = "perplexity" if self.model.task == "tokens" else "accuracy"
         self.run = run if run is not None else RunFolder(config.run, metric=metric)
@@ -315,6 +317,8 @@ class Hub:
 
     def _stop(self, peer: Peer) -> None:
         """Tell a device that the job is over, and where the final model is."""
+        if peer.release is not None:
+            return  # what it runs is no model of the job
         offer = self.gateway.blobs.offer(peer.tier)
         self.gateway.post(peer, Stop(reason="the job is finished", **vars(offer)))
 

@@ -43,7 +43,7 @@ LEVELS: dict[str, tuple[set[str], ...]] = {
         {"rounds"},
         {"reports"},
         {"config", "job"},
-        {"hub"},
+        {"hub", "release_server"},
         {"simulation"},
         {"demo"},
         {"cli"},

@@ -102,6 +102,20 @@ class BlobStore:
             ) from None
         return verify_blob(name, data)
 
+    def piece(self, name: str, offset: int, size: int) -> tuple[bytes, int] | None:
+        """Up to ``size`` bytes of a blob from ``offset`` on, not verified, and its whole size.
+
+        Returns:
+            None if the blob is not here, or ends before ``offset``.
+        """
+        try:
+            with open(self.folder / name, "rb") as file:
+                whole = os.fstat(file.fileno()).st_size
+                file.seek(offset)
+                return (file.read(size), whole) if offset <= whole else None
+        except (OSError, OverflowError):
+            return None
+
     def write(self, data: bytes) -> str:
         """Store a blob and return its name."""
         name = sha256(data)

@@ -18,6 +18,7 @@ from rich.table import Table
 from edge_sdk import config
 from edge_sdk.device import Device, RoundReport, TrainReport
 from edge_sdk.errors import ConfigError
+from edge_sdk.inference.metrics import Metric
 from edge_sdk.inference.prediction import Evaluation
 from edge_sdk.runtime import MAX_THREADS
 from edge_sdk.sources.opened import open_source
@@ -137,17 +138,17 @@ def device(
     ):
         raise ConfigError("--keep-back, --newest and --max-age-s need --data")
     console = Console(stderr=as_json, highlight=False, markup=False)
-    name, tier, training, evaluation = asyncio.run(_run(settings, console))
+    joined, training, evaluation = asyncio.run(_run(settings, console))
     if as_json:
-        print(json.dumps(_summary(name, tier, training, evaluation)))
+        print(json.dumps(_summary(joined, training, evaluation)))
     elif evaluation is not None:
         console.print(_table(evaluation))
 
 
 async def _run(
     settings: DeviceConfig, console: Console
-) -> tuple[str, str, TrainReport | None, Evaluation | None]:
-    """The device's name and tier, what training did, and the accuracy."""
+) -> tuple[Device, TrainReport | None, Evaluation | None]:
+    """The device, which has left; what training did; and the accuracy."""
     data = open_source(settings.data) if settings.data is not None else None
     if data is not None and (settings.newest is not None or settings.max_age_s is not None):
         data = Recent(data, settings.newest, settings.max_age_s)
@@ -173,9 +174,10 @@ async def _run(
     )
     async with joined:
         manifest = joined.manifest
+        release = "" if joined.release is None else f", release {joined.release}"
         console.print(
             f"joined {settings.url} as {joined.name}: tier {manifest.tier}, cut {manifest.cut}, "
-            f"{manifest.codec} activations",
+            f"{manifest.codec} activations{release}",
             soft_wrap=True,
         )
         if held_out is not None:  # not after hours of training
@@ -189,15 +191,16 @@ async def _run(
                 console.print("no row is kept back, so there is nothing to measure the result on")
                 held_out = None
         evaluation = await joined.evaluate(held_out) if held_out is not None else None
-    return joined.name, joined.manifest.tier, training, evaluation
+    return joined, training, evaluation
 
 
 def _summary(
-    name: str, tier: str, training: TrainReport | None, evaluation: Evaluation | None
+    joined: Device, training: TrainReport | None, evaluation: Evaluation | None
 ) -> dict[str, Any]:
     return {
-        "name": name,
-        "tier": tier,
+        "name": joined.name,
+        "tier": joined.manifest.tier,
+        "release": joined.release,
         "rounds": [dataclasses.asdict(r) for r in training.rounds] if training else [],
         "stopped": training.reason if training else None,
         "evaluation": dataclasses.asdict(evaluation) if evaluation else None,
@@ -227,10 +230,12 @@ def _table(evaluation: Evaluation) -> Table:
     table = Table(title=f"{evaluation.metric} on {evaluation.samples} examples")
     for column in ("device alone", "through hub", "ensemble"):
         table.add_column(column, justify="right")
-    table.add_row(
-        *(
-            f"{value:.1%}" if evaluation.metric == "accuracy" else f"{value:.4g}"
-            for value in (evaluation.device_alone, evaluation.through_hub, evaluation.ensemble)
-        )
-    )
+    values = (evaluation.device_alone, evaluation.through_hub, evaluation.ensemble)
+    table.add_row(*(_shown(value, evaluation.metric) for value in values))
     return table
+
+
+def _shown(value: float | None, metric: Metric) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1%}" if metric == "accuracy" else f"{value:.4g}"

@@ -63,7 +63,7 @@ class BaseNetworks:
         """
         for attempt in range(_ATTEMPTS):
             limit = self._learner().manifest.state_bytes
-            mixture = self._mixture or self.offer(self._connection.welcome.bases or {})
+            mixture = self._mixture or self.offer(self._named())
             try:
                 for base, name in mixture.missing(bases):
                     mixture.put(
@@ -74,5 +74,13 @@ class BaseNetworks:
                 if error.code != ErrorCode.UNKNOWN_BLOB or attempt == _ATTEMPTS - 1:
                     raise
             # rounds passed since the hub named them
-            self.offer((await self._connection.renew()).bases or {})
+            await self._connection.renew()
+            self.offer(self._named())
         raise AssertionError("the last attempt returns or raises")
+
+    def _named(self) -> Mapping[str, str]:
+        """The base networks of the bundle if it is of a trained model, else those of the job."""
+        trained = self._learner().manifest.base_states
+        if trained:
+            return {str(base): name for base, name in enumerate(trained)}
+        return self._connection.welcome.bases or {}

@@ -100,15 +100,16 @@ class Evaluation:
 
     Attributes:
         device_alone: metric of the mean of the device's own heads.
-        through_hub: metric of the head of the whole model.
-        ensemble: metric of the mean of all heads, the device's and the hub's.
+        through_hub: metric of the head of the whole model; None if the hub answers no questions of
+            this device, and the device does not hold the whole model.
+        ensemble: metric of the mean of all heads, the device's and the hub's; None likewise.
         samples: number of examples.
         metric: accuracy as a fraction, or perplexity for a model of tokens.
     """
 
     device_alone: float
-    through_hub: float
-    ensemble: float
+    through_hub: float | None
+    ensemble: float | None
     samples: int
     metric: Metric = "accuracy"
 
@@ -122,6 +123,7 @@ class Predictor:
         fetch_bases: returns the mixture of base networks.
         failure: returns the error that ended the connection to the hub; None while it goes on.
         largest_message: returns the bytes of the largest message that the hub takes.
+        only_downloads: returns whether the hub answers no questions of this device.
     """
 
     def __init__(
@@ -131,9 +133,11 @@ class Predictor:
         fetch_bases: FetchBases,
         failure: Callable[[], CutlayerError | None],
         largest_message: Callable[[], int],
+        only_downloads: Callable[[], bool],
     ) -> None:
         self._learner, self._ask, self._fetch_bases = learner, ask, fetch_bases
         self._failure, self._largest_message = failure, largest_message
+        self._only_downloads = only_downloads
         self._told = False
         self._hub_heads: dict[str, int] = {}
 
@@ -158,7 +162,7 @@ class Predictor:
         probabilities = softmax(heads).mean(0)
         unsure = np.flatnonzero(probabilities.max(1) < confidence)
         by_hub = np.zeros(len(probabilities), bool)
-        if len(unsure) and not own.manifest.whole:
+        if len(unsure) and self._asks(own.manifest):
             hub = await self._hub_if_it_answers(own, unsure, x, timeout_s)
             if hub is not None:
                 every = np.concatenate([heads[:, unsure], _last_position(hub, own.manifest)])
@@ -169,9 +173,15 @@ class Predictor:
     async def evaluate(self, examples: Source, batch_size: int) -> Evaluation:
         """See :meth:`edge_sdk.device.Device.evaluate`."""
         manifest = self._learner().manifest
-        tallies, samples = await self.tally(examples, batch_size, _PATHS)
-        alone, through, ensemble = (tallies[path].value for path in _PATHS)
+        paths = _PATHS if manifest.whole or self._asks(manifest) else _PATHS[:1]
+        tallies, samples = await self.tally(examples, batch_size, paths)
+        values = {path: tally.value for path, tally in tallies.items()}
+        alone, through, ensemble = values[_PATHS[0]], *map(values.get, _PATHS[1:])
         return Evaluation(alone, through, ensemble, samples, metric_of(manifest.task))
+
+    def _asks(self, manifest: Manifest) -> bool:
+        """Whether there are heads above the device's, and the hub answers with them."""
+        return not manifest.whole and not self._only_downloads()
 
     async def tally(
         self, examples: Source, batch_size: int, paths: Sequence[str]
@@ -203,7 +213,7 @@ class Predictor:
             positions = _ROOM // (4 * len(manifest.heads) * manifest.classes)
             batches = _divided(text.batches(examples, size), positions)
         tallies = {path: Tally(manifest.task) for path in paths}
-        asks = not manifest.whole and any(path != "device_alone" for path in paths)
+        asks = self._asks(manifest) and any(path != "device_alone" for path in paths)
         samples = 0
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             samples += len(batch)
@@ -244,6 +254,10 @@ class Predictor:
         for _ in range(tokens):
             seen = x if x.shape[1] <= window else x[:, -int(window) :]
             own = await self._own(seen)
+            if not own.manifest.whole and self._only_downloads():
+                raise DataError(
+                    "going on with a text takes the whole model; the device's token only downloads"
+                )
             whole = own.manifest.whole
             logits = own.logits if whole else await self._hub(own, np.arange(len(x)), seen)
             logits_BV = logits[-1, :, -1]

@@ -23,7 +23,10 @@ PIECES = "pieces"
 RECOUNT = "recount"
 """The extension by which a device says that the number of its examples has changed."""
 
-EXTENSIONS: tuple[str, ...] = (EVALUATION, PIECES, RECOUNT)
+RELEASE = "release"
+"""The extension by which a hub rolls out releases, and a device says which one it runs."""
+
+EXTENSIONS: tuple[str, ...] = (EVALUATION, PIECES, RECOUNT, RELEASE)
 """The extensions that this implementation speaks."""
 
 

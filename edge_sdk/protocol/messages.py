@@ -7,17 +7,18 @@ value. A field that is unknown, missing or wrong raises a :class:`ProtocolError`
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol import checks
+from edge_sdk.protocol.batch import Batch, HeadGradient
 from edge_sdk.protocol.checks import MAX_BASES, checked
 from edge_sdk.protocol.enums import ActivationMode, ErrorCode
 from edge_sdk.protocol.evaluation import Evaluate, Evaluated
-from edge_sdk.protocol.message import PIECES, RECOUNT
+from edge_sdk.protocol.message import PIECES, RECOUNT, RELEASE
 from edge_sdk.protocol.message import Message as Message
+from edge_sdk.protocol.release import Running
 from edge_sdk.protocol.tensors import Array
 
 VERSION = 1
@@ -107,50 +108,6 @@ class _OfBatch(Message):
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Packed activations of some rows, from the device's learner to the trunk's step.
-
-    Attributes:
-        parts: the packed tensors by name, as the manifest's ``packed`` lists them.
-        labels: (rows,) int64; (rows, positions) for a model of tokens, where -1 does not count.
-            None in rounds in which labels stay on the device.
-        base: number of the base network that the activations belong to; 0 for a single model.
-        noise: whether they are those of adversarial examples, through the noise norms.
-        present: class mask (classes,) float32: 1 for classes that the device has examples of, 0 for
-            those that its loss leaves out; None where all classes count.
-    """
-
-    parts: dict[str, Array] = checked(checks.tensors)
-    labels: Array | None = checked(checks.optional(checks.tensor), None)
-    base: int = checked(checks.integer(0, MAX_BASES - 1), 0)
-    noise: bool = checked(checks.flag, False)
-    present: Array | None = checked(checks.optional(checks.tensor), None)
-
-    @classmethod
-    def of(cls, message: Batch) -> Batch:
-        """The batch without what else a message says."""
-        return cls(**{f.name: getattr(message, f.name) for f in dataclasses.fields(cls)})
-
-
-@dataclass(frozen=True)
-class HeadGradient:
-    """Gradient of a batch's features, from a device that holds the model's head and the labels.
-
-    Attributes:
-        parts: packed gradient of the mean loss with respect to the features, by name.
-        labels: number of labels that the mean loss is over.
-    """
-
-    parts: dict[str, Array] = checked(checks.tensors)
-    labels: int = checked(checks.integer(1))
-
-    @classmethod
-    def of(cls, message: HeadGradient) -> HeadGradient:
-        """The gradient without what else a message says."""
-        return cls(**{f.name: getattr(message, f.name) for f in dataclasses.fields(cls)})
-
-
-@dataclass(frozen=True)
 class Activations(Batch, _OfBatch):
     """A :class:`Batch` on its way to the hub."""
 
@@ -236,6 +193,8 @@ class Welcome(Message):
             the ones that the hub speaks; None for none.
         max_message: bytes of the largest message that the hub takes in pieces; None where pieces
             are not agreed on.
+        release: number of the release that the bundle is of, or 0 for the model of a job; the hub
+            then answers no questions. None where the device may train and ask.
     """
 
     TYPE = "welcome"
@@ -253,6 +212,7 @@ class Welcome(Message):
     bases: dict[str, str] | None = checked(checks.optional(checks.states), None)
     extensions: list[str] | None = checked(checks.optional(checks.extensions), None)
     max_message: int | None = checked(checks.optional(checks.integer(1024)), None, extension=PIECES)
+    release: int | None = checked(checks.optional(checks.integer()), None, extension=RELEASE)
 
 
 @dataclass(frozen=True)
@@ -421,8 +381,8 @@ MESSAGES: dict[str, type[Message]] = {
     cls.TYPE: cls
     for cls in (
         Hello, Ready, Decline, BlobGet, Activations, FeatureGradient, Update, Infer, Evaluated,
-        Bye, Welcome, Blob, Round, Features, Gradient, Evaluate, Move, Stop, Answer, Error, Ack,
-        Piece,
+        Running, Bye, Welcome, Blob, Round, Features, Gradient, Evaluate, Move, Stop, Answer,
+        Error, Ack, Piece,
     )
 }  # fmt: skip
 

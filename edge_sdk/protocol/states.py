@@ -83,7 +83,7 @@ class SessionState(enum.StrEnum):
 FROM_DEVICE: Final = frozenset(
     {
         "ack", "activations", "blob_get", "bye", "decline", "error", "evaluated",
-        "feature_gradient", "infer", "piece", "ready", "update",
+        "feature_gradient", "infer", "piece", "ready", "running", "update",
     }
 )  # fmt: skip
 """Types of the messages that a device sends in a session."""
@@ -99,7 +99,7 @@ FROM_HUB: Final = frozenset(
 
 def _in_any(state: SessionState) -> dict[str, SessionState]:
     """What has a place in every state but ``ended``."""
-    kinds = ("ack", "answer", "blob", "blob_get", "error", "infer", "piece")
+    kinds = ("ack", "answer", "blob", "blob_get", "error", "infer", "piece", "running")
     stay = dict.fromkeys(kinds, state)
     return {**stay, "bye": SessionState.ENDED, "stop": SessionState.STOPPED}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from edge_sdk.protocol.batch import Batch
 from edge_sdk.protocol.enums import ActivationMode
 from edge_sdk.protocol.messages import (
     Activations,
-    Batch,
     FeatureGradient,
     Features,
     Gradient,

@@ -12,8 +12,9 @@ import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest, tensor_of
 from edge_sdk.errors import BundleError, DataError, Diverged
+from edge_sdk.protocol.batch import Batch, HeadGradient
 from edge_sdk.protocol.enums import ActivationMode
-from edge_sdk.protocol.messages import Batch, Features, Gradient, HeadGradient
+from edge_sdk.protocol.messages import Features, Gradient
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime
 from edge_sdk.training import text

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Callable
 
 from edge_sdk.bundle.manifest import MAX_MANIFEST, Bundle, Manifest
 from edge_sdk.bundle.signing import check
+from edge_sdk.bundle.trials import Trials
 from edge_sdk.errors import BundleError, CutlayerError, HubError
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import unpack_tensors
 from edge_sdk.protocol.messages import Welcome
+from edge_sdk.protocol.release import Running
 from edge_sdk.runtime import Runtime
 from edge_sdk.training.learner import Learner
 from edge_sdk.training.local_data import LocalData
 from edge_sdk.training.self_check import check_sample
 from edge_sdk.transport.connection import Connection
 from edge_sdk.transport.download import Downloader
+from edge_sdk.transport.session import SessionLost
+
+log = logging.getLogger("cutlayer.device")
 
 LoadRuntime = Callable[[Bundle, int], Runtime]
 """Makes a runtime from a verified bundle, with a number of threads."""
@@ -32,6 +39,7 @@ class BundleLoader:
         connection: connection to the hub.
         downloader: fetches blobs and states.
         load_runtime: makes the runtime.
+        trials: what the device remembers of releases that it has tried.
         data: local rows; None if there are none. They are checked against each bundle.
         trust: public keys, one of which must have signed a bundle; None takes any bundle.
         threads: threads of the runtime.
@@ -46,6 +54,7 @@ class BundleLoader:
         connection: Connection,
         downloader: Downloader,
         load_runtime: LoadRuntime,
+        trials: Trials,
         data: LocalData | None,
         trust: frozenset[str] | None,
         threads: int,
@@ -54,9 +63,11 @@ class BundleLoader:
         self._connection, self._downloader = connection, downloader
         self._load_runtime, self._threads = load_runtime, threads
         self._trust, self._on_change = trust, on_change
+        self._trials = trials
         self.data = data
         self._learner: Learner | None = None
         self._manifest: str | None = None  # sha256 of the learner's manifest
+        self._refused: str | None = None  # sha256 of the manifest of a release that failed
 
     @property
     def learner(self) -> Learner:
@@ -78,6 +89,11 @@ class BundleLoader:
             DataError: the examples do not fit the model.
             HubError: the hub does not have one of the blobs.
         """
+        bundle = await self._fetch(manifest_name, tier)
+        return await asyncio.to_thread(self._checked, bundle)
+
+    async def _fetch(self, manifest_name: str, tier: str) -> Bundle:
+        """Fetch a bundle and verify it."""
         data = await self._downloader.blob(manifest_name, MAX_MANIFEST)
         manifest = Manifest.from_bytes(data)
         check(data, self._trust)
@@ -88,8 +104,7 @@ class BundleLoader:
         }
         if self.data is not None:
             await asyncio.to_thread(self.data.fit, manifest)
-        bundle = Bundle.open(manifest, blobs.__getitem__)
-        return await asyncio.to_thread(self._checked, bundle)
+        return Bundle.open(manifest, blobs.__getitem__)
 
     def _checked(self, bundle: Bundle) -> Learner:
         """Load the runtime of a bundle, and let it answer the bundle's sample."""
@@ -105,10 +120,58 @@ class BundleLoader:
     async def load_welcomed(self) -> None:
         """Load the bundle of the last ``welcome`` if it is not the present one.
 
+        A release that fails the device's own check is refused: the one before stays, or is loaded.
+
         Raises as :meth:`load` does.
         """
-        while (welcome := self._connection.welcome).manifest != self._manifest:
-            self.use(await self.load(welcome.manifest, welcome.tier), welcome.manifest)
+        tried = (self._manifest, self._refused)
+        while (welcome := self._connection.welcome).manifest not in tried:
+            if welcome.release is None:
+                self.use(await self.load(welcome.manifest, welcome.tier), welcome.manifest)
+            else:
+                await self._try_release(welcome)
+            tried = (self._manifest, self._refused)
+
+    async def _try_release(self, welcome: Welcome) -> None:
+        """Load a release, or go back to the one before; tell the hub which one runs."""
+        wanted = welcome.manifest
+        try:
+            bundle = await self._fetch(wanted, welcome.tier)
+            self._trials.begin(wanted)
+            learner = await asyncio.to_thread(self._checked, bundle)
+        except BundleError as error:
+            self._trials.end(wanted, passed=False)
+            self._refused = wanted
+            log.warning("release %d is refused: %s", welcome.release, error)
+            if self._learner is None:
+                await self._go_back(welcome.tier)
+            await self._tell(Running(self._manifest, wanted, str(error)[:4096]))
+            if self._learner is None:
+                raise
+        else:
+            self._trials.end(wanted, passed=True)
+            self._refused = None
+            self.use(learner, wanted)
+            await self._tell(Running(wanted))
+
+    async def _go_back(self, tier: str) -> None:
+        """Load the release that passed last, if there is one."""
+        before = self._trials.passed
+        if before is None:
+            return
+        try:
+            self.use(await self.load(before, tier), before)
+        except (BundleError, HubError) as error:
+            log.warning("the release before cannot be loaded either: %s", error)
+
+    async def _tell(self, message: Running) -> None:
+        with contextlib.suppress(SessionLost):  # it is told again at the next start
+            await self._connection.send(message)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the release that the hub offers has failed the device's check."""
+        return self._refused == self._connection.welcome.manifest
 
     async def load_present_state(self, welcome: Welcome) -> None:
         """Fetch the tier's present state, if it is no longer the bundle's initial one.
@@ -118,7 +181,7 @@ class BundleLoader:
         """
         for attempt in range(_ATTEMPTS):
             try:
-                if welcome.state is not None:
+                if welcome.state is not None and welcome.manifest == self._manifest:
                     await self.load_state(welcome.state)
                 return
             except HubError as error:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edge_sdk.protocol.batch import Batch, HeadGradient
 from edge_sdk.protocol.enums import ActivationMode
-from edge_sdk.protocol.messages import Batch, Features, Gradient, HeadGradient
+from edge_sdk.protocol.messages import Features, Gradient
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.training.data import Examples
 

@@ -41,6 +41,12 @@ def check_sample(learner: Learner, sample: Mapping[str, Array]) -> None:
         fraction = relative_difference(got, wanted)
     except (KeyError, ValueError, DataError) as error:
         raise BundleError(f"the bundle of tier {tier!r} has a sample that does not fit") from error
+    except BundleError:
+        raise
+    except Exception as error:  # each runtime has its own
+        raise BundleError(
+            f"the bundle of tier {tier!r} cannot answer its sample here: {error}"
+        ) from error
     if not fraction <= LARGEST_DIFFERENCE:
         raise BundleError(
             f"the bundle of tier {tier!r} does not answer its sample here: the logits differ by "

@@ -1,1 +1,1 @@
-"""Commands for operators: ``cutlayer hub``, ``cutlayer token`` and ``cutlayer model``."""
+"""Commands for operators: ``cutlayer hub``, ``token``, ``model`` and ``release``."""

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import gc
 import json
 import logging
-import os
-import signal
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,16 +17,13 @@ from rich.console import Console
 from edge_sdk import config
 from edge_sdk.errors import CutlayerError
 from edge_sdk.files import why
+from server_hub.cli.serving import log_to_stderr, until_signal
 
 if TYPE_CHECKING:
-    from server_hub.hub import Hub
     from server_hub.storage.run_folder import RoundRecord
 
 
 log = logging.getLogger("cutlayer.hub")
-
-_ENDING_S = 9.0
-"""Seconds after a signal in which the hub closes everything; then it ends in any case."""
 
 
 def hub(
@@ -52,6 +44,9 @@ def hub(
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
     min_devices: Annotated[int | None, typer.Option(help="Devices a round waits for.")] = None,
+    releases: Annotated[
+        Path | None, typer.Option(help="Folder of releases for devices that only download.")
+    ] = None,
     keep_serving: Annotated[
         bool, typer.Option("--keep-serving", help="Go on answering after the last round.")
     ] = False,
@@ -70,6 +65,7 @@ def hub(
         "run": run,
         "start_from": start_from,
         "held_out": held_out,
+        "releases": releases,
     }
     raw |= {key: str(value) for key, value in top.items() if value is not None}
     if keep_serving:
@@ -88,12 +84,7 @@ def hub(
     from server_hub.reports.rounds import move_lines, round_line
     from server_hub.reports.tensorboard import Board
 
-    logging.basicConfig(
-        level=logging.INFO if not as_json else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)
+    log_to_stderr(quiet=as_json)
     settings = config.build(HubConfig, raw, str(config_file or "options of cutlayer hub"))
     console = Console(stderr=as_json, highlight=False, markup=False)
 
@@ -124,7 +115,7 @@ def hub(
     gc.collect()
     gc.freeze()
     with Board(tensorboard) as board:
-        ended_by = asyncio.run(_serve(job, ready))
+        ended_by = asyncio.run(until_signal(job.serve(ready)))
     started = [] if job.started is None else [f"{job.started}."]
     unwritten = job.unwritten
     try:
@@ -140,38 +131,3 @@ def hub(
         done = f"{len(job.run.records)} of {settings.rounds.count} rounds"
         print(f"cutlayer: ended by {ended_by.name} after {done}", file=sys.stderr)
         raise typer.Exit(128 + ended_by)
-
-
-async def _serve(job: Hub, ready: Any) -> signal.Signals | None:
-    """Serve until the job is done, or a signal ends it.
-
-    Returns:
-        The signal. The model of the last round is then in the run folder.
-    """
-    task = asyncio.create_task(job.serve(ready))
-    received: signal.Signals | None = None
-
-    def end(number: signal.Signals) -> None:
-        nonlocal received
-        if received is not None:
-            _leave(number)
-        received = number
-        threading.Thread(target=_leave, args=(number, _ENDING_S), daemon=True).start()
-        task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C cancels the main task
-            asyncio.get_running_loop().add_signal_handler(number, end, number)
-    try:
-        await task
-    except asyncio.CancelledError:
-        return received or signal.SIGINT
-    return None
-
-
-def _leave(number: signal.Signals, after_s: float = 0.0) -> None:
-    """End this process at once. What is being written is left out: files are replaced whole."""
-    time.sleep(after_s)
-    print(f"cutlayer: ended by {number.name} before everything was closed", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(128 + number)

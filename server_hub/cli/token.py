@@ -20,11 +20,17 @@ def new(
     tier: Annotated[
         str | None, typer.Option(help="Tier of the device; without it, the device names its own.")
     ] = None,
+    download_only: Annotated[
+        bool,
+        typer.Option(
+            "--download-only", help="The device gets bundles, and neither trains nor asks."
+        ),
+    ] = False,
 ) -> None:
     """Print a new token for a device; only its hash is stored."""
     from server_hub.gateway.tokens import TokenFile
 
-    print(TokenFile(tokens).issue(device, tier))
+    print(TokenFile(tokens).issue(device, tier, download_only=download_only))
 
 
 @token.command()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from edge_sdk.bundle.store import BlobStore
-from edge_sdk.errors import BundleError
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.messages import Blob, BlobGet, Error
 from server_hub.methods.plan import ModelOffer
@@ -15,13 +14,12 @@ class BlobServer:
     """Gives pieces of blobs.
 
     Args:
-        store: the blobs of the bundles.
+        stores: the blobs of the bundles. They were verified before; a device verifies them, too.
         piece: size of a piece, in bytes.
     """
 
-    def __init__(self, store: BlobStore, piece: int) -> None:
-        self._store, self._piece = store, piece
-        self._cache: dict[str, bytes] = {}
+    def __init__(self, stores: Sequence[BlobStore], piece: int) -> None:
+        self._stores, self._piece = stores, piece
         self._states: list[Mapping[str, bytes]] = [{}, {}]
         self._offers: Mapping[str, ModelOffer] = {}
 
@@ -44,18 +42,23 @@ class BlobServer:
 
     def piece(self, wanted: BlobGet) -> Blob | Error:
         """The piece that a device asks for, or what is wrong with its question."""
-        now, before = self._states
-        data = now.get(wanted.hash) or before.get(wanted.hash) or self._bundle_blob(wanted.hash)
-        if data is None or wanted.offset > len(data):
-            what = "the blob is not here" if data is None else "the offset is beyond the blob"
-            return Error(code=ErrorCode.UNKNOWN_BLOB, message=what, fatal=False, field="hash")
-        piece = data[wanted.offset : wanted.offset + self._piece]
-        return Blob(hash=wanted.hash, offset=wanted.offset, size=len(data), data=piece)
+        found = self._state_piece(wanted)
+        for store in self._stores:
+            found = found or store.piece(wanted.hash, wanted.offset, self._piece)
+        if found is None:
+            return Error(
+                code=ErrorCode.UNKNOWN_BLOB,
+                message="the blob is not here, or the offset is beyond it",
+                fatal=False,
+                field="hash",
+            )
+        data, size = found
+        return Blob(hash=wanted.hash, offset=wanted.offset, size=size, data=data)
 
-    def _bundle_blob(self, name: str) -> bytes | None:
-        if name not in self._cache:
-            try:
-                self._cache[name] = self._store.read(name)
-            except BundleError:
-                return None
-        return self._cache[name]
+    def _state_piece(self, wanted: BlobGet) -> tuple[bytes, int] | None:
+        """A piece of a state, and the state's size; None if it is none, or too short."""
+        now, before = self._states
+        data = now.get(wanted.hash) or before.get(wanted.hash)
+        if data is None or wanted.offset > len(data):
+            return None
+        return data[wanted.offset : wanted.offset + self._piece], len(data)

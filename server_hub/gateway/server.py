@@ -16,7 +16,7 @@ from edge_sdk.files import why
 from edge_sdk.protocol.channel import CannotResume, Channel, Delivery
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import decode, encode
-from edge_sdk.protocol.message import EXTENSIONS, PIECES
+from edge_sdk.protocol.message import EXTENSIONS, PIECES, RELEASE
 from edge_sdk.protocol.messages import (
     SUBPROTOCOL,
     VERSION,
@@ -27,20 +27,24 @@ from edge_sdk.protocol.messages import (
     Message,
     Welcome,
 )
+from edge_sdk.protocol.release import Running
 from edge_sdk.protocol.states import ConnectionState
 from edge_sdk.protocol.structure import HELLO_VALUES
 from edge_sdk.transport.flow import Backlog, FlowControl, TokenBucket
 from edge_sdk.transport.link import Link, WebSocketLink
 from edge_sdk.transport.session import Session, SessionLost
 from server_hub.concurrency import BackgroundTasks, Effect
+from server_hub.gateway.admission import Admission
 from server_hub.gateway.blobs import BlobServer
 from server_hub.gateway.descriptors import free_descriptors
 from server_hub.gateway.door import Connection, Door, serve_options
 from server_hub.gateway.limits import HELLO_BYTES, Limits, Listen
 from server_hub.gateway.peers import Peer
+from server_hub.gateway.releases import Releases
 from server_hub.gateway.tokens import Tokens
 from server_hub.gateway.traffic import Traffic
 from server_hub.logs import plain
+from server_hub.methods.plan import ModelOffer
 
 log = logging.getLogger("cutlayer.hub")
 
@@ -60,8 +64,8 @@ class Gateway:
     Args:
         limits: limits of a peer.
         tokens: tells which device a token belongs to.
-        manifests: hash of the manifest by tier.
-        store: store of the bundles' blobs.
+        manifests: hash of the manifest by tier; empty without a job.
+        store: store of the bundles' blobs; None without a job.
         handle: called with every message that the gateway does not handle itself; must not block.
             It returns the message's effect, or None if the effect is complete at once. The gateway
             sends a :class:`ProtocolError` that it raises to the peer, and ends the session.
@@ -70,6 +74,8 @@ class Gateway:
             token and its memory in MB; None for the tier of the token.
         connection: called when the connection of a session has broken, or is there again; the
             peer's ``lost_at`` says which.
+        releases: releases for devices that only download, and without a job for all devices; None
+            if there are none.
         extensions: extensions that the hub speaks, with devices that speak them, too.
     """
 
@@ -78,18 +84,21 @@ class Gateway:
         limits: Limits,
         tokens: Tokens,
         manifests: Mapping[str, str],
-        store: BlobStore,
+        store: BlobStore | None,
         handle: Callable[[Peer, Message], Effect | None],
         gone: Callable[[Peer, str], None],
         moved: Callable[[str, str | None, int | None], str | None],
         connection: Callable[[Peer], None],
+        releases: Releases | None = None,
         extensions: Collection[str] = EXTENSIONS,
     ) -> None:
-        self._extensions = extensions
-        self._limits, self._tokens, self._manifests = limits, tokens, manifests
-        self._handle, self._gone, self._moved = handle, gone, moved
+        self._extensions, self._releases = extensions, releases
+        self._limits, self._manifests = limits, manifests
+        self._admission = Admission(tokens, manifests, moved, releases)
+        self._handle, self._gone = handle, gone
         self._connection_changed = connection
-        self.blobs = BlobServer(store, limits.blob_piece)
+        stores = [store, None if releases is None else releases.blobs]
+        self.blobs = BlobServer([s for s in stores if s is not None], limits.blob_piece)
         """Serves blobs to devices."""
         self.peers: dict[str, Peer] = {}
         """Peers by device name."""
@@ -177,7 +186,9 @@ class Gateway:
             await _refuse(link, error)
             return
         admitted()
-        agreed = peer.session.extensions
+        agreed, release = peer.session.extensions, peer.release
+        number = release.number if release is not None else 0 if peer.download_only else None
+        offer = self.blobs.offer(peer.tier) if release is None else ModelOffer()
         welcome = Welcome(
             version=VERSION,
             device=peer.device,
@@ -185,12 +196,13 @@ class Gateway:
             session=peer.session_id,
             resumed=resumed,
             last_seq=peer.session.channel.settled,
-            manifest=self._manifests[peer.tier],
+            manifest=self._manifests[peer.tier] if release is None else release.manifest,
             window=self._limits.window,
             max_frame=self._limits.max_frame,
             max_message=self._limits.max_message if PIECES in agreed else None,
             extensions=sorted(agreed) or None,
-            **vars(self.blobs.offer(peer.tier)),
+            release=number if RELEASE in agreed else None,
+            **vars(offer),
         )
         log.info("%s %s (tier %s)", peer.device, "resumed" if resumed else "joined", peer.tier)
         peer.state, peer.lost_at = ConnectionState.LINKED, None
@@ -237,11 +249,13 @@ class Gateway:
             )
         if self._ending:
             raise _ends()
-        device, tier = self._identify(hello)
+        found = self._admission.identify(hello)
+        device = found.device
         old = self.peers.get(device)
-        if old is not None and old.session_id == hello.session and old.tier == tier:
+        if old is not None and old.session_id == hello.session and old.is_like(found):
             try:
                 old.session.channel.resume(hello.last_seq)
+                old.release = found.release  # another one may have been published
                 return old, True
             except CannotResume as error:
                 log.warning("%s cannot resume: %s", device, error)
@@ -256,7 +270,8 @@ class Gateway:
                 self.drop(old, str(taken), taken)
             else:
                 self.drop(old, "the device started over")
-        peer = Peer(device, tier, secrets.token_hex(16), self._session(hello), hello.memory_mb)
+        session = self._session(hello, found.download_only)
+        peer = Peer(session_id=secrets.token_hex(16), session=session, **vars(found))
         self.peers[device] = peer
         return peer, False
 
@@ -269,9 +284,11 @@ class Gateway:
             raise ProtocolError(ErrorCode.BUSY, "the hub has no connections left; try later")
         self.drop(self.peers[min(away)[1]], "another device needs the place")
 
-    def _session(self, hello: Hello) -> Session:
+    def _session(self, hello: Hello, download_only: bool) -> Session:
         limits = self._limits
         agreed = frozenset(hello.extensions or ()).intersection(self._extensions)
+        if download_only:
+            agreed &= {RELEASE}  # the others are for what the device may not do
         if not limits.takes_pieces:
             agreed -= {PIECES}
         flow = FlowControl(
@@ -293,34 +310,6 @@ class Gateway:
             )
             self.drop(peer, str(error), error)
 
-    def _identify(self, hello: Hello) -> tuple[str, str]:
-        """Return the device name and the tier of a ``hello``."""
-        try:
-            device = self._tokens.device_of(hello.token)
-            issued = self._tokens.tier_of(device) if device and not hello.tier else None
-        except ConfigError as error:
-            log.error("the token file cannot be used: %s", error)
-            raise ProtocolError(
-                ErrorCode.INTERNAL, "the hub cannot check tokens now; try later"
-            ) from error
-        if device is None:
-            raise ProtocolError(ErrorCode.BAD_TOKEN, "the token is no device's", "token")
-        tier = hello.tier or self._moved(device, issued, hello.memory_mb) or issued
-        known = ", ".join(sorted(self._manifests))
-        if tier is None:
-            raise ProtocolError(
-                ErrorCode.UNKNOWN_TIER,
-                f"{device}'s token is for no tier; say one of {known}",
-                "tier",
-            )
-        if tier not in self._manifests:
-            raise ProtocolError(
-                ErrorCode.UNKNOWN_TIER,
-                f"there is no tier {tier!r} for {device}; there are {known}",
-                "tier",
-            )
-        return device, tier
-
     def _deliver(self, peer: Peer, delivery: Delivery) -> None:
         """Act on a message. This is the only place that settles messages."""
         message = delivery.message
@@ -332,15 +321,38 @@ class Gateway:
             peer.session.settle(delivery.seq)
             self.drop(peer, f"left: {plain(message.reason)}", linger_s=_LINGER_S)
         elif isinstance(message, Error):
-            if not peer.errors.try_take(asyncio.get_running_loop().time()):
-                raise ProtocolError(ErrorCode.BAD_MESSAGE, "the device sends too many errors")
+            self._check_notes(peer, message)
             log.warning("%s reports: %s", peer.device, message.message)
+        elif isinstance(message, Running):
+            self._check_notes(peer, message)
+            self._note(peer, message)
+            peer.session.settle(delivery.seq)
         elif message.TYPE not in _IGNORED:
+            if peer.download_only:
+                raise ProtocolError(
+                    ErrorCode.BAD_MESSAGE,
+                    f"{peer.device}'s token only downloads; {message.TYPE} needs another one",
+                )
             effect = self._effect_of(peer, message)
             if effect is None:
                 peer.session.settle(delivery.seq)
             else:
                 effect.when_complete(lambda: peer.session.settle(delivery.seq))
+
+    def _check_notes(self, peer: Peer, message: Message) -> None:
+        """Raise if a device sends more messages that are kept than its budget allows."""
+        if not peer.notes.try_take(asyncio.get_running_loop().time()):
+            raise ProtocolError(ErrorCode.BAD_MESSAGE, f"the device sends {message.TYPE} too often")
+
+    def _note(self, peer: Peer, said: Running) -> None:
+        """Keep what a device says that it runs."""
+        if said.refused is not None:
+            log.warning("%s refuses a release: %s", peer.device, plain(said.reason or ""))
+        if self._releases is not None:
+            try:
+                self._releases.note(peer.device, peer.tier, said)
+            except ConfigError as error:
+                log.error("what %s runs is not kept: %s", peer.device, error)
 
     def _effect_of(self, peer: Peer, message: Message) -> Effect | None:
         """Have a message handled; a failure of the hub ends this session and nothing else."""

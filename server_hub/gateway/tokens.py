@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -38,29 +38,64 @@ class Tokens(Protocol):
     def tier_of(self, device: str) -> str | None:
         """Return the tier that a device's token was issued for; None if for no tier."""
 
+    def is_download_only(self, device: str) -> bool:
+        """Return whether a device's token only downloads."""
+
+
+@dataclass
+class _Content:
+    """What the token file says.
+
+    Attributes:
+        devices: hash by device name.
+        tiers: tier by device name.
+        download_only: names of the devices whose token only downloads.
+    """
+
+    devices: dict[str, str] = field(default_factory=dict)
+    tiers: dict[str, str] = field(default_factory=dict)
+    download_only: set[str] = field(default_factory=set)
+
+    def remove(self, device: str) -> None:
+        """Remove all that the file says of a device."""
+        self.devices.pop(device, None)
+        self.tiers.pop(device, None)
+        self.download_only.discard(device)
+
+    def to_toml(self) -> str:
+        """Return the content of the file."""
+        lines = []
+        if self.download_only:
+            names = (f"    {_quoted(name)}," for name in sorted(self.download_only))
+            lines += ["download_only = [", *names, "]"]
+        for name, table in (("devices", self.devices), ("tiers", self.tiers)):
+            if table or name == "devices":
+                lines.append(f"[{name}]")
+                lines += (f"{_quoted(k)} = {_quoted(table[k])}" for k in sorted(table))
+        return "\n".join([*lines, ""])
+
 
 @dataclass(frozen=True)
-class _Table:
+class _Read:
     """The token file as it was read.
 
     Attributes:
         stamp: what of the file changes when it is written.
-        devices: hash by device name.
-        tiers: tier by device name.
+        content: its content.
         names: device name by hash.
     """
 
     stamp: tuple[int, ...]
-    devices: dict[str, str]
-    tiers: dict[str, str]
+    content: _Content
     names: dict[str, str]
 
 
 class TokenFile:
     """A TOML file with a table ``[devices]`` from device name to ``sha256:...``.
 
-    A second table ``[tiers]`` has the tier of each token that was issued for a tier. The file is
-    read again whenever it has changed, so a revocation takes effect at once.
+    A second table ``[tiers]`` has the tier of each token that was issued for a tier, and the list
+    ``download_only`` the devices whose token only downloads. The file is read again whenever it has
+    changed, so a revocation takes effect at once.
 
     Args:
         path: path of the file; it need not exist.
@@ -68,7 +103,7 @@ class TokenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._table: _Table | None = None
+        self._table: _Read | None = None
         self._broken: tuple[int, ...] | None = None
 
     def read(self) -> dict[str, str]:
@@ -77,7 +112,7 @@ class TokenFile:
         Raises:
             ConfigError: the file does not exist, or is invalid.
         """
-        return dict(self._read().devices)
+        return dict(self._content().devices)
 
     def device_of(self, token: str) -> str | None:
         """Return the name of the device with this token; None if no device has it.
@@ -97,14 +132,23 @@ class TokenFile:
         Raises:
             ConfigError: the file has never been valid since the hub started.
         """
-        return self._present().tiers.get(device)
+        return self._present().content.tiers.get(device)
 
-    def issue(self, device: str, tier: str | None = None) -> str:
+    def is_download_only(self, device: str) -> bool:
+        """Return whether a device's token only downloads.
+
+        Raises:
+            ConfigError: the file has never been valid since the hub started.
+        """
+        return device in self._present().content.download_only
+
+    def issue(self, device: str, tier: str | None = None, *, download_only: bool = False) -> str:
         """Make a new token for a device, which replaces an earlier one, and store its hash.
 
         Args:
             device: name of the device.
             tier: tier of the device; None if the device names its own.
+            download_only: whether the device may only download bundles, and neither train nor ask.
 
         Returns:
             The token, 64 hexadecimal digits.
@@ -116,12 +160,15 @@ class TokenFile:
         if tier is not None:
             check_name(tier, "tier")
         with self._lock():
-            devices, tiers = self._tables() if self.path.exists() else ({}, {})
+            content = self._content() if self.path.exists() else _Content()
             token = secrets.token_hex(32)
-            tiers.pop(device, None)
+            content.remove(device)
+            content.devices[device] = _digest(token)
             if tier:
-                tiers[device] = tier
-            self._write({**devices, device: _digest(token)}, tiers)
+                content.tiers[device] = tier
+            if download_only:
+                content.download_only.add(device)
+            write_atomically(self.path, content.to_toml().encode())
         return token
 
     def revoke(self, device: str) -> None:
@@ -131,12 +178,11 @@ class TokenFile:
             ConfigError: the device has no token, or the file is invalid.
         """
         with self._lock():
-            devices, tiers = self._tables()
-            if device not in devices:
+            content = self._content()
+            if device not in content.devices:
                 raise ConfigError(f"{self.path} has no device {device!r}")
-            del devices[device]
-            tiers.pop(device, None)
-            self._write(devices, tiers)
+            content.remove(device)
+            write_atomically(self.path, content.to_toml().encode())
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -154,8 +200,8 @@ class TokenFile:
         finally:
             os.close(descriptor)
 
-    def _present(self) -> _Table:
-        """The tables as they are now, or as they were when the file could be read last."""
+    def _present(self) -> _Read:
+        """The content as it is now, or as it was when the file could be read last."""
         try:
             stamp = self._stamp()
             if self._table is None or stamp not in (self._table.stamp, self._broken):
@@ -175,13 +221,12 @@ class TokenFile:
             return ()
         return found.st_ino, found.st_mtime_ns, found.st_size
 
-    def _read(self) -> _Table:
-        stamp = self._stamp()
-        devices, tiers = self._tables()
-        return _Table(stamp, devices, tiers, {digest: name for name, digest in devices.items()})
+    def _read(self) -> _Read:
+        stamp, content = self._stamp(), self._content()
+        return _Read(stamp, content, {digest: name for name, digest in content.devices.items()})
 
-    def _tables(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The tables ``[devices]`` and ``[tiers]`` of the file."""
+    def _content(self) -> _Content:
+        """What the file says; :class:`ConfigError` if it is invalid or does not exist."""
         if not self.path.exists():
             raise ConfigError(
                 f"no tokens at {self.path}; make one with: "
@@ -197,17 +242,15 @@ class TokenFile:
             for device in table:
                 check_name(device, f"{self.path}: device")
             found.append(dict(table))
-        return found[0], found[1]
-
-    def _write(self, devices: dict[str, str], tiers: dict[str, str]) -> None:
-        lines = []
-        for name, table in (("devices", devices), ("tiers", tiers)):
-            if table or name == "devices":
-                lines += [
-                    f"[{name}]",
-                    *(f"{_quoted(k)} = {_quoted(table[k])}" for k in sorted(table)),
-                ]
-        write_atomically(self.path, "\n".join([*lines, ""]).encode())
+        download_only = content.get("download_only", [])
+        if not isinstance(download_only, list):
+            raise ConfigError(f"{self.path}: download_only must be a list of names of devices")
+        for device in download_only:
+            if device not in found[0]:
+                raise ConfigError(
+                    f"{self.path}: download_only names {device!r}, which has no token"
+                )
+        return _Content(found[0], found[1], set(download_only))
 
 
 def _quoted(text: str) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from edge_sdk.bundle.manifest import Manifest
+from edge_sdk.protocol.batch import Batch
 from edge_sdk.protocol.enums import ActivationMode
-from edge_sdk.protocol.messages import Batch, Round
+from edge_sdk.protocol.messages import Round
 from edge_sdk.protocol.tensors import State
 from export.cutting.split_model import SplitModel
 from export.steps.weight_decay import Decay

@@ -8,16 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from edge_sdk.bundle.manifest import Manifest, tensor_of
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.batch import Batch, HeadGradient
 from edge_sdk.protocol.enums import ActivationMode, ErrorCode
-from edge_sdk.protocol.messages import (
-    Activations,
-    Batch,
-    FeatureGradient,
-    Features,
-    HeadGradient,
-    Message,
-    Update,
-)
+from edge_sdk.protocol.messages import Activations, FeatureGradient, Features, Message, Update
 from edge_sdk.protocol.tensors import State, TensorSpec
 from server_hub.aggregation.interface import DeviceUpdate
 from server_hub.concurrency import BackgroundTasks, Effect

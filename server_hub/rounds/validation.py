@@ -12,9 +12,10 @@ import numpy as np
 
 from edge_sdk.bundle.manifest import Manifest
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.batch import Batch
 from edge_sdk.protocol.enums import ErrorCode
 from edge_sdk.protocol.frames import DEFAULT_MAX_FRAME
-from edge_sdk.protocol.messages import Batch, Update
+from edge_sdk.protocol.messages import Update
 from edge_sdk.protocol.tensors import Array, State, TensorSpec, check_tensors
 from export.tensor_names import is_variance
 from server_hub.aggregation.layer_store import NotFinite, check_finite

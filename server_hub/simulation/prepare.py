@@ -318,3 +318,6 @@ class FleetTokens:
 
     def tier_of(self, device: str) -> str | None:
         return self._tiers.get(device)
+
+    def is_download_only(self, device: str) -> bool:
+        return False

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from edge_sdk.protocol.messages import Batch, HeadGradient
+from edge_sdk.protocol.batch import Batch, HeadGradient
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from export.steps.weight_decay import Decay
 from server_hub.trunk.settings import Precision

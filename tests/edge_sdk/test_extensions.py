@@ -135,6 +135,9 @@ class AnyToken:
     def tier_of(self, device: str) -> str:
         return "small"
 
+    def is_download_only(self, device: str) -> bool:
+        return False
+
 
 def gateway(folder: Path, extensions: Collection[str]) -> Gateway:
     """A gateway that speaks some extensions; messages have no effect."""
@@ -147,7 +150,7 @@ def gateway(folder: Path, extensions: Collection[str]) -> Gateway:
         lambda peer, reason: None,
         lambda device, issued, memory: None,
         lambda peer: None,
-        extensions,
+        extensions=extensions,
     )
 
 

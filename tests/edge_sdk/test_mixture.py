@@ -22,7 +22,8 @@ from edge_sdk.device import Device
 from edge_sdk.errors import BundleError, DataError, ProtocolError
 from edge_sdk.inference.metrics import softmax
 from edge_sdk.inference.mixture import Mixture
-from edge_sdk.protocol.messages import Activations, Batch, Error, Infer, Message, Update, Welcome
+from edge_sdk.protocol.batch import Batch
+from edge_sdk.protocol.messages import Activations, Error, Infer, Message, Update, Welcome
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime.onnx import OnnxRuntime
 from edge_sdk.training.adversarial import Attack

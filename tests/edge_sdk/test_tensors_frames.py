@@ -49,6 +49,7 @@ from edge_sdk.protocol.messages import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.release import Running
 from edge_sdk.protocol.tensors import (
     DTYPES,
     MAX_DIMS,
@@ -122,6 +123,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     Update: st.builds(Update, from_1, parts, st.booleans(), from_1, numbers),
     Infer: st.builds(Infer, from_1, parts, st.none() | texts, base, st.floats(0, 1)),
     Evaluated: st.builds(Evaluated, from_1, from_0, numbers),
+    Running: st.builds(Running, st.none() | hashes, st.none() | hashes, st.none() | texts),
     Bye: st.builds(Bye, texts),
     Welcome: st.builds(
         Welcome,
@@ -138,6 +140,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         bases,
         extensions,
         st.none() | st.integers(1024, MAX_INT),
+        st.none() | from_0,
     ),
     Blob: st.builds(Blob, hashes, from_0, from_0, st.binary(max_size=50)),
     Round: st.builds(
@@ -197,6 +200,7 @@ GOOD: list[Message] = [
     Features(1, 0, {"h": FLOAT}),
     Gradient(1, 0, {"g": FLOAT}, 0.5),
     Evaluated(3, 117, {"ensemble": 0.5}),
+    Running("0" * 64, "1" * 64, "it answers differently"),
     Evaluate(3, ["mix"], 30.0, HASH, {"1": HASH}),
     Move("large", HASH, "there is time for it"),
     Stop("finished", HASH, {"1": HASH}),

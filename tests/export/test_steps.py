@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle, Graph, Manifest
 from edge_sdk.errors import BundleError, DataError
-from edge_sdk.protocol.messages import Batch
+from edge_sdk.protocol.batch import Batch
 from edge_sdk.protocol.tensors import Array, TensorSpec, check_tensors
 from edge_sdk.runtime import load_runtime
 from edge_sdk.runtime.onnx import OnnxRuntime

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.protocol.messages import HeadGradient
+from edge_sdk.protocol.batch import HeadGradient
 from edge_sdk.protocol.tensors import Array
 from export.bases.dual_norms import with_dual_norms
 from export.cutting.split_model import ClientSegment, SplitModel

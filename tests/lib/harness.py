@@ -26,6 +26,7 @@ from server_hub.gateway.tokens import TokenFile
 from server_hub.hub import Hub
 from server_hub.methods.method import ALL_PATHS
 from server_hub.methods.settings import LocalTraining
+from server_hub.release_server import ReleaseServer
 from server_hub.rounds.rounds import RoundRules
 from server_hub.trunk.local import LocalTrunk
 from server_hub.trunk.settings import TrunkTraining
@@ -65,7 +66,7 @@ def hub_config(folder: Path, bundles: BundleIndex, **changes: Any) -> HubConfig:
     return replace(config, **changes)
 
 
-async def start_hub(hub: Hub) -> tuple[asyncio.Task[None], str]:
+async def start_hub(hub: Hub | ReleaseServer) -> tuple[asyncio.Task[None], str]:
     """Start a hub in a task; returns the task and the hub's address, or raises why it fails."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(hub.serve(ready.set_result))
@@ -76,7 +77,7 @@ async def start_hub(hub: Hub) -> tuple[asyncio.Task[None], str]:
 
 
 @asynccontextmanager
-async def served(hub: Hub) -> AsyncIterator[str]:
+async def served(hub: Hub | ReleaseServer) -> AsyncIterator[str]:
     """Run a hub in this process until the block ends; yields its address."""
     serving, url = await start_hub(hub)
     try:

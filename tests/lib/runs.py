@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from edge_sdk.bundle.index import BundleIndex
+from export.bundles.model_source import model_of_bundles
 from export.cutting.split_model import SplitModel
 from server_hub.storage.run_folder import JobDescription, RoundRecord, RunFolder
+
+
+def changed(bundles: BundleIndex, seed: int) -> SplitModel:
+    """Return the bundles' model with other weights."""
+    model = model_of_bundles(bundles.folder, None)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.trained().values():
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+    return model.eval()
 
 
 def finished_run(

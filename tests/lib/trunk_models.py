@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.messages import Batch, HeadGradient
+from edge_sdk.protocol.batch import Batch, HeadGradient
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import SplitModel
 from export.packing.codecs import get_codec

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_sdk.protocol.messages import Batch
+from edge_sdk.protocol.batch import Batch
 from server_hub.trunk.batcher import PendingBatch, StepBatcher
 from server_hub.trunk.interface import StepInput, StepReport
 from server_hub.trunk.process import TrunkFailed

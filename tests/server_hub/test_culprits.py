@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.protocol.messages import Batch
+from edge_sdk.protocol.batch import Batch
 from server_hub.trunk import process as trunk_process
 from server_hub.trunk.culprits import joined, without_culprits
 from server_hub.trunk.errors import TrunkFailed, TrunkRefused, WorkerDied

@@ -43,7 +43,8 @@ PATHS = ("device_alone", "ensemble")
 def peer(device: str, tier: str = "small", able: bool = True) -> Peer:
     """A device that has joined."""
     extensions = frozenset({EVALUATION} if able else ())
-    return Peer(device, tier, "session", Session(Channel(extensions=extensions)), None)
+    session = Session(Channel(extensions=extensions))
+    return Peer(device, tier, "session", session, None, download_only=False, release=None)
 
 
 class Asking:
@@ -51,7 +52,7 @@ class Asking:
 
     def __init__(self, task: str = "classes", within_s: float = 5) -> None:
         self.sent: list[tuple[str, Message]] = []
-        blobs = BlobServer(None, 1)  # type: ignore[arg-type]
+        blobs = BlobServer([], 1)
         blobs.publish({"small": ModelOffer(HASH), "mixed": ModelOffer(bases={"1": HASH})}, {})
         self.evaluations = DeviceEvaluations(
             ["small", "mixed"],

@@ -10,7 +10,7 @@ import torch
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.manifest import Bundle
-from edge_sdk.protocol.messages import Batch, HeadGradient
+from edge_sdk.protocol.batch import Batch, HeadGradient
 from edge_sdk.protocol.tensors import Array
 from edge_sdk.runtime import Runtime, load_runtime
 from export import Tier, export_bundles

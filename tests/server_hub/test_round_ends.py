@@ -16,18 +16,9 @@ from benchmarks.replay import ReplayDevice, Replayer
 from edge_sdk import Device
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import HubError
+from edge_sdk.protocol.batch import Batch
 from edge_sdk.protocol.enums import ActivationMode
-from edge_sdk.protocol.messages import (
-    Batch,
-    BlobGet,
-    Decline,
-    Error,
-    Infer,
-    Ready,
-    Round,
-    Stop,
-    Welcome,
-)
+from edge_sdk.protocol.messages import BlobGet, Decline, Error, Infer, Ready, Round, Stop, Welcome
 from server_hub.gateway.tokens import TokenFile
 from server_hub.methods.method import always
 from server_hub.methods.settings import LocalTraining

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.protocol.messages import Batch, Gradient
+from edge_sdk.protocol.batch import Batch
+from edge_sdk.protocol.messages import Gradient
 from edge_sdk.protocol.tensors import Array, TensorSpec
 from edge_sdk.training.data import Examples
 from edge_sdk.training.learner import Learner

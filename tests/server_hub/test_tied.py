@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.protocol.messages import HeadGradient
+from edge_sdk.protocol.batch import HeadGradient
 from edge_sdk.protocol.tensors import Array, State, TensorSpec
 from export.adapters_lora.lora import Lora, add_lora
 from export.cutting.split_model import ClientSegment, SplitModel

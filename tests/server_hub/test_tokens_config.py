@@ -47,6 +47,27 @@ def test_a_token_may_be_for_a_tier(tokens: TokenFile) -> None:
         TokenFile(tokens.path).tier_of("bo")
 
 
+def test_a_token_may_only_download(tokens: TokenFile) -> None:
+    """Until it is revoked, or another one is issued in its place."""
+    ada = tokens.issue("ada", "small", download_only=True)
+    tokens.issue("bo")
+    assert tokens.is_download_only("ada")
+    assert not tokens.is_download_only("bo")
+    assert (tokens.device_of(ada), tokens.tier_of("ada")) == ("ada", "small")
+    cy = tokens.issue('c"y', download_only=True)
+    assert TokenFile(tokens.path).is_download_only('c"y')
+    tokens.issue('c"y')
+    assert not tokens.is_download_only('c"y')
+    assert tokens.device_of(cy) is None
+    tokens.revoke("ada")
+    assert not tokens.is_download_only("ada")
+    content = tokens.path.read_text()
+    for wrong in ('"bo"', '["nobody"]', "[3]"):
+        tokens.path.write_text(f"download_only = {wrong}\n{content}")
+        with pytest.raises(ConfigError, match="download_only"):
+            TokenFile(tokens.path).is_download_only("bo")
+
+
 def test_a_file_that_breaks_leaves_the_tokens_that_were_read_last(
     tokens: TokenFile, caplog: pytest.LogCaptureFixture
 ) -> None:

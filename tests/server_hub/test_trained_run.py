@@ -12,7 +12,6 @@ import torch
 
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.errors import BundleError, ConfigError, DataError
-from export.bundles.model_source import model_of_bundles
 from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import SplitModel
 from server_hub.storage.run_folder import JOB, METRICS, JobDescription
@@ -20,17 +19,7 @@ from server_hub.storage.trained_run import TrainedRun
 from tests.lib.commands import output, refusal
 from tests.lib.harness import examples, save_npz
 from tests.lib.models import BUILD, CLASSES, IMAGE, conv_model, example
-from tests.lib.runs import finished_run
-
-
-def changed(bundles: BundleIndex, seed: int) -> SplitModel:
-    """Return the bundles' model with other weights."""
-    model = model_of_bundles(bundles.folder, None)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in model.trained().values():
-            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
-    return model.eval()
+from tests.lib.runs import changed, finished_run
 
 
 def head_of(model: SplitModel, x: torch.Tensor) -> np.ndarray:

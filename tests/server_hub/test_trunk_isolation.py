@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.protocol.messages import HeadGradient
+from edge_sdk.protocol.batch import HeadGradient
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import SplitModel
 from export.packing.codecs import get_codec

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_sdk.protocol.messages import HeadGradient
+from edge_sdk.protocol.batch import HeadGradient
 from export.cutting.split_model import SplitModel
 from export.packing import codecs as packing
 from server_hub.trunk import bounds

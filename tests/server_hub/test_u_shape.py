@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from edge_sdk.protocol.messages import HeadGradient
+from edge_sdk.protocol.batch import HeadGradient
 from edge_sdk.protocol.tensors import Array
 from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import ClientSegment, SplitModel

@@ -53,6 +53,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
     from_body,
 )
+from edge_sdk.protocol.release import Running
 from edge_sdk.protocol.tensors import DTYPES, Array
 
 FILE = Path(__file__).parent / "vectors.json"
@@ -151,6 +152,24 @@ VALID: list[tuple[str, Message, int, int]] = [
         "welcome with extensions",
         Welcome(
             VERSION, "phone-1", "small", "5f2a", False, 0, HASH, 64, 2**26, extensions=["pieces"]
+        ),
+        0,
+        0,
+    ),
+    (
+        "welcome with a release",
+        Welcome(
+            VERSION,
+            "phone-1",
+            "small",
+            "5f2a",
+            False,
+            0,
+            HASH,
+            64,
+            2**26,
+            extensions=["release"],
+            release=7,
         ),
         0,
         0,
@@ -283,6 +302,9 @@ VALID: list[tuple[str, Message, int, int]] = [
         6,
     ),
     ("evaluated nothing", Evaluated(4, 0, {}), 8, 7),
+    ("running", Running(HASH), 1, 0),
+    ("running the one before", Running(HASH, "1" * 64, "it answers differently"), 2, 0),
+    ("running nothing", Running(None, HASH, "opset 25 is not known"), 3, 0),
     ("stop", Stop("all rounds are done"), 4, 5),
     ("stop with a final state", Stop("all rounds are done", HASH), 4, 5),
     ("stop with base networks", Stop("all rounds are done", None, BASES), 4, 5),
