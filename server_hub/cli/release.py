@@ -92,9 +92,7 @@ def list_releases(folder: FolderOption = _FOLDER, as_json: JsonOption = False) -
 def serve(
     config_file: Annotated[
         Path | None,
-        typer.Option(
-            "--config", help="TOML file with releases, tokens, and tables listen and limits."
-        ),
+        typer.Option("--config", help="TOML file: releases, tokens, and tables as in hub.toml."),
     ] = None,
     folder: Annotated[
         Path | None,

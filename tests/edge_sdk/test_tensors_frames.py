@@ -194,7 +194,9 @@ GOOD: list[Message] = [
     Update(1, {"stem.weight": FLOAT}, True, 100, {"loss": 0.5}),
     Infer(1, {"h": FLOAT}, "small", 3, 0.5),
     Bye("done"),
-    Welcome(1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH, {"1": HASH}, ["a"], 2**27),
+    Welcome(
+        1, "phone", "small", "s1", True, 3, HASH, 64, 2**26, HASH, {"1": HASH}, ["a"], 2**27, 7
+    ),
     Blob(HASH, 0, 3, b"abc"),
     Round(1, HASH, 1, 32, {"lr": 0.05}, "returned", 0, 2, {"1": HASH}),
     Features(1, 0, {"h": FLOAT}),
@@ -508,6 +510,8 @@ WRONG: dict[str, list[object]] = {
     "seed": [-1, None],
     "staleness": [-1, 1025, None, True],
     "memory_mb": [0, -1, 2.0, "512"],
+    "refused": ["0" * 63, "G" * 64, 1],
+    "release": [-1, 2.0, "1", True],
     "base": [-1, 64, 1.0, None, True],
     "bases": [
         [HASH],
@@ -533,9 +537,11 @@ WRONG: dict[str, list[object]] = {
 
 @pytest.mark.parametrize("message", GOOD, ids=lambda message: message.TYPE)
 def test_a_wrong_field_is_named(message: Message) -> None:
+    defaults = {f.name: f.default for f in dataclasses.fields(message)}  # type: ignore[arg-type]
     for name in message.body(EXTENSIONS):
-        assert WRONG[name]
-        for value in WRONG[name]:
+        wrong = [v for v in WRONG[name] if v is not None or defaults[name] is not None]
+        assert wrong
+        for value in wrong:
             data = frame_bytes(message.TYPE, {**raw(message), name: value}, int(message.RELIABLE))
             error = refusal(data)
             assert (error.code, error.field) == ("bad_message", name), value
