@@ -83,7 +83,7 @@ class Admission:
                 wanted = hello.tier or self._moved(device, issued, hello.memory_mb) or issued
                 tier = _known(device, wanted, self._manifests)
         except ConfigError as error:
-            log.error("%s", error)
+            log.error("tokens or releases cannot be used: %s", error)
             raise ProtocolError(
                 ErrorCode.INTERNAL, "the hub cannot read its tokens or releases now; try later"
             ) from error

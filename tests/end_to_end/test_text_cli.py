@@ -176,7 +176,8 @@ def pair(request: pytest.FixtureRequest, bundles: Any) -> tuple[Predictor, Asked
     async def mixing(bases: int) -> Mixture:
         raise AssertionError("the model has no bases")
 
-    return Predictor(lambda: learner, ask, mixing, lambda: None, lambda: 2**26), asked, cut
+    predictor = Predictor(lambda: learner, ask, mixing, lambda: None, lambda: 2**26, lambda: False)
+    return predictor, asked, cut
 
 
 def predict(predictor: Predictor, x: Array, confidence: float) -> Prediction:
@@ -297,6 +298,30 @@ def test_what_cannot_be_generated_is_told(pair: tuple[Predictor, Asked, int]) ->
     ):
         with pytest.raises(DataError, match=says):
             asyncio.run(predictor.generate(*arguments))
+
+
+def test_a_device_that_only_downloads_asks_nothing(bundles: Any) -> None:
+    """Its own heads answer; to go on with a text takes the whole model."""
+    learner = Learner(
+        bundles.manifest("a"), TorchRuntime(bundles.manifest("a"), steps_of(with_heads(), "a"))
+    )
+
+    async def ask(question: Question) -> Answer:
+        raise AssertionError("the hub answers no questions")
+
+    async def mixing(bases: int) -> Mixture:
+        raise AssertionError("the model has no bases")
+
+    predictor = Predictor(learner=lambda: learner, ask=ask, fetch_bases=mixing,
+                          failure=lambda: None, largest_message=lambda: 2**26,
+                          only_downloads=lambda: True)  # fmt: skip
+    data = texts(6)
+    assert not predict(predictor, data.x, 1.1).by_hub.any()
+    found = asyncio.run(predictor.evaluate(data, 4))
+    assert found.device_alone > 1
+    assert found.through_hub is found.ensemble is None
+    with pytest.raises(DataError, match="the device's token only downloads"):
+        asyncio.run(predictor.generate(data.x, 1, 0.0, 0, None))
 
 
 # --- a real hub -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from edge_sdk.errors import BundleError, DataError
 from edge_sdk.protocol.tensors import Array
 from export.cutting.split_model import ClientSegment, SplitModel
 from export.lowering.decompositions import activations
+from export.lowering.executorch import lower
 from export.lowering.rewrites import rewrite
 from export.lowering.trace import trace
 from export.packing.codecs import get_codec
@@ -190,6 +191,22 @@ def test_sums_and_means(dims: list[int], keepdim: bool) -> None:
     assert_same(function, program, random(7, 3, 2, 5))
 
 
+def test_a_sum_of_many_rows_is_as_exact_as_one_of_few() -> None:
+    """XNNPACK adds rows one by one; in two stages the error does not grow with all of them."""
+
+    runtime = pytest.importorskip("executorch.runtime").Runtime.get()
+    x = random(64, 65, 8) * 0.3 + 0.5
+    rows = ({0: Dim("rows", min=1, max=64)},)
+    program = export(Call(lambda x: x.sum((0, 1))), (x,), dynamic_shapes={"tensors": rows})
+    data = lower({"sum": program.run_decompositions()})
+    method = runtime.load_program(data).load_method("sum")
+    assert method is not None
+    for some in (x, x[:37]):
+        (got,) = method.execute([some])
+        want = some.double().sum((0, 1))
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
 def test_elementwise() -> None:
     """The gradients of ReLU, ReLU6 and GELU use no comparisons and no erf."""
 
@@ -310,8 +327,6 @@ def bundle_of(steps: ClientSteps, data: bytes) -> Bundle:
 
 def lowered(steps: ClientSteps) -> bytes:
     """Return the file of all steps."""
-    from export.lowering.executorch import lower
-
     return lower({step.name: trace(step) for step in all_steps(steps)})
 
 
@@ -396,8 +411,6 @@ def test_xnnpack_is_left_as_it_was(conv: tuple[ClientSteps, bytes]) -> None:
 @pytest.mark.slow
 def test_same_bytes(conv: tuple[ClientSteps, bytes]) -> None:
     """Lowering twice gives the same file."""
-    from export.lowering.executorch import lower
-
     steps, _ = conv
     assert len({lower({"forward": trace(forward(steps))}) for _ in range(2)}) == 1
 

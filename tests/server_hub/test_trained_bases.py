@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edge_sdk import Device
 from edge_sdk.bundle.index import BundleIndex
 from edge_sdk.bundle.signing import new_key, read_private_key, sign_folder
 from edge_sdk.cli.main import main
@@ -20,10 +21,17 @@ from export.bases.dual_norms import robustness
 from export.bundles.model_source import model_of
 from export.bundles.writer import Tier, export_bundles
 from export.cutting.split_model import WEIGHTS, SplitModel
+from server_hub.gateway.limits import Listen
+from server_hub.gateway.releases import Releases
+from server_hub.gateway.tokens import TokenFile
+from server_hub.release_server import ReleaseConfig, ReleaseServer
 from tests.lib.commands import refusal
+from tests.lib.harness import served
 from tests.lib.mixture_files import MODEL, tiers_toml
 from tests.lib.mixture_models import CLASSES, FEATURES, made
+from tests.lib.releases import spoiled
 from tests.lib.runs import finished_run
+from tests.lib.tasks import run as run_task
 
 ORDER = [2, 0, 3, 1]
 
@@ -187,3 +195,36 @@ def test_tiers_that_are_alike_have_the_same_graphs(tmp_path: Path) -> None:
     first, second = index.manifest("a"), index.manifest("b")
     assert (first.tier, second.tier) == ("a", "b")
     assert replace(first, tier="b") == second
+
+
+def test_a_release_of_bases_is_mixed_by_devices(tmp_path: Path, bundles: Path) -> None:
+    """A device that refuses the next release goes on with the bases of this one."""
+    models = write_run(tmp_path / "run", bundles, ORDER)
+    write_run(tmp_path / "next", bundles, [1, 3, 2, 0])
+    place = Releases(tmp_path / "releases", create=True)
+    place.publish(mixed(tmp_path / "run", tmp_path / "out"))
+    tokens = TokenFile(tmp_path / "tokens.toml")
+    token = tokens.issue("ada", "small", download_only=True)
+    x = np.random.default_rng(0).random((5, 6)).astype(np.float32)
+    server = ReleaseServer(ReleaseConfig(place.folder, tokens.path, Listen(port=0)))
+
+    async def check(device: Device) -> None:
+        for bases in (1, 3, 4):
+            with torch.no_grad():
+                answers = [answer_of(model, torch.from_numpy(x)) for model in models[:bases]]
+            found = await device.predict(x, bases=bases, confidence=1.1)
+            want = torch.stack(answers).mean(0).softmax(-1).numpy()
+            np.testing.assert_allclose(found.probabilities, want, rtol=1e-4, atol=1e-5)
+
+    async def main() -> None:
+        async with (
+            served(server) as url,
+            await Device.connect(url, token=token, cache=tmp_path / "cache") as device,
+        ):
+            await check(device)
+            place.publish(spoiled(mixed(tmp_path / "next", tmp_path / "out2")))
+            assert not await device.refresh()
+            await check(device)
+            assert "does not answer its sample" in place.published()[1].refused["ada"]
+
+    run_task(main())

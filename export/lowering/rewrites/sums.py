@@ -52,9 +52,18 @@ def _reduce(x: Tensor, dims: list[int] | None, keepdim: bool, dtype: Any, mean: 
         columns = math.prod(lasting)
         if not _fixed(columns):
             raise Declined
-        rows = math.prod(x.shape[:head])
-        y = torch.bmm(torch.full((1, 1, rows), 1.0, device=x.device), y.reshape(1, rows, columns))
+        outer, rows = math.prod(x.shape[: head - 1]), x.shape[head - 1]
+        if head > 1:  # in two stages: XNNPACK adds row by row, and errors grow with their number
+            y = _sum_of_rows(y.reshape(outer, rows, columns))
+            rows = outer
+        y = _sum_of_rows(y.reshape(1, rows, columns))
     return y.reshape(kept if keepdim else lasting)
+
+
+def _sum_of_rows(y: Tensor) -> Tensor:
+    """The sum of each matrix of (matrices, rows, columns), (matrices, 1, columns)."""
+    ones = torch.full((y.shape[0], 1, y.shape[1]), 1.0, device=y.device)
+    return torch.bmm(ones, y)
 
 
 def _fixed(size: int | torch.SymInt) -> bool:
