@@ -298,7 +298,7 @@ def _exported(folder: str, threads: int, bare: bool) -> tuple[Callable[[], Any],
         return runtime.run("train", batch)
 
     step()
-    return step, _bare(runtime, batch) if bare else step
+    return step, bare_call(runtime, batch) if bare else step
 
 
 def _bare(runtime: Any, batch: dict[str, Any]) -> Callable[[], Any]:
@@ -311,7 +311,7 @@ def _bare(runtime: Any, batch: dict[str, Any]) -> Callable[[], Any]:
     for port in spec.outputs:
         if port.role != "state":
             binding.bind_output(port.spec.name, "cpu")
-    return lambda: session.run_with_iobinding(binding)
+    return lambda: bound.session.run_with_iobinding(binding)
 
 
 def _eager(name: str) -> tuple[Callable[[], Any], float]:

@@ -111,9 +111,11 @@ class BlobStore:
         try:
             with open(self.folder / name, "rb") as file:
                 whole = os.fstat(file.fileno()).st_size
+                if offset > whole:
+                    return None
                 file.seek(offset)
-                return (file.read(size), whole) if offset <= whole else None
-        except (OSError, OverflowError):
+                return file.read(size), whole
+        except OSError:
             return None
 
     def write(self, data: bytes) -> str:
