@@ -301,10 +301,13 @@ def _exported(folder: str, threads: int, bare: bool) -> tuple[Callable[[], Any],
     return step, bare_call(runtime, batch) if bare else step
 
 
-def _bare(runtime: Any, batch: dict[str, Any]) -> Callable[[], Any]:
-    """Return the bare call into ONNX Runtime, with all tensors bound beforehand."""
-    spec, side = runtime.manifest.graphs["train"], runtime._current
-    binding, session = runtime._bindings["train"][side], runtime._sessions.get("train")
+def bare_call(runtime: Any, batch: dict[str, Any]) -> Callable[[], Any]:
+    """Return the bare call into ONNX Runtime, with all tensors bound beforehand.
+
+    The step ``train`` must have run once.
+    """
+    spec, bound = runtime.manifest.graphs["train"], runtime._bound["train"]
+    binding = bound.bindings[runtime._current]
     for port in spec.inputs:
         if port.role != "state":
             binding.bind_cpu_input(port.spec.name, batch[port.spec.name])
