@@ -52,16 +52,25 @@ def _reduce(x: Tensor, dims: list[int] | None, keepdim: bool, dtype: Any, mean: 
         columns = math.prod(lasting)
         if not _fixed(columns):
             raise Declined
-        outer, rows = math.prod(x.shape[: head - 1]), x.shape[head - 1]
-        if head > 1:  # in two stages: XNNPACK adds row by row, and errors grow with their number
-            y = _sum_of_rows(y.reshape(outer, rows, columns))
-            rows = outer
-        y = _sum_of_rows(y.reshape(1, rows, columns))
+        rows = math.prod(x.shape[:head])
+        group = x.shape[head - 1] if head > 1 else _factor(rows)
+        # in two stages: XNNPACK adds row by row, and errors grow with their number
+        y = _sum_of_rows(y.reshape(rows // group, group, columns))
+        y = _sum_of_rows(y.reshape(1, rows // group, columns))
     return y.reshape(kept if keepdim else lasting)
+
+
+def _factor(size: int | torch.SymInt) -> int:
+    """A factor of a size: of a symbolic one its number, such as 65 of 65 * batch."""
+    if isinstance(size, int):
+        return next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+    return int(size.node.expr.as_coeff_Mul()[0])
 
 
 def _sum_of_rows(y: Tensor) -> Tensor:
     """The sum of each matrix of (matrices, rows, columns), (matrices, 1, columns)."""
+    if y.shape[1] == 1:
+        return y
     ones = torch.full((y.shape[0], 1, y.shape[1]), 1.0, device=y.device)
     return torch.bmm(ones, y)
 
