@@ -211,6 +211,29 @@ def test_a_sum_of_many_rows_is_as_exact_as_one_of_few(flat: bool) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("terms", "bound"), [(50257, 1e-6), (32000, 1e-6), (2053, 3e-6), (2048 * 3, 1e-6)]
+)
+def test_products_and_sums_of_many_terms_are_exact(terms: int, bound: float) -> None:
+    """Such as the gradient of logits of a large vocabulary; 2,053 is a prime, and stays whole."""
+
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return x @ w, x.sum(1), x.mean(1, keepdim=True)
+
+    runtime = pytest.importorskip("executorch.runtime").Runtime.get()
+    x, w = random(4, terms) * 0.1 + 0.5, random(terms, 3, seed=1) * 0.1 + 0.5
+    rows = ({0: Dim("rows", min=1, max=4)}, None)
+    program = export(Call(function), (x, w), dynamic_shapes={"tensors": rows})
+    data = lower({"f": program.run_decompositions()})
+    method = runtime.load_program(data).load_method("f")
+    assert method is not None
+    for some in (x, x[:3]):
+        for got, want in zip(method.execute([some, w]), function(some.double(), w.double()),
+                             strict=True):  # fmt: skip
+            assert got.shape == want.shape
+            torch.testing.assert_close(got.double(), want, rtol=bound, atol=0)
+
+
 def test_elementwise() -> None:
     """The gradients of ReLU, ReLU6 and GELU use no comparisons and no erf."""
 

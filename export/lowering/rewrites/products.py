@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from export.lowering.rewrites.groups import groups_of
 from export.lowering.rewrites.rule import replace
 from export.torch_internals import GraphShapes
 
@@ -12,8 +13,17 @@ aten = torch.ops.aten
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """A matrix product as a batched product with one batch."""
-    return torch.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze((0,))
+    """A matrix product as a batched product, with a batch for each group of many terms."""
+    groups = groups_of(a.shape[1])
+    if groups == 1:
+        return torch.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze((0,))
+    rows, terms, columns = *a.shape, b.shape[1]
+    parts = torch.bmm(
+        a.reshape(rows, groups, terms // groups).permute(1, 0, 2),
+        b.reshape(groups, terms // groups, columns),
+    )
+    ones = torch.full((1, 1, groups), 1.0, device=a.device)
+    return torch.bmm(ones, parts.reshape(1, groups, rows * columns)).reshape(rows, columns)
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

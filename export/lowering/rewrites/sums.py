@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from export.lowering.rewrites.groups import factor_of, groups_of
 from export.lowering.rewrites.rule import Declined
 
 
@@ -46,25 +47,22 @@ def _reduce(x: Tensor, dims: list[int] | None, keepdim: bool, dtype: Any, mean: 
     y = x
     if rest:
         n = math.prod(rest)
-        weights = torch.full((1, n), 1 / n if mean else 1.0, device=x.device)
-        y = linear(y.reshape(-1, n), weights)
+        groups = groups_of(n)
+        if groups > 1:
+            ones = torch.full((1, n // groups), 1.0, device=x.device)
+            y = linear(y.reshape(-1, n // groups), ones)
+        last = n if groups == 1 else groups
+        weights = torch.full((1, last), 1 / n if mean else 1.0, device=x.device)
+        y = linear(y.reshape(-1, last), weights)
     if head:
         columns = math.prod(lasting)
         if not _fixed(columns):
             raise Declined
         rows = math.prod(x.shape[:head])
-        group = x.shape[head - 1] if head > 1 else _factor(rows)
-        # in two stages: XNNPACK adds row by row, and errors grow with their number
+        group = x.shape[head - 1] if head > 1 else factor_of(rows)
         y = _sum_of_rows(y.reshape(rows // group, group, columns))
         y = _sum_of_rows(y.reshape(1, rows // group, columns))
     return y.reshape(kept if keepdim else lasting)
-
-
-def _factor(size: int | torch.SymInt) -> int:
-    """A factor of a size: of a symbolic one its number, such as 65 of 65 * batch."""
-    if isinstance(size, int):
-        return next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
-    return int(size.node.expr.as_coeff_Mul()[0])
 
 
 def _sum_of_rows(y: Tensor) -> Tensor:
