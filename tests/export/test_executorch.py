@@ -177,6 +177,20 @@ def test_products() -> None:
     assert_same(function, program, random(1, 5), *tensors[1:])
 
 
+def test_a_factor_that_is_transposed_twice_is_not_transposed() -> None:
+    """Such as the token table of a tied head in the backward pass, which is large."""
+
+    def function(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        back = w.permute(1, 0).permute(1, 0)
+        return x @ back, torch.addmm(b, x, back), x @ back.permute(1, 0).permute(1, 0)
+
+    tensors = random(4, 5), random(5, 3, seed=1), random(3, seed=2)
+    program = rewritten(function, *tensors)
+    assert not targets(program) & {aten.permute.default, aten.permute_copy.default}
+    assert aten.bmm.default in targets(program)
+    assert_same(function, program, *tensors)
+
+
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("dims", [[0], [3], [0, 1], [2, 3], [0, 2, 3], [1], [0, 1, 2, 3]])
 def test_sums_and_means(dims: list[int], keepdim: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, fx
 
@@ -34,11 +36,21 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
 
 
 def use_linear(graph: fx.Graph, shapes: GraphShapes) -> None:
-    """Replace ``mm`` and ``addmm`` with a transposed second factor by ``linear``."""
+    """Replace ``mm`` and ``addmm`` with a transposed second factor by ``linear``.
+
+    A factor that was transposed twice is taken as it was.
+    """
     for node in list(graph.nodes):
         if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
         *bias, a, b = node.args
+        while _is_transposed(b) and _is_transposed(b.args[0]):
+            b = b.args[0].args[0]
+            node.update_arg(len(node.args) - 1, b)
         vector = all(n.meta["val"].shape == node.meta["val"].shape[1:] for n in bias)
-        if vector and b.target is aten.permute.default and list(b.args[1]) == [1, 0]:
+        if vector and _is_transposed(b):
             replace(node, aten.linear.default, (a, b.args[0], *bias), {}, graph, shapes)
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    return node.target is aten.permute.default and list(cast(Any, node.args[1])) == [1, 0]
