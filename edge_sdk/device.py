@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -32,8 +31,6 @@ from edge_sdk.transport.download import Downloader
 from edge_sdk.transport.link import open_websocket
 
 __all__ = ["Device", "Evaluation", "MayTrain", "Prediction", "RoundReport", "TrainReport"]
-
-log = logging.getLogger("cutlayer.device")
 
 
 class Device:

@@ -175,8 +175,10 @@ class Predictor:
         manifest = self._learner().manifest
         paths = _PATHS if manifest.whole or self._asks(manifest) else _PATHS[:1]
         tallies, samples = await self.tally(examples, batch_size, paths)
-        values = {path: tally.value for path, tally in tallies.items()}
-        alone, through, ensemble = values[_PATHS[0]], *map(values.get, _PATHS[1:])
+        alone = tallies["device_alone"].value
+        through, ensemble = (
+            tallies[path].value if path in tallies else None for path in _PATHS[1:]
+        )
         return Evaluation(alone, through, ensemble, samples, metric_of(manifest.task))
 
     def _asks(self, manifest: Manifest) -> bool:
@@ -246,6 +248,10 @@ class Predictor:
                 f"temperature is {temperature:g} and context {context}; they must be 0 or more, "
                 "and 1 or more"
             )
+        if not manifest.whole and not self._asks(manifest):
+            raise DataError(
+                "going on with a text takes the whole model; the device's token only downloads"
+            )
         many = manifest.limits.get("batch", len(x))
         if len(x) > many:
             raise DataError(f"{len(x)} texts; the bundle takes {many} at a time")
@@ -254,10 +260,6 @@ class Predictor:
         for _ in range(tokens):
             seen = x if x.shape[1] <= window else x[:, -int(window) :]
             own = await self._own(seen)
-            if not own.manifest.whole and self._only_downloads():
-                raise DataError(
-                    "going on with a text takes the whole model; the device's token only downloads"
-                )
             whole = own.manifest.whole
             logits = own.logits if whole else await self._hub(own, np.arange(len(x)), seen)
             logits_BV = logits[-1, :, -1]

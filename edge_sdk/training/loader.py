@@ -124,23 +124,19 @@ class BundleLoader:
 
         Raises as :meth:`load` does.
         """
-        tried = (self._manifest, self._refused)
-        while (welcome := self._connection.welcome).manifest not in tried:
+        while (welcome := self._connection.welcome).manifest not in (self._manifest, self._refused):
             if welcome.release is None:
                 self.use(await self.load(welcome.manifest, welcome.tier), welcome.manifest)
             else:
                 await self._try_release(welcome)
-            tried = (self._manifest, self._refused)
 
     async def _try_release(self, welcome: Welcome) -> None:
         """Load a release, or go back to the one before; tell the hub which one runs."""
         wanted = welcome.manifest
         try:
             bundle = await self._fetch(wanted, welcome.tier)
-            self._trials.begin(wanted)
-            learner = await asyncio.to_thread(self._checked, bundle)
+            learner = await asyncio.to_thread(self._tried, wanted, bundle)
         except BundleError as error:
-            self._trials.end(wanted, passed=False)
             self._refused = wanted
             log.warning("release %d is refused: %s", welcome.release, error)
             if self._learner is None:
@@ -149,10 +145,20 @@ class BundleLoader:
             if self._learner is None:
                 raise
         else:
-            self._trials.end(wanted, passed=True)
             self._refused = None
             self.use(learner, wanted)
             await self._tell(Running(wanted))
+
+    def _tried(self, manifest_name: str, bundle: Bundle) -> Learner:
+        """:meth:`_checked`, with the attempt written down, which may end the process."""
+        self._trials.begin(manifest_name)
+        passed = False
+        try:
+            learner = self._checked(bundle)
+            passed = True
+            return learner
+        finally:
+            self._trials.end(manifest_name, passed=passed)
 
     async def _go_back(self, tier: str) -> None:
         """Load the release that passed last, if there is one."""

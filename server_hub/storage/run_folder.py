@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,8 @@ class JobDescription:
         try:
             raw = json.loads(read_text(path))
             held_out = None if raw["held_out"] is None else Path(raw["held_out"])
-            return cls(**raw | {"bundles": Path(raw["bundles"]), "held_out": held_out})
+            known = {part.name: raw[part.name] for part in fields(cls)}
+            return cls(**known | {"bundles": Path(raw["bundles"]), "held_out": held_out})
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} is damaged ({error}); give --bundles instead") from error
 

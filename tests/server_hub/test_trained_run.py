@@ -144,6 +144,16 @@ def test_errors_are_of_the_kinds_that_are_told(bundles: BundleIndex, tmp_path: P
         TrainedRun.read(folder).trained(None, None, wrong, whole=False)
 
 
+def test_a_run_that_says_more_than_is_known_here_is_read(
+    bundles: BundleIndex, tmp_path: Path
+) -> None:
+    folder = finished_run(tmp_path / "run", bundles.folder, {None: changed(bundles, 0)})
+    said = json.loads((folder / JOB).read_text())
+    (folder / JOB).write_text(json.dumps({**said, "rounds": 20, "started_from": None}))
+    assert JobDescription.read(folder) == JobDescription("0.0", "FedSplitX", bundles.folder,
+                                                         BUILD, None)  # fmt: skip
+
+
 def test_heads_read_channels_where_the_export_found_them(tmp_path: Path) -> None:
     """A head whose means are not pooled to a grid does not show it by its shape."""
     model, x = conv_model(), example((1, 2, 9), 8)
